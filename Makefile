@@ -10,9 +10,10 @@ TESTS ?=
 # Words of the names of faults in tests/mutants.toml that `make mutants` tries; all if empty.
 MUTANTS ?=
 INSTALLED := $(VENV)/.installed
-# Two test files at a time, and all files that need Ray in one process (tests/conftest.py).
+# Several test files at a time, and all files that need Ray in one process (tests/conftest.py). Slow
+# tests wait for servers and for Ray, so three of them keep two cores busy.
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+PARALLEL := --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 # Without stored bytecode each of hundreds of processes would compile the packages anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -26,13 +27,13 @@ demo: $(INSTALLED) ## Install, then run everything on a generated task (CPU, min
 	$(BIN)/iiet-orch quickstart
 
 test: $(INSTALLED) ## Install, then run the whole test suite
-	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 3 $(PARALLEL) $(TESTS)
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
 test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (an hour)
-	$(BIN)/python -m pytest $(PARALLEL) -m "long and not installs" $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "long and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)
 	$(BIN)/python -m pytest -m installs tests/behaviour/test_empty_environments.py

@@ -1,13 +1,13 @@
 """Draws the figures of docs/concepts.md: `python docs/concept_figures.py`.
 
 Everything shown is computed by the functions that the program itself uses: the fixed-point solver,
-the parser of schedules, the threshold family, the front with its knee. Influences are those of one
-run of the demo, whose table is in the README, and accuracies those of one run of `sweep depth`,
-whose table is in docs/results.md.
+the parser of schedules, the threshold family, the front with its knee. Influences and accuracies
+are those of one run of the demo, whose table is in the README.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from altair import Axis, Chart, InlineData, Scale
 from diagrams import box, diagram, drawing, text
 
-from iiet import IterationSchedule, ModelConfig, schedule_family
+from iiet import IterationSchedule, schedule_family
 from iiet.methods.implicit_euler import fixed_point
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.charts import (
@@ -31,24 +31,33 @@ from orchestrator.reporting.charts import (
     influence_chart,
     save_chart,
 )
-from orchestrator.reporting.front import Front, find_front
+from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
 
 FOLDER = Path(__file__).resolve().parent / "images" / "concepts"
 
 SHOWN_SCHEDULES = ("2", "3..0", "1,1,1,1,0,0", "0")
 
-INFLUENCE = ((0.074, 0.051, 0.049), (0.060, 0.0087, 0.0013))
+REPORT = Path(__file__).resolve().parent.parent / "research" / "fronts" / "demo.json"
+TRIALS = [
+    Trial.model_validate({**row["details"], "suite": TrialSuite(tokens_folder="")})
+    for row in json.loads(REPORT.read_text("utf-8"))["results"]
+]
+"""The models of the demo."""
+LAST_USE = {
+    trial.model.corrections: trial.threshold_up_to or 0.0
+    for trial in TRIALS
+    if trial.role == "trial"
+}
+"""Schedule -> the highest threshold that gives it."""
+INFLUENCE = [
+    [
+        max(threshold for kept, threshold in LAST_USE.items() if kept[layer] > correction)
+        for correction in range(count)
+    ]
+    for layer, count in enumerate(max(LAST_USE, key=lambda schedule: sum(schedule)))
+]
 """Of the demo's teacher: where its family changes, by layer and correction."""
-
-ACCURACY = {
-    "0,0": (0.605, 0.008), "0,3": (0.996, 0.001), "1,3": (1.0, 0.0), "2,3": (0.999, 0.0),
-    "3,3": (0.999, 0.0),
-}  # fmt: skip
-"""Schedule of a student of the sweep `depth` to its accuracy and standard error."""
-TEACHER_ACCURACY = (0.998, 0.001)
-BASELINE_ACCURACY = {"r = 0": (0.702, 0.007), "vanilla": (0.710, 0.007)}
-NUM_LAYERS = 2
 
 
 def draw_correction() -> Spec:
@@ -152,41 +161,9 @@ def draw_family() -> Spec:
     return chart_spec(altair.layer(lines, named).properties(width=560, height=260))
 
 
-def depth_front() -> Front:
-    """Return the front of the sweep's students, teacher and baselines."""
-    trials = [_trial(text, text, "trial", *found) for text, found in ACCURACY.items()]
-    trials.append(_trial("teacher", "3,3", "teacher", *TEACHER_ACCURACY))
-    for name, found in BASELINE_ACCURACY.items():
-        trials.append(_trial(name, "0,0" if name == "r = 0" else None, "baseline", *found))
-    return find_front(result_table(trials))
-
-
-def _trial(name: str, schedule: str | None, role: str, accuracy: float, error: float) -> Trial:
-    parsed = IterationSchedule.parse(schedule, num_layers=NUM_LAYERS) if schedule else None
-    model = ModelConfig(
-        vocab_size=300, dim=64, num_layers=NUM_LAYERS, num_heads=4, num_kv_heads=4, ffn_dim=176,
-        context_length=64, method="iiet" if parsed else "vanilla", schedule=parsed,
-    )  # fmt: skip
-    return Trial.model_validate(
-        {
-            "key": name,
-            "label": name,
-            "role": role,
-            "model": model,
-            "folder": "",
-            "suite": TrialSuite(tokens_folder=""),
-            "numbers": {
-                "cost/evaluations": parsed.num_evaluations if parsed else NUM_LAYERS,
-                "quality/accuracy": accuracy,
-                "quality/accuracy_stderr": error,
-            },
-        }
-    )
-
-
 def draw_knee() -> Spec:
-    """Draw that front as reports do, with the line that the knee is measured from."""
-    front = depth_front()
+    """Draw the demo's front as reports do, with the line that the knee is measured from."""
+    front = find_front(result_table(TRIALS))
     chart = front_chart(front)
     ends = [{"x": row["cost"], "y": row["quality"]} for row in (front.cheapest, front.best) if row]
     chord: Spec = {

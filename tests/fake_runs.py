@@ -12,6 +12,7 @@ import pytest
 from orchestrator.evaluation import decode_timing
 from orchestrator.records.trial import Trial
 from orchestrator.sweeping import run
+from orchestrator.sweeping.trial import run_trial
 
 
 def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | str]) -> None:
@@ -47,3 +48,8 @@ def finished(trial: Trial, accuracy: float = 0.5, checkpoint: Path | str | None 
     result = trial.model_copy(update=measured)
     result.write(trial.result_path)
     return result
+
+
+def trained(trial: Trial) -> Trial | str:
+    """Run a trial in this process."""
+    return run_trial(trial) or "stopped"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import settings_options
+from fake_runs import end_trials, trained
 from small_size import SMALL
 
 from orchestrator import PlannedSweep, measure_influence, plan_sweep, prepare, sweep
@@ -99,7 +100,7 @@ def test_a_missing_workspace_stays_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
-    small_sweep: Path, tmp_path: Path, ray_session: None
+    small_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only the teacher is left of the finished sweep, without its influence.
     workspace = open_workspace(shutil.copytree(small_sweep, tmp_path / "workspace"))
@@ -124,6 +125,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     assert unknown.price.flops > planned.price.flops > 0, "an upper bound"
     assert unknown.price.hours > planned.price.hours
     assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
+    end_trials(monkeypatch, trained)
     sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert SweepPlan.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
     again = plan()

@@ -246,6 +246,7 @@ def interrupted(process: Started) -> str:
     return printed
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: None) -> None:
     options = small(
         "training.num_steps=300", "training.validate_every_steps=150",
@@ -274,7 +275,7 @@ TWO_TRIALS = [
     "sweep-iterations",
     *small(
         "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
-        "training.num_steps=500", "training.checkpoint_every_steps=20",
+        "training.num_steps=300", "training.checkpoint_every_steps=20",
     ),
 ]  # fmt: skip
 

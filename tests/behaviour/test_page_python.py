@@ -13,6 +13,7 @@ from typing import TextIO
 import pytest
 import torch
 from documented import ROOT, blocks
+from fake_runs import end_trials, trained
 from small_size import SMALL
 from terminal import run_in_terminal
 
@@ -37,9 +38,24 @@ def test_the_python_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["cheaper"].schedule.num_corrections == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
+def readme() -> str:
+    return blocks(ROOT / "README.md", "python")[0]
+
+
+def drafts() -> str:
+    (tutorial,) = blocks(ROOT / "docs" / "tutorial.md", "python")
+    return tutorial + blocks(ROOT / "docs" / "speculation.md", "python")[1]
+
+
+@pytest.mark.parametrize(
+    ("snippet", "expected"),
+    [
+        pytest.param(readme, "", marks=pytest.mark.slow),
+        pytest.param(drafts, "The function", marks=pytest.mark.long),
+    ],
+)
 def test_python_for_exported_models_asks_nothing(
-    save_tiny: Callable[..., Path], tmp_path: Path
+    snippet: Callable[[], str], expected: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In a terminal into which nobody types, by a Python that does not know this package."""
     checkpoint = save_tiny(
@@ -48,18 +64,11 @@ def test_python_for_exported_models_asks_nothing(
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     export_checkpoint(checkpoint, tmp_path / "my-model", decoder=decoder, card=card)
-    (tutorial,) = blocks(ROOT / "docs" / "tutorial.md", "python")
-    drafts = tutorial + blocks(ROOT / "docs" / "speculation.md", "python")[1]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    # Each in a process of its own: what was trusted once is not asked for again.
-    for snippet, expected in (
-        (blocks(ROOT / "README.md", "python")[0], ""),
-        (drafts, "The function"),
-    ):
-        command = [sys.executable, "-c", f"{HIDDEN}\n{snippet}"]
-        code, printed = run_in_terminal(command, tmp_path, environment)
-        assert code == 0, printed
-        assert re.search(expected, printed)
+    command = [sys.executable, "-c", f"{HIDDEN}\n{snippet()}"]
+    code, printed = run_in_terminal(command, tmp_path, environment)
+    assert code == 0, printed
+    assert re.search(expected, printed)
 
 
 def test_python_that_drafts_runs() -> None:
@@ -78,10 +87,10 @@ def test_the_commands_in_python_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     small_sweep: Path,
-    ray_session: None,
     terminal: TextIO,
 ) -> None:
     monkeypatch.setattr("sys.stdin", terminal)
+    end_trials(monkeypatch, trained)
 
     def read_small(name: str, changes: list[str] | None = None) -> Settings:
         return read_settings(name, [*SMALL, *(changes or [])])

@@ -48,26 +48,24 @@ HALF, BAD_STEP = 5, 3
 ELASTIC: dict[str, Any] = {"elastic": {"schedules": ["2,0", "1,1", "0,0"]}}
 """Members use fewer parameters than the full schedule, which comes first."""
 KINDS: dict[str, dict[str, Any]] = {
-    "passes": {"num_sequences_per_pass": 1},
     "lean": {"activation_checkpointing": True},
     "bf16": {"precision": "bf16"},
     "masked": {"num_sequences_per_pass": 1},
     "untied": {},  # The loss reads the head's weight; gradients of an own one go another way.
     "elastic": ELASTIC,
     "bad": {"skip_bad_steps": 1},  # The second worker's loss is NaN at one step.
-    "twice": {"num_tokens_per_step": 2 * 64},
     "twice_elastic": {"num_tokens_per_step": 2 * 64, **ELASTIC},
 }
 WORKERS = {"alone": 1, "ddp": 2, "fsdp": 2, "uneven": 3, "hsdp": 4}
-PAIR = [f"{who}-{kind}" for who in ("ddp", "fsdp") for kind in KINDS if "twice" not in kind]
 NAMES = {
-    2: ["ddp", "fsdp", *PAIR, "alone-then-ddp", "alone-then-fsdp", "ddp-then-alone",
-        "fsdp-then-alone", "ddp-then-fsdp", "fsdp-then-ddp"],
-    3: ["uneven", "uneven-passes", "uneven-masked"],
-    4: ["hsdp-twice", "hsdp-twice_elastic", "alone-then-hsdp", "hsdp-then-alone"],
+    2: ["ddp", *(f"ddp-{kind}" for kind in ("bf16", "masked", "elastic", "bad")),
+        "fsdp", *(f"fsdp-{kind}" for kind in KINDS if kind != "twice_elastic"),
+        "alone-then-fsdp", "ddp-then-alone", "fsdp-then-ddp"],
+    3: ["uneven", "uneven-masked"],
+    4: ["hsdp-twice_elastic", "alone-then-hsdp", "hsdp-then-alone"],
 }  # fmt: skip
 ALL = [name for names in NAMES.values() for name in names]
-OWN_LOSSES = ("bf16", "masked", "untied", "elastic", "twice", "twice_elastic")
+OWN_LOSSES = ("bf16", "masked", "untied", "elastic", "twice_elastic")
 """Kinds whose losses are not those of the plain recipe."""
 
 

@@ -156,6 +156,7 @@ def test_the_default_compiler_gives_the_same(masked):
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_pass_remembers_and_obeys_the_mask_of_its_cache():
     """A graph knows no values, so it keeps every mask; eager passes can continue the cache."""
     decoder = decoder_of("vanilla")

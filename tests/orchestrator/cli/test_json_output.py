@@ -221,6 +221,7 @@ def test_evaluations_have_the_keys_of_the_page(run: Run, tasks: list[str]) -> No
     assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
 
 
+@pytest.mark.slow
 def test_a_workspace_that_can_only_be_read_gives_the_same_answers(
     space: Workspace, tasks: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_environment_is_restored_and_is_that_of_rays_import() -> None:
     # In a process of its own: one with a running Ray must keep its token.
     program = (

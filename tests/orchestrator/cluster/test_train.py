@@ -86,7 +86,7 @@ def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.Monk
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    long = {"num_steps": 100, "checkpoint_every_steps": 20, "validate_every_steps": 100}
+    long = {"num_steps": 60, "checkpoint_every_steps": 20, "validate_every_steps": 60}
     job, whole, alone = (
         make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole", "alone")
     )
@@ -174,18 +174,14 @@ def test_when_a_job_is_started_again(
     assert len(starts) == num_starts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "retries", "error", "sentence"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if n == 0 else pytest.mark.long)
-        for n, case in enumerate(
-            [
-                ("mistake", 5, UserError, "^a mistake$"),
-                ("out of memory", 5, UserError, r"ran out of memory on cpu \(no space\)"),
-                ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
-                ("killed", 1, RunFailed, "failing failed: .*died"),
-            ]
-        )
+        ("mistake", 5, UserError, "^a mistake$"),
+        ("out of memory", 5, UserError, r"ran out of memory on cpu \(no space\)"),
+        ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
+        ("killed", 1, RunFailed, "failing failed: .*died"),
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(

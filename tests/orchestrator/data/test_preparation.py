@@ -60,6 +60,7 @@ def test_a_changed_source_is_prepared_again(
     assert prepare(settings, workspace) == first
 
 
+@pytest.mark.slow
 def test_a_changed_local_data_set_is_prepared_again(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

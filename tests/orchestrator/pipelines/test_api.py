@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_runs import end_trials, trained
 from small_size import SMALL
 
 import orchestrator
@@ -55,7 +56,7 @@ def settings() -> orchestrator.Settings:
 
 @pytest.fixture(scope="module")
 def workspace(
-    tmp_path_factory: pytest.TempPathFactory, small_sweep: Path, ray_session: None
+    tmp_path_factory: pytest.TempPathFactory, small_sweep: Path
 ) -> orchestrator.Workspace:
     """A workspace whose models were trained by a command, and are found again."""
     folder = tmp_path_factory.mktemp("api") / "workspace"
@@ -64,19 +65,22 @@ def workspace(
 
 @pytest.mark.slow
 def test_a_project_runs_from_pretraining_to_a_picked_model(
-    settings: orchestrator.Settings, workspace: orchestrator.Workspace
+    settings: orchestrator.Settings,
+    workspace: orchestrator.Workspace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    end_trials(monkeypatch, trained)
     plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
     assert plan.price.num_tokens == sum(e.num_tokens for e in plan.estimates.values()) > 0
     assert orchestrator.plan_pretrain(settings, workspace=workspace).price.num_tokens == 0
-    trained = orchestrator.pretrain(settings, workspace=workspace)
-    full = trained.checkpoint.parent.name
-    steps = trained.to_pandas()
+    pretrained = orchestrator.pretrain(settings, workspace=workspace)
+    full = pretrained.checkpoint.parent.name
+    steps = pretrained.to_pandas()
     assert steps["step"].iloc[-1] == settings.training.num_steps
     assert steps["train/loss"].notna().any()
 
     influence = orchestrator.measure_influence(settings, workspace=str(workspace.root))
-    assert influence.checkpoint == trained.checkpoint
+    assert influence.checkpoint == pretrained.checkpoint
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
     dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")

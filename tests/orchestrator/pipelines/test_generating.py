@@ -186,6 +186,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer: TextGene
             do()
 
 
+@pytest.mark.slow
 def test_the_function_takes_a_schedule_and_loads_neither_mlflow_nor_lm_eval(
     writer: TextGenerator, tmp_path: Path
 ) -> None:

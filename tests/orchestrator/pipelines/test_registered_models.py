@@ -173,6 +173,7 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
     torch.testing.assert_close(torch.tensor(logits), expected)
 
 
+@pytest.mark.long
 def test_the_python_of_the_page_asks_nothing(picked: Picked, tmp_path: Path) -> None:
     (snippet,) = blocks(ROOT / "docs" / "models.md", "python")
     for written, used in (
@@ -226,6 +227,7 @@ def post(address: str, body: dict[str, Any]) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
+@pytest.mark.long
 def test_mlflow_serves_a_registered_model(picked: Picked, server: str) -> None:
     expected = [{"text": text} for text in continuations(picked.full)]
     params = {"max_new_tokens": 5}

@@ -102,6 +102,7 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
     assert not (tmp_path / "tokens").exists()
 
 
+@pytest.mark.slow
 def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,13 +113,8 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     check_port(port)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
-        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> None:
     port = free_port()
     process = Started("ui", "--port", str(port), "--workspace", str(workspace.root))

@@ -77,6 +77,7 @@ def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
     return sweep.model_copy(update=changes)
 
 
+@pytest.mark.slow
 def test_files_are_written_and_read_back_without_the_trials(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
@@ -164,6 +165,7 @@ def test_paired_errors_come_from_the_stored_items(
         assert all(sentence in text for sentence in sentences)
 
 
+@pytest.mark.slow
 def test_seeds_have_curves_paired_errors_and_runs(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
@@ -275,6 +277,7 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
+@pytest.mark.slow
 def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
@@ -302,6 +305,7 @@ def test_a_sweep_without_measured_results_has_a_report(
     assert (written.folder / "front.md").is_file()
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_sweeps_are_user_errors(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
@@ -344,6 +348,7 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_several_sweeps_share_a_front_and_are_distinguished(
     workspace: Workspace, sample_results: list[Trial]
 ) -> None:

@@ -253,8 +253,10 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     assert started == [0, 1, 1, 0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "fails",
+    [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
     fails: bool, tiny_plan: SweepPlan, sweep: Sweep, ray_session: None,
     monkeypatch: pytest.MonkeyPatch,

@@ -226,8 +226,7 @@ def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) ->
     return seen.counts
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("bf16", False)])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_is_gathered_once_for_all_its_evaluations(
     world: World, method: str, precision: str, checkpointing: bool
