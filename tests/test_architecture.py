@@ -60,24 +60,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_335,
+    "iiet": 7_399,
     "benchmarks": 2_885,
     "examples": 278,
     "research": 2_142,
-    "orchestrator/workspace": 1_270,
+    "orchestrator/workspace": 1_268,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_567,
+    "orchestrator/settings": 1_597,
     "orchestrator/records": 990,
-    "orchestrator/models": 1_640,
+    "orchestrator/models": 1_642,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
-    "orchestrator/training": 3_407,
+    "orchestrator/training": 3_393,
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_786,
-    "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_295,
+    "orchestrator/reporting": 4_785,
+    "orchestrator/sweeping": 2_658,
+    "orchestrator/pipelines": 4_328,
     "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

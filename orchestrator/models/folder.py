@@ -39,6 +39,8 @@ METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
+FIRST_STAGE = "first_stage"
+"""Entry of the provenance: the key of the first stage whose last step it is, if others share it."""
 JOB_KEY = "job"
 """Entry of the provenance: the key of the training that wrote the checkpoint."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
+from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.task import command_device, joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
@@ -60,7 +61,9 @@ from orchestrator.sweeping.models import (
     check_devices,
     check_models,
     check_sweep,
+    claims_answered,
     teacher_and_baselines,
+    teachers_by_label,
 )
 from orchestrator.sweeping.plan import (
     SweepModel,
@@ -71,9 +74,9 @@ from orchestrator.sweeping.plan import (
     full_trial,
     iterations_plan,
     load_tasks,
+    plan_all_students,
     plan_iterations,
     plan_sentences,
-    plan_students,
     plan_table,
     schedule_search,
     trial_states,
@@ -118,7 +121,7 @@ class PlannedSweep(Result):
     pretraining: TrainingPlan | None = None
     """The teacher and its baselines, if the sweep trains them itself."""
     influence: InfluenceTable | None = None
-    """Of the teacher, if it is measured."""
+    """Of the teacher, of several the first, if it is measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -480,13 +483,13 @@ def plan_sweep(
     name: str | None = None,
     progress: Progress | None = None,
     fingerprints: Mapping[str, str] | None = None,
-    influence: InfluenceTable | None = None,
+    influence: Mapping[str, InfluenceTable] | None = None,
 ) -> PlannedSweep:
     """Return what `sweep` does with the same arguments, as far as it is known.
 
     Args:
-        fingerprints, influence: Hashes of lm-eval's tasks and the teacher's influence, if a run has
-            loaded and measured them; else what is stored counts.
+        fingerprints, influence: Hashes of lm-eval's tasks, and the influence of each teacher by its
+            checkpoint, if a run has loaded and measured them; else what is stored counts.
 
     Raises:
         UserError: If the settings do not go together.
@@ -502,6 +505,11 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
+    if settings.sweep.teachers and (teacher is not None or baselines is not None):
+        raise UserError(
+            "sweep.teachers names teachers that the sweep trains itself, with their baselines; "
+            "leave it out, or give neither a teacher nor baselines"
+        )
     check_sweep(settings)
     space, progress = find_workspace(workspace), progress or Progress()
     asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
@@ -510,14 +518,14 @@ def plan_sweep(
     unknown: list[Estimate] = []
     pretraining: TrainingPlan | None = None
     search: ScheduleSearch | None = None
-    checkpoint: Path | None = None
+    labels = teachers_by_label(settings) if kind != "iterations" else {}
+    teachers: dict[str, Path] = {}
     new_token_bytes = 0
 
     # What is trained first: models, or a teacher whose students follow.
     if teacher is not None:
-        checkpoint = asked["teacher"] = resolve_teacher(
-            space, None if teacher == NEWEST else teacher
-        )
+        asked["teacher"] = resolve_teacher(space, None if teacher == NEWEST else teacher)
+        teachers[TEACHER] = asked["teacher"]
     else:
         check_sweep_tasks(settings, tasks_of_source(settings.data))
         if models is None:
@@ -533,34 +541,45 @@ def plan_sweep(
             pretraining = plan_models(teacher_and_baselines(settings), space, tokens)
             said += pretraining.damaged
             baselines = {**pretraining.finished}
-            checkpoint = baselines.pop(TEACHER, None)
+            if labels.keys() <= baselines.keys():
+                teachers = {label: baselines.pop(label) for label in labels}
+            said.append(claims_answered(settings))
 
-    # The students of a teacher that is trained; else a bound of them.
-    if checkpoint:
-        if influence is None:
-            measurement = plan_influence(settings, workspace=space, model=checkpoint)
-            influence = measurement.table
-            for note in measurement.notes:
-                progress.note(note)
+    # The students of teachers that are trained; else a bound of them.
+    tables: dict[str, InfluenceTable] = {}
+    for label, checkpoint in teachers.items():
+        if influence and str(checkpoint) in influence:
+            tables[label] = influence[str(checkpoint)]
+            continue
+        measurement = plan_influence(settings, workspace=space, model=checkpoint)
+        if measurement.table:
+            tables[label] = measurement.table
+        for note in measurement.notes:
+            progress.note(note)
+    if teachers:
+        if len(tables) < len(teachers):  # The schedules follow from all of them.
+            tables = {}
         options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        plan = plan_students(settings, space, checkpoint, influence, note=progress.note, **options)
-        if influence is None:
-            unknown, counts = unknown_students(settings, load_config(checkpoint))
-            said.append(f"the teacher's influence is not measured, so {counts}")
+        plan = plan_all_students(settings, space, teachers, tables, note=progress.note, **options)
+        if not tables:
+            models_of = {label: load_config(path) for label, path in teachers.items()}
+            unknown, sentences = _bounds(settings, models_of, "'s influence is not measured")
+            said += sentences
         elif kind == "search":
-            search = schedule_search(settings, space, plan, checkpoint)
+            search = schedule_search(settings, space, plan, teachers[TEACHER])
             plan = plan.model_copy(update={"trials": (*plan.trials, *search.suggested_trials())})
             unknown = [Estimate.of(job) for job in search.jobs_left()]
             said.append(search.text)
     elif pretraining:
         plan = _models_plan(pretraining, pretraining.jobs)
-        unknown, counts = unknown_students(settings, pretraining.jobs[TEACHER].model)
-        said.append(f"the teacher is not trained, so {counts}")
+        models_of = {label: pretraining.jobs[label].model for label in labels}
+        unknown, sentences = _bounds(settings, models_of, " is not trained")
+        said += sentences
 
     # How far it is.
     states = trial_states(plan, settings.sweep)
     trainings = [state.training for state in states if state.training]
-    if pretraining and not checkpoint:
+    if pretraining and not teachers:
         trainings = []  # They are the models that are pretrained.
     elif pretraining and pretraining.left():
         left = [label for label in pretraining.jobs if label not in pretraining.finished]
@@ -579,11 +598,26 @@ def plan_sweep(
         workspace=space,
         new_token_bytes=new_token_bytes,
         pretraining=pretraining,
-        influence=influence,
+        influence=next(iter(tables.values()), None),
         search=search,
     )
     planned.price  # noqa: B018  # raises if the workers cannot share a step
     return planned
+
+
+def _bounds(
+    settings: Settings, models: Mapping[str, ModelConfig], why: str
+) -> tuple[list[Estimate], list[str]]:
+    """Return a bound of the students of each teacher, under all seeds, and why it is one."""
+    first_seed = settings.sweep.seeds[0] if settings.sweep.seeds else None
+    unknown, sentences = list[Estimate](), []
+    for label, variant in teachers_by_label(settings).items():
+        if variant.seed in (None, first_seed):
+            trainings, counts = unknown_students(settings, models[label])
+            unknown += trainings
+            name = f" {variant.name}" if settings.sweep.teachers else ""
+            sentences.append(f"the teacher{name}{why}, so {counts}")
+    return unknown, sentences
 
 
 def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
@@ -628,10 +662,12 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
             if plan.pretraining:
                 run_trainings(plan.pretraining, context)
                 plan = again()
-            if teacher := plan.plan.teacher:
-                planned = plan_influence(settings, workspace=workspace, model=Path(teacher))
-                on_device = trial_device(settings, root)
-                made["influence"] = run_influence(planned, context, on_device=on_device).table
+            made["influence"] = {}
+            on_device = trial_device(settings, root)
+            for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:
+                planned = plan_influence(settings, workspace=workspace, model=Path(str(teacher)))
+                table = run_influence(planned, context, on_device=on_device).table
+                made["influence"][str(teacher)] = table
             plan = again(**made)
             outcome = run_plan(
                 plan.plan,

@@ -351,12 +351,9 @@ def _find_removable(kind: RemovableKind, workspace: Workspace, note: Note) -> Fo
         yield from _intermediate_checkpoints(workspace, note)
     elif kind == RemovableKind.DAMAGED:
         yield from _damaged(workspace)
-    elif kind == RemovableKind.FIRST_STAGES:
-        reason = "steps that models of one recipe share; another such model trains them again"
-        yield from ((folder, reason) for folder in _unused(workspace, workspace.first_stages))
     elif kind == RemovableKind.TEACHERS:
         reason = "teacher outputs for distillation; they are computed again when needed"
-        for folder in _unused(workspace, workspace.teachers):
+        for folder in _unused_teachers(workspace):
             yield folder, reason, folder.with_name(f".{folder.name}.lock")
     elif kind == RemovableKind.RAY:
         for folder in files.abandoned_folders():
@@ -454,9 +451,9 @@ def _has_driver(folder: Path) -> bool:
     return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
-def _unused(workspace: Workspace, parent: Path) -> list[Path]:
-    """Return the folders in `parent`, which any command may read; none while one runs."""
-    folders = folders_in(parent)
+def _unused_teachers(workspace: Workspace) -> list[Path]:
+    """Return the stored answers, which any command may read; none while one runs."""
+    folders = folders_in(workspace.teachers)
     if not folders or show_status(workspace).activities:
         return []
     # A sweep between two trials holds no lock.

@@ -104,7 +104,7 @@ class Estimate:
     cache: CachePlan | None = None
     """The teacher's outputs, if they may be stored."""
     first_stage: FirstStage | None = None
-    """Its first stage, if it may be shared; trainings with the same folder train it once."""
+    """Its first stage, if it may be shared; trainings with the same one train it once."""
     steps_done: int = 0
     """Steps that it resumes after."""
     present_bytes: int = 0
@@ -319,12 +319,12 @@ def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
 def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
     """Return the trainings that share devices; one of those with the same first stage trains it."""
     groups: dict[Devices, list[Estimate]] = {}
-    trained: set[Path] = set()
+    trained: set[str] = set()
     for each in trainings:
         if stage := each.first_stage:
-            if stage.folder in trained and each.steps_done < stage.num_steps:
+            if stage.key in trained and each.steps_done < stage.num_steps:
                 each = replace(each, steps_done=stage.num_steps)
-            trained.add(stage.folder)
+            trained.add(stage.key)
         groups.setdefault(each.devices, []).append(each)
     return list(groups.values())
 
@@ -387,7 +387,7 @@ def price_of(
         num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
 
     stages = {
-        each.first_stage.folder: each.checkpoint_bytes
+        each.first_stage.key: each.checkpoint_bytes
         for each in trainings
         if each.first_stage and not each.first_stage.exists
     }

@@ -61,7 +61,7 @@ class TrainingJob(Record):
     teacher_cache: WorkspacePath | None = None
     """Folder of all stored outputs of teachers; the teacher runs where its own are missing."""
     first_stages: WorkspacePath | None = None
-    """Folder of first stages shared between models; nothing is shared when unset."""
+    """Folder of the runs that share their first stages; nothing is shared when unset."""
     storage: str | None = None
     """URI for copies of the checkpoints."""
     section: str = "training"

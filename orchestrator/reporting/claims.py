@@ -38,7 +38,7 @@ from orchestrator.reporting.statistics import (
     pair_scores,
 )
 from orchestrator.reporting.tables import difference_text
-from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD
+from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -54,7 +54,6 @@ is not that of the large products."""
 MAX_REASON_LENGTH = 28
 """Of a reason beside a claim that is not measured; the notes have all of them."""
 CLAIMS_TITLE = "The paper's claims"
-PCFORMER = "pcformer"
 NAMES = {DEFAULT_METHOD: "IIET with corrections", BASELINE_METHOD: "vanilla", PCFORMER: "PCformer"}
 ACCURACY, NFE, TIME = "quality/accuracy", COSTS["evaluations"], COSTS["ms"]
 UNITS = {NFE: "NFE", TIME: "ms"}

@@ -16,6 +16,7 @@ from orchestrator.settings.sweep import SearchSettings, SweepSettings
 from orchestrator.settings.training import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
+    PCFORMER,
     DistillationSettings,
     ElasticSettings,
     ModelSettings,
@@ -23,9 +24,10 @@ from orchestrator.settings.training import (
 )
 
 __all__ = [
-    "BASELINE_METHOD", "DEFAULT_METHOD", "MLFLOW", "SETTINGS_NAME", "ClusterSettings",
-    "DataSettings", "DistillationSettings", "ElasticSettings", "EvaluationSettings",
-    "InfluenceSettings", "ModelSettings", "SearchSettings", "Section", "Settings",
-    "SweepSettings", "TrackingSettings", "TrainingSettings", "find_field", "flatten",
-    "read_settings", "resolve_settings", "storage_problem", "to_yaml",
+    "BASELINE_METHOD", "DEFAULT_METHOD", "MLFLOW", "PCFORMER", "SETTINGS_NAME",
+    "ClusterSettings", "DataSettings", "DistillationSettings", "ElasticSettings",
+    "EvaluationSettings", "InfluenceSettings", "ModelSettings", "SearchSettings",
+    "Section", "Settings", "SweepSettings", "TrackingSettings", "TrainingSettings",
+    "find_field", "flatten", "read_settings", "resolve_settings", "storage_problem",
+    "to_yaml",
 ]  # fmt: skip

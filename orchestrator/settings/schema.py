@@ -210,6 +210,13 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
             "no chat template; leave it out, or distill an imported model that has one"
         )
+    if kind != "threshold" and sweep.teachers:
+        yield "sweep.kind, sweep.teachers: only a threshold sweep has several; leave the second out"
+    if kind == "iterations" and sweep.baselines:
+        yield (
+            "sweep.kind, sweep.baselines: such a sweep has no teacher beside which they stand; "
+            "name all its models in sweep.methods"
+        )
     if kind == "search" and sweep.seeds:
         yield "sweep.kind, sweep.seeds: a search distills each schedule once; leave sweep.seeds out"
     if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:

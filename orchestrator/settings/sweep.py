@@ -20,7 +20,9 @@ from orchestrator.settings.training import (
 from orchestrator.workspace.errors import quoted
 
 T = TypeVar("T")
-_MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?(r = [0-9.,*]+|level [0-9])")
+_MODEL_WITH_COUNT = re.compile(
+    r"((?P<method>.+), )?(r = (?P<count>[0-9.,*]+)|level (?P<level>[0-9]))"
+)
 """How users write a model with its corrections: `r = 3`, `other, r = 3..0`, `pcformer, level 0`."""
 _WITH_LAYERS = re.compile(r"(?P<model>.+), [1-9][0-9,]* layers?")
 """A model with its number of layers: `vanilla, 8 layers`, `r = 3, 1 layer`."""
@@ -31,6 +33,18 @@ MAX_SEED = 2**32 - 1
 """Largest seed that every library's generator takes."""
 
 
+def split_count(name: str) -> tuple[str, str | None]:
+    """Return the method of a model's name, and its corrections if it has any: `r = 3` gives both.
+
+    Raises:
+        ValueError: If it names no method.
+    """
+    found = _MODEL_WITH_COUNT.fullmatch(name)
+    if not found:
+        return METHOD.checked(name), None
+    return METHOD.checked(found["method"] or DEFAULT_METHOD), found["count"] or found["level"]
+
+
 def has_layers(name: str) -> bool:
     """Return whether a model's name contains a number of layers: `vanilla, 8 layers`."""
     return bool(_WITH_LAYERS.fullmatch(name))
@@ -39,9 +53,8 @@ def has_layers(name: str) -> bool:
 def _refuse_unknown_model(name: str, *, may_have_layers: bool = False) -> str:
     of_depth = _WITH_LAYERS.fullmatch(name) if may_have_layers else None
     model = of_depth["model"] if of_depth else name
-    of_count = _MODEL_WITH_COUNT.fullmatch(model)
     try:
-        METHOD.checked((of_count["method"] or DEFAULT_METHOD) if of_count else model)
+        split_count(model)
     except ValueError:
         raise ValueError(
             f"{quoted(name)} is not a model; name a method ({', '.join(METHOD)}), or the "
@@ -100,6 +113,13 @@ class SweepSettings(Section):
     """Optimizer steps of the distilled vanilla models. They train at their method's own rate in
     `learning_rates`, and otherwise as students do (default: the teacher's tokens and the students'
     together, which the students' weights have seen, too)."""
+    teachers: Annotated[tuple[ModelName, ...], _Different] = ()
+    """Further teachers that a threshold sweep trains, by method (`pcformer`) or by the corrections
+    of an IIET (`r = 2`), each with students of its own. Then `seeds` train teachers and baselines,
+    too, and the students of a seed learn from that seed's teacher."""
+    baselines: Annotated[tuple[ModelName, ...], _Different] = ()
+    """Further baselines that are trained with a teacher, beside vanilla and the teacher without
+    corrections: `pcformer`, or the corrections of an IIET (`r = 1`)."""
     iterations: tuple[StrictInt | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
     over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""

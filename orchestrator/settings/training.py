@@ -10,6 +10,7 @@ from iiet.extensions import METHODS
 from orchestrator.settings.section import OneOf, Section
 
 DEFAULT_METHOD = "iiet"
+PCFORMER = "pcformer"
 BASELINE_METHOD = "vanilla"
 METHOD = OneOf(METHODS)
 MAX_LAYERS = 1000

@@ -30,6 +30,7 @@ from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
+    PCFORMER,
     ModelSettings,
     Settings,
     SweepSettings,
@@ -37,9 +38,9 @@ from orchestrator.settings import (
 )
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
-from orchestrator.settings.sweep import has_layers
+from orchestrator.settings.sweep import has_layers, split_count
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_count
+from orchestrator.terminal.render import format_count, join_names
 from orchestrator.training.job import NON_KEY_FIELDS, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
@@ -63,6 +64,8 @@ def model_label(method: str, corrections: object, num_layers: int | None = None)
     layers`.
     """
     parts = [method] if method != DEFAULT_METHOD else []
+    if isinstance(corrections, tuple):
+        corrections = ",".join(map(str, corrections))
     full = METHODS[method].full_level
     if has_counts(method):
         parts.append(f"r = {corrections}")
@@ -145,11 +148,37 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
                 yield replace(model, learning_rate=rate, seed=seed)
 
 
+def _named_model(settings: Settings, name: str) -> ModelVariant:
+    method, count = split_count(name)
+    usual = settings.model.corrections if has_counts(method) else None
+    return ModelVariant(method=method, corrections=usual if count is None else count)
+
+
+def teacher_models(settings: Settings) -> list[ModelVariant]:
+    """Return the teachers that a sweep trains: the settings' model, and `sweep.teachers`."""
+    own = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
+    return [own, *(_named_model(settings, name) for name in settings.sweep.teachers)]
+
+
+def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
+    """Return the teachers by label; several have their own names, each with those of its seeds."""
+    teachers = teacher_models(settings)
+    if not settings.sweep.teachers:
+        return {TEACHER: teachers[0]}
+    return {model.label: model for model in _under_seeds(settings, teachers)}
+
+
+def _under_seeds(settings: Settings, models: Iterable[ModelVariant]) -> list[ModelVariant]:
+    seeds = settings.sweep.seeds or (None,)
+    return [replace(model, seed=seed) for model in models for seed in seeds]
+
+
 def baseline_models(settings: Settings) -> list[ModelVariant]:
     """Return the baselines of the settings' teacher, each at its numbers of layers."""
     usual = ModelVariant(method=BASELINE_METHOD)
     none = ModelVariant(method=settings.model.method, corrections=0)
-    return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
+    more = [_named_model(settings, name) for name in settings.sweep.baselines]
+    return [model for one in (usual, none, *more) for model in _at_each_depth(settings, one)]
 
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
@@ -173,11 +202,37 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 
 
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of the teacher and the baselines that a sweep trains."""
-    model = settings.model
-    named = {TEACHER: ModelVariant(method=model.method, corrections=model.corrections)}
-    named |= {baseline.name: baseline for baseline in baseline_models(settings)}
-    return {name: settings_of(settings, variant) for name, variant in named.items()}
+    """Return the settings of the teachers and the baselines that a sweep trains.
+
+    Those of several teachers are trained under each seed, as these are.
+    """
+    baselines = baseline_models(settings)
+    if settings.sweep.teachers:
+        baselines = _under_seeds(settings, baselines)
+    named = teachers_by_label(settings) | {model.label: model for model in baselines}
+    return {label: settings_of(settings, variant) for label, variant in named.items()}
+
+
+def claims_answered(settings: Settings) -> str:
+    """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
+    teachers = {model.method for model in teacher_models(settings)}
+    beside = {model.method for model in baseline_models(settings) if model.num_layers is None}
+    needs: dict[int, tuple[set[str], set[str]]] = {
+        1: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
+        2: ({DEFAULT_METHOD}, {PCFORMER}),
+        3: ({DEFAULT_METHOD}, set()),
+        4: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
+        5: ({DEFAULT_METHOD, PCFORMER}, set()),
+    }
+    found = [
+        str(number)
+        for number, (taught, others) in needs.items()
+        if taught <= teachers and others <= teachers | beside
+    ]
+    if len(found) == len(needs):
+        return "its models answer all five claims of the paper (`iiet-orch claims`)"
+    which = join_names(found) if found else "none"
+    return f"of the paper's five claims, its models answer {which}"
 
 
 # Baselines of a given teacher
@@ -335,11 +390,15 @@ def check_models(settings: Settings) -> None:
     sweep, data = settings.sweep, settings.data
     is_scratch = sweep.kind == "iterations"
     models = [*swept_models(settings)] if is_scratch else baseline_models(settings)
-    problems = []
-    for own in [settings_of(settings, model) for model in models] if is_scratch else [settings]:
+    problems, configs = [], []
+    built = models if is_scratch else teacher_models(settings)[1:]
+    each = [settings_of(settings, model) for model in built]
+    for own in each if is_scratch else [settings, *each]:
         try:
-            config = build_model_config(
-                own.model, vocab_size=data.vocab_size, context_length=sequence_length(data)
+            configs.append(
+                build_model_config(
+                    own.model, vocab_size=data.vocab_size, context_length=sequence_length(data)
+                )
             )
         except UserError as error:
             problems.append(str(error))
@@ -359,13 +418,15 @@ def check_models(settings: Settings) -> None:
     if is_scratch:
         return
     if settings.distillation.control != "pruned":
-        sequences_per_step(settings.distillation.training, config, section=STUDENTS_SECTION)
-    check_teacher(sweep, config)
-    method = METHODS[config.method]
-    if method.repeats_stack or not method.has_corrections or not sum(config.corrections):
-        has = "repeats the whole stack" if method.repeats_stack else "has none"
-        raise UserError(
-            f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
-            f"of model.method={config.method} and model.corrections={settings.model.corrections} "
-            f"{has}; take method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
-        )
+        sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
+    for config, own in zip(configs, [settings, *each], strict=True):
+        check_teacher(sweep, config)
+        method = METHODS[config.method]
+        if method.repeats_stack or not method.has_corrections or not sum(config.corrections):
+            has = "repeats the whole stack" if method.repeats_stack else "has none"
+            raise UserError(
+                f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a "
+                f"teacher of model.method={config.method} and model.corrections="
+                f"{own.model.corrections} {has}; take method iiet with 1 correction or more, "
+                "pcformer, or sweep.kind=iterations"
+            )

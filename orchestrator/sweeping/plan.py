@@ -10,9 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
@@ -43,12 +44,14 @@ from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
 from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
+    baseline_models,
     check_teacher,
     find_baselines,
     has_counts,
     schedule_cost,
     settings_of,
     swept_variants,
+    teachers_by_label,
 )
 from orchestrator.sweeping.students import Students, checkpoint_trial, choose_members, make_trial
 from orchestrator.terminal.progress import Progress
@@ -140,6 +143,8 @@ def plan_students(
     baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
+    teacher_name: str = "",
+    seed: int | None = None,
 ) -> SweepPlan:
     """Plan a threshold sweep or a search: the trials that are known before any has run.
 
@@ -148,6 +153,8 @@ def plan_students(
         note: Called with a sentence for each run that cannot be a baseline.
         baselines: Label to checkpoint; those of `find_baselines` when unset.
         hashes: Of lm-eval's tasks, if they are loaded.
+        teacher_name: As in `Students`, with the seed: if this is one teacher of several.
+        seed: Seed of teacher, students and baselines.
     """
     sweep, full = settings.sweep, load_config(teacher)
     left_out: dict[str, str] = {}
@@ -163,7 +170,7 @@ def plan_students(
     if suite.prompts:
         check_template(ModelTokenizer(teacher), suite.prompts)
     plan = students_plan(
-        Students(settings, workspace, teacher, suite),
+        Students(settings, workspace, teacher, suite, teacher_name, seed),
         influence,
         baselines=baselines,
         name=None if sweep.kind == "search" else name,
@@ -186,7 +193,9 @@ def students_plan(
     sweep, full, suite, workspace = (
         students.settings.sweep, students.full, students.suite, students.workspace
     )  # fmt: skip
-    trials = [checkpoint_trial("teacher", "teacher", students.teacher, full, suite, workspace)]
+    measured: dict[str, Any] = {"suite": suite, "workspace": workspace, "seed": students.seed}
+    name_of_teacher = students.name or "teacher"
+    trials = [checkpoint_trial("teacher", name_of_teacher, students.teacher, full, **measured)]
     cost = schedule_cost(sweep.budget_unit, full)
     members = choose_members(influence, sweep, cost=cost) if influence else ()
     if influence and sweep.elastic:
@@ -195,11 +204,73 @@ def students_plan(
         trials += students.family(members)
     for label, folder in (baselines or {}).items():
         config = load_config(folder)
-        trials.append(checkpoint_trial("baseline", label, folder, config, suite, workspace))
+        trials.append(checkpoint_trial("baseline", label, folder, config, **measured))
     if influence:
         trials += students.distilled_baselines(members, influence)
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     return _named_plan("threshold", name, trials, num_requested, teacher=students.teacher)
+
+
+def plan_all_students(
+    settings: Settings,
+    workspace: Workspace,
+    teachers: Mapping[str, Path],
+    influence: Mapping[str, InfluenceTable],
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    baselines: Mapping[str, Path] | None = None,
+    name: str | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> SweepPlan:
+    """Plan the students of one teacher, or of those that `sweep.teachers` adds under each seed.
+
+    The seeds of a teacher have the same schedules, those of their mean influence.
+
+    Args:
+        teachers: Label of `teachers_by_label` -> checkpoint.
+        influence: Label -> table; without them the plan has no students.
+        baselines: Label to checkpoint; of several teachers, of those that the sweep trains.
+    """
+    asked: dict[str, Any] = {"note": note, "hashes": hashes}
+    if not settings.sweep.teachers:
+        [(label, teacher)] = teachers.items()
+        asked |= {"baselines": baselines, "name": name}
+        return plan_students(settings, workspace, teacher, influence.get(label), **asked)
+    models, plans = teachers_by_label(settings), []
+    for label, model in models.items():
+        same = [
+            influence[other]
+            for other in models
+            if models[other].name == model.name and other in influence
+        ]
+        beside = {}
+        if model.name == next(iter(models.values())).name:  # Once for each seed.
+            seeded = [replace(one, seed=model.seed) for one in baseline_models(settings)]
+            known = baselines or {}
+            beside = {one.name: known[one.label] for one in seeded if one.label in known}
+        asked |= {"teacher_name": model.name, "seed": model.seed, "baselines": beside}
+        table = mean_influence(same) if same else None
+        plans.append(plan_students(settings, workspace, teachers[label], table, **asked))
+    trials = {trial.key: trial for plan in plans for trial in plan.trials}
+    num_requested = plans[0].num_requested * len({model.name for model in models.values()})
+    whole = _named_plan("threshold", name, [*trials.values()], num_requested, teacher=None)
+    return whole.model_copy(update={"teacher": plans[0].teacher})
+
+
+def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
+    """Return the mean of what was measured of one model's seeds; errors are those of the first."""
+
+    def mean(*rows: Sequence[float]) -> tuple[float, ...]:
+        return tuple(map(fmean, zip(*rows, strict=True)))
+
+    if len(tables) == 1:
+        return tables[0]
+    values, residuals = (
+        tuple(mean(*rows) for rows in zip(*each, strict=True))
+        for each in ([t.value_rows for t in tables], [t.residual_rows for t in tables])
+    )
+    layers = mean(*(table.layer_values for table in tables))
+    return replace(tables[0], value_rows=values, residual_rows=residuals, layer_values=layers)
 
 
 def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:

@@ -310,6 +310,20 @@ class Students:
     """Checkpoint of the full model."""
     suite: TrialSuite
     """What is measured."""
+    name: str = ""
+    """Name of the teacher, if the sweep has several."""
+    seed: int | None = None
+    """Seed of this teacher and of all its students, if the sweep has others of other seeds."""
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """The seeds that each student is trained with."""
+        own = () if self.name else self.settings.sweep.seeds
+        return own or (self.seed,)
+
+    def label(self, text: str) -> str:
+        """Return the label of a student: with its teacher's name, if there are several."""
+        return f"{self.name}: {text}" if self.name else text
 
     @cached_property
     def full(self) -> ModelConfig:
@@ -337,7 +351,7 @@ class Students:
             "job": job.model_copy(update={"run_folder": folder}),
             "parent": job.provenance.get("teacher"),
         }
-        return make_trial(role, label, weights, self.suite, seed, **fields)
+        return make_trial(role, self.label(label), weights, self.suite, seed, **fields)
 
     def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
         """Return the trial that trains and measures a student, or a control, under a schedule."""
@@ -347,15 +361,14 @@ class Students:
             label += f", {control.replace('_', ' ')}"
         if job := self._job(without_elastic(self.settings).distillation, config):
             return self._trained("trial", label, job, seed, **_thresholds(member))
-        fields = {"parent": weights_key(self.teacher), **_thresholds(member)}
-        return checkpoint_trial(
-            "trial", label, self.teacher, config, self.suite, self.workspace, **fields
-        )
+        fields = {"parent": weights_key(self.teacher), "seed": seed, **_thresholds(member)}
+        measured: dict[str, Any] = {"suite": self.suite, "workspace": self.workspace, **fields}
+        return checkpoint_trial("trial", self.label(label), self.teacher, config, **measured)
 
     def family(self, members: Sequence[FamilyMember]) -> list[Trial]:
         """Return the trials of these schedules, under each seed if they are trained."""
         is_trained = self.settings.distillation.control != "pruned"
-        seeds = (is_trained and self.settings.sweep.seeds) or (None,)
+        seeds = self.seeds if is_trained else (self.seed,)
         return [self.student(member, seed) for seed in seeds for member in members]
 
     def elastic(self, members: Sequence[FamilyMember]) -> list[Trial]:
@@ -378,7 +391,7 @@ class Students:
         job = self._job(_elastic(self.settings, cheaper), full)
         assert job is not None, "check_sweep refuses controls"
         trials = []
-        for seed in self.settings.sweep.seeds or (None,):
+        for seed in self.seeds:
             thresholds = _thresholds(of_schedule.get(full.corrections))
             label = f"{full.corrections}, elastic"
             trained = self._trained("trial", label, job, seed, is_elastic=True, **thresholds)
@@ -392,7 +405,7 @@ class Students:
                 trials.append(
                     make_trial(
                         "trial",
-                        f"{schedule}, elastic",
+                        self.label(f"{schedule}, elastic"),
                         weights,
                         self.suite,
                         seed,
@@ -414,7 +427,7 @@ class Students:
         per_step = provenance.get("recipe", {}).get("num_tokens_per_step", 0)
         num_tokens = int(provenance.get("step", 0) * per_step)
         sweep, trials = self.settings.sweep, []
-        for seed in sweep.seeds or (None,):
+        for seed in self.seeds:
             for baseline in choose_distilled_baselines(sweep, self.full, members, influence):
                 job = self._job(without_elastic(self.settings).distillation, baseline.config)
                 assert job is not None, "check_sweep refuses controls"

@@ -31,6 +31,7 @@ from iiet.weights import WEIGHTS, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,
+    FIRST_STAGE,
     JOB_KEY,
     METHOD_PACKAGE,
     REMEDY,
@@ -215,11 +216,9 @@ class CheckpointWriter:
         """Return whether a first stage or the stable part ends, or the minutes have passed."""
         minutes = self._job.recipe.checkpoint_every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
-        return is_late or step == stable_steps(self._job.recipe) or self._ends_first_stage(step)
-
-    def _ends_first_stage(self, step: int) -> bool:
         stage = self.first_stage
-        return stage is not None and step == stage.num_steps and not stage.exists
+        ends_stage = stage and step == stage.num_steps and not stage.find()
+        return is_late or step == stable_steps(self._job.recipe) or bool(ends_stage)
 
     def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Start to write a checkpoint, unless this step has one or is the start.
@@ -289,6 +288,11 @@ class CheckpointWriter:
             **job.provenance,
             JOB_KEY: self._key,
         }
+        kept = {folder / checkpoint_name(stable_steps(recipe))}
+        if stage := self.first_stage:
+            kept.add(folder / checkpoint_name(stage.num_steps))
+            if step == stage.num_steps:
+                provenance[FIRST_STAGE] = stage.key
         self.checkpoint = save_checkpoint(
             folder,
             step,
@@ -302,16 +306,9 @@ class CheckpointWriter:
         if recipe.keep_best and position.validated_step == step:
             record_best(self.checkpoint, step, position.validation_loss)
         best = best_checkpoint(folder) if recipe.keep_best else None
-        stable = folder / checkpoint_name(stable_steps(recipe))
-        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=(best, stable))
+        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep={*kept, best})
         seconds = round(time.perf_counter() - started, 3)
         self._event("checkpoint", step=step, path=str(self.checkpoint), seconds=seconds)
-
-        if self.first_stage and self._ends_first_stage(step):
-            try:
-                self.first_stage.store(self.checkpoint)
-            except OSError as error:
-                self._event("not shared", text=f"the first stage could not be stored: {error}")
         if self.remote:
             self.remote.upload(step, self._event)
 

@@ -85,7 +85,7 @@ def pretraining_job(
         tokens_folder=str(tokens or ""),
         model=config,
         recipe=recipe,
-        first_stages=str(workspace.first_stages),
+        first_stages=str(workspace.runs),
         storage=settings.cluster.storage,
     )
     folder = workspace.runs / (name or "")

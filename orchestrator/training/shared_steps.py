@@ -1,9 +1,9 @@
 """Steps that a training takes over from another one, bitwise as if it had made them itself.
 
 A first stage: an IIET is first trained without corrections, so models with the same seed, rate and
-recipe are equal until then. The run that gets there first leaves a checkpoint and its journal in a
-folder of their own; later runs continue it. Models that start at the same time each train the
-stage: none waits.
+recipe are equal until then. The run that gets there first keeps its checkpoint, whose provenance
+names the stage; later runs continue it. Models that start at the same time each train the stage:
+none waits.
 
 A longer training equals a finished one until the first step whose learning rate or iteration
 schedule differs. It continues the newest checkpoint before that step: the one before the decay with
@@ -12,28 +12,30 @@ schedule differs. It continues the newest checkpoint before that step: the one b
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from iiet.methods import METHODS
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.models.folder import check_checkpoint, newest_checkpoint
+from orchestrator.models.folder import (
+    FIRST_STAGE,
+    check_checkpoint,
+    load_provenance,
+    newest_checkpoint,
+)
 from orchestrator.models.lookup import find_run_folder
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, describe_difference, job_key, key_fields
 from orchestrator.training.schedules import learning_rate_at, schedule_by_step, stable_steps
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import delete_folder, new_folder, read_json
-from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
-    PROVENANCE,
     Workspace,
     checkpoint_name,
     find_checkpoints,
@@ -68,49 +70,36 @@ def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
 class FirstStage:
     """The steps of a model before its corrections are switched on."""
 
-    folder: Path
-    """Holds the checkpoint after the last step, and a journal."""
+    key: str
+    """Hash of all that determines them."""
     num_steps: int
+    runs: Path
+    """Folder of the runs that may have made them."""
+    own: Path = field(compare=False)
+    """Folder of the run whose stage it is."""
 
-    @property
-    def checkpoint(self) -> Path:
-        """Folder of the checkpoint after the last step."""
-        return self.folder / checkpoint_name(self.num_steps)
+    def checkpoints(self) -> Iterator[Path]:
+        """Yield the checkpoints after the last step, of any run; they may be damaged."""
+        for folder in sorted(self.runs.glob(f"*/{checkpoint_name(self.num_steps)}")):
+            with suppress(UserError):  # Its provenance is damaged.
+                if load_provenance(folder).get(FIRST_STAGE) == self.key:
+                    yield folder
 
     @property
     def exists(self) -> bool:
-        """Whether the checkpoint is stored; it may be damaged."""
-        return (self.checkpoint / PROVENANCE).is_file()
+        """Whether there is a checkpoint; it may be damaged."""
+        return any(self.checkpoints())
 
-    def find(self, warn: Callable[[str], None]) -> Path | None:
-        """Return the stored checkpoint if it is intact, else None.
-
-        A damaged one is reported and deleted: the next run that trains the stage stores it again.
-        """
-        if not self.folder.exists():
-            return None
-        try:
-            check_checkpoint(self.checkpoint, with_training_state=True)
-        except UserError as error:
-            warn(f"{error}; the first stage is trained again")
-            with suppress(OSError):  # Another process deleted it, or we may not.
-                delete_folder(self.folder)
-            return None
-        return self.checkpoint
-
-    def store(self, checkpoint: Path) -> None:
-        """Store a run's checkpoint after the last step, and its metrics until then.
-
-        Raises:
-            OSError: If the disk is full.
-        """
-        with new_folder(self.folder) as temporary:
-            # Checkpoints are never modified; links take no disk space while the run keeps its own.
-            shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=os.link)
-            journal = Journal(temporary)
-            for step, values in metrics_until(checkpoint):
-                journal.metrics(step, values)
-            journal.close()
+    def find(self, warn: Callable[[str], None] = lambda _: None) -> Path | None:
+        """Return an intact checkpoint of another run; None without one. Damaged ones are told."""
+        for folder in self.checkpoints():
+            if folder.parent != self.own:
+                try:
+                    check_checkpoint(folder, with_training_state=True)
+                    return folder
+                except UserError as error:
+                    warn(f"{error}; the first stage is taken from another run, or trained again")
+        return None
 
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:
@@ -130,19 +119,19 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     )
     journal_fields = {name: getattr(recipe, name) for name in JOURNAL_ONLY_FIELDS}
     key = content_key("first stage", job_key(plain), num_steps, journal_fields)
-    return FirstStage(Path(str(job.first_stages)) / key, num_steps)
+    return FirstStage(key, num_steps, Path(str(job.first_stages)), job.folder)
 
 
 def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
-    """Return the jobs; those whose first stage is neither stored nor shared store none."""
+    """Return the jobs; those whose first stage is neither trained nor shared look for none."""
     stages = [first_stage_of(job) for job in jobs]
-    users: dict[Path, set[str]] = {}
+    users: dict[str, set[str]] = {}
     for job, stage in zip(jobs, stages, strict=True):
         if stage:
-            users.setdefault(stage.folder, set()).add(job.run_folder)
+            users.setdefault(stage.key, set()).add(job.run_folder)
     return [
         job
-        if stage and (stage.exists or len(users[stage.folder]) > 1)
+        if stage and (stage.exists or len(users[stage.key]) > 1)
         else job.model_copy(update={"first_stages": None})
         for job, stage in zip(jobs, stages, strict=True)
     ]

@@ -65,7 +65,6 @@ class RemovableKind(StrEnum):
     TEMPORARY = "temporary"
     RAY = "ray"
     TEACHERS = "teachers"
-    FIRST_STAGES = "first-stages"
     CHECKPOINTS = "checkpoints"
     DAMAGED = "damaged"
 
@@ -82,9 +81,8 @@ class Workspace:
         self.runs = root / "runs"
         self.sweeps = root / "sweeps"
         self.exports = root / "exports"
-        # One folder per content key: trials, first stages that trainings share, teacher caches.
+        # One folder per content key: trials, teacher caches.
         self.trials = root / "trials"
-        self.first_stages = root / "first_stages"
         self.teachers = root / "teachers"
         # One folder per set of sweeps: reports on one front.
         self.overlays = root / "overlays"

@@ -25,13 +25,29 @@ HERE = [
 ]  # fmt: skip
 """The small size, without the hub and GPUs that some files ask for."""
 
+SEVERAL = [
+    "training.num_tokens_per_step=264", "distillation.training.num_tokens_per_step=264",
+    "sweep.seeds=[0, 1]", "sweep.budgets=[9, 6, 3]",
+]  # fmt: skip
+"""For sweeps of several teachers: whole sequences of two depth tasks; budgets of three layers."""
+SEVERAL_TEACHERS = ("claims", "paper-340m", "paper-55m")
+TAUGHT = {"r = 3: 2,2,2", "r = 2: 2,2,2", "pcformer: 2,2,2"}
 FRONTS = {
-    "demo": {"teacher", "vanilla, 2 layers", "vanilla, 8 layers", "r = 0", "0,0,0", "3,3,3"},
+    "claims": {f"{name}, seed {seed}" for name in TAUGHT | {"vanilla", "r = 0"} for seed in (0, 1)},
+    "demo": {
+        "teacher",
+        "pcformer",
+        "vanilla, 2 layers",
+        "vanilla, 8 layers",
+        "r = 0",
+        "0,0,0",
+        "3,3,3",
+    },
     "depth": {"teacher", "vanilla, 2 layers", "vanilla, 8 layers", "r = 0", "0,0,0", "3,3,3"},
     "iterations": {"vanilla", "r = 0", "r = 1", "r = 2", "r = 3"},
     "methods": {"vanilla", "pcformer", "r = 0", "r = 1", "r = 3"},
-    "paper-340m": {"teacher", "vanilla", "r = 0", "0,0,0", "3,3,3"},
-    "paper-55m": {"teacher", "vanilla", "r = 0", "0,0,0", "3,3,3"},
+    "paper-340m": {f"{name}, seed 0" for name in ("vanilla", "r = 0", "r = 3", "pcformer")},
+    "paper-55m": {f"{name}, seed 1" for name in ("vanilla", "r = 0", "r = 2", "pcformer")},
     "toy": {"teacher", "vanilla", "r = 0", "0,0,0", "2,2,2"},
 }
 """Expected rows on the front of each sweep, without schedules between both ends."""
@@ -47,6 +63,8 @@ def settings_of(name: str, *more: str) -> Settings:
     # Without the hub; the demo's depth tasks are generated.
     source = read_settings(shipped_sweeps()[name]).data.source
     here = [*HERE, f"data.source={'python' if source == 'hub' else source}"]
+    if name in SEVERAL_TEACHERS:
+        here += SEVERAL
     return read_settings(shipped_sweeps()[name], [*here, *more])
 
 
@@ -68,7 +86,10 @@ def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) ->
     assert result.page.is_file()
     stored = json.loads((result.folder / "results.json").read_text())["results"]
     assert FRONTS[name] <= {each["label"] for each in stored}
-    assert len(result.to_pandas()) == len(result.trials)
+    if name in SEVERAL_TEACHERS:
+        assert {claim["verdict"] for claim in result.to_json()["claims"]} != {"not measured"}
+    else:
+        assert len(result.to_pandas()) == len(result.trials)
 
 
 @pytest.mark.long

@@ -108,6 +108,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "runs/full/step_00000002/training_state.pt": ("pretrain",),
     "runs/full/step_00000002/.verified.json": MODEL,
     "runs/full/step_00000002/influence-cosine.json": ("influence", "plan"),
+    "runs/first/journal.jsonl": ("train the second stage",),
+    "runs/first/step_00000001/model.safetensors": ("train the second stage",),
+    "runs/first/step_00000001/provenance.json": ("train the second stage",),
+    "runs/first/step_00000001/training_state.pt": ("train the second stage",),
     "trials/*/job.json": ("list", "clean", "plan"),
     "trials/*/done.json": ("list", "plan"),
     "trials/*/result-*.json": ("list", "clean", "plan"),
@@ -125,10 +129,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "evaluations/*.answers": ("status", "evaluate the rest"),
     "benchmarks/*.json": ("clean",),
     "tracked/*.json": ("clean", "sync"),
-    "first_stages/*/journal.jsonl": ("train the second stage",),
-    "first_stages/*/step_00000001/model.safetensors": ("train the second stage",),
-    "first_stages/*/step_00000001/provenance.json": ("train the second stage",),
-    "first_stages/*/step_00000001/training_state.pt": ("train the second stage",),
     "teachers/*/manifest.json": ("read stored outputs",),
     "teachers/*/answers.bin": ("read stored outputs",),
     "teachers/*/.verified.json": ("read stored outputs",),
@@ -217,9 +217,13 @@ FUNCTIONS: dict[str, Reader] = {
 }
 """What only a whole sweep does."""
 
+CLEANED_WITHOUT_FULL = (
+    "runs/first/step_00000001', 'reason': 'intermediate checkpoint of a finished training'}, "
+    "{'kind': 'teachers'"
+)
 SAID = {
     "tokens/*/heldout-*/suite.json": ("nothing is left",),  # Only notes on the tasks are missing.
-    "runs/full/done.json": ("stopped at 2/2", "'found': [{'kind': 'first-stages'"),
+    "runs/full/done.json": ("stopped at 2/2", CLEANED_WITHOUT_FULL),
     "trials/*/done.json": ("stopped at 1/1",),
     "trials/*/result-*.json": ("to measure",),
     "sweeps/s/plan.json": ("without a plan",),
@@ -320,6 +324,8 @@ def _fill(workspace: Workspace) -> None:
     for name in ("pretrain", "influence", "evaluate", "export", "benchmark"):
         assert cli.main([*COMMANDS[name], "--workspace", str(workspace.root)]) == 0
     next(workspace.exports.iterdir()).rename(workspace.exports / "full")
+    _train_the_second_stage(workspace, Notes())
+    (workspace.runs / "stages").rename(workspace.runs / "first")  # Another run of that first stage.
     settings, context = read_settings(None, SETTINGS), Context(workspace)
     teacher = newest_checkpoint(workspace.runs / "full")
     assert teacher
@@ -343,8 +349,6 @@ def _fill(workspace: Workspace) -> None:
         sweep="s", checkpoint=str(results[-1].checkpoint), schedule=(0, 0), time=time.time()
     ).write(workspace.picked)
 
-    _train_the_second_stage(workspace, Notes())
-    shutil.rmtree(workspace.runs / "stages")  # Its first stage is stored.
     _read_stored_outputs(workspace, Notes())
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])

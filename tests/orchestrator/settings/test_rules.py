@@ -79,6 +79,8 @@ def test_what_a_control_does_not_read_may_be_anything() -> None:
         ("threshold", "distilled_baselines=[vanilla]; distillation.control=pruned", "'pruned': "),
         ("search", "distilled_baselines=[vanilla]; distillation.hidden_weight=0.5", "=0.5: "),
         ("search", "elastic=true", "sweep.elastic=True, sweep.kind='search': "),
+        ("search", "teachers=[pcformer]", "sweep.kind='search', sweep.teachers="),
+        ("iterations", "baselines=[pcformer]", "sweep.kind='iterations', sweep.baselines="),
         ("iterations", "elastic=true", "sweep.elastic=True, sweep.kind='iterations': "),
         ("threshold", "compare=true", "sweep.compare=True, sweep.elastic=False: "),
         ("threshold", "elastic=true; distillation.control=pruned", "distillation.control='pruned'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from sample_texts import tokens_of
 
 from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.schedule import IterationSchedule
@@ -21,6 +23,7 @@ from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import (
     TEACHER,
@@ -28,6 +31,7 @@ from orchestrator.sweeping.models import (
     check_devices,
     check_models,
     check_sweep,
+    claims_answered,
     find_baselines,
     learning_rates,
     model_label,
@@ -37,6 +41,7 @@ from orchestrator.sweeping.models import (
     swept_variants,
     teacher_and_baselines,
 )
+from orchestrator.sweeping.plan import plan_all_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
@@ -152,6 +157,30 @@ def test_a_teacher_stands_beside_vanilla_and_its_own_start(other: str) -> None:
     assert {name: (model.method, model.corrections) for name, model in shapes.items()} == {
         "teacher": ("other", 2), "vanilla": ("vanilla", 2), "other, r = 0": ("other", 0),
     }  # fmt: skip
+
+
+def test_several_teachers_have_their_names_and_the_seeds_of_the_sweep() -> None:
+    options = ["model.corrections=3", "sweep.baselines=[r = 1]"]
+    settings = resolve_settings({}, options)
+    assert claims_answered(settings) == "of the paper's five claims, its models answer 1, 3, 4"
+    assert [*teacher_and_baselines(settings)] == [TEACHER, "vanilla", "r = 0", "r = 1"]
+    options += ["sweep.teachers=[r = 2, pcformer]", "sweep.seeds=[0, 7]"]
+    settings = resolve_settings({}, options)
+    check_models(settings)
+    assert "answer all five claims" in claims_answered(settings)
+    models = teacher_and_baselines(settings)
+    assert [*models] == [
+        f"{name}, seed {seed}"
+        for name in ("r = 3", "r = 2", "pcformer", "vanilla", "r = 0", "r = 1")
+        for seed in (0, 7)
+    ]
+    found = {name: (m.model.method, m.model.corrections) for name, m in models.items()}
+    assert found["r = 3, seed 7"] == ("iiet", 3)
+    assert found["r = 2, seed 7"] == ("iiet", "2")
+    assert found["pcformer, seed 0"] == ("pcformer", 2)
+    assert {m.training.seed for name, m in models.items() if name.endswith("7")} == {7}
+    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla"):
+        check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
 
 def test_options_are_of_the_models_own_method(other: str) -> None:
@@ -364,6 +393,57 @@ def pretrain(space: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) ->
         return Path(str(run_job(job).checkpoint))
 
     return make
+
+
+def test_students_of_several_teachers_are_named_and_keep_their_seed(
+    space: Workspace, pretrain: Any, tiny_tokens: Path
+) -> None:
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    settings = resolve_settings(
+        {},
+        [
+            "model.corrections=[2, 1]", "model.num_layers=2", "sweep.teachers=[pcformer]",
+            "sweep.seeds=[0, 7]", "sweep.budgets=[3, 2]", "distillation.training.num_steps=2",
+            "distillation.training.num_tokens_per_step=64",
+        ],
+    )  # fmt: skip
+    models = {"r = 2,1": {}, "pcformer": {"method": "pcformer", "schedule": "2,2"}}
+    teachers = {
+        f"{name}, seed {seed}": pretrain(f"{name} {seed}", model, tokens, seed=seed)
+        for name, model in models.items()
+        for seed in (0, 7)
+    }
+    baselines = {f"vanilla, seed {n}": pretrain(f"v {n}", VANILLA, tokens, seed=n) for n in (0, 7)}
+
+    def influence(first: float, rows: tuple[int, int]) -> InfluenceTable:
+        values = ((first, 0.1)[: rows[0]], (0.3, 0.01)[: rows[1]])
+        zeros = tuple((0.0,) * count for count in rows)
+        layers = (0.1, 0.2)
+        return InfluenceTable("cosine", values, zeros, num_tokens=64, layer_values=layers)
+
+    # Under seed 7 alone, correction 1 of layer 2 would matter most.
+    tables = {
+        label: influence(0.2 if label.endswith("7") else 0.6, (2, 1) if label[0] == "r" else (2, 2))
+        for label in teachers
+    }
+    plan = plan_all_students(settings, space, teachers, tables, baselines=baselines)
+    found = {trial.label: trial for trial in plan.trials}
+    groups = {trial.group for trial in plan.trials}
+    of_teacher = [f"{name}{end}" for name in models for end in ("", ": 1,0", ": 0,0")]
+    assert groups == {*of_teacher, "vanilla"}
+    assert len(found) == 2 * len(groups) == len(plan.trials)
+    assert plan.teacher == str(teachers["r = 2,1, seed 0"])
+    for label, trial in found.items():
+        assert trial.seed == int(label[-1])
+        if trial.job:
+            teacher = f"{str(trial.group).partition(': ')[0]}, seed {trial.seed}"
+            assert trial.job.teacher_folder == str(teachers[teacher])
+            assert trial.job.recipe.seed == trial.seed
+    # Trained alike, but for the seed and the method.
+    teachers_in_table = teachers_of(result_table(plan.trials))
+    assert len(teachers_in_table) == 4
+    bare = plan_all_students(settings, space, teachers, {}, baselines=baselines)
+    assert [trial.role for trial in bare.trials].count("trial") == 0
 
 
 def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(

@@ -275,7 +275,7 @@ def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> An
                         tokens_folder=str(tiny_tokens),
                         model={**tiny_model, **model},
                         recipe=own.model_copy(update=changes),
-                        first_stages=str(tmp_path / "first_stages"),
+                        first_stages=str(tmp_path),
                     )
                 )
         suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
