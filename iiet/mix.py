@@ -9,7 +9,8 @@ field, with its current estimate e in place of s_l; C gives the hidden state:
 
 The sums over k < l are computed once per layer. Estimates, rows and sums are at least float32; x
 and h_l are rounded once. `PlainHistory` sums over a list; `FusedHistory` computes the same by
-matrix products over one buffer. Source: the PCformer and IIET papers; the two forms: this project.
+matrix products over one buffer, and `StepHistory` in few operations where there is one token per
+row. Source: the PCformer and IIET papers; the three forms: this project.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +32,7 @@ __all__ = [
     "LayerMix",
     "Mix",
     "PlainHistory",
+    "StepHistory",
     "start",
 ]
 
@@ -40,6 +41,8 @@ def start(embeddings: Tensor, num_layers: int) -> History:
     """Return the history before the first layer; it holds `s_0`, (batch, time, dim)."""
     estimate = at_least_float32(embeddings)
     if fast_forms_allowed():
+        if _is_token_step(embeddings):
+            return StepHistory(estimate, num_layers)
         return FusedHistory.started(estimate, num_layers)
     return PlainHistory((estimate,))
 
@@ -100,8 +103,17 @@ class EstimateNorm(KeepsFloat32, nn.LayerNorm):
     """The LayerNorm that makes an estimate of a field's output, at least in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
-        return F.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
+        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
+            x, weight, bias = map(at_least_float32, (x, weight, bias))
+        return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """Return `module.name` in a third of the time, which counts in a decoding step."""
+    found = module._parameters.get(name)
+    value: Tensor = getattr(module, name) if found is None else found
+    return value
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,55 @@ class FusedHistory:
         return hidden, FusedHistory(self.buffer, self.count + 1, link)
 
 
-History = PlainHistory | FusedHistory
+class StepHistory:
+    """`FusedHistory` for one token per row on a CPU, without gradients.
+
+    At small widths the time of a decoding step is the number of its operations. So views of the
+    buffer are made once, the history counts its estimates instead of being replaced, and has room
+    for the last layer's, too: a layer without corrections is left by one product of all estimates
+    and its row of C.
+    """
+
+    def __init__(self, embeddings: Tensor, num_layers: int) -> None:
+        self._buffer = embeddings.new_empty(num_layers + 1, *embeddings.shape)
+        self._entries = self._buffer.unbind()
+        self._columns = self._buffer.view(num_layers + 1, -1).t()
+        self._entries[0].copy_(embeddings)
+        self._count = 1
+
+    def sums(self, rows: Tensor) -> tuple[StepHistory, tuple[Tensor, ...]]:
+        return self, _products(rows, self._buffer[: self._count]).unbind()
+
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return _add_scaled(base, estimate, weight, dtype)
+
+    def leave(
+        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, StepHistory]:
+        self._entries[self._count].copy_(estimate)
+        self._count += 1
+        return _add_scaled(base, estimate, weight, dtype), self
+
+    def leave_uncorrected(self, mix: Any, estimate: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute `h_l` from the whole row of C of the layer's mix, and append its estimate."""
+        self._entries[self._count].copy_(estimate)
+        self._count = count = self._count + 1
+        row = at_least_float32(_parameter(mix, "outer"))
+        hidden = torch.mv(self._columns.narrow(1, 0, count), row)
+        hidden = hidden.view(estimate.shape)
+        return hidden if hidden.dtype == dtype else hidden.to(dtype)
+
+
+def _is_token_step(embeddings: Tensor) -> bool:
+    return (
+        embeddings.is_cpu
+        and embeddings.size(1) == 1
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+History = PlainHistory | FusedHistory | StepHistory
 
 
 def _add_scaled(base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

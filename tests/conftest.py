@@ -249,11 +249,12 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_sweep(pytestconfig: pytest.Config, ray_session: None) -> Path:
+def small_sweep(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 
-    Its models are pretrained in this process: under Ray, each would cost 14 CPU seconds more.
+    Its models are pretrained in this process: under Ray, each would cost 14 CPU seconds more. Its
+    users run beside those of Ray, whose first file makes it.
     It is made once, and kept in pytest's cache until a source or a library changes; then for one
     day more, as another run may still read it. Its users are marked slow, and copy it.
     """
@@ -276,6 +277,7 @@ def small_sweep(pytestconfig: pytest.Config, ray_session: None) -> Path:
                 if time.time() - older.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(older)
             shutil.rmtree(workspace, ignore_errors=True)  # It was interrupted.
+            request.getfixturevalue("ray_session")
             with pytest.MonkeyPatch.context() as patch:
                 runner = "orchestrator.pipelines.training.job_runner"
                 patch.setattr(runner, lambda *, local: run_local_jobs)

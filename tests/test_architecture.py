@@ -60,7 +60,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_335,
+    "iiet": 7_399,
     "benchmarks": 2_885,
     "examples": 278,
     "research": 2_142,

@@ -1,10 +1,11 @@
-"""The mix: starting rows, both forms of its sums, gradients, and what is kept for the backward."""
+"""The mix: starting rows, the forms of its sums, gradients, and what is kept for the backward."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
-from iiet.mix import FusedHistory, Mix, PlainHistory, _inner_products, start
+from iiet.mix import FusedHistory, Mix, PlainHistory, StepHistory, _inner_products, start
 
 SHAPE = (2, 3, 4)
 
@@ -19,6 +20,13 @@ def test_starting_rows_are_means():
 def test_which_form_of_the_history_is_used():
     embeddings = torch.randn(SHAPE)
     assert isinstance(start(embeddings, 2), FusedHistory)
+    token = embeddings[:, :1]
+    assert isinstance(start(token, 2), FusedHistory), "it has a gradient"
+    with torch.no_grad():
+        assert isinstance(start(embeddings, 2), FusedHistory)
+        assert isinstance(start(token, 2), StepHistory)
+        with torch.autocast("cpu"):
+            assert isinstance(start(token, 2), FusedHistory)
     with plain_formulas():
         assert isinstance(start(embeddings, 2), PlainHistory)
     kinds = []
@@ -57,6 +65,43 @@ def test_both_forms_give_the_same_values(with_gradients):
         with plain_formulas():
             plain = run(inputs())
     torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-13)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["0", "2", "0,2,0,1"])
+def test_a_step_of_one_token_gives_the_same_values(schedule):
+    torch.manual_seed(0)
+    decoder = Decoder(preset("tiny", num_layers=4, schedule=schedule, vocab_size=32)).double()
+    for parameter in decoder.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    tokens = torch.randint(32, (3, 1))
+    logits, hidden = decoder(tokens, return_hidden=True)
+    with plain_formulas():
+        expected, plain = decoder(tokens, return_hidden=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(hidden, plain, rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_a_layer_without_corrections_adds_few_operations_to_a_vanilla_step():
+    """A norm, a copy into the stack, a product with the row of C and two views, at each layer."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = {}
+    for method, options in (("vanilla", {}), ("iiet", {"schedule": 0})):
+        decoder = Decoder(preset("tiny", method=method, num_layers=6, **options)).eval()
+        cache = decoder.new_cache(batch_size=1, max_tokens=4)
+        decoder(torch.ones(1, 3, dtype=torch.long), cache=cache)
+        with Counter() as counter:
+            decoder(torch.ones(1, 1, dtype=torch.long), cache=cache, last_only=True)
+        counts[method] = counter.count
+    assert counts["iiet"] - counts["vanilla"] <= 6 * 5 + 6
 
 
 @pytest.mark.parametrize("used", [slice(None), slice(-1, None), slice(0, 1), slice(1, 3)])
