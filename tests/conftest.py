@@ -62,7 +62,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(implied)
     slow = Counter(item.path.stem for item in items if item.get_closest_marker("slow"))
     seconds = {**slow, **_stored_seconds(config)}
-    with_ray = {item.path.stem for item in items if "ray_session" in _fixtures(item)}
+    left_out = config.getoption("markexpr").removeprefix("not ")
+    with_ray = {
+        item.path.stem
+        for item in items
+        if "ray_session" in _fixtures(item) and not item.get_closest_marker(left_out)
+    }
     for item in items:
         group = "ray" if item.path.stem in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
