@@ -62,7 +62,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(implied)
     slow = Counter(item.path.stem for item in items if item.get_closest_marker("slow"))
     seconds = {**slow, **_stored_seconds(config)}
-    with_ray = {item.path.stem for item in items if "ray_session" in _fixtures(item)}
+    left_out = config.getoption("markexpr").removeprefix("not ")
+    with_ray = {
+        item.path.stem
+        for item in items
+        if "ray_session" in _fixtures(item) and not item.get_closest_marker(left_out)
+    }
     for item in items:
         group = "ray" if item.path.stem in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
@@ -249,11 +254,12 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_sweep(pytestconfig: pytest.Config, ray_session: None) -> Path:
+def small_sweep(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 
-    Its models are pretrained in this process: under Ray, each would cost 14 CPU seconds more.
+    Its models are pretrained in this process: under Ray, each would cost 14 CPU seconds more. Its
+    users run beside those of Ray, whose first file makes it.
     It is made once, and kept in pytest's cache until a source or a library changes; then for one
     day more, as another run may still read it. Its users are marked slow, and copy it.
     """
@@ -276,6 +282,7 @@ def small_sweep(pytestconfig: pytest.Config, ray_session: None) -> Path:
                 if time.time() - older.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(older)
             shutil.rmtree(workspace, ignore_errors=True)  # It was interrupted.
+            request.getfixturevalue("ray_session")
             with pytest.MonkeyPatch.context() as patch:
                 runner = "orchestrator.pipelines.training.job_runner"
                 patch.setattr(runner, lambda *, local: run_local_jobs)

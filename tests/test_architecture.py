@@ -71,13 +71,13 @@ LINES = {
     "orchestrator/models": 1_642,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
-    "orchestrator/training": 3_393,
+    "orchestrator/training": 3_401,
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_785,
-    "orchestrator/sweeping": 2_658,
-    "orchestrator/pipelines": 4_328,
+    "orchestrator/reporting": 4_794,
+    "orchestrator/sweeping": 2_657,
+    "orchestrator/pipelines": 4_332,
     "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

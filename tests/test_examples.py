@@ -77,6 +77,7 @@ def test_a_model_whose_layers_do_not_correct_is_refused(
     )
 
 
+@pytest.mark.slow
 def test_the_core_trains_distills_and_exports_as_the_example_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,10 +266,10 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     if prompts := plan.settings.evaluation.prompts:
         for model in plan.opened:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
-    evaluations = {}
+    evaluations, told = {}, set[str]()
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
-        evaluations[name] = _evaluate_model(model, plan, context, output)
+        evaluations[name] = _evaluate_model(model, plan, context, output, told)
     if different := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
@@ -285,20 +285,24 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 
 def _evaluate_model(
-    model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None
+    model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
 ) -> EvaluationResult:
-    """Return an evaluation of a model; only tasks without a stored result are run."""
+    """Return an evaluation of a model; only tasks without a stored result are run.
+
+    What was `told` of the tasks of earlier models is not said again.
+    """
     settings, workspace, progress = plan.settings.evaluation, context.workspace, context.progress
     started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
     asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
-    for name, chance in heldout_chances(asked.heldout).items():
-        if name in asked.names:
-            progress.note(f"chance of {name}: {chance}")
-    suite = load_suite(asked)
-    for name, reason in suite.skipped.items():
-        progress.note(f"skipped {name}: {reason}")
+    suite, chances = load_suite(asked), heldout_chances(asked.heldout)
+    notes = [f"chance of {name}: {chances[name]}" for name in chances if name in asked.names]
+    notes += [f"skipped {name}: {reason}" for name, reason in suite.skipped.items()]
+    for note in notes:
+        if note not in told:
+            progress.note(note)
+    told |= set(notes)
     conditions = Conditions(
         precision=settings.precision,
         limit=settings.limit,

@@ -352,10 +352,10 @@ def _described(row: Row) -> str:
 def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     """Return the section on claims; the title is that of the table, for a terminal."""
     columns = (
-        *(Column("claim", is_text=True), Column("paper"), Column("here", is_text=True)),
-        Column("verdict", is_text=True),
+        *(Column("claim", is_text=True), Column("verdict", is_text=True)),
+        *(Column("paper"), Column("here", is_text=True)),
     )
-    rows = [TableRow((f"{c.number} {c.text}", *_cells(c), c.verdict)) for c in claims]
+    rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
     return Section(
         title=CLAIMS_TITLE,
         sentences=[EXPLANATION],

@@ -1,12 +1,13 @@
 """The depth curve: a model's quality when every layer makes 0, 1, 2, ... corrections.
 
 The weights are the same at each point, and nothing is trained. `evaluate --depth-curve` measures
-the points and stores them beside the weights; the report of a sweep shows those of its teacher.
+the points and stores them beside the weights; the report of a sweep shows those of its teachers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.records.evaluation import DepthCurve
@@ -21,21 +22,31 @@ DEPTH_CURVE = "depth-curve"
 """Name of the file beside the weights, and of the picture."""
 
 
-def teacher_depth(results: Iterable[Trial], notes: list[str]) -> Section | None:
-    """Return the section of a sweep's teacher; None if its curve was not measured.
+def teacher_depths(results: Iterable[Trial], notes: list[str]) -> list[Section]:
+    """Return a section for each teacher of a sweep whose curve was measured.
 
-    A sentence on a damaged file is added to the notes.
+    A sentence on each damaged file is added to the notes.
     """
-    checkpoints = [result.checkpoint for result in results if result.role == "teacher"]
-    for checkpoint in filter(None, checkpoints):
-        path = Path(checkpoint) / f"{DEPTH_CURVE}.json"
-        try:
-            curve = DepthCurve.read(path, remedy="`evaluate --depth-curve` measures it again")
-        except UserError as error:
-            notes.append(f"{error}.")
-        else:
-            return depth_section(curve) if curve else None
-    return None
+    curves: dict[str, DepthCurve] = {}
+    for result in results:
+        if result.role == "teacher" and result.checkpoint:
+            path = Path(result.checkpoint) / f"{DEPTH_CURVE}.json"
+            try:
+                curve = DepthCurve.read(path, remedy="`evaluate --depth-curve` measures it again")
+            except UserError as error:
+                notes.append(f"{error}.")
+            else:
+                curves |= {result.label: curve} if curve else {}
+    sections = []
+    for number, (label, curve) in enumerate(curves.items(), start=1):
+        section = depth_section(curve)
+        if number > 1:
+            section = replace(section, picture=section.picture and f"{section.picture}-{number}")
+        sections.append(replace(section, title=f"{DEPTH_TITLE}: {label}"))
+    if sections:
+        data = {label: curve.model_dump(mode="json") for label, curve in curves.items()}
+        sections[0] = replace(sections[0], data={"depth_curves": data})
+    return sections
 
 
 def depth_section(curve: DepthCurve) -> Section:
@@ -62,5 +73,4 @@ def depth_section(curve: DepthCurve) -> Section:
         chart=depth_chart(curve) if curve.qualities else None,
         picture=DEPTH_CURVE if curve.qualities else "",
         tables=[Table(columns, rows)],
-        data={"depth_curve": curve.model_dump(mode="json")},
     )

@@ -25,7 +25,7 @@ from orchestrator.reporting.claims import (
     find_claims,
 )
 from orchestrator.reporting.command_tables import influence_table
-from orchestrator.reporting.depth_curve import teacher_depth
+from orchestrator.reporting.depth_curve import teacher_depths
 from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
@@ -93,8 +93,8 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
-    depth: Section | None = None
-    """The depth curve of the teacher, if it was measured."""
+    depths: Sequence[Section] = ()
+    """The depth curves of teachers that were measured."""
     elastic: Section | None = None
     """Elastic weights against separate students, if the sweep has both."""
     claims: Sequence[Claim] = ()
@@ -154,8 +154,7 @@ class SweepReport:
                     tables=[influence_table(influence)],
                 )
             )
-        if self.depth:
-            found.append(self.depth)
+        found += self.depths
         for title, curves in self.curves.items():
             found.append(Section(title=title, chart=curves_chart(title, curves)))
         return found + [Section(title=title, facts=facts) for title, facts in self.facts.items()]
@@ -241,7 +240,7 @@ def write_sweep_report(
     elastic = None
     if any(result.is_elastic for result in sweep.results):
         elastic = elastic_section(front, load_item_values(workspace, sweep.results))
-    depth = teacher_depth(sweep.results, notes)
+    depths = teacher_depths(sweep.results, notes)
     report = SweepReport(
         name=sweep.name,
         front=front,
@@ -249,7 +248,7 @@ def write_sweep_report(
         curves=curves,
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
-        depth=depth,
+        depths=depths,
         elastic=elastic,
         claims=_measured_claims(workspace, front),
     )

@@ -150,14 +150,13 @@ def run_plan(
         if search and settings.distillation.teacher_cache:
             taught += search.jobs_left()
         if taught:
-            num_tokens = store_answers(
+            # A teacher that runs in each trial is in the trials' own FLOPs.
+            num_tokens, flops = store_answers(
                 taught,
                 workspace.teachers,
                 on_device=trial_device(placed, workspace.root),
                 progress=progress,
             )
-            # A teacher that runs in each trial is in the trials' own FLOPs.
-            flops = num_tokens * inference_cost(full_trial(plan).model).forward_flops_per_token
             work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
             if num_tokens:
                 live.change(points=[(name, value, len(waiting)) for name, value in work.items()])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.data.mixture import open_data
@@ -180,22 +181,29 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
 
 def store_answers(
     jobs: Sequence[TrainingJob], parent: Path, *, on_device: OnDevice, progress: Progress
-) -> int:
-    """Store what the teachers of jobs answer, and return the number of tokens that they have read.
+) -> tuple[int, float]:
+    """Store what the teachers of jobs answer.
 
     Args:
         parent: Folder of all caches.
         on_device: Runs the teacher.
+
+    Returns:
+        The number of tokens that teachers have read, and the FLOPs of that.
 
     Raises:
         RunFailed: If the disk fills up.
     """
     plans = [cache_plan(job) for job in jobs]
     missing = missing_caches(plans, parent)
+    flops = 0.0
     for plan in missing:  # An intact cache needs no teacher and no device.
+        job = jobs[plans.index(plan)]
+        teacher = inference_cost(load_config(Path(str(job.teacher_folder))))
+        flops += plan.num_tokens * teacher.forward_flops_per_token
         progress.start("teacher", plan.num_steps)
         try:
-            answers = partial(answers_of, jobs[plans.index(plan)])
+            answers = partial(answers_of, job)
             on_device(partial(write_cache, plan, parent, answers), progress)
         except OSError as error:
             raise RunFailed(
@@ -203,7 +211,7 @@ def store_answers(
                 "free disk space, or set distillation.teacher_cache=false"
             ) from None
         progress.finish(f"answers for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
-    return sum(plan.num_tokens for plan in missing)
+    return sum(plan.num_tokens for plan in missing), flops
 
 
 def answers_of(job: TrainingJob, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,10 +12,13 @@ from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
 
-NUM_STUDENTS = 10
+NUM_STUDENTS = 3 * 8
+"""Of three teachers, under eight budgets."""
 ON_GPUS = {"paper-340m": 8, "paper-55m": 8}
 """Shipped sweeps whose settings name GPUs -> how many."""
 PER_PASS = "num_sequences_per_pass"
+ONE_TEACHER = ("sweep.teachers=[]", "sweep.budgets=[]")
+"""Settings of a sweep over the schedules of one teacher of any depth."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,8 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
     name: str, tmp_path: Path
 ) -> None:
     found = planned(name, tmp_path)
-    assert found.price.num_trainings == 3 + NUM_STUDENTS, "teacher, vanilla, r = 0, students"
+    assert found.price.num_trainings == 5 + NUM_STUDENTS, "teachers, vanilla, r = 0, students"
+    assert "its models answer all five claims of the paper (`iiet-orch claims`)" in found.notes
     assert found.problems["an H100"] is None
     assert f"each trial runs on 1 GPU, at most {ON_GPUS[name]} at once" in found.notes
     assert found.price.num_devices == ON_GPUS[name]
@@ -65,7 +69,7 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
 
 def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path) -> None:
     prices = {
-        number: planned("paper-340m", tmp_path, f"sweep.num_schedules={number}").price
+        number: planned("paper-340m", tmp_path, *ONE_TEACHER, f"sweep.num_schedules={number}").price
         for number in (2, 8, 9, 16, 17)
     }
     hours = {number: price.hours[0] for number, price in prices.items()}
@@ -82,7 +86,7 @@ def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path)
 
 def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> None:
     sizes = ("dim=4096", "num_layers=32", "num_heads=32", "num_kv_heads=32", "ffn_dim=11008")
-    large = [f"model.{size}" for size in ("preset=1.3b", *sizes)]
+    large = [*ONE_TEACHER, *(f"model.{size}" for size in ("preset=1.3b", *sizes))]
     for section in ("training", "distillation.training"):
         large += [f"{section}.{PER_PASS}=1", f"{section}.activation_checkpointing=true"]
     refused = planned("paper-340m", tmp_path, *large).problems["an H100"]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -57,14 +56,6 @@ def found(torch_alone: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
-
-
-def test_the_folder_of_the_test_has_torch_and_not_the_other_libraries(torch_alone: Path) -> None:
-    assert (torch_alone / "torch" / "__init__.py").is_file()
-    others = {path.name for path in Path(sysconfig.get_path("purelib")).iterdir()}
-    for library in ("numpy", "transformers", "safetensors", "ray", "mlflow", "pydantic", "yaml"):
-        assert library in others
-        assert not (torch_alone / library).exists()
 
 
 @pytest.mark.slow

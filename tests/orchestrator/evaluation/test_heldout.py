@@ -265,6 +265,7 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: 
     assert constant.quality()["accuracy"] == pytest.approx(constant.accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phop_2", "chain_3", "s5_4"])
 def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> None:
     data = prepared(tmp_path, name)

@@ -103,6 +103,7 @@ def evaluate(
     return run
 
 
+@pytest.mark.slow
 def test_answers_with_examples_and_a_template_from_the_command_line(
     llama: Any, evaluate: Any, prompts: list[str]
 ) -> None:

@@ -28,6 +28,8 @@ from orchestrator.reporting.charts import (
 )
 from orchestrator.reporting.front import FrontAxes, with_confidence
 
+pytestmark = pytest.mark.slow  # Most of a second draws a chart.
+
 CHARACTER_WIDTH, LETTER_SIZE = 6.7, 8.0
 """Pixels of a name's letters, about."""
 

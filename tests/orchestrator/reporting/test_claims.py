@@ -209,19 +209,7 @@ def test_the_table_fits_a_terminal_and_says_why() -> None:
     assert max(map(len, lines)) <= 80
     assert sum("claim " in line for line in lines) == 1, "one table"
     (row,) = (line for line in lines if line.startswith(" 3 overhead saved, NFE"))
-    assert row.split() == [
-        "3",
-        "overhead",
-        "saved,",
-        "NFE",
-        "55%",
-        "50%",
-        "(99.7",
-        "to",
-        "100.0%",
-        "kept)",
-        "holds",
-    ]
+    assert " ".join(row.split()).endswith("NFE holds 55% 50% (99.7 to 100.0% kept)")
     (row,) = (line for line in lines if line.startswith(" 2 IIET"))
     assert "+0.8  no PCformer on this front" in row
-    assert "| 1 IIET beats vanilla | +2.65 | +20.0 (" in render_markdown("", [section])
+    assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in render_markdown("", [section])

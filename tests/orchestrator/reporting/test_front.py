@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_trials import sample_front, sample_trial
 
@@ -64,6 +64,7 @@ def places(front: Front) -> list[tuple[float, float]]:
 numbers = st.integers(0, 6).map(float)
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
 def test_the_front_equals_its_definition_also_on_a_loss(points: list[tuple[float, float]]) -> None:
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -35,6 +35,7 @@ def charts_in(page: str) -> list[dict[str, Any]]:
     return list(json.loads(found[1]))
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_network(front: Front) -> None:
     page = page_of(front)
     assert len(page) < 1_500_000

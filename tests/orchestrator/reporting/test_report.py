@@ -125,10 +125,21 @@ def test_the_depth_curve_of_the_teacher_is_a_section(
     assert "trained with 1. Tasks: piqa." in text
     assert "| 0 | 2 | 50.0 ± 2.0% |\n| 1 | 4 | 87.5% |\n| 2 | 6 | 75.0% |" in text
     data = json.loads((written.folder / "front.json").read_text("utf-8"))
-    assert DepthCurve.model_validate(data["depth_curve"]) == curve
+    assert DepthCurve.model_validate(data["depth_curves"][teacher.label]) == curve
+    # A second teacher has a section of its own.
+    other = teacher.model_copy(
+        update={"key": "b" * 16, "label": "other", "checkpoint": str(path.parent / "other")}
+    )
+    curve.write(path.parent / "other" / path.name)
+    larger = StoredSweep(**{**dict(sweep), "results": (*sweep.results, other)})
+    two = write_sweep_report(workspace, larger)
+    assert {path.name for path in two.files} > {"depth-curve.png", "depth-curve-2.png"}
+    assert [section.title.rpartition(": ")[2] for section in two.report.depths] == [
+        teacher.label, "other"
+    ]  # fmt: skip
     path.write_bytes(path.read_bytes().replace(b"piqa", b"pipa"))
     damaged = write_sweep_report(workspace, sweep)
-    assert damaged.report.depth is None
+    assert damaged.report.depths == []
     assert "depth-curve.json is damaged" in damaged.report.notes[-1]
 
 

@@ -130,6 +130,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert sweep.ended[stopped.key] == "FAILED"
 
 
+@pytest.mark.slow
 def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:

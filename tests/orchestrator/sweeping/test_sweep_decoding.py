@@ -60,6 +60,7 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
         assert found == [full, pruned]
 
 
+@pytest.mark.slow
 def test_the_command_adds_drafts_to_the_report_of_a_sweep(
     results: list[Trial], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

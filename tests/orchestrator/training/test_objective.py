@@ -321,6 +321,7 @@ ELASTIC: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_elastic_run_resumes_bitwise_and_its_flops_are_planned(
     tiny_job: Callable[..., TrainingJob], tmp_path: Path
 ) -> None:

@@ -79,7 +79,8 @@ def stored(job: TrainingJob, parent: Path) -> TrainingJob:
 
 
 def store(parent: Path, *jobs: TrainingJob, on_device: OnDevice = on_cpu) -> int:
-    return store_answers(jobs, parent, on_device=on_device, progress=Progress())
+    """Return the number of tokens that were read."""
+    return store_answers(jobs, parent, on_device=on_device, progress=Progress())[0]
 
 
 @pytest.mark.parametrize(

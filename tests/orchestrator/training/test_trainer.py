@@ -87,6 +87,7 @@ def test_a_stopped_run_resumes_bitwise(make_job: MakeJob, step: int) -> None:
     same_run(make_job(), stop(step))
 
 
+@pytest.mark.slow
 def test_interruptions_and_damage_change_nothing(make_job: MakeJob) -> None:
     job = same_run(make_job(), stop(3), crash(7), stop(2))
     assert [event["step"] for event in events(job, "resumed")] == [3, 4, 6]
@@ -201,6 +202,7 @@ def test_divergence_names_step_checkpoint_and_settings(
         assert f" training.{setting}" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "gradient"])
 def test_a_skipped_step_changes_nothing_and_is_recorded(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
