@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
     "orchestrator/training": 3_401,
-    "orchestrator/evaluation": 2_798,
+    "orchestrator/evaluation": 2_794,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_794,

@@ -8,13 +8,14 @@ holds the items of each task as JSON lines, and their checksums in `suite.json`.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,11 @@ def heldout_folder(
     rows: dict[str, list[Row]] = {}
     chances: dict[str, str] = {}
     if texts := [part for part in data.parts if isinstance(part, TokenStore)]:
-        searched, rolled = _sampled(texts, SOURCE_BYTES_PER_ITEM * num_items, MAX_ROLLING_BYTES)
-        rows[LAST_WORD] = last_words(searched, texts, num_items, max_tokens)
-        rows[BITS_PER_BYTE] = [{"text": text} for text in rolled]
+        size = SOURCE_BYTES_PER_ITEM * num_items
+        documents = chain.from_iterable(part.validation_texts() for part in texts)
+        sample = _sampled(documents, max(size, MAX_ROLLING_BYTES))
+        rows[LAST_WORD] = last_words(_sampled(sample, size), texts, num_items, max_tokens)
+        rows[BITS_PER_BYTE] = [{"text": text} for text in _sampled(sample, MAX_ROLLING_BYTES)]
     for part in (part for part in data.parts if isinstance(part, DepthStore)):
         for task in part.tasks:
             choices = list(task.symbols)
@@ -305,27 +308,20 @@ def last_words(
     return rows
 
 
-def _sampled(stores: Sequence[TokenStore], *sizes: int) -> list[list[str]]:
-    """Return for each size the held-out documents with the smallest hashes, in their order.
+def _sampled(texts: Iterable[str], size: int) -> list[str]:
+    """Return the documents with the smallest hashes, in their order.
 
-    Together they have that many bytes or a little more; few others are in memory at a time.
+    Together they have `size` bytes or a little more; few others are in memory at a time.
     """
-
-    def first(documents: Iterable[tuple[bytes, int, str]], size: int) -> list[Any]:
-        chosen, total = [], 0
-        for document in sorted(documents):
-            if total < size:
-                chosen.append(document)
-                total += len(document[-1].encode("utf-8", "replace"))
-        return chosen
-
-    kept: list[tuple[bytes, int, str]] = []
-    texts = (text for store in stores for text in store.validation_texts())
+    kept: list[tuple[int, int, int, str]] = []
+    total = 0
     for number, text in enumerate(texts):
-        kept.append((_hash(text), number, text))
-        if number % 10_000 == 0:
-            kept = first(kept, max(sizes))
-    return [[text for *_, text in sorted(first(kept, size), key=lambda d: d[1])] for size in sizes]
+        num_bytes = len(text.encode("utf-8", "replace"))
+        heapq.heappush(kept, (-int.from_bytes(_hash(text)), -number, num_bytes, text))
+        total += num_bytes
+        while total - kept[0][2] >= size:  # Without the one of the largest hash.
+            total -= heapq.heappop(kept)[2]
+    return [text for *_, text in sorted(kept, key=lambda document: -document[1])]
 
 
 def _hash(text: str) -> bytes:
