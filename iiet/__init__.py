@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from iiet.influence import influence_table as influence_table
     from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.losses import cross_entropy as cross_entropy
+    from iiet.losses import hidden_state_error as hidden_state_error
     from iiet.losses import kl_divergence as kl_divergence
     from iiet.losses import next_token_loss as next_token_loss
     from iiet.methods import METHODS as METHODS
@@ -62,7 +63,7 @@ _NAMES_OF_MODULE = {
     "generation": "generate stream",
     "influence": "InfluenceTable influence_table",
     "influence_metrics": "INFLUENCE_METRICS",
-    "losses": "cross_entropy kl_divergence next_token_loss",
+    "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (
         "FamilyMember ScheduleFamily knapsack schedule_at_threshold schedule_family "

@@ -3,7 +3,8 @@
 In: student, teacher and a batch. Out: the loss and its parts, for any training loop. The student
 starts from the teacher's weights; the teacher is a frozen copy of its own, because the optimizer
 changes weights in place. A step costs the student's forward and backward and the teacher's forward.
-Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code.
+Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code;
+reverse and Jensen-Shannon divergence and the hidden-state term: this project.
 
 Elastic training makes one set of weights learn every schedule of a family:
 
@@ -20,7 +21,7 @@ distillation (Yu and Huang 2019) for widths; per layer and correction: this proj
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
@@ -31,9 +32,11 @@ from torch import Tensor, nn
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import (
+    DivergenceKind,
     LazyLogits,
     Logits,
     batch_cross_entropy,
+    hidden_state_error,
     kl_divergence,
     logits_at,
     loss_by_chunks,
@@ -58,6 +61,10 @@ class DistillationConfig:
     """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
     temperature: float = 1.0
     """Softens both distributions of the divergence; from 0.001 to 1000."""
+    divergence: DivergenceKind = "forward"
+    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    hidden_weight: float = 0.0
+    """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
     """First step with a teacher."""
     end_step: int | None = None
@@ -66,12 +73,17 @@ class DistillationConfig:
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""
         inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
-        return inside and self.kl_weight > 0
+        return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
+
+    def needs_hidden(self, step: int) -> bool:
+        """Whether the loss of this step needs the hidden states of both models."""
+        return self.uses_teacher(step) and self.hidden_weight > 0
 
 
 Model = Callable[..., Any]
-"""`model(input_ids) -> logits`: a decoder, a wrapped one, or a cache of a teacher's logits. Only of
-a `Decoder` the logits are computed in chunks (`iiet.losses`)."""
+"""`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
+A decoder, a wrapped one, or a cache of a teacher's logits. Only of a `Decoder` the logits are
+computed in chunks (`iiet.losses`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -97,13 +109,14 @@ class RememberingTeacher:
     def __init__(self, teacher: Model) -> None:
         self._teacher = teacher
         self._input_ids: Tensor | None = None
-        self._answer: Any = None
+        self._answer: tuple[Any, ...] = ()
 
-    def __call__(self, input_ids: Tensor) -> Any:
+    def __call__(self, input_ids: Tensor, *, return_hidden: bool = False) -> Any:
         """Return the teacher's answer; it is computed once for each tensor of token ids."""
         if input_ids is not self._input_ids:
-            self._answer, self._input_ids = _answer_of(self._teacher, input_ids), input_ids
-        return self._answer
+            self._answer = _answer_of(self._teacher, input_ids, with_hidden=return_hidden)
+            self._input_ids = input_ids
+        return self._answer if return_hidden else self._answer[0]
 
 
 def distillation_loss(
@@ -114,19 +127,20 @@ def distillation_loss(
     config: DistillationConfig | None = None,
     step: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute `cross_entropy + kl_weight * KL(teacher || student)`.
+    """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
 
-    The cross-entropy is over the targets that count, the divergence is over `batch.taught`.
+    The cross-entropy is over the targets that count, the other terms are over `batch.taught`.
 
     Args:
         student: called once.
         teacher: called without gradients, at the steps that need it; None if no step does.
         batch: a tensor, (batch, time) of token ids, is text.
-        config: weight, temperature and window; None for the defaults.
+        config: weights, temperature, divergence and window; None for the defaults.
         step: counted from 0.
 
     Returns:
-        The loss, a scalar, and its unweighted parts at this step, detached: `cross_entropy`, `kl`.
+        The loss, a scalar, and its unweighted parts at this step, detached: `cross_entropy`, `kl`
+        and `hidden`.
 
     Raises:
         ValueError: the teacher is None.
@@ -134,44 +148,54 @@ def distillation_loss(
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     config = config or DistillationConfig()
     loss_of = student_loss(teacher, batch, config=config, step=step)
-    return loss_of(_answer_of(student, batch.input_ids))
+    return loss_of(*_answer_of(student, batch.input_ids, with_hidden=config.needs_hidden(step)))
 
 
 def student_loss(
     teacher: Model | None, batch: Batch, *, config: DistillationConfig, step: int = 0
-) -> Callable[[Logits], tuple[Tensor, dict[str, Tensor]]]:
-    """Run the teacher; return `distillation_loss` as a function of the student's logits.
+) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """Run the teacher; return `distillation_loss` as a function of what the student computes.
 
-    So it may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
+    It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
+    may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
     """
-    answer: Logits | None = None
+    answer: tuple[Any, ...] = ()
     if config.uses_teacher(step):
         if teacher is None:
-            raise ValueError(f"step {step} needs a teacher, got None; set kl_weight 0")
+            raise ValueError(
+                f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
+            )
         if isinstance(teacher, nn.Module):
             teacher.eval()
         with torch.no_grad():
-            answer = _answer_of(teacher, batch.input_ids)
+            answer = _answer_of(teacher, batch.input_ids, with_hidden=config.needs_hidden(step))
 
     def of_logits(part: Tensor, span: Batch, rows: slice) -> tuple[Tensor, ...]:
-        if answer is None:
+        if not answer or config.kl_weight == 0:
             entropy = batch_cross_entropy(part, span)
             return entropy, entropy
         # The divergence comes first, and frees the teacher's logits before the cross-entropy keeps
         # a tensor of their size.
         divergence = kl_divergence(
-            logits_at(answer, rows),
+            logits_at(answer[0], rows),
             part,
             temperature=config.temperature,
+            kind=config.divergence,
             mask=span.taught,
             count=span.position_count,
         )
         entropy = batch_cross_entropy(part, span)
         return config.kl_weight * divergence + entropy, entropy, divergence
 
-    def loss_of(logits: Logits) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, *parts = loss_by_chunks(logits, batch, of_logits)
-        return loss, dict(zip(("cross_entropy", "kl"), parts, strict=False))
+    def loss_of(logits: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, *details = loss_by_chunks(logits, batch, of_logits)
+        parts = dict(zip(("cross_entropy", "kl"), details, strict=False))
+        if config.needs_hidden(step):
+            error = hidden_state_error(
+                answer[1], hidden, mask=batch.taught, count=batch.position_count
+            )
+            loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
+        return loss, parts
 
     return loss_of
 
@@ -190,9 +214,9 @@ class AnswerKeeper:
     def __call__(self, *inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
         """Call the model; its answer is kept within its forward pass."""
 
-        def keep(logits: Logits) -> Any:
+        def keep(logits: Logits, *others: Any) -> Any:
             self.answer = logits.detach()
-            return finish(logits)
+            return finish(logits, *others)
 
         return self._model(*inputs, finish=keep, **options)
 
@@ -215,8 +239,10 @@ def member_loss(
     return loss_of
 
 
-def _answer_of(model: Model, input_ids: Tensor) -> Any:
-    """Return a model's logits, not yet computed where it is a `Decoder`."""
+def _answer_of(model: Model, input_ids: Tensor, *, with_hidden: bool) -> tuple[Any, ...]:
+    """Return a model's logits, and its hidden states if wanted."""
+    options: dict[str, Any] = {"return_hidden": True} if with_hidden else {}
     if isinstance(model, Decoder):
-        return model(input_ids, finish=lambda logits: logits)
-    return model(input_ids)
+        options["finish"] = lambda *answer: answer
+    found: Any = model(input_ids, **options)
+    return found if isinstance(found, tuple) else (found,)

@@ -1,9 +1,9 @@
-"""Losses: cross-entropy, and the divergence between next-token distributions.
+"""Losses: cross-entropy, divergences between next-token distributions, error of hidden states.
 
-In: logits, (batch, time, vocab). `mask`, (batch, time) of bool, says which positions count
-(default: all); values at the others, NaN included, have no effect. Out: the mean over the positions
-that count, a scalar; 0 if there are none. `count` replaces their number as the divisor
-(`Batch.split`). Shapes that differ are a ValueError.
+In: logits, (batch, time, vocab), or hidden states, (batch, time, dim). `mask`, (batch, time) of
+bool, says which positions count (default: all); values at the others, NaN included, have no effect.
+Out: the mean over the positions that count, a scalar; 0 if there are none. `count` replaces their
+number as the divisor (`Batch.split`). Shapes that differ are a ValueError.
 
 Logits are the largest tensor of a training step, and a loss and its gradient need several of that
 size. So `loss_by_chunks` goes over positions: it computes logits from hidden states (`LazyLogits`),
@@ -16,7 +16,7 @@ loss in chunks is a hand-written kernel; this project (gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,17 +29,21 @@ from iiet.batch import NO_TARGET, Batch, Count
 
 __all__ = [
     "CHUNK_ELEMENTS",
+    "DivergenceKind",
     "LazyLogits",
     "Logits",
     "batch_cross_entropy",
     "cross_entropy",
     "cross_entropy_and_accuracy",
     "cross_entropy_by_source",
+    "hidden_state_error",
     "kl_divergence",
     "logits_at",
     "loss_by_chunks",
     "next_token_loss",
 ]
+
+DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
 CHUNK_ELEMENTS = 1 << 25
 """Most logits at once: 128 MiB in float32. A GPU needs milliseconds for them, so the number of
@@ -273,6 +277,33 @@ def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = 
     return batch_cross_entropy(logits, Batch.of_text(input_ids, mask))
 
 
+def hidden_state_error(
+    teacher_hidden: Sequence[Tensor],
+    student_hidden: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    count: Count = None,
+) -> Tensor:
+    """Compute the mean over layers and positions of `|h_student - h_teacher|^2 / |h_teacher|^2`.
+
+    The error is relative, because hidden states grow with depth and the last layers would dominate.
+    It is relative at each position, so that the parts of a batch add up to the whole. The teacher
+    gets no gradient.
+    """
+    counted = _counted(mask, student_hidden[0])
+    errors = []
+    for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
+        target = at_least_float32(theirs.detach())
+        difference = at_least_float32(ours) - target
+        if mask is not None:
+            target = target.masked_fill(~counted.unsqueeze(-1), 0)
+            difference = difference.masked_fill(~counted.unsqueeze(-1), 0)
+        size = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
+        errors.append((difference.square().sum(dim=-1) / size).sum())
+    error = torch.stack(errors).mean()
+    return error / _divisor(count, counted, error.dtype)
+
+
 def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
     """Return the mask of `values`, (batch, time, any): all positions when None."""
     positions = values.shape[:-1]
@@ -301,13 +332,20 @@ def kl_divergence(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     count: Count = None,
+    kind: DivergenceKind = "forward",
 ) -> Tensor:
-    """Compute the mean of KL(p || q) times T^2, for `p = softmax(teacher / T)`, `q` of the student.
+    """Compute the mean divergence between next-token distributions, times T^2.
+
+    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`:
+
+        forward          KL(p || q) = sum p log(p / q)
+        reverse          KL(q || p)
+        jensen_shannon   (KL(p || m) + KL(q || m)) / 2
 
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
 
     Raises:
-        ValueError: the shapes differ, or the temperature is not allowed.
+        ValueError: the shapes differ, or the temperature or the kind is not allowed.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
@@ -316,6 +354,8 @@ def kl_divergence(
         )
     if not 1e-3 <= temperature <= 1e3:  # Beyond, its square is infinite in float32.
         raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
+    if kind not in _DIVERGENCES:
+        raise ValueError(f"divergence must be one of {tuple(_DIVERGENCES)}, got {kind!r}")
     ours, theirs = (logits.detach().flatten(0, -2) for logits in (student_logits, teacher_logits))
     counted = _counted(mask, student_logits).flatten()
     divisor = _divisor(count, counted, torch.promote_types(ours.dtype, torch.float32))
@@ -327,15 +367,13 @@ def kl_divergence(
         gradient = torch.zeros_like(ours, dtype=kept)
     for rows in _chunks(ours, ours.size(1), CPU_ELEMENTS if ours.is_cpu else CHUNK_ELEMENTS):
         log_p, log_q = (_log_softened(logits[rows], temperature) for logits in (theirs, ours))
-        p = log_p.exp()
-        # 0 where p is 0 and the logarithm infinite.
-        value = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+        value, slope = _DIVERGENCES[kind](log_p, log_q)
         # Rounding can take a tiny divergence below zero. Positions that do not count may hold NaN,
         # which a product would spread.
         values[rows] = value.clamp(min=0).masked_fill(~counted[rows], 0)
         if gradient is not None:
-            # With respect to logits / T it is q - p: one T of T^2 remains.
-            slope = (log_q.exp() - p).mul_(temperature / divisor)
+            # `slope` is with respect to logits / T: one T of T^2 remains.
+            slope *= temperature / divisor
             gradient[rows] = slope.masked_fill_(~counted[rows, None], 0)
     divergence = values.sum() * (temperature**2 / divisor)
     if gradient is not None:
@@ -348,3 +386,41 @@ def kl_divergence(
 def _log_softened(logits: Tensor, temperature: float) -> Tensor:
     logits = at_least_float32(logits)
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+# Each of these returns the divergence of each row and its slope, the gradient with respect to the
+# student's logits / T.
+
+
+def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q); slope q - p."""
+    p = log_p.exp()
+    return _product(p, log_p - log_q).sum(-1), log_q.exp() - p
+
+
+def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p); slope q (log(q/p) - KL)."""
+    q, log_ratio = log_q.exp(), log_q - log_p
+    value = _product(q, log_ratio).sum(-1)
+    return value, _product(q, log_ratio - value.unsqueeze(-1))
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || m) + KL(q || m)) / 2; slope q (log(q/m) - KL(q || m)) / 2."""
+    p, q = log_p.exp(), log_q.exp()
+    difference = log_q - log_p
+    # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
+    half = torch.log1p(torch.expm1(-difference.abs()) / 2)
+    log_ratio = difference.clamp(max=0) - half
+    student_value = _product(q, log_ratio).sum(-1)
+    teacher_value = _product(p, (-difference).clamp(max=0) - half).sum(-1)
+    slope = _product(q, log_ratio - student_value.unsqueeze(-1)) / 2
+    return (teacher_value + student_value) / 2, slope
+
+
+def _product(probability: Tensor, value: Tensor) -> Tensor:
+    """`probability * value`, and 0 where the probability is 0 and the value infinite."""
+    return torch.where(probability > 0, probability * value, 0)
+
+
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}

@@ -60,23 +60,23 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_296,
+    "iiet": 7_399,
     "benchmarks": 2_885,
     "examples": 278,
     "research": 2_142,
     "orchestrator/workspace": 1_268,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_583,
-    "orchestrator/records": 987,
+    "orchestrator/settings": 1_597,
+    "orchestrator/records": 990,
     "orchestrator/models": 1_642,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
-    "orchestrator/training": 3_406,
+    "orchestrator/training": 3_401,
     "orchestrator/evaluation": 2_794,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_794,
-    "orchestrator/sweeping": 2_655,
+    "orchestrator/sweeping": 2_657,
     "orchestrator/pipelines": 4_332,
     "orchestrator/cli": 1_804,
 }

@@ -139,9 +139,12 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     params |= {"spike_factor": recipe.spike_factor, "skip_bad_steps": recipe.skip_bad_steps or None}
     if job.objective == "distill":
         loss = job.distillation or DistillationConfig()
+        has_divergence = loss.kl_weight > 0
         params |= {
             "kl_weight": loss.kl_weight,
-            "temperature": loss.temperature if loss.kl_weight > 0 else None,
+            "temperature": loss.temperature if has_divergence else None,
+            "divergence": loss.divergence if has_divergence else None,
+            "hidden_weight": loss.hidden_weight or None,
             "teacher_from_step": loss.start_step or None,
             "teacher_until_step": loss.end_step,
         }

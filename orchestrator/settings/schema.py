@@ -161,6 +161,11 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "after the last step of the training; set the first below the second, or "
             "distillation.control=cross_entropy"
         )
+    if distillation.teacher_cache and distillation.hidden_weight:
+        yield (
+            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
+            "set teacher_cache to false, or hidden_weight to 0"
+        )
     for name in ("kl_weight", "temperature"):
         elastic, usual = distillation.training.elastic, ElasticSettings()
         if elastic and getattr(elastic, name) != getattr(usual, name):
@@ -222,6 +227,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.distilled_baselines, sweep.kind: such a sweep has no teacher; leave them out"
     if distillation.control != "distill":
         yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
+    if distillation.hidden_weight:
+        yield (
+            "sweep.distilled_baselines, distillation.hidden_weight: hidden states are compared "
+            "layer with layer, and the baselines have other numbers of layers; leave one out"
+        )
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:

@@ -128,6 +128,8 @@ def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
     return DistillationConfig(
         kl_weight=distillation.kl_weight,
         temperature=distillation.temperature,
+        divergence=distillation.divergence,
+        hidden_weight=distillation.hidden_weight,
         start_step=distillation.teacher_from_step,
         end_step=distillation.teacher_until_step,
     )

@@ -150,13 +150,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
-        "distillation": {
-            **asdict(job.distillation or DistillationConfig()),
-            # Other losses existed when the first keys were made.
-            **{"divergence": "forward", "hidden_weight": 0.0},
-        }
-        if distills
-        else None,
+        "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,
     }
 
 

@@ -34,7 +34,7 @@ computed. Their sum is minimized."""
 
 LOSS, SHARE = "loss_", "share_of_targets_"
 """Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
-_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl"}
+_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
 _SUMS = ("loss", "targets", "right", "answers")
 
 
@@ -59,6 +59,7 @@ def make_objective(
         student = partial(model, batch.input_ids, schedule=schedule_at(step))
         if teacher is not None:
             taught: Loss = student(
+                return_hidden=config.needs_hidden(step),
                 finish=student_loss(teacher, batch, config=config, step=step),
             )
             return taught
@@ -101,7 +102,7 @@ def elastic_passes(
     """Return passes that first compute a model's objective, then the loss of each drawn member.
 
     The parts of the first pass are those of the objective and `full_loss`; the others add
-    `member_loss` (their mean cross-entropy) and `member_kl`.
+    `member_loss` (their mean cross-entropy), `member_kl` and `member_hidden`.
 
     Args:
         teacher: What the members learn from (default: the full schedule of the same step). One

@@ -90,14 +90,14 @@ def cache_plan(job: TrainingJob) -> CachePlan | None:
 def answers_plan(
     model: ModelConfig, recipe: TrainingSettings, loss: DistillationConfig, **origin: str
 ) -> CachePlan | None:
-    """Return the logits that a recipe and a loss need; None if none.
+    """Return the logits that a recipe and a loss need; None if none, or hidden states are, too.
 
     Args:
         model: The teacher's configuration.
         origin: Keys of its weights and of the tokens; not needed if only the size matters.
     """
     steps = list(filter(loss.uses_teacher, range(recipe.num_steps)))
-    if not steps:
+    if loss.hidden_weight or not steps:
         return None
     return CachePlan(
         origin={

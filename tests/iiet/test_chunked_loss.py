@@ -69,7 +69,11 @@ def whole(decoder: nn.Module) -> Callable[..., Any]:
 
 LOSSES: dict[str, dict[str, Any]] = {
     "cross-entropy": {"kl_weight": 0.0},
-    "distillation": {"kl_weight": 0.7, "temperature": 2.0},
+    "forward": {"kl_weight": 0.7, "temperature": 2.0},
+    "reverse": {"divergence": "reverse"},
+    "Jensen-Shannon": {"divergence": "jensen_shannon", "temperature": 0.8},
+    "hidden": {"kl_weight": 0.7, "hidden_weight": 0.3},
+    "hidden alone": {"kl_weight": 0.0, "hidden_weight": 0.3},
 }
 
 
@@ -88,7 +92,10 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool,
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy() -> None:
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy(
+    divergence: str,
+) -> None:
     decoder, batch = fresh_decoder(), some_batch("text")
     results = []
     for kl_weight in (0.0, 5.0):
@@ -96,7 +103,11 @@ def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy()
             decoder,
             frozen_teacher(decoder),
             batch,
-            config=DistillationConfig(kl_weight=kl_weight),
+            config=DistillationConfig(
+                kl_weight=kl_weight,
+                hidden_weight=0.1,
+                divergence=divergence,  # type: ignore[arg-type]
+            ),
         )
         assert parts.get("kl", torch.zeros(())).item() == 0
         results.append(value_and_gradients(decoder, loss))

@@ -10,7 +10,7 @@ from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.losses import cross_entropy, kl_divergence, next_token_loss
+from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.schedule import IterationSchedule
 
 TOKENS = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -37,19 +37,24 @@ class Forbidden(torch.nn.Module):
         raise AssertionError("the teacher was run")
 
 
-def test_the_loss_is_the_weighted_sum_of_its_parts():
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_the_loss_is_the_weighted_sum_of_its_parts(divergence):
     teacher, student = teacher_and_student()
-    config = DistillationConfig(kl_weight=0.7, temperature=2.0)
+    config = DistillationConfig(
+        kl_weight=0.7, temperature=2.0, divergence=divergence, hidden_weight=0.3
+    )
     loss, parts = distillation_loss(student, teacher, TOKENS, config=config)
-    theirs, ours = teacher(TOKENS), student(TOKENS)
+    theirs, their_hidden = teacher(TOKENS, return_hidden=True)
+    ours, our_hidden = student(TOKENS, return_hidden=True)
     expected = {
         "cross_entropy": next_token_loss(ours, TOKENS),
-        "kl": kl_divergence(theirs, ours, temperature=2.0),
+        "kl": kl_divergence(theirs, ours, temperature=2.0, kind=divergence),
+        "hidden": hidden_state_error(their_hidden, our_hidden),
     }
     assert {name: part.item() for name, part in parts.items()} == pytest.approx(
         {name: part.item() for name, part in expected.items()}, rel=1e-5
     )
-    total = expected["cross_entropy"] + 0.7 * expected["kl"]
+    total = expected["cross_entropy"] + 0.7 * expected["kl"] + 0.3 * expected["hidden"]
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     assert not any(part.requires_grad for part in parts.values())
 
@@ -147,7 +152,7 @@ def test_the_teacher_runs_in_eval_mode_and_the_student_runs_once():
 def test_masked_distillation_is_that_of_the_selected_positions_alone(is_text):
     teacher, student = (model.double() for model in teacher_and_student())
     student.requires_grad_(False)
-    config = DistillationConfig(kl_weight=0.7, temperature=2.0)
+    config = DistillationConfig(kl_weight=0.7, temperature=2.0, hidden_weight=0.3)
     generator = torch.Generator().manual_seed(5)
     mask = torch.rand(TOKENS.shape, generator=generator) < 0.3
     if is_text:
@@ -156,31 +161,37 @@ def test_masked_distillation_is_that_of_the_selected_positions_alone(is_text):
         batch = Batch(TOKENS, TOKENS.flip(1).masked_fill(~mask, NO_TARGET))
     taught = batch.taught
     assert 0 < batch.num_targets <= int(taught.sum()) < TOKENS.numel() / 2
-    answers, ours = teacher(TOKENS), student(TOKENS)
+    answers = teacher(TOKENS, return_hidden=True)
+    ours = student(TOKENS, return_hidden=True)
 
     def spoiled(values):
         """Positions that do not count hold no numbers, and ask for a gradient."""
         return values.masked_fill(~taught.unsqueeze(-1), math.nan).requires_grad_()
 
-    logits = spoiled(ours)
+    logits, hidden = spoiled(ours[0]), [spoiled(h) for h in ours[1]]
     loss, parts = distillation_loss(
-        lambda _: logits, lambda _: spoiled(answers), batch, config=config
+        lambda *_, **__: (logits, hidden),
+        lambda *_, **__: (spoiled(answers[0]), [spoiled(h) for h in answers[1]]),
+        batch,
+        config=config,
     )
-    theirs, alone = answers[taught][None], ours[taught][None].requires_grad_()
+    theirs, alone = answers[0][taught][None], ours[0][taught][None].requires_grad_()
     divergence = kl_divergence(theirs, alone, temperature=2.0)
+    error = hidden_state_error([h[taught] for h in answers[1]], [h[taught] for h in ours[1]])
     entropy = cross_entropy(alone, batch.targets[taught][None])
-    expected = entropy + 0.7 * divergence
+    expected = entropy + 0.7 * divergence + 0.3 * error
     assert parts["kl"].item() == pytest.approx(divergence.item(), rel=1e-12)
+    assert parts["hidden"].item() == pytest.approx(error.item(), rel=1e-12)
     assert parts["cross_entropy"].item() == pytest.approx(entropy.item(), rel=1e-12)
     loss.backward()
     expected.backward()
     torch.testing.assert_close(logits.grad[taught][None], alone.grad)
-    assert logits.grad[~taught].abs().max() == 0
+    assert all(values.grad[~taught].abs().max() == 0 for values in (logits, *hidden))
 
 
 def test_parts_of_a_batch_with_masks_of_any_size_add_up_to_the_whole():
     teacher, student = (model.double() for model in teacher_and_student())
-    config = DistillationConfig()
+    config = DistillationConfig(hidden_weight=0.5)
     # Of the last sequence nothing counts, of text's last positions only the teacher's answers do.
     mask = torch.arange(12) >= torch.tensor([[1], [9], [11], [12]])
     for whole in (Batch.of_text(TOKENS, mask), Batch(TOKENS, TOKENS.flip(1), mask)):
@@ -204,7 +215,7 @@ def test_parts_of_a_batch_with_masks_of_any_size_add_up_to_the_whole():
 
 def test_low_and_double_precision():
     teacher, student = teacher_and_student()
-    config = DistillationConfig()
+    config = DistillationConfig(hidden_weight=1.0)
     exact, _ = distillation_loss(
         copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), TOKENS, config=config
     )

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
-from iiet.losses import cross_entropy, kl_divergence, next_token_loss
+from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
+
+KINDS = ("forward", "reverse", "jensen_shannon")
 
 
 def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
@@ -21,94 +23,124 @@ def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
     return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def divergence_of(p, q):
-    """The textbook sum over plain lists of probabilities."""
-    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)
+def divergence_of(p, q, kind):
+    """The textbook sums over plain lists of probabilities."""
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+    if kind == "forward":
+        return kl(p, q)
+    if kind == "reverse":
+        return kl(q, p)
+    middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+    return (kl(p, middle) + kl(q, middle)) / 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_zero_and_flat_at_equality(temperature, dtype):
+def test_zero_and_flat_at_equality(kind, temperature, dtype):
     teacher = random_logits(3, 5, 17, dtype=dtype, scale=6.0)
     student = teacher.clone().requires_grad_()
-    loss = kl_divergence(teacher, student, temperature=temperature)
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind)
     loss.backward()
     assert loss.item() == 0.0
     assert student.grad.abs().max().item() == 0.0
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-def test_equals_the_sums_written_out(temperature):
+def test_equals_the_sums_written_out(kind, temperature):
     teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
     p = (teacher / temperature).softmax(-1).flatten(0, 1).tolist()
     q = (student / temperature).softmax(-1).flatten(0, 1).tolist()
-    per_token = [divergence_of(a, b) for a, b in zip(p, q, strict=True)]
+    per_token = [divergence_of(a, b, kind) for a, b in zip(p, q, strict=True)]
     expected = temperature**2 * sum(per_token) / len(per_token)
-    loss = kl_divergence(teacher, student, temperature=temperature)
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_gradient_equals_finite_differences(monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_equals_finite_differences(kind, monkeypatch):
     monkeypatch.setattr(losses, "CPU_ELEMENTS", 8)
     teacher = random_logits(2, 3, 5)
     student = random_logits(2, 3, 5, seed=1).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, True, True]])
     assert torch.autograd.gradcheck(
-        lambda x: kl_divergence(teacher, x, temperature=1.7, mask=mask), student
+        lambda x: kl_divergence(teacher, x, temperature=1.7, mask=mask, kind=kind), student
     )
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10_000), st.floats(1e-5, 30), st.floats(0.2, 5))
-def test_never_negative_however_close(seed, scale, temperature):
+@given(st.sampled_from(KINDS), st.integers(0, 10_000), st.floats(1e-5, 30), st.floats(0.2, 5))
+def test_never_negative_however_close(kind, seed, scale, temperature):
     teacher = random_logits(1, 4, 33, seed=seed, dtype=torch.float32)
     student = teacher + random_logits(1, 4, 33, seed=seed + 1, scale=scale, dtype=torch.float32)
-    loss = kl_divergence(teacher, student, temperature=temperature).item()
+    loss = kl_divergence(teacher, student, temperature=temperature, kind=kind).item()
     assert loss >= 0
+    if kind == "jensen_shannon":
+        assert loss <= temperature**2 * math.log(2) * (1 + 1e-5)
 
 
+def test_forward_and_reverse_mirror_each_other_and_jensen_shannon_is_symmetric():
+    teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
+    forward = kl_divergence(teacher, student, kind="forward")
+    assert kl_divergence(student, teacher, kind="reverse").item() == pytest.approx(forward.item())
+    assert kl_divergence(student, teacher, kind="forward").item() != pytest.approx(forward.item())
+    there = kl_divergence(teacher, student, kind="jensen_shannon").item()
+    back = kl_divergence(student, teacher, kind="jensen_shannon").item()
+    assert there == pytest.approx(back, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(temperature, monkeypatch):
+def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
+    kind, temperature, monkeypatch
+):
     teacher, student = random_logits(2, 8 * 701, scale=3.0).float().view(2, 2, 4, 701)
     results = []
     for elements in (1, 3000, 1 << 21):
         monkeypatch.setattr(losses, "CPU_ELEMENTS", elements)
         leaf = student.clone().requires_grad_()
-        loss = kl_divergence(teacher, leaf, temperature=temperature)
+        loss = kl_divergence(teacher, leaf, temperature=temperature, kind=kind)
         loss.backward()
         results.append(torch.cat([loss.detach().view(1), leaf.grad.flatten()]))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_masked_positions_have_no_effect():
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_positions_have_no_effect(kind):
     teacher, student = random_logits(2, 4, 6), random_logits(2, 4, 6, seed=1)
     mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
     dirty = student.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
-    loss = kl_divergence(teacher, dirty, mask=mask)
-    alone = kl_divergence(teacher[mask].unsqueeze(0), student[mask].unsqueeze(0))
+    loss = kl_divergence(teacher, dirty, mask=mask, kind=kind)
+    alone = kl_divergence(teacher[mask].unsqueeze(0), student[mask].unsqueeze(0), kind=kind)
     assert loss.item() == pytest.approx(alone.item(), rel=1e-13)
     loss.backward()
     assert dirty.grad[~mask].abs().max() == 0
     assert dirty.grad[mask].abs().min() > 0
 
 
-def test_tokens_that_both_models_exclude_do_no_harm():
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_both_models_exclude_do_no_harm(kind):
     teacher, student = random_logits(1, 2, 6), random_logits(1, 2, 6, seed=1)
     impossible = torch.tensor([False] * 5 + [True])
     leaf = student.masked_fill(impossible, -math.inf).requires_grad_()
-    loss = kl_divergence(teacher.masked_fill(impossible, -math.inf), leaf)
+    loss = kl_divergence(teacher.masked_fill(impossible, -math.inf), leaf, kind=kind)
     loss.backward()
-    smaller = kl_divergence(teacher[..., :5], student[..., :5])
+    smaller = kl_divergence(teacher[..., :5], student[..., :5], kind=kind)
     assert loss.item() == pytest.approx(smaller.item(), rel=1e-12)
     assert leaf.grad.isfinite().all()
 
 
-def test_gradients_of_float16_logits_survive_under_a_scaled_loss():
+@pytest.mark.parametrize("loss", KINDS)
+def test_gradients_of_float16_logits_survive_under_a_scaled_loss(loss):
     teacher, student = (random_logits(64, 64, 64, seed=s).half() for s in (0, 1))
 
     def gradient(dtype):
         leaf = student.to(dtype).requires_grad_()
-        value = kl_divergence(teacher.to(dtype), leaf)
+        value = kl_divergence(teacher.to(dtype), leaf, kind=loss)
         (2.0**16 * value).backward()  # As a gradient scaler does; more than float16 can hold.
         assert leaf.grad.dtype == dtype
         return leaf.grad.double()
@@ -137,6 +169,7 @@ def test_no_loss_waits_for_the_device(count):
         for loss in (
             cross_entropy(logits, batch.targets, mask=batch.taught, count=count),
             kl_divergence(torch.empty_like(logits), logits, **options),
+            hidden_state_error([torch.empty_like(logits)], [logits], **options),
         ):
             loss.backward()
 
@@ -150,6 +183,8 @@ def test_wrong_use_is_named():
             kl_divergence(teacher, teacher, temperature=temperature)
     for temperature in (1e-3, 1e3):
         assert kl_divergence(teacher, -teacher, temperature=temperature).isfinite()
+    with pytest.raises(ValueError, match="backward"):
+        kl_divergence(teacher, teacher, kind="backward")
     with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):
         cross_entropy(teacher, torch.zeros(1, 3, dtype=torch.long))
 
@@ -198,19 +233,46 @@ def test_a_loss_over_nothing_is_zero_and_flat(count):
         cross_entropy(logits, targets, mask=mask, count=count),
         cross_entropy(logits, torch.full_like(targets, NO_TARGET), count=count),
         kl_divergence(random_logits(2, 4, 6, seed=1), logits, mask=mask, count=count),
+        hidden_state_error([random_logits(2, 4, 6, seed=1)], [logits], mask=mask, count=count),
     ):
         assert loss.item() == 0
         assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
 
 
+def test_hidden_state_error_is_relative_and_flat_at_equality():
+    teacher = [random_logits(2, 3, 4, seed=seed, scale=10.0**seed) for seed in range(3)]
+    ours = [h.clone().requires_grad_() for h in teacher]
+    error = hidden_state_error(teacher, ours)
+    error.backward()
+    assert error.item() == 0
+    assert all(h.grad.abs().max() == 0 for h in ours)
+    # 10% off in every layer, whatever its size, is an error of 0.01.
+    assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
+
+
+def test_hidden_state_error_leaves_masked_positions_out():
+    teacher, ours = random_logits(2, 3, 4), random_logits(2, 3, 4, seed=1)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    expected = hidden_state_error([teacher[mask]], [ours[mask]]).item()
+    ours[~mask] = math.nan
+    ours.requires_grad_()
+    error = hidden_state_error([teacher], [ours], mask=mask)
+    error.backward()
+    assert error.item() == pytest.approx(expected, rel=1e-12)
+    assert ours.grad[~mask].abs().max() == 0
+    nothing = hidden_state_error([teacher], [ours], mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert nothing.item() == 0
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (2, 1), (2, 2), (2, 3), (2, 5), (4,)])
 def test_a_mask_of_another_shape_is_refused(shape):
     logits, tokens = random_logits(2, 4, 6, seed=1), torch.zeros(2, 4, dtype=torch.long)
-    mask = torch.ones(shape, dtype=torch.bool)
+    mask, hidden = torch.ones(shape, dtype=torch.bool), [torch.ones(2, 4, 3)]
     calls = [
         lambda: cross_entropy(logits, tokens, mask=mask),
         lambda: next_token_loss(logits, tokens, mask=mask),
         lambda: kl_divergence(logits, logits, mask=mask),
+        lambda: hidden_state_error(hidden, hidden, mask=mask),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"must be \(batch, time\), here \(2, 4\), got"):

@@ -126,14 +126,16 @@ def test_a_run_has_the_parameters_that_apply_to_it() -> None:
         recipe=TrainingSettings(learning_rate=5e-4), **folders,
     )  # fmt: skip
     assert (iiet["learning_rate"], student["learning_rate"]) == ("0.002", "0.0005")
-    loss = {"kl_weight", "temperature", "teacher"}
+    loss = {"kl_weight", "temperature", "divergence", "teacher"}
     assert student.keys() - iiet.keys() == loss
     assert student["teacher"] == "runs/t/step_1"
     # What is off, or changes no result, is no parameter.
     assert not any("elastic" in name or name in ("spike_factor", "kl_weight") for name in iiet)
     assert not {"compile", "checkpoint_every_steps", "num_sequences_per_pass"} & iiet.keys()
-    off = DistillationConfig(kl_weight=0.0)
-    assert "temperature" not in parameters(IIET, objective="distill", distillation=off, **folders)
+    off = DistillationConfig(kl_weight=0.0, hidden_weight=0.5)
+    hidden = parameters(IIET, objective="distill", distillation=off, **folders)
+    assert hidden["hidden_weight"] == "0.5"
+    assert "divergence" not in hidden
     on = TrainingSettings(elastic=ElasticSettings(schedules=("1,1", 0)), skip_bad_steps=3)
     elastic = parameters(IIET, recipe=on)
     assert (elastic["elastic.schedules"], elastic["skip_bad_steps"]) == ("1,1 0", "3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from same_run import curve, same_run, workers
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
@@ -140,6 +142,27 @@ def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJo
     assert flops[0] == pytest.approx((flops[1] + flops[2]) / 2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hidden_states_are_a_term_of_a_run(student: MakeJob, precision: str) -> None:
+    job = student(hidden_weight=0.5, kl_weight=2.0, recipe={"precision": precision})
+    without = DistillationConfig(kl_weight=2.0)
+    assert job_key(job) != job_key(job.model_copy(update={"distillation": without}))
+    outcome = run_job(job)
+    assert math.isfinite(outcome.validation_loss)
+    names = ("loss", "cross_entropy", "kl", "hidden")
+    loss, entropy, kl, hidden = (curve(job, f"train/{name}") for name in names)
+    assert len(hidden) == RECIPE["num_steps"]
+    for step, error in hidden.items():
+        assert error > 0
+        total = entropy[step] + 2 * kl[step] + 0.5 * error
+        assert loss[step] == pytest.approx(total, rel=1e-5)
+    if precision == "fp32":
+        for changes in ({"activation_checkpointing": True}, {"num_sequences_per_pass": 2}):
+            other = student(str(changes), hidden_weight=0.5, kl_weight=2.0, recipe=changes)
+            run_job(other)
+            assert curve(other, "train/hidden") == pytest.approx(hidden, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
@@ -147,12 +170,12 @@ def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJo
     [({}, 1e-4), ({"activation_checkpointing": True, "precision": "bf16"}, 0.1)],
     ids=["plain", "lean"],
 )
-def test_two_workers_distill_like_one(
+def test_two_workers_distill_hidden_states_like_one(
     student: MakeJob, parallel: str, recipe: dict[str, Any], rel: float
 ) -> None:
-    job = student(teacher_from_step=1, recipe=recipe)
+    job = student(hidden_weight=0.5, teacher_from_step=1, recipe=recipe)
     shared = same_run(job, workers(2, parallel), rel=rel)
-    assert list(curve(shared, "train/kl")) == [2, 3, 4, 5, 6]
+    assert list(curve(shared, "train/hidden")) == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("control", ["cross_entropy", "scratch"])

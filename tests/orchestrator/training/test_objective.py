@@ -123,7 +123,9 @@ def trained(
 @pytest.mark.parametrize("distills", [False, True])
 def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> None:
     teacher = frozen_teacher(fresh_decoder(seed=1)) if distills else None
-    objective = make_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
+    objective = make_objective(
+        lambda _: SCHEDULE, teacher, DistillationConfig(hidden_weight=0.5 * distills)
+    )
     whole, numbers = trained(source, objective, per_pass=None)
     assert len(numbers) == NUM_STEPS
     for per_pass in (4, 1):
@@ -254,7 +256,8 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(
     assert [numbers["member_loss"], numbers["member_kl"]] == pytest.approx(means, rel=1e-9)
 
 
-def test_with_a_teacher_each_schedule_learns_as_its_student_would() -> None:
+@pytest.mark.parametrize("hidden_weight", [0.0, 0.4])
+def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight: float) -> None:
     decoder = fresh_decoder(schedule=FULL)
     teacher, read = frozen_teacher(decoder), list[int]()
     with torch.no_grad():
@@ -262,7 +265,7 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     teacher.register_forward_pre_hook(lambda *_: read.append(1))
     cheaper = (NONE, IterationSchedule((1, 0)))
-    config = DistillationConfig(kl_weight=0.7, temperature=1.5)
+    config = DistillationConfig(kl_weight=0.7, temperature=1.5, hidden_weight=hidden_weight)
     remembering = RememberingTeacher(teacher)
     trainer = BareTrainer(
         decoder,
@@ -287,7 +290,7 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert numbers["full_loss"] == pytest.approx(losses[0].item(), rel=1e-9)
-    names = {"cross_entropy": "member_loss", "kl": "member_kl"}
+    names = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
     for name in parts[0]:
         mean = (parts[1][name] + parts[2][name]).item() / 2
         assert numbers[names[name]] == pytest.approx(mean, rel=1e-9)

@@ -89,7 +89,7 @@ def store(parent: Path, *jobs: TrainingJob, on_device: OnDevice = on_cpu) -> int
         ({}, {}),
         ({"num_sequences_per_pass": 3}, {"temperature": 2.0}),
         ({"precision": "bf16"}, {}),
-        ({}, {"start_step": 2, "end_step": 5}),
+        ({}, {"divergence": "reverse", "start_step": 2, "end_step": 5}),
     ],
 )
 def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
@@ -158,6 +158,7 @@ def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
     assert len({plan_of(job).key for job in same}) == 1
     assert len({plan_of(job).key for job in (same[0], *others)}) == 5
     for without in (
+        {"distillation": DistillationConfig(hidden_weight=0.1)},
         {"distillation": DistillationConfig(kl_weight=0.0)},
         {"objective": "cross_entropy", "teacher_folder": None},
     ):
