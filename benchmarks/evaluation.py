@@ -56,10 +56,10 @@ class _Size:
     vocab_size: int = 8192
     max_documents: int | None = None
     context_length: int = 512
-    num_items: int = 48
+    num_items: int = 32
     """Items of each task."""
     batch_sizes: tuple[int, ...] = (16, 32)
-    repetitions: int = 3
+    repetitions: int = 2
     goal: Goal | None = _GOAL
 
 
