@@ -198,22 +198,23 @@ def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
         student("a"),
         student("plain", objective="cross_entropy", teacher_folder=None),
         student("b", model={**tiny_model, "schedule": [0, 0]}),
+        student("hidden", distillation=DistillationConfig(hidden_weight=0.5)),
         student("other seed", recipe={"seed": 1}),
     ]
     num_tokens, size, folder = 6 * 64, plan_of(jobs[0]).num_bytes, tmp_path / "t"
     price = partial(price_of, list(map(Estimate.of, jobs)), tmp_path)
-    assert price().num_teacher_tokens == 3 * num_tokens
-    assert price(teachers=folder).num_teacher_tokens == 2 * num_tokens
+    assert price().num_teacher_tokens == 4 * num_tokens
+    assert price(teachers=folder).num_teacher_tokens == 3 * num_tokens, "one is live"
     assert price(teachers=folder).disk["teacher outputs"] == 2 * size
     assert store(folder, *jobs) == 2 * num_tokens
     plans = list(map(cache_plan, jobs))
-    assert [bool(plan) for plan in plans] == [True, False, True, True]
-    assert plans[0] == plans[2] != plans[3]
+    assert [bool(plan) for plan in plans] == [True, False, True, False, True]
+    assert plans[0] == plans[2] != plans[4]
     sizes = [path.stat().st_size for path in folder.glob(f"*/{ANSWERS}")]
     assert sizes == [size, size]
     assert store(folder, *jobs) == 0
     assert missing_caches(plans, folder) == []
-    assert price(teachers=folder).num_teacher_tokens == 0
+    assert price(teachers=folder).num_teacher_tokens == num_tokens
 
 
 def test_a_full_disk_leaves_nothing(student: MakeStudent, tmp_path: Path) -> None:
