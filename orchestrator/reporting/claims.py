@@ -206,16 +206,28 @@ class _Evidence:
     def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
 
+        Where no item tells the two apart, draws of these items cannot either, and say nothing of
+        others. Then the share of items that would is drawn from its posterior after so many that do
+        not, and counts against the student.
+
         Args:
             pairs: Student and teacher.
         """
         rows = {row["key"]: row for pair in pairs for row in pair}
-        scores, place = self._scores(rows.values())[0], {key: n for n, key in enumerate(rows)}
-        found = [scores.ratio(place[one["key"]], place[other["key"]]) for one, other in pairs]
-        ratios = [ratio for ratio in found if ratio]
-        if len(ratios) < len(found):
-            raise _Missing("a teacher that answers more than nothing in every draw")
-        return ratios
+        scores, num_items = self._scores(rows.values())
+        place, random = {key: n for n, key in enumerate(rows)}, np.random.default_rng(0)
+        kept = []
+        for student, teacher in pairs:
+            ratio = scores.ratio(place[student["key"]], place[teacher["key"]])
+            if ratio is None:
+                raise _Missing("a teacher that answers more than nothing in every draw")
+            interval, draws = ratio
+            if np.ptp(draws) == 0:
+                unlike = random.beta(1, num_items + 1, len(draws))
+                draws = draws - unlike / scores.observed[place[teacher["key"]]]
+                interval = replace(interval_of(interval.value, draws), high=interval.value)
+            kept.append((interval, draws))
+        return kept
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""

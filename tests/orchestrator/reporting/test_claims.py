@@ -97,6 +97,22 @@ def test_all_claims_hold_by_what_was_made_up() -> None:
     assert metrics["claims/iiet_over_vanilla_verdict"] == 1
 
 
+@pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
+def test_equal_answers_to_few_items_decide_nothing(num_items: int, verdict: str) -> None:
+    trials = trials_with({"0,0": 0.9})
+    items = {}
+    for trial in trials:
+        task = answers(trial).results["hops"]
+        values = {"acc": task.values["acc"][:num_items]}
+        changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
+        items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
+    found = find_claims(result_table(trials), items, num_resamples=400)
+    saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
+    assert (saved.here, saved.verdict, saved.high) == (100, verdict, 100)
+    assert saved.low is not None
+    assert 100 - 600 / num_items < saved.low < 100
+
+
 OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
     "on the other side": (
         {"vanilla": 0.95, "pcformer": 0.97, "pc 1,1": 0.97, "pc 1,0": 0.97, "1,1": 0.8},
@@ -192,7 +208,8 @@ def test_seeds_of_a_student_are_compared_with_their_own_teachers() -> None:
             trials.append(model(name, accuracy, **own))
     found = found_of(trials)
     saved = found["saved_overhead_nfe"]
-    assert (saved.verdict, saved.here, saved.low, saved.high) == ("holds", 50, 100, 100)
+    assert (saved.verdict, saved.here, saved.high) == ("holds", 50, 100)
+    assert saved.low == pytest.approx(100, abs=0.3), "all items answered alike"
     over = found["iiet_over_vanilla"]
     assert over.here == pytest.approx(18, abs=0.1)
     assert (over.low, over.high) == pytest.approx((15.6, 20.4), abs=1)
