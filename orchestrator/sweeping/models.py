@@ -261,10 +261,9 @@ def find_baselines(
             try:
                 config, provenance = load_config(checkpoint), load_provenance(checkpoint)
                 count, level = config.corrections[0], METHODS[config.method].full_level
-                is_other = config.method != full.method and set(config.corrections) == {level}
-                if (
-                    config.corrections.num_corrections and not is_other
-                ) or "imported" in provenance:
+                is_whole = config.method != full.method and set(config.corrections) == {level}
+                is_teacher = config.corrections.num_corrections and not is_whole
+                if is_teacher or "imported" in provenance:
                     continue
                 label, number = model_label(config.method, count), config.num_layers
                 asked = _values_of(layers, (label, config.method), full.num_layers)
