@@ -296,7 +296,9 @@ def _names(x: X, y: Y) -> list[Any]:
     # Above and left of a member no other model of the front is in the way of its name.
     add("datum.is_trial", f"datum.num_members < {MANY_NAMES}", dx=-8, dy=-9)
     add("datum.is_trial", f"datum.num_members >= {MANY_NAMES}", dx=-6, dy=-8, angle=45)
-    add("datum.is_full", align="center", dy=-20)
+    # Several full models may cost as much as each other.
+    add("datum.is_full", "datum.rank % 2 == 1", align="center", dy=-20)
+    add("datum.is_full", "datum.rank % 2 == 0", align="center", dy=24)
     # Baselines alternate between below and above.
     add("datum.is_left", "datum.rank % 2", align="left", dx=10, dy=7)
     add("datum.is_left", "datum.rank % 2 == 0", align="left", dx=10, dy=-7)
@@ -341,10 +343,14 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
     }
     for number, placed in enumerate(fronts):
         picks = [row["key"] for row in placed.picks.values()]
-        for row in placed.members:
+        named = set()
+        for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
             marks[row["key"]]["members"].append(number)
-            if len(placed.members) > MAX_NAMES and row["key"] not in picks:
+            place = row["cost"], row["quality"]
+            is_minor = len(placed.members) > MAX_NAMES and row["key"] not in picks
+            if is_minor or place in named:
                 marks[row["key"]]["unnamed"].append(number)
+            named.add(place)
         if placed.knee is not None:
             marks[placed.knee["key"]]["knees"].append(number)
     are_all_shown = len(front.shown) == len(front.rows)
@@ -378,7 +384,10 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
 
 def _label(row: Row) -> str:
     schedule = row["trial"].schedule
-    if row["role"] != "trial" or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
+    has_teacher = ": " in row["label"]  # One of several.
+    if row["role"] != "trial" or schedule is None or has_teacher:
+        return str(row["label"] if row["is_placed"] else row["name"])
+    if len(schedule) > MAX_LABELED_LAYERS:
         return str(row["label"] if row["is_placed"] else row["name"])
     is_long = len(schedule) > MAX_LAYERS_WITH_COMMAS and max(schedule) < 10
     return ("" if is_long else ",").join(map(str, schedule))
