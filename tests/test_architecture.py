@@ -75,7 +75,7 @@ LINES = {
     "orchestrator/evaluation": 2_794,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_806,
+    "orchestrator/reporting": 4_815,
     "orchestrator/sweeping": 2_656,
     "orchestrator/pipelines": 4_332,
     "orchestrator/cli": 1_804,
