@@ -343,14 +343,14 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
     }
     for number, placed in enumerate(fronts):
         picks = [row["key"] for row in placed.picks.values()]
-        named = set()
+        named: set[tuple[float, float]] = set()
         for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
             marks[row["key"]]["members"].append(number)
-            place = row["cost"], row["quality"]
+            point = row["cost"], row["quality"]
             is_minor = len(placed.members) > MAX_NAMES and row["key"] not in picks
-            if is_minor or place in named:
+            if is_minor or point in named:
                 marks[row["key"]]["unnamed"].append(number)
-            named.add(place)
+            named.add(point)
         if placed.knee is not None:
             marks[placed.knee["key"]]["knees"].append(number)
     are_all_shown = len(front.shown) == len(front.rows)
