@@ -89,7 +89,7 @@ def filled(text: str) -> str:
 
     def block(found: re.Match[str]) -> str:
         report = json.loads((ROOT / found["file"]).read_text("utf-8"))
-        head, *_ = found[0].partition("\n")
+        head = found[0].partition("\n")[0]
         source = f"By {found['commands']}; all numbers are in `{found['file']}`."
         return "\n".join([head, "", *TABLES[found["table"]](report), "", source, "<!-- end -->"])
 

@@ -101,12 +101,12 @@ class Evaluate:
         slot = None if call.slots is None else call.slots[k]
         output: Tensor = self._layer.field(x, call.context, slot)
         estimate = None if norm is None else norm(output)
+        result = output if estimate is None else estimate
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous
-            result = output if estimate is None else estimate
             left_here = None if leaves is None else partial(leaves, result)
             call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, left_here))
-        return output if estimate is None else estimate
+        return result
 
     def unseen(self, x: Tensor) -> Tensor:
         """Return F(x) without counting: neither observers nor caches see this evaluation."""

@@ -74,8 +74,7 @@ class Context:
         if self.workspace.is_writable:
             known = self.tracking.stored(measured.kind, measured.key)
             begin, end = (known.started_ms, known.ended_ms) if known else (started_ms, now_ms())
-            times = {"started_ms": begin, "ended_ms": end}
-            self.tracking.publish(measured.model_copy(update=times))
+            self.tracking.publish(measured.changed(started_ms=begin, ended_ms=end))
             self.tracking.wait()
 
 

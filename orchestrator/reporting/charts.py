@@ -384,10 +384,9 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
 
 def _label(row: Row) -> str:
     schedule = row["trial"].schedule
-    has_teacher = ": " in row["label"]  # One of several.
-    if row["role"] != "trial" or schedule is None or has_teacher:
-        return str(row["label"] if row["is_placed"] else row["name"])
-    if len(schedule) > MAX_LABELED_LAYERS:
+    # A student of one of several teachers has its teacher's name before its schedule.
+    has_name = row["role"] != "trial" or ": " in row["label"]
+    if has_name or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
         return str(row["label"] if row["is_placed"] else row["name"])
     is_long = len(schedule) > MAX_LAYERS_WITH_COMMAS and max(schedule) < 10
     return ("" if is_long else ",").join(map(str, schedule))

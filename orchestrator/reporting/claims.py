@@ -33,6 +33,7 @@ from orchestrator.reporting.statistics import (
     NUM_RESAMPLES,
     Floats,
     Interval,
+    PairedScores,
     Scores,
     interval_of,
     pair_scores,
@@ -155,13 +156,11 @@ class _Evidence:
     """The models that claims compare, and their scores on the same items."""
 
     def __init__(
-        self,
-        table: DataFrame,
-        runs: Mapping[str, Sequence[EvaluationResult]],
-        num_resamples: int,
+        self, table: DataFrame, runs: Mapping[str, Sequence[EvaluationResult]], num_resamples: int
     ) -> None:
         self._rows: list[Row] = table.to_dict("records")
         self._runs, self._num_resamples = runs, num_resamples
+        self._paired: dict[tuple[tuple[str, ...], int | None], PairedScores | None] = {}
         self._teachers = teachers_of(table)
         iiets = self._trained(DEFAULT_METHOD)
         shape = shape_of(iiets[-1]["trial"].model) if iiets else None
@@ -194,10 +193,13 @@ class _Evidence:
         named = {row["key"]: row["label"] for row in rows}
         if lacking := [label for key, label in named.items() if key not in self._runs]:
             raise _Missing(f"no values of single items of {', '.join(lacking)}")
-        runs = {key: self._runs[key] for key in named}
-        if half is not None:
-            runs = {key: [_half_of(run, half) for run in seeds] for key, seeds in runs.items()}
-        paired = pair_scores(runs, num_resamples=self._num_resamples)
+        asked = tuple(named), half
+        if asked not in self._paired:  # Costs are judged of the same models, by the same draws.
+            runs = {key: self._runs[key] for key in named}
+            if half is not None:
+                runs = {key: [_half_of(run, half) for run in seeds] for key, seeds in runs.items()}
+            self._paired[asked] = pair_scores(runs, num_resamples=self._num_resamples)
+        paired = self._paired[asked]
         scores = paired and paired.quality(ACCURACY)
         if not paired or not scores:
             raise _Missing("no task with an accuracy that all models answered")
@@ -243,11 +245,10 @@ class _Evidence:
         cheaper = [row for row in self._students(full) if row.get(share, math.nan) < 1]
         if not cheaper:
             raise _Missing(f"no student costs less than {full['label']}")
+        shares = self._kept([(row, full) for row in cheaper])
         kept = [
             (row, interval, float((draws >= PAPER_KEPT_SHARE).mean()))
-            for row, (interval, draws) in zip(
-                cheaper, self._kept([(row, full) for row in cheaper]), strict=True
-            )
+            for row, (interval, draws) in zip(cheaper, shares, strict=True)
         ]
         if sure := [each for each in kept if each[2] >= CONFIDENCE]:
             row, interval, confidence = min(sure, key=lambda each: each[0][share])
