@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,18 +12,14 @@ from small_size import SMALL
 from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.cli.command import Group
 from orchestrator.cli.submit import parse_command
 from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
-    DistillationSettings,
     SearchSettings,
     Section,
     Settings,
     SweepSettings,
-    TrainingSettings,
 )
-from orchestrator.settings.files import SIZES
 from orchestrator.workspace.errors import UserError
 
 
@@ -63,14 +58,6 @@ def test_each_help_has_an_example_that_the_command_accepts(
         made = command.make_context(names[-1], words[len(names) :])  # Exits if one is unknown.
         if names == ("submit",):
             assert parse_command(made.params["words"])["workspace"]
-
-
-def test_the_list_of_commands_begins_with_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
-    assert panels == ["Options", *get_args(Group)]
-    assert printed.index("quickstart") < printed.index("pretrain") < printed.index("submit")
 
 
 @pytest.fixture
@@ -144,25 +131,3 @@ def test_a_quiet_command_prints_its_result_only(
     assert cli.main(command) == 0
     assert "found again" in capsys.readouterr().out
     assert "\x1b" not in line, "no colours in a pipe"
-
-
-def test_choices_are_those_of_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    choices = {
-        "distill --control": allowed(DistillationSettings, "control"),
-        "sweep-threshold --cost": allowed(SweepSettings, "budget_unit"),
-        "sweep-threshold --selection": allowed(SweepSettings, "selection"),
-        "pretrain --dtype": allowed(TrainingSettings, "precision"),
-        "report --cost": tuple(COSTS),
-        "report --quality": tuple(QUALITIES),
-        "init --size": SIZES,
-    }
-    monkeypatch.setenv("COLUMNS", "200")
-    for words, names in choices.items():
-        command, option = words.split()
-        assert cli.main([command, "--help"]) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        assert f"{option} CHOICE {', '.join(names)}. " in " ".join(
-            printed.replace("│", " ").split()
-        )
