@@ -60,7 +60,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_399,
+    "iiet": 7_411,
     "benchmarks": 2_885,
     "examples": 278,
     "research": 2_142,
@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_815,
     "orchestrator/sweeping": 2_656,
-    "orchestrator/pipelines": 4_332,
+    "orchestrator/pipelines": 4_331,
     "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
