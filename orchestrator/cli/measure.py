@@ -85,7 +85,8 @@ def evaluate(
     common = {"schedules": schedule or (), "trust_remote_code": trust_remote_code, **call.common}
     if compare:
         if not models or len(models) != 2:
-            raise UserError(f"--compare takes two models; got {len(models or ())}")
+            named = ", ".join(map(str, models or ())) or "none"
+            raise UserError(f"--compare takes two models; got {named}")
         if log_samples or depth_curve:
             option = "--log-samples" if log_samples else "--depth-curve"
             raise UserError(f"{option} is for models alone; use it without --compare")

@@ -124,7 +124,7 @@ MISTAKES = {
     "generate --prompt x": "iiet-orch pretrain",
     "export": "iiet-orch pretrain",
     "import missing-folder": "is not a model folder",
-    "evaluate --compare one": "--compare takes two models; got 1",
+    "evaluate --compare one": "--compare takes two models; got one",
     "evaluate --compare one two --depth-curve": "use it without --compare",
     "report": "iiet-orch sweep-threshold",
     "report --claims --cost ms": "leave --cost and --quality out",
