@@ -90,7 +90,7 @@ def evaluate(
         if log_samples or depth_curve:
             option = "--log-samples" if log_samples else "--depth-curve"
             raise UserError(f"{option} is for models alone; use it without --compare")
-        both = tuple(map(str, models))
+        both = str(models[0]), str(models[1])
         comparison = evaluating.plan_compare(call.settings, models=both, **common)
         return call.finish(comparison, evaluating.run_compare)
     plan = evaluating.plan_evaluate(
