@@ -35,7 +35,7 @@ ReplaceModelOption = Annotated[
 ]
 
 
-@Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
+@Command("generate", group="Use models", options={"--device": "cluster.device"}, workspace="read")
 def generate(
     call: Call,
     checkpoint: Annotated[
@@ -132,7 +132,7 @@ def generate(
     return call.answer(values, [f"{p}{between}{t}\n" for p, t in zip(prompts, texts, strict=True)])
 
 
-@Command("import", group="Models")
+@Command("import", group="Use models")
 def import_folder(
     call: Call,
     folder: Annotated[Path, typer.Argument()],
@@ -154,7 +154,7 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@Command("export", group="Models", options={"--device": "cluster.device"}, config="option")
+@Command("export", group="Use models", options={"--device": "cluster.device"}, config="option")
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
@@ -213,7 +213,7 @@ def export(
     return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
-@Command("pick", group="Models", plans=True)
+@Command("pick", group="Use models", plans=True)
 def pick(
     call: Call,
     sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,
