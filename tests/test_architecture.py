@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_599,
     "orchestrator/records": 990,
-    "orchestrator/models": 1_642,
+    "orchestrator/models": 1_743,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_431,
     "orchestrator/training": 3_401,
@@ -77,8 +77,8 @@ LINES = {
     "orchestrator/cluster": 1_831,
     "orchestrator/reporting": 4_815,
     "orchestrator/sweeping": 2_656,
-    "orchestrator/pipelines": 4_332,
-    "orchestrator/cli": 1_665,
+    "orchestrator/pipelines": 4_345,
+    "orchestrator/cli": 1_672,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
