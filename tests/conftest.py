@@ -3,6 +3,7 @@ session."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -32,6 +33,9 @@ SECONDS = "iiet/seconds"
 SLOW_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(?:slow|long|installs)\b", re.MULTILINE)
 TAKEN: Counter[str] = Counter()
 """Seconds of each file in this run."""
+
+# Until all tests are imported, nothing becomes garbage, and looking for it takes a second.
+gc.disable()
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -81,6 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         group = "ray" if item.path.stem in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda i: (i.path.stem not in with_ray, -seconds.get(i.path.stem, 0)))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but not among the modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def _fixtures(item: pytest.Item) -> list[str]:

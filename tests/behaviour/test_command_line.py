@@ -85,12 +85,12 @@ MISTAKES = {
     "evaluate": "iiet-orch pretrain",
     "evaluate missing-folder": "there is no folder",
     "import missing-folder": "is not a model folder",
+    "evaluate --compare one": "--compare takes two models; got one",
+    "evaluate --compare one two --depth-curve": "use it without --compare",
     "report": "iiet-orch sweep-threshold",
+    "report --claims --cost ms": "leave --cost and --quality out",
+    "ui --replace": "--replace is for --sync",
     "report ../../outside": "the sweep '../../outside': a name has letters",
-    # A cluster
-    "submit ui": "`iiet-orch ui` does not run on a cluster",
-    "submit pretrain --gpu 8": "--gpus",
-    "submit --server 127.0.0.1:1 pretrain": "takes no job",
 }  # fmt: skip
 """What is typed after `iiet-orch` -> words of the sentence."""
 
@@ -224,7 +224,7 @@ for words in json.loads(sys.argv[1]):
     main(words)
 """
 PRINTED = (
-    ["--help"], ["pretrain", "--no-such-option"], ["config", "list"], ["status"],
+    ["--help"], ["pretrain", "--no-such-option"], ["config", "list"], ["list", "running"],
     ["sweep", "demo", "--dry-run"],
 )  # fmt: skip
 COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")

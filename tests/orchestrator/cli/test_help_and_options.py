@@ -12,7 +12,7 @@ from small_size import SMALL
 from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.cli.submit import parse_command
+from orchestrator.cli.command import Group
 from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
     SearchSettings,
@@ -55,9 +55,16 @@ def test_each_help_has_an_example_that_the_command_accepts(
         [example] = [line for line in printed.splitlines() if "Example: iiet-orch " in line]
         words = shlex.split(example.partition("iiet-orch ")[2])
         assert tuple(words[: len(names)]) == names
-        made = command.make_context(names[-1], words[len(names) :])  # Exits if one is unknown.
-        if names == ("submit",):
-            assert parse_command(made.params["words"])["workspace"]
+        command.make_context(names[-1], words[len(names) :])  # Exits if one is unknown.
+
+
+def test_the_list_of_commands_begins_with_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
+    assert panels == ["Options", *get_args(Group)]
+    assert printed.index("quickstart") < printed.index("pretrain") < printed.index("clean")
+    assert len({names[0] for names in COMMANDS}) == 20
 
 
 @pytest.fixture
