@@ -23,7 +23,7 @@ PACKAGES = ("iiet", "orchestrator", "benchmarks")
 ADAPTERS = {
     "ray": ("orchestrator.cluster",),
     "mlflow": ("orchestrator.tracking", "orchestrator.pipelines.ui"),
-    "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
+    "lm_eval": ("orchestrator.evaluation",),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
     "altair": ("orchestrator.reporting.charts",),
