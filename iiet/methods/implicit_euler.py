@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from iiet.arithmetic import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import EstimateNorm, History, Mix, StepHistory, start
+from iiet.mix import EstimateNorm, History, Mix, start
 
 __all__ = [
     "ImplicitEuler", "ImplicitEulerOptions", "MixedLayer", "MovingAverageRungeKutta",
@@ -160,11 +160,9 @@ class ImplicitEuler(MixedLayer):
     def advance(
         self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
-        if num_corrections == 0 and isinstance(state, StepHistory):
-            own = self._modules  # Without the search of `Module.__getattr__`.
-            prediction = evaluate(hidden, norm=own["prediction_norm"])
-            return Advance(state.leave_uncorrected(own["mix"], prediction, hidden.dtype), state)
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
+        if num_corrections == 0:
+            return Advance(*mix.leave(evaluate(hidden, norm=self.prediction_norm)))
         has_gradients = torch.is_grad_enabled()
 
         def predict() -> Tensor:
