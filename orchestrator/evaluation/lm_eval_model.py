@@ -217,7 +217,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 batch = left[: max(1, limit // left[0].size)]
                 numbers = [number for group in batch for number in group.numbers]
                 key = content_key("answers", numbers, [asked[number] for number in numbers])
-                found, problem = self.journal.get(key), ""
+                problem, found = "", self.journal.get(key)
                 if found is None:
                     try:
                         found = work(kind, numbers)
@@ -227,7 +227,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 if problem:  # Not in the handler: there, the error still holds the batch's tensors.
                     limit = smaller_batch(len(batch), problem, self.progress.note) * left[0].size
                     continue
-                answers |= zip(numbers, found, strict=True)
+                answers |= zip(numbers, found or (), strict=True)
                 del left[: len(batch)]
                 done = self.num_items * len(answers) // len(asked)
                 self.progress.advance(self.num_items_before + done)
@@ -244,7 +244,8 @@ class DecoderModel(LmEvalModel):
 
     def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
         with torch.no_grad():
-            return self._decoder(inps)
+            logits: Tensor = self._decoder(inps)
+        return logits
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         settings = answer_settings(requests[0].args[1], self.max_length)
