@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_431,
     "orchestrator/training": 3_425,
-    "orchestrator/evaluation": 2_474,
+    "orchestrator/evaluation": 2_475,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_831,
     "orchestrator/reporting": 4_815,
