@@ -237,6 +237,7 @@ def workers(
     """
 
     def disturb(job: TrainingJob) -> None:
+        job.folder.parent.mkdir(exist_ok=True)
         meeting = f"{job.folder}-{number}-{parallel}-{shards}"
         arguments = (number, parallel, shards, until, meeting, job.model_dump_json())
         run_workers(WORKER.replace("# BEFORE", before), number, *map(str, arguments))

@@ -131,6 +131,7 @@ def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
     return trial.with_numbers("train", {"flops": flops})
 
 
+@pytest.mark.slow
 def test_the_report_holds_both_side_by_side(
     plan_of: Callable[..., SweepPlan], space: Workspace
 ) -> None:

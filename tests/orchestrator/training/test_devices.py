@@ -137,6 +137,7 @@ def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
     """At 24 layers and at 30: one graph of a training step."""
     graphs = CompileCounter()
