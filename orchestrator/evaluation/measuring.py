@@ -19,15 +19,15 @@ from orchestrator.evaluation.adapter import (
 from orchestrator.evaluation.scoring import BatchLimit
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.tasks import Suite
-from orchestrator.models.folder import DTYPES
-from orchestrator.models.open import OpenedModel
+from orchestrator.models.open import DTYPES, OpenedModel
 from orchestrator.models.tokenizer import check_template
 from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World, device_precision
+from orchestrator.training.devices import device_precision
 from orchestrator.training.objective import validation_metrics
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 
