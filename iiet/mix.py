@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,15 @@ class Mix(KeepsFloat32):
         for row in (self.inner, self.outer):
             nn.init.constant_(row, 1.0 / len(row))
 
-    def forward(self, history: History, *, dtype: torch.dtype, corrects: bool) -> LayerMix:
+    def forward(
+        self, history: History, *, dtype: torch.dtype, corrects: bool
+    ) -> LayerMix | UncorrectedStep:
         """Sum the earlier estimates; points and hidden states are rounded to `dtype`.
 
         A layer that makes no corrections needs no evaluation points, and sums with C only.
         """
+        if not corrects and isinstance(history, StepHistory):
+            return UncorrectedStep(history, self, dtype)
         rows = torch.stack([self.inner, self.outer]) if corrects else self.outer[None]
         earlier, own = at_least_float32(rows).split_with_sizes([rows.size(1) - 1, 1], 1)
         history, sums = history.sums(earlier)
@@ -201,8 +205,7 @@ class StepHistory:
 
     At small widths the time of a decoding step is the number of its operations. So views of the
     buffer are made once, the history counts its estimates instead of being replaced, and has room
-    for the last layer's, too: a layer without corrections is left by one product of all estimates
-    and its row of C.
+    for the last layer's, too (`UncorrectedStep`).
     """
 
     def __init__(self, embeddings: Tensor, num_layers: int) -> None:
@@ -221,18 +224,29 @@ class StepHistory:
     def leave(
         self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, StepHistory]:
-        self._entries[self._count].copy_(estimate)
-        self._count += 1
+        self.append(estimate)
         return _add_scaled(base, estimate, weight, dtype), self
 
-    def leave_uncorrected(self, mix: Any, estimate: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute `h_l` from the whole row of C of the layer's mix, and append its estimate."""
+    def append(self, estimate: Tensor) -> Tensor:
+        """Append a layer's estimate; return all as columns, (batch time dim, count)."""
         self._entries[self._count].copy_(estimate)
-        self._count = count = self._count + 1
-        row = at_least_float32(_parameter(mix, "outer"))
-        hidden = torch.mv(self._columns.narrow(1, 0, count), row)
+        self._count += 1
+        return self._columns.narrow(1, 0, self._count)
+
+
+class UncorrectedStep(NamedTuple):
+    """`LayerMix` of an uncorrected layer in a `StepHistory`: one product with the row of C."""
+
+    history: StepHistory
+    mix: Mix
+    dtype: torch.dtype
+
+    def leave(self, estimate: Tensor) -> tuple[Tensor, StepHistory]:
+        """Return the hidden state `h_l`, and the history with the layer's estimate."""
+        columns = self.history.append(estimate)
+        hidden = torch.mv(columns, at_least_float32(_parameter(self.mix, "outer")))
         hidden = hidden.view(estimate.shape)
-        return hidden if hidden.dtype == dtype else hidden.to(dtype)
+        return hidden if hidden.dtype == self.dtype else hidden.to(self.dtype), self.history
 
 
 def _is_token_step(embeddings: Tensor) -> bool:

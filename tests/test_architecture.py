@@ -60,25 +60,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_399,
+    "iiet": 7_411,
     "benchmarks": 2_885,
     "examples": 278,
     "research": 2_142,
     "orchestrator/workspace": 1_268,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_597,
+    "orchestrator/settings": 1_599,
     "orchestrator/records": 990,
-    "orchestrator/models": 1_642,
+    "orchestrator/models": 1_743,
     "orchestrator/data": 2_457,
-    "orchestrator/tracking": 1_429,
+    "orchestrator/tracking": 1_431,
     "orchestrator/training": 3_401,
     "orchestrator/evaluation": 2_794,
     "orchestrator/planning": 1_093,
-    "orchestrator/cluster": 1_910,
+    "orchestrator/cluster": 1_831,
     "orchestrator/reporting": 4_815,
     "orchestrator/sweeping": 2_656,
-    "orchestrator/pipelines": 4_332,
-    "orchestrator/cli": 1_804,
+    "orchestrator/pipelines": 4_345,
+    "orchestrator/cli": 1_672,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -25,7 +25,7 @@ from iiet.facts import (
 )
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import EstimateNorm, History, Mix, StepHistory, start
+from iiet.mix import EstimateNorm, History, Mix, start
 
 __all__ = [
     "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",
@@ -118,11 +118,9 @@ class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
     def advance(
         self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
-        if num_corrections == 0 and isinstance(state, StepHistory):
-            own = self._modules  # Without the search of `Module.__getattr__`.
-            prediction = evaluate(hidden, norm=own["prediction_norm"])
-            return Advance(state.leave_uncorrected(own["mix"], prediction, hidden.dtype), state)
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
+        if num_corrections == 0:
+            return Advance(*mix.leave(evaluate(hidden, norm=self.prediction_norm)))
         has_gradients = torch.is_grad_enabled()
 
         def predict() -> Tensor:

@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 
 # Each registers its commands.
-from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
+from orchestrator.cli import measure, models, places, train  # noqa: F401
 from orchestrator.cli.command import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message

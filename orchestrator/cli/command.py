@@ -29,11 +29,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
 NO_COLOR = "--no-color"
-Group = Literal[
-    "All steps", "Settings", "Train", "Measure", "Sweeps",
-    "Results", "Models", "Workspace", "Clusters",
-]  # fmt: skip
-"""Panels of `--help`, in their order."""
+Group = Literal["Start", "Train", "Sweep", "Measure", "See results", "Use models", "Keep order"]
+"""Panels of `--help`: what a person wants to do, in this order."""
 COMMANDS: dict[str, Command] = {}
 """All commands by name."""
 
@@ -59,8 +56,6 @@ class Command:
     """Whether it takes `--dry-run`."""
     has_json: bool = True
     """Whether it takes `--json`."""
-    context_settings: dict[str, Any] | None = None
-    """See `typer.Typer.command`."""
 
     def __call__(self, function: Function) -> Function:
         """Register the function as this command."""
@@ -152,18 +147,19 @@ def build_app(word: str | None = None) -> typer.Typer:
     text = "Pretrain, sweep and distill iterative Transformers; show accuracy against cost."
     app = typer.Typer(name="iiet-orch", help=text, **options)
     app.callback()(_options_of_all)
-    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
+    config = typer.Typer(help="Write and show settings; list the shipped sweeps.", **options)
     panels = get_args(Group)
-    for name, command in sorted(COMMANDS.items(), key=lambda item: panels.index(item[1].group)):
+
+    def place(named: tuple[str, Command]) -> tuple[int, bool]:
+        return panels.index(named[1].group), named[0] != "quickstart"
+
+    for name, command in sorted(COMMANDS.items(), key=place):
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
         (config if group else app).command(
-            last,
-            help=command.text,
-            rich_help_panel=None if group else command.group,
-            context_settings=command.context_settings,
+            last, help=command.text, rich_help_panel=None if group else command.group
         )(command.build() if is_built else lambda: None)
-    app.add_typer(config, name="config", rich_help_panel="Settings")
+    app.add_typer(config, name="config", rich_help_panel="Start")
     return app
 
 

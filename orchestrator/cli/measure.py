@@ -1,5 +1,4 @@
-"""Commands that measure models and show results: influence, evaluate, compare, benchmark, report,
-claims."""
+"""Commands that measure models and show results: influence, evaluate, benchmark, report."""
 
 from __future__ import annotations
 
@@ -16,8 +15,6 @@ from orchestrator.cli.options import (
     QualityOption,
     SchedulesOption,
     TeacherArgument,
-    TrustRemoteCodeOption,
-    complete_models,
     complete_sweeps,
     split_list,
 )
@@ -37,14 +34,6 @@ TASKS = {
 }
 SweepsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
-]
-ChatTemplateOption = Annotated[
-    bool,
-    typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
-]
-NamedTemplateOption = Annotated[
-    str | None,
-    typer.Option("--chat-template", help="The same, with one of its named templates."),
 ]
 
 
@@ -67,67 +56,51 @@ def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
+    compare: Annotated[bool, typer.Option("--compare")] = False,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
     depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
-    apply_chat_template: ChatTemplateOption = False,
-    chat_template: NamedTemplateOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
+    chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
+
+    With --compare, compare two models on the same items: paired differences with intervals and
+    McNemar's test. Each may be a folder that lm-eval wrote with --log_samples.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
 
     Args:
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated.
+        compare: Compare two models; --schedule is of both, or given twice, of each.
         log_samples: Write results and samples in lm-eval's files, for other tools.
         depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
+        apply_chat_template: Write prompts with the model's chat template.
+        chat_template: The same, with one of its named templates.
+        trust_remote_code: Allow code in a model folder to run.
     """
-    from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
+    from orchestrator.pipelines import evaluating
 
     call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
-    plan = plan_evaluate(
+    common = {"schedules": schedule or (), "trust_remote_code": trust_remote_code, **call.common}
+    if compare:
+        if not models or len(models) != 2:
+            named = ", ".join(map(str, models or ())) or "none"
+            raise UserError(f"--compare takes two models; got {named}")
+        if log_samples or depth_curve:
+            option = "--log-samples" if log_samples else "--depth-curve"
+            raise UserError(f"{option} is for models alone; use it without --compare")
+        both = str(models[0]), str(models[1])
+        comparison = evaluating.plan_compare(call.settings, models=both, **common)
+        return call.finish(comparison, evaluating.run_compare)
+    plan = evaluating.plan_evaluate(
         call.settings,
         models=models or (),
-        schedules=schedule or (),
         log_samples=log_samples,
         depth_curve=depth_curve,
-        trust_remote_code=trust_remote_code,
-        **call.common,
+        **common,
     )
-    return call.finish(plan, run_evaluate)
-
-
-@Command("compare", group="Measure", options={**TASKS, **CLUSTER}, config="option", plans=True)
-def compare(
-    call: Call,
-    first: Annotated[str, typer.Argument(metavar="A", autocompletion=complete_models)],
-    second: Annotated[str, typer.Argument(metavar="B", autocompletion=complete_models)],
-    schedule: SchedulesOption = None,
-    apply_chat_template: ChatTemplateOption = False,
-    chat_template: NamedTemplateOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
-) -> Result:
-    """Compare two models on the same items: paired differences, intervals, McNemar's test.
-
-    Example: iiet-orch compare my-run other-run --suite heldout
-
-    Args:
-        first: A checkpoint, a run (by path or name), a Hugging Face folder, hub:OWNER/NAME, or a
-            folder that lm-eval wrote with --log_samples.
-        second: The other one.
-        schedule: Iteration schedule of both; given twice, of A and of B.
-    """
-    from orchestrator.pipelines.evaluating import plan_compare, run_compare
-
-    call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
-    plan = plan_compare(
-        call.settings,
-        models=(first, second),
-        schedules=schedule or (),
-        trust_remote_code=trust_remote_code,
-        **call.common,
-    )
-    return call.finish(plan, run_compare)
+    return call.finish(plan, evaluating.run_evaluate)
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)
@@ -197,12 +170,13 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@Command("report", group="Results", workspace="read")
+@Command("report", group="See results", workspace="read")
 def report(
     call: Call,
     sweeps: SweepsArgument = None,
     cost: CostOption = None,
     quality: QualityOption = None,
+    claims: Annotated[bool, typer.Option("--claims")] = False,
 ) -> Result:
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
@@ -210,21 +184,12 @@ def report(
 
     Args:
         sweeps: Names of sweeps, several on one front (default: the newest).
+        claims: Show only the paper's five claims, each beside what was measured; write nothing.
     """
-    from orchestrator.pipelines.sweeps import report as write_report
+    from orchestrator.pipelines import sweeps as pipeline
 
-    return write_report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
-
-
-@Command("claims", group="Results", workspace="read")
-def claims(call: Call, sweeps: SweepsArgument = None) -> Result:
-    """Show the paper's five claims, each beside what one or several sweeps measured of it.
-
-    Example: iiet-orch claims --json
-
-    Args:
-        sweeps: Names of sweeps, several on one front (default: the newest).
-    """
-    from orchestrator.pipelines.sweeps import claims as claims_of
-
-    return claims_of(sweeps=sweeps or [], **call.common)
+    if claims:
+        if cost or quality:
+            raise UserError("--claims has its own axes; leave --cost and --quality out")
+        return pipeline.claims(sweeps=sweeps or [], **call.common)
+    return pipeline.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)

@@ -35,7 +35,7 @@ ReplaceModelOption = Annotated[
 ]
 
 
-@Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
+@Command("generate", group="Use models", options={"--device": "cluster.device"}, workspace="read")
 def generate(
     call: Call,
     checkpoint: Annotated[
@@ -132,7 +132,7 @@ def generate(
     return call.answer(values, [f"{p}{between}{t}\n" for p, t in zip(prompts, texts, strict=True)])
 
 
-@Command("import", group="Models")
+@Command("import", group="Use models")
 def import_folder(
     call: Call,
     folder: Annotated[Path, typer.Argument()],
@@ -154,7 +154,7 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@Command("export", group="Models", options={"--device": "cluster.device"}, config="option")
+@Command("export", group="Use models", options={"--device": "cluster.device"}, config="option")
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
@@ -162,6 +162,9 @@ def export(
     force: ReplaceModelOption = False,
     schedule: SchedulesOption = None,
     measure: bool = True,
+    file_format: Annotated[
+        Literal["transformers", "gguf"], typer.Option("--format", show_default=False)
+    ] = "transformers",
     push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
     token: str | None = None,
@@ -175,6 +178,7 @@ def export(
             finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
+        file_format: With gguf, write a file that llama.cpp runs, of a vanilla or looped model.
         push_to_hub: Upload the folder to the Hugging Face hub, too.
         private: Who sees a new repository (default: as its owner's settings say).
         token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
@@ -183,6 +187,8 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
+    if push_to_hub is not None and file_format == "gguf":
+        raise UserError("--push-to-hub uploads a folder of transformers, not a GGUF file")
     from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
@@ -195,6 +201,7 @@ def export(
         force=force,
         schedule=one_schedule(schedule),
         measure=measure,
+        file_format=file_format,
         **call.common,
     )
     lines, address = [f"exported: {folder}"], None
@@ -206,7 +213,7 @@ def export(
     return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
-@Command("pick", group="Models", plans=True)
+@Command("pick", group="Use models", plans=True)
 def pick(
     call: Call,
     sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,

@@ -72,9 +72,6 @@ NameOption = Annotated[
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]
-TrustRemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
-]
 
 
 def read_schedules(texts: list[str]) -> list[int | str]:

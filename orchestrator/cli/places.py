@@ -21,68 +21,58 @@ if TYPE_CHECKING:
 Size = Literal["tiny", "55m", "340m"]
 
 
-@Command("ui", group="Results", workspace="named", has_json=False)
+@Command("ui", group="See results", workspace="named")
 def ui(
     call: Call,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-) -> None:
+    sync: Annotated[bool, typer.Option("--sync")] = False,
+    replace: Annotated[bool, typer.Option("--replace")] = False,
+) -> Result | None:
     """Start MLflow on 127.0.0.1 and print links to the runs and fronts.
 
     Example: iiet-orch ui --port 5001
 
     Args:
         port: Port on 127.0.0.1.
+        sync: Instead publish all trainings, sweeps, measurements and models in MLflow again.
+        replace: With --sync: delete the workspace's own store, and make it anew.
     """
+    if sync:
+        from orchestrator.pipelines import syncing
+
+        call.place = "made"
+        return syncing.sync(replace=replace, **call.common)
+    if replace or call.as_json:
+        raise UserError(f"{'--replace' if replace else '--json'} is for --sync; add it")
     from orchestrator.pipelines.ui import serve
     from orchestrator.workspace.layout import open_workspace
 
     serve(open_workspace(call.session.workspace.root), port=port)
+    return None
 
 
-@Command("sync", group="Results")
-def sync(call: Call, replace: Annotated[bool, typer.Option("--replace")] = False) -> Result:
-    """Publish the workspace in MLflow again: all trainings, sweeps, measurements and models.
-
-    Example: iiet-orch sync --workspace my-workspace
-
-    Args:
-        replace: Delete the workspace's own store, and make it anew.
-    """
-    from orchestrator.pipelines import syncing
-
-    return syncing.sync(replace=replace, **call.common)
-
-
-@Command("list", group="Workspace", workspace="existing")
+@Command("list", group="Keep order", workspace="existing")
 def list_workspace(
-    call: Call, kind: Annotated[Kind | None, typer.Argument(metavar="KIND")] = None
+    call: Call,
+    kind: Annotated[Literal[Kind, "running"] | None, typer.Argument(metavar="KIND")] = None,
 ) -> Result:
-    """List runs, trials, sweeps, exported models and checkpoints, the newest first.
+    """List runs, trials, sweeps and exported models, the newest first, or what runs now.
 
-    Example: iiet-orch list runs --json
+    Example: iiet-orch list running
 
     Args:
-        kind: runs, checkpoints, trials, sweeps or models (default: all but checkpoints).
+        kind: runs, checkpoints, trials, sweeps, models (default: all but checkpoints), or running,
+            what runs now with its progress, speed and time left.
     """
-    from orchestrator.pipelines.upkeep import list_workspace as listing
+    from orchestrator.pipelines import upkeep
 
-    return listing(
-        call.session.workspace, kind, with_checkpoints=call.as_json, note=call.session.progress.note
-    )
-
-
-@Command("status", group="Workspace", workspace="existing")
-def status(call: Call) -> Result:
-    """Show what runs in the workspace now: progress, speed, time left.
-
-    Example: iiet-orch status --json
-    """
-    from orchestrator.pipelines.upkeep import show_status
-
-    return show_status(call.session.workspace, note=call.session.progress.note)
+    space, note = call.session.workspace, call.session.progress.note
+    if kind == "running":
+        return upkeep.show_status(space, note=note)
+    return upkeep.list_workspace(space, kind, with_checkpoints=call.as_json, note=note)
 
 
-@Command("clean", group="Workspace", workspace="existing", plans=True)
+@Command("clean", group="Keep order", workspace="existing", plans=True)
 def clean(
     call: Call,
     kinds: Annotated[list[RemovableKind] | None, typer.Argument(metavar="KIND")] = None,
@@ -115,7 +105,7 @@ def clean(
     return upkeep.run_clean(plan, call.session.workspace)
 
 
-@Command("doctor", group="Workspace", workspace="named")
+@Command("doctor", group="Start", workspace="named")
 def doctor(call: Call) -> Result:
     """Check this machine and the workspace; name a remedy for what is broken.
 
@@ -133,7 +123,7 @@ def doctor(call: Call) -> Result:
     return Findings(findings=found)
 
 
-@Command("config show", group="Settings", config="argument", workspace=None, has_json=False)
+@Command("config show", group="Start", config="argument", workspace=None, has_json=False)
 def show_settings(
     call: Call,
     file: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
@@ -153,7 +143,7 @@ def show_settings(
     typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
 
 
-@Command("config schema", group="Settings", workspace=None, has_json=False)
+@Command("config schema", group="Start", workspace=None, has_json=False)
 def show_schema(_call: Call) -> None:
     """Print the JSON schema of the settings, for editors.
 
@@ -164,7 +154,7 @@ def show_schema(_call: Call) -> None:
     typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
 
 
-@Command("config list", group="Settings", workspace=None)
+@Command("config list", group="Start", workspace=None)
 def list_sweeps(call: Call) -> Result:
     """List the shipped sweeps.
 
@@ -183,7 +173,7 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-@Command("init", group="Settings", workspace=None, has_json=False)
+@Command("config init", group="Start", workspace=None, has_json=False)
 def init(
     call: Call,
     file: Annotated[Path | None, typer.Argument()] = None,
@@ -200,7 +190,7 @@ def init(
 
     With --from, copy a shipped sweep instead, to change it.
 
-    Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
+    Example: iiet-orch config init my-sweep.yaml --data my-texts/ --size tiny
 
     Args:
         file: File to write (default: my-sweep.yaml).

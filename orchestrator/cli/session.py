@@ -54,8 +54,9 @@ class Call:
     def __init__(
         self, name: str, place: Place | None, shared: dict[str, Any], has_settings: bool
     ) -> None:
-        """Take the command's name, its kind of workspace, and the options that commands share."""
-        self.name, self._place, self._shared = name, place, shared
+        """Take the command's name, its kind of workspace, which it may change, and the options
+        that commands share."""
+        self.name, self.place, self._shared = name, place, shared
         self._has_settings, self.options = has_settings, dict[str, Any]()
         self.stack = ExitStack()
         """Closes the workspace."""
@@ -110,7 +111,7 @@ class Call:
         session = open_session(
             self.path,
             self.name,
-            place=self._place,
+            place=self.place,
             verbose=self._shared.get("verbose") or (False if self._shared.get("quiet") else None),
             dry_run=self.dry_run,
             as_json=self.as_json,

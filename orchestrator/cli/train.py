@@ -35,7 +35,7 @@ TRIALS = {
 }
 
 
-@Command("quickstart", group="All steps", options=HERE, config="option", trains=True, plans=True)
+@Command("quickstart", group="Start", options=HERE, config="option", trains=True, plans=True)
 def quickstart(call: Call) -> Result:
     """Run all steps on a CPU, from a generated task to the front, in minutes.
 
@@ -172,7 +172,7 @@ def distill(
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweeps", options=CLUSTER, config="argument", trains=True, plans=True)
+@Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
 def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")]) -> Result:
     """Run a whole sweep from its file, pretraining included.
 
@@ -187,7 +187,7 @@ def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")])
 
 @Command(
     "sweep-threshold",
-    group="Sweeps",
+    group="Sweep",
     options={
         "--schedules": "sweep.num_schedules",
         "--thresholds": "sweep.thresholds",
@@ -220,7 +220,7 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
 
 @Command(
     "sweep-iterations",
-    group="Sweeps",
+    group="Sweep",
     options={
         "--methods": "sweep.methods",
         "--steps": "training.num_steps",

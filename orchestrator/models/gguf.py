@@ -1,16 +1,18 @@
-"""Read a GGUF file, llama.cpp's format of one file for a whole model.
+"""Read and write GGUF files, llama.cpp's format of one file for a whole model.
 
-transformers reads weights and tokenizer; the file may be quantized, and each weight becomes the
-float32 number that it stands for. Three things are added here. Missing weights, and settings that
-transformers ignores, such as scaled rotary angles, are errors. And of the rule that cuts text into
-words before the merges, the file has only a name: where transformers does not know it, it silently
-cuts by GPT-2's, so the rules that are known stand here, and others are refused.
+To read one, transformers reads weights and tokenizer; the file may be quantized, and each weight
+becomes the float32 number that it stands for. Three things are added here. Missing weights, and
+settings that transformers ignores, such as scaled rotary angles, are errors. And of the rule that
+cuts text into words before the merges, the file has only a name: where transformers does not know
+it, it silently cuts by GPT-2's, so the rules that are known stand here, and others are refused. A
+file is written for the models that llama.cpp can compute: vanilla and looped ones.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 from tokenizers import pre_tokenizers
 
 from iiet.decoder import Decoder
-from iiet.published import decoder_from_published
+from iiet.published import decoder_from_published, published_from_decoder
 from iiet.weights import CONFIG
 from orchestrator.models.hub import offline
+from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 _PREFIX = "llama."
@@ -59,15 +62,9 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         UserError: If it is not a GGUF file, is damaged, holds another architecture or what the
             decoder does not do, or has no tokenizer of a known kind.
     """
+    gguf = _package(f"reading {path}")
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise UserError(
-            f"reading {path} needs the package gguf, which is not installed; "
-            "`pip install 'iiet-orch[gguf]'` installs it"
-        ) from None
-    try:
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         metadata: dict[str, Any] = {n: field.contents() for n, field in reader.fields.items()}
     except Exception as error:  # A damaged file fails in many ways.
         raise UserError(
@@ -115,6 +112,17 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         raise UserError(f"cannot use {path}: {line}") from None
 
 
+def _package(task: str) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            f"{task} needs the package gguf, which is not installed; "
+            "`pip install 'iiet-orch[gguf]'` installs it"
+        ) from None
+    return gguf
+
+
 def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -137,3 +145,96 @@ def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None
             f"cannot build the tokenizer of {path}: {first_line(error)}; give the model's own "
             "tokenizer.json with --tokenizer FILE"
         ) from None
+
+
+def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
+    """Write a decoder as a file that llama.cpp runs, with float32 weights.
+
+    A vanilla decoder is llama.cpp's `llama`. A looped one is its `nanbeige`, which runs the stack
+    `num_loops` times with key/value slots for each run; its norm between two runs is switched off.
+
+    Args:
+        path: The file to write.
+        decoder: The model, under the schedule that the file shall have.
+        folder: Model folder with its tokenizer.
+
+    Raises:
+        UserError: If llama.cpp has no counterpart of the method or the tokenizer.
+    """
+    config, schedule = decoder.config, decoder.config.schedule
+    if config.method not in ("vanilla", "looped"):
+        raise UserError(
+            f"llama.cpp cannot run a model of the method {config.method!r}: it has no counterpart "
+            "of what a method computes beside the layers, such as mix and norms; only vanilla and "
+            "looped models have a GGUF file"
+        )
+    gguf = _package(f"writing {path}")
+    num_loops = 1 + schedule[0] if schedule else 1
+    writer = gguf.GGUFWriter(path, "llama" if num_loops == 1 else "nanbeige")
+    writer.add_name(folder.parent.name)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if num_loops > 1:
+        writer.add_uint32("nanbeige.num_loops", num_loops)
+        writer.add_bool("nanbeige.skip_loop_final_norm", True)
+    _add_tokenizer(writer, folder, config.vocab_size)
+
+    with torch.device("meta"):  # A looped decoder has the weights of a vanilla one.
+        plain = Decoder(replace(config, method="vanilla", schedule=None))
+    plain.load_state_dict(decoder.state_dict(), assign=True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for name, weight in published_from_decoder(plain).items():
+        stem, suffix = name.rpartition(".")[::2]
+        rows = weight.float()
+        if num_heads := heads.get(stem.rpartition(".")[2]):
+            # llama.cpp turns neighbouring numbers of a head together, this project its halves.
+            halves = rows.reshape(num_heads, 2, -1, config.dim)
+            rows = halves.transpose(1, 2).reshape(rows.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", rows.contiguous().cpu().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+    reads = ModelTokenizer(folder)
+    tokenizer: Any = reads.tokenizer
+    model = json.loads(tokenizer.to_str())["model"] if tokenizer else {"type": "unknown"}
+    cut = tokenizer.pre_tokenizer.__getstate__() if tokenizer and tokenizer.pre_tokenizer else None
+    rules = (name for name, rule in _RULES.items() if rule.__getstate__() == cut)
+    rule = next(rules, None)
+    if model["type"] != "BPE" or rule is None or tokenizer.normalizer is not None:
+        raise UserError(
+            f"llama.cpp cannot read text as the tokenizer of {folder} does, which is of the kind "
+            f"{model['type']}; a GGUF file can have a byte-level BPE, as models trained on text "
+            "have here, or SmolLM's, but not the words of a depth task"
+        )
+    added = tokenizer.get_added_tokens_decoder()
+    tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [5] * vocab_size
+    for token, number in tokenizer.get_vocab().items():
+        tokens[number] = token
+        kinds[number] = 1 if number not in added else 3 if added[number].special else 4
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    ends = token_ids(folder, "eos_token_id") or sorted(reads.end_ids)
+    writer.add_eos_token_id(ends[0])
+    if len(ends) > 1:
+        writer.add_eot_token_id(ends[1])
+    writer.add_bos_token_id(reads.prefix_id)
+    with_first, without = (reads.encode("a", add_special_tokens=on) for on in (True, False))
+    writer.add_add_bos_token(with_first[0] != without[0])
+    if reads.loaded is not None and isinstance(reads.loaded.chat_template, str):
+        writer.add_chat_template(reads.loaded.chat_template)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -44,7 +44,7 @@ from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import new_folder, resolve_path, write_text
+from orchestrator.workspace.files import new_file, new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, find_checkpoints, find_workspace
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
@@ -194,9 +194,10 @@ def export(
     schedule: str | None = None,
     measure: bool = True,
     force: bool = False,
+    file_format: Literal["transformers", "gguf"] = "transformers",
     progress: Progress | None = None,
 ) -> Path:
-    """Export a checkpoint with its card, and return the folder.
+    """Export a checkpoint with its card, and return the folder; or as GGUF, and return the file.
 
     Args:
         settings: Section `evaluation`: tasks for the card's quality.
@@ -206,11 +207,13 @@ def export(
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
         force: Replace an export of another model in `to`.
+        file_format: `gguf` for a file that llama.cpp runs; it has no card.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
-    from orchestrator.models.open import load_model, open_model  # Imports PyTorch.
+    from orchestrator.models.gguf import write_gguf  # These import PyTorch.
+    from orchestrator.models.open import load_model, open_model
 
     context = open_context(workspace, progress)
     note = context.progress.note
@@ -219,9 +222,20 @@ def export(
     )
     wanted = lookup.parse_schedule(schedule, checkpoint) or picked
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
-    folder = resolve_path(to) if to else context.workspace.exports / name
     decoder = load_model(checkpoint, schedule=wanted)
     replaces = force or to is None  # The workspace's own folder is that of the run.
+    if file_format == "gguf":
+        file = resolve_path(to) if to else context.workspace.exports / f"{name}.gguf"
+        if file.exists() and (file.is_dir() or not replaces):
+            raise UserError(
+                f"{file} exists; name another file with --to, or replace a file with --force"
+            )
+        context.progress.start("export")
+        with new_file(file) as temporary:
+            write_gguf(temporary, decoder, checkpoint)
+        context.progress.finish(f"{format_bytes(file.stat().st_size)} for llama.cpp")
+        return file
+    folder = resolve_path(to) if to else context.workspace.exports / name
     check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None
     if measure:

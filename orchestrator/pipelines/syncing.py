@@ -76,9 +76,10 @@ def sync(
     if tracking.experiment_id is None and tracking.copied:
         added = tracking.added_by_people()
         lost = ", ".join(added[:MAX_NAMED]) or "no note, tag or alias of a person"
+        lost += " and more" if len(added) > MAX_NAMED else ""
         raise UserError(
-            f"{tracking.copied}; `iiet-orch sync --replace` makes it anew from the workspace's "
-            f"files. Lost with it: {lost}{' and more' if len(added) > MAX_NAMED else ''}"
+            f"{tracking.copied}; `iiet-orch ui --sync --replace` makes it anew from the "
+            f"workspace's files. Lost with it: {lost}"
         )
 
     runs: list[TrackedRun] = []

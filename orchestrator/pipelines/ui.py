@@ -54,7 +54,7 @@ def serve(
     """
     tracking = open_tracking(workspace, warn=say)
     if tracking.copied:
-        raise UserError(f"{tracking.copied}; `iiet-orch sync` says how to make it anew")
+        raise UserError(f"{tracking.copied}; `iiet-orch ui --sync` says how to make it anew")
     if tracking.store.is_remote:
         lines = tracking.links(tracking.store.public_uri, overview(), MAX_SWEEPS_SHOWN)
         if not lines:

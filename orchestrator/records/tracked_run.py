@@ -2,7 +2,7 @@
 
 A training, a sweep, each of its trials, an evaluation, a benchmark and an influence table are such
 runs. Curves stay in the journals that the runs name. From these files `Tracking.publish` makes the
-runs in MLflow, and `sync` makes all of them again.
+runs in MLflow, and `ui --sync` makes all of them again.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def read_settings(
     except YamlProblem as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
-        raise UserError(f"{path} holds no settings; `iiet-orch init` writes a file to start from")
+        raise UserError(
+            f"{path} holds no settings; `iiet-orch config init` writes a file to start from"
+        )
     if not isinstance(tree, dict):
         raise UserError(
             f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"

@@ -231,7 +231,7 @@ def claims_answered(settings: Settings) -> str:
         if taught <= teachers and others <= teachers | beside
     ]
     if len(found) == len(needs):
-        return "its models answer all five claims of the paper (`iiet-orch claims`)"
+        return "its models answer all five claims of the paper (`iiet-orch report --claims`)"
     which = join_names(found) if found else "none"
     return f"of the paper's five claims, its models answer {which}"
 

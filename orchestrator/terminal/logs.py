@@ -30,7 +30,7 @@ def command_log(
     """Redirect standard error to a new log file until the block ends, unless `verbose`.
 
     Yields the log file, or None, and the user's terminal. The file is locked meanwhile, so that
-    `status` finds the command. The folder keeps `NUM_LOGS_KEPT` files.
+    `list running` finds the command. The folder keeps `NUM_LOGS_KEPT` files.
     """
     if verbose:
         yield None, sys.stderr

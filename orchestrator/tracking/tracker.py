@@ -1,9 +1,9 @@
 """Tracking as the pipelines use it: publish runs, find what is stored, links, chart views.
 
 A run is first written as a file of the workspace, then published in the background, so training
-never waits. A server that does not answer costs one warning; when it is back, or by `sync`, it gets
-what the files say then. MLflow's fluent API and Ray's callback would raise errors into training,
-block for minutes, and create a second run for every resumed trial.
+never waits. A server that does not answer costs one warning; when it is back, or by `ui --sync`, it
+gets what the files say then. MLflow's fluent API and Ray's callback would raise errors into
+training, block for minutes, and create a second run for every resumed trial.
 """
 
 from __future__ import annotations
@@ -270,12 +270,14 @@ class Tracking:
         """Make no attempts for a while; warn the first time."""
         if isinstance(error, CopiedStoreError):
             self.copied, self._paused_until = error, math.inf
-            self._warn(f"{error}; it shows nothing new until `iiet-orch sync` has made it anew")
+            self._warn(
+                f"{error}; it shows nothing new until `iiet-orch ui --sync` has made it anew"
+            )
             return
         if not self._pause_seconds:
             self._warn(
                 f"MLflow at {self.store.public_uri} does not respond ({first_line(error)[:200]}); "
-                "training continues, and `iiet-orch sync` publishes what is missing later"
+                "training continues, and `iiet-orch ui --sync` publishes what is missing later"
             )
         longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
         self._pause_seconds = min(longer, MAX_PAUSE_SECONDS)

@@ -55,7 +55,7 @@ MISTAKES = {
     "pretrain training.num_steps=5": "training.num_steps=5",
     "distill 2,1 my-run": "my-run",
     "distill 1": "--schedule says how many corrections",
-    "compare a b --json c.json": "c.json",
+    "evaluate --compare a b --json c.json": "c.json",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
     "pretrain --lr 0": "training.learning_rate",
@@ -124,18 +124,15 @@ MISTAKES = {
     "generate --prompt x": "iiet-orch pretrain",
     "export": "iiet-orch pretrain",
     "import missing-folder": "is not a model folder",
+    "evaluate --compare one": "--compare takes two models; got one",
+    "evaluate --compare one two --depth-curve": "use it without --compare",
     "report": "iiet-orch sweep-threshold",
+    "report --claims --cost ms": "leave --cost and --quality out",
+    "ui --replace": "--replace is for --sync",
     "report nothing other": "nothing",
     "report ../../outside": "the sweep '../../outside': a name has letters",
     "pick": "iiet-orch sweep-threshold",
     "pick ../../outside": "the sweep '../../outside': a name has letters",
-    # A cluster
-    "submit ui": "`iiet-orch ui` does not run on a cluster",
-    "submit pretrain --gpu 8": "--gpus",
-    "submit pretrain --workspace here": "by an absolute path (got here)",
-    "submit --name a/b pretrain": "--name 'a/b'",
-    "submit --server ray://a pretrain": "is not an address such as",
-    "submit --server 127.0.0.1:1 pretrain": "takes no job",
 }  # fmt: skip
 """What is typed after `iiet-orch` -> words of the sentence."""
 
@@ -269,7 +266,7 @@ for words in json.loads(sys.argv[1]):
     main(words)
 """
 PRINTED = (
-    ["--help"], ["pretrain", "--no-such-option"], ["config", "list"], ["status"],
+    ["--help"], ["pretrain", "--no-such-option"], ["config", "list"], ["list", "running"],
     ["sweep", "demo", "--dry-run"],
 )  # fmt: skip
 COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")

@@ -104,7 +104,8 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
     assert parents.count(sweep.info.run_id) == 6
     assert "front/front." in sweep.data.tags["mlflow.note.content"]
     # Few items decide no claim; those that need PCformer are not measured.
-    claims = json.loads(run_command("claims", "--json", "--workspace", str(workspace)))["claims"]
+    shown = run_command("report", "--claims", "--json", "--workspace", str(workspace))
+    claims = json.loads(shown)["claims"]
     assert [claim["number"] for claim in claims] == [1, 2, 3, 3, 4, 4, 5]
     assert [c["number"] for c in claims if "no PCformer" in c["about"]] == [2, 5]
     assert json.loads((folder / "front.json").read_text())["claims"] == claims
@@ -137,7 +138,7 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(
     )
     reported = "".join(run_command("report", *place).split())
     assert str(copy).replace(" ", "") in reported
-    run_command("sync", "--replace", *place)
+    run_command("ui", "--sync", "--replace", *place)
     run_command("pick", "--best", *place)
     uri = f"sqlite:///{copy}/mlflow.db"
     client = MlflowClient(uri, registry_uri=uri)
@@ -159,9 +160,9 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(
     commands = [
         ["config", "show", "toy"],
         ["list", "--json"],
-        ["status", "--json"],
+        ["list", "running", "--json"],
         ["pick", "--dry-run", "--best"],
-        ["claims", name],
+        ["report", name, "--claims"],
         ["report"],
         ["sweep", "toy", *small()],
     ]

@@ -169,7 +169,7 @@ def test_an_empty_server_shows_the_same_as_one_that_was_never_killed(
         after.append(kill)
         sweep(tiny_plan, workspace, told)
     assert len(told) == 1
-    assert "iiet-orch sync" in told[0]
+    assert "iiet-orch ui --sync" in told[0]
     with server(tmp_path / "second", port):
         for _ in range(2):
             sync(workspace=workspace)

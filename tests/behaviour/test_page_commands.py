@@ -29,8 +29,8 @@ TESTED_ELSEWHERE = {"real-model.md", "troubleshooting.md", "extending.md"}
 LINES = [x for x in shell_lines() if x.words[0] == "iiet-orch" and x.page not in TESTED_ELSEWHERE]
 PAGES = list(dict.fromkeys(line.page for line in LINES))
 
-LEFT_OUT = re.compile(r"iiet-orch (ui|submit)\b|.*(hub|s3://)")
-"""A server or a cluster, the Hugging Face Hub, storage in a cloud."""
+LEFT_OUT = re.compile(r"iiet-orch ui\b(?!.*--sync)|.*(hub|s3://)")
+"""A server that runs until it is stopped, the Hugging Face Hub, storage in a cloud."""
 REPLACED = {
     **{"heldout,piqa": "heldout", "--search": "--search=3", "30": ""},
     **{"--keep": "--cheapest", "0.97": ""},
@@ -50,8 +50,8 @@ SMALL_DEPTH = [
     "evaluation.num_items=20", "sweep.num_schedules=3",
 ]  # fmt: skip
 TAKES_SETTINGS = {
-    "prepare", "pretrain", "distill", "influence", "evaluate", "compare", "benchmark",
-    "sweep", "sweep-threshold", "sweep-iterations",
+    "prepare", "pretrain", "distill", "influence", "evaluate", "benchmark", "sweep",
+    "sweep-threshold", "sweep-iterations",
 }  # fmt: skip
 
 

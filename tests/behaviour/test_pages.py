@@ -19,7 +19,6 @@ import yaml
 from documented import FENCE, PAGES, ROOT, blocks, inline_commands, shell_lines
 
 from orchestrator import cli
-from orchestrator.cli.submit import parse_command
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 
@@ -46,8 +45,6 @@ def test_shell_lines_are_accepted_with_their_settings() -> None:
         program, *words = [word for word in line.words if word != "&"]
         if program == "iiet-orch" and line.page not in UNUSUAL:
             options = parsed(tuple(words))
-            if words[0] == "submit":
-                options = parse_command(options["words"])
             sweep = options.get("config") or options.get("file")
             name = sweep if sweep in shipped_sweeps() else None
             assert read_settings(name, options.get("set_") or []), line
@@ -66,8 +63,6 @@ def test_commands_within_sentences_exist() -> None:
             if word in getattr(command, "commands", {}):
                 command = command.commands[word]
                 known |= {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
-                if command.name == "submit":
-                    command = GROUP  # A command for the cluster follows.
         is_known = words[0].startswith("--") or words[0] in GROUP.commands
         assert is_known or words[0] == "COMMAND", line
         assert {word for word in words if re.match("--?[a-z]", word)} <= known, line

@@ -47,7 +47,10 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
 ) -> None:
     found = planned(name, tmp_path)
     assert found.price.num_trainings == 5 + NUM_STUDENTS, "teachers, vanilla, r = 0, students"
-    assert "its models answer all five claims of the paper (`iiet-orch claims`)" in found.notes
+    assert (
+        "its models answer all five claims of the paper (`iiet-orch report --claims`)"
+        in found.notes
+    )
     assert found.problems["an H100"] is None
     assert f"each trial runs on 1 GPU, at most {ON_GPUS[name]} at once" in found.notes
     assert found.price.num_devices == ON_GPUS[name]

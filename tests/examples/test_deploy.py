@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from orchestrator.cli.submit import parse_command
+from orchestrator import cli
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
 SCRIPT = (DEPLOY / "slurm.sbatch").read_text(encoding="utf-8")
@@ -116,6 +118,13 @@ def test_a_signal_reaches_the_command_alone_which_saves_its_state(
     assert (tmp_path / "record.nodes").read_text().count("asked") == 2
 
 
+def num_gpus(name: str, *words: str) -> int:
+    """Return the GPUs that a command asks for; exits if an option is unknown."""
+    command: Any = get_command(cli.build_app(name))
+    gpus: int = command.commands[name].make_context(name, [*words]).params["gpus"]
+    return gpus
+
+
 def test_the_commands_in_both_files_exist_and_their_nodes_hold_them() -> None:
     (line,) = re.findall(r"^command=\(iiet-orch (.*?)\)", SCRIPT, flags=re.MULTILINE)
     job = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text(encoding="utf-8"))
@@ -123,11 +132,11 @@ def test_the_commands_in_both_files_exist_and_their_nodes_hold_them() -> None:
     (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert (program, words) == ("iiet-orch", shlex.split(line))
-    assert parse_command(words)["gpus"] == workers["replicas"] * int(limits["nvidia.com/gpu"])
+    assert num_gpus(*words) == workers["replicas"] * int(limits["nvidia.com/gpu"])
     nodes, gpus = re.findall(
         r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", SCRIPT, flags=re.MULTILINE
     )
-    assert parse_command(words)["gpus"] == int(nodes) * int(gpus)
+    assert num_gpus(*words) == int(nodes) * int(gpus)
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"
     for group in (head, workers):

@@ -69,7 +69,7 @@ def test_every_command_with_json_has_its_keys_on_the_page() -> None:
         for name, command in _commands(get_command(cli.build_app()))
         if any("--json" in parameter.opts for parameter in command.params)
     }
-    assert with_json == {name.partition(" --")[0] for name in DOCUMENTED}
+    assert with_json == {name.partition(" --")[0].removesuffix(" running") for name in DOCUMENTED}
     assert all(always for always, _ in DOCUMENTED.values())
 
 
@@ -143,7 +143,7 @@ COMMANDS = {
     "export": ["export", "full", "--no-measure"],
     "list": ["list"],
     "list runs": ["list", "runs"],
-    "status": ["status"],
+    "list running": ["list", "running"],
     "clean": ["clean", "--dry-run"],
 }
 
@@ -189,7 +189,8 @@ def test_what_is_tracked_has_the_keys_of_the_page(
     _check("report", run("report", "two")[0])
     _check("pick", run("pick", "two", "--best", "--to", str(tmp_path / "picked"))[0])
     _check("import", run("import", str(tmp_path / "picked"), "--name", "again")[0])
-    _check("sync", run("sync")[0])
+    _check("ui --sync", run("ui", "--sync")[0])
+    _check("report --claims", run("report", "--claims", "two")[0])
     _check("doctor", run("doctor")[0])
     result = report(workspace=space, sweeps=["two"])
     ended = SweepResult(**dict(result), name="two", trials=(), failures={}, stopped={})
@@ -211,12 +212,12 @@ def test_evaluations_have_the_keys_of_the_page(run: Run, tasks: list[str]) -> No
     assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
     assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
     assert "evaluate: accuracy" in progress
-    both = "compare", "full", "full", "-r", "2,1", "-r", "0", *tasks
+    both = "evaluate", "--compare", "full", "full", "-r", "2,1", "-r", "0", *tasks
     planned = run(*both, "--dry-run")[0]
-    _check("compare --dry-run", planned)
+    _check("evaluate --compare --dry-run", planned)
     assert [row["state"] for row in planned["tasks"]] == 2 * ["16 items, stored"]
     compared, _ = run(*both)
-    _check("compare", compared)
+    _check("evaluate --compare", compared)
     first = compared["rows"][0]
     assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
 

@@ -1,4 +1,4 @@
-"""`config` and `init`: what they print and write is read back as the same settings."""
+"""`config`: what they print and write is read back as the same settings."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_shipped_sweeps_are_listed_and_copied(
 ) -> None:
     listed = _printed(capsys, "config", "list")
     assert all(name in listed for name in shipped_sweeps())
-    _printed(capsys, "init", "--from", "depth")
+    _printed(capsys, "config", "init", "--from", "depth")
     assert read_settings(tmp_path / "depth.yaml") == read_settings("depth")
-    assert "--force" in _printed(capsys, "init", "--from", "depth", code=2)
-    _printed(capsys, "init", "--from", "toy", "depth.yaml", "--force")
+    assert "--force" in _printed(capsys, "config", "init", "--from", "depth", code=2)
+    _printed(capsys, "config", "init", "--from", "toy", "depth.yaml", "--force")
     assert read_settings(tmp_path / "depth.yaml") == read_settings("toy")
-    assert "did you mean depth" in _printed(capsys, "init", "--from", "depht", code=2)
+    assert "did you mean depth" in _printed(capsys, "config", "init", "--from", "depht", code=2)
 
 
 def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
@@ -74,7 +74,7 @@ def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
     captured = capsys.readouterr()
     assert "num_steps: 3 " in captured.out
     assert f"settings: the file {tmp_path / 'depth'}, not the shipped sweep depth" in captured.err
-    _printed(capsys, "init", "--from", "depth")
+    _printed(capsys, "config", "init", "--from", "depth")
     assert read_settings(tmp_path / "depth.yaml") == read_settings(shipped_sweeps()["depth"])
 
 
@@ -83,7 +83,7 @@ def test_init_writes_a_valid_commented_file(
     size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", "text", "--size", size, "--steps", "2000", "--gpus", "1"]
-    printed = _printed(capsys, "init", "mine.yaml", *options)
+    printed = _printed(capsys, "config", "init", "mine.yaml", *options)
     assert "next: iiet-orch sweep mine.yaml --dry-run" in printed
     settings = read_settings(tmp_path / "mine.yaml")
     assert (settings.data.source, settings.data.files) == ("files", ("text",))
@@ -106,10 +106,10 @@ def test_init_asks_for_what_is_missing(
             return True
 
     monkeypatch.setattr("sys.stdin", Terminal("text/*.txt\n55m\n"))
-    _printed(capsys, "init")
+    _printed(capsys, "config", "init")
     settings = read_settings(tmp_path / "my-sweep.yaml")
     assert (settings.data.files, settings.model.preset) == (("text/*.txt",), "55m")
-    _printed(capsys, "init", "--hub", "someone/texts", "--force")
+    _printed(capsys, "config", "init", "--hub", "someone/texts", "--force")
     assert read_settings(tmp_path / "my-sweep.yaml").data.hub_name == "someone/texts"
 
 
@@ -120,12 +120,12 @@ def test_a_mistake_writes_nothing(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     before = sorted(tmp_path.rglob("*"))
     for words, said in (
-        (["init"], "--data PATH"),
-        (["init", "--data", "nowhere"], "nowhere"),
-        (["init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
-        (["init", "--data", "text", "--hub", "a/b"], "leave all but one out"),
-        (["init", "--data", "text", "--size", "9m"], "--size"),
-        (["init", "text", "--data", "text"], "exists"),
+        (["config", "init"], "--data PATH"),
+        (["config", "init", "--data", "nowhere"], "nowhere"),
+        (["config", "init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
+        (["config", "init", "--data", "text", "--hub", "a/b"], "leave all but one out"),
+        (["config", "init", "--data", "text", "--size", "9m"], "--size"),
+        (["config", "init", "text", "--data", "text"], "exists"),
         (["config", "show", "nothing"], "there is no settings file"),
         (["config", "show", "--set", "training.num_step=1"], "did you mean training.num_steps"),
     ):

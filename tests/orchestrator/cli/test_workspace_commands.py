@@ -1,4 +1,4 @@
-"""`list` and `status` on a small workspace with real trainings, and locks that are really held."""
+"""`list` on a small workspace with real trainings, and locks that are really held."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_runs_are_listed_with_their_states_and_nothing_is_written(
     assert runs["whole"]["bytes"] == real
     names = {entry["name"] for entry in listed["checkpoints"]}
     assert names == {"runs/whole/step_00000002", "runs/half/step_00000003"}
-    assert run("status").startswith("nothing runs in")
+    assert run("list", "running").startswith("nothing runs in")
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "runs", "--workspace", str(space.root)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -91,8 +91,8 @@ def test_runs_are_listed_with_their_states_and_nothing_is_written(
     assert "stopped at 3/8" in "".join(lines)
     assert _files(space.root) == before
     assert "'trials', 'sweeps', 'models'" in run("list", "trails", code=2)
-    for command in ("list", "status"):
-        assert cli.main([command, "--workspace", str(space.root / "none")]) == 2
+    for words in (["list"], ["list", "running"]):
+        assert cli.main([*words, "--workspace", str(space.root / "none")]) == 2
         assert "there is no workspace" in capsys.readouterr().err
 
 
@@ -118,8 +118,8 @@ def test_status_shows_a_running_training_and_its_sweep(
     assert trial.job
     run_job(trial.job, should_stop=_stop_after(30))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
-        found = json.loads(run("status", "--json"))
-        printed = run("status")
+        found = json.loads(run("list", "running", "--json"))
+        printed = run("list", "running")
     [activity] = found["activities"]
     assert (activity["kind"], activity["label"]) == ("training", trial.label)
     assert (activity["step"], activity["steps"]) == (30, 40)
@@ -129,7 +129,7 @@ def test_status_shows_a_running_training_and_its_sweep(
     assert (sweep["name"], sweep["finished"]) == ("my-sweep", 0)
     assert f"sweep my-sweep: 0 of {len(tiny_plan.trials)} trials finished" in printed
     assert "step 30 of 40" in printed
-    assert run("status").startswith("nothing runs in")
+    assert run("list", "running").startswith("nothing runs in")
 
 
 def test_status_tells_queued_from_running_and_measured_trials(
@@ -142,7 +142,7 @@ def test_status_tells_queued_from_running_and_measured_trials(
         with ExitStack() as stack:
             for lock in locks:
                 stack.enter_context(lock_file(lock))
-            found = json.loads(run("status", "--json"))["activities"]
+            found = json.loads(run("list", "running", "--json"))["activities"]
         return {activity["name"]: activity["kind"] for activity in found}
 
     assert kinds(space.runs / "new" / RUN_LOCK_NAME, two_runs / RUN_LOCK_NAME) == {
@@ -158,11 +158,11 @@ def test_status_tells_queued_from_running_and_measured_trials(
 
 def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run) -> None:
     with lock_file(two_runs / WORKERS_LOCK_NAME):
-        [before] = json.loads(run("status", "--json"))["activities"]
+        [before] = json.loads(run("list", "running", "--json"))["activities"]
         journal = Journal(two_runs)
         journal.event("resumed", step=3)
         journal.close()
-        [after] = json.loads(run("status", "--json"))["activities"]
+        [after] = json.loads(run("list", "running", "--json"))["activities"]
     assert before["tokens_per_second"] > 0
     assert (after["tokens_per_second"], after["seconds_left"]) == (None, None)
     assert after["loss"] == before["loss"]
@@ -170,10 +170,10 @@ def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run
 
 def test_status_shows_commands_and_what_is_prepared(space: Workspace, run: Run) -> None:
     with open_session(space.root, "sweep-threshold", verbose=None):
-        assert f"command sweep-threshold: process {os.getpid()}" in run("status")
-    assert run("status").startswith("nothing runs in")
+        assert f"command sweep-threshold: process {os.getpid()}" in run("list", "running")
+    assert run("list", "running").startswith("nothing runs in")
     with lock_file(space.tokens / ".lock"), lock_file(space.teachers / ".abc.lock"):
-        found = json.loads(run("status", "--json"))
+        found = json.loads(run("list", "running", "--json"))
     kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
     assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
 
@@ -237,7 +237,7 @@ def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
 def test_a_listing_imports_no_pytorch(space: Workspace) -> None:
     program = (
         "import sys; from orchestrator import cli\n"
-        f"for name in ('list', 'status'): cli.main([name, '-w', {str(space.root)!r}])\n"
+        f"for kind in ([], ['running']): cli.main(['list', *kind, '-w', {str(space.root)!r}])\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

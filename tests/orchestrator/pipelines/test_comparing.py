@@ -158,7 +158,10 @@ def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
     values = [{key: float(n < right) for n, key in enumerate(keys)} for right in (20, 32)]
     for name, of_model in zip(("one", "two"), values, strict=True):
         lm_eval_output(tmp_path / name, {"piqa": of_model})
-    assert cli.main(["compare", "one", "two", "--workspace", str(tmp_path / "space")]) == 0
+    assert (
+        cli.main(["evaluate", "--compare", "one", "two", "--workspace", str(tmp_path / "space")])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "accuracy of piqa: two is better (+30.00 points, 95 % interval" in printed
     written = compare(Settings(), workspace=tmp_path / "space", models=("one", "two")).to_json()
@@ -192,7 +195,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
         (["one", "."], ". has results of several models; name one of its folders: one, two"),
         (["one", "empty"], "empty holds no checkpoint"),
     ]:
-        assert cli.main(["compare", *words, "--workspace", str(workspace.root)]) == 2
+        assert cli.main(["evaluate", "--compare", *words, "--workspace", str(workspace.root)]) == 2
         printed = " ".join(capsys.readouterr().err.split())
         assert reason in printed, printed
         assert "Traceback" not in printed

@@ -265,7 +265,7 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     tracking.publish(trial.changed(status="FINISHED"))
     assert tracking.run_id(trial) is None
     assert len(warnings) == 1
-    assert "iiet-orch sync" in warnings[0]
+    assert "iiet-orch ui --sync" in warnings[0]
     full = open_workspace(tmp_path / "full")
     full.tracked.touch()  # Writing fails, as on a full disk.
     stopped = open_tracking(full, warn=warnings.append)

@@ -105,7 +105,7 @@ def all_bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(("command", "expected_code"), [("sync", 0), ("report", 2), ("ui", 1)])
+@pytest.mark.parametrize(("command", "expected_code"), [("ui --sync", 0), ("report", 2), ("ui", 1)])
 def test_an_unreachable_server_is_named_without_its_password(
     command: str,
     expected_code: int,
@@ -116,7 +116,7 @@ def test_an_unreachable_server_is_named_without_its_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9/mlflow")
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
-    code = cli.main([command])
+    code = cli.main(command.split())
     printed = "".join(capfd.readouterr())
     assert code == expected_code, printed
     if command != "report":
