@@ -125,7 +125,7 @@ class TrackedRun(Record):
         return tracked_path(workspace, *self.place)
 
     def is_stored(self, workspace: Workspace) -> bool:
-        """Return whether a workspace holds this run as it is: MLflow shows it, or `ui --sync` will."""
+        """Return whether a workspace holds this run as it is, which MLflow shows or was sent."""
         path = self.path(workspace)
         with suppress(UserError):
             return read_json(path) == self.stored_at(path)
