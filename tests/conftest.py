@@ -256,7 +256,7 @@ def trained_run(
 @pytest.fixture
 def tiny_plan(tmp_path: Path, tiny_tokens: Path, trained_run: Path) -> Any:
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
-    from iiet.influence import InfluenceTable
+    from iiet.pruning import InfluenceTable
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.plan import students_plan

@@ -206,7 +206,7 @@ def recipe(**changes: Any) -> Disturbance:
 WORKER = """
 import os, sys, torch
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.devices import World
+from orchestrator.training.world import World
 from orchestrator.training.trainer import run_job
 
 rank, number, parallel, shards, until, meeting, job = sys.argv[1:]

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from sample_texts import tokens_of
 
-from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.pruning import InfluenceTable
 from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.result import show

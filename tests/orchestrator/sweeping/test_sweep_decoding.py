@@ -17,7 +17,7 @@ from orchestrator.sweeping.decode import with_drafts
 from orchestrator.sweeping.plan import exact_cost
 from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import on_cpu
+from orchestrator.training.world import on_cpu
 from orchestrator.workspace.layout import open_workspace
 
 

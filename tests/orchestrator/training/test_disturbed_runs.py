@@ -23,7 +23,7 @@ from same_run import (
     workers,
 )
 
-from iiet.distillation import DistillationConfig
+from iiet.config import DistillationConfig
 from orchestrator.data.store import TokenStore
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
