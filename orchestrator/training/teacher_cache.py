@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import DTYPES, load_config, weights_key
 from orchestrator.models.open import load_model
@@ -31,8 +30,9 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype
+from orchestrator.training.devices import autocast, frozen_dtype
 from orchestrator.training.job import sequences_per_step
+from orchestrator.training.world import OnDevice, World
 from orchestrator.workspace import files
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.locks import lock_file
