@@ -24,8 +24,8 @@ from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from orchestrator.data.mixture import open_data
-from orchestrator.models.folder import DTYPES, load_config, weights_key
-from orchestrator.models.open import load_model
+from orchestrator.models.folder import load_config, weights_key
+from orchestrator.models.open import DTYPES, load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
@@ -69,7 +69,7 @@ class CachePlan:
     @property
     def num_bytes(self) -> int:
         """Size of the logits."""
-        return self.num_tokens * self.vocab_size * DTYPES[self.precision].itemsize
+        return self.num_tokens * self.vocab_size * int(DTYPES[self.precision].itemsize)
 
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
@@ -242,7 +242,7 @@ def write_cache(
             with (folder / ANSWERS).open("wb") as file:
                 for number, (sequences, logits) in enumerate(answers(device), start=1):
                     found += _hashes(sequences)
-                    file.write(logits.contiguous().view(torch.uint8).numpy())
+                    file.write(logits.contiguous().view(torch.uint8).numpy().data)
                     (progress or Progress()).advance(number)
             manifest = {"checksums": files.checksums_of(folder), "sequences": found}
             files.write_json(folder / MANIFEST, manifest)
