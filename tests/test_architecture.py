@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/models": 1_745,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_391,
-    "orchestrator/training": 3_459,
+    "orchestrator/training": 3_443,
     "orchestrator/evaluation": 2_474,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
