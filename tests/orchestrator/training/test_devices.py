@@ -126,17 +126,6 @@ def test_every_training_of_a_process_compiles() -> None:
     assert found == ["compiled"] * 3
 
 
-def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
-    def out_of_memory(*_: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    decoder, found = tiny_decoder(2), []
-    compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        decoder(torch.randint(13, (2, 8)))
-    assert found == []
-
-
 @pytest.mark.slow
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
     """At 24 layers and at 30: one graph of a training step."""
