@@ -120,7 +120,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert longest == pytest.approx(5 * shortest), "a CPU reaches 10 to 50% of its peak"
     assert price.disk == {
         "checkpoints": 4 * 12 * 10_138,
-        "teacher outputs": 40 * STEP * (300 * 4 + 4),  # Logits in float32, and the token.
+        "teacher outputs": 40 * STEP * 300 * 4,  # Logits in float32.
     }
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
