@@ -178,7 +178,7 @@ class ModelMeasurer:
         from orchestrator.evaluation.transformers_model import load_transformers_model
 
         return load_transformers_model(
-            model.path,
+            model,
             device=conditions.device,
             batch_size=conditions.batch_size,
             trust_remote_code=conditions.trust_remote_code,

@@ -6,7 +6,6 @@ weights are an error; transformers would fill them with random numbers and only 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from orchestrator.evaluation.adapter import ChatModel, suppress_output, usual_max_new_tokens
-from orchestrator.models.hub import offline
+from orchestrator.models.loops import load_transformers
+from orchestrator.models.open import OpenedModel
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
@@ -65,7 +65,7 @@ class TransformersModel(ChatModel, HFLM):  # type: ignore[misc]
 
 
 def load_transformers_model(
-    folder: Path,
+    model: OpenedModel,
     *,
     device: str,
     batch_size: int,
@@ -73,35 +73,19 @@ def load_transformers_model(
     prompts: Prompts | None = None,
     progress: Progress | None = None,
 ) -> TransformersModel:
-    """Load a transformers model folder as a model of lm-eval.
-
-    Args:
-        prompts: How items become prompts.
+    """Load a model that transformers runs as a model of lm-eval; `prompts` say how items are asked.
 
     Raises:
-        UserError: If transformers cannot load it, it needs code that is not trusted, or weights
-            are missing.
+        UserError: As `load_transformers`.
     """
-    from transformers import AutoModelForCausalLM
-
-    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    with suppress_output(), offline():
-        try:
-            model, found = load(
-                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-            )
-        except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-            line, hint = first_line(error), ""
-            if "trust_remote_code" in str(error):
-                line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
-            raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
-        if missing := sorted(found.get("missing_keys", ())):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
-        model.config.use_cache = False  # Scoring would fill a cache and discard it.
+    text = ModelTokenizer(model.text_folder, trust_remote_code=trust_remote_code)
+    with suppress_output():
+        loaded = load_transformers(
+            model.path, model.loops, model.depth, trust_remote_code=trust_remote_code, device=device
+        )
+        loaded.config.use_cache = False  # Scoring would fill a cache and discard it.
         runner = TransformersModel(
-            pretrained=model.to(device).eval(),
+            pretrained=loaded,
             tokenizer=text.loaded,
             batch_size=batch_size,
             logits_cache=False,

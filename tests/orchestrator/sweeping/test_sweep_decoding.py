@@ -80,5 +80,5 @@ def test_the_command_adds_drafts_to_the_report_of_a_sweep(
 def test_depth_tasks_are_not_generated(tmp_path: Path) -> None:
     depth = DepthSettings(tasks=("phop_2",), num_symbols=2, length=8)
     tokens = write_depth(DataSettings(source="depth", depth=depth), tmp_path)
-    with pytest.raises(UserError, match="--drafts measures generated text"):
+    with pytest.raises(UserError, match="this is measured on text"):
         text_of(tokens)
