@@ -22,8 +22,9 @@ from torch.nn.functional import cosine_similarity
 from iiet.config import ModelConfig
 from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import newest_tokens
+from orchestrator.evaluation.looped import load_transformers, watched
 from orchestrator.models.lookup import find_model_folder
-from orchestrator.models.loops import Depth, load_transformers, watched
+from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context, in_one_call

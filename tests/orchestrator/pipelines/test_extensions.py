@@ -208,7 +208,7 @@ def test_doctor_lists_what_packages_add(
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     found = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(found) == 8
+    assert len(found) == 9
     usable = {
         f"the {what} of {PACKAGE} 1.0"
         for what in ("influence metric distance", "data source letters")
