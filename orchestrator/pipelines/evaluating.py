@@ -71,7 +71,7 @@ class ModelEvaluations(Result):
 
     evaluations: dict[str, EvaluationResult] = Field(exclude=True)
     """Name of the model, with its schedule where that was asked for, to what was measured."""
-    keys: dict[str, EvaluationKeys] = Field(exclude=True)
+    keys: dict[str, EvaluationKeys] = Field(default_factory=dict, exclude=True)
     """Name of the model to where the results of its tasks are stored."""
 
     @computed_field  # type: ignore[prop-decorator]
