@@ -96,7 +96,7 @@ def run_front(plan: FrontPlan, context: Context) -> ReportResult:
             "Provenance": {"kind": "depth", "models": len(trials), **environment()},
         },
     )
-    written = write_sweep_report(workspace, stored, tracking=context.tracking)
+    written = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
     journal = Journal(stored.folder(workspace))
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
