@@ -128,7 +128,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     )
     assert "at 10 to 50% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["time"]
     assert words["disk"].startswith(
-        "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
+        "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
     )
     assert words["on this machine"] == "it fits"
     assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
