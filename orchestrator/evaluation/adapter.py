@@ -1,7 +1,7 @@
 """lm-eval's view of our models, and a run of one task: prompts and metrics are lm-eval's.
 
 lm-eval's own class for transformers gives the same log-likelihoods up to rounding, but takes longer
-(docs/benchmarks.md): it evaluates a context once per choice, and the head everywhere. Models of
+(research/benchmarks): it evaluates a context once per choice, and the head everywhere. Models of
 other architectures run with it (`transformers_model`).
 """
 
