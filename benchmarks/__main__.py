@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import decoding, evaluation, mix, speculation, sweep, teacher_cache, training
+from benchmarks import decoding, mix, speculation, sweep, teacher_cache, training
 from benchmarks.gpu import commands, inference
 from benchmarks.gpu import training as gpu_training
 from benchmarks.report import SectionResult, machine_facts, to_dict, to_markdown
@@ -45,7 +45,6 @@ CPU_SECTIONS = _by_name(
     Section(speculation.speculation, 30, "What do drafts gain?"),
     Section(teacher_cache.teacher_cache, 30, "What does a teacher's stored output save?"),
     Section(training.training, 30, "What does the training loop add to a bare PyTorch loop?"),
-    Section(evaluation.evaluation, 30, "How fast is an evaluation, beside lm_eval --model hf?"),
     Section(sweep.sweep, 30, "What does a sweep add to its trials?"),
 )
 """The ratios of `make bench`, in the order in which they run; the limits only end what hangs."""

@@ -24,7 +24,7 @@ from benchmarks.report import RATIO, Goal, Row, SectionResult, checked, to_dict,
 from benchmarks.runner import Section, Setup, Skipped, run_in_process, run_section
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 
-LONG = ("cpu training", "cpu evaluation", "cpu sweep", "gpu evaluation")
+LONG = ("cpu training", "cpu sweep", "gpu evaluation")
 LONG += ("gpu resume", "gpu node", "gpu sweep")
 """Sections that train much, or start processes."""
 SECTIONS = {f"cpu {name}": section for name, section in CPU_SECTIONS.items()}

@@ -1,15 +1,14 @@
 """Generated answers: texts that continue contexts, until a stop text or a stop token.
 
-Contexts of one batch are padded on the left and decoded together with the key/value cache. A batch
-changes no answer: padding is masked, and each sampled context has a seed of its own.
+Contexts are padded on the left and decoded together with the key/value cache. A batch changes no
+answer: padding is masked, and each sampled context has a seed of its own.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,16 +17,18 @@ from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
-from orchestrator.evaluation.scoring import BatchLimit
-from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.tokenizer import ModelTokenizer
-from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 Decode = Callable[..., Iterator[Tensor]]
 
 _TAIL_MARGIN = 8
 """Tokens read before a possible stop text: the first ones may be parts of characters."""
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
+"""Options of a task's answers that change nothing at these values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,99 +55,51 @@ class AnswerSettings(TokenChoice):
     """Largest number of tokens of an answer."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is to be answered."""
-
-    context: tuple[int, ...]
-    """Tokens before the answer, at least one. A context that leaves no place for the answer loses
-    its beginning."""
-    settings: AnswerSettings
-    seed: int = 0
-    """Random seed of a sampled answer."""
-
-    @property
-    def key(self) -> str:
-        """A hash of all that determines the answer of a model."""
-        return content_key("answer", self.context, asdict(self.settings), self.seed)
-
-
 def generate_answers(
     decoder: Decoder,
     tokenizer: ModelTokenizer,
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 32,
-    on_answered: Callable[[int], None] | None = None,
-    note: Callable[[str], None] | None = None,
-    journal: AnswerJournal | None = None,
+    contexts: Sequence[Sequence[int]],
+    settings: AnswerSettings,
+    seeds: Sequence[int],
     decode: Decode = stream,
 ) -> list[str]:
-    """Return the answer to each question, without the text that ended it.
+    """Return what continues each context, without the text that ended it, decoded as one batch.
 
     Args:
         decoder: The model in evaluation mode, under its own schedule.
         tokenizer: Its tokenizer; its end tokens end an answer, too.
-        questions: In any order; those of the same settings and similar lengths are one batch.
-        batch_size: Largest number of contexts that are decoded together.
-        on_answered: Called after each batch with the number of answers so far.
-        note: As `BatchLimit`.
-        journal: Gets the answers of each batch; questions that it holds are not asked again.
+        contexts: Tokens, at least one. A context that leaves no place for the answer loses its
+            beginning.
+        seeds: Random seed of each context, if tokens are sampled.
         decode: Yields the tokens of a batch, step by step, as `iiet.generation.stream` does.
 
     Raises:
-        DeviceError: If the memory is too small for one question.
         ValueError: If a setting is out of range.
+        RunFailed: If logits are not finite.
     """
-    journal = journal or AnswerJournal()
-    answers = {number: journal.get(question.key) for number, question in enumerate(questions)}
-    left: defaultdict[AnswerSettings, list[int]] = defaultdict(list)
-    for number in sorted(answers, key=lambda number: -len(questions[number].context)):
-        if answers[number] is None:
-            left[questions[number].settings].append(number)
-    limit = BatchLimit(batch_size, "questions", note)
-    for numbers in left.values():
-        while batch := numbers[: limit.size]:
-            asked = [questions[number] for number in batch]
-            work = partial(_answer, decoder, tokenizer, asked, decode)
-            texts = limit.run(work, size=len(batch), can_split=len(batch) > 1)
-            if texts is not None:
-                del numbers[: len(batch)]
-                answers |= zip(batch, texts, strict=True)
-                journal.add({questions[number].key: answers[number] for number in batch})
-                if on_answered:
-                    on_answered(sum(answer is not None for answer in answers.values()))
-    return [str(answers[number]) for number in range(len(questions))]
-
-
-def _answer(
-    decoder: Decoder, tokenizer: ModelTokenizer, questions: Sequence[Question], decode: Decode
-) -> list[str]:
-    """Decode contexts of the same settings together, until all rows have ended."""
-    settings, device = questions[0].settings, decoder.device
     room = decoder.config.context_length - settings.max_new_tokens
-    contexts = [question.context[-room:] for question in questions]
-    length = max(map(len, contexts))
-    missing = [length - len(context) for context in contexts]
-    padded = [[0] * num + [*context] for num, context in zip(missing, contexts, strict=True)]
+    rows = [list(context[-room:]) for context in contexts]
+    length = max(map(len, rows))
+    missing = [length - len(row) for row in rows]
+    padded = [[0] * num + row for num, row in zip(missing, rows, strict=True)]
     is_token = torch.arange(length) >= torch.tensor(missing)[:, None]
     steps = decode(
         decoder,
-        torch.tensor(padded, device=device),
-        attention_mask=is_token.to(device) if any(missing) else None,
+        torch.tensor(padded, device=decoder.device),
+        attention_mask=is_token.to(decoder.device) if any(missing) else None,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         kv_strategy=settings.kv_strategy,
-        seed=[question.seed for question in questions],
+        seed=seeds,
         stop_tokens=tokenizer.end_ids,
     )
     stops = [text for text in settings.stop if text]
     # A token stands for at least one byte.
     tail = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
-    answers: list[list[int]] = [[] for _ in questions]
-    unfinished = set(range(len(questions)))
+    answers: list[list[int]] = [[] for _ in rows]
+    unfinished = set(range(len(rows)))
     try:
         for step in steps:
             tokens = step.tolist()
@@ -168,3 +121,54 @@ def _answer(
     for stop in stops:
         texts = [text.partition(stop)[0] for text in texts]
     return texts
+
+
+def usual_max_new_tokens(context_length: int) -> int:
+    """Return the length of answers where a task sets none: lm-eval's, or half the context."""
+    return max(1, min(256, context_length // 2))
+
+
+def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSettings:
+    """Return a task's `generation_kwargs` as settings of the generator.
+
+    Raises:
+        UserError: If an option is unknown or has a value that the generator does not support.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    found = dict(normalize_gen_kwargs(dict(options), usual_max_new_tokens(context_length)))
+    samples, temperature = found.pop("do_sample"), found.pop("temperature", None)
+    if temperature is None:  # As transformers does.
+        temperature = 1.0 if samples else 0.0
+    settings = AnswerSettings(
+        stop=tuple(map(str, found.pop("until"))),
+        max_new_tokens=found.pop("max_gen_toks"),
+        temperature=float(temperature),
+        top_k=found.pop("top_k", None) or None,
+        top_p=found.pop("top_p", None),
+    )
+    if others := [f"{k}={v}" for k, v in found.items() if (k, v) not in _NEUTRAL.items()]:
+        raise UserError(
+            f"its generation_kwargs ask for {', '.join(others)}; supported are until, "
+            "max_gen_toks, do_sample, temperature, top_k and top_p"
+        )
+    if settings.max_new_tokens >= context_length:
+        raise UserError(
+            f"its answers have up to {settings.max_new_tokens} tokens (max_gen_toks), and the "
+            f"model's context holds {context_length}, question included"
+        )
+    return settings
+
+
+def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> None:
+    """Raise `UserError` for a task whose answers a decoder cannot generate, before any runs."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            try:
+                answer_settings(task.get_config("generation_kwargs") or {}, context_length)
+            except UserError as error:
+                raise UserError(
+                    f"cannot generate answers for {name}: {error}. Leave the task out, or write "
+                    "one with other generation_kwargs (`include: NAME` in a file of "
+                    "evaluation.include_path)"
+                ) from None

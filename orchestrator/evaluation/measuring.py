@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from iiet.decoder import Decoder
 from orchestrator.data.mixture import open_data
-from orchestrator.evaluation.adapter import (
-    FEWSHOT_SEED,
-    ChatModel,
-    DecoderModel,
-    check_answer_settings,
-    run_task,
-)
-from orchestrator.evaluation.scoring import BatchLimit
+from orchestrator.evaluation.answers import check_answer_settings
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
-from orchestrator.evaluation.tasks import Suite
+from orchestrator.evaluation.tasks import FEWSHOT_SEED, Suite
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.open import OpenedModel
 from orchestrator.models.tokenizer import check_template
@@ -26,10 +22,14 @@ from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, Evaluatio
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World, device_precision
+from orchestrator.training.devices import World, device_precision, smaller_batch
 from orchestrator.training.objective import validation_metrics
+from orchestrator.workspace.errors import out_of_memory_text
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from orchestrator.evaluation.lm_eval_model import LmEvalModel
 
 VALIDATION_LOSS = "validation_loss"
 NUM_VALIDATION_TOKENS = 65_536
@@ -102,6 +102,9 @@ class ModelMeasurer:
         results = {name: result for name, result in found.items() if result}
         missing = suite.only([name for name in suite.tasks if name not in results])
         if missing.tasks:
+            # Imported here: it takes seconds, and what is stored is read without it.
+            from orchestrator.evaluation.lm_eval_model import run_task
+
             limit, progress = self._conditions.limit, self._progress
             model = self._lm_eval_model(missing)
             num_items = sum(missing.num_items(name, limit) for name in missing.tasks)
@@ -163,28 +166,22 @@ class ModelMeasurer:
     def _decoder(self) -> Decoder:
         return self._model.decoder(DTYPES[self.precision], device=self._conditions.device)
 
-    def _lm_eval_model(self, suite: Suite) -> ChatModel:
+    def _lm_eval_model(self, suite: Suite) -> LmEvalModel:
         """Load the model as one of lm-eval."""
-        model, conditions = self._model, self._conditions
-        prompts = suite.prompts or Prompts()
-        if model.config is not None:
-            decoder, tokenizer = self._decoder, model.tokenizer()
-            check_answer_settings(suite.tasks, model.config.context_length)
-            check_template(tokenizer, prompts)
-            return DecoderModel(
-                decoder, tokenizer, conditions.batch_size, prompts=prompts, progress=self._progress
-            )
-        # Imported here: transformers takes seconds, and our own models do without it.
-        from orchestrator.evaluation.transformers_model import load_transformers_model
+        from orchestrator.evaluation import lm_eval_model
 
-        return load_transformers_model(
-            model.path,
-            device=conditions.device,
-            batch_size=conditions.batch_size,
-            trust_remote_code=conditions.trust_remote_code,
-            prompts=prompts,
-            progress=self._progress,
-        )
+        model, conditions = self._model, self._conditions
+        prompts, device = suite.prompts or Prompts(), conditions.device
+        kind: type[LmEvalModel] = lm_eval_model.LmEvalModel
+        if model.config is None:
+            loaded, text = lm_eval_model.load_transformers_model(
+                model.path, device=device, trust_remote_code=conditions.trust_remote_code
+            )
+        else:
+            kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()
+            check_answer_settings(suite.tasks, model.config.context_length)
+        check_template(text, prompts)
+        return kind(loaded, text, conditions.batch_size, prompts=prompts, progress=self._progress)
 
     def _about(self, suite: Suite) -> dict[str, object]:
         """Return what lm-eval's results say of a run beside its numbers."""
@@ -209,32 +206,37 @@ class ModelMeasurer:
 
 
 def heldout_loss(
-    decoder: Decoder, tokens_folder: Path, *, note: Callable[[str], None] | None = None
+    decoder: Decoder,
+    tokens_folder: Path,
+    *,
+    batch_size: int = LARGEST_VALIDATION_BATCH,
+    note: Callable[[str], None] | None = None,
 ) -> float:
     """Return the mean loss over held-out targets, in nats, under the model's schedule.
 
     Args:
-        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+        batch_size: Sequences in one forward pass; halved when a GPU runs out of memory.
+        note: Called with a sentence that says so.
 
     Raises:
         DeviceError: If the memory is too small for one sequence.
     """
-    limit = BatchLimit(LARGEST_VALIDATION_BATCH, "sequences", note)
-    while True:
-        batches = open_data(tokens_folder).validation_batches(
-            context_length=decoder.config.context_length,
-            num_tokens=NUM_VALIDATION_TOKENS,
-            batch_size=limit.size,
-        )
+    batches = open_data(tokens_folder).validation_batches(
+        context_length=decoder.config.context_length,
+        num_tokens=NUM_VALIDATION_TOKENS,
+        batch_size=batch_size,
+    )
+    try:
         # The arithmetic is that of the weights, as for the tasks.
-        measure = partial(
-            validation_metrics,
+        metrics = validation_metrics(
             decoder,
             list(batches),
             decoder.schedule,
             precision="fp32",
             world=World(device=str(decoder.device)),
         )
-        metrics = limit.run(measure, size=limit.size, can_split=limit.size > 1)
-        if metrics is not None:
-            return metrics[VALIDATION_METRIC]
+        return metrics[VALIDATION_METRIC]
+    except torch.OutOfMemoryError as error:
+        problem = out_of_memory_text(error)
+    smaller = smaller_batch(batch_size, problem, note)
+    return heldout_loss(decoder, tokens_folder, batch_size=smaller, note=note)

@@ -12,11 +12,15 @@ takes 8 seconds. lm-eval is imported where tasks are loaded, as it takes seconds
 from __future__ import annotations
 
 import difflib
+import io
 import json
+import logging
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.data.mixture import open_data
+from orchestrator.evaluation.answers import check_answer_settings
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     has_accuracy,
@@ -49,6 +54,8 @@ if TYPE_CHECKING:
 
 HELDOUT = "heldout"
 """Stands for all tasks that the prepared data give."""
+FEWSHOT_SEED = 1234
+"""lm-eval's default, so that prompts are the usual ones."""
 
 
 class EvaluationTask(ABC):
@@ -252,8 +259,6 @@ def lm_eval_task_fingerprints(
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
-        from orchestrator.evaluation.adapter import check_answer_settings
-
         loaded = load_suite(
             TaskSelection(
                 names=tuple(_lm_eval_names(settings)),
@@ -278,6 +283,24 @@ def lm_eval_task_fingerprints(
 
 
 # Loading
+
+
+@contextmanager
+def suppress_output() -> Iterator[None]:
+    """Suppress lm-eval's prints, progress bars, warnings and log lines within the block."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,8 +387,6 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     """Load tasks whose files have this state."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
-
-    from orchestrator.evaluation.adapter import suppress_output
 
     def manager_of(*folders: Path) -> TaskManager:
         with suppress_output():

@@ -202,15 +202,11 @@ class ModelTokenizer:
         tokenizer = self.tokenizer if self.loaded is None else self.loaded
         return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
-    def chat(self, messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
-        """Return messages as the chat template writes them.
-
-        Args:
-            opens_answer: Begin the assistant's answer; otherwise the last message is its beginning.
-            template: Name of a template; the model's default when None.
+    def template(self, name: str | None = None) -> str:
+        """Return the chat template of a name, or the model's default.
 
         Raises:
-            UserError: If there is no such template, or it fails.
+            UserError: If there is none.
         """
         known = self.loaded and self.loaded.chat_template
         if not known:
@@ -219,23 +215,28 @@ class ModelTokenizer:
                 "into its tokenizer_config.json (as chat_template), or use the model without: it "
                 "then reads the text as it is"
             )
-        named, name = (
-            known if isinstance(known, dict) else {"default": known},
-            template or "default",
-        )
+        named, name = known if isinstance(known, dict) else {"default": known}, name or "default"
         if name not in named:
             known_names = ", ".join(sorted(named))
             raise UserError(
                 f"{self._folder} has no chat template named {name}; it has {known_names}"
             )
+        return str(named[name])
+
+    def chat(self, messages: Sequence[Message], template: str | None = None) -> str:
+        """Return messages, and the opening of an answer, as a chat template writes them.
+
+        Args:
+            template: Name of a template; the model's default when None.
+
+        Raises:
+            UserError: If there is no such template, or it fails.
+        """
+        chosen = self.template(template)
         try:
             return str(
                 self.loaded.apply_chat_template(
-                    list(messages),
-                    chat_template=named[name],
-                    tokenize=False,
-                    add_generation_prompt=opens_answer,
-                    continue_final_message=not opens_answer,
+                    list(messages), chat_template=chosen, tokenize=False, add_generation_prompt=True
                 )
             )
         except Exception as error:  # A template is a program and can fail in any way.
@@ -243,10 +244,12 @@ class ModelTokenizer:
 
 
 def check_template(tokenizer: ModelTokenizer, prompts: Prompts) -> None:
-    """Raise `UserError` if prompts need a chat template that the model does not have."""
+    """Raise `UserError` if prompts need a chat template that the model does not have, or that
+    refuses the system's message."""
     if prompts.chat_template:
-        question: list[Message] = [{"role": "user", "content": "?"}]
-        tokenizer.chat(question, opens_answer=True, template=prompts.template_name)
+        first = prompts.system_instruction
+        system: list[Message] = [{"role": "system", "content": first}] if first else []
+        tokenizer.chat([*system, {"role": "user", "content": "?"}], prompts.template_name)
 
 
 def token_ids(folder: Path, name: str) -> list[int]:

@@ -26,7 +26,6 @@ from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import (
     AnswerSettings,
     Decode,
-    Question,
     TokenChoice,
     generate_answers,
 )
@@ -218,7 +217,7 @@ class TextGenerator:
         if chat:
             first: list[Message] = [{"role": "system", "content": system}] if system else []
             chats = [[*first, Message(role="user", content=prompt)] for prompt in prompts]
-            texts = [self.text.chat(each, opens_answer=True, template=None) for each in chats]
+            texts = [self.text.chat(each) for each in chats]
         return texts
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
@@ -256,10 +255,10 @@ class TextGenerator:
                 f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} do not "
                 f"fit the context_length of {room}"
             )
-        asked = [Question(context, settings, seed + row) for row, context in enumerate(contexts)]
+        seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(
-                self.decoder, self.text, asked, batch_size=len(asked), decode=self._stream
+                self.decoder, self.text, contexts, settings, seeds, self._stream
             )
         except ValueError as error:
             raise UserError(str(error)) from None

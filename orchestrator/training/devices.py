@@ -450,3 +450,27 @@ def compile_fields(
     for field in decoder.fields:
         # Compile the method, not the module: the hooks of sharding stay outside the graph.
         field.forward = compiled(field.forward)
+
+
+def smaller_batch(size: int, problem: str, note: Callable[[str], None] | None = None) -> int:
+    """Return the size of a batch after one that ran out of memory, and say so.
+
+    Args:
+        size: Of the batch that did not fit.
+        problem: What PyTorch said.
+
+    Raises:
+        DeviceError: If it cannot be smaller.
+    """
+    if size <= 1:
+        raise DeviceError(
+            f"the evaluation of one sequence ran out of memory ({problem}); use a GPU with more "
+            "memory, or --set evaluation.precision=bf16"
+        )
+    torch.cuda.empty_cache()
+    if note:
+        note(
+            f"a batch of the evaluation ran out of memory; from here on, it has at most "
+            f"{size // 2:,} sequences"
+        )
+    return size // 2

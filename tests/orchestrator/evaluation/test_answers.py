@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,32 +12,34 @@ import torch
 from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
-from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
+from orchestrator.evaluation.answers import (
+    AnswerSettings,
+    answer_settings,
+    check_answer_settings,
+    generate_answers,
+)
 from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.workspace.errors import UserError
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
 
 
-def questions(
-    tokenizer: ModelTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
-) -> list[Question]:
-    return [
-        Question(tokenizer.encode(text, add_special_tokens=False), settings, seed=number)
-        for number, text in enumerate(texts)
-    ]
-
-
 @torch.no_grad()
-def slowly(decoder: Decoder, tokenizer: ModelTokenizer, question: Question) -> str:
+def slowly(
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    context: tuple[int, ...],
+    settings: AnswerSettings,
+    seed: int = 0,
+) -> str:
     """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
-    settings = question.settings
     room = decoder.config.context_length - settings.max_new_tokens
-    tokens, answer = list(question.context[-room:]), []
+    tokens, answer = list(context[-room:]), list[int]()
     sampler = Sampler(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        row_keys=row_keys(question.seed, 1),
+        row_keys=row_keys(seed, 1),
     )
     for position in range(settings.max_new_tokens):
         logits = decoder(torch.tensor([tokens]))[:, -1]
@@ -51,50 +54,43 @@ def slowly(decoder: Decoder, tokenizer: ModelTokenizer, question: Question) -> s
     return tokenizer.decode(answer)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_a_batch_answers_as_each_context_alone(
-    decoder: Decoder, tokenizer: ModelTokenizer, batch_size: int
-) -> None:
-    asked = [
-        question
-        for settings in (
-            AnswerSettings(max_new_tokens=12),
-            AnswerSettings(max_new_tokens=12, temperature=1.0),
-            AnswerSettings(max_new_tokens=9, temperature=0.7, top_k=20),
-            AnswerSettings(max_new_tokens=9, temperature=1.3, top_p=0.8),
-        )
-        for question in questions(tokenizer, settings)
-    ]
-    answers = generate_answers(decoder, tokenizer, asked, batch_size=batch_size)
-    assert answers == [slowly(decoder, tokenizer, question) for question in asked]
-    assert len(set(answers)) > 12
-
-
-def test_stop_texts_end_an_answer_also_across_tokens(
+def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
     decoder: Decoder, tokenizer: ModelTokenizer
 ) -> None:
-    free = questions(tokenizer, AnswerSettings(max_new_tokens=16))
-    whole = [slowly(decoder, tokenizer, question) for question in free]
-    across = []
-    for text in whole:
-        # The middle of the answer: from within one token into others.
-        stop = text[len(text) // 2 : len(text) // 2 + 5]
-        assert len(tokenizer.encode(stop, add_special_tokens=False)) > 1
-        across.append(stop)
-    settings = AnswerSettings(max_new_tokens=16, stop=("never there", *across))
-    asked = questions(tokenizer, settings)
-    answers = generate_answers(decoder, tokenizer, asked, batch_size=3)
-    assert answers == [slowly(decoder, tokenizer, question) for question in asked]
-    for answer, text in zip(answers, whole, strict=True):
+    long = "one two three " * 20  # Loses its beginning.
+    asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
+    assert len(asked[-1]) > decoder.config.context_length
+    seeds, seen = range(len(asked)), set[str]()
+    greedy = AnswerSettings(max_new_tokens=16)
+    whole = [slowly(decoder, tokenizer, context, greedy) for context in asked]
+    # The middle of each answer: from within one token into others.
+    across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in whole)
+    assert all(len(tokenizer.encode(stop, add_special_tokens=False)) > 1 for stop in across)
+    stopped = replace(greedy, stop=("never there", *across))
+    for settings in (
+        greedy,
+        stopped,
+        AnswerSettings(max_new_tokens=12, temperature=1.0),
+        AnswerSettings(max_new_tokens=9, temperature=0.7, top_k=20),
+        AnswerSettings(max_new_tokens=9, temperature=1.3, top_p=0.8),
+    ):
+        answers = generate_answers(decoder, tokenizer, asked, settings, seeds)
+        alone = zip(asked, seeds, strict=True)
+        assert answers == [slowly(decoder, tokenizer, a, settings, seed) for a, seed in alone]
+        seen |= set(answers)
+    assert len(seen) > 12
+    for answer, text in zip(
+        generate_answers(decoder, tokenizer, asked, stopped, seeds), whole, strict=True
+    ):
         assert text.startswith(answer)
         assert len(answer) < len(text)
         assert not any(stop in answer for stop in across)
 
 
 def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
-    free = AnswerSettings(max_new_tokens=8, temperature=1.0)
-    (asked,) = questions(tokenizer, free, ["a bag"])
-    ids = torch.tensor([asked.context])
+    settings = AnswerSettings(max_new_tokens=8, temperature=1.0)
+    context = tokenizer.encode("a bag", add_special_tokens=False)
+    ids = torch.tensor([context])
     tokens = generate(decoder, ids, max_new_tokens=8, temperature=1.0, seed=0)[0, ids.size(1) :]
     stop = int(tokens[4])
     before = tokens[: tokens.tolist().index(stop)].tolist()
@@ -102,30 +98,26 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Model
     assert tokenizer.decode([stop]) == ""
     name = tokenizer.decode([stop], skip_special_tokens=False)
     assert name not in tokenizer.decode(before)
-    stopped = replace(asked, settings=replace(free, stop=(name,)))
-    assert generate_answers(decoder, tokenizer, [stopped]) == [tokenizer.decode(before)]
+    stopped = replace(settings, stop=(name,))
+    assert generate_answers(decoder, tokenizer, [context], stopped, [0]) == [
+        tokenizer.decode(before)
+    ]
 
 
-def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
-    (asked,) = questions(tokenizer, AnswerSettings(max_new_tokens=20), ["one two three " * 20])
-    assert len(asked.context) > 48
-    kept = replace(asked, context=asked.context[-28:])
-    other = replace(asked, context=(1, 2, *asked.context[-28:]))
-    assert len(set(generate_answers(decoder, tokenizer, [asked, kept, other]))) == 1
-
-
-def test_answers_of_batches_that_do_not_fit_are_the_same(
-    decoder: Decoder, tokenizer: ModelTokenizer
-) -> None:
-    settings = AnswerSettings(max_new_tokens=9, temperature=1.0)
-    asked = [Question(tuple(range(5, 10 + n)), settings, seed=n) for n in range(8)]
-    usual = generate_answers(decoder, tokenizer, asked)
-
-    def check(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
-        if arguments[0].numel() > 30:
-            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
-
-    decoder.embedding.register_forward_pre_hook(check)
-    notes: list[str] = []
-    assert generate_answers(decoder, tokenizer, asked, note=notes.append) == usual
-    assert [note.partition("at most ")[2] for note in notes] == ["4 questions", "2 questions"]
+def test_settings_of_a_task_become_those_of_the_generator() -> None:
+    greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
+    assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
+    assert answer_settings({"until": "."}, 100) == AnswerSettings(stop=(".",), max_new_tokens=50)
+    sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
+    assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
+    assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
+    for options, words in (
+        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+        ({"max_gen_toks": 64}, r"up to 64 tokens \(max_gen_toks\), and the model's context holds"),
+    ):
+        task: Any = SimpleNamespace(
+            OUTPUT_TYPE="generate_until", get_config={"generation_kwargs": options}.get
+        )
+        with pytest.raises(UserError, match=rf"cannot generate answers for asked: its .*{words}"):
+            check_answer_settings({"asked": task}, 64)

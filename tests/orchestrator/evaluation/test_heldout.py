@@ -22,13 +22,13 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import heldout
-from orchestrator.evaluation.adapter import DecoderModel, run_task
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     heldout_chances,
     heldout_folder,
     offered_tasks,
 )
+from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.tasks import (
     Suite,
     TaskSelection,
@@ -41,6 +41,7 @@ from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -70,6 +71,8 @@ def story(draw: random.Random) -> str:
 
 class HandMade(LM):
     """Gives all probability to the continuation that a function of the context returns."""
+
+    prompts = Prompts()
 
     def __init__(self, answer: Callable[[str], str]) -> None:
         super().__init__()
@@ -236,7 +239,7 @@ def hops(context: str, count: int) -> str:
     return symbols[place]
 
 
-def run_model(suite: Suite, model: LM) -> EvaluationResult:
+def run_model(suite: Suite, model: Any) -> EvaluationResult:
     return EvaluationResult(
         results={n: run_task(n, t, model).result for n, t in suite.tasks.items()}
     )

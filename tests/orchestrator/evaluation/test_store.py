@@ -11,7 +11,7 @@ import pytest
 from lm_eval_tasks import write_task
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
+from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.store import (
     ITEMS,
     AnswerJournal,
@@ -20,7 +20,7 @@ from orchestrator.evaluation.store import (
     find_logged_run,
     top_groups,
 )
-from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
+from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.workspace.errors import RunFailed, UserError

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation import measuring
+from orchestrator.evaluation import lm_eval_model
 from orchestrator.evaluation.store import MeasuredTask
 
 
@@ -19,13 +19,13 @@ from orchestrator.evaluation.store import MeasuredTask
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
-    real = measuring.run_task
+    real = lm_eval_model.run_task
 
     def recorded(name: str, *arguments: Any) -> MeasuredTask:
         names.append(name)
         return real(name, *arguments)
 
-    monkeypatch.setattr(measuring, "run_task", recorded)
+    monkeypatch.setattr(lm_eval_model, "run_task", recorded)
     return names
 
 

@@ -16,7 +16,7 @@ from lm_eval_tasks import logged_responses
 
 from orchestrator import cli
 from orchestrator.evaluation import tasks as registry
-from orchestrator.evaluation.adapter import DecoderModel
+from orchestrator.evaluation.lm_eval_model import DecoderModel
 from orchestrator.evaluation.store import EvaluationStore
 
 DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"

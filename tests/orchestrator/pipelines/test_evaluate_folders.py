@@ -24,7 +24,7 @@ from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import tasks
-from orchestrator.evaluation.tasks import TaskSelection, load_suite
+from orchestrator.evaluation.tasks import TaskSelection, load_suite, suppress_output
 from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -138,8 +138,6 @@ def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[lis
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from orchestrator.evaluation.adapter import suppress_output
-
     folders = (Path(settings.include_path or ""),)
     suite = load_suite(TaskSelection(names=tuple(TASKS), folders=folders))
     with suppress_output():
@@ -222,7 +220,7 @@ def test_an_exported_folder_scores_as_its_checkpoint(
     save_tiny: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3)
+    checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3, context_length=32)
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)

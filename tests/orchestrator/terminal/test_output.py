@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.cli.session import open_session
-from orchestrator.evaluation.adapter import suppress_output
+from orchestrator.evaluation.tasks import suppress_output
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import (
     format_bytes,

@@ -1,0 +1,328 @@
+"""Any model as lm-eval asks it: its own class for transformers, `HFLM`, with batches of our own.
+
+Prompts, log-likelihoods and metrics are lm-eval's. Added are what it lacks: requests that read the
+same tokens are evaluated once (the choices of a depth task are one token each), batches follow the
+number of tokens and are halved when a GPU runs out of memory, answers are stored so that an
+interrupted evaluation resumes, and progress is told. A decoder of ours computes by its own fast
+code, and transformers runs every other architecture. The import takes seconds; what is stored
+already is read without it (`measuring`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval import evaluator, utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import AGGREGATION_REGISTRY
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from iiet.decoder import Decoder
+from orchestrator.evaluation.answers import answer_settings, generate_answers, usual_max_new_tokens
+from orchestrator.evaluation.store import AnswerJournal, MeasuredTask, item_values
+from orchestrator.evaluation.tasks import FEWSHOT_SEED, suppress_output
+from orchestrator.models.hub import offline
+from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
+from orchestrator.settings.evaluation import Prompts
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.devices import smaller_batch
+from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text
+from orchestrator.workspace.provenance import content_key
+
+MAX_TOKENS_ON_CPU = 2048
+"""Tokens of one pass on a CPU; more do not fit its caches and run a third slower."""
+_ANY_SIZE = 1 << 30
+"""Batch size for lm-eval, which gets one batch at a time."""
+_AGGREGATIONS = {function: key for key, function in AGGREGATION_REGISTRY.items()}
+
+
+class Group(NamedTuple):
+    """Requests that one row of a batch answers."""
+
+    kind: Any
+    """Groups of one batch have the same."""
+    size: int
+    """Tokens, or 1 where batches count rows."""
+    numbers: list[int]
+    """Places of the requests."""
+
+
+class LmEvalModel(HFLM):  # type: ignore[misc]
+    """A model of transformers for lm-eval; log-likelihoods are summed in float32.
+
+    `journal` has the answers to the current task that were given before an interruption.
+    """
+
+    journal = AnswerJournal()
+    num_items_before = 0
+    """Items of the tasks before the current one."""
+    num_items = 0
+    """Items of the current task."""
+    num_cut = 0
+    """Prompts that lost their beginning."""
+
+    def __init__(
+        self,
+        model: Any,
+        text: ModelTokenizer,
+        batch_size: int = 32,
+        *,
+        prompts: Prompts | None = None,
+        progress: Progress | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.text, self.prompts = text, prompts or Prompts()
+        self.progress = progress or Progress()
+        tokenizer = text.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=text.tokenizer, eos_token=text.tokenizer.id_to_token(text.prefix_id)
+        )
+        if self.prompts.template_name:
+            tokenizer = copy(tokenizer)  # The model may be asked with other prompts, too.
+            tokenizer.chat_template = text.template(self.prompts.template_name)
+        with suppress_output():
+            super().__init__(
+                model,
+                tokenizer=tokenizer,
+                batch_size=_ANY_SIZE,
+                softmax_dtype="float32",
+                max_length=max_length,
+            )
+        self._num_rows = batch_size
+        # The choices of a question follow each other, and each encodes the same context.
+        self._ids = lru_cache(maxsize=8)(text.encode)
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Largest number of tokens of an answer, for tasks that set none."""
+        return usual_max_new_tokens(self.max_length)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Encode text as the model's tokenizer does."""
+        return list(self._ids(string, add_special_tokens=add_special_tokens is not False))
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        symbol = self.text.symbol_id(continuation)
+        if symbol is None or context[-1:].isspace():
+            return super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
+        # The context is not encoded again for each of many symbols.
+        return self.tok_encode(context), [symbol]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        groups: defaultdict[tuple[bool, tuple[int, ...], int], list[int]] = defaultdict(list)
+        for number, (_text, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise UserError(
+                    f"lm-eval cannot score a text of {len(continuation)} tokens; the model's "
+                    f"context holds 1 to {self.max_length}"
+                )
+            self.num_cut += len(context) + len(continuation) > self.max_length + 1
+            # lm-eval shares the evaluation of equal inputs, but is right only where they are split
+            # alike: https://github.com/EleutherAI/lm-evaluation-harness, `Collator.get_cache`.
+            is_single = len(continuation) == 1
+            read = (*context, *continuation[:-1])[-self.max_length :]
+            groups[is_single, read, 0 if is_single else number].append(number)
+
+        def score(is_single: bool, numbers: list[int]) -> list[tuple[float, bool]]:
+            self.logits_cache = is_single
+            asked = [requests[number] for number in numbers]
+            return HFLM._loglikelihood_tokens(self, asked, disable_tqdm=True)  # type: ignore[no-any-return]
+
+        max_tokens = self._num_rows * self.max_length
+        if self.device.type == "cpu":
+            max_tokens = min(max_tokens, MAX_TOKENS_ON_CPU)
+        rows = [Group(kind, len(read), found) for (kind, read, _), found in groups.items()]
+        rows.sort(key=lambda row: (not row.kind, -row.size))
+        found = self._in_batches([request[1:] for request in requests], rows, max_tokens, score)
+        return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        """Score whole texts in windows of the model's context, each token once."""
+        by_text = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            by_text.append([utils.make_disjoint_window(window) for window in rolled])
+        windows = [(None, *window) for windows in by_text for window in windows]
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in windows) for windows in by_text]
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        """Generate the answer to each (context, generation_kwargs)."""
+        asked, rows = [request.args[:2] for request in requests], []
+        for number, (text, options) in enumerate(asked):
+            size = len(self.tok_encode(text))
+            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            self.num_cut += size + most > self.max_length
+            rows.append((json.dumps(options, sort_keys=True), -size, number))
+        groups = [Group(kind, 1, [number]) for kind, _, number in sorted(rows)]
+
+        def answer(_: Any, numbers: list[int]) -> list[str]:
+            return self._generate([requests[number] for number in numbers], numbers)
+
+        return self._in_batches(asked, groups, self._num_rows, answer)
+
+    def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
+        """Answer requests with the same options in one batch."""
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[0])
+                return HFLM.generate_until(self, requests, disable_tqdm=True)  # type: ignore[no-any-return]
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"transformers cannot generate the answers of {requests[0].task_name}: "
+                f"{first_line(error)}"
+            ) from None
+
+    def _in_batches(
+        self,
+        asked: Sequence[Any],
+        groups: list[Group],
+        limit: int,
+        work: Callable[[Any, list[int]], list[Any]],
+    ) -> list[Any]:
+        """Return the answers to requests; batches that the journal has are not run again.
+
+        Args:
+            asked: What each request asks, as JSON values.
+            groups: All requests; of each kind the largest first, to which a batch is padded.
+            limit: Most rows of a batch times their size; one row may be larger.
+            work: Answers a batch: the kind of its groups, and the places of its requests.
+
+        Raises:
+            DeviceError: If the memory is too small for one row.
+        """
+        answers: dict[int, Any] = {}
+        for kind, of_kind in groupby(groups, key=lambda group: group.kind):
+            left = list(of_kind)
+            while left:
+                batch = left[: max(1, limit // left[0].size)]
+                numbers = [number for group in batch for number in group.numbers]
+                key = content_key("answers", numbers, [asked[number] for number in numbers])
+                problem, found = "", self.journal.get(key)
+                if found is None:
+                    try:
+                        found = work(kind, numbers)
+                        self.journal.add({key: found})
+                    except torch.OutOfMemoryError as error:
+                        problem = out_of_memory_text(error)
+                if problem:  # Not in the handler: there, the error still holds the batch's tensors.
+                    limit = smaller_batch(len(batch), problem, self.progress.note) * left[0].size
+                    continue
+                answers |= zip(numbers, found or (), strict=True)
+                del left[: len(batch)]
+                done = self.num_items * len(answers) // len(asked)
+                self.progress.advance(self.num_items_before + done)
+        return [answers[number] for number in range(len(asked))]
+
+
+class DecoderModel(LmEvalModel):
+    """A decoder of ours; to lm-eval it looks like a model of transformers."""
+
+    def __init__(self, decoder: Decoder, text: ModelTokenizer, *args: Any, **options: Any) -> None:
+        stand_in = SimpleNamespace(device=decoder.device, config=SimpleNamespace(model_type="iiet"))
+        super().__init__(stand_in, text, *args, max_length=decoder.config.context_length, **options)
+        self._decoder = decoder.eval()
+
+    def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self._decoder(inps)
+        return logits
+
+    def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
+        settings = answer_settings(requests[0].args[1], self.max_length)
+        contexts = [
+            self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
+        ]
+        return generate_answers(self._decoder, self.text, contexts, settings, seeds)
+
+
+def load_transformers_model(
+    folder: Path, *, device: str, trust_remote_code: bool = False
+) -> tuple[Any, ModelTokenizer]:
+    """Load what `LmEvalModel` needs from a folder that only transformers can run.
+
+    Missing weights are an error; transformers would fill them with random numbers and only warn.
+
+    Raises:
+        UserError: If transformers cannot load it, it needs code that is not trusted, or weights
+            are missing.
+    """
+    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with suppress_output(), offline():
+        try:
+            model, found = load(
+                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except Exception as error:  # Its files, and code that comes with them, fail in many ways.
+            line, hint = first_line(error), ""
+            if "trust_remote_code" in str(error):
+                line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
+            raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
+    if missing := sorted(found.get("missing_keys", ())):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
+    model.config.use_cache = False  # Scoring would fill a cache and discard it.
+    return model.to(device).eval(), text
+
+
+def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:
+    """Run one task; its results get the analytic standard errors.
+
+    Args:
+        limit: Number of items, the first ones; all if unset.
+    """
+    task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
+    model.num_items = min(len(task.eval_docs), limit or len(task.eval_docs))
+    with suppress_output(), offline(), _templates_compiled_once():
+        output: dict[str, Any] = evaluator.evaluate(
+            lm=model,
+            task_dict={"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            system_instruction=model.prompts.system_instruction,
+            apply_chat_template=model.prompts.chat_template,
+            fewshot_as_multiturn=model.prompts.fewshot_as_multiturn,
+        )
+    samples = output.pop("samples")[name]
+    for config in output["configs"].values():
+        config.pop("custom_dataset", None)  # A function, which says nothing in a file.
+    items, values = item_values(samples)
+    aggregations = {k: _AGGREGATIONS.get(v, "") for k, v in task.aggregation().items()}
+    for label, of_items in values.items():
+        metric, _, filter_name = label.partition(FILTER_MARK)
+        error = standard_error(aggregations.get(metric, ""), of_items)
+        if error is not None:
+            key = f"{metric}{STDERR_SUFFIX},{filter_name or NO_FILTER}"
+            output["results"][name][key] = error
+    return MeasuredTask(name=name, run=output, samples=samples, items=items, values=values)
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    # lm-eval compiles a template again for each item, which takes longer than a small model needs.
+    environment = utils.env
+    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # The method of the class is visible again.

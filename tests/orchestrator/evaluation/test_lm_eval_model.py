@@ -1,0 +1,349 @@
+"""A decoder under lm-eval: its numbers are those of stock lm-eval and of plain forward passes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kept_progress import KeptProgress
+from lm_eval_tasks import write_task
+from method_schedules import schedule_for
+from torch import Tensor, nn
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.methods import METHODS
+from orchestrator.evaluation.answers import AnswerSettings, generate_answers
+from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
+from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.evaluation.store import AnswerJournal, MeasuredTask
+from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
+from orchestrator.models.tokenizer import Message, ModelTokenizer, check_template
+from orchestrator.reporting.statistics import shared_metric
+from orchestrator.settings.evaluation import Prompts
+from orchestrator.workspace.errors import DeviceError, UserError
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "lastword": [
+        {"context": f"one two three {word} and {word} again", "word": word}
+        for word in ("apple", "bear", "cab", "deed", "edge")
+    ],
+    "choices": [
+        {"context": f"a {a} and a", "endings": [f"{a} {b}", f"{b} gone home", "end"], "label": 0}
+        for a, b in (("bag", "fog"), ("hen", "pig"), ("log", "cat"), ("map", "pan"))
+    ],
+    "rolling": [{"text": "bead cafe deaf face feed " * n} for n in (1, 4, 9)],
+}
+QUESTIONS = ["a bag", "the hen had gone", "cab", "face the deaf pig", "x", "dad had a"]
+CONTEXT = 48
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    folder = tmp_path / "tasks"
+    for name, rows in ROWS.items():
+        write_task(folder, name, rows)
+    return load_suite(TaskSelection(folders=(folder,)))
+
+
+@pytest.fixture
+def make_model(decoder: Decoder, tokenizer: ModelTokenizer) -> Callable[..., DecoderModel]:
+    """A function that makes a model for lm-eval; its arguments change the configuration."""
+
+    def make(batch_size: int = 32, **changes: Any) -> DecoderModel:
+        if changes:
+            torch.manual_seed(3)
+            changed = Decoder(ModelConfig.from_dict({**decoder.config.to_dict(), **changes}))
+        return DecoderModel(
+            changed if changes else decoder, tokenizer, batch_size, progress=KeptProgress()
+        )
+
+    return make
+
+
+def run(suite: Suite, model: DecoderModel, limit: int | None = None) -> dict[str, MeasuredTask]:
+    return {name: run_task(name, task, model, limit) for name, task in suite.tasks.items()}
+
+
+def scores_of(sample: dict[str, Any]) -> list[float]:
+    first = [responses[0] for responses in sample["resps"]]
+    return [r[0] if isinstance(r, tuple) else r for r in first]
+
+
+def questions(
+    folder: Path, decoder: Decoder, tokenizer: ModelTokenizer, **changes: Any
+) -> tuple[Suite, list[str]]:
+    """Return a task of questions, every second with the decoder's answer, and its answers."""
+    contexts = [tokenizer.encode(q, add_special_tokens=False) for q in QUESTIONS]
+    settings = AnswerSettings(max_new_tokens=6, stop=("\n",))
+    answers = generate_answers(decoder, tokenizer, contexts, settings, [0] * len(contexts))
+    rows = [
+        {"question": question, "answer": answer if number % 2 else answer + "!"}
+        for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True))
+    ]
+    write_task(folder, "questions", rows, **changes)
+    return load_suite(TaskSelection(folders=(folder,))), answers
+
+
+def answers_of(task: MeasuredTask) -> list[list[str]]:
+    return [[text for texts in sample["resps"] for text in texts] for sample in task.samples]
+
+
+def test_numbers_and_answers_equal_those_of_stock_lm_eval(
+    suite: Suite,
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    make_model: Callable[..., DecoderModel],
+    tiny_tokens: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from lm_eval import evaluator
+    from lm_eval.api.metrics import mean_stderr
+    from lm_eval.models.huggingface import HFLM
+
+    from iiet.exporting import fast_tokenizer, transformers_model
+
+    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | asked.tasks
+    ours = {n: run_task(n, t, make_model()) for n, t in tasks.items()}
+    assert capfd.readouterr() == ("", "")
+    model = transformers_model(decoder)
+    text = fast_tokenizer(
+        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=CONTEXT
+    )
+    with suppress_output():
+        stock = HFLM(
+            pretrained=model, tokenizer=text, max_length=CONTEXT, batch_size=1, logits_cache=False
+        )
+        theirs = evaluator.evaluate(lm=stock, task_dict={"tasks": tasks}, bootstrap_iters=0)
+    for name, task in ours.items():
+        for metric, value in task.result.metrics.items():
+            if not metric.endswith("_stderr"):
+                assert theirs["results"][name][f"{metric},none"] == pytest.approx(value, rel=1e-5)
+        samples = theirs["samples"][name]
+        if name == "questions":
+            assert answers_of(task) == [sample["resps"][0] for sample in samples]
+            continue
+        for sample, other in zip(task.samples, samples, strict=True):
+            assert scores_of(sample) == pytest.approx(scores_of(other), rel=2e-6), name
+    result = ours["choices"].result
+    for metric in ("acc", "acc_norm"):
+        error = mean_stderr(result.values[metric])
+        assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
+    assert ours["lastword"].result.version == "2.0"
+    assert [task.result.num_items for task in ours.values()] == [4, 5, 3, 6]
+    limited = run(suite, make_model(), limit=2)
+    assert [task.result.num_items for task in limited.values()] == [2, 2, 2]
+
+
+def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(
+    make_model: Callable[..., DecoderModel], tmp_path: Path
+) -> None:
+    folder = write_task(tmp_path, "lastword", ROWS["lastword"], fewshot_split="test")
+    plain, shown = (
+        run(
+            load_suite(TaskSelection(folders=(folder,), num_fewshot=n)),
+            make_model(context_length=512),
+        )["lastword"]
+        for n in (0, 2)
+    )
+    assert (plain.result.num_fewshot, shown.result.num_fewshot) == (0, 2)
+    assert list(map(scores_of, plain.samples)) != list(map(scores_of, shown.samples))
+    narrow = make_model(context_length=8)
+    run(load_suite(TaskSelection(folders=(folder,))), narrow)
+    assert narrow.num_cut == 5
+
+
+# Scores
+
+
+@torch.no_grad()
+def directly(decoder: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """Score a continuation by one plain forward pass, after as many tokens as fit."""
+    read = (context + continuation)[-(CONTEXT + 1) : -1]
+    logits = decoder(torch.tensor([read]))[0, -len(continuation) :]
+    found = logits.log_softmax(-1)[range(len(continuation)), continuation]
+    return float(found.sum()), logits.argmax(-1).tolist() == continuation
+
+
+def mixed_pairs() -> list[tuple[Any, list[int], list[int]]]:
+    """Choices of one token and of several, repeats, one text split in two ways, cut contexts."""
+    draw = random.Random(0)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [draw.randrange(300) for _ in range(draw.randint(least, most))]
+
+    pairs = []
+    for most in (1, 1, 6, 9):
+        context = tokens(8, 40)
+        pairs += [(context, tokens(1, most)) for _ in range(4)]
+        pairs.append(pairs[-1])
+    context, rest = tokens(10, 10), tokens(6, 6)
+    pairs += [(context + rest[:n], rest[n:]) for n in range(6)]
+    pairs += [(tokens(60, 60), tokens(n, n)) for n in (1, 1, 5, CONTEXT)]
+    draw.shuffle(pairs)
+    return [(None, *pair) for pair in pairs]
+
+
+def limit_tokens(decoder: Decoder, most: int = 10**9) -> list[tuple[int, ...]]:
+    """Let passes of more tokens run out of memory; return the shapes of all passes."""
+    shapes: list[tuple[int, ...]] = []
+
+    def check(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        shapes.append(tuple(arguments[0].shape))
+        if arguments[0].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
+
+    decoder.embedding.register_forward_pre_hook(check)
+    return shapes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_equal_plain_passes(method: str, make_model: Callable[..., DecoderModel]) -> None:
+    schedule = schedule_for(method, (2, 1))
+    model, pairs = make_model(method=method, schedule=schedule), mixed_pairs()
+    expected = [directly(model._decoder, *pair[1:]) for pair in pairs]
+    for score, right in zip(model._loglikelihood_tokens(pairs), expected, strict=True):
+        assert score == (pytest.approx(right[0], abs=1e-4), right[1])
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
+    make_model: Callable[..., DecoderModel], tmp_path: Path
+) -> None:
+    usual = make_model(2, method="iiet")._loglikelihood_tokens(pairs := mixed_pairs())
+    for most in (500, 120, CONTEXT):
+        model = make_model(method="iiet")
+        shapes = limit_tokens(model._decoder, most)
+        found = model._loglikelihood_tokens(pairs)
+        assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
+        notes = model.progress.notes  # type: ignore[attr-defined]
+        assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
+        assert "from here on, it has at most" in notes[0]
+    limit_tokens(model._decoder, 10)
+    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
+        model._loglikelihood_tokens(pairs)
+    with pytest.raises(UserError, match=r"a text of 49 tokens; the model's context holds 1 to 48"):
+        model._loglikelihood_tokens([(None, [1], [2] * 49)])
+
+    # Interrupted: ends with the same bits, and each pass runs once.
+    path, model = tmp_path / "answers", make_model(2, method="iiet")
+    model.journal, model.progress = AnswerJournal(path), KeptProgress(3)
+    with pytest.raises(KeyboardInterrupt):
+        model._loglikelihood_tokens(pairs)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
+    counts = []
+    for place in (path, path, None):
+        model = make_model(2, method="iiet")
+        model.journal, shapes = AnswerJournal(place), limit_tokens(model._decoder)
+        assert model._loglikelihood_tokens(pairs) == usual
+        counts.append(len(shapes))
+    assert counts[:2] == [counts[2] - 3, 0], "the batch whose line was cut off runs again"
+
+
+def test_choices_of_one_token_are_evaluated_once(make_model: Callable[..., DecoderModel]) -> None:
+    model = make_model()
+    shapes = limit_tokens(model._decoder)
+    choices = [(None, [*range(16), n], [choice]) for n in range(3) for choice in range(30)]
+    model._loglikelihood_tokens(choices)
+    assert shapes == [(3, 17)]
+
+
+def test_the_validation_loss_of_smaller_batches_is_the_same(
+    decoder: Decoder, tiny_tokens: Path
+) -> None:
+    usual = heldout_loss(decoder, tiny_tokens)
+    shapes, notes = limit_tokens(decoder, 4 * CONTEXT), list[str]()
+    assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
+    assert max(rows for rows, _ in shapes) > 4
+    assert len(notes) == 2
+
+
+# Generated answers
+
+
+def test_answers_are_compared_under_each_filter(
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    make_model: Callable[..., DecoderModel],
+    tmp_path: Path,
+) -> None:
+    plain, answers = questions(tmp_path / "plain", decoder, tokenizer)
+    results = [run(plain, make_model(size))["questions"].result for size in (1, 4)]
+    assert results[0] == results[1]
+    assert results[0].metrics["exact_match"] == 0.5
+    assert results[0].metrics["exact_match_stderr"] == pytest.approx((0.25 / 5) ** 0.5)
+    assert results[0].values["exact_match"] == [0.0, 1.0] * 3
+
+    first = [{"function": "take_first"}]
+    changed = {"function": "map", "mapping_dict": {answers[0]: answers[0] + "!"}}
+    filters = [
+        {"name": "strict-match", "filter": first},
+        {"name": "flexible-extract", "filter": [{**changed, "default_value": "?"}, *first]},
+    ]
+    filtered, _ = questions(tmp_path / "filters", decoder, tokenizer, filter_list=filters)
+    result = run(filtered, make_model())["questions"].result
+    assert result.metrics["exact_match:strict-match"] == 0.5
+    assert result.metrics["exact_match:strict-match_stderr"] == pytest.approx((0.25 / 5) ** 0.5)
+    assert result.values["exact_match:flexible-extract"][0] == 1.0
+    assert result.num_items == len(QUESTIONS)
+    assert result.accuracy_metric == shared_metric([result] * 2) == "exact_match:strict-match"
+
+    bleu = {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True}
+    texts, _ = questions(tmp_path / "texts", decoder, tokenizer, metric_list=[bleu])
+    result = run(texts, make_model())["questions"].result
+    assert (result.metrics.keys(), result.values) == ({"bleu"}, {})
+
+    # Repetitions are sampled apart, and again alike in batches of any size.
+    sampled = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    repeated, _ = questions(
+        tmp_path / "repeated", decoder, tokenizer, generation_kwargs=sampled, repeats=3
+    )
+    found = []
+    for size, path in ((1, tmp_path / "answers"), (1, tmp_path / "answers"), (32, None)):
+        model = make_model(size)
+        model.journal = AnswerJournal(path)  # The second has all answers.
+        found.append(answers_of(run(repeated, model)["questions"]))
+    one, again, other = found
+    assert one == again == other
+    assert [len(texts) for texts in one] == [3] * len(QUESTIONS)
+    assert any(len(set(texts)) > 1 for texts in one)
+
+
+# Chat templates
+
+REFUSING = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('no system role') }}{% endif %}{{ message['content'] }}/{% endfor %}"
+    "{% if add_generation_prompt %}->{% endif %}"
+)
+
+
+def test_a_description_that_the_template_refuses_is_left_out(
+    decoder: Decoder, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    from iiet.exporting import fast_tokenizer
+
+    fast = fast_tokenizer(
+        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=CONTEXT
+    )
+    fast.chat_template = {"default": "{{ messages }}", "short": REFUSING}
+    fast.save_pretrained(tmp_path)
+    text = ModelTokenizer(tmp_path)
+    messages: list[Message] = [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "1 + 1"},
+    ]
+    prompts = Prompts(chat_template="short")
+    check_template(text, prompts)
+    model = DecoderModel(decoder, text, prompts=prompts)
+    assert model.apply_chat_template(messages) == "1 + 1/->"
+    # An instruction of the user is never left out.
+    instructed = prompts.model_copy(update={"system_instruction": "Add."})
+    with pytest.raises(UserError, match="fails: no system role"):
+        check_template(text, instructed)
