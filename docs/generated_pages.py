@@ -47,7 +47,7 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
-SWEEPS = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
+SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
 RESULTS: dict[str, dict[str, type[Result]]] = {
     **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "doctor": {"": doctor.Findings},

@@ -61,7 +61,9 @@ MANIFEST = "MANIFEST.sha256"
 
 
 def local_model(
-    model: Path | str | None, workspace: Workspace | Path | str, progress: Progress | None = None
+    model: Path | str | None,
+    workspace: Workspace | Path | str | None,
+    progress: Progress | None = None,
 ) -> Path | None:
     """Return a model as the functions of `models.lookup` take it; None stays None.
 

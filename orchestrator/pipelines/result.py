@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-MAX_REPR_LENGTH, NOTEBOOK_WIDTH = 80, 130
+MAX_SHOWN, NOTEBOOK_WIDTH = 100, 130
+"""Letters of a field that `repr` shows, and of a line in a notebook."""
 
 
 class Result(BaseModel):
@@ -62,8 +63,10 @@ class Result(BaseModel):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what a line can show: the fields that are a short text, a number or a path."""
-        for name, value in super().__repr_args__():
-            if isinstance(value, str | int | float | Path) and len(str(value)) <= MAX_REPR_LENGTH:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            is_short = isinstance(value, str | int | float | Path) and len(str(value)) <= MAX_SHOWN
+            if is_short and not field.exclude:
                 yield name, value
 
     def _repr_html_(self) -> str:

@@ -281,14 +281,13 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
         options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"pick takes one rule; got {options}")
     name, value = next(iter(given.items()), ("keep", KEPT_SHARE))
+    kind: Any = name.removesuffix("_for")
     if name == "keep":
-        return PickRule(name="keep", share=value, confidence=confidence)
+        return PickRule(name=kind, share=value, confidence=confidence)
     if confidence:
         raise UserError("--confidence can be used with --keep only")
-    if name == "draft_for":
-        return PickRule(name="draft", model=value)
-    kind: Any = name
-    return PickRule(name=kind, budget=value if name == "budget" else 0.0)
+    numbers: dict[str, Any] = {"budget": {"budget": value}, "draft": {"model": value}}
+    return PickRule(name=kind, **numbers.get(kind, {}))
 
 
 def pick_from_front(front: Front, rule: PickRule) -> Row:

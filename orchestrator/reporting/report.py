@@ -149,8 +149,14 @@ class SweepReport:
         if self.elastic:
             found.append(self.elastic)
         if tasks := task_tables(front):
-            notes = {"explanations": [TASK_TABLES_NOTE], "is_folded": True}
-            found.append(Section(title="Task by task", tables=tasks, **notes))
+            found.append(
+                Section(
+                    title="Task by task",
+                    is_folded=True,
+                    tables=tasks,
+                    explanations=[TASK_TABLES_NOTE],
+                )
+            )
         if influence is not None and any(influence.rows()):
             chart = influence_chart(
                 influence.rows(),

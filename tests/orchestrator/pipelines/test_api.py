@@ -109,7 +109,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     shown = report._repr_html_()
     assert all(part in shown for part in ("<svg", "accuracy %", report.title))
     assert repr(report).startswith("ReportResult(title=")
-    assert len(repr(report)) < 300
+    assert len(repr(report)) < 400
 
     picked = orchestrator.plan_pick("mine", workspace=workspace, best=True)
     assert picked.sentence

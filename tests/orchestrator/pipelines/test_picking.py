@@ -84,7 +84,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
-    assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
+    assert "99.6% of the teacher's, at 60% of its evaluations (3 of 5 NFE)" in choice.sentence
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence
