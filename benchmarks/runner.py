@@ -26,7 +26,7 @@ from benchmarks.report import Row, SectionResult
 from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import first_line
 from orchestrator.workspace.layout import open_workspace
 

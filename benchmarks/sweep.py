@@ -21,7 +21,7 @@ from benchmarks.report import RATIO, Goal, Row, checked
 from benchmarks.runner import Setup
 from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -31,7 +31,7 @@ from orchestrator.sweeping.run import run_plan
 from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import open_tracking
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import DONE_NAME, open_workspace
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from iiet.batch import Batch as Batch
     from iiet.cache import KeyValueCache as KeyValueCache
     from iiet.config import PRESETS as PRESETS
+    from iiet.config import DistillationConfig as DistillationConfig
     from iiet.config import ModelConfig as ModelConfig
     from iiet.config import preset as preset
     from iiet.cost import InferenceCost as InferenceCost
@@ -20,13 +21,11 @@ if TYPE_CHECKING:
     from iiet.cost import num_parameters as num_parameters
     from iiet.cost import training_flops_per_token as training_flops_per_token
     from iiet.decoder import Decoder as Decoder
-    from iiet.distillation import DistillationConfig as DistillationConfig
     from iiet.distillation import distillation_loss as distillation_loss
     from iiet.distillation import frozen_teacher as frozen_teacher
     from iiet.exporting import export as export
     from iiet.generation import generate as generate
     from iiet.generation import stream as stream
-    from iiet.influence import InfluenceTable as InfluenceTable
     from iiet.influence import influence_table as influence_table
     from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.losses import cross_entropy as cross_entropy
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from iiet.losses import next_token_loss as next_token_loss
     from iiet.methods import METHODS as METHODS
     from iiet.pruning import FamilyMember as FamilyMember
+    from iiet.pruning import InfluenceTable as InfluenceTable
     from iiet.pruning import ScheduleFamily as ScheduleFamily
     from iiet.pruning import knapsack as knapsack
     from iiet.pruning import schedule_at_threshold as schedule_at_threshold
@@ -55,19 +55,19 @@ _NAMES_OF_MODULE = {
     "arithmetic": "plain_formulas",
     "batch": "Batch",
     "cache": "KeyValueCache",
-    "config": "ModelConfig PRESETS preset",
+    "config": "DistillationConfig ModelConfig PRESETS preset",
     "cost": "InferenceCost inference_cost num_parameters training_flops_per_token",
     "decoder": "Decoder",
-    "distillation": "DistillationConfig distillation_loss frozen_teacher",
+    "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
     "generation": "generate stream",
-    "influence": "InfluenceTable influence_table",
+    "influence": "influence_table",
     "influence_metrics": "INFLUENCE_METRICS",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (
-        "FamilyMember ScheduleFamily knapsack schedule_at_threshold schedule_family "
-        "spread_over_cost"
+        "FamilyMember InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
+        "schedule_family spread_over_cost"
     ),
     "published": "decoder_from_published published_from_decoder",
     "schedule": "IterationSchedule",

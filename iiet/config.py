@@ -1,7 +1,7 @@
-"""Config of a decoder: method, sizes and iteration schedule, one frozen, validated value.
+"""Configs of a decoder (method, sizes, iteration schedule) and of distillation: frozen values.
 
-It holds all that determines the weights' shapes and the forward pass, and nothing about training. A
-checkpoint folder stores it as JSON beside the weights.
+That of a decoder is validated, and holds all that determines the weights' shapes and the forward
+pass, and nothing about training. A checkpoint folder stores it as JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from iiet.extensions import METHODS, ExtensionError
+from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
 
-__all__ = ["PRESETS", "ModelConfig", "preset"]
+__all__ = ["PRESETS", "DistillationConfig", "DivergenceKind", "ModelConfig", "preset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         given: Any = self.schedule
         if given is None and self.method in METHODS:
-            given = METHODS[self.method].full_level
+            given = facts_of(self.method).full_level
         if given is not None and type(self.num_layers) is int and self.num_layers > 0:
             parsed = IterationSchedule.parse(given, num_layers=self.num_layers)
             object.__setattr__(self, "schedule", parsed)
@@ -83,7 +84,7 @@ class ModelConfig:
     @property
     def options(self) -> Any:
         """The options of the method; its defaults if `method_options` is None."""
-        default = METHODS[self.method].Options()
+        default = facts_of(self.method).Options()
         return default if self.method_options is None else self.method_options
 
     def evaluations_per_layer(self, schedule: ScheduleLike | None = None) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ class ModelConfig:
         """
         if schedule is not None and schedule != self.corrections:
             return self.with_schedule(schedule).evaluations_per_layer()
-        method, corrections = METHODS[self.method], self.corrections
+        method, corrections = facts_of(self.method), self.corrections
         return tuple(
             method.evaluations_per_layer(corrections, layer) for layer in range(self.num_layers)
         )
@@ -110,7 +111,7 @@ class ModelConfig:
         values = asdict(self)
         values["schedule"] = list(self.schedule) if self.schedule else None
         del values["method_options"]
-        default = METHODS[self.method].Options()
+        default = facts_of(self.method).Options()
         chosen = {
             field.name: getattr(self.options, field.name)
             for field in fields(default)
@@ -169,7 +170,7 @@ def _size_problems(config: ModelConfig) -> list[str]:
 
 
 def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
-    kind = METHODS[method].Options
+    kind = facts_of(method).Options
     known = [field.name for field in fields(kind)]
     unknown = [repr(name) for name in values if name not in known]
     if unknown:
@@ -190,25 +191,25 @@ def _method_problems(config: ModelConfig) -> list[str]:
             f"method must be one of {', '.join(METHODS)}, got {config.method!r}; a method of "
             "another package needs this package installed"
         ]
-    kind = METHODS[config.method].Options
+    kind = facts_of(config.method).Options
     if not isinstance(config.method_options, kind | None):
         return [
             f"method_options must be a {kind.__name__} or None for method {config.method!r}, "
             f"got {config.method_options!r}"
         ]
     problems: list[str] = []
-    if METHODS[config.method].has_corrections:
+    if facts_of(config.method).has_corrections:
         if schedule is None:
             problems.append(
                 f"schedule is required for method {config.method!r}; "
                 "IterationSchedule.uniform(num_layers, 3) is usual"
             )
-        elif METHODS[config.method].repeats_stack and len(set(schedule)) > 1:
+        elif facts_of(config.method).repeats_stack and len(set(schedule)) > 1:
             problems.append(
                 f"method {config.method!r} repeats the whole stack, so all layers must make the "
                 f"same number of corrections, got schedule {schedule}"
             )
-        elif (most := METHODS[config.method].full_level) is not None and max(schedule) > most:
+        elif (most := facts_of(config.method).full_level) is not None and max(schedule) > most:
             problems.append(
                 f"method {config.method!r} has levels 0 to {most} for each layer, got schedule "
                 f"{schedule}"
@@ -216,6 +217,36 @@ def _method_problems(config: ModelConfig) -> list[str]:
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
     return problems
+
+
+DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What the student learns from its teacher."""
+
+    kl_weight: float = 1.0
+    """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
+    temperature: float = 1.0
+    """Softens both distributions of the divergence; from 0.001 to 1000."""
+    divergence: DivergenceKind = "forward"
+    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    hidden_weight: float = 0.0
+    """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
+    start_step: int = 0
+    """First step with a teacher."""
+    end_step: int | None = None
+    """First step after those with a teacher; None: all later steps have one."""
+
+    def uses_teacher(self, step: int) -> bool:
+        """Whether the loss of this step, counted from 0, needs the teacher."""
+        inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
+        return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
+
+    def needs_hidden(self, step: int) -> bool:
+        """Whether the loss of this step needs the hidden states of both models."""
+        return self.uses_teacher(step) and self.hidden_weight > 0
 
 
 def _sizes(
@@ -253,7 +284,8 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     values: dict[str, Any] = {"method": "iiet", **PRESETS[name], **overrides}
     values.setdefault("num_kv_heads", values["num_heads"])
-    method = METHODS.get(values["method"])
-    if "schedule" not in values and method is not None and method.has_corrections:
-        values["schedule"] = method.full_level or _USUAL_CORRECTIONS
+    if "schedule" not in values and values["method"] in METHODS:
+        method = facts_of(values["method"])
+        if method.has_corrections:
+            values["schedule"] = method.full_level or _USUAL_CORRECTIONS
     return ModelConfig.from_dict(values)

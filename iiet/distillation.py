@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -30,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from iiet.batch import Batch
+from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
 from iiet.losses import (
-    DivergenceKind,
     LazyLogits,
     Logits,
     batch_cross_entropy,
@@ -44,40 +43,12 @@ from iiet.losses import (
 
 __all__ = [
     "AnswerKeeper",
-    "DistillationConfig",
     "RememberingTeacher",
     "distillation_loss",
     "frozen_teacher",
     "member_loss",
     "student_loss",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """What the student learns from its teacher."""
-
-    kl_weight: float = 1.0
-    """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
-    temperature: float = 1.0
-    """Softens both distributions of the divergence; from 0.001 to 1000."""
-    divergence: DivergenceKind = "forward"
-    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
-    hidden_weight: float = 0.0
-    """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
-    start_step: int = 0
-    """First step with a teacher."""
-    end_step: int | None = None
-    """First step after those with a teacher; None: all later steps have one."""
-
-    def uses_teacher(self, step: int) -> bool:
-        """Whether the loss of this step, counted from 0, needs the teacher."""
-        inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
-        return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
-
-    def needs_hidden(self, step: int) -> bool:
-        """Whether the loss of this step needs the hidden states of both models."""
-        return self.uses_teacher(step) and self.hidden_weight > 0
 
 
 Model = Callable[..., Any]

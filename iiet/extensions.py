@@ -79,7 +79,7 @@ class ExtensionTable(Mapping[str, T]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return any(name == known for known in self)
+        return name in self.own or any(name == entry.name for entry in self.entry_points())
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.own, *sorted(entry.name for entry in self.entry_points())])

@@ -13,121 +13,17 @@ Source: this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.influence_metrics import INFLUENCE_METRICS, BatchInfluence, MeasuredBatch, Rows
-from iiet.schedule import IterationSchedule
+from iiet.influence_metrics import INFLUENCE_METRICS, BatchInfluence, MeasuredBatch
+from iiet.pruning import InfluenceTable, Rows
 
-__all__ = ["InfluenceTable", "influence_table"]
-
-
-@dataclass(frozen=True)
-class InfluenceTable:
-    """The influence of each correction, its error, and how well the iteration converged."""
-
-    metric: str
-    """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
-    value_rows: Rows
-    """Influence per layer and correction; larger matters more. `loss` may be negative."""
-    error_rows: Rows
-    """Standard error of each value over batches; NaN when there was one batch only."""
-    num_tokens: int
-    """Tokens that the means run over (for `loss`: those with a target)."""
-    residual_rows: Rows = ()
-    """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
-    the estimate that it starts from, `g(e)` its normalized output. Methods that correct
-    without a schedule have rows, too."""
-    layer_values: tuple[float, ...] = ()
-    """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
-    the whole layer turns the hidden state."""
-    accuracy_lost_rows: Rows = ()
-    """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
-    targets that get the largest logit. Text has none: its targets are not answers."""
-
-    @property
-    def schedule(self) -> IterationSchedule:
-        """The iteration schedule under which this was measured."""
-        return IterationSchedule(tuple(len(row) for row in self.value_rows))
-
-    @property
-    def contractions(self) -> tuple[float, ...]:
-        """The contraction factor of each layer: the ratio of one correction's residual to that of
-        the correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a
-        layer makes fewer than two corrections.
-        """
-        return tuple(
-            (row[-1] / row[0]) ** (1 / (len(row) - 1)) if len(row) > 1 and row[0] > 0 else math.nan
-            for row in self.residual_rows
-        )
-
-    def rows(self) -> Rows:
-        """Return the values, as `iiet.pruning` takes them."""
-        return self.value_rows
-
-    def worths(self) -> Rows:
-        """Return what each correction adds if those before it are kept; may be summed.
-
-        Most metrics compare a correction with the evaluation before it, so these are the values
-        themselves. `loss` compares stopping before a correction with the full layer, so a
-        correction's worth is the difference to stopping one correction later.
-        """
-        if not INFLUENCE_METRICS[self.metric].is_of_stopping:
-            return self.value_rows
-        return tuple(
-            tuple(now - later for now, later in zip(row, (*row, 0.0)[1:], strict=True))
-            for row in self.value_rows
-        )
-
-    def __str__(self) -> str:
-        """Return a table: a line per layer, with the influence of each correction."""
-        most = max(map(len, self.value_rows), default=0)
-        head = "".join(f"{f'correction {i + 1}':>14}" for i in range(most))
-        lines = [f"influence ({self.metric}, {self.num_tokens} tokens)", f"layer{head}"]
-        for layer, row in enumerate(self.value_rows, start=1):
-            lines.append(f"{layer:>5}" + "".join(f"{value:>14.5f}" for value in row))
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; an unknown error or contraction factor becomes None."""
-        return {
-            "metric": self.metric,
-            "values": [list(row) for row in self.value_rows],
-            "errors": [[_finite(error) for error in row] for row in self.error_rows],
-            "num_tokens": self.num_tokens,
-            "residuals": [list(row) for row in self.residual_rows],
-            "contractions": [_finite(factor) for factor in self.contractions],
-            "layers": list(self.layer_values),
-            "accuracy_lost": [list(row) for row in self.accuracy_lost_rows],
-        }
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
-        """Build a table from `to_dict`; the package of its metric need not be installed."""
-        return cls(
-            metric=str(table["metric"]),
-            value_rows=_rows_of(table["values"]),
-            error_rows=_rows_of(table["errors"]),
-            num_tokens=int(table["num_tokens"]),
-            residual_rows=_rows_of(table["residuals"]),
-            layer_values=tuple(map(float, table["layers"])),
-            accuracy_lost_rows=_rows_of(table["accuracy_lost"]),
-        )
-
-
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
-    """Read rows of plain JSON, where None stands for NaN."""
-    return tuple(tuple(math.nan if x is None else float(x) for x in row) for row in rows)
+__all__ = ["influence_table"]
 
 
 BatchLike = Batch | Tensor

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from iiet import extensions
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
+from iiet.facts import LossRiseFacts, MetricFacts
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
+from iiet.pruning import Rows
 
 __all__ = [
     "INFLUENCE_METRICS",
@@ -31,11 +33,7 @@ __all__ = [
     "Comparison",
     "InfluenceMetric",
     "MeasuredBatch",
-    "Rows",
 ]
-
-Rows = tuple[tuple[float, ...], ...]
-"""One row per layer, one number per correction; rows differ in length as the layers do."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 """Two outputs of evaluations, (time, dim) in float64 -> a number per position, (time,)."""
@@ -115,18 +113,8 @@ class MeasuredBatch:
         return torch.stack(sums).sum() / self.num_tokens
 
 
-class InfluenceMetric(ABC):
+class InfluenceMetric(MetricFacts, ABC):
     """Base of all metrics."""
-
-    version: ClassVar[int] = 1
-    """Increase it if the metric gives other values: stored tables are then measured again."""
-    needs_targets: ClassVar[bool] = False
-    """Whether only positions with a target count; else all that the model is taught."""
-    may_be_negative: ClassVar[bool] = False
-    """Whether a correction may have a negative influence, and thresholds may be below 0."""
-    is_of_stopping: ClassVar[bool] = False
-    """Whether a value compares stopping before the correction with the full layer. A correction is
-    then worth the difference to stopping after it; else its value is its worth."""
 
     @abstractmethod
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
@@ -161,12 +149,8 @@ class Relative(Comparison):
         return _relative_size(after - before, after)
 
 
-class LossRise(InfluenceMetric):
+class LossRise(LossRiseFacts, InfluenceMetric):
     """Rise of the loss when a layer stops before the correction, all other layers full."""
-
-    needs_targets = True
-    may_be_negative = True
-    is_of_stopping = True
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         decoder, batch, full = measured.decoder, measured.batch, measured.decoder.schedule

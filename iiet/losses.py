@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from iiet.arithmetic import at_least_float32, product_dtype
 from iiet.batch import NO_TARGET, Batch, Count
+from iiet.config import DivergenceKind
 
 __all__ = [
     "CHUNK_ELEMENTS",
-    "DivergenceKind",
     "LazyLogits",
     "Logits",
     "batch_cross_entropy",
@@ -43,7 +43,6 @@ __all__ = [
     "next_token_loss",
 ]
 
-DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
 CHUNK_ELEMENTS = 1 << 25
 """Most logits at once: 128 MiB in float32. A GPU needs milliseconds for them, so the number of

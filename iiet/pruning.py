@@ -11,12 +11,13 @@ Source: this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any
 
+from iiet.facts import metric_facts_of
 from iiet.schedule import IterationSchedule
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "FamilyMember",
     "ScheduleFamily",
     "Influence",
+    "InfluenceTable",
+    "Rows",
     "influence_rows",
     "knapsack",
     "num_evaluations",
@@ -34,16 +37,113 @@ __all__ = [
 ]
 
 
-@runtime_checkable
-class HasRows(Protocol):
-    """A measured influence: `iiet.influence.InfluenceTable`, which explains both."""
-
-    def rows(self) -> Sequence[Sequence[float]]: ...
-
-    def worths(self) -> Sequence[Sequence[float]]: ...
+Rows = tuple[tuple[float, ...], ...]
+"""One row per layer, one number per correction; rows differ in length as the layers do."""
 
 
-Influence = Sequence[Sequence[float]] | HasRows
+@dataclass(frozen=True)
+class InfluenceTable:
+    """The influence of each correction, its error, and how well the iteration converged."""
+
+    metric: str
+    """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
+    value_rows: Rows
+    """Influence per layer and correction; larger matters more. `loss` may be negative."""
+    error_rows: Rows
+    """Standard error of each value over batches; NaN when there was one batch only."""
+    num_tokens: int
+    """Tokens that the means run over (for `loss`: those with a target)."""
+    residual_rows: Rows = ()
+    """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
+    the estimate that it starts from, `g(e)` its normalized output. Methods that correct
+    without a schedule have rows, too."""
+    layer_values: tuple[float, ...] = ()
+    """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
+    the whole layer turns the hidden state."""
+    accuracy_lost_rows: Rows = ()
+    """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
+    targets that get the largest logit. Text has none: its targets are not answers."""
+
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The iteration schedule under which this was measured."""
+        return IterationSchedule(tuple(len(row) for row in self.value_rows))
+
+    @property
+    def contractions(self) -> tuple[float, ...]:
+        """The contraction factor of each layer: the ratio of one correction's residual to that of
+        the correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a
+        layer makes fewer than two corrections.
+        """
+        return tuple(
+            (row[-1] / row[0]) ** (1 / (len(row) - 1)) if len(row) > 1 and row[0] > 0 else math.nan
+            for row in self.residual_rows
+        )
+
+    def rows(self) -> Rows:
+        """Return the values, as `iiet.pruning` takes them."""
+        return self.value_rows
+
+    def worths(self) -> Rows:
+        """Return what each correction adds if those before it are kept; may be summed.
+
+        Most metrics compare a correction with the evaluation before it, so these are the values
+        themselves. `loss` compares stopping before a correction with the full layer, so a
+        correction's worth is the difference to stopping one correction later.
+        """
+        if not metric_facts_of(self.metric).is_of_stopping:
+            return self.value_rows
+        return tuple(
+            tuple(now - later for now, later in zip(row, (*row, 0.0)[1:], strict=True))
+            for row in self.value_rows
+        )
+
+    def __str__(self) -> str:
+        """Return a table: a line per layer, with the influence of each correction."""
+        most = max(map(len, self.value_rows), default=0)
+        head = "".join(f"{f'correction {i + 1}':>14}" for i in range(most))
+        lines = [f"influence ({self.metric}, {self.num_tokens} tokens)", f"layer{head}"]
+        for layer, row in enumerate(self.value_rows, start=1):
+            lines.append(f"{layer:>5}" + "".join(f"{value:>14.5f}" for value in row))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; an unknown error or contraction factor becomes None."""
+        return {
+            "metric": self.metric,
+            "values": [list(row) for row in self.value_rows],
+            "errors": [[_finite(error) for error in row] for row in self.error_rows],
+            "num_tokens": self.num_tokens,
+            "residuals": [list(row) for row in self.residual_rows],
+            "contractions": [_finite(factor) for factor in self.contractions],
+            "layers": list(self.layer_values),
+            "accuracy_lost": [list(row) for row in self.accuracy_lost_rows],
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
+        """Build a table from `to_dict`; the package of its metric need not be installed."""
+        return cls(
+            metric=str(table["metric"]),
+            value_rows=_rows_of(table["values"]),
+            error_rows=_rows_of(table["errors"]),
+            num_tokens=int(table["num_tokens"]),
+            residual_rows=_rows_of(table["residuals"]),
+            layer_values=tuple(map(float, table["layers"])),
+            accuracy_lost_rows=_rows_of(table["accuracy_lost"]),
+        )
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
+    """Read rows of plain JSON, where None stands for NaN."""
+    return tuple(tuple(math.nan if x is None else float(x) for x in row) for row in rows)
+
+
+Influence = Sequence[Sequence[float]] | InfluenceTable
 """One row per layer, one number per correction; rows may differ in length."""
 
 Cost = Callable[[IterationSchedule], float]
@@ -144,9 +244,9 @@ def spread_over_cost(
     return tuple(family[index] for index in chosen)
 
 
-def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
+def influence_rows(influence: Influence) -> Rows:
     """Return the table as tuples of floats, all finite."""
-    given = influence.rows() if isinstance(influence, HasRows) else influence
+    given = influence.rows() if isinstance(influence, InfluenceTable) else influence
     rows = tuple(tuple(map(float, row)) for row in given)
     if not rows or not all(math.isfinite(value) for row in rows for value in row):
         raise ValueError(f"an influence table has a row of finite numbers per layer, got {rows}")
@@ -175,7 +275,8 @@ def knapsack(
     Raises:
         ValueError: the budget does not pay for the predictions.
     """
-    rows = influence_rows(influence.worths() if isinstance(influence, HasRows) else influence)
+    given = influence.worths() if isinstance(influence, InfluenceTable) else influence
+    rows = influence_rows(given)
     full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))
     least = Fraction(cost(none))
     if not max_cost >= least:

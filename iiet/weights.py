@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CONFIG",

@@ -32,8 +32,8 @@ from orchestrator.terminal.render import (
     format_with_error,
     join_names,
 )
-from orchestrator.training.devices import World
 from orchestrator.training.objective import validation_metrics
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 NUM_SEQUENCES = 2048

@@ -11,9 +11,9 @@ from iiet.batch import Batch
 from iiet.decoder import Decoder
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import Position
-from orchestrator.training.devices import World
 from orchestrator.training.objective import Objective, Passes, single_pass
 from orchestrator.training.trainer import Trainer
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import VALIDATION_METRIC
 
 

@@ -215,7 +215,7 @@ def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> C
 @pytest.fixture
 def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
-    from iiet.influence import InfluenceTable
+    from iiet.pruning import InfluenceTable
     from orchestrator.records.training import TrainingJob
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings

@@ -11,7 +11,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 

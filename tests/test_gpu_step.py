@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves
 from iiet import Decoder, ModelConfig, preset
 from iiet.batch import Batch
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.devices import World
 from orchestrator.training.objective import make_objective, make_optimizer
+from orchestrator.training.world import World
 
 COMPILER = os.environ.get("CXX") or "g++"
 GPU = r"""

@@ -22,18 +22,19 @@ from benchmarks.gpu import NUM_COMPARED, ROUNDED_LOSS, TOY_MODEL
 from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup
 from iiet.batch import Batch
-from iiet.config import ModelConfig, preset
+from iiet.config import DistillationConfig, ModelConfig, preset
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, frozen_teacher
+from iiet.distillation import frozen_teacher
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import Devices, Estimate
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.devices import World, autocast, frozen_dtype
+from orchestrator.training.devices import autocast, frozen_dtype
 from orchestrator.training.objective import make_objective
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import read_journal
 
 GIB = 2**30

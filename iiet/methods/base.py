@@ -2,7 +2,7 @@
 
 A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
 passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. The class states its evaluations; other costs are counted on layers (`iiet.cost`).
+for the next one. Its class states its evaluations (`iiet.facts`); other costs are counted.
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iiet.context import PassContext
-from iiet.schedule import IterationSchedule
+from iiet.facts import MethodFacts
 
-__all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "NoOptions", "Observer"]
+__all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
 
 class Evaluation(NamedTuple):
@@ -114,12 +114,7 @@ class Evaluate:
         return output
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """The options of a method that has none."""
-
-
-class Layer(nn.Module, ABC):
+class Layer(MethodFacts, nn.Module, ABC):
     """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
@@ -129,29 +124,6 @@ class Layer(nn.Module, ABC):
         layer_norm_eps: epsilon of the method's LayerNorms.
         options: an instance of the method's `Options`.
     """
-
-    Options: ClassVar[type[Any]] = NoOptions
-    """A frozen dataclass: the options that `ModelConfig.method_options` may set."""
-    version: ClassVar[int] = 1
-    """Increase it if the formula changes: the orchestrator then trains such models anew."""
-    modeling_file: ClassVar[str | None] = None
-    """Of a method of another package: a file beside its module that an export ships as
-    `modeling_iiet.py`, for transformers. Without one the method cannot be exported."""
-    num_evaluations: ClassVar[int] = 1
-    """Field evaluations of a layer beside the corrections of the schedule."""
-    has_corrections: ClassVar[bool] = False
-    """Whether an iteration schedule sets how often a layer corrects its prediction."""
-    full_level: ClassVar[int | None] = None
-    """Where a schedule gives each layer one of a few levels: the highest, at which the method is
-    the published one, and which a model without a schedule gets. None: any number of corrections.
-    A level costs as many evaluations as corrections do."""
-    repeats_stack: ClassVar[bool] = False
-    """Whether a correction is another run of all layers, one after the other, so that all layers
-    make as many; else each layer makes all of its evaluations before the next one begins."""
-    is_random: ClassVar[bool] = False
-    """Whether a layer draws random numbers; a recomputed layer then draws the same ones."""
-    num_left: ClassVar[int] = 0
-    """Tensors of the hidden state's size that a layer leaves for all later ones (estimates)."""
 
     def __init__(
         self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
@@ -174,16 +146,6 @@ class Layer(nn.Module, ABC):
     def start(cls, embeddings: Tensor, num_layers: int) -> Any:
         """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        """Count the field evaluations of a layer, the first layer being 0."""
-        return cls.num_evaluations + (schedule[layer] if cls.has_corrections else 0)
-
-    @classmethod
-    def num_runs(cls, schedule: IterationSchedule) -> int:
-        """Count how often a pass runs the stack of layers."""
-        return 1 + schedule.max_corrections if cls.repeats_stack else 1
 
     @abstractmethod
     def advance(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
+from iiet.facts import ExplicitRK2Facts, ExplicitRK4Facts, LoopedFacts
 from iiet.methods.base import Advance, Evaluate, Layer
 
 __all__ = [
@@ -39,7 +40,7 @@ class ExplicitEuler(Layer):
         return Advance(evaluate(hidden), state)
 
 
-class Looped(ExplicitEuler):
+class Looped(LoopedFacts, ExplicitEuler):
     """Run the stack of layers `1 + r` times.
 
         h = h_0
@@ -54,9 +55,6 @@ class Looped(ExplicitEuler):
     Not to be confused with: IIET, whose layers repeat their own evaluation before the next layer
     begins, and read the earlier layers' estimates.
     """
-
-    has_corrections: ClassVar[bool] = True
-    repeats_stack: ClassVar[bool] = True
 
 
 _STEPS: Final = {1: (), 2: (1.0,), 4: (0.5, 0.5, 1.0)}
@@ -76,7 +74,7 @@ def runge_kutta_stages(
     return stages
 
 
-class ExplicitRK2(Layer):
+class ExplicitRK2(ExplicitRK2Facts, Layer):
     """Advance by the Runge-Kutta method of order 2.
 
         k1 = G(h); k2 = G(h + k1);   h_l = h + (k1 + k2) / 2;   h = h_{l-1}, G(x) = F_l(x) - x
@@ -86,7 +84,6 @@ class ExplicitRK2(Layer):
     Not to be confused with: PCformer's predictor, which has norms and learned weights.
     """
 
-    num_evaluations: ClassVar[int] = 2
     coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
     """Weights of the stages; they sum to one."""
 
@@ -102,7 +99,7 @@ class ExplicitRK2(Layer):
         return hidden
 
 
-class ExplicitRK4(ExplicitRK2):
+class ExplicitRK4(ExplicitRK4Facts, ExplicitRK2):
     """Advance by the classical Runge-Kutta method of order 4.
 
         h_l = h + (k1 + 2 k2 + 2 k3 + k4) / 6, stages as in `runge_kutta`
@@ -112,7 +109,6 @@ class ExplicitRK4(ExplicitRK2):
     Not to be confused with: `pcformer_rk4`, a predictor followed by a corrector.
     """
 
-    num_evaluations: ClassVar[int] = 4
     coefficients: ClassVar[tuple[float, ...]] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 

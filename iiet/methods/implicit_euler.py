@@ -11,7 +11,6 @@ backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,20 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from iiet.arithmetic import KeepsFloat32, at_least_float32
+from iiet.facts import (
+    ImplicitEulerFacts,
+    PredictorCorrectorRK2Facts,
+    PredictorCorrectorRK4Facts,
+)
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix, start
 
 __all__ = [
-    "ImplicitEuler", "ImplicitEulerOptions", "MixedLayer", "MovingAverageRungeKutta",
+    "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",
     "PredictorCorrectorRK2", "PredictorCorrectorRK4", "fixed_point",
 ]  # fmt: skip
 
 
 class MixedLayer(Layer):
     """Base of the methods that read the earlier layers' estimates."""
-
-    num_left: ClassVar[int] = 1
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
         self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
@@ -82,48 +84,7 @@ def fixed_point(
     return iterate(value, num_steps - num_constant)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImplicitEulerOptions:
-    """How the corrections are made.
-
-    Raises:
-        ValueError: naming every field that is out of range.
-    """
-
-    damping: float = 1.0
-    """Share of each correction that is applied, in (0, 1]; 1 applies all of it. 0 is allowed if the
-    damping is learned: the layer then starts as if it had no corrections."""
-    learn_damping: bool = False
-    """Whether each layer learns its damping, starting from `damping`."""
-    differentiated_corrections: int | None = None
-    """Training differentiates only this many last corrections of each layer, at least 1; the
-    evaluations before are constants. None: all are differentiated."""
-    reinject_prediction: bool = False
-    """Whether each correction also reads the prediction, with one learned weight per layer that
-    starts at 0."""
-
-    def __post_init__(self) -> None:
-        damping, last = self.damping, self.differentiated_corrections
-        in_range = {
-            "learn_damping must be true or false": type(self.learn_damping) is bool,
-            "reinject_prediction must be true or false": type(self.reinject_prediction) is bool,
-            "damping must be a number from 0 to 1 (0: with learn_damping=true)": (
-                type(damping) in (int, float)
-                and (0 < damping <= 1 or (damping == 0 and self.learn_damping))
-            ),
-            "differentiated_corrections must be at least 1 or None": last is None
-            or (type(last) is int and last >= 1),
-        }
-        problems = [
-            f"{rule}, got {getattr(self, rule.split()[0])!r}"
-            for rule, holds in in_range.items()
-            if not holds
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-
-
-class ImplicitEuler(MixedLayer):
+class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
     """Predict once, then correct `r_l` times towards the fixed point.
 
         e   = P_l(F_l(h_{l-1}))                                        prediction
@@ -139,9 +100,6 @@ class ImplicitEuler(MixedLayer):
     Not to be confused with: looping a block (`h = F(F(h))`), where each evaluation reads
     only the one before it; here each correction also reads the earlier layers' estimates.
     """
-
-    Options = ImplicitEulerOptions
-    has_corrections: ClassVar[bool] = True
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
         super().build(dim, layer_norm_eps)
@@ -220,7 +178,7 @@ class MovingAverageRungeKutta(KeepsFloat32):
         return prediction
 
 
-class PredictorCorrectorRK2(MixedLayer):
+class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
     """Predict with a Runge-Kutta step of order 2, correct once.
 
         k1  = R_1(F_l(h_{l-1}));   k2 = R_2(F_l(h_{l-1} + k1))
@@ -237,8 +195,6 @@ class PredictorCorrectorRK2(MixedLayer):
     Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
     """
 
-    has_corrections: ClassVar[bool] = True
-    full_level: ClassVar[int | None] = 2
     order: ClassVar[int] = 2
     """Order of the predictor at the full level, and the number of its evaluations."""
 
@@ -286,7 +242,7 @@ class PredictorCorrectorRK2(MixedLayer):
         return Advance(*mix.leave(estimate))
 
 
-class PredictorCorrectorRK4(PredictorCorrectorRK2):
+class PredictorCorrectorRK4(PredictorCorrectorRK4Facts, PredictorCorrectorRK2):
     """Predict with a Runge-Kutta step of order 4, correct once.
 
     Cost: 5 evaluations per layer; there are no levels.
@@ -294,7 +250,4 @@ class PredictorCorrectorRK4(PredictorCorrectorRK2):
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
-    num_evaluations: ClassVar[int] = 5
-    has_corrections: ClassVar[bool] = False
-    full_level: ClassVar[int | None] = None
     order: ClassVar[int] = 4

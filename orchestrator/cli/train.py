@@ -253,7 +253,7 @@ def sweep_iterations(
     call.set("sweep.kind", "iterations")
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
-        from iiet.methods import METHODS
+        from iiet.extensions import METHODS
 
         call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
     return _sweep(call, None, name)

@@ -34,7 +34,7 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.devices import DeviceWork, OnDevice, on_cpu
+from orchestrator.training.world import DeviceWork, OnDevice, on_cpu
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 T = TypeVar("T")
@@ -258,9 +258,9 @@ def run_local_jobs(
     """
     from orchestrator.evaluation.decode_timing import threads
     from orchestrator.planning.estimate import out_of_memory_explained
-    from orchestrator.training.devices import World
     from orchestrator.training.trainer import run_job
     from orchestrator.training.watching import describe_saved_state, jobs_to_train
+    from orchestrator.training.world import World
 
     world = World(device="cuda:0" if cluster and cluster.num_gpus else "cpu")
     outcomes: dict[str, TrainingOutcome] = {}

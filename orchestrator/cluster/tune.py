@@ -32,10 +32,10 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
-from orchestrator.training.devices import World
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import Report, run_job
 from orchestrator.training.watching import JournalReader
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import STOPPED_NAME

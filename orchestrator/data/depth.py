@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain, count, islice, permutations
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from iiet.batch import NO_TARGET, Batch
 from orchestrator.data.order import SourceOrder, random_bits, uniform_below
 from orchestrator.data.store import PreparedData, finish_folder, is_complete
 from orchestrator.models.tokenizer import END_OF_TEXT, load_tokenizer
@@ -27,6 +25,9 @@ from orchestrator.settings.data import parse_task_name
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from iiet.batch import Batch
 
 GENERATOR_VERSION = 1
 """Increase it if the same settings give other sequences."""
@@ -392,6 +393,10 @@ class DepthStore(PreparedData):
     def _sequences(
         self, positions: np.ndarray, context_length: int, stream: str, seed: int
     ) -> Batch:
+        import torch
+
+        from iiet.batch import NO_TARGET, Batch
+
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
         order = SourceOrder.of_shares([1.0] * len(self.tasks))

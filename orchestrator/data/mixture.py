@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from iiet.batch import Batch
 from orchestrator.data.depth import (
     GENERATOR_VERSION,
     DepthStore,
@@ -47,6 +45,9 @@ from orchestrator.settings.data import source_order
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from iiet.batch import Batch
 
 MIXTURE_VERSION = 1
 """Increase it if the same settings and texts give other sequences."""
@@ -118,6 +119,10 @@ class MixtureStore(PreparedData):
             data.check_length(context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
+        import torch
+
+        from iiet.batch import Batch
+
         shape = (len(positions), context_length)
         ids, targets, sources = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
         parts = self.order.split(positions, content_number("mixture", seed))
@@ -138,6 +143,8 @@ class MixtureStore(PreparedData):
 
         Each source gives at least one sequence, and each batch is of one source.
         """
+        import torch
+
         limit = self.num_validation_tokens
         wanted = (num_tokens if limit is None else min(num_tokens, limit)) / context_length
         for number, (name, data) in enumerate(self.sources.items()):

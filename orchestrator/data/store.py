@@ -12,15 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from iiet.batch import Batch
 from orchestrator.data.order import WindowOrder, positions_of_step
 from orchestrator.models.tokenizer import end_of_text_id, num_token_ids
 from orchestrator.workspace.errors import UserError
@@ -31,6 +28,11 @@ from orchestrator.workspace.files import (
     read_json,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iiet.batch import Batch
 
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
@@ -195,6 +197,8 @@ class TokenStore(PreparedData):
                 )
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
+        from iiet.batch import Batch
+
         order = WindowOrder(len(self.train), context_length, seed)
         return Batch.of_text(gather(self.train, order.starts(positions), context_length))
 
@@ -202,6 +206,8 @@ class TokenStore(PreparedData):
         self, *, context_length: int, num_tokens: int, batch_size: int
     ) -> Iterator[Batch]:
         """Yield fixed held-out sequences, spread evenly over the text; as the base class says."""
+        from iiet.batch import Batch
+
         self.check_length(context_length)
         available = len(self.validation) // context_length
         wanted = min(max(1, num_tokens // context_length), available)
@@ -213,6 +219,8 @@ class TokenStore(PreparedData):
 
 def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
     """Return the sequences that start there, int64, (starts, length)."""
+    import torch
+
     rows = starts[:, None] + np.arange(length, dtype=np.int64)
     return torch.from_numpy(tokens[rows].astype(np.int64))
 

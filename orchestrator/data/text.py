@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from iiet.extensions import ExtensionError
-from iiet.methods.base import NoOptions
+from iiet.facts import NoOptions
 from orchestrator.models.hub import require_hub
 from orchestrator.settings import DataSettings
 from orchestrator.settings.data import TEXT_SOURCES

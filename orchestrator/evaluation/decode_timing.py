@@ -27,8 +27,7 @@ from iiet.decoder import Decoder
 from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
-from orchestrator.models.folder import DTYPES
-from orchestrator.models.open import use_tf32
+from orchestrator.models.open import DTYPES, use_tf32
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import UserError

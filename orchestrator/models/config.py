@@ -4,7 +4,7 @@ and name the family of a model."""
 from __future__ import annotations
 
 from iiet.config import PRESETS, ModelConfig, preset
-from iiet.methods import METHODS
+from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ModelSettings
 from orchestrator.workspace.errors import UserError
@@ -37,7 +37,7 @@ def build_model_config(
     try:
         schedule = (
             IterationSchedule.parse(model.corrections, num_layers=num_layers)
-            if METHODS[model.method].has_corrections
+            if facts_of(model.method).has_corrections
             else IterationSchedule.none(num_layers)
         )
         return preset(

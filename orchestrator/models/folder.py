@@ -14,13 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from iiet.config import ModelConfig
-from iiet.extensions import ExtensionError
-from iiet.methods import METHODS
-from iiet.published import config_from_published
+from iiet.extensions import METHODS, ExtensionError
+from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
 from orchestrator.workspace.errors import UserError, shortened
@@ -63,9 +61,6 @@ _MODEL_PATTERNS = (
     *("additional_chat_templates/*.jinja", "*.safetensors", "*.safetensors.index.json"),
     *("*.bin", "*.model", "*.py"),
 )
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Precision in the settings -> dtype."""
 
 REMEDY = (
     "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
@@ -142,6 +137,8 @@ def decoder_config(folder: Path) -> ModelConfig | None:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
     try:
+        from iiet.published import config_from_published
+
         return config_from_published(config, dict.fromkeys(names))
     except (ValueError, TypeError):
         return None  # For example scaled rotary angles or biases; transformers supports them.
@@ -271,7 +268,7 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     if not is_checkpoint(folder):
         return ()
     config, members = load_config(folder), load_provenance(folder).get(ELASTIC, [])
-    if not METHODS[config.method].has_corrections:
+    if not facts_of(config.method).has_corrections:
         return ()
     parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
     try:

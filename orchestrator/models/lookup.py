@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from iiet.influence import InfluenceTable
-from iiet.methods import METHODS
+from iiet.facts import facts_of
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.models.folder import (
@@ -98,7 +98,7 @@ def resolve_model(
         missing, what = "no IIET checkpoint with corrections", f"{what} with corrections"
         while runs:
             config = load_config(find_checkpoints(runs[0])[-1])
-            if config.corrections.num_corrections and not METHODS[config.method].repeats_stack:
+            if config.corrections.num_corrections and not facts_of(config.method).repeats_stack:
                 break
             others.append(f"{runs.pop(0).name} ({config.method})")
     schedule = None

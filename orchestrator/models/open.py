@@ -49,6 +49,8 @@ from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.layout import PROVENANCE, Workspace
 from orchestrator.workspace.provenance import file_key
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precision in the settings -> dtype."""
 AUTO = "auto"
 """A GPU if there is one."""
 

@@ -22,9 +22,9 @@ from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
 from orchestrator.evaluation import decode_timing
-from orchestrator.models.folder import DTYPES, served_schedules
+from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
+from orchestrator.models.open import DTYPES, OpenedModel, open_model, open_models, short_names
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun

@@ -16,7 +16,7 @@ from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import Tracking
+    from orchestrator.tracking.tracker import Tracking
 
 Asked = ParamSpec("Asked")
 Planned = TypeVar("Planned", bound=Result)
@@ -58,7 +58,7 @@ class Context:
             UserError: If MLflow does not know the store's address, or a local store is damaged.
         """
         if self._tracking is None:
-            from orchestrator.tracking import open_tracking  # Importing MLflow takes a second.
+            from orchestrator.tracking.tracker import open_tracking
 
             self._tracking = open_tracking(
                 self.workspace, warn=self.progress.note, loggers=self._loggers

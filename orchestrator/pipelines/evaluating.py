@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.methods import METHODS
+from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import newest_tokens, tokens_folder_of
@@ -251,7 +251,7 @@ def _uniform_models(path: Path) -> list[OpenedModel]:
     config = model.config
     if config is None or not config.corrections.num_corrections:
         raise UserError(f"--depth-curve: {path} makes no corrections; take an IIET with r >= 1")
-    most = METHODS[config.method].full_level or 2 * config.corrections.max_corrections
+    most = facts_of(config.method).full_level or 2 * config.corrections.max_corrections
     uniform = partial(IterationSchedule.uniform, config.num_layers)
     return [open_model(path, uniform(r)) for r in range(most + 1)]
 

@@ -31,7 +31,7 @@ from orchestrator.evaluation.answers import (
 )
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
-from orchestrator.models.open import best_device, load_model
+from orchestrator.models.open import DTYPES, best_device, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
@@ -183,7 +183,7 @@ class TextGenerator:
         self.checkpoint, self._note = checkpoint, note
         self.text = ModelTokenizer(checkpoint)
         where = device or best_device()
-        dtype = model_folders.DTYPES[device_precision(where)]  # As it is evaluated.
+        dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
         self._stream: Decode = stream_tokens
         self.record: DraftRecord | None = None

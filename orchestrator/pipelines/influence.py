@@ -17,15 +17,13 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.influence import InfluenceTable, influence_table
-from iiet.influence_metrics import INFLUENCE_METRICS
-from iiet.methods import METHODS
+from iiet.facts import facts_of, metric_facts_of
+from iiet.pruning import InfluenceTable
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
-from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
@@ -35,7 +33,7 @@ from orchestrator.reporting.command_tables import influence_tables
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import OnDevice
+from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.journal import now_ms
@@ -157,7 +155,7 @@ def plan_influence(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
             "no influence to measure; take an IIET with r >= 1"
         )
-    if METHODS[config.method].repeats_stack:
+    if facts_of(config.method).repeats_stack:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
             "has corrections of its own whose influence could be measured; take an IIET with r >= 1"
@@ -169,7 +167,7 @@ def plan_influence(
         )
     wanted = settings.influence
     num_tokens = min(wanted.num_tokens, data.num_validation_tokens or wanted.num_tokens)
-    version = INFLUENCE_METRICS[wanted.metric].version
+    version = metric_facts_of(wanted.metric).version
     key = content_key(
         "influence",
         weights_key(checkpoint),
@@ -272,6 +270,9 @@ def _measure(
     device: str,
     progress: Progress,
 ) -> InfluenceTable:
+    from iiet.influence import influence_table  # Both import PyTorch.
+    from orchestrator.models.open import load_model
+
     decoder = load_model(checkpoint, device=device)
     context_length = decoder.config.context_length
     batches = open_data(tokens_folder).validation_batches(

@@ -18,23 +18,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.cost import num_parameters
-from iiet.decoder import Decoder
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.config import model_family
-from orchestrator.models.gguf import read_gguf, write_gguf
 from orchestrator.models.hub import download_model, is_hub_name, shown_name
-from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
@@ -46,12 +43,14 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
-from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_file, new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, find_checkpoints, find_workspace
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
+
+if TYPE_CHECKING:
+    from iiet.decoder import Decoder
 
 CARD = "README.md"
 MANIFEST = "MANIFEST.sha256"
@@ -97,6 +96,10 @@ def import_model(
         UserError: If the model cannot be read, the hub does not give it, the tokenizer does not fit
             it, or another model has the name.
     """
+    from orchestrator.models.gguf import read_gguf  # These import PyTorch.
+    from orchestrator.models.open import load_model
+    from orchestrator.training.checkpoint import save_checkpoint
+
     context = open_context(workspace, progress)
     progress = context.progress
     progress.start("import")  # A download takes its time.
@@ -211,6 +214,9 @@ def export(
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
+    from orchestrator.models.gguf import write_gguf  # These import PyTorch.
+    from orchestrator.models.open import load_model, open_model
+
     settings, context = settings or Settings(), open_context(workspace, progress)
     note = context.progress.note
     checkpoint, picked = lookup.resolve_model(
@@ -500,7 +506,7 @@ def plan_pick(
             gone, or the folder cannot be used.
     """
     from orchestrator.reporting.findings import describe_model
-    from orchestrator.reporting.report import sweep_front  # Imports MLflow.
+    from orchestrator.reporting.front import sweep_front
 
     rule = findings.pick_rule(
         keep=keep,
@@ -547,8 +553,8 @@ def plan_pick(
 
 def run_pick(plan: PickResult, context: Context) -> PickResult:
     """Choose a model from a sweep's front; export and register it."""
-    # Both import MLflow.
-    from orchestrator.reporting.mlflow_report import run_name
+    from orchestrator.models.open import load_model  # Imports PyTorch.
+    from orchestrator.reporting.mlflow_report import run_name  # Imports Altair.
     from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace

@@ -9,7 +9,7 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field
 
 from iiet.config import ModelConfig
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.cluster.task import command_device, joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
@@ -56,8 +56,7 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.sections import Section, render_json, render_terminal, two_column_table
 from orchestrator.reporting.tables import model_rows
-from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.decode import text_of, with_drafts
+from orchestrator.settings import MLFLOW, ClusterSettings, Settings, flatten
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
@@ -72,6 +71,7 @@ from orchestrator.sweeping.plan import (
     TrialState,
     asha_rule,
     competing_trials,
+    early_stops,
     exact_cost,
     full_trial,
     iterations_plan,
@@ -87,7 +87,7 @@ from orchestrator.sweeping.students import unknown_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import Workspace, find_workspace, portable_path
 from orchestrator.workspace.provenance import environment
 
@@ -352,10 +352,9 @@ def report(
     axes = parse_axes(cost, quality)
     context = open_context(workspace, progress)
     space = context.workspace
-    # Loaded before MLflow's store is opened, which takes seconds: a name may be wrong.
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
     found = [load_sweep_results(space, name) for name in names]
-    tracking = context.tracking if space.is_writable and len(found) == 1 else None
+    tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
 
 
@@ -398,7 +397,9 @@ def claims(
     Raises:
         UserError: If there is no such sweep.
     """
-    from orchestrator.reporting.report import front_claims, suite_notes, sweep_front
+    from orchestrator.reporting.claims import front_claims
+    from orchestrator.reporting.front import sweep_front
+    from orchestrator.reporting.results import suite_notes
 
     space = find_workspace(workspace)
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
@@ -441,6 +442,8 @@ def plan_drafts(
     Raises:
         UserError: If there is no such sweep, or its data has no text.
     """
+    from orchestrator.sweeping.decode import text_of  # Imports PyTorch.
+
     space = find_workspace(workspace)
     stored = load_sweep_results(space, sweep)
     text_of(Path(stored.results[0].suite.tokens_folder))
@@ -454,6 +457,7 @@ def plan_drafts(
 def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
     """Measure the drafts that are not measured yet, and write the sweep's report with them."""
     from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
 
     space, stored = context.workspace, plan.stored
     results = with_drafts(
@@ -464,7 +468,9 @@ def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
         command_device(plan.cluster, space.root),
     )
     found = stored.model_copy(update={"results": tuple(results)})
-    return ReportResult.of(write_sweep_report(space, found, tracking=context.tracking), space)
+    return ReportResult.of(
+        write_sweep_report(space, found, tracking=lambda: context.tracking), space
+    )
 
 
 def sweep(
@@ -672,8 +678,12 @@ def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
 
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
+    plan.check()
+    if (found := _stored_results(plan, context.workspace)) is not None:
+        context.progress.note("all trials are finished and found again")
+        return _report_of(plan, found, context)
     from orchestrator.cluster.ray import ray_cluster
-    from orchestrator.sweeping.run import run_plan
+    from orchestrator.sweeping.run import run_plan  # Imports Ray, MLflow and lm-eval.
 
     settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace
     pretrains, root = plan.pretraining is not None, workspace.root
@@ -684,7 +694,6 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         found.check()
         return found
 
-    plan.check()
     context.use_loggers(settings.tracking.loggers)
     check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
@@ -721,13 +730,34 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 progress=progress,
                 search=plan.search,
             )
-            return _write_report(plan, outcome, context)
+            found = _results_of(plan, outcome, workspace)
+            return _report_of(plan, found, context, outcome.failures)
 
 
-def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context) -> SweepResult:
-    from orchestrator.reporting.report import write_sweep_report
+def _stored_results(planned: PlannedSweep, workspace: Workspace) -> StoredSweep | None:
+    """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
-    settings, workspace = planned.asked["settings"], context.workspace
+    The tasks of lm-eval may have changed, which is known when they are loaded; and a logger that
+    was not asked for before lacks the trainings.
+    """
+    settings, plan = planned.asked["settings"], planned.plan
+    is_left = any(state.name in ("to measure", "to train") for state in planned.states)
+    if is_left or planned.unknown or (planned.search and planned.search.num_left):
+        return None
+    if needs_lm_eval(settings.evaluation) or settings.tracking.loggers != (MLFLOW,):
+        return None
+    last = read_tail(workspace.sweeps / plan.name)[-1:]
+    finished = {state.trial.key for state in planned.states if state.name == "finished"}
+    with suppress(UserError):  # Else they are written again.
+        found = load_sweep_results(workspace, plan.name)
+        if last and last[0].get("name") == "finished" and found.key == plan.key:
+            return found if {result.key for result in found.results} == finished else None
+    return None
+
+
+def _results_of(planned: PlannedSweep, outcome: SweepOutcome, workspace: Workspace) -> StoredSweep:
+    """Return what a report needs of a sweep that was run."""
+    settings = planned.asked["settings"]
     plan, finished = outcome.plan, {result.key for result in outcome.results}
     suite = plan.trials[0].suite
     chances = heldout_chances(Path(suite.suite_folder) if suite.suite_folder else None)
@@ -743,7 +773,7 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
             ends[trial.label] = "not finished"
         elif trial.key in outcome.reused:
             ends[trial.label] = "reused: it was finished before"
-    found = StoredSweep(
+    return StoredSweep(
         name=plan.name,
         key=plan.key,
         results=outcome.results,
@@ -764,15 +794,30 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
             },
         },
     )
-    written = write_sweep_report(workspace, found, tracking=context.tracking)
+
+
+def _report_of(
+    planned: PlannedSweep,
+    found: StoredSweep,
+    context: Context,
+    failures: Mapping[str, str] | None = None,
+) -> SweepResult:
+    """Write the report of a sweep that has ended."""
+    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+
+    workspace, plan = context.workspace, planned.plan
+    written = write_sweep_report(workspace, found, tracking=lambda: context.tracking)
     journal = Journal(workspace.sweeps / plan.name)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
+    stops = early_stops(plan, planned.placed.sweep)
+    for trial in found.results:
+        stops.pop(trial.key, None)
     return SweepResult.of(
         written,
         workspace,
         name=plan.name,
-        trials=outcome.results,
-        failures=outcome.failures,
-        stopped=outcome.stopped,
+        trials=found.results,
+        failures=dict(failures or {}),
+        stopped={t.label: stops[t.key].text for t in plan.trials if t.key in stops},
     )

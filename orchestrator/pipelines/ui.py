@@ -22,7 +22,8 @@ import psutil
 
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
-from orchestrator.tracking import ChartView, open_tracking
+from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
 

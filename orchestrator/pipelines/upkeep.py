@@ -234,10 +234,10 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             who = {"kind": kind, "name": name, "process": lock_holder(lock)}
             activities.append({**who, "sweeps": [], **unknown})
 
-    stored = [Training(folder, note) for folder in training_folders(workspace)]
-    planned = trials_by_folder(workspace, note) if any(run.lock for run in stored) else {}
-    for run in stored:
-        if not run.lock:
+    running = [Training(folder, note) for folder in filter(is_in_use, training_folders(workspace))]
+    planned = trials_by_folder(workspace, note) if running else {}
+    for run in running:
+        if not run.lock:  # It has ended meanwhile.
             continue
         own = planned.get(run.folder, [])
         is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
@@ -258,11 +258,11 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             }
         )
 
-    running, sweeps = [name for activity in activities for name in activity["sweeps"]], []
-    for name in dict.fromkeys(running):
+    names, sweeps = [name for activity in activities for name in activity["sweeps"]], []
+    for name in dict.fromkeys(names):
         sweep = Sweep(workspace.sweeps / name)
         counts = {"finished": len(sweep.trials) - len(sweep.left), "trials": len(sweep.trials)}
-        left = sweep.seconds_left(running.count(name))
+        left = sweep.seconds_left(names.count(name))
         sweeps.append({"name": name, **counts, "seconds_left": left})
     return WorkspaceStatus(workspace=str(root), activities=activities, sweeps=sweeps)
 

@@ -20,33 +20,32 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
 
 from iiet import cost
-from iiet.config import ModelConfig
-from iiet.distillation import DistillationConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.planning import machine
-from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes, format_duration
 from orchestrator.training import schedules
-from orchestrator.training.devices import World
+from orchestrator.training.gpus import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.training.shared_steps import FirstStage, first_stage_of
-from orchestrator.training.teacher_cache import CachePlan, cache_plan, missing_caches
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
+
+if TYPE_CHECKING:
+    from orchestrator.training.teacher_cache import CachePlan
+    from orchestrator.training.world import World
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""
@@ -101,8 +100,8 @@ class Estimate:
     teacher: ModelConfig | None = None
     """A frozen model whose forward pass runs in the steps that `loss` names."""
     loss: DistillationConfig = field(default_factory=DistillationConfig)
-    cache: CachePlan | None = None
-    """The teacher's outputs, if they may be stored."""
+    cache: Any = None
+    """The teacher's outputs, a `CachePlan`, if they may be stored."""
     first_stage: FirstStage | None = None
     """Its first stage, if it may be shared; trainings with the same one train it once."""
     steps_done: int = 0
@@ -121,6 +120,8 @@ class Estimate:
         Raises:
             UserError: If its teacher is missing or damaged.
         """
+        from orchestrator.training.teacher_cache import cache_plan  # Imports PyTorch.
+
         teacher = job.teacher_folder if job.objective == "distill" else None
         newest = newest_checkpoint(job.folder) if job.tokens_folder else None
         steps_done = int(load_provenance(newest)["step"]) if newest else 0
@@ -218,6 +219,8 @@ class Estimate:
     @cached_property
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
+        from orchestrator.planning.training_memory import training_memory  # Imports PyTorch.
+
         devices = self.devices
         schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
         parts = training_memory(
@@ -352,7 +355,11 @@ def price_of(
     left = [*chain(*groups)]
     model = next((each.teacher for each in trainings if each.teacher), None)
     per_token = cost.inference_cost(model).forward_flops_per_token if model else 0.0
-    new_caches = missing_caches([each.cache for each in left], teachers) if teachers else []
+    new_caches: list[CachePlan] = []
+    if teachers and left:
+        from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
+
+        new_caches = missing_caches([each.cache for each in left], teachers)
     num_stored = sum(plan.num_tokens for plan in new_caches)
 
     def num_live(each: Estimate) -> int:
@@ -631,6 +638,8 @@ def out_of_memory_explained(
     Raises:
         DeviceError: Says what was planned, and the nearest setting that takes clearly less.
     """
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -17,8 +17,8 @@ from typing import Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import field_parameters, layer_counts, num_parameters
+from iiet.facts import facts_of
 from iiet.losses import CHUNK_ELEMENTS
-from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 
 _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
@@ -95,7 +95,7 @@ def _peak_bytes(
     `width` is the bytes of a value in the arithmetic; hidden states are float32. `compares` says
     whether the loss compares two distributions.
     """
-    method = METHODS[config.method]
+    method = facts_of(config.method)
     state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
     of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.

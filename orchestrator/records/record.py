@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import (
     DELETE_AND_RERUN,

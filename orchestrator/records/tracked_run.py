@@ -15,12 +15,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainSerializer, SerializationInfo
 
 from orchestrator.records.record import Record, WorkspacePath
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, portable_path
 
 RUN_ID = "{run_id}"
 """Stands for MLflow's id of the run in the texts of its tags."""
+REASON_TAG = "iiet.reason"
+"""Tag that says why a run ended without a result."""
+NOTE_TAG = "mlflow.note.content"
+"""Tag with the description at the top of a page, in Markdown."""
+VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
+"""Tags of a sweep: the key of its chart view, and the artifact that is its report."""
 
 
 def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
@@ -117,6 +124,13 @@ class TrackedRun(Record):
         """Return its file in a workspace."""
         return tracked_path(workspace, *self.place)
 
+    def is_stored(self, workspace: Workspace) -> bool:
+        """Return whether a workspace holds this run as it is, which MLflow shows or was sent."""
+        path = self.path(workspace)
+        with suppress(UserError):
+            return read_json(path) == self.stored_at(path)
+        return False
+
     def changed(self, **changes: Any) -> Self:
         """Return the run with other values; mappings and points are added to those that it has."""
         for name in {"tags", "files", "texts", "views"} & changes.keys():
@@ -159,3 +173,25 @@ def tracked_path(workspace: Workspace, kind: str, key: str, parent: str | None) 
 def without_step(values: Mapping[str, float]) -> list[tuple[str, float, int]]:
     """Return metrics that belong to no step as points."""
     return [(name, float(value), 0) for name, value in values.items()]
+
+
+def status_after(error: BaseException | None) -> Status:
+    """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+
+
+def reason_tags(status: str, reason: str) -> dict[str, str]:
+    """Return the tags that show why a run has no result, also at the top of its page.
+
+    Without a reason, they delete that of an earlier end.
+    """
+    note = f"{reason[:1].upper()}{reason[1:]}"
+    failed = status == "FAILED" and reason
+    return {REASON_TAG: reason, NOTE_TAG: f"**Failed:** {note}" if failed else note}
+
+
+def tag_filter(tags: Mapping[str, str]) -> str:
+    """Return a search expression for runs with all of the tags, whose values are names or keys."""
+    return " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())

@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from iiet.config import ModelConfig
-from iiet.distillation import DistillationConfig
-from iiet.methods import METHODS
+from iiet.config import DistillationConfig, ModelConfig
+from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
 
@@ -99,7 +98,7 @@ class TrainingOutcome(Record):
 def method_parameters(model: ModelConfig) -> dict[str, str]:
     """Return a model's method, and its schedule if the method makes corrections."""
     params = {"method": model.method}
-    if METHODS[model.method].has_corrections:
+    if facts_of(model.method).has_corrections:
         params["schedule"] = str(model.corrections)
     return params
 

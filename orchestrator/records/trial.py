@@ -19,7 +19,7 @@ from pydantic import (
     model_serializer,
 )
 
-from iiet.methods import METHODS
+from iiet.facts import facts_of
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
@@ -148,7 +148,7 @@ class Trial(Record):
     @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
-        return tuple(self.model.corrections) if METHODS[self.method].has_corrections else None
+        return tuple(self.model.corrections) if facts_of(self.method).has_corrections else None
 
     @property
     def schedule_text(self) -> str:

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from orchestrator.reporting.results import Curve, vanilla_of
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.workspace.files import new_file
+from orchestrator.workspace.provenance import content_key, installed_version
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, INK, GRAY, GRID = "#CC79A7", "#56B4E9", "#1c1c1c", "#757575", "#e6e6e6"
@@ -95,17 +97,22 @@ Spec = dict[str, Any]
 
 
 def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
-    """Write a chart as `stem.png` and `stem.svg`; the same chart gives the same bytes."""
-    paths = []
-    for kind in kinds:
-        path = stem.with_name(f"{stem.name}.{kind}")
-        if kind == "svg":
-            content = _with_own_ids(vl_convert.vegalite_to_svg(spec)).encode()
+    """Write a chart as `stem.png` and `stem.svg`; the same chart gives the same bytes.
+
+    An SVG ends with the key of its chart, so one that is there already is not drawn again.
+    """
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
+    mark = f"<!-- {content_key(spec, installed_version('vl-convert-python'))} -->".encode()
+    with suppress(OSError):
+        if all(map(Path.is_file, paths)) and paths[-1].read_bytes().endswith(mark):
+            return paths
+    for path in paths:
+        if path.suffix == ".svg":
+            content = _with_own_ids(vl_convert.vegalite_to_svg(spec)).encode() + mark
         else:
             content = vl_convert.vegalite_to_png(spec, scale=PIXELS_PER_UNIT)
         with new_file(path) as temporary:
             temporary.write_bytes(content)
-        paths.append(path)
     return paths
 
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import COSTS, Row, evaluations, known
-from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
+from orchestrator.reporting.front import COSTS, Front, Row, evaluations, known
+from orchestrator.reporting.results import OVERHEADS, load_item_values, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
     NUM_RESAMPLES,
@@ -40,6 +40,7 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import difference_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
+from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -401,3 +402,8 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
         numbers["_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
         found |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
+    """Return what the models of a front show of each of the paper's claims."""
+    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))

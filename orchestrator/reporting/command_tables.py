@@ -8,20 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from iiet.cost import num_parameters
-from iiet.influence import InfluenceTable
-from orchestrator.data.preparation import ExpectedTokens
-from orchestrator.evaluation.decode_timing import (
-    DECODING,
-    FIRST_TOKEN,
-    HOW_MEASURED,
-    PREDICTION,
-    SIMPLEST,
-    MeasuredCost,
-    MeasurementSettings,
-)
-from orchestrator.planning.estimate import Estimate, Price
+from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal.render import (
@@ -31,6 +21,11 @@ from orchestrator.terminal.render import (
     format_duration,
     format_duration_range,
 )
+
+if TYPE_CHECKING:
+    from orchestrator.data.preparation import ExpectedTokens
+    from orchestrator.evaluation.decode_timing import MeasuredCost, MeasurementSettings
+    from orchestrator.planning.estimate import Estimate, Price
 
 # Evaluations
 
@@ -104,6 +99,8 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
     A row is a model under a condition; errors are half quartile ranges. Shares are in percent,
     predicted and measured.
     """
+    # It imports PyTorch.
+    from orchestrator.evaluation.decode_timing import DECODING, FIRST_TOKEN, PREDICTION, SIMPLEST
 
     def table(title: str, columns: Mapping[Column, Callable[[MeasuredCost], str]]) -> Table:
         rows: list[TableRow] = []
@@ -148,6 +145,8 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
 
 def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
     """Return sentences on the size of the weights and, of several models, on the predictions."""
+    from orchestrator.evaluation.decode_timing import DECODING, FIRST_TOKEN, PREDICTION, SIMPLEST
+
     sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
     sentences = [f"weights: {', '.join(sizes)} MiB, part of each peak"]
     for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
@@ -164,6 +163,8 @@ def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
 
 def conditions_sentence(conditions: MeasurementSettings, *, device: str, dtype: str) -> str:
     """Return a sentence on how the costs were measured."""
+    from orchestrator.evaluation.decode_timing import HOW_MEASURED
+
     return (
         f"{device}, {dtype}, {format_count(conditions.num_threads, 'thread')}; medians ± half the "
         f"quartile distance of {conditions.repetitions} repetitions in turns after a warm-up; "

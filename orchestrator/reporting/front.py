@@ -22,7 +22,13 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, teacher_or_costliest
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import (
+    StoredSweep,
+    item_notes,
+    load_item_values,
+    result_table,
+    with_overhead,
+)
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
     NUM_RESAMPLES,
@@ -35,6 +41,7 @@ from orchestrator.reporting.statistics import (
     pair_scores,
 )
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -508,3 +515,31 @@ def with_confidence(
 def _rows(table: DataFrame) -> list[Row]:
     rows: list[Row] = table.to_dict("records")
     return rows
+
+
+def sweep_front(
+    workspace: Workspace,
+    sweeps: Sequence[StoredSweep],
+    axes: FrontAxes,
+    *,
+    kept_share: float = KEPT_SHARE,
+) -> tuple[Front, list[str]]:
+    """Return the front of the results with the confidence of each place, and its notes.
+
+    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
+    of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
+    """
+    import pandas
+
+    table = pandas.concat([result_table(s.results).assign(sweep=s.name) for s in sweeps])
+    table = table[~table.index.duplicated()]
+    if len(sweeps) == 1:
+        table = table.drop(columns="sweep")
+    else:
+        table = with_overhead(table)
+        is_shared = table["label"].duplicated(keep=False)
+        table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
+    front = find_front(table, axes)
+    items = load_item_values(workspace, front.shown_seeds)
+    notes = [*left_out_notes(front), *item_notes(front.shown_seeds, items)]
+    return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes

@@ -10,15 +10,21 @@ import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.data.mixture import describe_data
 from orchestrator.records.tracked_run import (
+    NOTE_TAG,
+    REPORT_TAG,
     RUN_ID,
+    VIEW_TAG,
     DataSummary,
     Status,
     TrackedRun,
+    reason_tags,
+    tag_filter,
     without_step,
 )
 from orchestrator.records.trial import Trial
@@ -41,15 +47,7 @@ from orchestrator.reporting.statistics import (
     SUMMARY_METRICS,
 )
 from orchestrator.reporting.tables import interval_rows, model_rows, models_table
-from orchestrator.tracking import (
-    NOTE_TAG,
-    REPORT_TAG,
-    VIEW_TAG,
-    ChartView,
-    Tracking,
-    reason_tags,
-    tag_filter,
-)
+from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.job import stored_job
 from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import UserError
@@ -73,10 +71,10 @@ MAX_PARALLEL_LAYERS = 24
 BEATEN_NOTE = "Models that another one beats are left out until the end."
 
 
-def sweep_run(tracking: Tracking, name: str, key: str, folder: Path) -> TrackedRun:
-    """Return the run of a sweep in a folder as it was stored last, or a new one."""
+def sweep_run(stored: TrackedRun | None, name: str, key: str, folder: Path) -> TrackedRun:
+    """Return the run of a sweep in a folder as it was `stored` last, or a new one."""
     started_ms, _ = recorded_times(folder) or (now_ms(), None)
-    return tracking.stored("sweep", key) or TrackedRun(
+    return stored or TrackedRun(
         key=key,
         kind="sweep",
         name=name,
@@ -108,13 +106,10 @@ def front_metrics(front: Front) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def track_results(
-    tracking: Tracking, sweep: StoredSweep, front: Front
-) -> tuple[StoredSweep, Front]:
-    """Track every result as a run nested in the sweep's run, with its overhead and its confidence.
+def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
+    """Return every result as a run nested in the sweep's run, with its overhead and its confidence.
 
-    Each seed of a model gets those of the mean over seeds. The returned results have the
-    ids of their runs.
+    Each seed of a model gets those of the mean over seeds.
     """
     names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
     compared = {
@@ -122,17 +117,10 @@ def track_results(
         for row in front.rows
         for seed in row["seeds"]
     }
-    runs = [
+    return [
         trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), compared.get(result.key))
         for result in sweep.results
     ]
-    tracking.publish(*runs)
-    tracked = [
-        result.model_copy(update={"run_id": tracking.run_id(run)})
-        for result, run in zip(sweep.results, runs, strict=True)
-    ]
-    sweep = sweep.model_copy(update={"results": tuple(tracked)})
-    return sweep, front.with_runs(tracked)
 
 
 def trial_run(
@@ -226,6 +214,7 @@ def report_changes(
     front: Front,
     *,
     name: str,
+    time_ms: int,
     sentences: Sequence[str],
     claims: Sequence[Claim],
     charts: Collection[str],
@@ -237,6 +226,7 @@ def report_changes(
 
     Args:
         name: Name of the sweep.
+        time_ms: When it began.
         sentences: Notes and findings.
         claims: What the sweep shows of the paper's claims.
         charts: Titles of the report's curves.
@@ -252,7 +242,7 @@ def report_changes(
     tables = {"table": models, "intervals": interval_rows(front)}
     found = {f"{ARTIFACT_FOLDER}/{table}.json": rows for table, rows in tables.items() if rows}
     shown = [{"path": path, "type": "table"} for path in found]
-    view = front_chart_view(front, name, charts)
+    view = replace(front_chart_view(front, name, charts), time_ms=time_ms)
     return {
         "points": without_step({**front_metrics(front), **claim_metrics(claims)}),
         "files": {ARTIFACT_FOLDER: paths},

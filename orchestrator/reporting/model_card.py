@@ -12,7 +12,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.evaluation.tasks import TASKS

@@ -10,13 +10,14 @@ the run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.charts import curves_chart, front_chart, influence_chart, save_chart
 from orchestrator.reporting.claims import (
     CLAIMS_TITLE,
@@ -24,7 +25,7 @@ from orchestrator.reporting.claims import (
     PAPER_OVERHEAD_SHARE,
     Claim,
     claims_section,
-    find_claims,
+    front_claims,
 )
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.depth_curve import teacher_depths
@@ -34,28 +35,22 @@ from orchestrator.reporting.front import (
     COSTS,
     Front,
     FrontAxes,
-    evaluations,
-    find_front,
     known,
-    left_out_notes,
-    with_confidence,
+    sweep_front,
 )
-from orchestrator.reporting.mlflow_report import report_changes, sweep_run, track_results
+from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     Curve,
     StoredSweep,
     history_folder,
-    item_notes,
     load_item_values,
     load_sweep_results,
     read_history_curves,
     read_training_curves,
-    result_table,
-    with_overhead,
+    suite_notes,
 )
 from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
-from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
@@ -64,11 +59,13 @@ from orchestrator.reporting.tables import (
     task_tables,
 )
 from orchestrator.terminal.render import format_parameters
-from orchestrator.tracking import Tracking
 from orchestrator.workspace.files import json_text, write_text
 from orchestrator.workspace.journal import now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from orchestrator.tracking.tracker import Tracking  # It imports MLflow.
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
@@ -212,8 +209,6 @@ class WrittenReport:
     report: SweepReport
     folder: Path
     files: tuple[Path, ...]
-    run_id: str | None = None
-    """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
 
     @property
     def page(self) -> Path | None:
@@ -225,7 +220,7 @@ def write_sweep_report(
     workspace: Workspace,
     *sweeps: StoredSweep | str,
     axes: FrontAxes | None = None,
-    tracking: Tracking | None = None,
+    tracking: Callable[[], Tracking] | None = None,
 ) -> WrittenReport:
     """Write the report of a sweep, or of several on one front.
 
@@ -236,7 +231,8 @@ def write_sweep_report(
         workspace: Holds the sweeps.
         sweeps: Their results, or their names to use the stored ones.
         axes: Cost and quality; NFE and accuracy by default.
-        tracking: MLflow, where the report of one sweep is tracked; None to track nothing.
+        tracking: Opens MLflow, which shows the report of one sweep; it is opened only if there is
+            something that was not shown before. None to show nothing.
 
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
@@ -250,16 +246,24 @@ def write_sweep_report(
     front, notes = sweep_front(workspace, found, axes)
     if workspace.is_writable:
         sweep.store(workspace)
-    run = None
-    if tracking:
-        run = sweep_run(tracking, sweep.name, sweep.key, sweep.folder(workspace))
-    if tracking and run and not axes.slug:
-        tracking.publish(run)  # Before its trials, which would make it without its name.
-        sweep, front = track_results(tracking, sweep, front)
-        sweep.store(workspace)
+    place = sweep.folder(workspace)
+    run = sweep_run(TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, place)
+    if tracking and not axes.slug:
+        runs = trial_runs(sweep, front)
+        is_known = all(each.is_stored(workspace) for each in (run, *runs))
+        if not is_known or any(result.run_id is None for result in sweep.results):
+            mlflow = tracking()
+            mlflow.publish(run, *runs)
+            tracked = [
+                result.model_copy(update={"run_id": mlflow.run_id(own)})
+                for result, own in zip(sweep.results, runs, strict=True)
+            ]
+            sweep = sweep.model_copy(update={"results": tuple(tracked)})
+            front = front.with_runs(tracked)
+            sweep.store(workspace)
     curves = dict(read_training_curves(sweep, front.with_curves))
     if not axes.slug and sweep.is_search:
-        curves |= read_history_curves(history_folder(sweep.folder(workspace), sweep.key))
+        curves |= read_history_curves(history_folder(place, sweep.key))
     elastic = None
     if any(result.is_elastic for result in sweep.results):
         elastic = elastic_section(front, load_item_values(workspace, sweep.results))
@@ -276,22 +280,26 @@ def write_sweep_report(
         elastic=elastic,
         claims=_measured_claims(workspace, front),
     )
-    folder = sweep.folder(workspace) / axes.slug
+    folder = place / axes.slug
+    before = {path: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
     files = report.write_files(folder) if workspace.is_writable else []
-    if tracking is None or run is None:
-        return WrittenReport(report, folder, tuple(files))
-    _, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
-    changes = report_changes(
-        front,
-        name=sweep.name,
-        sentences=report.sentences,
-        claims=report.claims,
-        charts=curves,
-        files=files,
-    )
-    run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
-    tracking.publish(run)
-    return WrittenReport(report, folder, tuple(files), tracking.run_id(run))
+    if tracking:
+        _, ended_ms = recorded_times(place) or (now_ms(), None)
+        changes = report_changes(
+            front,
+            name=sweep.name,
+            time_ms=run.started_ms,
+            sentences=report.sentences,
+            claims=report.claims,
+            charts=curves,
+            files=files,
+        )
+        run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
+        are_same = all(before.get(path) == path.read_bytes() for path in files)
+        if not (are_same and run.is_stored(workspace)):
+            tracking().publish(run)
+            tracking().wait()
+    return WrittenReport(report, folder, tuple(files))
 
 
 def _about(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:
@@ -345,58 +353,6 @@ def _overlay_report(
     return WrittenReport(report, folder, files)
 
 
-def sweep_front(
-    workspace: Workspace,
-    sweeps: Sequence[StoredSweep],
-    axes: FrontAxes,
-    *,
-    kept_share: float = KEPT_SHARE,
-) -> tuple[Front, list[str]]:
-    """Return the front of the results with the confidence of each place, and its notes.
-
-    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
-    of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
-    """
-    import pandas
-
-    table = pandas.concat([result_table(s.results).assign(sweep=s.name) for s in sweeps])
-    table = table[~table.index.duplicated()]
-    if len(sweeps) == 1:
-        table = table.drop(columns="sweep")
-    else:
-        table = with_overhead(table)
-        is_shared = table["label"].duplicated(keep=False)
-        table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
-    front = find_front(table, axes)
-    items = load_item_values(workspace, front.shown_seeds)
-    notes = [*left_out_notes(front), *item_notes(front.shown_seeds, items)]
-    return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes
-
-
-def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
-    """Return what the models of a front show of each of the paper's claims."""
-    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))
-
-
 def _measured_claims(workspace: Workspace, front: Front) -> list[Claim]:
     claims = front_claims(workspace, front)
     return claims if any(claim.is_measured for claim in claims) else []
-
-
-def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
-    """Return the sentence on sweeps that were not measured alike; none if they were."""
-    # Folders and the size of a batch change no result.
-    suites = []
-    for sweep in sweeps:
-        suite = sweep.results[0].suite.model_dump(mode="json")
-        unlike = [n for n in suite if n.endswith("_folder") or n == "batch_size"]
-        suites.append({name: suite[name] for name in suite if name not in unlike})
-    names = dict.fromkeys(name for suite in suites for name in suite)
-    values = {name: [str(suite.get(name)) for suite in suites] for name in names}
-    parts = [f"{name} {' / '.join(v)}" for name, v in values.items() if len(set(v)) > 1]
-    if not parts:
-        return []
-    return [
-        f"{' and '.join(sweep.name for sweep in sweeps)} were not measured on the same tasks and "
-        f"texts ({'; '.join(parts)}): qualities of different sweeps do not compare."
-    ]

@@ -307,6 +307,25 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
     )
 
 
+def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
+    """Return the sentence on sweeps that were not measured alike; none if they were."""
+    # Folders and the size of a batch change no result.
+    suites = []
+    for sweep in sweeps:
+        suite = sweep.results[0].suite.model_dump(mode="json")
+        unlike = [n for n in suite if n.endswith("_folder") or n == "batch_size"]
+        suites.append({name: suite[name] for name in suite if name not in unlike})
+    names = dict.fromkeys(name for suite in suites for name in suite)
+    values = {name: [str(suite.get(name)) for suite in suites] for name in names}
+    parts = [f"{name} {' / '.join(v)}" for name, v in values.items() if len(set(v)) > 1]
+    if not parts:
+        return []
+    return [
+        f"{' and '.join(sweep.name for sweep in sweeps)} were not measured on the same tasks and "
+        f"texts ({'; '.join(parts)}): qualities of different sweeps do not compare."
+    ]
+
+
 # Curves, read from journals
 
 Curve = tuple[str, Sequence[tuple[int, float]]]

@@ -8,10 +8,13 @@ charts and the scripts that draw them are inside.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -20,6 +23,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 
 from orchestrator.terminal.render import BYTE_UNITS
+from orchestrator.workspace.files import new_file
+from orchestrator.workspace.provenance import installed_version
 
 ROW_STYLES = {"baseline": "cyan", "member": "bold", "dominated": "dim"}
 LAST_PHONE_PRIORITY = 2
@@ -239,10 +244,18 @@ def _template() -> Any:
 
 @cache
 def _scripts() -> str:
+    """Return the programs that draw charts, of which bundling takes two CPU seconds."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iiet-orch"
+    path = folder / f"vega-{installed_version('vl-convert-python')}.js"
+    with suppress(OSError):
+        return path.read_bytes().decode()
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle(None)  # type: ignore[arg-type]
-    return str(bundle).replace("</script", "<\\/script")
+    bundle = str(vl_convert.javascript_bundle(None))  # type: ignore[arg-type]
+    bundle = bundle.replace("</script", "<\\/script")
+    with suppress(OSError), new_file(path) as temporary:  # A home may be read-only.
+        temporary.write_bytes(bundle.encode())
+    return bundle
 
 
 def sort_value(text: str) -> str:

@@ -20,8 +20,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +40,8 @@ INTERVAL_LEVEL = 0.95
 """Share of the draws inside an interval; the rest lies outside in equal parts."""
 MAX_COUNTS_PER_BLOCK = 2_000_000
 """Bounds the memory of `draw_item_counts`."""
+MAX_KEPT_COUNTS = 25_000_000
+"""Bounds the memory of the draws that are used again; a number takes two bytes."""
 KEPT_SHARE = 0.99
 """A model keeps the full model's quality if it reaches this share of it."""
 ON_FRONT_METRIC = "paired/confidence_on_front"
@@ -206,12 +210,13 @@ def pair_scores(
         return None
     model_of_run = np.repeat(np.arange(len(num_seeds)), num_seeds)
     seed_weights = draw_seed_weights(model_of_run, num_resamples, np.random.default_rng(seed))
-    # A generator for each task: adding a task does not change another one's draws.
-    rngs = {task: np.random.default_rng([seed, *task.encode()]) for task in items}
-    scores = {
-        task: resample(values, seed_weights, model_of_run, rngs[task])
-        for task, values in items.items()
-    }
+    scores = {}
+    for task, values in items.items():
+        # A generator for each task: adding a task does not change another one's draws.
+        drawn = (len(values.weights), num_resamples, (seed, *task.encode()))
+        is_small = drawn[0] * num_resamples <= MAX_KEPT_COUNTS
+        counts = _kept_counts(*drawn) if is_small else _item_counts(*drawn)
+        scores[task] = resample(values, seed_weights, model_of_run, counts)
     groups = {name: members for run in runs for name, members in run.groups.items()}
     return PairedScores(items, scores, groups, left_out)
 
@@ -237,7 +242,7 @@ def resample(
     items: ItemValues,
     seed_weights: Floats,
     model_of_run: NDArray[np.int64],
-    rng: np.random.Generator,
+    counts: Iterable[NDArray[Any]],
 ) -> Scores:
     """Score every model on draws of one task's items.
 
@@ -245,7 +250,7 @@ def resample(
         items: The items under every run.
         seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
         model_of_run: (runs,): number of the model.
-        rng: Draws the items.
+        counts: How often each item is drawn; see `draw_item_counts`.
     """
     num_models = int(model_of_run.max()) + 1
     is_of_model = (model_of_run[:, None] == np.arange(num_models)).astype(float)
@@ -253,8 +258,7 @@ def resample(
     distinct, row_of_run = np.unique(items.values, axis=0, return_inverse=True)
     row_of_run = row_of_run.reshape(-1)
     columns = np.vstack([distinct, items.weights]).T
-    blocks = draw_item_counts(len(items.weights), len(seed_weights), rng)
-    sums = np.vstack([counts @ columns for counts in blocks])
+    sums = np.vstack([block.astype(float) @ columns for block in counts])
     by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of_run]
     total = columns.sum(axis=0)
     measured = (total[:-1] / total[-1])[row_of_run]
@@ -273,6 +277,18 @@ def draw_item_counts(
         drawn += num_items * np.arange(num_rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=num_rows * num_items)
         yield counts.reshape(num_rows, num_items).astype(float)
+
+
+def _item_counts(num_items: int, num_resamples: int, seed: tuple[int, ...]) -> Iterator[Floats]:
+    return draw_item_counts(num_items, num_resamples, np.random.default_rng(seed))
+
+
+@lru_cache(maxsize=2)
+def _kept_counts(
+    num_items: int, num_resamples: int, seed: tuple[int, ...]
+) -> list[NDArray[np.uint16]]:
+    """A report compares models on the same draws several times; drawing takes longest."""
+    return [block.astype(np.uint16) for block in _item_counts(num_items, num_resamples, seed)]
 
 
 def draw_seed_weights(

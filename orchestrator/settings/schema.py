@@ -18,6 +18,7 @@ from typing import Self, get_args
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
+from iiet.facts import metric_facts_of
 from orchestrator.settings.cluster import ClusterSettings, TrackingSettings
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
@@ -196,11 +197,9 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
             "first out"
         )
-    if kind != "iterations" and min(sweep.thresholds, default=0) < 0:
-        from iiet.influence_metrics import INFLUENCE_METRICS  # Imports PyTorch.
-
-        if not INFLUENCE_METRICS[settings.influence.metric].may_be_negative:
-            yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
+    may_be_negative = metric_facts_of(settings.influence.metric).may_be_negative
+    if kind != "iterations" and min(sweep.thresholds, default=0) < 0 and not may_be_negative:
+        yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
     if sweep.asha and kind != "iterations":
         yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
     if sweep.asha and sweep.seeds:

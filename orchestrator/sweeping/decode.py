@@ -22,8 +22,7 @@ from orchestrator.evaluation.decode_timing import (
     measure_draft,
     time_per_token,
 )
-from orchestrator.models.folder import DTYPES
-from orchestrator.models.open import load_model
+from orchestrator.models.open import DTYPES, load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.findings import draft_targets
@@ -32,7 +31,8 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.devices import OnDevice, device_precision
+from orchestrator.training.devices import device_precision
+from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key, environment
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.cost import inference_cost
-from iiet.methods import METHODS
+from iiet.extensions import METHODS
+from iiet.facts import facts_of
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
@@ -55,7 +56,7 @@ T = TypeVar("T")
 def has_counts(method: str) -> bool:
     """Return whether a sweep trains models of a method with several counts of corrections; one that
     has levels is trained at its full level."""
-    return METHODS[method].has_corrections and METHODS[method].full_level is None
+    return facts_of(method).has_corrections and facts_of(method).full_level is None
 
 
 def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
@@ -66,7 +67,7 @@ def model_label(method: str, corrections: object, num_layers: int | None = None)
     parts = [method] if method != DEFAULT_METHOD else []
     if isinstance(corrections, tuple):
         corrections = ",".join(map(str, corrections))
-    full = METHODS[method].full_level
+    full = facts_of(method).full_level
     if has_counts(method):
         parts.append(f"r = {corrections}")
     elif full is not None and corrections not in (None, full):
@@ -183,7 +184,7 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     """Return the settings of a variant, at its learning rate, or else its model's first one."""
-    full, changes = METHODS[variant.method].full_level, dict[str, Any](method=variant.method)
+    full, changes = facts_of(variant.method).full_level, dict[str, Any](method=variant.method)
     if variant.corrections is not None or full is not None:
         changes["corrections"] = full if variant.corrections is None else variant.corrections
     if variant.num_layers is not None:
@@ -260,7 +261,7 @@ def find_baselines(
             label = f"the run {run.name}"
             try:
                 config, provenance = load_config(checkpoint), load_provenance(checkpoint)
-                count, level = config.corrections[0], METHODS[config.method].full_level
+                count, level = config.corrections[0], facts_of(config.method).full_level
                 is_whole = config.method != full.method and set(config.corrections) == {level}
                 is_teacher = config.corrections.num_corrections and not is_whole
                 if is_teacher or "imported" in provenance:
@@ -420,7 +421,7 @@ def check_models(settings: Settings) -> None:
         sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
     for config, own in zip(configs, [settings, *each], strict=True):
         check_teacher(sweep, config)
-        method = METHODS[config.method]
+        method = facts_of(config.method)
         if method.repeats_stack or not method.has_corrections or not sum(config.corrections):
             has = "repeats the whole stack" if method.repeats_stack else "has none"
             raise UserError(

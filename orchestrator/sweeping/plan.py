@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.influence import InfluenceTable
-from iiet.pruning import FamilyMember
+from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.tasks import (

@@ -33,7 +33,7 @@ from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.records.tracked_run import Status
+from orchestrator.records.tracked_run import Status, status_after
 from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
@@ -57,7 +57,7 @@ from orchestrator.sweeping.plan import (
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
-from orchestrator.tracking import Tracking, status_after
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.job import check_job, finished_outcome
 from orchestrator.training.teacher_cache import cache_plan, store_answers
 from orchestrator.training.watching import (
@@ -458,7 +458,8 @@ class LiveSweep:
         self._failures: dict[str, str] = {}
         self._new_front: Front | None = None
         self._clock, self._next_front = clock, clock()
-        self._run = sweep_run(tracking, plan.name, plan.key, folder)
+        stored = tracking.stored("sweep", plan.key)
+        self._run = sweep_run(stored, plan.name, plan.key, folder)
         self.change(
             status="RUNNING",
             params=sweep_parameters(plan, settings),

@@ -19,13 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost
-from iiet.distillation import DistillationConfig
-from iiet.influence import InfluenceTable
 from iiet.pruning import (
     Cost,
     FamilyMember,
+    InfluenceTable,
     knapsack,
     num_evaluations,
     schedule_family,
@@ -50,7 +49,6 @@ from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
-from orchestrator.training.teacher_cache import answers_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, checkpoint_name
 from orchestrator.workspace.provenance import content_key
@@ -169,6 +167,8 @@ def student_estimate(
     """Return what a student takes whose teacher need not be trained."""
     is_distilled = settings.distillation.control == "distill"
     loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
+    from orchestrator.training.teacher_cache import answers_plan  # Imports PyTorch.
+
     cache = answers_plan(teacher, recipe, loss)
     return Estimate(
         config=config,
@@ -468,6 +468,9 @@ def choose_distilled_baselines(
     number asked for, spread from the cheapest to the costliest. The teacher's own schedule counts
     only if it is the only one.
     """
+
+    if not sweep.distilled_baselines:
+        return []
 
     def flops(config: ModelConfig) -> float:
         return inference_cost(config).decode_flops_per_token

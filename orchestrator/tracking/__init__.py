@@ -17,28 +17,3 @@ QUIET_ENVIRONMENT = {
 }
 for _name, _value in QUIET_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-
-# ruff: noqa: E402 - the environment comes first
-from orchestrator.tracking.chart_view import ChartView
-from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
-from orchestrator.tracking.tracker import (
-    REPORT_TAG,
-    VIEW_TAG,
-    Tracking,
-    open_tracking,
-    reason_tags,
-    status_after,
-)
-
-__all__ = [
-    "NOTE_TAG",
-    "REASON_TAG",
-    "REPORT_TAG",
-    "VIEW_TAG",
-    "ChartView",
-    "Tracking",
-    "open_tracking",
-    "reason_tags",
-    "status_after",
-    "tag_filter",
-]

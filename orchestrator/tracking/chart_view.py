@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.workspace.journal import now_ms
@@ -46,6 +46,8 @@ class ChartView:
     """Metrics over steps, one chart each."""
     folded_groups: Sequence[str] = ()
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
+    time_ms: int = field(default_factory=now_ms)
+    """When it was made."""
 
     @property
     def tag(self) -> tuple[str, str]:
@@ -54,9 +56,13 @@ class ChartView:
         Raises:
             ValueError: If it is too large for MLflow.
         """
-        now = now_ms()
         state = json.dumps(self.state(), separators=(",", ":"))
-        tag = {"name": self.name, "createdAt": now, "updatedAt": now, "state": state}
+        tag = {
+            "name": self.name,
+            "createdAt": self.time_ms,
+            "updatedAt": self.time_ms,
+            "state": state,
+        }
         text = json.dumps(tag, separators=(",", ":"))
         if len(text) > MAX_VIEW_CHARACTERS:
             raise ValueError(

@@ -20,9 +20,15 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
 
-from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
+from orchestrator.records.tracked_run import (
+    NOTE_TAG,
+    RegisteredModel,
+    TrackedModel,
+    TrackedRun,
+    tag_filter,
+)
 from orchestrator.tracking import served_model
-from orchestrator.tracking.store import KEY_TAG, NOTE_TAG, Point, StoredRun, tag_filter, valid_name
+from orchestrator.tracking.store import KEY_TAG, Point, StoredRun, valid_name
 from orchestrator.workspace.layout import portable_path, workspace_root
 from orchestrator.workspace.provenance import file_digest
 

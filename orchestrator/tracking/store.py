@@ -29,7 +29,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.records.tracked_run import RUN_ID, TrackedRun
+from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tag_filter
 from orchestrator.workspace.errors import strip_credentials
 from orchestrator.workspace.journal import Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
@@ -48,10 +48,6 @@ ROOT_TAG = "iiet.root_key"
 OFFSET_TAG = "iiet.mirrored_bytes"
 """Bytes of the journal that the run has."""
 PARENT_TAG = "mlflow.parentRunId"
-REASON_TAG = "iiet.reason"
-"""Tag that says why a run ended without a result."""
-NOTE_TAG = "mlflow.note.content"
-"""Tag with the description at the top of a page, in Markdown."""
 SOURCE_TAG = "mlflow.source.name"
 COMMIT_TAG, REPOSITORY_TAG = "mlflow.source.git.commit", "mlflow.source.git.repoURL"
 COMMAND = "iiet-orch"
@@ -379,11 +375,6 @@ def context_tags() -> dict[str, str]:
     if REPOSITORY_TAG in tags:
         tags[REPOSITORY_TAG] = strip_credentials(tags[REPOSITORY_TAG])
     return tags
-
-
-def tag_filter(tags: Mapping[str, str]) -> str:
-    """Return a search expression for runs with all of the tags, whose values are names or keys."""
-    return " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
 
 
 def valid_name(name: str) -> str:

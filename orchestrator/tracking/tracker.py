@@ -18,10 +18,13 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestrator.records.tracked_run import (
+    NOTE_TAG,
+    REPORT_TAG,
     RUN_ID,
+    VIEW_TAG,
     RegisteredModel,
-    Status,
     TrackedRun,
+    tag_filter,
 )
 from orchestrator.settings import MLFLOW
 from orchestrator.tracking import models
@@ -33,16 +36,13 @@ from orchestrator.tracking.store import (
     KIND_TAG,
     MAX_RUNS_FOUND,
     MAX_TAG_CHARACTERS,
-    NOTE_TAG,
     PARENT_TAG,
-    REASON_TAG,
     ROOT_TAG,
     CopiedStoreError,
     Store,
     is_refusal,
-    tag_filter,
 )
-from orchestrator.workspace.errors import Interrupted, UserError, first_line, is_disk_full
+from orchestrator.workspace.errors import UserError, first_line, is_disk_full
 from orchestrator.workspace.layout import Workspace
 
 SECONDS_BETWEEN_COPIES = 4.0
@@ -131,7 +131,6 @@ class Publisher:
                     return
 
 
-VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
 MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
 OWN_PREFIXES = ("iiet.", "mlflow.")
@@ -385,20 +384,3 @@ def open_tracking(
             f"move the file away, or {valid}"
         ) from None
     return tracking
-
-
-def status_after(error: BaseException | None) -> Status:
-    """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
-    if error is None:
-        return "FINISHED"
-    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
-
-
-def reason_tags(status: str, reason: str) -> dict[str, str]:
-    """Return the tags that show why a run has no result, also at the top of its page.
-
-    Without a reason, they delete that of an earlier end.
-    """
-    note = f"{reason[:1].upper()}{reason[1:]}"
-    failed = status == "FAILED" and reason
-    return {REASON_TAG: reason, NOTE_TAG: f"**Failed:** {note}" if failed else note}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.methods import METHODS
+from iiet.extensions import METHODS
 from iiet.weights import WEIGHTS, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
@@ -41,11 +41,12 @@ from orchestrator.models.folder import (
     weights_key,
 )
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.devices import World, full_tensor, run_on_first
+from orchestrator.training.devices import full_tensor, run_on_first
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
 from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
     checksums_of,

@@ -11,10 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,15 +26,11 @@ from iiet.layers import initial_weights
 from orchestrator.models.open import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.training import Precision, default_precision
-from orchestrator.terminal.progress import Progress
 from orchestrator.training.dropping import drop_layers
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, shortened
 
 T = TypeVar("T")
-DeviceWork = Callable[[str, Progress], T]
-"""Work that needs one device: gets its name and a progress display. Function and result can be
-pickled."""
-
 POLL_SECONDS = 0.1
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability from which GPUs have bfloat16; PyTorch emulates it slowly on older ones."""
@@ -46,60 +41,6 @@ _COMPILED_GRAPHS = {
     # Compile the backward pass with the forward pass: both fail, or take their time, in one place.
     "force_non_lazy_backward_lowering": True,
 }
-
-
-class OnDevice(Protocol):
-    """Runs work on some device; see `orchestrator.cluster.task`."""
-
-    def __call__(self, work: DeviceWork[T], progress: Progress) -> T:
-        """Return what the work returns, and raise what it raises.
-
-        Raises:
-            UserError: If there is no GPU although some are named.
-            RunFailed: If the work's process died too often.
-            Interrupted: After Ctrl-C or SIGTERM.
-        """
-
-
-def on_cpu(work: DeviceWork[T], progress: Progress) -> T:
-    """Run work in this process, on the CPU."""
-    return work("cpu", progress)
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Rank and device of one worker. A process group exists if `size` > 1."""
-
-    rank: int = 0
-    """This worker's number, from 0."""
-    size: int = 1
-    """Number of workers."""
-    device: str = "cpu"
-    """This worker's device, such as `cpu` or `cuda:0`."""
-    parallel: str = "ddp"
-    """`ddp`: each worker has the whole model; `fsdp`: each worker has a shard of it."""
-    shards: int | None = None
-    """Workers that share one copy of the model, if not all; it divides `size`."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this worker writes files and takes decisions."""
-        return self.rank == 0
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether its device is a GPU."""
-        return self.device.startswith("cuda")
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the model is sharded over the workers."""
-        return self.size > 1 and self.parallel == "fsdp"
-
-    @property
-    def num_shards(self) -> int:
-        """Number of workers that share one copy of the model; 1 if each has all of it."""
-        return self.shards or self.size if self.is_sharded else 1
 
 
 # What workers tell each other

@@ -20,14 +20,15 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
-from iiet.decoder import Decoder
-from iiet.mix import Mix
 from iiet.schedule import IterationSchedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iiet.decoder import Decoder
 
 __all__ = ["drop_layers", "kept_config", "most_important_layers"]
 
@@ -43,6 +44,11 @@ def drop_layers(decoder: Decoder, kept_layers: Sequence[int]) -> Decoder:
         ValueError: the numbers are not layers in ascending order, or the method has other weights
             beside the mix whose shapes depend on the layer.
     """
+    import torch
+
+    from iiet.decoder import Decoder
+    from iiet.mix import Mix
+
     config = kept_config(decoder.config, kept_layers)
     rows_of_mix = {
         f"{name}.{row}"
@@ -96,6 +102,8 @@ def _folded_row(row: Tensor, kept_layers: Sequence[int]) -> Tensor:
 
     Column 0 of a row is that of the embeddings, column k that of layer k - 1.
     """
+    import torch
+
     kept = [layer + 1 for layer in kept_layers if layer + 1 < len(row)]
     owners = torch.tensor([bisect_right(kept, column) for column in range(len(row))])
     return row.new_zeros(len(kept) + 1).index_add_(0, owners.to(row.device), row.detach())

@@ -13,9 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iiet.config import ModelConfig
-from iiet.distillation import DistillationConfig
-from iiet.methods import METHODS
+from iiet.config import DistillationConfig, ModelConfig
+from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
 from orchestrator.data.preparation import check_context_length, expected_tokens
@@ -77,7 +76,7 @@ def pretraining_job(
     )
     check_context_length(settings.data, config.context_length)
     recipe = checked_family(settings.training, config)
-    if METHODS[config.method].full_level is not None:  # Its levels are no stages of a training.
+    if facts_of(config.method).full_level is not None:  # Its levels are no stages of a training.
         stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         recipe = recipe.model_copy(update=stages)
     job = TrainingJob(
@@ -93,7 +92,7 @@ def pretraining_job(
         key = job_key(job)
         counts = sorted(set(config.corrections))
         schedule = f"-r{counts[0]}" if len(counts) == 1 else "-ragged"
-        middle = schedule if METHODS[config.method].has_corrections else ""
+        middle = schedule if facts_of(config.method).has_corrections else ""
         usual = workspace.runs / f"{config.method}{middle}-{key[:KEY_CHARACTERS]}"
         folder = folder_of_weights(workspace, key, usual)
     return job.model_copy(update={"run_folder": str(folder)})
@@ -140,7 +139,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         del recipe["elastic"]
     else:
         recipe["elastic"]["draws"] = DRAWS_VERSION
-    version = METHODS[job.model.method].version
+    version = facts_of(job.model.method).version
     return {
         **dropping,
         **({"method_version": version} if version > 1 else {}),  # Likewise.

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from iiet.batch import Batch
+from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
-from iiet.distillation import AnswerKeeper, DistillationConfig, Model, member_loss, student_loss
+from iiet.distillation import AnswerKeeper, Model, member_loss, student_loss
 from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_entropy_by_source
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
-from orchestrator.training.devices import World, autocast, mean_over_workers, with_all_gradients
+from orchestrator.training.devices import autocast, mean_over_workers, with_all_gradients
 from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]

@@ -11,18 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost, member_flops_per_token, training_flops_per_token
-from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
 from orchestrator.data.order import random_bits
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError
+
+if TYPE_CHECKING:
+    from iiet.distillation import Model
 
 DRAWS_VERSION = 2
 """Increase when the same seed and step draw other members."""
@@ -185,6 +187,8 @@ def flops_per_token_by_step(
     job: TrainingJob, teacher: Model | None = None
 ) -> Callable[[int], float]:
     """Return step -> training FLOPs per token; a teacher that runs adds its forward pass."""
+    from iiet.decoder import Decoder
+
     config, distillation = job.model, job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     drawn_at = drawn_by_step(config.corrections, job.recipe)

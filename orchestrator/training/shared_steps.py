@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from iiet.methods import METHODS
+from iiet.facts import facts_of
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import (
     FIRST_STAGE,
@@ -107,7 +107,7 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     config, recipe = job.model, job.recipe
     num_steps = round(recipe.num_steps * recipe.iterate_from_fraction)
     may_share = job.first_stages and job.objective == "pretrain" and not job.initial_folder
-    has_stages = 0 < num_steps < recipe.num_steps and METHODS[config.method].has_corrections
+    has_stages = 0 < num_steps < recipe.num_steps and facts_of(config.method).has_corrections
     if not (may_share and has_stages):
         return None
     no_stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0, "elastic": None}

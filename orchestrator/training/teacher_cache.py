@@ -1,9 +1,10 @@
 """A teacher's logits on disk: computed once, read by all students of a sweep.
 
-`teachers/KEY/answers.bin` holds for each sequence, in the order of the steps, its tokens (int32)
-and its logits (time, vocab), as float32 or the bits of bfloat16; `manifest.json` has its checksum.
-The key stands for all that determines them. A student that reads them gets the same losses to the
-last bit, on the same machine with the same number of threads, and runs no teacher.
+`teachers/KEY/answers.bin` holds the logits of all sequences in the order of the steps, (sequence,
+time, vocab), as float32 or bfloat16; `manifest.json` has its checksum, and a hash of each
+sequence's tokens. The key stands for all that determines them. A student that reads them gets the
+same losses to the last bit, on the same machine with the same number of threads, and runs no
+teacher.
 """
 
 from __future__ import annotations
@@ -12,34 +13,33 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.open import load_model
+from orchestrator.models.open import DTYPES, load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype
+from orchestrator.training.devices import autocast, frozen_dtype
 from orchestrator.training.job import sequences_per_step
+from orchestrator.training.world import OnDevice, World
 from orchestrator.workspace import files
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
 
 ANSWERS, MANIFEST = "answers.bin", "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,8 @@ class CachePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
-        return self.num_steps * self.num_sequences * self.dtype.itemsize
-
-    @property
-    def dtype(self) -> np.dtype:
-        """One sequence as it is stored: NumPy has no bfloat16, so its bits are integers."""
-        time, logit = self.context_length, "<i2" if self.precision == "bf16" else "<f4"
-        return np.dtype([("tokens", "<i4", (time,)), ("logits", logit, (time, self.vocab_size))])
+        """Size of the logits."""
+        return self.num_tokens * self.vocab_size * int(DTYPES[self.precision].itemsize)
 
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
@@ -123,8 +117,11 @@ class CachedTeacher:
     The file is memory-mapped, so the workers and trials of one machine share it.
     """
 
-    def __init__(self, path: Path, plan: CachePlan) -> None:
-        self._path, self._stored = path, np.memmap(path, plan.dtype, "r")
+    def __init__(self, path: Path, plan: CachePlan, sequences: Sequence[str]) -> None:
+        size = plan.num_tokens * plan.vocab_size
+        logits = torch.from_file(str(path), size=size, dtype=DTYPES[plan.precision])
+        self._path, self._logits = path, logits.view(-1, plan.context_length, plan.vocab_size)
+        self._numbers = {found: number for number, found in enumerate(sequences)}
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return the teacher's logits for sequences (batch, time) of the plan, in any order.
@@ -133,20 +130,15 @@ class CachedTeacher:
             KeyError: If a sequence is not part of the plan.
         """
         try:
-            numbers = [self._numbers[digest] for digest in _digests(input_ids.cpu().numpy())]
+            numbers = [self._numbers[found] for found in _hashes(input_ids)]
         except KeyError:
             raise KeyError(f"{self._path} has no answer for a requested sequence") from None
-        logits = torch.from_numpy(self._stored["logits"][numbers]).to(input_ids.device)
-        return logits.view(torch.bfloat16) if logits.dtype == torch.int16 else logits
-
-    @cached_property
-    def _numbers(self) -> dict[bytes, int]:
-        return {digest: number for number, digest in enumerate(_digests(self._stored["tokens"]))}
+        return self._logits[numbers].to(input_ids.device)
 
 
-def _digests(sequences: np.ndarray) -> Iterator[bytes]:
-    rows = sequences.astype("<i4", copy=False)
-    return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
+def _hashes(sequences: Tensor) -> list[str]:
+    rows = sequences.to("cpu", torch.int32).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rows]
 
 
 def open_cache(parent: Path, plan: CachePlan) -> CachedTeacher | None:
@@ -155,7 +147,7 @@ def open_cache(parent: Path, plan: CachePlan) -> CachedTeacher | None:
     with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
         manifest = files.read_json(folder / MANIFEST)
         if manifest and not files.damaged_file(folder, manifest["checksums"]):
-            return CachedTeacher(folder / ANSWERS, plan)
+            return CachedTeacher(folder / ANSWERS, plan, manifest["sequences"])
     return None
 
 
@@ -182,14 +174,9 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
 def store_answers(
     jobs: Sequence[TrainingJob], parent: Path, *, on_device: OnDevice, progress: Progress
 ) -> tuple[int, float]:
-    """Store what the teachers of jobs answer.
+    """Store what the teachers of jobs answer, in a folder of all caches.
 
-    Args:
-        parent: Folder of all caches.
-        on_device: Runs the teacher.
-
-    Returns:
-        The number of tokens that teachers have read, and the FLOPs of that.
+    `on_device` runs the teachers. Returns the tokens that they have read, and the FLOPs of that.
 
     Raises:
         RunFailed: If the disk fills up.
@@ -203,8 +190,7 @@ def store_answers(
         flops += plan.num_tokens * teacher.forward_flops_per_token
         progress.start("teacher", plan.num_steps)
         try:
-            answers = partial(answers_of, job)
-            on_device(partial(write_cache, plan, parent, answers), progress)
+            on_device(partial(write_cache, plan, parent, partial(answers_of, job)), progress)
         except OSError as error:
             raise RunFailed(
                 f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
@@ -251,14 +237,12 @@ def write_cache(
     with lock_file(parent / f".{plan.key}.lock"):
         if open_cache(parent, plan):  # Another process has written it.
             return
-        with files.new_folder(parent / plan.key) as temporary:
-            with (temporary / ANSWERS).open("wb") as file:
+        with files.new_folder(parent / plan.key) as folder:
+            found: list[str] = []
+            with (folder / ANSWERS).open("wb") as file:
                 for number, (sequences, logits) in enumerate(answers(device), start=1):
-                    stored = np.empty(plan.num_sequences, plan.dtype)
-                    is_half = logits.dtype == torch.bfloat16
-                    stored["tokens"] = sequences.numpy()
-                    stored["logits"] = (logits.view(torch.int16) if is_half else logits).numpy()
-                    file.write(stored.tobytes())
+                    found += _hashes(sequences)
+                    file.write(logits.contiguous().view(torch.uint8).numpy().data)
                     (progress or Progress()).advance(number)
-            checksums = files.checksums_of(temporary, [ANSWERS])
-            files.write_json(temporary / MANIFEST, {"checksums": checksums})
+            manifest = {"checksums": files.checksums_of(folder), "sequences": found}
+            files.write_json(folder / MANIFEST, manifest)

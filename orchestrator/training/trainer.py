@@ -38,7 +38,6 @@ from orchestrator.training.checkpoint import (
     set_random_state,
 )
 from orchestrator.training.devices import (
-    World,
     autocast,
     check_precision,
     clip_gradients,
@@ -77,6 +76,7 @@ from orchestrator.training.schedules import (
 )
 from orchestrator.training.shared_steps import metrics_until
 from orchestrator.training.teacher_cache import CachedTeacher, load_teacher
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import delete_leftovers
 from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal

@@ -33,7 +33,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, format_schedule, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
 from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.monitor import PROFILE_NAME
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
@@ -45,11 +44,17 @@ from orchestrator.workspace.journal import (
     read_journal,
     recorded_times,
 )
-from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME, find_checkpoints, step_of
+from orchestrator.workspace.layout import (
+    DONE_NAME,
+    PROFILE_NAME,
+    RUN_LOCK_NAME,
+    find_checkpoints,
+    step_of,
+)
 from orchestrator.workspace.locks import is_locked, lock_file
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import Tracking  # It imports MLflow, which takes seconds.
+    from orchestrator.tracking.tracker import Tracking
 
 Dataset = tuple[str, str]
 """Name and digest."""
@@ -241,7 +246,7 @@ class RunMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the runs, except those that another process trains."""
-        from orchestrator.tracking import status_after
+        from orchestrator.records.tracked_run import status_after
 
         self._read()
         status, reason = status_after(error), first_line(error) if error else ""
@@ -275,7 +280,7 @@ def training_run(
         status: Of a FINISHED one, the model is shown, too.
         reason: Shown if the run has failed.
     """
-    from orchestrator.tracking import reason_tags
+    from orchestrator.records.tracked_run import reason_tags
 
     outcome = finished_outcome(job) if status == "FINISHED" else None
     tags = {"iiet.method": job.model.method}

@@ -91,9 +91,14 @@ def read_journal(
 
 def read_tail(folder: Path) -> list[Record]:
     """Return the last records of a journal; none if it is missing or unreadable."""
-    with suppress(OSError):
-        size = (folder / JOURNAL_NAME).stat().st_size
-        return read_journal(folder, max(0, size - TAIL_BYTES))[0]
+    return list(_records(_tail(folder)))
+
+
+def _tail(folder: Path) -> list[bytes]:
+    with suppress(OSError), (folder / JOURNAL_NAME).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        data = file.read()
+        return data[: data.rfind(b"\n") + 1].splitlines()
     return []
 
 
@@ -102,8 +107,8 @@ def last_recorded(folder: Path) -> float:
 
     The times of files would not do: a copied workspace has new ones.
     """
-    records = read_tail(folder)
-    return float(records[-1]["time"] / 1000) if records else folder.stat().st_mtime
+    last = next(_records(reversed(_tail(folder))), None)
+    return float(last["time"] / 1000) if last else folder.stat().st_mtime
 
 
 def recorded_times(folder: Path) -> tuple[int, int] | None:

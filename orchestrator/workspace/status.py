@@ -7,6 +7,7 @@ checked here, once: a damaged file is noted, and as good as missing.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, PositiveInt, V
 from orchestrator.workspace import layout
 from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import read_json
-from orchestrator.workspace.journal import SPEED_METRIC, read_tail
+from orchestrator.workspace.journal import SPEED_METRIC, Record, read_tail
 from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.locks import is_locked
 
@@ -79,10 +80,10 @@ def _read(path: Path, kind: type[T], note: Note) -> T | None:
 
 
 class Training:
-    """What the folder of a run or trial says about its training."""
+    """What the folder of a run or trial says about its training; the journal is read if needed."""
 
     def __init__(self, folder: Path, note: Note) -> None:
-        """Read the folder; damaged files are noted."""
+        """Read what was to be done, and how it ended; damaged files are noted."""
         self.folder = folder
         damage: list[str] = []
         self.job = _read(folder / layout.JOB_NAME, _Job, damage.append)
@@ -92,26 +93,47 @@ class Training:
         for sentence in damage:
             note(sentence)
         self.is_damaged = bool(damage)
-        self.lock = next(filter(is_locked, run_locks(folder)), None)
-        """The lock that a process holds now; None if none runs here."""
-        self.saved = find_checkpoints(folder)
-        self.records = read_tail(folder)
-        self.metrics: dict[str, float] = {}
-        """The last value of each metric in these records."""
-        self.step = layout.step_of(self.saved[-1]) if self.saved else 0
-        """Last step in its journal, or of its newest checkpoint."""
-        for record in self.records:
-            if record["kind"] == "metrics":
-                self.step = max(self.step, record["step"])
-                self.metrics |= record["values"]
-            elif record["name"] == "resumed":
-                self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
-        self.recorded = self.records[-1]["time"] / 1000 if self.records else None
-        """Time of the last record in seconds."""
         self.num_steps = self.job.num_steps if self.job else 0
         self.is_finished = bool(
             end and end.finished and (folder / layout.checkpoint_name(end.step)).is_dir()
         )
+
+    @cached_property
+    def lock(self) -> Path | None:
+        """The lock that a process holds now; None if none runs here."""
+        return next(filter(is_locked, run_locks(self.folder)), None)
+
+    @cached_property
+    def saved(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return find_checkpoints(self.folder)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The last records of its journal."""
+        return read_tail(self.folder)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric in these records."""
+        found: dict[str, float] = {}
+        for record in self.records:
+            if record["kind"] == "metrics":
+                found |= record["values"]
+            elif record["name"] == "resumed":
+                found.pop(SPEED_METRIC, None)  # That of the process before.
+        return found
+
+    @property
+    def step(self) -> int:
+        """Last step in its journal, or of its newest checkpoint."""
+        steps = [record["step"] for record in self.records if record["kind"] == "metrics"]
+        return max([*steps, *map(layout.step_of, self.saved[-1:])], default=0)
+
+    @property
+    def recorded(self) -> float | None:
+        """Time of the last record in seconds."""
+        return self.records[-1]["time"] / 1000 if self.records else None
 
     def state(self) -> str:
         """Return how far the training is."""
@@ -208,10 +230,14 @@ def size_of(path: Path, *, links: bool = True) -> int:
     Args:
         links: Count also files that have another name elsewhere; deleting those frees nothing.
     """
+    if path.is_file():
+        files = iter([str(path)])
+    else:
+        files = (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
     total = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
+    for file in files:
         with suppress(OSError):  # Deleted meanwhile.
-            found = file.lstat()
+            found = os.lstat(file)
             is_counted = stat.S_ISREG(found.st_mode) and (links or found.st_nlink == 1)
             total += found.st_size if is_counted else 0
     return total

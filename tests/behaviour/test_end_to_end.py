@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -148,6 +150,34 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(
     paths = [Path(unquote(urlsplit(place).path)) for place in places]
     assert len(paths) > 5
     assert all(path.exists() and path.is_relative_to(copy) for path in paths), paths
+
+
+def test_reading_results_imports_nothing_that_trains_measures_or_publishes(
+    finished: tuple[Path, str],
+) -> None:
+    workspace, _ = finished
+    name = next((workspace / "sweeps").iterdir()).name
+    commands = [
+        ["config", "show", "toy"],
+        ["list", "--json"],
+        ["list", "running", "--json"],
+        ["pick", "--dry-run", "--best"],
+        ["report", name, "--claims"],
+        ["report"],
+        ["sweep", "toy", *small()],
+    ]
+    heavy = {"torch", "ray", "mlflow", "lm_eval", "datasets", "transformers", "optuna"}
+    code = (
+        "import os, sys; from orchestrator.cli import main\n"
+        f"os.environ['IIET_WORKSPACE'] = {str(workspace)!r}\n"
+        f"for words in {commands}:\n"
+        f"    assert main(words) == 0 and not (found := {heavy} & {{*sys.modules}}), (words, found)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "all trials are finished and found again" in printed
+    assert printed.count(f"report: {workspace}/sweeps/{name}/front.html") == 2
 
 
 def test_later_commands_reuse_what_the_sweep_trained_and_measured(

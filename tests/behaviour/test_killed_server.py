@@ -26,7 +26,7 @@ from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import run_plan
-from orchestrator.tracking import open_tracking
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -81,7 +81,7 @@ def sweep(plan: SweepPlan, workspace: Workspace, told: list[str]) -> None:
     outcome = run_plan(plan, settings, workspace, tracking=tracking)
     assert len(outcome.results) == len(plan.trials)
     found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
-    write_sweep_report(workspace, found, tracking=tracking)
+    write_sweep_report(workspace, found, tracking=lambda: tracking)
 
 
 def shown(uri: str) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import trainer as run_module
 from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.devices import World
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 

@@ -17,8 +17,8 @@ from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.run import run_plan
-from orchestrator.tracking import Tracking
 from orchestrator.tracking.store import Store
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -89,7 +89,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
         found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
-        written = write_sweep_report(workspace, found, tracking=tracking)
+        written = write_sweep_report(workspace, found, tracking=lambda tracking=tracking: tracking)
         assert written.page is not None
         assert written.page.is_file()
         assert len(told) == 1, told

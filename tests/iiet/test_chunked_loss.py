@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
-from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.config import DistillationConfig
+from iiet.distillation import distillation_loss, frozen_teacher
 from iiet.losses import LazyLogits, batch_cross_entropy
-from orchestrator.training.devices import World
 from orchestrator.training.objective import make_objective, validation_metrics
+from orchestrator.training.world import World
 
 VOCAB, SEQUENCES, TIME = 101, 3, 12
 ELEMENTS = SEQUENCES * TIME * VOCAB

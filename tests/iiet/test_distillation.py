@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from iiet.batch import NO_TARGET, Batch
-from iiet.config import preset
+from iiet.config import DistillationConfig, preset
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.distillation import distillation_loss, frozen_teacher
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.schedule import IterationSchedule
 

@@ -20,9 +20,9 @@ from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.influence import InfluenceTable, influence_table
+from iiet.influence import influence_table
 from iiet.losses import next_token_loss
-from iiet.pruning import schedule_family
+from iiet.pruning import InfluenceTable, schedule_family
 from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 

@@ -5,8 +5,8 @@ import torch
 
 from iiet import INFLUENCE_METRICS, Decoder, influence_table, preset
 from iiet.extensions import ExtensionError
-from iiet.influence import InfluenceTable
 from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric, LossRise
+from iiet.pruning import InfluenceTable
 
 
 class SquaredChange(Comparison):

@@ -40,10 +40,10 @@ from orchestrator.sweeping.decode import with_costs, with_drafts
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World, on_cpu
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.teacher_cache import answers_of, load_teacher, store_answers
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World, on_cpu
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal

@@ -14,9 +14,8 @@ from typing import Any, get_args, get_type_hints
 from lm_eval_tasks import write_choices
 from sample_texts import tokens_of
 
-from iiet.config import ModelConfig
-from iiet.distillation import DistillationConfig
-from iiet.methods.implicit_euler import ImplicitEulerOptions
+from iiet.config import DistillationConfig, ModelConfig
+from iiet.facts import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore

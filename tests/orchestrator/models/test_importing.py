@@ -201,9 +201,9 @@ def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Worksp
     change(llama / "tokenizer_config.json", chat_template=templates)
     named = TextGenerator(import_model(llama, workspace=workspace, name="named")).text
     question = [{"role": "user", "content": "?"}]
-    assert named.chat(question, opens_answer=True, template="rag") == "rag"
+    assert named.chat(question, "rag") == "rag"
     with pytest.raises(UserError, match="no chat template named tools; it has default, rag"):
-        named.chat(question, opens_answer=True, template="tools")
+        named.chat(question, "tools")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from orchestrator.pipelines.benchmarking import (
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
-from orchestrator.training.devices import on_cpu
+from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -20,8 +20,8 @@ from one_evaluation import evaluate_model
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.open import load_model, open_model

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from fake_tracking import untracked
 
-from iiet.influence import InfluenceTable, influence_table
+from iiet.influence import influence_table
+from iiet.pruning import InfluenceTable
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.models.open import load_model
@@ -20,7 +21,7 @@ from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
-from orchestrator.training.devices import on_cpu
+from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from sample_trials import sample_trial, with_items
 
-from iiet.influence import InfluenceTable
 from iiet.modeling_iiet import IIETForCausalLM
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.lookup import load_influence_table

@@ -20,14 +20,13 @@ from mlflow.entities import Run
 from orchestrator.data.mixture import describe_data
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
-from orchestrator.records.tracked_run import TrackedRun
+from orchestrator.records.tracked_run import NOTE_TAG, TrackedRun
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.run import run_plan
-from orchestrator.tracking import NOTE_TAG
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, lock_run_folder
 from orchestrator.workspace.journal import Journal, now_ms, recorded_times
@@ -118,7 +117,7 @@ def workspace(
     outcome = run_plan(tiny_plan, settings, workspace, tracking=context.tracking)
     assert set(outcome.failures.values()) == {"no space"}
     found = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
-    write_sweep_report(workspace, found, tracking=context.tracking)
+    write_sweep_report(workspace, found, tracking=lambda: context.tracking)
     journal = Journal(workspace.sweeps / outcome.plan.name)
     journal.event("finished")
     journal.close()

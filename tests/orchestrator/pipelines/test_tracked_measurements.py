@@ -18,7 +18,7 @@ from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import EvaluationSettings, InfluenceSettings, Settings
-from orchestrator.training.devices import on_cpu
+from orchestrator.training.world import on_cpu
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import open_workspace
 

@@ -16,8 +16,8 @@ from browser import BROWSER, page_text
 from commands import Started
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
-from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.tracking import REPORT_TAG, VIEW_TAG, open_tracking
+from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

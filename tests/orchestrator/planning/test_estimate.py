@@ -26,7 +26,7 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.training.monitor import ASSUMED_GPU_BYTES
+from orchestrator.training.gpus import ASSUMED_GPU_BYTES
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal

@@ -29,8 +29,8 @@ from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.devices import World
 from orchestrator.training.teacher_cache import CachePlan
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, UserError
 
 GIB = 2**30

@@ -11,15 +11,9 @@ import torch
 from live_tensors import LiveTensors
 
 from iiet.batch import Batch
-from iiet.config import ModelConfig, preset
+from iiet.config import DistillationConfig, ModelConfig, preset
 from iiet.decoder import Decoder
-from iiet.distillation import (
-    AnswerKeeper,
-    DistillationConfig,
-    distillation_loss,
-    frozen_teacher,
-    member_loss,
-)
+from iiet.distillation import AnswerKeeper, distillation_loss, frozen_teacher, member_loss
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from orchestrator.planning.training_memory import training_memory

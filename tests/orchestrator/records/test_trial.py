@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from sample_trials import sample_trial
 
-from iiet.config import ModelConfig
-from iiet.distillation import DistillationConfig
+from iiet.config import DistillationConfig, ModelConfig
 from orchestrator.records.training import (
     TrainingJob,
     job_parameters,

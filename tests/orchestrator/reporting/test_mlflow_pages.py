@@ -25,7 +25,7 @@ from orchestrator.pipelines.ui import serve
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.tracking import open_tracking
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 
@@ -129,12 +129,12 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(
             uri = f"http://{USER}:{PASSWORD}@{host}{PREFIX}"
             elsewhere.setenv("MLFLOW_TRACKING_URI", uri)
             tracking = open_tracking(workspace, warn=pytest.fail)
-            written = write_sweep_report(workspace, sweep, tracking=tracking)
+            write_sweep_report(workspace, sweep, tracking=lambda tracking=tracking: tracking)
             serve(workspace, say=said.append)
             links = {line.partition(": ")[0]: line.partition("http")[2] for line in said}
             assert all(link.startswith(f"://{host}{PREFIX}/#/") for link in links.values())
             runs = tracking.store.connect().search_runs([str(tracking.experiment_id)])
-            trials = [run.info.run_id for run in runs if run.info.run_id != written.run_id][:4]
+            trials = [run.info.run_id for run in runs if run.data.tags["iiet.kind"] != "sweep"][:4]
             chosen = f"runs={json.dumps(trials)}&experiments=[%22{tracking.experiment_id}%22]"
             links["compared"] = f"://{host}{PREFIX}/#/compare-runs?{chosen}"
             for name, link in links.items():

@@ -11,7 +11,7 @@ import pytest
 from browser import BROWSER, page_text
 from sample_trials import sample_front
 
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, with_confidence

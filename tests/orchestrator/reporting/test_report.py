@@ -7,20 +7,19 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from fake_tracking import FakeTracking
 from mlflow import MlflowClient
 from sample_trials import sample_front, with_items
 
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import DepthCurve, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
-from orchestrator.reporting.front import FrontAxes, parse_axes
-from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
-from orchestrator.reporting.report import sweep_front, write_sweep_report
+from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
+from orchestrator.reporting.mlflow_report import chart_view_key, run_note, trial_runs
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
     HYPERVOLUME_BY_TRIALS,
     LEFT_OUT_TITLE,
@@ -32,7 +31,7 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
-from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
@@ -222,20 +221,17 @@ def test_seeds_have_curves_paired_errors_and_runs(
 
     front, notes = sweep_front(workspace, [seeded], FrontAxes())
     assert not notes
-    tracking = FakeTracking()
-    tracked, front = track_results(cast("Tracking", tracking), seeded, front)
-    assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
-    for result in seeded.results:
-        shown = tracking.stored(result.role, result.key, seeded.key)
-        assert shown is not None
-        assert "paired/confidence_keeps_99" in {name for name, _, _ in shown.points}
+    for run in trial_runs(seeded, front):
+        assert "paired/confidence_keeps_99" in {name for name, _, _ in run.points}
+    tracked = [r.model_copy(update={"run_id": f"run of {r.key}"}) for r in seeded.results]
+    front = front.with_runs(tracked)
     rows = model_rows(front)
     assert len(rows) == 12
     for row in rows:
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "It covers the seeds of models that have several" in confidence_note(front)[0]
-    stored, _ = sweep_front(workspace, [tracked], FrontAxes())
+    stored, _ = sweep_front(workspace, [changed(seeded, results=tuple(tracked))], FrontAxes())
     assert {row["run_id"] for row in stored.rows} == {row["run_id"] for row in rows}
 
 
@@ -250,15 +246,18 @@ def test_mlflow_holds_the_sweep_once(
 ) -> None:
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     tracking = open_tracking(workspace, warn=pytest.fail)
-    first = write_sweep_report(workspace, sweep, tracking=tracking)
+    first = write_sweep_report(workspace, sweep, tracking=lambda: tracking)
     points = num_points(workspace)
-    second = write_sweep_report(workspace, "toy", tracking=tracking)
+    # What MLflow shows already is not shown again, so the store is not opened.
+    write_sweep_report(workspace, "toy", tracking=pytest.fail)
+    (first.folder / "front.md").write_text("changed", encoding="utf-8")
+    write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
-    assert first.run_id == second.run_id
-    assert first.run_id is not None
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
     experiment = str(tracking.experiment_id)
-    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
+    [parent] = client.search_runs([experiment], "tags.`iiet.kind` = 'sweep'")
+    run_id = parent.info.run_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert len(nested) == 12
     assert {run.data.tags["iiet.kind"] for run in nested} == {"baseline", "teacher", "trial"}
     knee = next(run for run in nested if run.data.params.get("schedule") == "0,1,1,1,1,1")
@@ -271,7 +270,7 @@ def test_mlflow_holds_the_sweep_once(
     assert sorted(named) == sorted(SUMMARY_METRICS)
     assert "quality/accuracy_stderr" in knee.data.metrics
     assert not any(n.endswith("_stderr") and n.count("/") > 1 for n in knee.data.metrics)
-    path = client.download_artifacts(first.run_id, "front/intervals.json", str(workspace.root))
+    path = client.download_artifacts(run_id, "front/intervals.json", str(workspace.root))
     table = json.loads(Path(path).read_text("utf-8"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     wanted = ("0,1,1,1,1,1", "teacher", "quality/accuracy")
@@ -281,14 +280,13 @@ def test_mlflow_holds_the_sweep_once(
     losses = client.get_metric_history(knee.info.run_id, "train/loss")
     assert sorted({point.step for point in losses}) == [10, 20]
 
-    parent = client.get_run(first.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["front/hypervolume"] == pytest.approx(0.7388, abs=1e-4)
     note = parent.data.tags["mlflow.note.content"]
-    assert f"front/front.svg&run_uuid={first.run_id}" in note
+    assert f"front/front.svg&run_uuid={run_id}" in note
     assert "**0,1,1,1,1,1**" in note
     assert note.startswith("- 0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of")
-    artifacts = {file.path for file in client.list_artifacts(first.run_id, "front")}
+    artifacts = {file.path for file in client.list_artifacts(run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "table.json", "intervals.json"}}
 
     view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{chart_view_key('toy')}"]

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 from sample_trials import sample_front
 
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.decode_timing import (
     DECODING,
     FIRST_TOKEN,

@@ -158,8 +158,8 @@ def _bomb() -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no settings; `iiet-orch init`"),
-        ("\n# training:\n#   num_steps: 3\n", "holds no settings; `iiet-orch init`"),
+        ("", "holds no settings; `iiet-orch config init`"),
+        ("\n# training:\n#   num_steps: 3\n", "holds no settings; `iiet-orch config init`"),
         ("training: {num_steps: 3}".encode("utf-16"), "cannot read the settings file"),
         ("a: [", "not valid YAML"),
         ("- 1", "must hold names"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iiet.config import ModelConfig
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import resolve_settings

@@ -12,7 +12,7 @@ import pytest
 from fake_tracking import FakeTracking
 from sample_trials import sample_front, sample_trial
 
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
@@ -27,7 +27,7 @@ from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 SMALL = [

@@ -13,6 +13,7 @@ from fake_runs import finished
 from mlflow.entities import Run
 from sample_trials import sample_front
 
+from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
@@ -27,7 +28,7 @@ from orchestrator.sweeping.run import (
     LiveSweep,
     sweep_parameters,
 )
-from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, open_tracking
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.journal import Journal, read_journal, recorded_times
 from orchestrator.workspace.layout import open_workspace

@@ -13,9 +13,9 @@ from rich.console import Console
 from sample_texts import tokens_of
 
 from iiet.config import ModelConfig
-from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.influence import InfluenceTable
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,

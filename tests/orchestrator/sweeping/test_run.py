@@ -23,7 +23,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import STOPPED_TAG, LiveSweep, SweepOutcome, SweepQueue, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import Journal, read_journal

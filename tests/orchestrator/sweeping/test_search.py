@@ -25,7 +25,7 @@ from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file

@@ -13,8 +13,7 @@ import pytest
 
 from iiet.config import ModelConfig, preset
 from iiet.cost import inference_cost
-from iiet.influence import InfluenceTable
-from iiet.pruning import FamilyMember
+from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config

@@ -20,7 +20,7 @@ from orchestrator.sweeping.decode import text_of, with_drafts
 from orchestrator.sweeping.plan import exact_cost
 from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import on_cpu
+from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 

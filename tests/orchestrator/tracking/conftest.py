@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 

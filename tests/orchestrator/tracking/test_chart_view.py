@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.tracking import ChartView, tag_filter
+from orchestrator.records.tracked_run import tag_filter
+from orchestrator.tracking.chart_view import ChartView
 
 
 def chart_view(**changes: Any) -> ChartView:

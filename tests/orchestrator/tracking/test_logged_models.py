@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from orchestrator.data.depth import symbol_tokenizer
 from orchestrator.models.tokenizer import END_OF_TEXT
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.tracking import Tracking, open_tracking, served_model
+from orchestrator.tracking import served_model
+from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.layout import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")

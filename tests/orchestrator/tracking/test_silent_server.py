@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.records.tracked_run import Status, TrackedRun
-from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 

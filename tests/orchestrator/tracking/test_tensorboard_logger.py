@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.records.tracked_run import Status, TrackedRun
-from orchestrator.tracking import open_tracking
 from orchestrator.tracking.loggers import LoggedRuns
+from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace
 

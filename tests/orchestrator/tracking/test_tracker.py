@@ -14,8 +14,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from orchestrator.records.tracked_run import RUN_ID, RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.tracking import NOTE_TAG, REPORT_TAG, VIEW_TAG, ChartView, Tracking, open_tracking
+from orchestrator.records.tracked_run import (
+    NOTE_TAG,
+    REPORT_TAG,
+    RUN_ID,
+    VIEW_TAG,
+    RegisteredModel,
+    TrackedModel,
+    TrackedRun,
+)
+from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -42,10 +42,10 @@ from orchestrator.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from orchestrator.training.devices import World
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints

@@ -29,7 +29,6 @@ from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
-    World,
     autocast,
     check_precision,
     compile_fields,
@@ -39,6 +38,7 @@ from orchestrator.training.devices import (
     shard,
 )
 from orchestrator.training.job import job_key
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError
 
 # Precision

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iiet.distillation import DistillationConfig
+from iiet.config import DistillationConfig
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.job import check_job, job_key
 from orchestrator.training.trainer import run_job

@@ -18,15 +18,10 @@ from torch.nn import functional as F
 
 from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.decoder import Decoder
-from iiet.distillation import (
-    DistillationConfig,
-    RememberingTeacher,
-    distillation_loss,
-    frozen_teacher,
-)
+from iiet.distillation import RememberingTeacher, distillation_loss, frozen_teacher
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
@@ -34,7 +29,6 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
-from orchestrator.training.devices import World
 from orchestrator.training.job import job_key, key_fields, pretraining_job
 from orchestrator.training.objective import (
     Objective,
@@ -50,6 +44,7 @@ from orchestrator.training.objective import (
 from orchestrator.training.schedules import drawn_by_step
 from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import Workspace

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.config import ModelConfig
+from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
 from orchestrator.records.training import TrainingJob

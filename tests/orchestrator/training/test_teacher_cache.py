@@ -17,14 +17,14 @@ from same_run import curve, state_of
 from torch import Tensor
 
 from iiet.batch import Batch
+from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss
+from iiet.distillation import distillation_loss
 from orchestrator.models.open import load_model
 from orchestrator.planning.estimate import Estimate, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache
-from orchestrator.training.devices import OnDevice, World, on_cpu
 from orchestrator.training.teacher_cache import (
     ANSWERS,
     CachedTeacher,
@@ -38,6 +38,7 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import OnDevice, World, on_cpu
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 

@@ -17,7 +17,7 @@ from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
+from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, job_model, tracked_model, trial_model
 from orchestrator.workspace.journal import Journal
