@@ -62,7 +62,7 @@ ORDER = (
 LINES = {
     "iiet": 7_529,
     "benchmarks": 2_683,
-    "examples": 278,
+    "examples": 452,
     "research": 2_142,
     "orchestrator/workspace": 1_301,
     "orchestrator/terminal": 546,
@@ -75,10 +75,10 @@ LINES = {
     "orchestrator/evaluation": 2_586,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
-    "orchestrator/reporting": 4_858,
+    "orchestrator/reporting": 5_005,
     "orchestrator/sweeping": 2_660,
-    "orchestrator/pipelines": 4_724,
-    "orchestrator/cli": 1_703,
+    "orchestrator/pipelines": 4_873,
+    "orchestrator/cli": 1_707,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -66,6 +66,7 @@ class Findings(Result):
     """What all checks found; a failure if something is broken."""
 
     findings: list[Finding]
+    """One entry per check."""
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if something is broken."""
