@@ -67,18 +67,18 @@ LINES = {
     "orchestrator/workspace": 1_301,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_598,
-    "orchestrator/records": 1_025,
-    "orchestrator/models": 1_745,
+    "orchestrator/records": 1_028,
+    "orchestrator/models": 2_003,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_391,
     "orchestrator/training": 3_443,
-    "orchestrator/evaluation": 2_474,
+    "orchestrator/evaluation": 2_586,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
     "orchestrator/reporting": 4_858,
     "orchestrator/sweeping": 2_660,
-    "orchestrator/pipelines": 4_397,
-    "orchestrator/cli": 1_672,
+    "orchestrator/pipelines": 4_724,
+    "orchestrator/cli": 1_703,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

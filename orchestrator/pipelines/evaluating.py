@@ -43,6 +43,7 @@ from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     DepthCurve,
     DepthPoint,
+    EvaluationKeys,
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
@@ -70,6 +71,8 @@ class ModelEvaluations(Result):
 
     evaluations: dict[str, EvaluationResult] = Field(exclude=True)
     """Name of the model, with its schedule where that was asked for, to what was measured."""
+    keys: dict[str, EvaluationKeys] = Field(default_factory=dict, exclude=True)
+    """Name of the model to where the results of its tasks are stored."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -266,10 +269,11 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     if prompts := plan.settings.evaluation.prompts:
         for model in plan.opened:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
-    evaluations, told = {}, set[str]()
+    evaluations, keys, told = {}, {}, set[str]()
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
-        evaluations[name] = _evaluate_model(model, plan, context, output, told)
+        measured = _evaluate_model(model, plan, context, output, told)
+        evaluations[name], keys[name] = measured.evaluation, measured.keys
     if different := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
@@ -277,8 +281,8 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
         )
     if plan.is_depth_curve:
         curve = _store_depth_curve(plan, [*evaluations.values()], context, started_ms)
-        return DepthEvaluations(evaluations=evaluations, depth_curve=curve)
-    return ModelEvaluations(evaluations=evaluations)
+        return DepthEvaluations(evaluations=evaluations, keys=keys, depth_curve=curve)
+    return ModelEvaluations(evaluations=evaluations, keys=keys)
 
 
 evaluate = in_one_call(plan_evaluate, run_evaluate)
@@ -286,7 +290,7 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 def _evaluate_model(
     model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
-) -> EvaluationResult:
+) -> Measured:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     What was `told` of the tasks of earlier models is not said again.
@@ -327,6 +331,8 @@ def _evaluate_model(
     tracked = None
     if config is not None:
         params |= {**schedule_parameters(config), "precision": measured.precision}
+    elif model.depth is not None:
+        params["depth"] = ",".join(map(str, model.depth))
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
@@ -344,7 +350,7 @@ def _evaluate_model(
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))
         progress.note(f"samples in lm-eval's files: {output}")
-    return evaluation
+    return measured
 
 
 def _store_depth_curve(

@@ -91,7 +91,7 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) ->
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
     with on_path(place.site):
         found = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
-    assert [each.state for each in found] == ["ok"] * 7
+    assert [each.state for each in found] == ["ok"] * 8
 
 
 @pytest.mark.long

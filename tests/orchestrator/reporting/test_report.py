@@ -106,6 +106,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert {path.name: path.read_bytes() for path in written.files} == before
 
 
+@pytest.mark.slow
 def test_the_depth_curve_of_the_teacher_is_a_section(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
