@@ -75,9 +75,9 @@ LINES = {
     "orchestrator/evaluation": 2_586,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
-    "orchestrator/reporting": 5_005,
-    "orchestrator/sweeping": 2_660,
-    "orchestrator/pipelines": 4_872,
+    "orchestrator/reporting": 4_890,
+    "orchestrator/sweeping": 2_655,
+    "orchestrator/pipelines": 4_873,
     "orchestrator/cli": 1_707,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
