@@ -34,7 +34,7 @@ from orchestrator.reporting.front import (
     known,
     metric_title,
 )
-from orchestrator.reporting.results import Curve, vanilla_of
+from orchestrator.reporting.results import OVERHEADS, Curve, vanilla_of
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC
 from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.terminal.render import format_with_error
@@ -150,7 +150,8 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         raise ValueError("a front needs at least one result with a cost and a quality")
     rows = model_rows(front)
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    costs = [n for n in measured if n.startswith("cost/") and not n.endswith("_spread")]
+    offered = (front.axes.cost, *COSTS.values(), *(beyond for beyond, _ in OVERHEADS.values()))
+    costs = [name for name in dict.fromkeys(offered) if name in measured]
     qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
     # Places on other axes need the numbers alone.
     numbers = front.table[["key", "role", *(n for n in measured if n in front.table and "/" in n)]]

@@ -19,6 +19,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
     BASELINE,
     FULL_MODEL,
+    NAME_WIDTHS,
     PAPER_MARK,
     Spec,
     curves_chart,
@@ -85,8 +86,12 @@ def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial], tmp_
     others = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
     assert others
     assert len(names) == len(front.rows) - len(others) > 5
-    for one, other in itertools.combinations(names.values(), 2):
-        assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
+    # No name covers another one, on a page and on a phone, where those without room are left out.
+    phone = names_in(drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]}))
+    assert {"000000", "teacher"} <= set(phone) <= set(names)
+    for found in (names, phone):
+        for one, other in itertools.combinations(found.values(), 2):
+            assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
     bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
     errors = sorted(row["error"] for row in front.rows)
     lengths = sorted(abs(float(bar)) for bar in bars)
