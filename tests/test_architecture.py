@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_391,
     "orchestrator/training": 3_444,
-    "orchestrator/evaluation": 2_563,
+    "orchestrator/evaluation": 2_564,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
     "orchestrator/reporting": 4_891,
