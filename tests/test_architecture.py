@@ -72,12 +72,12 @@ LINES = {
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_391,
     "orchestrator/training": 3_444,
-    "orchestrator/evaluation": 2_563,
+    "orchestrator/evaluation": 2_564,
     "orchestrator/planning": 1_102,
     "orchestrator/cluster": 1_831,
-    "orchestrator/reporting": 4_891,
+    "orchestrator/reporting": 4_879,
     "orchestrator/sweeping": 2_655,
-    "orchestrator/pipelines": 4_873,
+    "orchestrator/pipelines": 4_876,
     "orchestrator/cli": 1_707,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

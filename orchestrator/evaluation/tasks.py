@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.data.mixture import open_data
-from orchestrator.evaluation.answers import check_answer_settings
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     has_accuracy,
@@ -259,6 +258,8 @@ def lm_eval_task_fingerprints(
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
+        from orchestrator.evaluation.answers import check_answer_settings  # Imports torch.
+
         loaded = load_suite(
             TaskSelection(
                 names=tuple(_lm_eval_names(settings)),
