@@ -32,7 +32,7 @@ test: $(INSTALLED) ## Install, then run the whole test suite
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
-test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (an hour)
+test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (40 minutes)
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "long and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)
@@ -64,7 +64,7 @@ docs: $(INSTALLED) ## Build the documentation site in build/site; a broken link 
 docs-links: $(INSTALLED) ## Check the links of the documentation to other sites (needs the network)
 	$(BIN)/python -m sphinx --builder linkcheck docs build/links
 
-bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
+bench: $(INSTALLED) ## Measure the ratios in research/benchmarks/README.md
 	$(BIN)/python -m benchmarks
 
 gpu: $(INSTALLED) ## Check and measure this machine's GPUs, and write gpu-report.md (under an hour)

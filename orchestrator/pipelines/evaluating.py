@@ -77,7 +77,9 @@ class ModelEvaluations(Result):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def models(self) -> list[dict[str, Any]]:
-        """The qualities, tasks, and tasks that could not run, of each model."""
+        """One entry per model and schedule: `name`; `quality` (`accuracy`, `bits_per_byte`, their
+        errors as `NAME_stderr`, and `TASK/METRIC`); `tasks`, each with `version`, `num_items`,
+        `num_fewshot`, `metrics`; `skipped`, task to reason."""
         facts = {"version", "num_items", "num_fewshot", "metrics"}
         return [
             {
@@ -119,7 +121,8 @@ class DepthEvaluations(ModelEvaluations):
     """Evaluations of one model under uniform schedules, and the curve through them."""
 
     depth_curve: DepthCurve
-    """Corrections of every layer, NFE and quality of each point."""
+    """`trained`, the model's own schedule; `tasks`; and `points`, each with the `corrections` of
+    every layer, `evaluations` (NFE per token) and `quality`."""
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of the points."""
@@ -146,7 +149,7 @@ class EvaluatePlan(Result):
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
     def tasks(self) -> list[dict[str, str]]:
-        """Model, task and state: stored, or what is to measure.
+        """One entry per model and task: `model`, `task`, `state`.
 
         A precision that is not set is that of this machine's best device.
         """
@@ -203,7 +206,7 @@ class EvaluatePlan(Result):
 def plan_evaluate(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
     log_samples: Path | str | None = None,
@@ -481,7 +484,7 @@ class CompareResult(Result):
     models: tuple[str, str]
     """Names of both."""
     differences: list[dict[str, Any]] = Field(serialization_alias="rows")
-    """One row of plain values per task and average.
+    """One entry per task and average, with both values.
 
     `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
     `only_first` and `only_second` count the items that only one of them gets right.
@@ -501,7 +504,7 @@ class CompareResult(Result):
 def plan_compare(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     models: tuple[Path | str, Path | str],
     schedules: Sequence[str] = (),
     trust_remote_code: bool = False,

@@ -152,8 +152,11 @@ class LoopInfluence(Result):
     row_key = "loops"
 
     model: Path
+    """The model."""
     depth: Depth
+    """Under which it was measured."""
     num_tokens: int
+    """Over how many tokens."""
     loops: list[dict[str, Any]]
     """For each loop from the second on: `turned`, the mean of 1 - cosine of the states before and
     after it; `step`, the mean length of their difference; `changed_tokens`, the share of positions
@@ -185,8 +188,11 @@ class LoopInfluencePlan(Result):
 
     opened: OpenedModel = Field(exclude=True)
     tokens_folder: Path
+    """The text."""
     num_tokens: int
+    """Over how many tokens."""
     trust_remote_code: bool
+    """Whether code in its folder may run."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -203,7 +209,7 @@ class LoopInfluencePlan(Result):
 def plan_loop_influence(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     model: Path | str,
     schedule: str | None = None,
     trust_remote_code: bool = False,

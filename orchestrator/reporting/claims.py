@@ -372,7 +372,7 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
     return Section(
         title=CLAIMS_TITLE,
-        sentences=[EXPLANATION],
+        explanations=[EXPLANATION],
         tables=[Table(columns, rows, title)],
         notes=[f"{c.number} {c.text}: {c.about}." for c in claims],
         data={"claims": [asdict(c) for c in claims]},
@@ -406,4 +406,4 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
 
 def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
     """Return what the models of a front show of each of the paper's claims."""
-    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))
+    return find_claims(front.table, load_item_values(workspace, front.seeds))

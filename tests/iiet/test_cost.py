@@ -21,7 +21,6 @@ from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitEuler
-from iiet.schedule import IterationSchedule
 
 SMALL = ModelConfig(
     method="vanilla", vocab_size=50, dim=8, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=12,
@@ -183,35 +182,6 @@ def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
         assert none.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
 
 
-H100 = 50_000_000
-"""Bytes of its L2 cache."""
-
-
-@pytest.mark.parametrize(
-    ("name", "r", "batch", "processor_cache", "gigabytes"),
-    [
-        # Fields of 340m: 25.7 MB in bfloat16, and 65.5 MB for the head.
-        ("340m", 3, 1, 0, 2.53),
-        ("340m", 0, 1, 0, 0.68),
-        ("340m", 3, 1, H100, 0.68),
-        # 8.4 MB of keys and values for each row are read between two corrections.
-        ("340m", 3, 2, H100, 0.34),
-        ("340m", 3, 4, H100, 2.53 / 4),
-        # Fields of 1.3b, 100.3 MB, and 131 MB for the head: too large for it.
-        ("1.3b", 3, 1, H100, 9.76),
-        ("1.3b", 0, 1, H100, 2.54),
-    ],
-)
-def test_weight_bytes_of_published_sizes(name, r, batch, processor_cache, gigabytes):
-    cost = inference_cost(
-        preset(name, schedule=r),
-        bytes_per_value=2,
-        batch_size=batch,
-        processor_cache_bytes=processor_cache,
-    )
-    assert cost.weight_bytes_per_token / 1e9 == pytest.approx(gigabytes, abs=0.005)
-
-
 @pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
 def test_presets_have_the_published_sizes(name, millions):
     config = preset(name)
@@ -229,25 +199,6 @@ def test_a_truncated_backward_pass_costs_less_training():
     whole = training_flops_per_token(full, context_length=10)
     assert whole - training_flops_per_token(truncated, context_length=10) == 2 * 3 * 1136
     assert inference_cost(truncated) == inference_cost(full)
-
-
-def test_counting_changes_no_random_numbers_and_works_in_any_mode():
-    before = torch.get_rng_state()
-    gated = small("ode_rk2_gated", dim=24)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert layer_counts(gated, 0) == (2, 4 * 24, 4)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_wrong_use_is_named():
-    with pytest.raises(ValueError, match="context_length must be between 1 and the model's 16"):
-        inference_cost(SMALL, context_length=17)
-    with pytest.raises(ValueError, match="shared"):
-        inference_cost(SMALL, kv_strategy="shared")
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        inference_cost(SMALL, batch_size=0)
-    with pytest.raises(ValueError, match="schedule"):
-        inference_cost(SMALL, IterationSchedule((1, 1, 1)))
 
 
 BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4

@@ -8,11 +8,10 @@ import torch
 from exported_folder import found_by
 from hypothesis import given, settings
 from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
@@ -25,7 +24,6 @@ import iiet
 from iiet.decoder import Decoder
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.modeling_iiet import LAYERS, IIETConfig, parse_schedule
 from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
@@ -194,54 +192,6 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     again = Decoder.load(tmp_path / "second")  # The decoder reads what transformers wrote.
     assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
     torch.testing.assert_close(again(ids), model(ids).logits)
-
-
-def test_weights_missing_from_a_folder_get_their_starting_values(tmp_path):
-    for method in METHODS:
-        decoder = make_model(method, dtype=torch.float32)
-        decoder.save(tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
-        own = decoder.method_parameters()
-        kept = {name: value for name, value in weights.items() if name not in own}
-        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        fresh, other = (Decoder(decoder.config).method_parameters() for _ in range(2))
-        for name, value in fresh.items():
-            if torch.equal(value, other[name]):  # Else it is random.
-                assert torch.equal(model.get_parameter(name), value)
-        assert torch.equal(model.embedding.weight, decoder.embedding.weight)
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-        std = made.layers[0].field.feed_forward.gate_up.weight.std().item()
-        assert std == pytest.approx(0.3, rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"method": "magic"}, "method must be one of vanilla, iiet"),
-        ({"corrections": None}, "'iiet' needs corrections"),
-        ({"corrections": "1,0"}, "schedule 1,0 is for 2 layers, the model has 3"),
-        ({"corrections": [1, 0, -1]}, "each makes 0 or more corrections"),
-        ({"corrections": "many"}, "'many' is not an iteration schedule"),
-        ({"method": "vanilla"}, "'vanilla' makes no corrections"),
-        ({"method": "looped"}, "all layers of method 'looped' make the same"),
-        ({"method_options": {"dampin": 1}}, "has no option dampin"),
-    ],
-)
-def test_mistakes_in_a_config_are_named(changes, sentence, tmp_path):
-    make_model().save(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
-
-
-@pytest.mark.parametrize("text", ["2", "1,0,2", "(1, 0, 2)", "1*3", "0*2,4", "3..0", 2, [1, 0, 2]])
-def test_schedules_are_read_as_by_the_core(text):
-    assert parse_schedule(text, 3) == tuple(IterationSchedule.parse(text, num_layers=3))
-
-
-def test_every_method_has_a_layer():
-    assert list(LAYERS) == list(METHODS.own)
-    assert IIETConfig().to_dict()["rope_theta"] == 10000.0
 
 
 @pytest.fixture
