@@ -64,7 +64,7 @@ docs: $(INSTALLED) ## Build the documentation site in build/site; a broken link 
 docs-links: $(INSTALLED) ## Check the links of the documentation to other sites (needs the network)
 	$(BIN)/python -m sphinx --builder linkcheck docs build/links
 
-bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
+bench: $(INSTALLED) ## Measure the ratios in research/benchmarks/README.md
 	$(BIN)/python -m benchmarks
 
 gpu: $(INSTALLED) ## Check and measure this machine's GPUs, and write gpu-report.md (under an hour)

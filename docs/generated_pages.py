@@ -1,14 +1,18 @@
 """Writes the parts of the reference that come from the code: the command line and the settings.
 
-The command line is read from the Typer application, the settings from the JSON schema of the
-pydantic models. `docs/conf.py` calls this, and pages of docs/reference/ include what it writes.
+The command line is read from the Typer application, the keys of `--json` from the docstrings of the
+results, the settings from the JSON schema of the pydantic models. `docs/conf.py` calls this, and
+pages of docs/reference/ include what it writes.
 `python docs/generated_pages.py FOLDER` writes it alone.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +21,20 @@ import typer
 import yaml
 
 from orchestrator import cli
+from orchestrator.cli.command import COMMANDS
+from orchestrator.pipelines import (
+    benchmarking,
+    doctor,
+    evaluating,
+    influence,
+    loops,
+    models,
+    sweeps,
+    syncing,
+    training,
+    upkeep,
+)
+from orchestrator.pipelines.result import Result
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"
@@ -30,6 +48,39 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
+SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
+RESULTS: dict[str, dict[str, type[Result]]] = {
+    **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
+    "doctor": {"": doctor.Findings},
+    "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
+    "distill": {"": training.StudentsResult},
+    "influence": {
+        "": influence.InfluenceResult,
+        "--dry-run": influence.InfluencePlan,
+        "LOOPED_MODEL": loops.LoopInfluence,
+        "LOOPED_MODEL --dry-run": loops.LoopInfluencePlan,
+    },
+    "evaluate": {
+        "": evaluating.ModelEvaluations,
+        "--dry-run": evaluating.EvaluatePlan,
+        "--depth-curve": evaluating.DepthEvaluations,
+        "--front NAME": sweeps.ReportResult,
+        "--compare": evaluating.CompareResult,
+        "--compare --dry-run": evaluating.ComparePlan,
+    },
+    "benchmark": {
+        "": benchmarking.BenchmarkResult,
+        "--dry-run": benchmarking.BenchmarkPlan,
+        "--drafts": sweeps.ReportResult,
+        "--drafts --dry-run": sweeps.DraftsPlan,
+    },
+    "report": {"": sweeps.ReportResult, "--claims": sweeps.ClaimsResult},
+    "pick": {"": models.PickResult},
+    "ui": {"--sync": syncing.SyncResult},
+    "list": {"": upkeep.Listing, "running": upkeep.WorkspaceStatus},
+    "clean": {"": upkeep.CleanPlan},
+}
+"""Command -> what it prints as JSON, by its options; the docstrings of the others say it."""
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 LARGEST_SHOWN_BOUND = 10**6
 """Larger bounds only keep typing errors from other programs."""
@@ -76,7 +127,75 @@ def _describe(words: tuple[str, ...], command: Any) -> list[str]:
         types = get_type_hints(command.callback)
         lines += [_option_row(parameter, types.get(parameter.name)) for parameter in shown]
         lines.append("")
+    name = " ".join(words)
+    for options, keys in json_keys(name).items() if name in COMMANDS else ():
+        lines += [
+            f"`{f'{name} {options}'.strip()} --json`:\n",
+            "| key | content |",
+            "| --- | --- |",
+        ]
+        lines += [f"| `{key}` | {_text(text)} |" for key, text in keys.items()]
+        lines.append("")
     return lines
+
+
+def json_keys(name: str) -> dict[str, dict[str, str]]:
+    """Return the keys that a command prints as JSON with their texts, by its options."""
+    if name in RESULTS:
+        return {options: _keys_of(result) for options, result in RESULTS[name].items()}
+    keys = _keys_in(COMMANDS[name].function.__doc__)
+    return {"": keys} if keys else {}
+
+
+def _keys_of(result: type[Result]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for kind in reversed(result.__mro__):
+        if not issubclass(kind, Result) or kind is Result:
+            continue
+        if "to_json" in vars(kind):
+            found = _keys_in(vars(kind)["to_json"].__doc__)
+            continue
+        texts = _texts_of_attributes(kind)
+        for name in vars(kind).get("__annotations__", {}):
+            field = kind.model_fields.get(name)
+            if field is None or field.exclude:
+                continue
+            text = " ".join(texts.get(name, "").split())
+            inner = [each for each in get_args(field.annotation) if inspect.isclass(each)]
+            if name in kind.merged:  # Its parts stand beside the other keys.
+                parts = get_args(next(iter(get_args(field.annotation)), None))
+                found |= _keys_in(texts[name]) or dict.fromkeys(parts, text)
+                continue
+            if inner and issubclass(inner[0], Result):
+                of_each = ", ".join(f"`{key}`" for key in _keys_of(inner[0]))
+                text = f"{text} Each has {of_each}."
+            found[field.serialization_alias or name] = text
+        for name, computed in kind.model_computed_fields.items():
+            if name in vars(kind):
+                found[name] = " ".join((computed.description or "").split("\n\n")[0].split())
+    return found
+
+
+def _texts_of_attributes(kind: type) -> dict[str, str]:
+    """Return the docstrings below the attributes of a class."""
+    [tree] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    pairs = zip(tree.body, tree.body[1:], strict=False)
+    return {
+        one.target.id: str(text.value.value)
+        for one, text in pairs
+        if isinstance(one, ast.AnnAssign)
+        and isinstance(one.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+def _keys_in(docstring: str | None) -> dict[str, str]:
+    """Return the section `Keys:` of a docstring."""
+    text = inspect.cleandoc(docstring or "").partition("\n\nKeys:\n")[2]
+    parts = re.split(r"^ {4}(\w+): ", text, flags=re.MULTILINE)[1:]
+    return {k: " ".join(t.split()) for k, t in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def _option_row(parameter: Any, annotation: Any) -> str:

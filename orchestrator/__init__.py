@@ -1,13 +1,15 @@
 """Pretrain, sweep and distill iterative Transformers from Python.
 
-Every function takes settings where it needs them and returns a typed result with `to_pandas()`:
+What trains, measures or uses models is a function. It takes settings where it needs them and
+returns a typed result, which a notebook shows as the terminal does, with `to_pandas()`:
 
     from orchestrator import read_settings, sweep
 
     result = sweep(read_settings("toy.yaml"), workspace="my-workspace")
     print(result.to_pandas())
 
-`workspace` is a workspace or its folder, which is created if it is missing. `progress` receives
+`workspace` is a workspace or its folder, which is created if it is missing; by default
+`IIET_WORKSPACE`, else `./iiet-workspace`. `progress` receives
 progress and notes, and shows nothing when unset; `terminal_progress()` makes one for a terminal.
 Names are imported at first use: `import orchestrator` alone loads nothing heavy.
 """
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
         evaluate,
         plan_evaluate,
     )
-    from orchestrator.pipelines.generating import Sampling, generate, generate_stream
+    from orchestrator.pipelines.generating import generate, generate_stream
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.sweeps import (
+        ClaimsResult,
         PlannedSweep,
         ReportResult,
         SweepResult,
+        claims,
         plan_sweep,
         report,
         sweep,
@@ -49,7 +53,6 @@ if TYPE_CHECKING:
         pretrain,
     )
     from orchestrator.records.trial import Trial
-    from orchestrator.reporting.findings import PickRule
     from orchestrator.settings import Settings, read_settings
     from orchestrator.sweeping.plan import SweepModel
     from orchestrator.terminal.progress import Progress, terminal_progress
@@ -62,17 +65,18 @@ _MODULES = {
     "pipelines.evaluating": (
         "CompareResult EvaluatePlan ModelEvaluations compare evaluate plan_evaluate"
     ),
-    "pipelines.generating": "Sampling generate generate_stream",
+    "pipelines.generating": "generate generate_stream",
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
-    "pipelines.sweeps": "PlannedSweep ReportResult SweepResult plan_sweep report sweep",
+    "pipelines.sweeps": (
+        "ClaimsResult PlannedSweep ReportResult SweepResult claims plan_sweep report sweep"
+    ),
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "
         "pretrain"
     ),
     "records.trial": "Trial",
-    "reporting.findings": "PickRule",
     "settings": "Settings read_settings",
     "sweeping.plan": "SweepModel",
     "terminal.progress": "Progress terminal_progress",
@@ -83,11 +87,11 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "BenchmarkResult", "CompareResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
-    "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PickRule",
-    "PlannedSweep", "PretrainResult", "Progress", "ReportResult", "RunFailed", "Sampling",
-    "Settings", "SweepModel", "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace",
-    "benchmark", "compare", "distill", "evaluate", "export", "generate", "generate_stream",
+    "BenchmarkResult", "ClaimsResult", "CompareResult", "DistillResult", "EvaluatePlan",
+    "InfluenceResult", "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult",
+    "PlannedSweep", "PretrainResult", "Progress", "ReportResult", "RunFailed", "Settings",
+    "SweepModel", "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark",
+    "claims", "compare", "distill", "evaluate", "export", "generate", "generate_stream",
     "import_model", "measure_influence", "pick", "plan_distill", "plan_evaluate", "plan_pick",
     "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep",
     "sync", "terminal_progress",

@@ -1,4 +1,4 @@
-"""The measured numbers of README and docs/results.md, each with its command and its JSON file.
+"""The measured numbers of README and research/results.md, each with its command and its JSON file.
 
 A page holds them in blocks alone. A block stands between two comments; the first names a table, the
 `front.json` of a report that was copied into `research/fronts/`, and the command that made it:
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "research/results.md")
 BLOCK = re.compile(
     r"<!-- (?P<table>[\w, ]+): (?P<file>research/[\w./-]+\.json) by (?P<commands>`[^\n>]+`) -->\n"
     r".*?<!-- end -->",

@@ -3,9 +3,11 @@ session."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -28,8 +30,12 @@ from orchestrator.cluster.ray import address_variables
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = "iiet/seconds"
 """Name of the seconds of each test file in pytest's cache."""
+SLOW_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(?:slow|long|installs)\b", re.MULTILINE)
 TAKEN: Counter[str] = Counter()
 """Seconds of each file in this run."""
+
+# Until all tests are imported, nothing becomes garbage, and looking for it takes a second.
+gc.disable()
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,6 +52,13 @@ os.environ.update({name: value for name, value in address_variables("local").ite
 def pytest_configure(config: pytest.Config) -> None:
     """Ignore Ray's deprecation warnings about its own calls."""
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:ray\.")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out, in a quick run, the files that are slow as a whole: they import much."""
+    if config.getoption("markexpr") != "not slow" or collection_path.suffix != ".py":
+        return None
+    return bool(SLOW_FILE.search(collection_path.read_text(encoding="utf-8"))) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest reads the marks for `-m`.
@@ -72,6 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         group = "ray" if item.path.stem in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda i: (i.path.stem not in with_ray, -seconds.get(i.path.stem, 0)))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but not among the modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def _fixtures(item: pytest.Item) -> list[str]:
@@ -142,7 +161,7 @@ def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tokens_of(texts, folder, vocab_size=300, validation_fraction=0.2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> dict[str, Any]:
     """The config, as plain values, of an IIET that trains a step in milliseconds."""
     from iiet.config import ModelConfig
@@ -160,7 +179,7 @@ def tiny_model() -> dict[str, Any]:
     ).to_dict()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Path]:
     """A function that saves an untrained model: the run's folder, then changes of `tiny_model`."""
     import torch
@@ -212,35 +231,44 @@ def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> C
     return make
 
 
+@pytest.fixture(scope="session")
+def trained_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> Path:
+    """The folder of a finished run of two steps, `teacher`; its users copy it."""
+    from orchestrator.records.training import TrainingJob
+    from orchestrator.settings import TrainingSettings
+    from orchestrator.training.trainer import run_job
+
+    folder = tmp_path_factory.mktemp("trained") / "teacher"
+    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    run_job(
+        TrainingJob(
+            run_folder=str(folder),
+            tokens_folder=str(tiny_tokens),
+            model=tiny_model,  # type: ignore[arg-type]
+            recipe=TrainingSettings(**recipe),  # type: ignore[arg-type]
+        )
+    )
+    return folder
+
+
 @pytest.fixture
-def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
+def tiny_plan(tmp_path: Path, tiny_tokens: Path, trained_run: Path) -> Any:
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.pruning import InfluenceTable
-    from orchestrator.records.training import TrainingJob
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.plan import students_plan
     from orchestrator.sweeping.students import Students
-    from orchestrator.training.trainer import run_job
     from orchestrator.workspace.layout import open_workspace
 
-    recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
-    longer = {**recipe, "num_steps": 40}
-    settings = resolve_settings({"training": recipe, "distillation": {"training": longer}})
-    outcome = run_job(
-        TrainingJob(
-            run_folder=str(tmp_path / "teacher"),
-            tokens_folder=str(tiny_tokens),
-            model=tiny_model,
-            recipe=settings.training,
-        )
-    )
+    recipe = {"num_steps": 40, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    settings = resolve_settings({"distillation": {"training": recipe}})
     values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
-    teacher, suite = (
-        Path(str(outcome.checkpoint)),
-        TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
-    )
+    teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
+    suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
     return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite), table)
 
 

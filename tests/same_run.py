@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 from commands import Started, run_workers
+from safetensors.torch import load_file
 
+from iiet.weights import WEIGHTS
 from orchestrator.data.store import TokenStore
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
 CURVES = (
     "train/loss", "train/gradient_norm", "train/tokens", "train/flops", "train/kl",
-    "train/full_loss", "train/member_kl", "validation/loss", "validation/cheapest_loss",
+    "train/hidden", "train/full_loss", "train/member_kl", "validation/loss",
+    "validation/cheapest_loss",
 )  # fmt: skip
 
 Disturbance = Callable[[TrainingJob], TrainingJob | None]
@@ -33,7 +38,7 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
     Args:
         job: Its folder's name is extended; jobs of one name share the run that is not disturbed.
         disturbances: What happens before the last start, in this order.
-        rel: Relative tolerance of the curves, where rounding differs; the weights then may differ.
+        rel: Tolerance of the curves, where rounding differs; weights and moments then are near.
     """
     alone = in_folder(job, f"{job.folder.name}-alone")
     numbers = range(1000)
@@ -49,7 +54,10 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
         assert curve(disturbed, metric) == pytest.approx(curve(alone, metric), rel=rel, abs=rel)
     for field in ("step", "num_tokens", "training_flops"):
         assert getattr(found, field) == getattr(expected, field)
-    if not rel:
+    if rel:
+        near = {"rtol": 0.0, "atol": max(10 * rel, 1e-3)}
+        torch.testing.assert_close(tensors_of(found), tensors_of(expected), **near)
+    else:
         assert found.validation_loss == expected.validation_loss
         assert state_of(found) == state_of(expected)
     return disturbed
@@ -80,11 +88,18 @@ def steps_of(job: TrainingJob) -> list[int]:
 
 
 def state_of(outcome: TrainingOutcome) -> tuple[bytes, str]:
-    """Return the weights and the moments of the last checkpoint."""
+    """Return the weights and the moments of the last checkpoint, as bytes and a text."""
+    plain = {name: tensor.tolist() for name, tensor in tensors_of(outcome).items()}
+    return (Path(str(outcome.checkpoint)) / WEIGHTS).read_bytes(), str(plain)
+
+
+def tensors_of(outcome: TrainingOutcome) -> dict[str, torch.Tensor]:
+    """Return the weights and the moments of the last checkpoint, by name."""
     folder = Path(str(outcome.checkpoint))
     moments = load_training_state(folder)["optimizer"]["state"]
-    plain = {key: {n: t.tolist() for n, t in each.items()} for key, each in moments.items()}
-    return (folder / "model.safetensors").read_bytes(), str(plain)
+    found = {f"{key} {n}": tensor for key, each in moments.items() for n, tensor in each.items()}
+    assert all(type(tensor) is torch.Tensor for tensor in found.values())
+    return found | load_file(folder / WEIGHTS)
 
 
 def stop_at(step: int) -> Callable[[], bool]:
@@ -121,6 +136,26 @@ def crash(step: int) -> Disturbance:
                 run_job(job)
 
     return disturb
+
+
+def train(job: TrainingJob) -> None:
+    """Train to the end."""
+    assert run_job(job).finished
+
+
+def full_disk(job: TrainingJob) -> None:
+    """Let files be so small that the next checkpoint does not fit, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    before = steps_of(job)
+    try:
+        with pytest.raises(RunFailed, match=r"could not be written to .* resumes from") as caught:
+            run_job(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).endswith(str(find_checkpoints(job.folder)[-1]))
+    assert steps_of(job) == before
+    assert not list(job.folder.glob(".*.iiet-temporary"))
 
 
 KILLED = """
@@ -171,25 +206,40 @@ def recipe(**changes: Any) -> Disturbance:
 WORKER = """
 import os, sys, torch
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.devices import World
+from orchestrator.training.world import World
 from orchestrator.training.trainer import run_job
 
-rank, number, parallel, meeting, job = sys.argv[1:]
+rank, number, parallel, shards, until, meeting, job = sys.argv[1:]
 torch.set_num_threads(1)
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 address = {"init_method": f"file://{meeting}", "rank": int(rank), "world_size": int(number)}
+# BEFORE
 torch.distributed.init_process_group("gloo", **address)
-world = World(rank=int(rank), size=int(number), parallel=parallel)
-run_job(TrainingJob.model_validate_json(job), world=world)
+world = World(rank=int(rank), size=int(number), parallel=parallel, shards=int(shards) or None)
+asked = iter(range(10**6))
+job = TrainingJob.model_validate_json(job)
+run_job(job, world=world, should_stop=lambda: next(asked) == int(until))
 torch.distributed.destroy_process_group()
 """
 
 
-def workers(number: int, parallel: str = "ddp") -> Disturbance:
-    """Train the whole job on several workers."""
+def workers(
+    number: int, parallel: str = "ddp", *, shards: int = 0, until: int = -1, before: str = ""
+) -> Disturbance:
+    """Train on several workers: to the end, or until so many steps of theirs.
+
+    Args:
+        number: How many.
+        parallel: `ddp` or `fsdp`.
+        shards: Workers that share one copy of the model; all with `fsdp`, when unset.
+        until: Steps after which they stop.
+        before: A Python text that each of them runs first; it may change `address`.
+    """
 
     def disturb(job: TrainingJob) -> None:
-        meeting = f"{job.folder}-meeting"
-        run_workers(WORKER, number, str(number), parallel, meeting, job.model_dump_json())
+        job.folder.parent.mkdir(exist_ok=True)
+        meeting = f"{job.folder}-{number}-{parallel}-{shards}"
+        arguments = (number, parallel, shards, until, meeting, job.model_dump_json())
+        run_workers(WORKER.replace("# BEFORE", before), number, *map(str, arguments))
 
     return disturb

@@ -27,6 +27,7 @@ from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 LONG = ("cpu training", "cpu sweep", "gpu evaluation")
 LONG += ("gpu resume", "gpu node", "gpu sweep")
 """Sections that train much, or start processes."""
+SLOW = ("gpu speed", "cpu mix")
 SECTIONS = {f"cpu {name}": section for name, section in CPU_SECTIONS.items()}
 SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 
@@ -37,7 +38,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in SECTIONS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.long if n in LONG else [pytest.mark.slow] * (n in SLOW))
+        for n in SECTIONS
+    ],
 )
 def test_a_section_checks_and_measures_at_toy_size(name: str, toy: Setup) -> None:
     result = run_section(SECTIONS[name], toy)

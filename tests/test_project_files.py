@@ -9,7 +9,6 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,8 +23,6 @@ def read(name: str) -> str:
 
 PYPROJECT = tomllib.loads(read("pyproject.toml"))
 PROJECT = PYPROJECT["project"]
-PREFIX = "Programming Language :: Python :: "
-VERSIONS = [c.removeprefix(PREFIX) for c in PROJECT["classifiers"] if c.startswith(PREFIX)]
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", read("Makefile"), flags=re.MULTILINE))
 TESTS = {"test", "test-quick", "test-long", "test-floors", "test-wheel"}
 STEM = f"iiet_orch-{PROJECT['version']}"
@@ -52,24 +49,6 @@ def test_paths_targets_and_marks_of_the_page_for_contributors_exist() -> None:
     assert {"lint", *TESTS} <= named <= TARGETS
     marks = {m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     assert marks == set(re.findall(r"marked `(\w+)`", text))
-
-
-def test_the_workflow_tests_every_python_by_targets_of_the_makefile() -> None:
-    assert PROJECT["requires-python"] == f">={VERSIONS[0]}"
-    assert [f"3.{minor}" for minor in range(11, 11 + len(VERSIONS))] == VERSIONS
-    [file] = (ROOT / ".github" / "workflows").glob("*.yml")
-    workflow: dict[Any, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert workflow["permissions"] == {"contents": "read"}
-    assert {"push", "pull_request", "schedule"} <= set(workflow[True])  # YAML reads `on` as true.
-    called = set()
-    for name, job in workflow["jobs"].items():
-        [used] = [s["with"]["python-version"] for s in job["steps"] if "setup" in str(s)]
-        matrix = job.get("strategy", {}).get("matrix", {}).get("python")
-        pythons = matrix if used == "${{ matrix.python }}" else [used]
-        assert pythons == (VERSIONS if name == "quick" else VERSIONS[:1])
-        assert ("if" in job, job["timeout-minutes"] > 60) == (name == "long",) * 2
-        called |= {step["run"] for step in job["steps"] if "run" in step}
-    assert called == {f"make {target}" for target in ("lint", "wheel", *TESTS)}
 
 
 def sources(*folders: str) -> set[str]:

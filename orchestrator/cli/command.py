@@ -123,7 +123,7 @@ def _shared(
         set_: Change a setting: training.num_steps=500.
         workspace: Folder for all results (default: IIET_WORKSPACE, else ./iiet-workspace).
         dry_run: Print what would be done and what it takes; do nothing.
-        as_json: Print JSON alone; docs/json.md names its keys.
+        as_json: Print JSON alone; the reference of the commands names its keys.
         verbose: Show the output of libraries, too.
         quiet: Show no progress, only results and warnings.
     """
@@ -183,7 +183,8 @@ def _options_of_all(
 
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
-    text, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    own = inspect.cleandoc(function.__doc__ or "").partition("\n\nKeys:\n")[0]
+    text, _, arguments = own.partition("\n\nArgs:\n")
     parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
     return text, {
         name: " ".join(t.split()) for name, t in zip(parts[::2], parts[1::2], strict=True)

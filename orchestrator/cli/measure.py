@@ -16,10 +16,12 @@ from orchestrator.cli.options import (
     SchedulesOption,
     TeacherArgument,
     complete_sweeps,
+    one_schedule,
     split_list,
 )
 from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.layout import check_name_option
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
@@ -39,13 +41,35 @@ SweepsArgument = Annotated[
 
 @Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
          config="option", plans=True)  # fmt: skip
-def influence(call: Call, model: TeacherArgument = None) -> Result:
-    """Measure how much each correction of each layer matters.
+def influence(
+    call: Call,
+    model: TeacherArgument = None,
+    schedule: SchedulesOption = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> Result:
+    """Measure how much each correction of each layer matters; or each loop of a looped model.
 
     Example: iiet-orch influence my-run --metric loss
+
+    Args:
+        schedule: Depth of a looped model of another project, such as 4.
+        trust_remote_code: Allow code in such a model's folder to run.
     """
     from orchestrator.pipelines.influence import plan_influence, run_influence
 
+    if schedule:
+        from orchestrator.pipelines.loops import plan_loop_influence, run_loop_influence
+
+        if model is None:
+            raise UserError("--schedule is the depth of a looped model; name the model")
+        loops = plan_loop_influence(
+            call.settings,
+            model=model,
+            schedule=one_schedule(schedule),
+            trust_remote_code=trust_remote_code,
+            **call.common,
+        )
+        return call.finish(loops, run_loop_influence)
     plan = plan_influence(call.settings, model=call.imported(model), **call.common)
     return call.finish(plan, run_influence)
 
@@ -57,6 +81,7 @@ def evaluate(
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     compare: Annotated[bool, typer.Option("--compare")] = False,
+    front: Annotated[str | None, typer.Option(metavar="NAME", callback=check_name_option)] = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
     depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
@@ -71,7 +96,9 @@ def evaluate(
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
 
     Args:
-        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated.
+        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
+            repeated.
+        front: Also write all models as a sweep of this name, with their front, for report and pick.
         compare: Compare two models; --schedule is of both, or given twice, of each.
         log_samples: Write results and samples in lm-eval's files, for other tools.
         depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
@@ -87,8 +114,8 @@ def evaluate(
         if not models or len(models) != 2:
             named = ", ".join(map(str, models or ())) or "none"
             raise UserError(f"--compare takes two models; got {named}")
-        if log_samples or depth_curve:
-            option = "--log-samples" if log_samples else "--depth-curve"
+        if log_samples or depth_curve or front:
+            option = "--log-samples" if log_samples else "--front" if front else "--depth-curve"
             raise UserError(f"{option} is for models alone; use it without --compare")
         both = str(models[0]), str(models[1])
         comparison = evaluating.plan_compare(call.settings, models=both, **common)
@@ -100,6 +127,10 @@ def evaluate(
         depth_curve=depth_curve,
         **common,
     )
+    if front is not None:
+        from orchestrator.pipelines.loops import plan_front, run_front
+
+        return call.finish(plan_front(plan, front), run_front)
     return call.finish(plan, evaluating.run_evaluate)
 
 

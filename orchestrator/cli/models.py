@@ -80,6 +80,11 @@ def generate(
         kv: Cache slots: `exact`, one per evaluation, or `last`, one per layer.
         draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
         draft_tokens: Tokens to draft at once (default: as many as pay).
+
+    Keys:
+        model: folder of the model that was used
+        schedule: its schedule, or `null` without corrections
+        texts: one entry per prompt: `prompt`, and its continuation `text`
     """
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
@@ -147,6 +152,9 @@ def import_folder(
         folder: Model folder, GGUF file, a checkpoint or run of another workspace, or
             hub:OWNER/NAME.
         tokenizer: A tokenizer.json, or hub:NAME, if the model has none.
+
+    Keys:
+        checkpoint: the new checkpoint
     """
     from orchestrator.pipelines.models import import_model
 
@@ -182,6 +190,10 @@ def export(
         push_to_hub: Upload the folder to the Hugging Face hub, too.
         private: Who sees a new repository (default: as its owner's settings say).
         token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
+
+    Keys:
+        folder: the exported folder
+        hub: with `--push-to-hub` the address of its page, else `null`
     """
     if push_to_hub is None and (private is not None or token):
         raise UserError(
@@ -195,8 +207,8 @@ def export(
     if push_to_hub is not None:
         check_upload(push_to_hub, token)  # Before anything is measured.
     folder = models.export(
-        call.settings,
-        model=checkpoint,
+        checkpoint,
+        settings=call.settings,
         to=to,
         force=force,
         schedule=one_schedule(schedule),
@@ -245,32 +257,17 @@ def pick(
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
-    rules: dict[str, Any] = {
-        "keep": keep,
-        "budget": budget,
-        "knee": knee,
-        "best": best,
-        "cheapest": cheapest,
-        "draft_for": draft_for,
-    }
-    asked = {
-        name: value for name, value in rules.items() if value is not None and value is not False
-    }
-    if len(asked) > 1:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise UserError(f"pick takes one rule; got {options}")
-    name, value = next(iter(asked.items()), ("keep", None))
-    if confidence and name != "keep":
-        raise UserError("--confidence can be used with --keep only")
     from orchestrator.pipelines.models import plan_pick, run_pick
-    from orchestrator.reporting.findings import PickRule
 
-    kind: Any = name.removesuffix("_for")
-    number = {"keep": "share", "budget": "budget", "draft": "model"}.get(kind)
-    numbers: dict[str, Any] = {number: value} if number and value is not None else {}
     plan = plan_pick(
-        sweep=sweep,
-        rule=PickRule(name=kind, confidence=confidence, **numbers),
+        sweep,
+        keep=keep,
+        confidence=confidence,
+        budget=budget,
+        knee=knee,
+        best=best,
+        cheapest=cheapest,
+        draft_for=draft_for,
         cost=cost,
         quality=quality,
         to=to,

@@ -159,6 +159,9 @@ def list_sweeps(call: Call) -> Result:
     """List the shipped sweeps.
 
     Example: iiet-orch config list
+
+    Keys:
+        sweeps: one entry per shipped sweep: `name`, and `text`, what it does
     """
     from orchestrator.reporting.sections import two_column_table
     from orchestrator.settings.files import shipped_sweeps

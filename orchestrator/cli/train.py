@@ -55,6 +55,9 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
 
     Args:
         files: Text, JSON lines, Parquet or folders (default: English texts of Python).
+
+    Keys:
+        tokens: folder of the prepared tokens
     """
     from orchestrator.pipelines import training
 

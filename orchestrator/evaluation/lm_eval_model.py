@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from iiet.decoder import Decoder
 from orchestrator.evaluation.answers import answer_settings, generate_answers, usual_max_new_tokens
@@ -253,36 +252,6 @@ class DecoderModel(LmEvalModel):
             self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
         ]
         return generate_answers(self._decoder, self.text, contexts, settings, seeds)
-
-
-def load_transformers_model(
-    folder: Path, *, device: str, trust_remote_code: bool = False
-) -> tuple[Any, ModelTokenizer]:
-    """Load what `LmEvalModel` needs from a folder that only transformers can run.
-
-    Missing weights are an error; transformers would fill them with random numbers and only warn.
-
-    Raises:
-        UserError: If transformers cannot load it, it needs code that is not trusted, or weights
-            are missing.
-    """
-    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    with suppress_output(), offline():
-        try:
-            model, found = load(
-                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-            )
-        except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-            line, hint = first_line(error), ""
-            if "trust_remote_code" in str(error):
-                line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
-            raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
-    if missing := sorted(found.get("missing_keys", ())):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
-    model.config.use_cache = False  # Scoring would fill a cache and discard it.
-    return model.to(device).eval(), text
 
 
 def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -169,13 +169,16 @@ class ModelMeasurer:
     def _lm_eval_model(self, suite: Suite) -> LmEvalModel:
         """Load the model as one of lm-eval."""
         from orchestrator.evaluation import lm_eval_model
+        from orchestrator.evaluation.looped import load_transformers
 
         model, conditions = self._model, self._conditions
         prompts, device = suite.prompts or Prompts(), conditions.device
         kind: type[LmEvalModel] = lm_eval_model.LmEvalModel
         if model.config is None:
-            loaded, text = lm_eval_model.load_transformers_model(
-                model.path, device=device, trust_remote_code=conditions.trust_remote_code
+            trusts = conditions.trust_remote_code
+            text = model.tokenizer(trust_remote_code=trusts)
+            loaded: Any = load_transformers(
+                model.path, model.loops, model.depth, trust_remote_code=trusts, device=device
             )
         else:
             kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()

@@ -2,8 +2,8 @@
 
 A decoder runs checkpoints, exports, folders of the published naming (IIET, PCformer), and plain
 Llama folders, which become vanilla models. No code of a folder runs, and missing weights are
-errors. transformers runs any other architecture: it can be evaluated, but has no iteration schedule
-and no cost model here.
+errors. transformers runs any other architecture, which can be evaluated; of a looped model whose
+kind is known (`models.loops`) a depth takes the place of the iteration schedule.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from orchestrator.models.folder import (
 )
 from orchestrator.models.hub import shown_path
 from orchestrator.models.lookup import find_model_folder, resolve_model
+from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.workspace.errors import UserError
@@ -150,6 +151,10 @@ class OpenedModel:
     """Whether it is a model folder from elsewhere, not a checkpoint of this project."""
     text_folder: Path
     """Folder of its tokenizer."""
+    loops: LoopedModel | None = None
+    """What a depth is and costs, if transformers runs it and it is a looped model."""
+    depth: Depth | None = None
+    """How often its loops run."""
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> ModelTokenizer:
         """Load its tokenizer.
@@ -198,7 +203,11 @@ def open_model(
     config = decoder_config(path) if is_external else load_config(path)
     values = read_config(path)
     architecture = str(values.get("model_type") or "unknown")
-    if config is None and schedule is not None:
+    loops, depth = None, None
+    if config is None and architecture in LOOPED_MODELS:
+        loops = LOOPED_MODELS[architecture](values)
+        depth = loops.own if schedule is None else loops.parse(str(schedule))
+    elif config is None and schedule is not None:
         raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
     if config is not None and schedule is not None:
         try:
@@ -209,7 +218,9 @@ def open_model(
             raise UserError(f"{path}: {error}") from None
 
     text_folder = text_folder or path
-    how = "transformers" if config is None else config.to_dict()
+    how: Any = "transformers" if config is None else config.to_dict()
+    if loops and depth != loops.own:
+        how = ["transformers", depth]
     if is_external:
         name, key = shown_path(path).name, [model_files_key(path), how]
     else:
@@ -217,6 +228,8 @@ def open_model(
         name, key = path.parent.name, [weights_key(path), how, *filter(None, texts)]
     if config is not None and schedule is not None:
         name += f" r={shortest_schedule(tuple(config.corrections))}"
+    elif depth is not None and schedule is not None:
+        name += f" depth={','.join(map(str, depth))}"
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
     return OpenedModel(
         path=path,
@@ -227,6 +240,8 @@ def open_model(
         context_length=config.context_length if config else int(length),
         is_external=is_external,
         text_folder=text_folder,
+        loops=loops,
+        depth=depth,
     )
 
 
@@ -263,10 +278,10 @@ def short_names(models: Sequence[OpenedModel]) -> list[str]:
     For one model under several schedules, the labels are the schedules. Otherwise they are names;
     equal names get the checkpoint, and then a number.
     """
-    schedules = [model.config.corrections for model in models if model.config]
+    schedules = [tuple(model.config.corrections) for model in models if model.config]
     is_one_model = len({model.path for model in models}) == 1
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
-        return [f"r={shortest_schedule(tuple(schedule))}" for schedule in schedules]
+        return [f"r={shortest_schedule(schedule)}" for schedule in schedules]
     clashes = Counter(name for _, name in {(model.path, model.name) for model in models})
     labels: list[str] = []
     for model in models:

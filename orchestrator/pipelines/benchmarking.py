@@ -53,6 +53,7 @@ class BenchmarkPlan(Result):
     """By the names of the result."""
     cluster: ClusterSettings = Field(exclude=True)
     conditions: decode_timing.MeasurementSettings
+    """Batch sizes, contexts, repetitions, threads."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -109,7 +110,7 @@ class BenchmarkResult(Result):
 
 def plan_benchmark(
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
     conditions: decode_timing.MeasurementSettings | None = None,

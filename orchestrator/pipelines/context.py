@@ -78,21 +78,23 @@ class Context:
             self.tracking.wait()
 
 
-def open_context(workspace: Workspace | Path | str, progress: Progress | None = None) -> Context:
-    """Open the workspace; its folder is made if it is missing.
+def open_context(
+    workspace: Workspace | Path | str | None, progress: Progress | None = None
+) -> Context:
+    """Open the workspace, or that of `find_workspace`; its folder is made if it is missing.
 
     Raises:
         UserError: If the folder cannot be used, see `open_workspace`.
     """
     if not isinstance(workspace, Workspace):
-        workspace = open_workspace(Path(workspace))
+        workspace = open_workspace(Path(workspace) if workspace else None)
     return Context(workspace, progress)
 
 
 def in_one_call(
     plan: Callable[Asked, Planned],
     run: Callable[[Planned, Context], Made],
-    **local: Callable[[Any, Workspace | Path | str, Progress | None], Any],
+    **local: Callable[[Any, Workspace | Path | str | None, Progress | None], Any],
 ) -> Callable[Asked, Made]:
     """Return the function that takes what `plan` takes, and runs the plan.
 
@@ -106,7 +108,7 @@ def in_one_call(
     @wraps(plan)
     def call(*args: Asked.args, **options: Asked.kwargs) -> Made:
         given: dict[str, Any] = options
-        place = (given["workspace"], given.get("progress"))
+        place = (given.get("workspace"), given.get("progress"))
         for name, imported in local.items():
             given[name] = imported(given.get(name), *place)
         found = plan(*args, **options)

@@ -66,6 +66,7 @@ class Findings(Result):
     """What all checks found; a failure if something is broken."""
 
     findings: list[Finding]
+    """One entry per check."""
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if something is broken."""
@@ -106,10 +107,11 @@ def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
     from iiet.extensions import INFLUENCE_METRICS, METHODS
     from orchestrator.evaluation.tasks import TASKS
+    from orchestrator.models.loops import LOOPED_MODELS
     from orchestrator.settings.cluster import LOGGERS
     from orchestrator.settings.data import TEXT_SOURCES
 
-    return (METHODS, INFLUENCE_METRICS, TASKS, TEXT_SOURCES, LOGGERS)
+    return (METHODS, INFLUENCE_METRICS, TASKS, TEXT_SOURCES, LOGGERS, LOOPED_MODELS)
 
 
 def _extensions(_: Workspace) -> Found:

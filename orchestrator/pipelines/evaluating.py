@@ -43,6 +43,7 @@ from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     DepthCurve,
     DepthPoint,
+    EvaluationKeys,
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
@@ -70,11 +71,15 @@ class ModelEvaluations(Result):
 
     evaluations: dict[str, EvaluationResult] = Field(exclude=True)
     """Name of the model, with its schedule where that was asked for, to what was measured."""
+    keys: dict[str, EvaluationKeys] = Field(default_factory=dict, exclude=True)
+    """Name of the model to where the results of its tasks are stored."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def models(self) -> list[dict[str, Any]]:
-        """The qualities, tasks, and tasks that could not run, of each model."""
+        """One entry per model and schedule: `name`; `quality` (`accuracy`, `bits_per_byte`, their
+        errors as `NAME_stderr`, and `TASK/METRIC`); `tasks`, each with `version`, `num_items`,
+        `num_fewshot`, `metrics`; `skipped`, task to reason."""
         facts = {"version", "num_items", "num_fewshot", "metrics"}
         return [
             {
@@ -116,7 +121,8 @@ class DepthEvaluations(ModelEvaluations):
     """Evaluations of one model under uniform schedules, and the curve through them."""
 
     depth_curve: DepthCurve
-    """Corrections of every layer, NFE and quality of each point."""
+    """`trained`, the model's own schedule; `tasks`; and `points`, each with the `corrections` of
+    every layer, `evaluations` (NFE per token) and `quality`."""
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of the points."""
@@ -143,7 +149,7 @@ class EvaluatePlan(Result):
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
     def tasks(self) -> list[dict[str, str]]:
-        """Model, task and state: stored, or what is to measure.
+        """One entry per model and task: `model`, `task`, `state`.
 
         A precision that is not set is that of this machine's best device.
         """
@@ -200,7 +206,7 @@ class EvaluatePlan(Result):
 def plan_evaluate(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
     log_samples: Path | str | None = None,
@@ -266,10 +272,11 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     if prompts := plan.settings.evaluation.prompts:
         for model in plan.opened:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
-    evaluations, told = {}, set[str]()
+    evaluations, keys, told = {}, {}, set[str]()
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
-        evaluations[name] = _evaluate_model(model, plan, context, output, told)
+        measured = _evaluate_model(model, plan, context, output, told)
+        evaluations[name], keys[name] = measured.evaluation, measured.keys
     if different := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
@@ -277,8 +284,8 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
         )
     if plan.is_depth_curve:
         curve = _store_depth_curve(plan, [*evaluations.values()], context, started_ms)
-        return DepthEvaluations(evaluations=evaluations, depth_curve=curve)
-    return ModelEvaluations(evaluations=evaluations)
+        return DepthEvaluations(evaluations=evaluations, keys=keys, depth_curve=curve)
+    return ModelEvaluations(evaluations=evaluations, keys=keys)
 
 
 evaluate = in_one_call(plan_evaluate, run_evaluate)
@@ -286,7 +293,7 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 def _evaluate_model(
     model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
-) -> EvaluationResult:
+) -> Measured:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     What was `told` of the tasks of earlier models is not said again.
@@ -327,6 +334,8 @@ def _evaluate_model(
     tracked = None
     if config is not None:
         params |= {**schedule_parameters(config), "precision": measured.precision}
+    elif model.depth is not None:
+        params["depth"] = ",".join(map(str, model.depth))
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
@@ -344,7 +353,7 @@ def _evaluate_model(
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))
         progress.note(f"samples in lm-eval's files: {output}")
-    return evaluation
+    return measured
 
 
 def _store_depth_curve(
@@ -475,7 +484,7 @@ class CompareResult(Result):
     models: tuple[str, str]
     """Names of both."""
     differences: list[dict[str, Any]] = Field(serialization_alias="rows")
-    """One row of plain values per task and average.
+    """One entry per task and average, with both values.
 
     `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
     `only_first` and `only_second` count the items that only one of them gets right.
@@ -495,7 +504,7 @@ class CompareResult(Result):
 def plan_compare(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     models: tuple[Path | str, Path | str],
     schedules: Sequence[str] = (),
     trust_remote_code: bool = False,

@@ -76,59 +76,63 @@ class Drafting:
 
 
 def generate(
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
     schedule: str | None = None,
-    sampling: Sampling | None = None,
-    drafting: Drafting | None = None,
+    draft: str | None = None,
     device: str | None = None,
     chat: bool = False,
     system: str | None = None,
     progress: Progress | None = None,
-) -> list[str]:
-    """Return the continuation of each prompt, all decoded as one batch.
+    **sampling: Any,
+) -> Any:
+    """Return the continuation of a prompt, or a list of those of several as one batch.
 
     Args:
-        prompts: Texts to continue.
+        prompts: Text to continue, or several.
         model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
             When unset the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
-        sampling: How tokens are chosen, and when to stop.
-        drafting: Decode with drafts, and note what they did at the end.
+        draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
         system: The system's message before it; the template's own when unset.
+        sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
             schedule does not fit it, prompts and new tokens do not fit its context, this machine
             lacks the device, or a system's message is given without `chat`.
     """
+    drafting = Drafting(draft=draft) if draft else None
     writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
-    texts = writer.as_asked(prompts, chat=chat, system=system)
-    return writer.continue_all(texts, sampling or Sampling())
+    asked = [prompts] if isinstance(prompts, str) else prompts
+    texts = writer.continue_all(
+        writer.as_asked(asked, chat=chat, system=system), Sampling(**sampling)
+    )
+    return texts[0] if isinstance(prompts, str) else texts
 
 
 def generate_stream(
     prompt: str,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
-    sampling: Sampling | None = None,
+    schedule: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    **options: Any,
+    **sampling: Any,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer = open_generator(workspace, model, **options)
+    writer = open_generator(workspace, model, schedule)
     (text,) = writer.as_asked([prompt], chat=chat, system=system)
-    return writer.stream(text, sampling or Sampling())
+    return writer.stream(text, Sampling(**sampling))
 
 
 def open_generator(
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
     schedule: str | None = None,
     drafting: Drafting | None = None,

@@ -50,6 +50,7 @@ class InfluencePlan(Result):
     checkpoint: Path
     """The model."""
     metric: str
+    """What is measured."""
     tokens_folder: Path
     """Prepared tokens that the model was trained on."""
     num_tokens: int
@@ -85,7 +86,19 @@ class InfluenceResult(Result):
     checkpoint: Path
     """The model that was measured."""
     table: Influence
-    """Influence, standard errors and residuals, per layer and correction."""
+    """Influence, standard errors and residuals, per layer and correction.
+
+    Keys:
+        metric: what was measured
+        num_tokens: over how many tokens
+        values: influence, one list per layer, one number per correction
+        errors: standard errors of the values
+        residuals: residual of each correction
+        contractions: contraction factor of each layer
+        layers: block influence of each layer
+        accuracy_lost: with `--metric loss` on a task, accuracy that stopping before each correction
+            costs
+    """
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -118,7 +131,7 @@ class InfluenceResult(Result):
 def plan_influence(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
     progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> InfluencePlan:

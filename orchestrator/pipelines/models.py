@@ -60,7 +60,9 @@ MANIFEST = "MANIFEST.sha256"
 
 
 def local_model(
-    model: Path | str | None, workspace: Workspace | Path | str, progress: Progress | None = None
+    model: Path | str | None,
+    workspace: Workspace | Path | str | None,
+    progress: Progress | None = None,
 ) -> Path | None:
     """Return a model as the functions of `models.lookup` take it; None stays None.
 
@@ -77,7 +79,7 @@ def local_model(
 def import_model(
     folder: Path | str,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     tokenizer: Path | str | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -186,10 +188,10 @@ def import_model(
 
 
 def export(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str,
     model: Path | str | None = None,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    settings: Settings | None = None,
     to: Path | str | None = None,
     schedule: str | None = None,
     measure: bool = True,
@@ -200,9 +202,9 @@ def export(
     """Export a checkpoint with its card, and return the folder; or as GGUF, and return the file.
 
     Args:
-        settings: Section `evaluation`: tasks for the card's quality.
         model: A checkpoint or run, by path or name; the newest of finished runs and the last pick
             when unset.
+        settings: Section `evaluation`: tasks for the card's quality; the defaults when unset.
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
@@ -215,7 +217,7 @@ def export(
     from orchestrator.models.gguf import write_gguf  # These import PyTorch.
     from orchestrator.models.open import load_model, open_model
 
-    context = open_context(workspace, progress)
+    settings, context = settings or Settings(), open_context(workspace, progress)
     note = context.progress.note
     checkpoint, picked = lookup.resolve_model(
         context.workspace, local_model(model, context.workspace, context.progress), note
@@ -421,11 +423,15 @@ class PickResult(Result):
     name: str
     """Of the model, as of its method and schedule; numbers are means over its seeds."""
     method: str
+    """Its method."""
     schedule: tuple[int, ...] | None
+    """Its corrections, or `null` without."""
     sentence: str
     """Its schedule, quality and cost, and how certain they are."""
     metrics: dict[str, float]
+    """Every metric by its name."""
     checkpoint: str | None
+    """Its weights."""
     folder: Path | None = None
     """Where it was exported to; None if it was not."""
     version: str | None = None
@@ -462,10 +468,16 @@ class PickResult(Result):
 
 
 def plan_pick(
-    *,
-    workspace: Workspace | Path | str,
     sweep: str | None = None,
-    rule: findings.PickRule | None = None,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    keep: float | None = None,
+    confidence: float = 0.0,
+    budget: float | None = None,
+    knee: bool = False,
+    best: bool = False,
+    cheapest: bool = False,
+    draft_for: str | None = None,
     cost: str | None = None,
     quality: str | None = None,
     to: Path | str | None = None,
@@ -478,19 +490,34 @@ def plan_pick(
 
     Args:
         sweep: Name of the sweep; the newest when unset.
-        rule: How to choose; the cheapest that keeps 99% of the quality when unset.
+        keep: Cheapest that keeps this share of the quality; the rule when none is given, at 0.99.
+        confidence: With `keep`: how sure that must be.
+        budget: Best that costs at most this much.
+        knee: Farthest above the line between the ends of the front.
+        best: Highest quality.
+        cheapest: Lowest cost.
+        draft_for: Fastest draft of the full model of this name.
         cost, quality: Axes of the front, as in `report`.
         to: Folder to export to; under the workspace when unset.
         force: Replace an export of another model there.
 
     Raises:
-        UserError: If there is no such sweep, no model meets the rule, its weights are gone, or the
-            folder cannot be used.
+        UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
+            gone, or the folder cannot be used.
     """
     from orchestrator.reporting.findings import describe_model
     from orchestrator.reporting.front import sweep_front
 
-    rule, axes = rule or findings.PickRule(name="keep"), parse_axes(cost, quality)
+    rule = findings.pick_rule(
+        keep=keep,
+        confidence=confidence,
+        budget=budget,
+        knee=knee,
+        best=best,
+        cheapest=cheapest,
+        draft_for=draft_for,
+    )
+    axes = parse_axes(cost, quality)
     workspace = find_workspace(workspace)
     found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +18,10 @@ from orchestrator.workspace.errors import UserError
 if TYPE_CHECKING:
     import pandas
     from rich.console import RenderableType
+
+
+MAX_SHOWN, NOTEBOOK_WIDTH = 100, 130
+"""Letters of a field that `repr` shows, and of a line in a notebook."""
 
 
 class Result(BaseModel):
@@ -54,6 +60,21 @@ class Result(BaseModel):
     def shown(self) -> Iterable[RenderableType]:
         """Return what the terminal shows: sentences, and Rich's tables."""
         return []
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Return what a line can show: the fields that are a short text, a number or a path."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            is_short = isinstance(value, str | int | float | Path) and len(str(value)) <= MAX_SHOWN
+            if is_short and not field.exclude:
+                yield name, value
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what a terminal does."""
+        console = Console(width=NOTEBOOK_WIDTH, record=True, file=io.StringIO())
+        show(self, console)
+        text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return text.replace("<pre>", '<pre style="line-height: 1.3; white-space: pre">', 1)
 
     @property
     def problems(self) -> dict[str, str | None]:

@@ -50,6 +50,8 @@ from orchestrator.reporting.front import FrontAxes, parse_axes, shown_trials
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
+    PROVENANCE_TITLE,
+    SETTINGS_TITLE,
     StoredSweep,
     load_sweep_results,
     newest_sweep,
@@ -205,7 +207,19 @@ class PlannedSweep(Result):
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the trials, the notes, the price, and what does not fit."""
+        """Return the trials, the notes, the price, and what does not fit.
+
+        Keys:
+            name: the sweep's name, if it is known yet
+            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text),
+                `state`, `steps_done`, exact costs
+            notes: what is reused, and what is not known yet
+            price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
+                `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
+                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`; `stop_seconds`
+                and `num_saving`, how long a stop takes at most, and how many trainings then save
+            problems: place to why the trainings do not fit there, or `null`
+        """
         return {
             "name": self.plan.name,
             "trials": self.rows(),
@@ -261,8 +275,32 @@ class ReportResult(Result):
         return model_rows(self.front)
 
     def to_json(self) -> dict[str, Any]:
-        """Return title, sentences and files, and what `front.json` holds."""
+        """Return title, sentences and files, and what `front.json` holds.
+
+        Keys:
+            title: data, model, tokens and date of the sweep, or its name
+            sentences: what the front says, the most important first
+            folder: the report's files
+            page: its HTML page, or `null` if no model could be placed
+            axes: tracked names of the `cost` and the `quality`
+            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
+                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
+                metric by its name, `key`, `checkpoint`, `run_id`, `details`
+            front: keys of the models on the front, from the cheapest
+            picks: `best`, `knee` and `cheapest`, each the key of a model
+            hypervolume: of the front, or `null`
+            hypervolume_box: the box that it is relative to
+            confidence_basis: what the confidences were computed from, or `null`
+            elastic: (optional) elastic weights against separate students
+            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
+        """
         return {**super().to_json(), **render_json(self.sections)}
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the front as a picture, and what a terminal does."""
+        picture = self.folder / "front.svg"
+        drawn = picture.read_text("utf-8") if picture.is_file() else ""
+        return f"<div>{drawn}</div>{super()._repr_html_()}"
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the front's table, what it says, and where to find more."""
@@ -301,7 +339,7 @@ def raise_failures(failures: Mapping[str, str]) -> None:
 
 def report(
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     sweeps: Sequence[str] = (),
     cost: str | None = None,
     quality: str | None = None,
@@ -340,7 +378,11 @@ class ClaimsResult(Result):
     notes: tuple[str, ...]
     """Notes on how to read the results."""
     claims: list[dict[str, Any]]
-    """A row for each claim: the paper's number, the one measured, its interval, the verdict."""
+    """A row for each claim: `number`, `key`, `text`, `paper` (its number, points of accuracy or
+    percent of overhead), `verdict` (`holds`, `does not hold`, `not decided`, `not measured`),
+    `here` (in the paper's unit), `low` and `high` (the 95% interval; of claim 3, that of the share
+    of the teacher's accuracy that is kept, in percent), `about` (the models that are compared, or
+    what is missing)."""
     section: Section = Field(exclude=True)
     """What a terminal shows."""
 
@@ -353,7 +395,7 @@ class ClaimsResult(Result):
 
 def claims(
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     sweeps: Sequence[str] = (),
     progress: Progress | None = None,  # noqa: ARG001 - as all pipelines
 ) -> ClaimsResult:
@@ -387,6 +429,7 @@ class DraftsPlan(Result):
     """A sweep whose schedules are measured as drafts of its full models."""
 
     sweep: str
+    """Its name."""
     drafts: list[str]
     """Names of the schedules, those included that are measured already."""
     stored: StoredSweep = Field(exclude=True)
@@ -400,7 +443,7 @@ class DraftsPlan(Result):
 def plan_drafts(
     sweep: str,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     cluster: ClusterSettings | None = None,
     progress: Progress | None = None,  # noqa: ARG001 - as the other plans
 ) -> DraftsPlan:
@@ -443,7 +486,7 @@ def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
 def sweep(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
     baselines: Mapping[str, Path] | None = None,
     models: Sequence[SweepModel] | None = None,
@@ -492,7 +535,7 @@ def sweep(
 def plan_sweep(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
     baselines: Mapping[str, Path] | None = None,
     models: Sequence[SweepModel] | None = None,
@@ -760,8 +803,8 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome, workspace: Workspa
             **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             **({CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
-            "Settings": flatten(settings),
-            "Provenance": {
+            SETTINGS_TITLE: flatten(settings),
+            PROVENANCE_TITLE: {
                 "sweep": plan.key,
                 "kind": plan.kind,
                 "teacher": portable_path(plan.teacher or "none", workspace.root),

@@ -51,7 +51,10 @@ class SyncResult(Result):
 
 
 def sync(
-    *, workspace: Workspace | Path | str, replace: bool = False, progress: Progress | None = None
+    *,
+    workspace: Workspace | Path | str | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
 ) -> SyncResult:
     """Publish all runs and registered models of a workspace.
 

@@ -140,7 +140,15 @@ class TrainingPlan(Result):
         return "; ".join([*end, begin]) if job.tokens_folder else UNPREPARED
 
     def to_json(self) -> dict[str, Any]:
-        """Return model, state, price and problems of each student; of a pretraining its model's."""
+        """Return what there is to train; of a `distill`, an entry of `students` for each student.
+
+        Keys:
+            method: of the model
+            schedule: its corrections
+            state: whether it is finished, or where it begins
+            price: what is left to train, as of a sweep
+            problems: place to why the training does not fit there, or `null`
+        """
         students = [
             {
                 "method": job.model.method,
@@ -222,6 +230,7 @@ class StudentsResult(Result):
     """All students that were distilled from a teacher."""
 
     students: list[DistillResult]
+    """One entry per schedule."""
 
     def shown(self) -> Iterable[RenderableType]:
         """Return where the weights are."""
@@ -232,7 +241,7 @@ class StudentsResult(Result):
 def plan_pretrain(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     continued: Path | str | None = None,
     name: str | None = None,
     local: bool = False,
@@ -326,7 +335,7 @@ pretrain = in_one_call(plan_pretrain, run_pretrain)
 def plan_distill(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
     local: bool = False,
@@ -378,7 +387,7 @@ distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
 def distill(
     settings: Settings,
     *,
-    workspace: Workspace | Path | str,
+    workspace: Workspace | Path | str | None = None,
     schedule: str | IterationSchedule,
     teacher: Path | str | None = None,
     local: bool = False,

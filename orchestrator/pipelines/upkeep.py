@@ -72,8 +72,15 @@ class Listing(Result):
     merged = ("entries",)
 
     workspace: str
+    """Its folder."""
     entries: dict[Kind, list[dict[str, Any]]]
-    """The newest first: name, state, bytes, time of the last record, and what else is known."""
+    """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
+    model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
+    `stopped at STEP/STEPS`; `bytes`, of its files; `changed`, seconds since 1970 of its last
+    record. Of a training the known ones of `method`, `schedule`, `step`, `steps`,
+    `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
+    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
+    ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         """Return a table for each kind; a narrow one leaves loss and model out."""
@@ -174,13 +181,17 @@ def _find_entries(
 
 
 class WorkspaceStatus(Result):
-    """What runs in a workspace now; docs/json.md names the keys."""
+    """What runs in a workspace now."""
 
     workspace: str
+    """Its folder."""
     activities: list[dict[str, Any]]
-    """What a process does, one entry each."""
+    """One entry for each command that runs, and for each training, measurement or preparation:
+    `kind` (such as `command`, `training`, or `queued` for one that waits for its turn), `name`,
+    `process` (its id, on this machine), `sweeps`, `label`, `step`, `steps`, `loss`,
+    `tokens_per_second`, `seconds_left`, `seconds_since_record`."""
     sweeps: list[dict[str, Any]]
-    """Sweeps with a trial that runs."""
+    """Each sweep with a running trial: `name`, `finished`, `trials`, `seconds_left`."""
 
     def shown(self) -> Iterator[RenderableType]:
         """Return a sentence for each sweep and each activity."""
@@ -263,7 +274,9 @@ class Removable(Result):
     """Something that can be deleted."""
 
     kind: RemovableKind
+    """As the command takes it."""
     path: Path
+    """Where it is."""
     bytes: int
     """Disk space that it frees: a file that has another link frees none."""
     reason: str
@@ -277,7 +290,9 @@ class CleanPlan(Result):
 
     root: Path = Field(exclude=True)
     found: tuple[Removable, ...]
+    """What can go."""
     deleted: tuple[Removable, ...] = ()
+    """What is deleted; nothing without `--yes`."""
     is_done: bool = Field(default=False, exclude=True)
     """Whether something has been deleted, and not only looked for."""
 

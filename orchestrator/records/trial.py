@@ -98,6 +98,8 @@ class Trial(Record):
     """Name in tables and figures."""
     model: Config
     """The model, with the schedule that is measured."""
+    architecture: str | None = None
+    """Kind of a model that transformers runs; of `model`, only sizes count then."""
     folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
@@ -137,8 +139,8 @@ class Trial(Record):
 
     @property
     def method(self) -> str:
-        """Registry key of the method: iiet, vanilla, pcformer."""
-        return self.model.method
+        """Registry key of the method (iiet, vanilla, pcformer), or transformers' architecture."""
+        return self.architecture or self.model.method
 
     @property
     def is_distilled_baseline(self) -> bool:
@@ -148,7 +150,8 @@ class Trial(Record):
     @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
-        return tuple(self.model.corrections) if facts_of(self.method).has_corrections else None
+        has_corrections = not self.architecture and facts_of(self.method).has_corrections
+        return tuple(self.model.corrections) if has_corrections else None
 
     @property
     def schedule_text(self) -> str:

@@ -12,12 +12,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import altair
+import numpy as np
 import vl_convert
 from altair import Axis, Chart, Color, InlineData, Legend, Scale, X, Y
 
@@ -64,9 +66,19 @@ STAR = "M0,-1L.24,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 TRIAL_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "triangle-left")
 """Of the trials of each sweep."""
-MANY_NAMES, MAX_NAMES = 6, 24
-"""From the first number of members on, their names are tilted; beyond the second, only the picks of
-the front are named."""
+MAX_NAMES = 24
+"""Of more members of a front, only the picks are named."""
+NAME_PLACES = (
+    *(("right", -8, -10), ("left", 8, -10), ("center", 0, -17), ("left", 13, 0), ("right", -13, 0)),
+    *(("left", 8, 11), ("right", -8, 11), ("center", 0, 18), ("center", 0, -32), ("center", 0, 33)),
+)
+"""Where a name may stand, the best first: how it is aligned, and its distance from the model. Above
+and left of a member no other member is in the way."""
+NAME_WIDTHS, PHONE_WIDTH = (620, 250), 500
+"""Names are placed in charts of these widths, the second one below the width of a phone."""
+LETTER_WIDTH, LINE_HEIGHT = 6.9, 14
+PADDING_X, PADDING_Y = 44, 34
+"""Pixels from the outermost models to the edges of a chart."""
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
 DEPTH_TITLE = "Quality by corrections at inference"
@@ -151,18 +163,13 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     groups = [*(sweeps or [TRIAL]), FULL_MODEL, BASELINE]
     colors = [*itertools.islice(itertools.cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*itertools.islice(itertools.cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
+    paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
     if mark_paper and is_accuracy(front.axes.quality):
         groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
 
-    is_crowded = len(front.members) >= MANY_NAMES
     # One layer has the axes, another one those of the shares; they all have the same scales.
-    longest = max((len(_label(row)) for row in front.members), default=0)
-    x_scale = Scale(
-        zero=False, nice=False, padding=min(44 if is_crowded else 100, 30 + 6 * longest)
-    )
-    y_scale = Scale(
-        zero=False, nice=False, padding=52 if is_crowded else 34, reverse=altair.ExprRef("is_loss")
-    )
+    x_scale = Scale(zero=False, nice=False, padding=PADDING_X)
+    y_scale = Scale(zero=False, nice=False, padding=PADDING_Y, reverse=altair.ExprRef("is_loss"))
 
     def across(axis: Axis | None = None) -> X:
         return X("x:Q", axis=axis, scale=x_scale)
@@ -201,14 +208,14 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
             size=altair.Size("size:Q", scale=None),
             tooltip=altair.Tooltip("tip:N"),
         ),
-        *(_paper_mark(x, y, shape) if PAPER_MARK in groups else ()),
+        *(_paper_mark(paper, x, y, shape) if mark_paper else ()),
         *_names(x, y),
     ]
     whole = (
-        altair.layer(*layers, data=InlineData(values=_front_data(front, fronts, rows)))
+        altair.layer(*layers, data=InlineData(values=_front_data(front, fronts, rows, paper)))
         .transform_calculate(x="datum[cost]", y="datum[quality]")
         .transform_filter("isValid(datum.x) && isValid(datum.y)")
-        .transform_joinaggregate(least="min(x)", most="max(x)")
+        .transform_joinaggregate(most="max(x)")
         .transform_calculate(error="datum[quality + '_stderr'] || 0")
         .transform_calculate(
             low="datum.y - datum.error",
@@ -219,16 +226,12 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         )
         .transform_calculate(
             is_bold="datum.is_member || datum.is_full || datum.is_baseline",
-            is_trial="!datum.is_full && !datum.is_baseline",
-            is_left="datum.is_baseline && datum.x < 0.3 * datum.least + 0.7 * datum.most",
-            is_right="datum.is_baseline && datum.x >= 0.3 * datum.least + 0.7 * datum.most",
             fill=f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : 'white'",
             size="datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
         )
-        .transform_joinaggregate(num_members="sum(is_member)")
         .transform_calculate(
-            name="!datum.is_bold || indexof(datum.unnamed, pair) >= 0 ? '' : "
-            "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')"
+            name="datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
+            place=f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]",
         )
         .add_params(*_menus(front, costs, qualities, fronts))
         .resolve_axis(x="independent", y="independent")
@@ -252,25 +255,34 @@ def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Fr
     pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
     pair += f" + indexof({json.dumps(qualities)}, quality)"
     fulls = [[f.full["cost"], f.full["quality"]] if f.full else [None, None] for f in fronts]
-    plain = vanilla_of(front.table)
-
-    def cost_of_vanilla(placed: Front) -> float | None:
-        key, cost = placed.full["key"] if placed.full else "", placed.axes.cost
-        if cost == COSTS["evaluations"] and key:
-            return int(front.table["num_layers"][key])
-        return known(front.table.loc[plain[key]].to_dict(), cost) if key in plain else None
-
     return [
         menu("cost", costs, front.axes.cost),
         menu("quality", qualities, front.axes.quality),
         altair.param(name="pair", expr=pair),
         altair.param(name="full", expr=f"{json.dumps(fulls)}[pair]"),
-        altair.param(name="plain", expr=f"{json.dumps([*map(cost_of_vanilla, fronts)])}[pair]"),
         altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
         altair.param(name="is_loss", expr=is_one_of("quality", losses)),
         altair.param(name="hovered", value=""),
         altair.param(name="titles", value={n: metric_title(n) for n in (*costs, *qualities)}),
     ]
+
+
+def _cost_of_vanilla(front: Front, placed: Front) -> float | None:
+    """Return what vanilla of the full model's shape costs on other axes; None if it is unknown."""
+    plain, cost = vanilla_of(front.table), placed.axes.cost
+    key = placed.full["key"] if placed.full else ""
+    if cost == COSTS["evaluations"] and key:
+        return int(front.table["num_layers"][key])
+    return known(front.table.loc[plain[key]].to_dict(), cost) if key in plain else None
+
+
+def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
+    """Return where the paper's headline stands; None on axes where it means nothing."""
+    full, plain = placed.full, _cost_of_vanilla(front, placed)
+    if full is None or plain is None or not is_accuracy(placed.axes.quality):
+        return None
+    cost = plain + PAPER_OVERHEAD_SHARE * (full["cost"] - plain)
+    return cost, PAPER_KEPT_SHARE * full["quality"]
 
 
 def _steps(x: X, y: Y, color: Any) -> list[Any]:
@@ -286,32 +298,80 @@ def _steps(x: X, y: Y, color: Any) -> list[Any]:
 
 
 def _names(x: X, y: Y) -> list[Any]:
-    """Return the names of models on a white halo; `rank` counts those of a kind from the left."""
-    texts: list[Any] = []
+    """Return the names of models on a white halo, each at its place."""
+    look: dict[str, Any] = {
+        name: altair.ExprRef(f"{json.dumps(values)}[datum.place]")
+        for name, values in zip(("align", "dx", "dy"), zip(*NAME_PLACES, strict=True), strict=True)
+    }
+    named = Chart().transform_filter("datum.place >= 0").encode(x=x, y=y, text="name:N")
+    halo = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
+    return [named.mark_text(fontSize=12, **look, **halo), named.mark_text(fontSize=12, **look)]
 
-    def add(which: str, *conditions: str, align: Any = "right", **look: Any) -> None:
-        named = Chart().transform_filter(f"datum.name != '' && {which}")
-        named = named.transform_window(
-            rank="row_number()", sort=[altair.SortField(name) for name in ("x", "y")]
-        )
-        for condition in conditions:
-            named = named.transform_filter(condition)
-        for halo in ({"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}, {}):
-            text = named.mark_text(fontSize=12, align=align, **look, **halo)
-            texts.append(text.encode(x=x, y=y, text="name:N"))
 
-    # Above and left of a member no other model of the front is in the way of its name.
-    add("datum.is_trial", f"datum.num_members < {MANY_NAMES}", dx=-8, dy=-9)
-    add("datum.is_trial", f"datum.num_members >= {MANY_NAMES}", dx=-6, dy=-8, angle=45)
-    # Several full models may cost as much as each other.
-    add("datum.is_full", "datum.rank % 2 == 1", align="center", dy=-20)
-    add("datum.is_full", "datum.rank % 2 == 0", align="center", dy=24)
-    # Baselines alternate between below and above.
-    add("datum.is_left", "datum.rank % 2", align="left", dx=10, dy=7)
-    add("datum.is_left", "datum.rank % 2 == 0", align="left", dx=10, dy=-7)
-    add("datum.is_right", "datum.rank % 2", dx=-10, dy=9)
-    add("datum.is_right", "datum.rank % 2 == 0", dx=-10, dy=22)
-    return texts
+def place_names(
+    placed: Front, names: Mapping[str, str], width: float, mark: tuple[float, float] | None = None
+) -> dict[str, int]:
+    """Return key of a model -> the place of its name in `NAME_PLACES`, where nothing is covered.
+
+    The first names choose first. One that would cover another name, or end outside, has no place.
+
+    Args:
+        placed: The models on their axes.
+        names: Key -> name, of those that have one.
+        width: Of the chart, in pixels.
+        mark: A point that is no model.
+    """
+    rows = [row for row in placed.rows if math.isfinite(row["cost"] + row["quality"])]
+    if not rows:
+        return {}
+    errors = np.array([known(row, "error") or 0.0 for row in rows])
+    others = [mark] if mark else []
+    costs = np.array([*(row["cost"] for row in rows), *(cost for cost, _ in others)])
+    qualities = np.array([*(row["quality"] for row in rows), *(quality for _, quality in others)])
+    low, high = (qualities[: len(rows)] + side * errors for side in (-1, 1))
+
+    def pixels(values: Any, ends: Any, first: float, last: float) -> Any:
+        least, most = min(ends), max(ends)
+        share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
+        return first + (last - first) * share
+
+    def boxes(left: Any, top: Any, right: Any, bottom: Any) -> Any:
+        return np.stack(np.broadcast_arrays(left, top, right, bottom), axis=-1).reshape(-1, 4)
+
+    def covered(one: Any, other: Any) -> Any:
+        """Return the pixels of each box of the first kind that those of the other one cover."""
+        corners = np.minimum(one[:, None, 2:], other[None, :, 2:])
+        sides = corners - np.maximum(one[:, None, :2], other[None, :, :2])
+        return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
+
+    edges = (HEIGHT - PADDING_Y, PADDING_Y)[:: 1 if placed.axes.higher_is_better else -1]
+    heights = [*low, *high, *qualities]
+    x = pixels(costs, costs, PADDING_X, width - PADDING_X)
+    y, one_end, other_end = (pixels(each, heights, *edges) for each in (qualities, low, high))
+    points = boxes(x - 7, y - 7, x + 7, y + 7)
+    tops, bottoms = np.minimum(one_end, other_end), np.maximum(one_end, other_end)
+    bars = boxes(x[: len(rows)] - 1, tops, x[: len(rows)] + 1, bottoms)
+    inside = np.array([[2, 2, width - 2, HEIGHT - 2]])
+    taken = np.empty((0, 4))
+    found = {}
+    place_of = {row["key"]: number for number, row in enumerate(rows)}
+    shares = np.array([{"left": 0.0, "center": 0.5, "right": 1.0}[a] for a, _, _ in NAME_PLACES])
+    shifts = np.array([shift for _, *shift in NAME_PLACES], dtype=float)
+    for key, name in names.items():
+        if key not in place_of:
+            continue
+        own, size = place_of[key], LETTER_WIDTH * len(name)
+        left, middle = x[own] + shifts[:, 0] - shares * size, y[own] + shifts[:, 1]
+        reach = LINE_HEIGHT / 2
+        free = boxes(left, middle - reach, left + size, middle + reach)
+        over_names = covered(free, taken)
+        outside = size * LINE_HEIGHT - covered(free, inside)
+        costs_of = 100 * (over_names + outside) + 10 * covered(free, points) + covered(free, bars)
+        best = int(np.argmin(costs_of))
+        if over_names[best] + outside[best] < 1:
+            found[key] = best
+            taken = np.vstack([taken, free[best]])
+    return found
 
 
 def _share_axis(side: Any, part: int) -> Axis:
@@ -326,58 +386,71 @@ def _opacity(bold: float, faint: float) -> Any:
     return altair.condition("datum.is_bold", altair.value(bold), altair.value(faint))
 
 
-def _paper_mark(x: X, y: Y, shape: altair.Shape) -> list[Any]:
-    mark = (
-        Chart(InlineData(values=[{"group": PAPER_MARK}]))
-        .transform_calculate(
-            x=f"plain + {PAPER_OVERHEAD_SHARE} * (full[0] - plain)",
-            y=f"{PAPER_KEPT_SHARE} * full[1]",
-        )
-        .transform_filter("is_share && isValid(full[0]) && isValid(plain)")
-        .encode(x=x, y=y, shape=shape)
-    )
+def _paper_mark(places: Sequence[tuple[float, float] | None], x: X, y: Y, shape: Any) -> list[Any]:
+    values = [
+        {"group": PAPER_MARK, "number": number, "x": place[0], "y": place[1]}
+        for number, place in enumerate(places)
+        if place
+    ]
+    mark = Chart(InlineData(values=values)).transform_filter("datum.number == pair")
+    mark = mark.encode(x=x, y=y, shape=shape)
     looks = ({"stroke": "white", "strokeWidth": 8}, {"stroke": INK, "strokeWidth": 2.4})
     return [mark.mark_point(size=90, opacity=1, strokeCap="round", **look) for look in looks]
 
 
-def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> list[Row]:
+def _front_data(
+    front: Front,
+    fronts: Sequence[Front],
+    rows: Sequence[Row],
+    paper: Sequence[tuple[float, float] | None],
+) -> list[Row]:
     """Return the rows that are drawn: the shown models, and the members of all other fronts.
 
-    A row knows by the number of the pair of axes on which fronts it is.
+    A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
     """
+    all_rows = {row["key"]: row for row in (*front.rows, *front.unmeasured)}
+    needed = {row["key"] for row in front.shown}
+    needed |= {row["key"] for placed in fronts for row in placed.members}
+    if len(front.shown) == len(front.rows):
+        needed = set(all_rows)
     marks: dict[str, dict[str, list[int]]] = {
-        row["key"]: {"members": [], "knees": [], "unnamed": []} for row in rows
+        key: {"members": [], "knees": [], "places": []} for key in needed
     }
     for number, placed in enumerate(fronts):
         picks = [row["key"] for row in placed.picks.values()]
+        names: dict[str, str] = {}
         named: set[tuple[float, float]] = set()
         for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
             marks[row["key"]]["members"].append(number)
             point = row["cost"], row["quality"]
-            is_minor = len(placed.members) > MAX_NAMES and row["key"] not in picks
-            if is_minor or point in named:
-                marks[row["key"]]["unnamed"].append(number)
+            if point not in named and (len(placed.members) <= MAX_NAMES or row["key"] in picks):
+                names[row["key"]] = _label(all_rows[row["key"]])
             named.add(point)
         if placed.knee is not None:
             marks[placed.knee["key"]]["knees"].append(number)
-    are_all_shown = len(front.shown) == len(front.rows)
-    needed = {row["key"] for row in front.shown} | {k for k, m in marks.items() if m["members"]}
+            names[placed.knee["key"]] += " (knee)"
+        others = [row for row in placed.rows if row["role"] != "trial" and row["key"] not in names]
+        for row in sorted(others, key=lambda row: row["role"] != "teacher"):
+            names[row["key"]] = _label(all_rows[row["key"]])
+        drawn = replace(placed, table=placed.table[placed.table["key"].isin(needed)])
+        for width in NAME_WIDTHS:
+            places = place_names(drawn, names, width, paper[number])
+            for key, own in marks.items():
+                own["places"].append(places.get(key, -1))
     found = []
-    for row, place in zip(rows, (*front.rows, *front.unmeasured), strict=True):
-        key, sweep = row["key"], row.get("sweep")
-        if not are_all_shown and key not in needed:
+    for row in rows:
+        if (key := row["key"]) not in needed:
             continue
-        numbers = {
-            name: value
-            for name, value in row.items()
-            if name.startswith(("cost/", "quality/")) and value is not None
-        }
+        sweep, roles = row.get("sweep"), {"teacher": FULL_MODEL, "baseline": BASELINE}
         number = front.sweeps.index(sweep) if sweep else 0
-        roles = {"teacher": FULL_MODEL, "baseline": BASELINE}
         found.append(
             {
-                **numbers,
-                "label": _label(place),
+                **{
+                    name: value
+                    for name, value in row.items()
+                    if name.startswith(("cost/", "quality/")) and value is not None
+                },
+                "label": _label(all_rows[key]),
                 "group": roles.get(row["role"], sweep or TRIAL),
                 "color": SERIES_COLORS[number % len(SERIES_COLORS)],
                 **marks[key],

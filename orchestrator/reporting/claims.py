@@ -372,7 +372,7 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
     return Section(
         title=CLAIMS_TITLE,
-        sentences=[EXPLANATION],
+        explanations=[EXPLANATION],
         tables=[Table(columns, rows, title)],
         notes=[f"{c.number} {c.text}: {c.about}." for c in claims],
         data={"claims": [asdict(c) for c in claims]},

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
@@ -21,29 +21,29 @@ from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 
 COST_NOUNS = {
-    "cost/evaluations": "NFE",
-    "cost/relative_evaluations": "NFE",
-    "cost/flops_per_token": "FLOPs",
-    "cost/relative_flops": "FLOPs",
-    "cost/kv_bytes_per_token": "key/value cache",
-    "cost/decode_ms_per_token": "decoding time",
+    "cost/evaluations": ("evaluations", "NFE"),
+    "cost/flops_per_token": ("FLOPs", ""),
+    "cost/kv_bytes_per_token": ("key/value cache", "bytes"),
+    "cost/decode_ms_per_token": ("decoding time", "ms"),
 }
-_KEPT = f"{KEPT_SHARE:.0%} of the full model's quality"
+"""Cost -> what it is called in sentences, and its unit."""
 HIGH_CONFIDENCE = 0.95
 
 
 def findings(front: Front) -> list[str]:
-    """Return what the front says, the most useful sentence first."""
-    full = front.full
+    """Return what the front says: in one sentence, then how sure that is, and what stands beside
+    it."""
+    full, kept = front.full, front.cheapest_keeping(KEPT_SHARE)
     if full is None:
         return [f"No trial has been measured in {front.axes.in_words} yet."]
-    kept = front.cheapest_keeping(KEPT_SHARE)
     kept = None if kept is full else kept
-    sentences = _about_keeping(front, full, kept)
-    if front.knee is not None and front.knee is not kept:
-        sentences.append(f"The knee of the front is {describe_model(front, front.knee)}.")
-    if front.best is not None and all(front.best is not row for row in (kept, front.knee, full)):
-        sentences.append(f"The best model is {describe_model(front, front.best)}.")
+    sentences = [_headline(front, full, kept)]
+    if kept is not None and (sure := front.keeps(kept)) is not None:
+        sentences.append(_how_sure(front, full, kept, sure))
+    others = {"knee of the front": front.knee, "best model": front.best}
+    for name, row in others.items():
+        if row is not None and row is not kept and row is not full:
+            sentences.append(f"The {name} is {describe_model(front, row)}.")
     choice = kept or full
     for baseline in (row for row in front.rows if row["role"] == "baseline" and row is not choice):
         peer = None
@@ -64,9 +64,68 @@ def findings(front: Front) -> list[str]:
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
-    if any(measured == front.axes.quality for _, measured, _ in front.intervals):
-        sentences.append(_about_confidence(front))
-    return sentences
+    return list(dict.fromkeys(sentences))
+
+
+def _headline(front: Front, full: Row, kept: Row | None) -> str:
+    """Return what a reader should take from the front, in one sentence."""
+    name = metric_title(front.axes.quality).lower()
+    quality = name if is_accuracy(front.axes.quality) else f"quality ({name})"
+    if kept is not None:
+        keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
+        return f"{keeps} {_at_cost(front, kept)}."
+    cheaper = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
+    nearest = max(cheaper, key=lambda row: front.share(row) or 0.0, default=None)
+    said = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
+    if nearest is None:
+        return f"{said}."
+    return (
+        f"{said}; {nearest['label']} comes nearest, with {_share(front, nearest)} "
+        f"{_at_cost(front, nearest)}."
+    )
+
+
+def _of(full: Row) -> str:
+    return f"{'the ' if full['label'] == 'teacher' else ''}{full['label']}'s"
+
+
+def _share(front: Front, row: Row) -> str:
+    """Return how much of the full model's quality a model keeps, at most all of it."""
+    share = min(front.share(row) or 0.0, 1.0)
+    return "100%" if share > 0.9995 else f"{share:.1%}"
+
+
+def _at_cost(front: Front, row: Row) -> str:
+    """Return a cost beside the full model's: `at half of its evaluations (4 of 8 NFE)`."""
+    assert front.full is not None
+    noun, unit = COST_NOUNS.get(front.axes.cost, (metric_title(front.axes.cost), ""))
+    part = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
+    share = "half" if f"{part:.0%}" == "50%" else f"{part:.0%}"
+    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])} {unit}".rstrip()
+    return f"at {share} of its {noun} ({costs})"
+
+
+def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
+    """Return how sure it is that a model keeps its share, and which model surely does."""
+    said = (
+        f"That {kept['label']} keeps {KEPT_SHARE:.0%} has a confidence of {confidence_text(sure)}"
+    )
+    if (on_front := known(kept, ON_FRONT_METRIC)) is not None:
+        said += f", that it is on the front one of {confidence_text(on_front)}"
+    surely = [
+        row
+        for row in front.rows
+        if row["is_candidate"]
+        and row["cost"] < full["cost"]
+        and (front.keeps(row) or 0.0) >= HIGH_CONFIDENCE
+    ]
+    if sure >= HIGH_CONFIDENCE:
+        return f"{said}."
+    at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
+    if not surely:
+        return f"{said}; no cheaper model than {full['label']} keeps it {at_least}."
+    cheapest = describe_model(front, min(surely, key=lambda row: row["cost"]))
+    return f"{said}; the cheapest that keeps it {at_least} is {cheapest}."
 
 
 def describe_model(front: Front, row: Row) -> str:
@@ -74,65 +133,28 @@ def describe_model(front: Front, row: Row) -> str:
     full, share = front.full, front.share(row)
     text = f"{row['label']} with {_quality(front, row)}"
     if full is not None and share is not None and full["cost"]:
-        noun = COST_NOUNS.get(front.axes.cost, metric_title(front.axes.cost))
-        text += (
-            f", {share:.1%} of the full model's, at {row['cost'] / full['cost']:.0%} of its {noun} "
-            f"({cost_text(row['cost'])} of {cost_text(full['cost'])})"
-        )
-    if row is full:
+        text += f", {share:.1%} of {_of(full)}, {_at_cost(front, row)}"
+    if row is full or (sure := front.keeps(row)) is None:
         return text
-    claims = {
-        f"keeps {100 * front.kept_share:.4g}%": front.keeps(row),
-        "is on the front": known(row, ON_FRONT_METRIC),
-    }
-    certain = [
-        f"{claim} with confidence {confidence_text(number)}"
-        for claim, number in claims.items()
-        if number is not None
-    ]
-    return f"{text}; it {' and '.join(certain)}" if certain else text
+    return f"{text}; it keeps {100 * front.kept_share:.4g}% with confidence {confidence_text(sure)}"
 
 
-def _about_keeping(front: Front, full: Row, kept: Row | None) -> list[str]:
-    keeps = {
-        row["key"]: sure
-        for row in front.rows
-        if row["is_candidate"] and (sure := front.keeps(row)) is not None
-    }
-    cheaper = [row for row in front.rows if row["key"] in keeps and row["cost"] < full["cost"]]
-    if kept is not None:
-        sentences = [f"The cheapest model that keeps {_KEPT} is {describe_model(front, kept)}."]
-    else:
-        sentences = [f"No cheaper model keeps {_KEPT}."]
-        likeliest = max(cheaper, key=lambda row: keeps[row["key"]], default=None)
-        if likeliest is not None:
-            likely = describe_model(front, likeliest)
-            sentences.append(f"The model that most likely keeps it is {likely}.")
-    if keeps and not (kept is not None and keeps.get(kept["key"], 0.0) >= HIGH_CONFIDENCE):
-        confident = [row for row in cheaper if keeps[row["key"]] >= HIGH_CONFIDENCE]
-        at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
-        if confident:
-            cheapest = describe_model(front, min(confident, key=lambda row: row["cost"]))
-            sentences.append(f"The cheapest model that keeps it {at_least} is {cheapest}.")
-        elif kept is not None:
-            sentences.append(f"No cheaper model keeps {_KEPT} {at_least}.")
-    return sentences
-
-
-def _about_confidence(front: Front) -> str:
+def confidence_note(front: Front) -> list[str]:
+    """Return the sentence on what confidences mean; none without any."""
     basis = front.basis
-    assert basis is not None
+    if basis is None:
+        return []
     left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
     covered = (
         "It covers the seeds of models that have several, but no other trainings."
         if any(len(row["seeds"]) > 1 for row in front.rows)
         else "It does not cover other trainings."
     )
-    return (
+    return [
         f"A confidence is the share of {basis.num_resamples:,} draws in which the claim holds. "
         f"Each draw samples {basis.num_items:,} of the {basis.num_items:,} items that all models "
         f"answered, with replacement{left_out if basis.num_left_out else ''}. {covered}"
-    )
+    ]
 
 
 def _about_random_start(front: Front, full: Trial) -> list[str]:
@@ -245,6 +267,27 @@ class PickRule:
         if self.name == "budget":
             return f"budget-{self.budget:.6g}".replace(".", "_").replace("+", "")
         return self.name
+
+
+def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: Any) -> PickRule:
+    """Return the rule that is given by the name of its option; `keep` when none is.
+
+    Raises:
+        UserError: If several are given, or a confidence with another rule than `keep`.
+    """
+    asked = {"keep": keep, **others}
+    given = {name: v for name, v in asked.items() if v is not None and v is not False}
+    if len(given) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"pick takes one rule; got {options}")
+    name, value = next(iter(given.items()), ("keep", KEPT_SHARE))
+    kind: Any = name.removesuffix("_for")
+    if name == "keep":
+        return PickRule(name=kind, share=value, confidence=confidence)
+    if confidence:
+        raise UserError("--confidence can be used with --keep only")
+    numbers: dict[str, Any] = {"budget": {"budget": value}, "draft": {"model": value}}
+    return PickRule(name=kind, **numbers.get(kind, {}))
 
 
 def pick_from_front(front: Front, rule: PickRule) -> Row:

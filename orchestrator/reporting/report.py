@@ -9,8 +9,10 @@ the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +30,17 @@ from orchestrator.reporting.claims import (
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.depth_curve import teacher_depths
 from orchestrator.reporting.elastic_section import elastic_section
-from orchestrator.reporting.findings import findings
+from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import (
     COSTS,
     Front,
     FrontAxes,
+    known,
     sweep_front,
 )
 from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
 from orchestrator.reporting.results import (
+    SETTINGS_TITLE,
     Curve,
     StoredSweep,
     history_folder,
@@ -50,11 +54,11 @@ from orchestrator.reporting.sections import Section, render_json, render_markdow
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
-    hypervolume_text,
     model_table,
     models_table,
     task_tables,
 )
+from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.files import json_text, write_text
 from orchestrator.workspace.journal import now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace
@@ -92,6 +96,8 @@ class SweepReport:
     """Sentences to read before the findings, such as that the tasks differ."""
     depths: Sequence[Section] = ()
     """The depth curves of teachers that were measured."""
+    about: str = ""
+    """What was trained: data, model, tokens and date."""
     elastic: Section | None = None
     """Elastic weights against separate students, if the sweep has both."""
     claims: Sequence[Claim] = ()
@@ -99,12 +105,17 @@ class SweepReport:
 
     @property
     def sentences(self) -> list[str]:
-        """The notes and the findings."""
-        return [*self.notes, *findings(self.front)]
+        """What the front says in one sentence, the notes, then the other findings."""
+        first, *more = findings(self.front)
+        return [first, *self.notes, *more]
 
     @property
     def title(self) -> str:
         """Heading of picture and page."""
+        return self.about or self._name
+
+    @property
+    def _name(self) -> str:
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def brief(self) -> list[Section]:
@@ -117,23 +128,32 @@ class SweepReport:
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
         front, influence, knee = self.front, self.influence, self.front.knee
-        found = [Section(notes=self.sentences)]
+        first, *more = self.sentences
+        counts = f"{len(front.rows)} models, {len(front.members)} on the front"
+        found = [Section(sentences=[first, f"{self._name}: {counts}."])]
         if front.rows:
-            volume = hypervolume_text(front)
-            counts = f"{len(front.rows)} models, {len(front.members)} on the front"
-            sentences = [f"{counts}; {volume}." if volume else f"{counts}.", LEGEND]
             chart = front_chart(front, title=self.title, mark_paper=True)
+            explanations = [LEGEND, *confidence_note(front)]
             found.append(
-                Section(title="The front", sentences=sentences, chart=chart, picture="front")
+                Section(chart=chart, picture="front", notes=more, explanations=explanations)
             )
+        else:
+            found.append(Section(notes=more))
         if self.claims:
             found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
-        if tasks := task_tables(front):
-            found.append(Section(title="Task by task", sentences=[TASK_TABLES_NOTE], tables=tasks))
         if self.elastic:
             found.append(self.elastic)
+        if tasks := task_tables(front):
+            found.append(
+                Section(
+                    title="Task by task",
+                    is_folded=True,
+                    tables=tasks,
+                    explanations=[TASK_TABLES_NOTE],
+                )
+            )
         if influence is not None and any(influence.rows()):
             chart = influence_chart(
                 influence.rows(),
@@ -145,16 +165,19 @@ class SweepReport:
             found.append(
                 Section(
                     title=f"Influence of each correction ({influence.metric})",
+                    is_folded=True,
                     sentences=[INFLUENCE_LEGEND],
                     chart=chart,
                     picture="influence",
                     tables=[influence_table(influence)],
                 )
             )
-        found += self.depths
+        found += (replace(section, is_folded=True) for section in self.depths)
         for title, curves in self.curves.items():
-            found.append(Section(title=title, chart=curves_chart(title, curves)))
-        return found + [Section(title=title, facts=facts) for title, facts in self.facts.items()]
+            found.append(Section(title=title, is_folded=True, chart=curves_chart(title, curves)))
+        return found + [
+            Section(title=title, is_folded=True, facts=facts) for title, facts in self.facts.items()
+        ]
 
     def write_files(self, folder: Path) -> list[Path]:
         """Write all files and return them; no picture and no page if the front has no model."""
@@ -239,7 +262,7 @@ def write_sweep_report(
             front = front.with_runs(tracked)
             sweep.store(workspace)
     curves = dict(read_training_curves(sweep, front.with_curves))
-    if not axes.slug:
+    if not axes.slug and sweep.is_search:
         curves |= read_history_curves(history_folder(place, sweep.key))
     elastic = None
     if any(result.is_elastic for result in sweep.results):
@@ -247,6 +270,7 @@ def write_sweep_report(
     depths = teacher_depths(sweep.results, notes)
     report = SweepReport(
         name=sweep.name,
+        about=_about(sweep, front, recorded_times(sweep.folder(workspace))),
         front=front,
         influence=sweep.influence,
         curves=curves,
@@ -276,6 +300,24 @@ def write_sweep_report(
             tracking().publish(run)
             tracking().wait()
     return WrittenReport(report, folder, tuple(files))
+
+
+def _about(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:
+    """Return data, model, tokens and date of a sweep, as far as they are known."""
+    settings, full = sweep.facts.get(SETTINGS_TITLE, {}), front.full
+    names = ("data.depth.tasks", "data.hub_name", "data.files", "data.source")
+    data = next((text for name in names if (text := str(settings.get(name) or "()")) != "()"), "")
+    parts = [re.sub(r"[()']|,\)$", "", data).rstrip(",")]
+    if full is not None:
+        trial = full["trial"]
+        parts.append(f"{trial.method} {trial.schedule_text}".strip())
+        for number, noun in (("cost/num_parameters", "parameters"), ("train/tokens", "tokens")):
+            if value := known(trial.numbers, number):
+                parts.append(f"{format_parameters(value)} {noun}")
+    if times:
+        ended = datetime.fromtimestamp((times[1] or times[0]) / 1000, UTC)
+        parts.append(f"{ended.day} {ended:%B %Y}")
+    return ", ".join(filter(None, parts)) if data else ""
 
 
 def _overlay_report(

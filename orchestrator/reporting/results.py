@@ -47,6 +47,8 @@ LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
+SETTINGS_TITLE, PROVENANCE_TITLE = "Settings", "Provenance"
+"""Titles of the facts that hold the settings, and what the sweep was made with."""
 DESCRIBING_COLUMNS = ("name", "role", "method", "num_layers", "schedule", "threshold")
 """What the table says of a model beside its numbers."""
 
@@ -73,6 +75,11 @@ class StoredSweep(Record):
             *(f"Run {name}: {reason}." for name, reason in left_out.items()),
             *(f"Chance of {task}: {chance}." for task, chance in chances.items()),
         ]
+
+    @property
+    def is_search(self) -> bool:
+        """Whether its trials were suggested one after the other."""
+        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "search"
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import installed_version
 
 ROW_STYLES = {"baseline": "cyan", "member": "bold", "dominated": "dim"}
-LAST_PHONE_PRIORITY = 3
+LAST_PHONE_PRIORITY = 2
 """A phone leaves out the columns that are less important than this."""
-STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
-"""Light to dark, one for each number of corrections; higher numbers share the last."""
+PAGE_WIDTH = 152
+"""Letters of a table that a page of 1280 pixels has room for."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ class TableRow:
     kind: str = ""
     """How a model is shown: `baseline`, `member`, `full` or `dominated`."""
     key: str = ""
-    schedule: tuple[int, ...] | None = None
-    """The page shows it as a strip with a cell for each layer."""
     is_first: bool = False
     """Whether it begins a group of rows, with a line above."""
 
@@ -70,11 +68,6 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[TableRow]
     title: str = ""
-
-    @property
-    def has_strips(self) -> bool:
-        """Whether rows have an iteration schedule."""
-        return any(row.schedule is not None for row in self.rows)
 
     def to_markdown(self) -> str:
         """Return the table in Markdown; members of the front are bold."""
@@ -88,45 +81,50 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield what the terminal has room for; no name and no number is broken.
 
-        First the least important columns are dropped. If the others are still too wide, the numbers
-        follow each other in several tables, each with the names before them.
+        If the columns that are never dropped are too wide, the numbers follow each other in several
+        tables, each with the names before them.
         """
-        widths = [
-            max(cell_len(line) for text in (column.title, *texts) for line in text.split("\n"))
-            for column, texts in zip(self.columns, self._texts(), strict=True)
-        ]
-
-        def width(columns: Iterable[int]) -> int:
-            # Two spaces after each column, one before all.
-            return sum(widths[number] + 2 for number in columns) + 1
-
-        shown = [*range(len(self.columns))]
-        while width(shown) > options.max_width:
-            least = max(shown, key=lambda number: self.columns[number].priority)
-            if not self.columns[least].priority:
-                break
-            shown.remove(least)
+        shown = self.fitting(options.max_width)
         names = [n for n in shown if self.columns[n].is_text or not n]
         parts: list[list[int]] = [[]]
         for number in shown:
             if number not in names:
-                if parts[-1] and width([*names, *parts[-1], number]) > options.max_width:
+                if parts[-1] and self._width([*names, *parts[-1], number]) > options.max_width:
                     parts.append([])
                 parts[-1].append(number)
         for part in parts:
-            columns = sorted([*names, *part])
-            yield self._part(columns, widths, self.title if part is parts[0] else "")
+            yield self._part(sorted([*names, *part]), self.title if part is parts[0] else "")
 
-    def _texts(self) -> list[list[str]]:
-        return [[row.cells[number] for row in self.rows] for number in range(len(self.columns))]
+    def fitting(self, width: int) -> list[int]:
+        """Return the numbers of the columns that fit into so many letters; the least important ones
+        are dropped first."""
+        shown = [*range(len(self.columns))]
+        while self._width(shown) > width:
+            least = max(shown, key=lambda number: self.columns[number].priority)
+            if not self.columns[least].priority:
+                break
+            shown.remove(least)
+        return shown
 
-    def _part(self, shown: Sequence[int], widths: Sequence[int], title: str) -> RichTable:
+    @cached_property
+    def _widths(self) -> list[int]:
+        texts = [[column.title] for column in self.columns]
+        for row in self.rows:
+            for own, cell in zip(texts, row.cells, strict=True):
+                own += cell.split("\n")
+        return [max(map(cell_len, own)) for own in texts]
+
+    def _width(self, columns: Iterable[int]) -> int:
+        # Two spaces after each column, one before all.
+        return sum(self._widths[number] + 2 for number in columns) + 1
+
+    def _part(self, shown: Sequence[int], title: str) -> RichTable:
         table = RichTable(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = "left"
         for number in shown:
             column = self.columns[number]
             # If even that is too wide, only the names are cut.
-            width = widths[number] if number else None
+            width = self._widths[number] if number else None
             justify: Any = "left" if column.is_text else "right"
             table.add_column(column.title, justify=justify, no_wrap=True, min_width=width)
         for row in self.rows:
@@ -151,8 +149,10 @@ class Section:
     """A part of a report."""
 
     title: str = ""
+    is_folded: bool = False
+    """Whether a page shows it only when its title is clicked."""
     sentences: Sequence[str] = ()
-    """Explanations; a terminal has no room for them."""
+    """What comes first; a terminal has no room for it."""
     chart: Mapping[str, Any] | None = None
     """In the JSON of Vega-Lite."""
     picture: str = ""
@@ -160,6 +160,8 @@ class Section:
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
     """What can be concluded, as a list."""
+    explanations: Sequence[str] = ()
+    """How to read it, in sentences that a page folds and a terminal leaves out."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Names and values, such as settings and provenance."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -201,7 +203,7 @@ def render_markdown(title: str, sections: Iterable[Section]) -> str:
         for table in section.tables:
             content += [f"### {table.title}"] if table.title else []
             content.append(table.to_markdown())
-        content.append(bullets(section.notes))
+        content += [bullets(section.notes), *section.explanations]
         content.append(bullets(f"{name}: {value}" for name, value in section.facts.items()))
         if any(content):
             parts += [f"## {section.title}" if section.title else "", *content]
@@ -235,7 +237,7 @@ def _template() -> Any:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["sort_value"] = sort_value
-    environment.globals["strip_colors"] = STRIP_COLORS
+    environment.globals["page_width"] = PAGE_WIDTH
     page = resources.files("orchestrator.reporting") / "page.html"
     return environment.from_string(page.read_text(encoding="utf-8"))
 

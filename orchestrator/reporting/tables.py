@@ -42,9 +42,9 @@ COST_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
     "cost/relative_flops": ("FLOPs", 4, "{:.0%}".format),
     COSTS["kv"]: ("KV/token", 7, format_bytes),
     COSTS["ms"]: ("ms/token", 3, "{:.2f}".format),
-    "cost/overhead_evaluations": ("+NFE", 8, "{:g}".format),
-    "cost/overhead_ms_per_token": ("+ms", 8, "{:.2f}".format),
-    "cost/overhead_share": ("overhead", 6, "{:.0%}".format),
+    "cost/overhead_evaluations": ("+NFE", 14, "{:g}".format),
+    "cost/overhead_ms_per_token": ("+ms", 13, "{:.2f}".format),
+    "cost/overhead_share": ("overhead", 5, "{:.0%}".format),
 }
 """Tracked name -> title, priority, and how a number is written."""
 TASK_TABLES_NOTE = (
@@ -83,25 +83,6 @@ def confidence_text(share: float | None) -> str:
     if share > 0.99:
         return ">0.99"
     return "<0.01" if share < 0.01 else f"{share:.2f}"
-
-
-def hypervolume_text(front: Front) -> str:
-    """Return the hypervolume and the box that it is a share of; empty if there is none."""
-    volume, box = front.hypervolume, front.hypervolume_box
-    if volume is None or box is None:
-        return ""
-    quality, cost = metric_title(front.axes.quality).lower(), metric_title(front.axes.cost)
-    is_percent = is_accuracy(front.axes.quality)
-    low, high = (
-        format_with_error(number, None, is_percent=is_percent) + ("%" if is_percent else "")
-        for number in (box.quality, box.full_quality)
-    )
-    # Abbreviations such as FLOPs keep their capitals.
-    cost = cost if cost[:2].isupper() else cost[0].lower() + cost[1:]
-    return (
-        f"hypervolume {volume:.3f}, as a share of the box from 0 to {cost_text(box.cost)} "
-        f"({cost}) and from {quality} {low} to the full model's {high}"
-    )
 
 
 def row_kind(row: Row) -> str:
@@ -148,7 +129,7 @@ def models_table(front: Front, title: str = "") -> Table:
     text("schedule", lambda row: str(row["label"]))
     if front.sweeps:
         text("sweep", lambda row: str(row["sweep"]))
-    computed("threshold", 6, threshold)
+    computed("threshold", 9, threshold)
     if cost not in COST_COLUMNS:
         number(SHORT_TITLES.get(cost, metric_title(cost)), 0, cost, "{:.4g}".format)
     for name, (head, priority, form) in COST_COLUMNS.items():
@@ -163,10 +144,10 @@ def models_table(front: Front, title: str = "") -> Table:
     if quality != "quality/bits_per_byte":
         number("bits/byte", 5, "quality/bits_per_byte", "{:.3f}".format)
     computed("of full", 2, kept)
-    computed(f"vs {full}", 8, difference)
+    computed(f"vs {full}", 6, difference)
     computed(
         f"P({KEPT_SHARE:.0%})",
-        9,
+        8,
         lambda row: None if row is front.full else confidence_text(front.keeps(row)),
     )
     number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
@@ -181,7 +162,6 @@ def models_table(front: Front, title: str = "") -> Table:
             [cells[n][number] for n in shown],
             kind=row_kind(row),
             key=row["key"],
-            schedule=row["trial"].schedule,
         )
         for number, row in enumerate(front.shown)
     ]

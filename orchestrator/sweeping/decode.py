@@ -110,11 +110,11 @@ def with_drafts(
 
 
 def text_of(tokens_folder: Path) -> TokenStore:
-    """Return the text of prepared data, whose beginnings are continued, or raise `UserError`."""
+    """Return the text of prepared data, or raise `UserError`."""
     parts = open_data(tokens_folder).parts
     if found := next((part for part in parts if isinstance(part, TokenStore)), None):
         return found
-    raise UserError("--drafts measures generated text, and the data of this sweep has none")
+    raise UserError(f"this is measured on text, and the data {tokens_folder.name} has none")
 
 
 def _measure_drafts(

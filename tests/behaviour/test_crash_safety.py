@@ -264,10 +264,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tokens")) for n in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
+    return CASES[request.param]
 
 
 def test_a_crash_leaves_the_old_state_or_the_new_one(

@@ -12,7 +12,7 @@ import pytest
 from orchestrator import plan_sweep, sweep
 from orchestrator.models.folder import load_config, served_schedules
 from orchestrator.pipelines.evaluating import evaluate
-from orchestrator.pipelines.generating import Sampling, generate
+from orchestrator.pipelines.generating import generate
 from orchestrator.pipelines.models import pick
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.settings import Settings, resolve_settings
@@ -75,7 +75,7 @@ def test_weights_are_trained_once_and_students_only_to_compare(
     found = evaluate(settings, workspace=workspace, models=[teacher.checkpoint]).evaluations
     [evaluation] = found.values()
     assert evaluation.quality()["accuracy"] == teacher.numbers["quality/accuracy"]
-    [text] = generate(["<|0|><|1|>"], workspace=workspace, sampling=Sampling(max_new_tokens=3))
+    [text] = generate(["<|0|><|1|>"], workspace=workspace, max_new_tokens=3)
     assert re.fullmatch(r"(<\|\d\|>){1,3}", text)
     with pytest.raises(UserError, match="cannot read 'Once'"):
         generate(["Once"], workspace=workspace)

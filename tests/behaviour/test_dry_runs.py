@@ -14,7 +14,7 @@ from commands import settings_options
 from fake_runs import end_trials, trained
 from small_size import SMALL
 
-from orchestrator import PlannedSweep, measure_influence, plan_sweep, prepare, sweep
+from orchestrator import PlannedSweep, measure_influence, plan_sweep, sweep
 from orchestrator.cli import build_app
 from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import resolve_settings
@@ -140,21 +140,3 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
         if name in ("sweep-threshold", "search"):
             assert "4 of 4 trials are finished and reused" in printed
     assert tree(workspace.root) == before
-
-
-def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path) -> None:
-    settings = resolve_settings({}, SMALL)
-    unprepared = plan_sweep(settings, workspace=tmp_path)
-    prepare(settings, workspace=tmp_path)
-    before = tree(tmp_path)
-    prepared = plan_sweep(settings, workspace=tmp_path)
-    assert tree(tmp_path) == before
-    assert "tokens are not prepared" in " ".join(unprepared.sentences)
-    assert "tokens are not prepared" not in " ".join(prepared.sentences)
-    assert "the teacher is not trained" in " ".join(prepared.sentences)
-    # The teacher and the model without corrections share a first stage.
-    recipe, student = settings.training, settings.distillation.training
-    num_steps = 3 * recipe.num_steps - round(recipe.num_steps * recipe.iterate_from_fraction)
-    number = num_steps * recipe.num_tokens_per_step
-    number += settings.sweep.num_schedules * student.num_steps * student.num_tokens_per_step
-    assert prepared.price.num_tokens == unprepared.price.num_tokens == number

@@ -218,38 +218,6 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(
     assert "checkpoint:" in distilled
 
 
-@pytest.mark.long
-def test_distilled_baselines_stand_beside_the_front(
-    finished: tuple[Path, str], ray_session: None
-) -> None:
-    workspace, _ = finished
-    arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]
-    arguments += ["--name", "fair", *small()]
-    plan = run_here(*arguments, "--dry-run", workspace=workspace)
-    labels = ["vanilla, 3 layers, distilled", "1 of 3 layers", "2 of 3 layers"]
-    assert all(label in plan for label in labels), plan
-    assert "3 distinct schedules; 4 distilled baselines" in plan
-    run_here(*arguments, workspace=workspace)
-    again = run_here(*arguments, "--dry-run", workspace=workspace)
-    assert "10 of 10 trials are finished and reused" in again
-    folder = workspace / "sweeps" / "fair"
-    table = (folder / "front.md").read_text()
-    assert all(word in table for word in ("parameters", *labels)), table
-    results = json.loads((folder / "results.json").read_text())["results"]
-    distilled = {r["label"]: r for r in results if r["role"] == "baseline" and r["parent"]}
-    assert len(distilled) == 4
-    flops = "cost/flops_per_token"
-    [*_, student] = [result for result in results if result["role"] == "trial"]
-    cost = distilled[labels[0]]["numbers"][flops]
-    assert cost == pytest.approx(student["numbers"][flops], rel=0.05)
-    for result in distilled.values():
-        journal = workspace / Path(result["checkpoint"]).parent / "journal.jsonl"
-        assert "train/kl" in journal.read_text()
-    assert "1 of 3 layers" in (folder / "front.html").read_text()
-    picked = run_here("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
-    assert " layers" not in picked, "a baseline is never picked"
-
-
 def test_sweep_iterations_compares_methods_at_their_best_rates(
     tmp_path: Path, ray_session: None
 ) -> None:
@@ -275,31 +243,6 @@ def interrupted(process: Started) -> str:
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, f"left behind: {alive}"
     return printed
-
-
-@pytest.mark.long
-def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: None) -> None:
-    options = small(
-        "training.num_steps=300", "training.validate_every_steps=150",
-        "training.checkpoint_every_steps=1000000",
-    )  # fmt: skip
-
-    def steps() -> list[int]:
-        records = [r for run in tmp_path.glob("runs/*") for r in read_journal(run)[0]]
-        return [record["step"] for record in records if record["kind"] == "metrics"]
-
-    process = Started("pretrain", *options, "--workspace", str(tmp_path))
-    process.wait_for(lambda: any(steps()))
-    interrupted(process)
-    [saved] = tmp_path.glob("runs/*/step_*")
-    step = int(saved.name.removeprefix("step_"))
-    assert 0 < step < 300
-    before = steps()
-    # Ray has nothing that it needs.
-    assert "checkpoint:" in run_here("pretrain", "--local", *options, workspace=tmp_path)
-    after = steps()[len(before) :]
-    assert min(after) > step, "it went on, not over"
-    assert max(after) == 300
 
 
 TWO_TRIALS = [

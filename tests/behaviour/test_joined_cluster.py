@@ -29,7 +29,7 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import RunFailed, UserError
 
-folder, other_code, secret, cases = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folder, other_code, secret, may_mount = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 small = {"object_store_memory": 80 * 2**20, "num_cpus": 1}
 head = {**small, "num_cpus": 0, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -64,38 +64,33 @@ def wait_for(num_nodes):
 
 report = {}
 try:
-    if "good" in cases:
-        report["no nodes yet"] = join()
+    report["no nodes yet"] = join()
     cluster.add_node(**small)
-    if "token" in cases:
-        program = "import sys; from orchestrator.cluster.ray import ray_cluster; " + (
-            "from orchestrator.settings import ClusterSettings; "
-            "ray_cluster(ClusterSettings(address=sys.argv[1])).__enter__()"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program, cluster.address],
-            env={**os.environ, "RAY_AUTH_TOKEN": "b" * 32}, capture_output=True, text=True,
-        )
-        report["token"] = done.stderr
-    if "command" in cases:
-        options = ["--address", cluster.address, "--steps", "2", "--verbose"]
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli", "pretrain", "-w", str(folder), *options],
-            env={**os.environ, **new}, capture_output=True, text=True,
-        )
-        report["command"] = [done.returncode, done.stdout + done.stderr]
-    if "good" in cases:
-        node = cluster.add_node(**small)
-        report["good"] = join()
-        report["left over"] = [path.name for path in folder.iterdir()]
-        cluster.remove_node(node)
-        wait_for(2)
-    if "code" in cases:
-        node = cluster.add_node(**small, env_vars={"PYTHONPATH": other_code})
-        report["code"] = join()
-        cluster.remove_node(node)
-        wait_for(2)
-    if "workspace" in cases:
+    program = "import sys; from orchestrator.cluster.ray import ray_cluster; " + (
+        "from orchestrator.settings import ClusterSettings; "
+        "ray_cluster(ClusterSettings(address=sys.argv[1])).__enter__()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, cluster.address],
+        env={**os.environ, "RAY_AUTH_TOKEN": "b" * 32}, capture_output=True, text=True,
+    )
+    report["token"] = done.stderr
+    node = cluster.add_node(**small)
+    report["good"] = join()
+    report["left over"] = [path.name for path in folder.iterdir()]
+    cluster.remove_node(node)
+    wait_for(2)
+    options = ["--address", cluster.address, "--steps", "2", "--verbose"]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "pretrain", "-w", str(folder), *options],
+        env={**os.environ, **new}, capture_output=True, text=True,
+    )
+    report["command"] = [done.returncode, done.stdout + done.stderr]
+    node = cluster.add_node(**small, env_vars={"PYTHONPATH": other_code})
+    report["code"] = join()
+    cluster.remove_node(node)
+    wait_for(2)
+    if may_mount:
         start = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--address", cluster.address,
             "--num-cpus=1", "--object-store-memory=83886080", "--block",
@@ -115,19 +110,20 @@ print(json.dumps(report))
 """
 
 
-def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
-    """Join a cluster with the nodes of these cases in a process of its own; return its report."""
-    words = str(folder), str(other_code), SECRET, cases
-    variables = {"PYTHONPATH": str(ROOT)}
-    printed = run_driver(DRIVER, *words, timeout=240, in_scratch=True, variables=variables)
-    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return report
-
-
 @pytest.mark.long
 def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path: Path) -> None:
+    other, space = tmp_path / "code", tmp_path / "space"
+    for package in ("iiet", "orchestrator"):
+        shutil.copytree(ROOT / package, other / package)
+    with (other / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    space.mkdir()
     may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
-    report = joined(tmp_path, "token good workspace" if may_mount else "token good")
+    words = str(space), str(other), SECRET, "mount" if may_mount else ""
+    variables = {"PYTHONPATH": str(ROOT)}
+    printed = run_driver(DRIVER, *words, timeout=400, in_scratch=True, variables=variables)
+    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
+
     assert report["no nodes yet"] == [], "a cluster whose nodes come later is joined"
     assert report["good"] == [[[SECRET, "1", None, "1", "2"], "the hub refused ***"]] * 2
     assert report["left over"] == []
@@ -136,24 +132,11 @@ def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path
     elsewhere = report.get("workspace", "does not see what this machine writes in --workspace")
     assert "does not see what this machine writes in" in elsewhere
     assert "--workspace" in elsewhere
-
-
-@pytest.mark.long
-def test_no_secret_is_written_by_workers_and_a_node_with_other_code_is_refused(
-    tmp_path: Path,
-) -> None:
-    other, space = tmp_path / "code", tmp_path / "space"
-    for package in ("iiet", "orchestrator"):
-        shutil.copytree(ROOT / package, other / package)
-    with (other / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
-        file.write("# another version\n")
-    space.mkdir()
-    report = joined(space, "command code", other)
+    assert "the code of iiet-orch: " in report["code"]
+    assert "install the same on all nodes" in report["code"]
     code, output = report["command"]
     assert code == 0, output
     assert SECRET not in output
     files = [path for path in space.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
-    assert "the code of iiet-orch: " in report["code"]
-    assert "install the same on all nodes" in report["code"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,27 +145,6 @@ finally:
     nodes.shutdown()
 """
 
-STUCK = """
-from orchestrator.cluster.ray import alive_nodes
-from orchestrator.workspace.errors import RunFailed
-
-def lose_all(run):
-    for node in [*nodes.worker_nodes]:
-        nodes.remove_node(node, allow_graceful=False)
-    while alive_nodes():
-        time.sleep(0.1)
-    return True  # It had found a place just before.
-
-train.JobRun._find_place = lose_all
-train.FIRST_START_SECONDS = 3.0
-try:
-    train.run_train_jobs([job], ClusterSettings(num_gpus=2, min_gpus=1))
-except RunFailed as error:
-    print(error)
-finally:
-    nodes.shutdown()
-"""
-
 
 def disturbed(
     code: str,
@@ -223,14 +201,3 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(
     steps = iter(range(10**6))
     run_job(whole, should_stop=lambda: next(steps) == max(varied))
     assert varied == pytest.approx(curve(whole), abs=1e-4)
-
-
-@pytest.mark.long
-def test_a_job_of_variable_size_that_loses_all_nodes_while_it_starts_fails_in_time(
-    tiny_job: Callable[..., TrainingJob], tmp_path: Path
-) -> None:
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(tiny_job("run").model_dump(mode="json")))
-    variables = {"IIET_PRETENDED_GPUS": "1"}
-    printed = run_driver(NODES + STUCK, str(path), "fewer", timeout=120, variables=variables)
-    assert "run failed: there was no place for 3 s (0 of 1 GPUs are free); add nodes" in printed

@@ -96,11 +96,15 @@ def test_the_commands_in_python_run(
         return read_settings(name, [*SMALL, *(changes or [])])
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IIET_WORKSPACE", "elsewhere")  # The page sets it.
     monkeypatch.setattr(orchestrator, "read_settings", read_small)
     shutil.copytree(small_sweep, "my-workspace")  # Its models are found again; students are added.
     names: dict[str, object] = {}
     exec(blocks(PYTHON_PAGE, "python")[1], names)
     assert len(names["found"].evaluations) == 2  # type: ignore[attr-defined]
+    exec(blocks(PYTHON_PAGE, "python")[2], names)
+    assert names["text"]
+    assert (tmp_path / "my-export" / "config.json").is_file()
     assert not names["result"].failures  # type: ignore[attr-defined]
     assert [*tmp_path.glob("my-workspace/sweeps/*/front.html")]
     # The README's lines: the same sweep in the same workspace, with fewer schedules.

@@ -35,32 +35,17 @@ pytestmark = pytest.mark.long
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "Once upon a time there was a dog who lived in a small village.",
     "Water boils at a temperature of",
-    "The largest planet of the solar system is",
     "1, 2, 3, 5, 8, 13,",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "To bake bread, you need flour, water,",
-    "import numpy as np\n\n\ndef mean(values):\n",
-    "SELECT name, age FROM people WHERE",
-    "| city | country |\n| --- | --- |\n| Rome |",
     "Question: How many legs does a spider have?\nAnswer:",
-    "In the year 1969, the first",
-    "La capitale de l'Allemagne est",
     "Das Wetter ist heute",
-    "The quick brown fox",
     "- milk\n- eggs\n-",
-    "He opened the door slowly, because he was afraid that",
-    "Photosynthesis is the process by which",
     "x² + y² = r² is the equation of a",
 ]
 QUESTIONS = {
     "What is the capital of France?": 64,  # The page's.
-    "What is the capital of Germany?": 48,
     "Write a sentence about the sea.": 48,
-    "How many days has a week?": 48,
     "Translate 'good morning' into French.": 48,
-    "Name three colours.": 48,
 }
 """Question -> tokens of an answer."""
 

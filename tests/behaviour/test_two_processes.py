@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
 from commands import Started
-from same_run import curve, events, in_folder
+from same_run import events, in_folder
 
 from orchestrator.cluster import task
 from orchestrator.cluster.task import run_local_jobs
@@ -52,19 +50,6 @@ except Interrupted as error:
 print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
 """
 
-UNDER_RAY = """
-import json, sys
-from orchestrator.cluster.train import run_train_jobs
-from orchestrator.records.training import TrainingJob
-
-def note(text):
-    print(text, flush=True)
-
-if __name__ == "__main__":
-    jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
-    outcomes = run_train_jobs(jobs, note=note)
-    print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
-"""
 
 WAITING = "waiting for another process, which trains run\n"
 
@@ -181,27 +166,3 @@ def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
         assert chosen == [job]
         run_job(job)
     assert outcomes[job.run_folder].finished
-
-
-@pytest.mark.long
-def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
-    job: TrainingJob, start: Start
-) -> None:
-    job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"num_steps": 400})})
-    killed = start(job, script=UNDER_RAY)
-    killed.wait_for(lambda: events(job, "started"))
-    trainer = psutil.Process(events(job, "started")[0]["pid"])
-    killed.wait_for(lambda: find_checkpoints(job.folder))
-    trainer.suspend()
-    processes = [waiting(start, job, script=UNDER_RAY) for _ in range(2)]
-    killed.kill()
-    killed.wait()
-    trainer.resume()
-    first, second = (result(process) for process in processes)
-    assert first == second
-    [resumed] = events(job, "resumed")
-    assert resumed["step"] >= 10
-    torch.set_num_threads(resumed["num_threads"])
-    whole = run_job(in_folder(job, "whole"))
-    assert curve(job) == curve(in_folder(job, "whole"))
-    assert weights_key(Path(first[0]["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))

@@ -1,4 +1,4 @@
-"""Every measured number of README and docs/results.md comes from a JSON file of the ledger."""
+"""Every measured number of README and research/results.md comes from a JSON file of the ledger."""
 
 from __future__ import annotations
 

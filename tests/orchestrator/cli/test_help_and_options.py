@@ -16,14 +16,11 @@ from orchestrator import cli
 from orchestrator.cli.command import Group
 from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
-    DistillationSettings,
     SearchSettings,
     Section,
     Settings,
     SweepSettings,
-    TrainingSettings,
 )
-from orchestrator.settings.files import SIZES
 from orchestrator.workspace.errors import UserError
 
 
@@ -142,25 +139,3 @@ def test_a_quiet_command_prints_its_result_only(
     assert cli.main(command) == 0
     assert "found again" in capsys.readouterr().out
     assert "\x1b" not in line, "no colours in a pipe"
-
-
-def test_choices_are_those_of_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    choices = {
-        "distill --control": allowed(DistillationSettings, "control"),
-        "sweep-threshold --cost": allowed(SweepSettings, "budget_unit"),
-        "sweep-threshold --selection": allowed(SweepSettings, "selection"),
-        "pretrain --dtype": allowed(TrainingSettings, "precision"),
-        "report --cost": tuple(COSTS),
-        "report --quality": tuple(QUALITIES),
-        "config init --size": SIZES,
-    }
-    monkeypatch.setenv("COLUMNS", "200")
-    for words, names in choices.items():
-        *command, option = words.split()
-        assert cli.main([*command, "--help"]) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        assert f"{option} CHOICE {', '.join(names)}. " in " ".join(
-            printed.replace("│", " ").split()
-        )

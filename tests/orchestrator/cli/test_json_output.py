@@ -1,14 +1,14 @@
-"""`--json`: standard output holds the JSON alone, and docs/json.md names its keys."""
+"""`--json`: standard output holds the JSON alone, and the reference of commands names its keys."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import generated_pages
 import pytest
 import torch
 from file_modes import only_readable
@@ -19,31 +19,25 @@ from typer.main import get_command
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
+from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.data.store import open_tokens
 from orchestrator.pipelines.sweeps import SweepResult, report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "json.md"
 Keys = tuple[set[str], set[str]]
 """Keys that are always there, and all keys."""
 
 
 def _documented() -> dict[str, Keys]:
-    """Return the keys that the page names, by command."""
+    """Return the keys that the reference names, by command and options."""
     found: dict[str, Keys] = {}
-    for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
-        heading, _, body = part.partition("\n")
-        always: set[str] = set()
-        optional: set[str] = set()
-        for cell in re.findall(r"^\| (`[^|]*) \|", body, flags=re.MULTILINE):
-            (optional if "optional" in cell else always).update(re.findall(r"`([^`]+)`", cell))
-        if other := re.search(r"All keys of `([^`]+)`", body):
-            always |= found[other[1]][0]
-            optional |= found[other[1]][1]
-        for name in heading.split(", "):
-            found[name] = (always, always | optional)
+    for name in COMMANDS_BY_NAME:
+        for options, texts in generated_pages.json_keys(name).items():
+            assert all(texts.values()), (name, options, texts)
+            always = {key for key, text in texts.items() if not text.startswith("(optional)")}
+            found[f"{name} {options}".strip()] = always, set(texts)
     return found
 
 
@@ -63,14 +57,15 @@ def _check(name: str, found: dict[str, Any]) -> None:
     assert always <= set(found) <= every, set(found) ^ always
 
 
-def test_every_command_with_json_has_its_keys_on_the_page() -> None:
+def test_every_command_with_json_has_its_keys_in_the_reference() -> None:
     with_json = {
         name
         for name, command in _commands(get_command(cli.build_app()))
         if any("--json" in parameter.opts for parameter in command.params)
     }
-    assert with_json == {name.partition(" --")[0].removesuffix(" running") for name in DOCUMENTED}
-    assert all(always for always, _ in DOCUMENTED.values())
+    assert with_json == {name for name in COMMANDS_BY_NAME if generated_pages.json_keys(name)}
+    page = generated_pages.command_line_page()
+    assert "`evaluate --compare --json`:\n\n| key | content |" in page
 
 
 @pytest.fixture(scope="module")

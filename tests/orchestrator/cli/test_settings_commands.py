@@ -98,21 +98,6 @@ def test_init_writes_a_valid_commented_file(
     assert tree["sweep"]["kind"] == "threshold"
 
 
-def test_init_asks_for_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdin", Terminal("text/*.txt\n55m\n"))
-    _printed(capsys, "config", "init")
-    settings = read_settings(tmp_path / "my-sweep.yaml")
-    assert (settings.data.files, settings.model.preset) == (("text/*.txt",), "55m")
-    _printed(capsys, "config", "init", "--hub", "someone/texts", "--force")
-    assert read_settings(tmp_path / "my-sweep.yaml").data.hub_name == "someone/texts"
-
-
 def test_a_mistake_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

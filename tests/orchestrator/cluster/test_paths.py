@@ -23,8 +23,6 @@ from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 PAGE = Path(ROOT) / "docs" / "architecture.md"
-COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/session.finish"]
-PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 DEPTH = (
     "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
     "model.context_length=8"
@@ -46,23 +44,6 @@ def arguments(command: str, workspace: Path, *options: str) -> list[str]:
     settings = [*SMALL, *DEPTH.split(), "training.num_steps=1"]
     sets = [word for setting in settings for word in ("--set", setting)]
     return [command, "--workspace", str(workspace), *options, *sets]
-
-
-def test_the_path_of_a_pretraining_without_ray(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stacks: list[list[str]] = []
-    step = torch.optim.AdamW.step
-
-    def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
-        stacks.append(own_calls(sys._getframe(1)))
-        return step(self, closure)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    assert cli.main(arguments("pretrain", tmp_path / "workspace", "--local")) == 0
-    (stack,) = stacks
-    trains = ["cluster/task.run_local_jobs", "training/trainer.run_job", "training/trainer.train"]
-    assert stack == [*COMMAND, *PIPELINE, *trains]
 
 
 def test_the_path_of_a_sweep_is_the_documented_one(

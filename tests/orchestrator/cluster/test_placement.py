@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from orchestrator.cluster.ray import Placement, job_placement
-from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import Node, Resources
-from orchestrator.settings import SweepSettings, resolve_settings
+from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError
 
 HEAD = Node(8)
@@ -23,10 +22,6 @@ CLUSTERS = [
     (Node(2),), (Node(16, 2),), (Node(3), Node(3)), (Node(7), Node(2), Node(5)),
     DOCUMENTED, UNEQUAL, FEW_CPUS, (Node(1, 1), Node(31, 4)), (Node(0, 8), Node(16, 2)),
 ]  # fmt: skip
-
-
-def placement(cpus: int, gpus: int = 0, num_trials: int = 100, **sweep: float) -> Placement:
-    return trial_placement(SweepSettings.model_validate(sweep), num_trials, (Node(cpus, gpus),))
 
 
 def trial_placement(
@@ -91,16 +86,6 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes: tuple[
             assert found.jobs_at_once == num_jobs or not fits(nodes, Placement(**more)), found
 
 
-def test_jobs_on_cpus_share_all_cpus_evenly() -> None:
-    for cpus, workers, trials in itertools.product(range(1, 17), range(1, 5), range(1, 6)):
-        if workers <= cpus:
-            found = placement(cpus, num_trials=trials, workers_per_trial=workers)
-            assert found.jobs_at_once == min(trials, cpus // workers)
-            assert found.cpus == cpus // (found.jobs_at_once * workers)
-    one = [job_placement(1, workers, 0, Resources(DOCUMENTED)).cpus for workers in (1, 4, 5, 9)]
-    assert one == [64, 64, 32, 21], "on nodes, not of their sum"
-
-
 @pytest.mark.parametrize(
     ("nodes", "num_gpus", "at_once", "cpus", "on_one_node"),
     [
@@ -121,30 +106,12 @@ def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
     assert (found.jobs_at_once, found.cpus, found.on_one_node) == (at_once, cpus, on_one_node)
 
 
-@pytest.mark.parametrize("gpus_per_trial", [None, 0.5, 2])
-def test_a_run_uses_its_own_gpus_only_of_a_larger_cluster(gpus_per_trial: float | None) -> None:
-    assignments = ["cluster.num_gpus=4"]
-    if gpus_per_trial:
-        assignments.append(f"sweep.gpus_per_trial={gpus_per_trial}")
-    settings = resolve_settings({}, assignments)
-    found = trial_placement(assign_trial_gpus(settings).sweep, 100, DOCUMENTED)
-    assert found.jobs_at_once * found.workers * found.gpus == 4
-
-
 def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> None:
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
         found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
         assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
     with pytest.raises(UserError, match=r"cluster\.min_gpus=16: .* has .*cluster\.min_gpus=12"):
         job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
-
-
-def test_trials_share_a_gpu() -> None:
-    assert placement(16, 2, gpus_per_trial=0.25) == Placement(
-        jobs_at_once=8, workers=1, cpus=2, gpus=0.25, on_one_node=True
-    )
-    assert placement(16, 2, gpus_per_trial=0.25, trials_at_once=3).jobs_at_once == 3
-    assert placement(8, trials_at_once=50).jobs_at_once == 8, "more than fit are cut down"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pretended_cluster import run_driver
 
 from orchestrator import cli
 from orchestrator.cluster import prepare_environment, ray
@@ -102,37 +101,6 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
         **given, "RAY_AUTH_TOKEN": None,
     }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_environment_is_restored_and_is_that_of_rays_import() -> None:
-    # In a process of its own: one with a running Ray must keep its token.
-    program = (
-        "import os, sys, orchestrator.cluster.task, orchestrator.cluster.train\n"
-        "from orchestrator.cluster.ray import address_variables, ray_environment\n"
-        "print('ray' not in sys.modules, os.environ['RAY_USAGE_STATS_ENABLED'] == '0')\n"
-        "names = address_variables('local')\n"
-        "found = lambda: [os.environ.get(name) for name in names]\n"
-        "before = found()\n"
-        "with ray_environment('local'):\n"
-        "    import ray\n"
-        "    inside = found()\n"
-        "print(inside != before, found() == before)\n"
-        "with ray_environment('local'):\n"
-        "    print(found() == inside)\n"
-        "try:\n"
-        "    with ray_environment('head:6379'): pass\n"
-        "except ValueError as error: print('another' in str(error))\n"
-    )
-    assert run_driver(program, timeout=60).split() == ["True"] * 6
-    program = (
-        "import ray\n"
-        "from orchestrator.cluster.ray import ray_environment\n"
-        "try:\n"
-        "    with ray_environment('local'): pass\n"
-        "except ValueError as error: print('loopback' in str(error))\n"
-    )
-    assert run_driver(program, timeout=60).split() == ["True"]
 
 
 def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ import pytest
 import torch
 from pretended_cluster import pretended_cluster
 
-from orchestrator import cli
 from orchestrator.cluster import task
 from orchestrator.cluster.task import command_device, run_local_jobs, trial_device
 from orchestrator.cluster.train import run_train_jobs
@@ -306,49 +305,3 @@ def test_a_gpu_that_runs_out_of_memory_ends_the_job_with_the_setting_to_change(
     monkeypatch.setattr(torch.autograd, "backward", run_out)
     with pytest.raises(UserError, match=r"on cpu \(no space\).* --set training\.num_sequences_per"):
         run_local_jobs([tiny_job(num_tokens_per_step=2**15)])
-
-
-def test_a_local_training_refuses_several_workers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    several = ["--local", "--set", "cluster.num_workers=2", "-w", str(tmp_path / "ws")]
-    assert cli.main(["pretrain", *several]) == 2
-    assert "--local trains in this process alone" in capsys.readouterr().err
-    assert not list((tmp_path / "ws").glob("runs/*"))
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.training import plan_distill, plan_models, run_distill, run_trainings
-from orchestrator.settings import resolve_settings
-from orchestrator.workspace.layout import Workspace
-
-nothing = lambda *_, **__: None
-tracking = SimpleNamespace(publish=nothing, wait=nothing)
-recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
-sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_length": 16}
-settings = resolve_settings(
-    {"model": sizes, "training": recipe, "distillation": {"training": recipe}}
-)
-workspace = Workspace(Path(sys.argv[1]))
-(tokens,) = workspace.tokens.iterdir()
-context = Context(workspace, tracking=tracking)
-models = plan_models({"iiet": settings}, workspace, tokens, local=True)
-teacher = run_trainings(models, context)["iiet"].checkpoint
-options = {"workspace": workspace, "teacher": teacher, "local": True}
-run_distill(plan_distill(settings, schedules=["1"], **options), context)
-print(*{"ray"} & set(sys.modules))
-"""
-
-
-@pytest.mark.slow
-def test_ray_is_not_imported(tmp_path: Path, tiny_tokens: Path) -> None:
-    shutil.copytree(tiny_tokens, tmp_path / "tokens" / tiny_tokens.name)
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
-    assert len(list(tmp_path.rglob("done.json"))) == 2

@@ -22,7 +22,6 @@ from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal
@@ -218,26 +217,6 @@ def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
     num_starts = 2 if fault == "killed" else 1  # Trying again cannot help the others.
     assert time.monotonic() - starts[num_starts] < 60
     assert len(events(job, "started")) == num_starts
-
-
-@pytest.mark.long
-def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
-    ray_session: None, make_job: MakeJob
-) -> None:
-    job = make_job("full", num_steps=4000, checkpoint_every_steps=4000)
-    pressed: list[int] = []
-
-    def watch() -> None:
-        if not pressed and curve(job):
-            pressed.append(events(job, "started")[0]["pid"])
-            # The system refuses to write more into one file of the worker, as a full disk does.
-            psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(CheckpointWriteFailed, match=r"run was stopping; nothing was saved$"):
-        run_train_jobs([job], watch=watch)
-    assert pressed
-    assert not find_checkpoints(job.folder)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from changed_trials import in_folder, with_job
 from list_queue import ListQueue, run_queue
-from pretended_cluster import run_driver
 
 from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace
 from orchestrator.models.open import load_model
@@ -172,27 +171,6 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
 
 
 @pytest.mark.long
-def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
-    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
-) -> None:
-    trials = [shared(tiny_plan.trials[n], tmp_path / str(n)) for n in (1, 2)]
-    victim = with_job(trials[0], {"num_steps": 400, "checkpoint_every_steps": 20})
-    killed: list[int] = []
-
-    def kill_a_worker() -> None:
-        records, _ = read_journal(Path(victim.folder))
-        if not killed and any(r.get("name") == "checkpoint" for r in records):
-            killed.append(next(r["pid"] for r in records if r.get("name") == "started"))
-            os.kill(killed[0], signal.SIGKILL)
-
-    ended = run_with_two([victim, trials[1]], tmp_path / "sweep", kill_a_worker)
-    assert killed
-    assert all(result for result, _ in ended.values()), ended
-    names = [r.get("name") for r in read_journal(Path(victim.folder))[0]]
-    assert "resumed" in names, "it continued from its checkpoint"
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     num_workers: int, tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
@@ -230,56 +208,3 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
         assert time.monotonic() < give_up, "the workers keep their CPUs"
         time.sleep(0.2)
-
-
-JOINING = """
-import os, pathlib, sys, time
-import orchestrator.cluster  # sets what Ray reads when it is imported
-from ray.cluster_utils import Cluster
-
-small = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
-head = {**small, "num_cpus": 0, "include_dashboard": False}
-nodes = Cluster(initialize_head=True, head_node_args=head)
-nodes.add_node(num_cpus=1, **small)
-os.environ["RAY_ADDRESS"] = nodes.address
-folder = pathlib.Path(sys.argv[1])
-sys.path.insert(0, sys.argv[2])
-
-from list_queue import ListQueue, run_queue
-from orchestrator.cluster.ray import ray_cluster
-from orchestrator.records.trial import Trial
-
-trial = Trial.model_validate_json((folder / "trial.json").read_text())
-
-
-def function(trial, place):
-    import ray
-    # All wait until two run at once, on different nodes.
-    (folder / f"{trial.key}.{ray.get_runtime_context().get_node_id()}").touch()
-    while len({path.suffix for path in folder.glob("[0-9].*")}) < 2:
-        time.sleep(0.05)
-    return trial
-
-
-def watch():
-    if list(folder.glob("[0-9].*")) and not joined:
-        joined.append(nodes.add_node(num_cpus=1, **small))
-
-
-joined = []
-try:
-    with ray_cluster():
-        trials = [trial.model_copy(update={"key": str(number)}) for number in range(4)]
-        queue = ListQueue(trials, watch=watch)
-        ended = run_queue(queue, function, folder / "sweep")
-        assert all(result for result, _ in ended.values()), ended
-        assert queue.most_at_once == 2, queue.most_at_once
-finally:
-    nodes.shutdown()
-"""
-
-
-@pytest.mark.long
-def test_a_node_that_joins_later_gets_trials(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    (tmp_path / "trial.json").write_text(tiny_plan.trials[0].model_dump_json())
-    run_driver(JOINING, str(tmp_path), str(Path(__file__).parents[2]), timeout=300)

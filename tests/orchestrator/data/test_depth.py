@@ -20,7 +20,7 @@ from orchestrator.data.depth import (
 )
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import random_bits
-from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
+from orchestrator.data.preparation import prepare
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -126,19 +126,6 @@ def opened(folder: Path, *tasks: str, **changes: int) -> DepthStore:
     data = open_data(prepare(data_settings(*tasks, **changes), Workspace(folder)))
     assert isinstance(data, DepthStore)
     return data
-
-
-def test_prepared_once_and_found_again(tmp_path: Path) -> None:
-    workspace, settings = Workspace(tmp_path), data_settings("phop_3", length=32)
-    expected = expected_tokens(settings, None)
-    assert find_prepared(settings, workspace.tokens) is None
-    folder = prepare(settings, workspace)
-    assert find_prepared(settings, workspace.tokens) == folder == prepare(settings, workspace)
-    data = open_data(folder)
-    assert data.describe() == "phop_3 (chance 25%), sequences of 32 tokens"
-    assert (data.vocab_size, data.fingerprint) == (5, folder.name)
-    assert (expected.vocab_size, expected.context_length) == (5, 32)
-    assert prepare(data_settings("phop_4", length=32), workspace) != folder
 
 
 def test_sequences_depend_on_seed_and_position_alone(tmp_path: Path) -> None:

@@ -165,17 +165,6 @@ def test_prepared_once_and_found_again_also_elsewhere(
     verify_data(moved.tokens / folder.name, always=True)
 
 
-def test_other_shares_read_the_same_tokens(
-    mixture: MixtureStore, text: Path, workspace: Workspace
-) -> None:
-    other = data_settings(text, {"files": 0.5, "phop_2": 0.5})
-    data = open_data(prepare(other, workspace))
-    assert data.fingerprint != mixture.fingerprint
-    assert data.texts[0].folder == mixture.texts[0].folder
-    reordered = data_settings(text, dict(reversed(SHARES.items())))
-    assert find_prepared(reordered, workspace.tokens) == mixture.folder
-
-
 def test_damaged_tokens_of_a_text_are_found_and_written_again(
     mixture: MixtureStore, settings: DataSettings, workspace: Workspace
 ) -> None:
@@ -221,17 +210,6 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     assert prepare(settings, Workspace(workspace.root / "other")).name == folder.name
 
 
-def test_a_loaded_tokenizer_gets_the_symbols_once(
-    mixture: MixtureStore, text: Path, tmp_path: Path
-) -> None:
-    plain = data_settings(text, SHARES, tokenizer=str(mixture.texts[0].tokenizer_path))
-    loaded = open_data(prepare(plain, Workspace(tmp_path / "other")))
-    assert loaded.fingerprint == mixture.fingerprint
-    with_symbols = data_settings(text, SHARES, tokenizer=str(mixture.tokenizer_path))
-    with pytest.raises(UserError, match=r"cannot get <\|0\|> as a new token"):
-        prepare(with_symbols, Workspace(tmp_path / "third"))
-
-
 def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Workspace) -> None:
     texts = open_data(prepare(two_texts(text, {"files": 0.5, "hub": 0.5}), workspace))
     assert isinstance(texts, MixtureStore)
@@ -244,14 +222,3 @@ def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Worksp
     assert tasks.num_validation_tokens is None
     with pytest.raises(UserError, match=r"more than model\.context_length=8"):
         tasks.check_length(8)
-
-
-def test_bad_mixtures_are_errors() -> None:
-    for shares, reason in (
-        ({"python": 0.6, "phop_6": 0.3}, r"sum to 0\.9; they must sum to 1"),
-        ({"python": 1.0, "phop_6": 0}, r"share of phop_6 is 0; it must be above 0"),
-        ({"python": 0.5, "pjop_6": 0.5}, "'pjop_6' is not a source; sources are pyt"),
-        ({"python": 0.5, "phop_0": 0.5}, "phop_0 has depth 0"),
-    ):
-        with pytest.raises(UserError, match=reason):
-            resolve_settings({"data": {"source": "mixture", "shares": shares}})

@@ -146,19 +146,10 @@ def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(
             texts(files(tmp_path / name))
 
 
-def test_a_record_of_parquet_is_named_with_its_row(tmp_path: Path) -> None:
-    table = pyarrow.table({"body": ["x", None, "y"], "id": [1, 2, 3]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
-    assert texts(files(tmp_path / "a.parquet", text_field="body")) == ["x", "y"]
-    with pytest.raises(UserError, match=r"a\.parquet: there is no field 'text' but 'body', 'id'"):
-        texts(files(tmp_path / "a.parquet"))
-    with pytest.raises(UserError, match=r"a\.parquet, row 1: the field 'id' holds 1, which is not"):
-        texts(files(tmp_path / "a.parquet", text_field="id"))
-
-
 # The hub, and folders that its library reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_data_set_is_streamed_file_by_file(tmp_path: Path, kind: str) -> None:
     def write(num_files: int) -> None:

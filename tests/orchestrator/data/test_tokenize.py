@@ -218,14 +218,3 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
 
 
 tokenize_train = tokenize.train_tokenizer
-
-
-def test_progress_shows_rates(several: DataSettings, tmp_path: Path) -> None:
-    shown: list[str] = []
-
-    class Texts(Progress):
-        def advance(self, done: float, text: str = "", **_: Any) -> None:
-            shown.append(f"{done:.0f}: {text}")
-
-    write_text(several, tmp_path / "tokens", "key", Texts(), num_processes=1)
-    assert re.fullmatch(r"\d+: [\d,]+ tokens, [\d,]+ tokens/s, [\d.]+ \wi?B/s", shown[-1])

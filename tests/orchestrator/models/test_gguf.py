@@ -27,7 +27,6 @@ from orchestrator.models.gguf import read_gguf
 from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.pipelines import generating
-from orchestrator.pipelines.generating import Sampling
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError
@@ -282,7 +281,7 @@ def test_answers_are_those_of_transformers(
     greedy = stock.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.size(1) :]
     expected = tokenizer.decode(greedy, skip_special_tokens=True)
     options: dict[str, Any] = {"workspace": workspace, "chat": True, "system": "in 12"}
-    options["sampling"] = Sampling(max_new_tokens=12)
+    options["max_new_tokens"] = 12
     streamed = "".join(generating.generate_stream("a bag", **options))
     assert streamed == expected.rstrip("\ufffd")
     assert generating.generate(["a bag"], **options) == [streamed]

@@ -105,14 +105,16 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert report.page is not None
     assert report.page.is_file()
     assert report.to_pandas().equals(trials)
+    # In a notebook: the picture and the table, and a line.
+    shown = report._repr_html_()
+    assert all(part in shown for part in ("<svg", "accuracy %", report.title))
+    assert repr(report).startswith("ReportResult(title=")
+    assert len(repr(report)) < 400
 
-    rule = orchestrator.PickRule(name="best")
-    picked = orchestrator.plan_pick(workspace=workspace, sweep="mine", rule=rule)
+    picked = orchestrator.plan_pick("mine", workspace=workspace, best=True)
     assert picked.sentence
     assert picked.to_pandas()["method"].tolist() == ["iiet"]
-    [text] = orchestrator.generate(
-        ["The"], workspace=workspace, model=full, sampling=orchestrator.Sampling(max_new_tokens=4)
-    )
+    [text] = orchestrator.generate(["The"], workspace=workspace, model=full, max_new_tokens=4)
     assert isinstance(text, str)
 
 

@@ -170,7 +170,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
         assert quality.items() <= result.numbers.items()
         assert load_item_values(workspace, [result]) == {result.key: found}
     folder = export(
-        Settings(evaluation=settings), workspace=workspace, model=checkpoint, to=tmp_path / "out"
+        checkpoint, workspace=workspace, settings=Settings(evaluation=settings), to=tmp_path / "out"
     )
     assert (
         f"| first | acc | {measured[0].numbers['quality/first/acc']:.4f} |"

@@ -28,7 +28,7 @@ from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
-from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -165,16 +165,16 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
     other = save_tiny(tmp_path / "other", initializer_std=0.1)
     options: dict[str, Any] = {"workspace": workspace, "to": tmp_path / "out", "measure": False}
     for _ in range(2):
-        export(Settings(), model=checkpoint, **options)
+        export(checkpoint, **options)
     for refused in ({"model": other}, {"model": checkpoint, "schedule": "1,0"}):
         with pytest.raises(UserError, match=r"out is an export of another model.*--force.*--to"):
-            export(Settings(), **options, **refused)
+            export(**options, **refused)
     assert load_model(tmp_path / "out").config == load_model(checkpoint).config
-    export(Settings(), model=other, force=True, **options)
+    export(other, force=True, **options)
     assert load_model(tmp_path / "out").config == load_model(other).config
     (tmp_path / "out" / "README.md").unlink()  # Nothing says then whose weights these are.
     with pytest.raises(UserError, match="out is an export of another model"):
-        export(Settings(), model=other, **options)
+        export(other, **options)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
@@ -189,9 +189,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "progress": Silent()}
     for to in ("/proc/x/y", "a file/x", 300 * "x"):
         with pytest.raises(UserError, match=r"cannot write .*[xy] \(.*\); choose another .*--to"):
-            export(Settings(), to=tmp_path / to, **options)
+            export(to=tmp_path / to, **options)
     with pytest.raises(UserError, match="--schedule"):
-        export(Settings(), schedule="1,1,1", **options)
+        export(schedule="1,1,1", **options)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -59,6 +59,7 @@ NAMES = {
     "iiet_orch.tasks": {"broken_task": "of_mine_broken:Task"},
     "iiet_orch.data_sources": {"letters": "of_mine:Letters", "broken_source": "of_mine_broken:A"},
     "iiet_orch.loggers": {"broken_logger": "of_mine_broken:Logger"},
+    "iiet_orch.depth": {"broken_kind": "of_mine_broken:Kind"},
 }
 BROKEN = "import iiet\nraise ImportError('libfoo.so is\\nmissing')\n"
 
@@ -79,6 +80,7 @@ def test_the_tables_hold_this_projects_classes_first() -> None:
         "iiet_orch.tasks": "paper",
         "iiet_orch.data_sources": "python",
         "iiet_orch.loggers": "tensorboard",
+        "iiet_orch.depth": "ouro",
     }
     for table in extension_points():
         assert all(table[name] for name in table.own)
@@ -206,7 +208,7 @@ def test_doctor_lists_what_packages_add(
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     found = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(found) == 8
+    assert len(found) == 9
     usable = {
         f"the {what} of {PACKAGE} 1.0"
         for what in ("influence metric distance", "data source letters")

@@ -191,9 +191,11 @@ def test_the_function_takes_a_schedule_and_loads_neither_mlflow_nor_lm_eval(
     writer: TextGenerator, tmp_path: Path
 ) -> None:
     none = IterationSchedule((0, 0))
-    options: dict[str, Any] = {"workspace": tmp_path, "model": writer.checkpoint, "sampling": FEW}
+    options: dict[str, Any] = {"workspace": tmp_path, "model": writer.checkpoint}
+    options["max_new_tokens"] = FEW.max_new_tokens
     pruned = TextGenerator(writer.checkpoint, none).continue_all(["abc", "a"], FEW)
     assert generating.generate(["abc", "a"], schedule="0", **options) == pruned
+    assert generating.generate("abc", schedule="0", **options) == pruned[0]
     assert "".join(generating.generate_stream("abc", schedule="0", **options)) == pruned[0]
     heavy = {"ray", "mlflow", "lm_eval", "transformers", "datasets", "pandas"}
     code = f"import sys, orchestrator.pipelines.generating; print(*{heavy!r} & {{*sys.modules}})"

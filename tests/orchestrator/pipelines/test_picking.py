@@ -22,7 +22,6 @@ from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.reporting.findings import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.workspace.errors import UserError
@@ -41,8 +40,8 @@ NAME = "iiet-2x16"
 """Method and size of the models."""
 
 
-def pick_from(context: Context, sweep: str | None, rule: PickRule, **options: Any) -> PickResult:
-    return pick(workspace=context.workspace, sweep=sweep, rule=rule, **options)
+def pick_from(context: Context, sweep: str | None, **options: Any) -> PickResult:
+    return pick(sweep, workspace=context.workspace, **options)
 
 
 @pytest.fixture
@@ -83,9 +82,9 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 
 
 def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
-    choice = pick_from(context, None, PickRule(name="keep"))
+    choice = pick_from(context, None)
     assert choice.point.key == "cheap"
-    assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
+    assert "99.6% of the teacher's, at 60% of its evaluations (3 of 5 NFE)" in choice.sentence
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence
@@ -148,8 +147,7 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
         ]
         changed = sweep.model_copy(update={"name": name, "results": (full, *drafts)})
         changed.store(context.workspace)
-        rule = PickRule(name="draft", model="teacher")
-        choice = pick_from(context, name, rule, to=tmp_path / name)
+        choice = pick_from(context, name, draft_for="teacher", to=tmp_path / name)
         model = IIETForCausalLM.from_pretrained(choice.folder)
         assert version_of(context, NAME, "draft").description == choice.sentence
         return choice, IterationSchedule(model.config.schedule)
@@ -177,7 +175,7 @@ def test_generate_takes_the_pick_until_a_run_is_newer(
     context.workspace.picked.unlink(missing_ok=True)
     assert used("two-models") == (student, (1, 0)), "what `pick two-models` would choose"
     folder = tmp_path / "my-model"
-    pick_from(context, "two-models", PickRule(name="cheapest"), to=folder)
+    pick_from(context, "two-models", cheapest=True, to=folder)
     assert used() == used("two-models") == (teacher, (0, 0))
     assert used(folder) == (folder, (0, 0))
     read = [
@@ -193,8 +191,9 @@ def test_generate_takes_the_pick_until_a_run_is_newer(
 def test_a_pick_replaces_another_model_only_if_asked_to(
     context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
-    for rule in (PickRule(name="best"), PickRule(name="best"), PickRule(name="keep", share=1.0)):
-        choice = pick_from(context, "two-models", rule, to=tmp_path / "mine")
+    rules: list[dict[str, Any]] = [{"best": True}, {"best": True}, {"keep": 1.0}]
+    for rule in rules:
+        choice = pick_from(context, "two-models", **rule, to=tmp_path / "mine")
     # Picking again makes no second version.
     best, kept = (version_of(context, NAME, alias) for alias in ("best", "keep-100"))
     assert best.version == kept.version
@@ -202,13 +201,13 @@ def test_a_pick_replaces_another_model_only_if_asked_to(
     client = context.tracking.store.connect()
     found = client.search_model_versions(f"name = '{NAME}'")
     assert [v.version for v in found if v.run_id == best.run_id] == [best.version]
-    other = PickRule(name="budget", budget=2)  # The same weights under another schedule.
-    plan = plan_pick(workspace=context.workspace, sweep="two-models", rule=other)
+    # The same weights under another schedule.
+    plan = plan_pick("two-models", workspace=context.workspace, budget=2)
     assert (plan.point.key, plan.folder) == ("pruned", None)
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()
     with pytest.raises(UserError, match=r"mine is an export of another model.*--force.*--to"):
-        pick_from(context, "two-models", other, to=tmp_path / "mine")
-    choice = pick_from(context, "two-models", other, to=tmp_path / "mine", force=True)
+        pick_from(context, "two-models", budget=2, to=tmp_path / "mine")
+    choice = pick_from(context, "two-models", budget=2, to=tmp_path / "mine", force=True)
     assert choice.folder == tmp_path / "mine"
     assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))
 
@@ -239,7 +238,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
         items = {result.key: EvaluationResult(results={"choices": task})}
         seeds += with_items(context.workspace, [result], items)
     sweep.model_copy(update={"name": "seeds", "results": (full, *seeds)}).store(context.workspace)
-    choice = pick_from(context, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
+    choice = pick_from(context, "seeds", cheapest=True, to=tmp_path / "seeds")
     assert choice.point.value("quality/accuracy") == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
     card = (tmp_path / "seeds" / "README.md").read_text()
@@ -271,9 +270,9 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
 
     def card(name: str, *settings: str) -> str:
         folder = export(
-            read_settings(None, settings),
+            student,
             workspace=context.workspace,
-            model=student,
+            settings=read_settings(None, settings),
             to=tmp_path / name,
             measure=name == "usual",  # Which fails, and is said in the card: it has no tokens.
         )
@@ -292,7 +291,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         influence=table_of("relative", (2, 1)),
     )
     found.store(context.workspace)
-    choice = pick_from(context, "by-relative", PickRule(name="cheapest"))
+    choice = pick_from(context, "by-relative", cheapest=True)
     assert choice.folder is not None
     assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
 

@@ -29,7 +29,6 @@ from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import pick
-from orchestrator.reporting.findings import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -111,7 +110,7 @@ def picked(tmp_path: Path, save_tiny: Callable[..., Path]) -> Picked:
     )  # fmt: skip
     StoredSweep(name="two", key="two-key", results=results).store(workspace)
     for rule in ("best", "cheapest"):
-        pick(workspace=workspace, rule=PickRule(name=rule))
+        pick(workspace=workspace, **{rule: True})
     return Picked(workspace, full, plain)
 
 

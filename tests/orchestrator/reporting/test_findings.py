@@ -14,6 +14,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
     best_drafts,
+    confidence_note,
     draft_sentences,
     draft_targets,
     findings,
@@ -44,19 +45,18 @@ def keeping(front: Front, keeps: dict[str, float]) -> Front:
 
 
 def test_sentences_of_a_front_without_items(sample_results: list[Trial], front: Front) -> None:
-    first = findings(front)[0]
-    assert first.startswith(
-        "The cheapest model that keeps 99% of the full model's quality is 0,1,1,1,1,1"
+    assert findings(front)[0] == (
+        "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its evaluations "
+        "(11 of 24 NFE)."
     )
-    assert "99.4% of the full model's, at 46% of its NFE (11 of 24)" in first
     metrics = front_metrics(front)
     assert (metrics["front/size"], metrics["front/knee_cost"]) == (6, 11)
     assert 0.7 < metrics["front/hypervolume"] < 0.8
     assert metrics["front/reference_cost"] == 24
     assert metrics["front/keeping_99_share_of_full"] > 0.99
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    none = "No cheaper model keeps 99% of the full model's quality."
-    assert findings(sample_front(results))[0] == none
+    none = "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
+    assert findings(sample_front(results))[0].startswith(none)
     nothing = "No trial has been measured in accuracy and NFE per token yet."
     assert findings(sample_front([])) == [nothing]
 
@@ -110,17 +110,16 @@ def test_claims_have_their_confidence(
     keeps = front.keeps(kept)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
-    assert f"it keeps 99% with confidence {keeps:.2f}" in said[0]
+    assert said[1].startswith(f"That {kept['label']} keeps 99% has a confidence of {keeps:.2f}")
     # The cheapest is not certain enough; a costlier one is.
-    sure = "The cheapest model that keeps it with a confidence of 0.95 or more is "
-    assert said[1].startswith(sure)
+    sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
+    assert sure in said[1]
     assert "with confidence >0.99" in said[1]
     vanilla = next(s for s in said if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
     assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
-    assert "the share of 1,000 draws in which the claim holds" in said[-1]
-    drawn = "Each draw samples 2,000 of the 2,000 items that all models answered, with replacement"
-    assert drawn in said[-1]
+    [note] = confidence_note(front)
+    assert "the share of 1,000 draws in which the claim holds. Each draw samples 2,000 of" in note
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == keeps
 
     # A confidence of exactly 0.95 is enough.

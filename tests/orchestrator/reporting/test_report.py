@@ -16,13 +16,15 @@ from sample_trials import sample_front, with_items
 from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import DepthCurve, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.findings import findings
+from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, trial_runs
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
     HYPERVOLUME_BY_TRIALS,
     LEFT_OUT_TITLE,
+    PROVENANCE_TITLE,
+    SETTINGS_TITLE,
     StoredSweep,
     history_folder,
     load_sweep_results,
@@ -68,7 +70,10 @@ def sweep(
         key="0123456789abcdef",
         results=tuple(placed),
         influence=table,
-        facts={"Settings": {"distillation.kl_weight": 1.0}},
+        facts={
+            SETTINGS_TITLE: {"distillation.kl_weight": 1.0, "data.depth.tasks": "('phop_3',)"},
+            PROVENANCE_TITLE: {"kind": "search"},
+        },
     )
 
 
@@ -96,6 +101,13 @@ def test_files_are_written_and_read_back_without_the_trials(
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
+    assert written.report.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
+    # Only a search has a history worth a picture.
+    facts = {**sweep.facts, PROVENANCE_TITLE: {"kind": "threshold"}}
+    alone = write_sweep_report(workspace, changed(sweep, facts=facts))
+    assert "Hypervolume against" not in (alone.folder / "front.md").read_text("utf-8")
+    write_sweep_report(workspace, sweep)
+
     # Other axes get their own folder, without the hypervolume on the usual axes.
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == written.folder / "perplexity-ms"
@@ -106,6 +118,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     assert {path.name: path.read_bytes() for path in written.files} == before
 
 
+@pytest.mark.slow
 def test_the_depth_curve_of_the_teacher_is_a_section(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
@@ -157,7 +170,7 @@ def test_paired_errors_come_from_the_stored_items(
     again = write_sweep_report(workspace, sweep)
     front = again.report.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
-    said = again.report.sentences[0]
+    said = again.report.sentences[1]
     assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {lost.name}.")
     assert said in write_sweep_report(workspace, "toy", "toy").report.sentences
@@ -169,7 +182,7 @@ def test_paired_errors_come_from_the_stored_items(
     results = with_items(workspace, sweep.results, less)
     written = write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
     sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
-    assert written.report.sentences[:2] == sentences
+    assert written.report.sentences[1:3] == sentences
     for name in ("front.html", "front.md"):
         text = (written.folder / name).read_text(encoding="utf-8")
         assert all(sentence in text for sentence in sentences)
@@ -218,7 +231,7 @@ def test_seeds_have_curves_paired_errors_and_runs(
     for row in rows:
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
-    assert "It covers the seeds of models that have several" in findings(front)[-1]
+    assert "It covers the seeds of models that have several" in confidence_note(front)[0]
     stored, _ = sweep_front(workspace, [changed(seeded, results=tuple(tracked))], FrontAxes())
     assert {row["run_id"] for row in stored.rows} == {row["run_id"] for row in rows}
 
@@ -273,7 +286,7 @@ def test_mlflow_holds_the_sweep_once(
     note = parent.data.tags["mlflow.note.content"]
     assert f"front/front.svg&run_uuid={run_id}" in note
     assert "**0,1,1,1,1,1**" in note
-    assert note.startswith("- The cheapest model that keeps 99%")
+    assert note.startswith("- 0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of")
     artifacts = {file.path for file in client.list_artifacts(run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "table.json", "intervals.json"}}
 
@@ -405,4 +418,4 @@ def test_several_sweeps_share_a_front_and_are_distinguished(
     written = write_sweep_report(workspace, "first", "second")
     [note] = written.report.notes
     assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
-    assert written.report.sentences[0] == note
+    assert written.report.sentences[1] == note

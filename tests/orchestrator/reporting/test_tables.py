@@ -78,11 +78,8 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     sample_results: list[Trial], front: Front, sure_front: Front
 ) -> None:
     for width, titles in (
-        (
-            120,
-            "schedule threshold NFE FLOPs KV/token ms/token +NFE +ms accuracy bits/byte of front",
-        ),
-        (100, "schedule threshold NFE FLOPs ms/token accuracy bits/byte of front"),
+        (110, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (100, "schedule NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
         (80, "schedule NFE FLOPs ms/token accuracy of front"),
         (56, "schedule NFE accuracy front"),
     ):
@@ -103,13 +100,13 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
     head = lines(sample_front(sample_results, axes), 110)[0]
     assert ("FLOPs/token" in head, head.count("bits/byte"), "accuracy" in head) == (True, 1, False)
-    # Confidences are dropped first.
+    # The overheads are dropped first, then confidences.
     head, _, *found = lines(sure_front, 160)
     assert "vs teacher  P(99%)  P(front)  front" in head
     assert "-0.3 (-0.5 to -0.1)" in next(line for line in found if "knee" in line)
     assert " to " not in next(line for line in found if "teacher" in line)
     assert "P(front)" not in lines(sure_front, 145)[0]
-    assert "vs teacher" not in lines(sure_front, 110)[0]
+    assert "vs teacher" not in lines(sure_front, 100)[0]
     assert "vs teacher" in models_table(sure_front).to_markdown()
 
 

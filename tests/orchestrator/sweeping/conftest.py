@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
-from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.students import Students
-from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
-    model = ModelConfig.from_dict(
-        {
-            "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-            "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
-        }
-    ).to_dict()  # fmt: skip
-    recipe = resolve_settings({}, ["training.num_steps=2", "training.num_tokens_per_step=64"])
-    outcome = run_job(
-        TrainingJob(
-            run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
-            tokens_folder=str(tiny_tokens),
-            model=model,
-            recipe=recipe.training,
-        )
-    )
-    return Path(str(outcome.checkpoint))
+def teacher(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
+    copy = shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "teacher")
+    return copy / "step_00000002"
 
 
 @pytest.fixture

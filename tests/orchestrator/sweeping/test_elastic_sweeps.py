@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 from fake_tracking import FakeTracking
-from sample_trials import sample_front, sample_trial
+from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
@@ -131,6 +131,7 @@ def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
     return trial.with_numbers("train", {"flops": flops})
 
 
+@pytest.mark.slow
 def test_the_report_holds_both_side_by_side(
     plan_of: Callable[..., SweepPlan], space: Workspace
 ) -> None:
@@ -162,8 +163,3 @@ def test_the_report_holds_both_side_by_side(
     assert stored["training_flops"] == [6e9, 16e9]
     # Elastic weights alone have nothing beside them.
     assert elastic_section(sample_front(results[:5]), items) is None
-
-
-def test_a_sweep_of_one_kind_has_no_such_section() -> None:
-    alone: Any = [sample_trial(key=f"{n}", role="trial", schedule=(n, 0)) for n in range(3)]
-    assert elastic_section(sample_front(alone), {}) is None

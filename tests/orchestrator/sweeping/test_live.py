@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from changed_trials import with_job
 from fake_runs import finished
 from mlflow.entities import Run
 from sample_trials import sample_front
@@ -18,15 +16,12 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.sweeping import run
 from orchestrator.sweeping.run import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
-    MAX_CURVE_POINTS,
     SECONDS_BETWEEN_FRONTS,
     FrontHistory,
     LiveSweep,
-    sweep_parameters,
 )
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.training.watching import lock_run_folder
@@ -231,49 +226,4 @@ def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(pas
     assert spent == pytest.approx(1.2e12 + 0.3e12)
 
 
-def test_many_trials_are_recorded_as_often_as_curves_show(past: Past) -> None:
-    history = past.history(4 * MAX_CURVE_POINTS)
-    for trial in past.plan.trials:
-        history.add(trial)
-        history.add(trial)
-        history.record()
-    number = len(past.results)
-    steps = [step for step, _ in past.series(HYPERVOLUME_BY_TRIALS)]
-    assert steps == list(range(4, number + 1, 4))
-    assert history.record(at_end=True) == (number % 4 > 0)
-    assert not history.record(at_end=True)
-
-
 # Parameters of the sweep's run
-
-
-def test_each_kind_has_its_own_parameters_and_those_that_its_trainings_share(
-    tiny_plan: SweepPlan,
-) -> None:
-    def parameters(kind: str, *assignments: str, **changes: Any) -> dict[str, str]:
-        settings = resolve_settings({}, [f"sweep.kind={kind}", *assignments])
-        return sweep_parameters(tiny_plan.model_copy(update={"kind": kind, **changes}), settings)
-
-    threshold, search = parameters("threshold"), parameters("search", "search.seed=0")
-    scratch = parameters("iterations")
-    assert {"num_schedules", "influence_metric", "selection", "control"} <= set(threshold)
-    assert not any(name.startswith(("search.", "asha")) for name in threshold)
-    own = ("num_trials", "objective", "sampler", "population_size", "seed")
-    assert set(search) - set(threshold) == {f"search.{name}" for name in own}
-    assert scratch["iterations"] == "0, 1, 2, 3"
-    assert not {"num_schedules", "influence_metric", "control", "asha"} & set(scratch)
-    assert len(scratch) < 40
-    assert "asha_first_rung" in parameters("iterations", "sweep.asha=true")
-    for given, name in (("thresholds=[0.1, 0.2]", "thresholds"), ("budgets=[8, 12]", "budgets")):
-        found = parameters("threshold", f"sweep.{given}")
-        assert {"num_schedules", *run.SCHEDULE_CHOICES} & set(found) == {name}
-        assert ("budget_unit" in found) == (name == "budgets")
-
-    trials = [
-        with_job(trial, {"learning_rate": rate, "num_steps": 7})
-        for trial, rate in zip(tiny_plan.trials[1:], (0.1, 0.2), strict=False)
-    ]
-    found = parameters("iterations", trials=tuple(trials))
-    assert found["num_steps"] == "7"
-    assert "learning_rate" not in found
-    assert not any(name.startswith("r_") for name in found)

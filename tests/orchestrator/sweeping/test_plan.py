@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,
@@ -41,10 +39,8 @@ from orchestrator.sweeping.plan import (
     plan_sentences,
     plan_suite,
     plan_table,
-    students_plan,
     trial_states,
 )
-from orchestrator.sweeping.students import Students
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -222,34 +218,6 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
 
-def test_what_was_asked_for_is_told_apart_from_what_is_distinct(
-    students: Callable[..., Students], teacher: Path, tiny_plan: SweepPlan
-) -> None:
-    table = InfluenceTable(
-        metric="cosine", value_rows=((0.8, 0.4), (0.6,)), error_rows=((0.0, 0.0), (0.0,)),
-        num_tokens=64, layer_values=(0.2, 0.7),
-    )  # fmt: skip
-
-    def first_line(*assignments: str) -> str:
-        own = students(*assignments)
-        plan = students_plan(own, table, baselines={"vanilla": teacher})
-        return told(plan, own.settings)[0]
-
-    fifty = f"sweep.thresholds={[round(0.02 * n, 2) for n in range(50)]}"
-    assert first_line(fifty) == "50 thresholds asked for, 4 distinct schedules"
-    assert first_line(fifty, "sweep.seeds=[0, 1, 2]") == (
-        "50 thresholds asked for, 4 distinct schedules, each under 3 seeds"
-    )
-    assert first_line("sweep.budgets=[5]") == "1 budget asked for, 1 distinct schedule"
-    assert first_line("sweep.distilled_baselines=[fewer_layers]", "sweep.seeds=[0, 1]") == (
-        "7 schedules asked for, 4 distinct schedules, each under 2 seeds; 1 distilled baseline"
-    )
-    search = tiny_plan.model_copy(update={"kind": "search", "num_requested": 3, "num_distinct": 3})
-    assert told(search, settings("sweep.num_schedules=3"))[0] == (
-        "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
-    )
-
-
 # Models from scratch
 
 
@@ -285,20 +253,6 @@ def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> An
         return iterations_plan(found, jobs, suite=suite)
 
     return make
-
-
-def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(plan_of: Any) -> None:
-    models = [{"method": "vanilla", "schedule": None}, {"schedule": [1, 1]}, {"schedule": [1, 1]}]
-    alone, seeded = plan_of(models), plan_of(models, seeds=(0, 1))
-    assert [trial.role for trial in alone.trials] == ["baseline", "trial"]
-    assert told(alone, settings())[0] == "3 models asked for, 2 distinct"
-    assert told(seeded, settings())[0] == "3 models asked for, 2 distinct, each under 2 seeds"
-    assert "thresholds" not in " ".join(rows(alone, settings()))
-    two = [{"schedule": [0, 0]}, {"schedule": [1, 1]}]
-    found = rows(plan_of(two, rates=(2e-3, 4e-3)), settings())
-    assert "model rate NFE FLOPs KV/token state" in found
-    assert any(row.startswith("model 1, seed None 0.004 4 ") for row in found), found
-    assert "model NFE FLOPs KV/token state" in rows(plan_of(two), settings())
 
 
 def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
+from commands import Started
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation import tasks as loading
 from orchestrator.evaluation.tasks import Suite
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
@@ -30,7 +30,7 @@ from orchestrator.terminal.stop import stop_when
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
-from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.layout import RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
 
 WORKER = """
@@ -48,7 +48,6 @@ def measure(trial, device):
     return trial.with_numbers("quality", {"validation_loss": loss})
 
 module.measure_trial = measure
-print("ready", flush=True)
 for line in sys.stdin:
     result = module.run_trial(module.Trial.model_validate_json(line))
     print(json.dumps(result.model_dump(mode="json")), flush=True)
@@ -81,26 +80,14 @@ def starts(trial: Trial) -> int:
     return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
 
 
-def start(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a script and return when it has said its first line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() in ("ready\n", "held\n")
-    return process
-
-
 @pytest.mark.slow
 def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
-    processes = [start(WORKER) for _ in range(2)]
+    processes = [Started(code=WORKER) for _ in range(2)]
     for trial in trials[:2]:
         for process in processes:
-            assert process.stdin is not None
             process.stdin.write(json.dumps(trial.model_dump(mode="json")) + "\n")
             process.stdin.flush()
-        answers = [json.loads(p.stdout.readline()) for p in processes if p.stdout]
+        answers = [json.loads(process.stdout.readline()) for process in processes]
         assert answers[0] == answers[1]
         assert starts(trial) == (1 if trial.job else 0)
         assert (Path(trial.folder) / "measured").read_text() == "once\n"
@@ -109,32 +96,18 @@ def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
         assert process.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        "{",
-        "[1]",
-        '{"step": 2}',
-        '{"checkpoint": null, "step": 7, "finished": true, "num_tokens": 9}',
-    ],
-)
-def test_a_damaged_record_of_a_training_costs_only_its_numbers(
-    trials: tuple[Trial, ...], measured: None, record: str
-) -> None:
-    (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
-    result = run_trial(trials[0])
-    assert result is not None
-    training = {n: v for n, v in result.numbers.items() if n.startswith("train/")}
-    assert training == {"train/steps": 2}, "another step's record says nothing of this one"
-
-
 def test_a_trial_is_taken_over_from_a_process_that_died(
     trials: tuple[Trial, ...], measured: None
 ) -> None:
     trial = trials[1]
     folder = Path(trial.folder)
     folder.mkdir(parents=True)
-    with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
+    command = [sys.executable, "-c", HOLDER, str(folder / RUN_LOCK_NAME)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
         assert is_run_locked(folder)
         assert run_trial(trial, wait=False) is None
         with stop_when(lambda: True):
@@ -265,26 +238,3 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
 
 def with_label(trial: Trial, label: str) -> Trial:
     return trial.model_copy(update={"label": label})
-
-
-def test_trials_of_one_process_load_their_tasks_once(
-    trials: tuple[Trial, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "questions.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
-    (folder / "questions.yaml").write_text(
-        "task: questions\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
-        f"dataset_kwargs: {{data_files: {{test: {folder / 'questions.jsonl'}}}}}\n"
-        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
-        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
-    )
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
-    loading._load.cache_clear()
-    changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
-    for trial in trials[:2]:
-        suite = trial.suite.model_copy(update=changes)
-        result = run_trial(trial.model_copy(update={"suite": suite}))
-        assert result is not None
-        assert {"quality/accuracy", "quality/questions/exact_match"} < set(result.numbers)
-    assert loading._load.cache_info().misses == 1

@@ -10,7 +10,6 @@ from typing import Any, cast
 import optuna
 import pytest
 from fake_tracking import FakeTracking
-from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -26,7 +25,6 @@ from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
 
@@ -168,11 +166,6 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(
     assert not queue.is_over
 
 
-def test_another_seed_suggests_others(tmp_path: Path) -> None:
-    first = World(tmp_path / "a").run(num_trials=8)
-    assert World(tmp_path / "b").run(num_trials=8, seed=1) != first
-
-
 def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
     tmp_path: Path,
 ) -> None:
@@ -256,44 +249,3 @@ def test_a_quality_that_is_no_number_closes_its_trial(tmp_path: Path) -> None:
     assert len(suggested) == 12
     assert world.study().get_trials(states=(TrialState.RUNNING,)) == []
     assert not any(schedule[0] == 1 for schedule in world.complete())
-
-
-def test_a_damaged_study_is_named(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.run(num_trials=2)
-    path = tmp_path / STUDY_FILE
-    path.write_bytes(b"{]\n" + path.read_bytes())
-    with pytest.raises(UserError, match=rf"{STUDY_FILE}.*delete it"):
-        world.search(num_trials=2)
-
-
-def test_a_quality_that_is_not_measured_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"search.objective=bits_per_byte.*accuracy, bits"):
-        World(tmp_path).run(objective="bits_per_byte")
-
-
-def test_the_plan_of_a_search_has_a_key_of_its_own(tmp_path: Path) -> None:
-    family = World(tmp_path).family
-    plan = search_plan(family, SearchSettings())
-    assert plan.kind == "search"
-    assert plan.name.startswith("search-")
-    assert plan.trials == family.trials
-    keys = {plan.key, family.key, search_plan(family, SearchSettings(seed=1)).key}
-    assert len(keys) == 3
-
-
-def test_a_line_that_a_crash_cut_off_is_no_damage(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.run(num_trials=2)
-    path, num_complete = tmp_path / STUDY_FILE, len(world.complete())
-    path.write_bytes(path.read_bytes() + b'{"op_code": 4, "wor')
-    assert len(world.run(num_trials=3)) == 1
-    assert len(world.complete()) == num_complete + 1
-
-
-def test_a_schedule_of_which_a_killed_process_stored_a_part_is_none(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.run(num_trials=2)
-    world.study().ask({"r_01": IntDistribution(0, 2)})
-    assert len(world.search(num_trials=3).suggested_trials()) == 2
-    assert len(world.run(num_trials=3)) == 1

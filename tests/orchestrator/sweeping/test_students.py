@@ -15,9 +15,7 @@ from iiet.config import ModelConfig, preset
 from iiet.cost import inference_cost
 from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config
-from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import DistillationSettings, SweepSettings, resolve_settings
@@ -191,19 +189,6 @@ def test_finished_weights_are_found_whatever_they_were_trained_for(
     assert students(*assignments).student(member).folder == usual.folder
 
 
-def test_tokens_that_are_missing_or_outside_the_workspace_are_named(
-    teacher: Path, space: Workspace, tiny_tokens: Path
-) -> None:
-    path = teacher / "provenance.json"
-    text = path.read_text()
-    for name in (None, "..", f"../../{tiny_tokens.name}", str(tiny_tokens)):
-        if name:
-            path.write_text(json.dumps({**json.loads(text), "tokens": name}))
-        with pytest.raises(UserError, match="iiet-orch prepare"):
-            tokens_folder_of(teacher, space)
-    path.write_text(text)
-
-
 # Elastic weights
 
 ELASTIC = (*SMALL, "sweep.elastic=true")
@@ -266,15 +251,6 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(
     assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
     with pytest.raises(UserError, match=r"elastic.kl_weight=2.0: .* set distillation.kl_weight"):
         job("2,1", own)
-
-
-def test_unknown_elastic_weights_are_bounded_by_as_many_students(plan: Plan, teacher: Path) -> None:
-    assignments = [*ELASTIC, "distillation.teacher_cache=false"]
-    unknown, sentence = unknown_students(resolve_settings({}, assignments), load_config(teacher))
-    job = plan(*assignments).trials[1].job
-    assert job
-    assert sum(each.flops for each in unknown) >= Estimate.of(job).flops
-    assert "at most 1 elastic training; " in sentence
 
 
 # Distilled baselines

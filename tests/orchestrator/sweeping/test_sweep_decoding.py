@@ -10,18 +10,14 @@ import pytest
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.data.depth import write_depth
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
-from orchestrator.settings import DataSettings
-from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decode
-from orchestrator.sweeping.decode import text_of, with_drafts
+from orchestrator.sweeping.decode import with_drafts
 from orchestrator.sweeping.plan import exact_cost
 from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.world import on_cpu
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -75,10 +71,3 @@ def test_the_command_adds_drafts_to_the_report_of_a_sweep(
     teacher, pruned = load_sweep_results(space, "s").results
     assert "decoding/speed_up" in pruned.numbers
     assert "decoding/speed_up" not in teacher.numbers
-
-
-def test_depth_tasks_are_not_generated(tmp_path: Path) -> None:
-    depth = DepthSettings(tasks=("phop_2",), num_symbols=2, length=8)
-    tokens = write_depth(DataSettings(source="depth", depth=depth), tmp_path)
-    with pytest.raises(UserError, match="--drafts measures generated text"):
-        text_of(tokens)

@@ -137,6 +137,7 @@ def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
     """At 24 layers and at 30: one graph of a training step."""
     graphs = CompileCounter()
@@ -321,7 +322,7 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
 
 @pytest.mark.parametrize(
     ("precision", "num_passes", "checkpointing"),
-    [("fp32", 1, False), ("fp32", 2, True), ("bf16", 1, True), ("bf16", 2, False)],
+    [("fp32", 2, True), ("bf16", 1, False)],
 )
 def test_the_planned_memory_is_that_of_a_step(
     precision: Literal["fp32", "bf16"], num_passes: int, checkpointing: bool

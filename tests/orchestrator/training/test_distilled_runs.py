@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from same_run import curve, same_run, workers
+from same_run import curve
 
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
@@ -82,14 +81,13 @@ def test_a_student_starts_from_its_teacher_and_leaves_it_alone(
     assert taught == pytest.approx(plain * 4 / 3)
 
 
-@pytest.mark.parametrize("control", ["distill", "cross_entropy"])
 def test_a_student_has_the_text_files_of_its_imported_teacher(
-    control: str, student: MakeJob, teacher: Path, tmp_path: Path
+    student: MakeJob, teacher: Path, tmp_path: Path
 ) -> None:
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
     (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    job = student(control=control)
+    job = student(recipe={"num_steps": 1})
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
     checkpoint = Path(str(run_job(job.model_copy(update=kept)).checkpoint))
@@ -142,13 +140,11 @@ def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJo
     assert flops[0] == pytest.approx((flops[1] + flops[2]) / 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_hidden_states_are_a_term_of_a_run(student: MakeJob, precision: str) -> None:
-    job = student(hidden_weight=0.5, kl_weight=2.0, recipe={"precision": precision})
+def test_hidden_states_are_a_term_of_a_run(student: MakeJob) -> None:
+    job = student(hidden_weight=0.5, kl_weight=2.0)
     without = DistillationConfig(kl_weight=2.0)
     assert job_key(job) != job_key(job.model_copy(update={"distillation": without}))
-    outcome = run_job(job)
-    assert math.isfinite(outcome.validation_loss)
+    run_job(job)
     names = ("loss", "cross_entropy", "kl", "hidden")
     loss, entropy, kl, hidden = (curve(job, f"train/{name}") for name in names)
     assert len(hidden) == RECIPE["num_steps"]
@@ -156,26 +152,6 @@ def test_hidden_states_are_a_term_of_a_run(student: MakeJob, precision: str) -> 
         assert error > 0
         total = entropy[step] + 2 * kl[step] + 0.5 * error
         assert loss[step] == pytest.approx(total, rel=1e-5)
-    if precision == "fp32":
-        for changes in ({"activation_checkpointing": True}, {"num_sequences_per_pass": 2}):
-            other = student(str(changes), hidden_weight=0.5, kl_weight=2.0, recipe=changes)
-            run_job(other)
-            assert curve(other, "train/hidden") == pytest.approx(hidden, rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    ("recipe", "rel"),
-    [({}, 1e-4), ({"activation_checkpointing": True, "precision": "bf16"}, 0.1)],
-    ids=["plain", "lean"],
-)
-def test_two_workers_distill_hidden_states_like_one(
-    student: MakeJob, parallel: str, recipe: dict[str, Any], rel: float
-) -> None:
-    job = student(hidden_weight=0.5, teacher_from_step=1, recipe=recipe)
-    shared = same_run(job, workers(2, parallel), rel=rel)
-    assert list(curve(shared, "train/hidden")) == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("control", ["cross_entropy", "scratch"])

@@ -39,12 +39,14 @@ def test_the_key_depends_on_what_determines_the_result(
         make("elsewhere", provenance={"note": "x"}, section="distillation.training"),
         make(storage=str(tmp_path / "store")),
         make(changes={"checkpoint_every_steps": 1, "compile": True, "profile_steps": 2}),
+        make(model={**tiny_model, "method_options": {"damping": 1.0}}),
     ]
     others = [
         make(changes={"learning_rate": 2e-2}),
         make(changes={"seed": 1}),
         make(changes={"iterate_ramp_fraction": 0.1}),
         make(model={**tiny_model, "schedule": [0, 0]}),
+        make(model={**tiny_model, "method_options": {"damping": 0.5}}),
         make(**taught),
         make(**taught, distillation=DistillationConfig(temperature=2.0)),
         make(**taught, distillation=DistillationConfig(start_step=1)),

@@ -1,4 +1,4 @@
-"""Speed, load and memory in the journal are those of the steps; a profile changes nothing."""
+"""Speed, load and memory in the journal are those of the steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 import torch
-from same_run import events, recipe, same_run, stop_at
+from same_run import events, stop_at
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import monitor
@@ -112,8 +112,9 @@ def test_a_run_records_its_speed_memory_and_machine(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.slow
-def test_a_profile_holds_its_steps_and_changes_no_result(tiny_job: MakeJob) -> None:
-    profiled = same_run(tiny_job(num_steps=8), recipe(profile_steps=2))
+def test_a_profile_holds_its_steps(tiny_job: MakeJob) -> None:
+    profiled = tiny_job(num_steps=8, profile_steps=2)
+    run_job(profiled)
     folder = profiled.folder / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["memory.txt", "trace.json.gz"]
     with gzip.open(folder / "trace.json.gz", "rt") as file:

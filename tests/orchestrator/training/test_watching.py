@@ -11,9 +11,7 @@ from typing import cast
 import pytest
 from sample_trials import sample_trial
 
-from iiet.config import preset
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.terminal.progress import Progress
@@ -71,23 +69,6 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.close()
 
 
-def test_unusual_events_are_noted(job: TrainingJob) -> None:
-    progress, journal = RecordingProgress(), Journal(job.folder)
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
-    journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
-    journal.event("damaged", text="a sentence")
-    journal.event("compiled", seconds=41.3)
-    journal.event("not compiled", text="another sentence")
-    monitor.poll()
-    assert progress.notes == [
-        "iiet: step 7 was skipped: loss nan, gradient norm 2",
-        "a sentence",
-        "iiet: compiled in 41 s",
-        "another sentence",
-    ]
-    journal.close()
-
-
 def test_a_trained_and_a_measured_model_are_one(
     tiny_job: Callable[..., TrainingJob], tiny_tokens: Path
 ) -> None:
@@ -124,19 +105,3 @@ def test_a_trained_and_a_measured_model_are_one(
     shutil.rmtree(checkpoint)
     assert trial_model(teacher) is None
     assert trial_model(sample_trial(checkpoint=None)) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "family"),
-    [
-        ("tiny", {}, "iiet-tiny"),
-        ("tiny", {"vocab_size": 500, "context_length": 64}, "iiet-tiny"),
-        ("1.3b", {"method": "vanilla"}, "vanilla-1.3b"),
-        ("tiny", {"method": "vanilla", "num_layers": 8}, "vanilla-8x128"),
-        ("tiny", {"ffn_dim": 256}, "iiet-6x128"),
-    ],
-)
-def test_a_model_is_named_by_method_and_size(
-    name: str, changed: dict[str, object], family: str
-) -> None:
-    assert model_family(preset(name, **changed)) == family

@@ -1,0 +1,184 @@
+"""Looped models of other projects are scored as stock lm-eval scores them at the same depth, and
+stand on one front with a looped model that was trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_tracking import untracked
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval_tasks import write_task
+from looped_models import MODELS, write_looped
+
+from orchestrator import cli
+from orchestrator.data.store import open_tokens
+from orchestrator.models.folder import weights_key
+from orchestrator.models.loops import LOOPED_MODELS
+from orchestrator.models.open import OpenedModel, load_model, open_model
+from orchestrator.pipelines.evaluating import EvaluatePlan
+from orchestrator.pipelines.loops import plan_front, run_front
+from orchestrator.pipelines.models import export_checkpoint
+from orchestrator.reporting.model_card import ModelCard
+from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.workspace.layout import Workspace, open_workspace
+
+ROWS = [
+    {"context": f"a {word} and the {word} had", "endings": [f"{word} gone", "end", "fed a dog"],
+     "label": number % 3, "text": f"{word} and a {word} had a bag"}
+    for number, word in enumerate(("bag", "fog", "hen", "pig", "cab", "deed"))
+]  # fmt: skip
+SUITE = "choices,rolling"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_tokens: Path) -> Workspace:
+    workspace = open_workspace(tmp_path / "workspace")
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
+    return workspace
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    write_task(tmp_path / "tasks", "rolling", ROWS)
+    return write_task(tmp_path / "tasks", "choices", ROWS)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokens: Path) -> Path:
+    return open_tokens(tiny_tokens).tokenizer_path
+
+
+def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> list[dict[str, Any]]:
+    settings = EvaluationSettings(suite=SUITE, include_path=str(tasks), batch_size=4)
+    plan = EvaluatePlan(
+        settings=Settings(evaluation=settings),
+        workspace=workspace,
+        opened=tuple(models),
+        trust_remote_code=True,
+    )
+    return run_front(plan_front(plan, "front"), untracked(workspace)).rows()
+
+
+@pytest.mark.slow
+def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
+    workspace: Workspace,
+    tasks: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    save_tiny: Callable[..., Path],
+) -> None:
+    ours = save_tiny(workspace.runs / "ours", method="looped", schedule=[0, 0], context_length=64)
+    models = [open_model(ours, "1")]
+    for kind in MODELS:
+        folder = write_looped(tmp_path / kind, kind, tokenizer)
+        models += [open_model(folder, depth) for depth in ("1", "2")]
+    rows = front_of(models, tasks, workspace)
+    assert [row["cost/evaluations"] for row in rows] == [3, 4, 4, 6, 6, 6, 8, 8, 16]
+    assert {row["method"] for row in rows} == {"looped", *MODELS}
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["ouro depth=2"]["cost/kv_bytes_per_token"] == 4 * 6 * 64
+
+    for model in models[2::2]:
+        assert model.loops is not None
+        assert model.depth is not None
+        stock = tmp_path / f"stock-{model.architecture}"
+        shutil.copytree(model.path, stock)
+        config = json.loads((stock / "config.json").read_text())
+        config |= model.loops.changes(model.depth)
+        (stock / "config.json").write_text(json.dumps(config))
+        found = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(stock), "trust_remote_code": True},
+            tasks=SUITE.split(","),
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            batch_size=4,
+            device="cpu",
+            bootstrap_iters=0,
+        )["results"]
+        row = by_name[model.name]
+        for task, metric in (("choices", "acc_norm"), ("rolling", "bits_per_byte")):
+            expected = found[task][f"{metric},none"]
+            assert row[f"quality/{task}/{metric}"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_an_exported_model_has_the_same_front_through_its_class(
+    workspace: Workspace, tasks: Path, tmp_path: Path, save_tiny: Callable[..., Path]
+) -> None:
+    run = save_tiny(
+        workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64,
+        initializer_std=0.3,
+    )  # fmt: skip
+    card = ModelCard(
+        name="tiny", config=load_model(run).config, provenance={"weights": weights_key(run)}
+    )
+    folder = export_checkpoint(run, tmp_path / "exported", decoder=load_model(run), card=card)
+    loops = LOOPED_MODELS["iiet"](json.loads((folder / "config.json").read_text()))
+    assert loops.own == (2,)
+    exported = [
+        replace(
+            open_model(folder), name=f"depth={depth}", key=("exported", depth), config=None,
+            loops=loops, depth=(depth,),
+        )
+        for depth in (1, 2, 3)
+    ]  # fmt: skip
+    native = front_of([open_model(run, str(r)) for r in (0, 1, 2)], tasks, workspace)
+    through_class = front_of(exported, tasks, workspace)
+    shared = {"on_front", "cost/evaluations", "cost/kv_bytes_per_token"}
+    # An exponential of a sum would magnify the last digit.
+    shared |= {name for name in native[0] if name[:8] == "quality/" and "perplexity" not in name}
+    assert len(shared) > 6
+    for one, other in zip(native, through_class, strict=True):
+        for name in shared:
+            assert one[name] == pytest.approx(other[name], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_commands_take_a_depth(
+    workspace: Workspace,
+    tasks: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    save_tiny: Callable[..., Path],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer, state_init="normal")
+    save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
+    where = ["--workspace", str(workspace.root), "--quiet"]
+    suite = ["--suite", SUITE, "--include-path", str(tasks)]
+    trusted = ["--trust-remote-code", *where]
+
+    def run(*command: str) -> Any:
+        assert cli.main([*command, "--json"]) == 0, capfd.readouterr().err
+        return json.loads(capfd.readouterr().out)
+
+    for depth, sentence in (("0", "each 1 or more"), ("2,3", "mean_recurrence, each 1 or more")):
+        assert cli.main(["evaluate", str(folder), "-r", depth, *suite, *trusted]) == 2
+        assert sentence in " ".join(capfd.readouterr().err.split())
+    assert cli.main(["evaluate", str(folder), "-r", "2", *suite, *where]) == 2
+    assert "--trust-remote-code runs it" in capfd.readouterr().err
+
+    both = run("evaluate", str(folder), "ours", "-r1", "-r3", *suite, "--front", "both", *trusted)
+    assert len(both["results"]) == 4
+    (alone,) = run("evaluate", str(folder), "-r", "3", *suite, *trusted)["models"]
+    (again,) = [row for row in both["results"] if row["name"] == "loops depth=3"]
+    bits = "rolling/bits_per_byte"
+    assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
+    assert len(run("report", "both", *where)["results"]) == 4
+    compared = run("evaluate", str(folder), "ours", "-r", "3", "--compare", *suite, *trusted)
+    assert compared["models"] == ["loops depth=3", "ours r=3"]
+
+    measured = run(
+        "influence", str(folder), "-r", "4", "--set", "influence.num_tokens=512", *trusted
+    )
+    assert [row["loop"] for row in measured["loops"]] == [2, 3, 4]
+    assert all(0 <= row["changed_tokens"] <= 1 for row in measured["loops"])
+    assert all(row["turned"] > 0 < row["step"] for row in measured["loops"])

@@ -1,0 +1,217 @@
+"""Whatever disturbs a training, it ends like one that was left alone: to the last bit, and where
+rounding differs, closely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from same_run import (
+    Disturbance,
+    crash,
+    damage,
+    events,
+    full_disk,
+    kill,
+    recipe,
+    same_run,
+    steps_of,
+    stop,
+    train,
+    workers,
+)
+
+from iiet.config import DistillationConfig
+from orchestrator.data.store import TokenStore
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.training import trainer
+
+RECIPE: dict[str, Any] = {
+    "num_steps": 12, "num_tokens_per_step": 64, "learning_rate": 1e-2, "warmup_steps": 2,
+    "validate_every_steps": 5, "num_validation_tokens": 16 * 5, "checkpoint_every_steps": 4,
+    "iterate_from_fraction": 0.5,
+}  # fmt: skip
+LEAN = {"activation_checkpointing": True, "precision": "bf16"}
+FAMILY = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=2)
+DAMPED = {"damping": 0.0, "learn_damping": True, "differentiated_corrections": 1}
+HIDDEN = DistillationConfig(hidden_weight=0.5, start_step=1)
+JOBS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one kept": {"recipe": {"num_checkpoints_kept": 1}},
+    "elastic": {"recipe": {"elastic": FAMILY}},
+    "damped": {"model": {"method_options": DAMPED}, "recipe": {"activation_checkpointing": True}},
+    "student": {"distillation": HIDDEN},
+    "lean student": {"distillation": HIDDEN, "recipe": LEAN},
+    "untied": {"model": {"tie_embeddings": False}},  # The loss reads the head's own weight.
+    "masked": {"recipe": {"num_sequences_per_pass": 1}},
+    "bad": {"recipe": {"skip_bad_steps": 1}},
+}
+"""Name of a run -> what distinguishes its job from the plain one."""
+
+
+MASKED = """
+from iiet.batch import Batch
+from orchestrator.data.store import TokenStore
+batch = TokenStore.batch
+
+def masked(*arguments, **options):
+    tokens = batch(*arguments, **options).input_ids
+    return Batch.of_text(tokens, tokens > tokens[:, :1])
+
+TokenStore.batch = masked
+"""
+"""Only some tokens count, another number of them in each worker and pass."""
+BAD = """
+import math
+from orchestrator.training import trainer
+make_objective = trainer.make_objective
+
+def spoil(*arguments):
+    inner = make_objective(*arguments)
+
+    def compute(model, batch, step):
+        loss, found = inner(model, batch, step)
+        return (loss * math.nan if step == 3 and rank == "1" else loss), found
+
+    return compute
+
+trainer.make_objective = spoil
+"""
+"""The loss of the second worker is NaN at one step, and so is that of one who trains alone."""
+PATCHES = {"masked": MASKED, "bad": BAD}
+
+
+class Row(NamedTuple):
+    """What happens to a job's run, and what its journal then says."""
+
+    job: str
+    disturbances: list[Disturbance]
+    resumed: list[int]
+    """Steps after which a process went on."""
+    said: str = ""
+    """Words of each event about damage, of which there are `num_damaged`."""
+    num_damaged: int = 0
+    rel: float = 0.0
+
+
+WEIGHTS, MOMENTS = "model.safetensors", "training_state.pt"
+QUICK = {
+    "stopped before its first step": Row("plain", [stop(0)], []),
+    "stopped between checkpoints": Row("plain", [stop(3), crash(7), stop(2)], [3, 4, 6]),
+    "stopped before its last step": Row("plain", [stop(11)], [11]),
+    "a full disk": Row("plain", [stop(3), full_disk], [3, 3]),
+    "a family of schedules": Row("elastic", [stop(8)], [8]),
+    "options of a method": Row("damped", [stop(7)], [7]),
+    "a teacher": Row("student", [stop(3)], [3]),
+}
+KILLED = {
+    "killed in a step": ("training.trainer", "learning_rate_at", "(6,"),
+    "killed in the first file": ("training.checkpoint", "write_folder", "step_00000008"),
+    "killed in a write": ("workspace.files", "flush_to_disk", "step_00000008"),
+    "killed before a folder has its name": ("workspace.files", "replace_folder", "step_00000008"),
+    "killed before a deletion": ("training.checkpoint", "prune_checkpoints", "one kept"),
+    "killed in a deletion": ("training.checkpoint", "delete_folder", "step_00000004"),
+}
+SLOW = {
+    "damaged weights": Row("plain", [stop(9), damage(WEIGHTS)], [8], "step_00000008 is used", 1),
+    "damaged moments": Row(
+        "plain", [stop(9), damage(MOMENTS), crash(11)], [8, 8], "step_00000008 is used", 2
+    ),
+    "a damaged end": Row("plain", [train, damage(WEIGHTS, b"")], [8], "step_00000008 is used", 1),
+    # What memory a step takes, and a profile, are not part of a result's key.
+    "activations computed again": Row("plain", [recipe(activation_checkpointing=True)], []),
+    "several passes": Row("plain", [recipe(num_sequences_per_pass=3)], [], rel=1e-4),
+    "a profile": Row("plain", [recipe(profile_steps=2)], []),
+}
+# Workers: replicas, shards, two copies of the model in two shards each, and three that cannot share
+# a step evenly.
+REPLICAS, SHARDS = workers(2), workers(2, "fsdp")
+TWO_BY_TWO, UNEVEN = workers(4, "fsdp", shards=2), workers(3)
+SEVERAL = {
+    "replicas": Row("plain", [REPLICAS], []),
+    "shards": Row("plain", [SHARDS], []),
+    "uneven shares": Row("plain", [UNEVEN], []),
+    "shards after one worker": Row("plain", [stop(5), SHARDS], [5]),
+    "one worker after replicas": Row("plain", [workers(2, until=5)], [5]),
+    "replicas after shards": Row("plain", [workers(2, "fsdp", until=5), REPLICAS], [5]),
+    "copies in shards after one worker": Row("plain", [stop(5), TWO_BY_TWO], [5]),
+    "one worker after copies": Row("plain", [workers(4, "fsdp", shards=2, until=5)], [5]),
+    "shards of activations computed again": Row("damped", [SHARDS], []),
+    "shards with an own head": Row("untied", [SHARDS], []),
+    "replicas of a family": Row("elastic", [REPLICAS], []),
+    "shards of a family": Row("elastic", [SHARDS], []),
+    "copies of a family": Row("elastic", [TWO_BY_TWO], []),
+    "replicas with a teacher": Row("student", [REPLICAS], []),
+    "shards with a teacher": Row("student", [SHARDS], []),
+    "lean replicas": Row("lean student", [REPLICAS], [], rel=0.1),
+    "lean shards": Row("lean student", [SHARDS], [], rel=0.1),
+    "masked replicas": Row("masked", [workers(2, before=MASKED)], []),
+    "masked shards": Row("masked", [workers(2, "fsdp", before=MASKED)], []),
+    "masked uneven shares": Row("masked", [workers(3, before=MASKED)], []),
+    "a bad step of one replica": Row("bad", [workers(2, before=BAD)], []),
+    "a bad step of one shard": Row("bad", [workers(2, "fsdp", before=BAD)], []),
+}
+
+
+@pytest.fixture(scope="module")
+def make_job(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_tokens: Path,
+    tiny_model: dict[str, Any],
+    save_tiny: Callable[..., Path],
+) -> Callable[[str], TrainingJob]:
+    """A function that returns a job by name; what disturbs it differs, the folder is one."""
+    folder = tmp_path_factory.mktemp("runs")
+    teacher = str(save_tiny(folder / "teacher"))
+    taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
+
+    def make(name: str) -> TrainingJob:
+        own = dict(JOBS[name])
+        return TrainingJob(
+            run_folder=str(folder / name),
+            tokens_folder=str(tiny_tokens),
+            model={**tiny_model, **own.pop("model", {})},  # type: ignore[arg-type]
+            recipe=TrainingSettings(**{**RECIPE, **own.pop("recipe", {})}),
+            **(taught if "distillation" in own else {}),
+            **own,
+        )
+
+    return make
+
+
+Make = Callable[[str], TrainingJob]
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job: Make, name: str) -> None:
+    row = {**QUICK, **SLOW}[name]
+    job = same_run(make_job(row.job), *row.disturbances, rel=row.rel)
+    assert [event["step"] for event in events(job, "resumed")] == row.resumed
+    damaged = events(job, "damaged")
+    assert len(damaged) == row.num_damaged
+    assert all(row.said in event["text"] for event in damaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_workers_train_what_one_trains(
+    make_job: Make, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = SEVERAL[name]
+    for owner, attribute in ((TokenStore, "batch"), (trainer, "make_objective")):
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))  # So that it comes back.
+    exec(PATCHES.get(row.job, ""), {"rank": "1"})
+    job = same_run(make_job(row.job), *row.disturbances, rel=row.rel or 1e-4)
+    assert [event["step"] for event in events(job, "resumed")] == row.resumed
+    assert [event["step"] for event in events(job, "skipped")] == [4] * (row.job == "bad")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", KILLED)
+def test_a_killed_run_ends_like_one_that_was_left_alone(make_job: Make, place: str) -> None:
+    assert steps_of(same_run(make_job("one kept"), kill(*KILLED[place]))) == [12]
