@@ -122,7 +122,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert longest == pytest.approx(4 * shortest), "a CPU reaches 20 to 80% of its peak"
     assert price.disk == {
         "checkpoints": 4 * 12 * 10_138,
-        "teacher outputs": 40 * STEP * (300 * 4 + 4),  # Logits in float32, and the token.
+        "teacher outputs": 40 * STEP * 300 * 4,  # Logits in float32.
     }
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
@@ -132,7 +132,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert price.seconds["sweep"] == pytest.approx(4 * SECONDS["sweep"], abs=0.1)
     assert words["time"] == "about 28 s: start 20 s, teacher 0 s, sweep 8 s"
     assert words["disk"].startswith(
-        "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
+        "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
     )
     assert words["on this machine"] == "it fits"
     assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
