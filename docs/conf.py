@@ -38,6 +38,7 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Keys", "params_style")]  # Of what `--json` prints.
 
 html_theme = "furo"
 html_title = f"iiet-orch {version}"

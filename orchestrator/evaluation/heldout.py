@@ -1,15 +1,14 @@
 """Held-out tasks: tasks of lm-eval made from prepared data, of what training never sees.
 
 Text offers the last words of passages, as LAMBADA, and bits per byte; depth data one task for each
-of their depth tasks; a mixture those of all its parts. The folder `heldout-<key>` beside the data
-holds the items of each task as JSON lines, and their checksums in `suite.json`.
+of their depth tasks; a mixture those of all its parts. `heldout-<key>/suite.json` beside the data
+holds the items of each task.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import math
 import re
 from collections import Counter
@@ -26,17 +25,10 @@ from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    checksums_of,
-    damaged_file,
-    new_folder,
-    read_json,
-    write_json,
-)
+from orchestrator.workspace.files import read_json, write_json
 from orchestrator.workspace.provenance import content_key
 
-LAST_WORD, BITS_PER_BYTE = "lastword", "bits_per_byte"
-TEXT_TASKS = (LAST_WORD, BITS_PER_BYTE)
+LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
 TEXT_VERSION, DEPTH_VERSION = 2, 1
 """Increase one if the same data give other items; it is part of the tasks' version."""
 SUITE_NAME = "suite.json"
@@ -62,37 +54,42 @@ _ASKED_WORD = re.compile(r"(?<=[a-z] )[a-z]{2,}(?=[.,;:!?]?(?: |$))")
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
-def _metric(name: str, aggregation: str) -> Row:
-    return {"metric": name, "aggregation": aggregation, "higher_is_better": name == "acc"}
+def _task(kind: str, text: str, target: str, metrics: dict[str, str], **more: str) -> Row:
+    """Return how a task asks and scores, in the form of lm-eval's task files."""
+    listed = [
+        {"metric": name, "aggregation": how, "higher_is_better": name == "acc"}
+        for name, how in metrics.items()
+    ]
+    asks = {"output_type": kind, "doc_to_text": text, "doc_to_target": target}
+    return {**asks, **more, "metric_list": listed}
 
 
-_CONFIGS: dict[str, Row] = {
-    LAST_WORD: {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [_metric("acc", "mean"), _metric("perplexity", "perplexity")],
-    },
-    BITS_PER_BYTE: {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            _metric("bits_per_byte", "bits_per_byte"),
-            _metric("byte_perplexity", "weighted_perplexity"),
-            _metric("word_perplexity", "weighted_perplexity"),
-        ],
-    },
+_TEXT_CONFIGS = {
+    LAST_WORD: _task(
+        "loglikelihood",
+        "{{context}}",
+        "{{' ' + word}}",
+        {"acc": "mean", "perplexity": "perplexity"},
+    ),
+    BITS_PER_BYTE: _task(
+        "loglikelihood_rolling",
+        "",
+        "{{text}}",
+        {
+            "bits_per_byte": "bits_per_byte",
+            "byte_perplexity": "weighted_perplexity",
+            "word_perplexity": "weighted_perplexity",
+        },
+    ),
 }
-"""How a task asks and scores, in the form of lm-eval's task files."""
-_DEPTH_CONFIG: Row = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "target_delimiter": "",
-    "metric_list": [_metric("acc", "mean")],
-}
+_DEPTH_CONFIG = _task(
+    "multiple_choice",
+    "{{context}}",
+    "label",
+    {"acc": "mean"},
+    doc_to_choice="choices",
+    target_delimiter="",
+)
 
 
 def is_heldout_task(name: str) -> bool:
@@ -130,9 +127,9 @@ def heldout_folder(
     data = open_data(tokens)
     version = TEXT_VERSION if isinstance(data, TokenStore) else f"{TEXT_VERSION} {DEPTH_VERSION}"
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
-    key = content_key("heldout", version, data.fingerprint, num_items, max_tokens)
+    key = content_key("heldout items", version, data.fingerprint, num_items, max_tokens)
     path = data.folder / f"heldout-{key}"
-    if read_suite(path) or make is None:
+    if make is None or _read_suite(path):
         return path
 
     make.start("held-out tasks")
@@ -152,34 +149,21 @@ def heldout_folder(
                 for item in part.items(task, num_items)
             ]
             chances[task.name] = _chance_in_words(task.chance, rows[task.name])
-    with new_folder(path) as folder:
-        for name, found in rows.items():
-            lines = "".join(json.dumps(row) + "\n" for row in found)
-            (folder / f"{name}.jsonl").write_text(lines, "utf-8")
-        suite = {"tasks": list(rows), "chances": chances, "checksums": checksums_of(folder)}
-        write_json(folder / SUITE_NAME, suite)
+    write_json(path / SUITE_NAME, {"tasks": rows, "chances": chances})
     make.finish(", ".join(f"{len(found):,} {name}" for name, found in rows.items()))
     return path
 
 
-def read_suite(folder: Path) -> Row | None:
-    """Return the `tasks` and `chances` in the `suite.json` of a folder; None if there is none.
-
-    Raises:
-        UserError: If a file of the folder is damaged.
-    """
-    suite = read_json(folder / SUITE_NAME)
-    if suite and (damage := damaged_file(folder, suite["checksums"])):
-        raise UserError(
-            f"the held-out tasks are damaged: {damage}; delete the folder {folder} and run the "
-            "command again, which makes the same tasks"
-        )
-    return suite
+def _read_suite(folder: Path) -> Row | None:
+    return read_json(
+        folder / SUITE_NAME,
+        remedy=f"delete the folder {folder} and run the command again, which makes the same tasks",
+    )
 
 
 def heldout_chances(folder: Path | None) -> dict[str, str]:
     """Return the accuracy of a guess in words, for each depth task of a suite."""
-    suite = read_suite(folder) if folder else None
+    suite = _read_suite(folder) if folder else None
     return suite["chances"] if suite else {}
 
 
@@ -187,17 +171,20 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
     """Return the lm-eval configuration of each task of a suite, by name.
 
     Raises:
-        UserError: If the folder holds no suite, or one of its files is damaged.
+        UserError: If the folder holds no suite, or a damaged one.
     """
-    suite, configs = read_suite(folder), {}
+    suite = _read_suite(folder)
     if suite is None:
         raise UserError(f"{folder} holds no held-out tasks; run the command again to make them")
-    for name in suite["tasks"]:
-        lines = (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
-        version = TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION
-        config = _CONFIGS.get(name, _DEPTH_CONFIG)
-        configs[name] = task_config(name, config, version, {"test": list(map(json.loads, lines))})
-    return configs
+    return {
+        name: task_config(
+            name,
+            _TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
+            TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION,
+            {"test": rows},
+        )
+        for name, rows in suite["tasks"].items()
+    }
 
 
 def task_config(
@@ -222,14 +209,14 @@ def _item_sets(splits: Mapping[str, Sequence[Any]], **_settings: Any) -> Row:
 def _chance_in_words(chance: float, rows: Sequence[Row]) -> str:
     # With the accuracy of repeating a symbol at the end, which is more than chance where hops often
     # lead back to a symbol near their start.
-    right = {"last symbol": 0, "symbol before the last": 0}
+    right = Counter[str]()
     for row in rows:
         answer, context = row["choices"][row["label"]], row["context"]
         last = next((symbol for symbol in row["choices"] if context.endswith(symbol)), "")
         right["last symbol"] += last == answer
         right["symbol before the last"] += context.removesuffix(last).endswith(answer)
-    best = max(right, key=right.__getitem__)
-    share, error = right[best] / len(rows), math.sqrt(chance * (1 - chance) / len(rows))
+    ((best, count),) = right.most_common(1)
+    share, error = count / len(rows), math.sqrt(chance * (1 - chance) / len(rows))
     is_more = share > chance + 2 * error
     repeats = f", or {100 * share:.1f}% by repeating the {best}" if is_more else ""
     return f"{100 * chance:.1f}%{repeats}"

@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -353,22 +353,18 @@ def find_logged_run(path: Path) -> LoggedRun | None:
         UserError: If there are several models, or results without samples.
     """
     path = expand_user(path)
-    if path.is_file():
-        folder, results = path.parent, _results_of([path])
-    elif not path.is_dir() or (path / CONFIG).is_file():
+    if not path.exists() or (path / CONFIG).is_file():
         return None
-    else:
-        found = {one: _results_of(one.glob("*.json")) for one in (path, *sorted(path.iterdir()))}
-        folders = [one for one, of_model in found.items() if of_model]
-        if len(folders) > 1 and folders[0] != path:
-            names = ", ".join(one.name for one in folders)
-            raise UserError(
-                f"{path} has results of several models; name one of its folders: {names}"
-            )
-        folder = folders[0] if folders else path
-        results = found[folder]
-    if not results:
+    found = [path] if path.is_file() else [*path.glob("*.json")] or sorted(path.glob("*/*.json"))
+    dated = [(named[1], file) for file in found if (named := _RESULTS.fullmatch(file.name))]
+    folders = sorted({file.parent for _, file in dated})
+    if not folders:
         return None
+    if len(folders) > 1:
+        names = ", ".join(one.name for one in folders)
+        raise UserError(f"{path} has results of several models; name one of its folders: {names}")
+    (folder,) = folders
+    results = dict(sorted(dated))
     samples: dict[str, tuple[str, Path]] = {}
     for file in sorted(folder.glob("samples_*.jsonl")):
         named = _SAMPLES.fullmatch(file.name)
@@ -377,12 +373,6 @@ def find_logged_run(path: Path) -> LoggedRun | None:
     if not samples:
         raise UserError(f"{folder} has results of lm-eval but no samples of them; {_LOG_AGAIN}")
     return LoggedRun(results, samples)
-
-
-def _results_of(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return those of the files that are results, by the date in their names."""
-    named = {path: _RESULTS.fullmatch(path.name) for path in sorted(paths)}
-    return {found[1]: path for path, found in named.items() if found}
 
 
 def top_groups(subtasks: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:

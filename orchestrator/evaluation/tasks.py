@@ -362,7 +362,7 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
         UserError: If a name has no task, or a local task cannot be loaded or scored.
         RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
     """
-    folders = [folder for folder in (*asked.folders, asked.heldout) if folder]
+    folders = [*asked.folders, *([asked.heldout] if asked.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
     suite = replace(_load(replace(asked, prompts=None), state), prompts=asked.prompts)

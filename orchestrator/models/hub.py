@@ -17,13 +17,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.models.folder import TOKENIZER_PATTERNS
+from orchestrator.models.folder import MODEL_PATTERNS
 from orchestrator.workspace.errors import UserError, first_line, mask_secrets
 
 HUB_PREFIX = "hub:"
-MODEL_PATTERNS = (*TOKENIZER_PATTERNS, "*.json", "*.safetensors", "*.model", "*.py")
-PICKLES = "pytorch_model*.bin"
-"""Weights of older models, which transformers reads; only fetched if there are no others."""
 OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*")
 """The same weights once more."""
 
@@ -32,8 +29,17 @@ PROBE_SECONDS = 1.5
 DRY_RUN = "a dry run downloads nothing"
 
 _FLAG = "HF_HUB_OFFLINE"
-_MODULES_WITH_FLAG = ("huggingface_hub.constants", "datasets.config")
 _TRUE = {"1", "ON", "YES", "TRUE"}
+_REFUSALS = {
+    "GatedRepoError": " is gated: accept its terms on its page, then set HF_TOKEN, or log in with "
+    "`hf auth login`",
+    "RevisionNotFoundError": ": the hub has no such branch, tag or commit of it",
+    "RepositoryNotFoundError": ": the hub has no such model, or it is private and the token may "
+    "not read it",
+    "LocalTokenNotFoundError": " needs a token of the hub: set HF_TOKEN, give --token, or log in "
+    "with `hf auth login`",
+}
+"""Errors of the hub's library that users are likely to meet."""
 _reasons: list[str] = []
 """Those of the blocks of `offline` that run."""
 
@@ -50,14 +56,12 @@ def hub_problem() -> str | None:
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     try:
         endpoint = urlsplit(address)
-        host = endpoint.hostname or ""
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((endpoint.hostname, port), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        return f"{endpoint.hostname} cannot be reached ({error})"
     except ValueError as error:
         return mask_secrets(f"HF_ENDPOINT={address} is not a valid address ({error})")
-    try:
-        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        return f"{host} cannot be reached ({error})"
     return None
 
 
@@ -88,11 +92,10 @@ def offline(reason: str = "") -> Iterator[None]:
 
 
 def _set_flag(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(_FLAG, None)
-    else:
+    os.environ.pop(_FLAG, None)
+    if value is not None:
         os.environ[_FLAG] = value
-    for name in _MODULES_WITH_FLAG:
+    for name in ("huggingface_hub.constants", "datasets.config"):
         if module := sys.modules.get(name):
             setattr(module, _FLAG, (value or "").upper() in _TRUE)
 
@@ -105,40 +108,43 @@ def is_hub_name(name: Path | str) -> bool:
     return str(name).startswith(HUB_PREFIX)
 
 
-def download_model(name: Path | str) -> Path:
-    """Return the folder of a model of the hub, with configuration, weights, tokenizer and code.
+def download(name: Path | str, *, weights: bool = True) -> Path:
+    """Return the folder of a model of the hub, with configuration, tokenizer, code and weights.
 
     Raises:
         UserError: If there is no such model, it may not be read, or the hub cannot be reached and
             the model is not in the cache.
     """
-    folder = _download(str(name), MODEL_PATTERNS)
-    if not any(folder.glob("*.safetensors")):
-        folder = _download(str(name), (*MODEL_PATTERNS, PICKLES))
-    return folder
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def download_tokenizer(name: Path | str) -> Path:
-    """Return a folder with the tokenizer files of a repository of the hub.
-
-    Raises:
-        UserError: As `download_model`.
-    """
-    return _download(str(name), TOKENIZER_PATTERNS)
-
-
-def shown_path(folder: Path) -> Path:
-    """Return `OWNER/NAME` for a folder in the hub's cache, whose own name is a hash."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return Path(*repository.split("--")[1:])
-    return folder
+    repository, _, revision = str(name).removeprefix(HUB_PREFIX).partition("@")
+    problem = hub_problem()
+    with _errors_explained(str(name)), offline() if problem else nullcontext():
+        try:
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision or None,
+                    endpoint=_endpoint(),
+                    allow_patterns=list(MODEL_PATTERNS),
+                    ignore_patterns=[*OTHER_FORMATS, *([] if weights else ["*.safetensors"])],
+                    local_files_only=problem is not None,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            raise UserError(
+                f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE}), and "
+                f"{problem or first_line(error)}"
+            ) from None
 
 
 def shown_name(folder: Path) -> str:
-    """Return a folder's name; `OWNER/NAME` for one in the hub's cache."""
-    shown = shown_path(folder)
-    return folder.name if shown == folder else shown.as_posix()
+    """Return a folder's name; `OWNER/NAME` for one in the hub's cache, whose own name is a hash."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return folder.name
 
 
 def check_upload(repository: str, token: str | None = None) -> None:
@@ -182,46 +188,9 @@ def upload_model(
     return str(address)
 
 
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    problem = hub_problem()
-    with _errors_explained(name), offline() if problem else nullcontext():
-        try:
-            return Path(
-                snapshot_download(
-                    repository,
-                    revision=revision or None,
-                    endpoint=_endpoint(),
-                    allow_patterns=list(patterns),
-                    ignore_patterns=list(OTHER_FORMATS),
-                    local_files_only=problem is not None,
-                )
-            )
-        except LocalEntryNotFoundError as error:
-            raise UserError(
-                f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE}), and "
-                f"{problem or first_line(error)}"
-            ) from None
-
-
 def _endpoint() -> str | None:
     # The hub's library reads the variable only when it is imported.
     return os.environ.get("HF_ENDPOINT") or None
-
-
-_REFUSALS = {
-    "GatedRepoError": " is gated: accept its terms on its page, then set HF_TOKEN, or log in with "
-    "`hf auth login`",
-    "RevisionNotFoundError": ": the hub has no such branch, tag or commit of it",
-    "RepositoryNotFoundError": ": the hub has no such model, or it is private and the token may "
-    "not read it",
-    "LocalTokenNotFoundError": " needs a token of the hub: set HF_TOKEN, give --token, or log in "
-    "with `hf auth login`",
-}
-"""Errors of the hub's library that users are likely to meet."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from orchestrator.models.folder import (
     resolve_checkpoint,
     weights_key,
 )
-from orchestrator.models.hub import HUB_PREFIX, download_model, is_hub_name
+from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings import InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
@@ -140,7 +140,7 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
             not give the model.
     """
     if is_hub_name(path):
-        return download_model(path)
+        return download(path)
     path = expand_user(path)
     places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
     for place in places:

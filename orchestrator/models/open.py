@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from orchestrator.models.folder import (
     weight_files,
     weights_key,
 )
-from orchestrator.models.hub import shown_path
+from orchestrator.models.hub import shown_name
 from orchestrator.models.lookup import find_model_folder, resolve_model
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
@@ -121,15 +120,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
-            found = load_file(file)
+            weights |= load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
-        if duplicates := sorted(set(weights) & set(found)):
-            raise UserError(
-                f"{folder} holds {duplicates[0]} in several files, the last of which is "
-                f"{file.name}; keep the files of one model there"
-            )
-        weights |= found
     return weights
 
 
@@ -222,7 +215,7 @@ def open_model(
     if loops and depth != loops.own:
         how = ["transformers", depth]
     if is_external:
-        name, key = shown_path(path).name, [model_files_key(path), how]
+        name, key = shown_name(path).rpartition("/")[2], [model_files_key(path), how]
     else:
         texts = [file_key(tokenizer_file(text_folder)), text_files_key(text_folder)]
         name, key = path.parent.name, [weights_key(path), how, *filter(None, texts)]
@@ -282,16 +275,13 @@ def short_names(models: Sequence[OpenedModel]) -> list[str]:
     is_one_model = len({model.path for model in models}) == 1
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
         return [f"r={shortest_schedule(schedule)}" for schedule in schedules]
-    clashes = Counter(name for _, name in {(model.path, model.name) for model in models})
     labels: list[str] = []
     for model in models:
-        label, shown = model.name, shown_path(model.path)
-        if clashes[label] > 1:
-            folder = shown.name if model.is_external else model.path.parent.name
-            label = "/".join(shown.parts[-2:]) + label.removeprefix(folder)
+        label, shown = model.name, shown_name(model.path)
+        if any(label == other.name and model.path != other.path for other in models):
+            longer = shown if "/" in shown else "/".join(model.path.parts[-2:])
+            label = longer + "".join(label.partition(" r=")[1:])
         labels.append(label)
     times = [labels[:number].count(label) + 1 for number, label in enumerate(labels)]
-    return [
-        f"{label} ({time})" if time > 1 else label
-        for label, time in zip(labels, times, strict=True)
-    ]
+    numbered = zip(labels, times, strict=True)
+    return [f"{label} ({time})" if time > 1 else label for label, time in numbered]

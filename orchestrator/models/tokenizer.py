@@ -29,7 +29,7 @@ from orchestrator.models.folder import (
     read_text_files,
     tokenizer_file,
 )
-from orchestrator.models.hub import download_tokenizer, is_hub_name, offline
+from orchestrator.models.hub import download, is_hub_name, offline
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import UserError, first_line, quoted
 from orchestrator.workspace.files import expand_user
@@ -84,7 +84,7 @@ def tokenizer_path(name: str | Path) -> Path:
     Raises:
         UserError: If the hub does not give it.
     """
-    path = download_tokenizer(name) if is_hub_name(name) else expand_user(name)
+    path = download(name, weights=False) if is_hub_name(name) else expand_user(name)
     return path / TOKENIZER if path.is_dir() else path
 
 
@@ -289,17 +289,14 @@ def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> d
     """
     if is_checkpoint(folder):
         return read_text_files(folder)
-    values: dict[str, Any] = {}
-    if (folder / GENERATION_CONFIG).is_file():
-        values = dict(read_config(folder, GENERATION_CONFIG))
+    has_values = (folder / GENERATION_CONFIG).is_file()
+    values = dict(read_config(folder, GENERATION_CONFIG)) if has_values else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = [number for number in token_ids(folder, name) if number < vocab_size]
         values[name] = ids if len(ids) > 1 else next(iter(ids), None)
     if tokenizer is None:
-        has_ids = any(value is not None for value in values.values())
-        return {GENERATION_CONFIG: _json_file(values)} if has_ids else {}
+        return {GENERATION_CONFIG: _json_file(values)} if any(values.values()) else {}
 
-    kind = str(read_config(folder).get("model_type", "llama"))
     with TemporaryDirectory() as name:
         scratch, written = Path(name), Path(name) / "written"
         shutil.copyfile(tokenizer, scratch / TOKENIZER)
@@ -310,6 +307,7 @@ def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> d
             config.pop("auto_map", None)  # No code of the folder runs.
             (scratch / TOKENIZER_CONFIG).write_bytes(_json_file(config))
         # The model's type may choose the tokenizer's class.
+        kind = read_config(folder).get("model_type", "llama")
         (scratch / CONFIG).write_bytes(_json_file({"model_type": kind}))
         loaded = _load(scratch, shown=tokenizer.parent)
         if values["eos_token_id"] is None:

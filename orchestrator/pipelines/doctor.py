@@ -21,7 +21,7 @@ from pydantic import Field
 from rich.text import Text
 
 from orchestrator.pipelines.result import Result
-from orchestrator.pipelines.upkeep import show_status
+from orchestrator.pipelines.upkeep import list_workspace, show_status
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
@@ -170,7 +170,8 @@ def _workspace(workspace: Workspace) -> Found:
     if not os.access(workspace.root, os.W_OK):
         raise UserError(f"{workspace.root} cannot be written; choose another with --workspace")
     damage: list[str] = []
-    names = ", ".join(a["name"] for a in show_status(workspace, note=damage.append).activities)
+    list_workspace(workspace, note=damage.append)
+    names = ", ".join(activity["name"] for activity in show_status(workspace).activities)
     for sentence in damage:
         yield False, sentence, "`iiet-orch clean damaged` lists what can go"
     yield True, f"{workspace.root}; {names or 'nothing'} runs in it", ""

@@ -31,7 +31,7 @@ from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.config import model_family
-from orchestrator.models.hub import download_model, is_hub_name, shown_name
+from orchestrator.models.hub import download, is_hub_name, shown_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
@@ -103,7 +103,7 @@ def import_model(
     context = open_context(workspace, progress)
     progress = context.progress
     progress.start("import")  # A download takes its time.
-    path = download_model(folder) if is_hub_name(folder) else resolve_path(folder)
+    path = download(folder) if is_hub_name(folder) else resolve_path(folder)
     if not path.exists():
         missing = f"{path} is not a model folder: there is nothing of this name"
         raise UserError(f"{missing}{lookup.hub_hint(Path(folder))}")

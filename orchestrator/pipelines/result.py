@@ -74,7 +74,7 @@ class Result(BaseModel):
         console = Console(width=NOTEBOOK_WIDTH, record=True, file=io.StringIO())
         show(self, console)
         text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-        return text.replace("<pre>", '<pre style="line-height: 1.3; white-space: pre">', 1)
+        return text.replace("<pre>", '<pre style="line-height: 1.3; white-space: pre-wrap">', 1)
 
     @property
     def problems(self) -> dict[str, str | None]:

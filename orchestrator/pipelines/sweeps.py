@@ -46,7 +46,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.claims import claims_section
 from orchestrator.reporting.command_tables import expected_time, price_rows
 from orchestrator.reporting.findings import draft_targets
-from orchestrator.reporting.front import FrontAxes, parse_axes, shown_trials
+from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -458,7 +458,7 @@ def plan_drafts(
     stored = load_sweep_results(space, sweep)
     text_of(Path(stored.results[0].suite.tokens_folder))
     targets = draft_targets(stored.results)
-    names = [trial.name for trial in shown_trials(stored.results) if trial.key in targets]
+    names = [trial.name for trial in stored.results if trial.key in targets]
     return DraftsPlan(
         sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
     )

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,10 @@ from orchestrator.reporting.front import (
     known,
     metric_title,
 )
-from orchestrator.reporting.results import Curve, vanilla_of
-from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
+from orchestrator.reporting.results import OVERHEADS, Curve, vanilla_of
+from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC
 from orchestrator.reporting.tables import confidence_text, model_rows
+from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version
 
@@ -85,11 +85,7 @@ DEPTH_TITLE = "Quality by corrections at inference"
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
     *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
-    *("quality/bits_per_byte", "quality/validation_loss", "share_of_full"),
-)
-SHARES = (
-    *("cost/relative_flops", "cost/relative_evaluations", "share_of_full"),
-    *("cost/overhead_share", "cost/overhead_ms_share"),
+    *("quality/bits_per_byte", "quality/validation_loss"),
 )
 
 Spec = dict[str, Any]
@@ -154,7 +150,8 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         raise ValueError("a front needs at least one result with a cost and a quality")
     rows = model_rows(front)
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    costs = [n for n in measured if n.startswith("cost/") and not n.endswith("_spread")]
+    offered = (front.axes.cost, *COSTS.values(), *(beyond for beyond, _ in OVERHEADS.values()))
+    costs = [name for name in dict.fromkeys(offered) if name in measured]
     qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
     # Places on other axes need the numbers alone.
     numbers = front.table[["key", "role", *(n for n in measured if n in front.table and "/" in n)]]
@@ -404,17 +401,13 @@ def _front_data(
     rows: Sequence[Row],
     paper: Sequence[tuple[float, float] | None],
 ) -> list[Row]:
-    """Return the rows that are drawn: the shown models, and the members of all other fronts.
+    """Return the rows that are drawn.
 
     A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
     """
     all_rows = {row["key"]: row for row in (*front.rows, *front.unmeasured)}
-    needed = {row["key"] for row in front.shown}
-    needed |= {row["key"] for placed in fronts for row in placed.members}
-    if len(front.shown) == len(front.rows):
-        needed = set(all_rows)
     marks: dict[str, dict[str, list[int]]] = {
-        key: {"members": [], "knees": [], "places": []} for key in needed
+        key: {"members": [], "knees": [], "places": []} for key in all_rows
     }
     for number, placed in enumerate(fronts):
         picks = [row["key"] for row in placed.picks.values()]
@@ -432,16 +425,14 @@ def _front_data(
         others = [row for row in placed.rows if row["role"] != "trial" and row["key"] not in names]
         for row in sorted(others, key=lambda row: row["role"] != "teacher"):
             names[row["key"]] = _label(all_rows[row["key"]])
-        drawn = replace(placed, table=placed.table[placed.table["key"].isin(needed)])
         for width in NAME_WIDTHS:
-            places = place_names(drawn, names, width, paper[number])
+            places = place_names(placed, names, width, paper[number])
             for key, own in marks.items():
                 own["places"].append(places.get(key, -1))
     found = []
     for row in rows:
-        if (key := row["key"]) not in needed:
-            continue
-        sweep, roles = row.get("sweep"), {"teacher": FULL_MODEL, "baseline": BASELINE}
+        key, sweep = row["key"], row.get("sweep")
+        roles = {"teacher": FULL_MODEL, "baseline": BASELINE}
         number = front.sweeps.index(sweep) if sweep else 0
         found.append(
             {
@@ -454,7 +445,7 @@ def _front_data(
                 "group": roles.get(row["role"], sweep or TRIAL),
                 "color": SERIES_COLORS[number % len(SERIES_COLORS)],
                 **marks[key],
-                "tip": _tooltip(front, row),
+                "tip": _tooltip(row),
                 "key": key,
             }
         )
@@ -472,34 +463,19 @@ def _label(row: Row) -> str:
     return ("" if is_long else ",").join(map(str, schedule))
 
 
-def _tooltip(front: Front, row: Row) -> dict[str, str]:
+def _tooltip(row: Row) -> dict[str, str]:
     """Return title -> number of what a reader looks up of a model."""
-    difference = difference_metric(front.basis.full) if front.basis else ""
     parts = (row["name"], row.get("sweep"), row["threshold"] and f"threshold {row['threshold']}")
     found = {"title": ", ".join(part for part in parts if part)}
-    titles = {
-        "share_of_full": f"{metric_title(front.axes.quality)}, share of full",
-        difference: f"Difference to {front.basis.full}" if front.basis else "",
-    }
-
-    def text(name: str, value: float) -> str:
-        if name in (KEEPS_METRIC, ON_FRONT_METRIC):
-            return confidence_text(value)
-        if name == difference and is_accuracy(front.axes.quality):
-            return f"{100 * value:.1f}"
-        if is_accuracy(name) or name in SHARES:
-            return f"{100 * value:.1f}%"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-    for name in (*TOOLTIP_METRICS, difference, KEEPS_METRIC, ON_FRONT_METRIC):
-        if row.get(name) is None:
-            continue
-        shown = text(name, row[name])
-        if row.get(f"{name}_stderr"):
-            shown += f" ± {text(name, row[f'{name}_stderr'])}"
-        if row.get(f"{name}_low") is not None:
-            shown += f" ({text(name, row[f'{name}_low'])} to {text(name, row[f'{name}_high'])})"
-        found[titles.get(name) or metric_title(name)] = shown
+    for name in TOOLTIP_METRICS:
+        if (value := row.get(name)) is not None:
+            is_share = is_accuracy(name) or name == "cost/relative_flops"
+            error = row.get(f"{name}_stderr")
+            text = format_with_error(value, error, is_percent=True) + "%" if is_share else ""
+            found[metric_title(name)] = text or f"{value:,.4g}"
+    for name in (KEEPS_METRIC, ON_FRONT_METRIC):
+        if row.get(name) is not None:
+            found[metric_title(name)] = confidence_text(row[name])
     return found
 
 

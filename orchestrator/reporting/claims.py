@@ -406,4 +406,4 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
 
 def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
     """Return what the models of a front show of each of the paper's claims."""
-    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))
+    return find_claims(front.table, load_item_values(workspace, front.seeds))

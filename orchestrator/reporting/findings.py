@@ -15,7 +15,12 @@ from typing import Any, Literal
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
-from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE, ON_FRONT_METRIC
+from orchestrator.reporting.statistics import (
+    INTERVAL_LEVEL,
+    KEPT_SHARE,
+    ON_FRONT_METRIC,
+    Interval,
+)
 from orchestrator.reporting.tables import confidence_text, cost_text, quality_text
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
@@ -45,21 +50,8 @@ def findings(front: Front) -> list[str]:
         if row is not None and row is not kept and row is not full:
             sentences.append(f"The {name} is {describe_model(front, row)}.")
     choice = kept or full
-    for baseline in (row for row in front.rows if row["role"] == "baseline" and row is not choice):
-        peer = None
-        if baseline["trial"].is_distilled_baseline:
-            # It was made to match the cost of a schedule.
-            peer = min(
-                (row for row in front.rows if row["role"] == "trial"),
-                key=lambda row: (abs(row["cost"] - baseline["cost"]), -row["goodness"]),
-                default=None,
-            )
-        sentences.append(
-            _comparison(front, baseline, peer, ", the schedule of the nearest cost,")
-            if peer
-            else _comparison(front, baseline, choice)
-        )
-    sentences += _about_random_start(front, full["trial"])
+    baselines = [r for r in front.rows if r["role"] == "baseline" and r is not choice]
+    sentences += [_comparison(front, baseline, choice) for baseline in baselines]
     sentences += draft_sentences(front.trials)
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
@@ -157,54 +149,26 @@ def confidence_note(front: Front) -> list[str]:
     ]
 
 
-def _about_random_start(front: Front, full: Trial) -> list[str]:
-    """Say on how many tokens distilled baselines trained that did not start from the teacher."""
-    trials = [row["trial"] for row in front.rows]
-    fresh = [
-        trial.numbers.get("train/tokens", 0)
-        for trial in trials
-        if trial.is_distilled_baseline and trial.job and not trial.job.initial_folder
-    ]
-    if not fresh:
-        return []
-    seen = full.numbers.get("train/tokens")
-    of_teacher = f"{seen:,.0f} tokens" if seen else "all tokens"
-    return [
-        f"The distilled vanilla models started from random weights and trained on "
-        f"{max(fresh):,.0f} tokens; the students' weights also saw {of_teacher} of the teacher's "
-        "training. sweep.distilled_vanilla_steps gives those models more steps."
-    ]
-
-
-def _comparison(front: Front, baseline: Row, choice: Row, about: str = "") -> str:
-    """Compare a baseline with a model; `about` says more of the model."""
-    scale, unit = (100, " points") if is_accuracy(front.axes.quality) else (1, "")
-    sign = 1 if front.axes.higher_is_better else -1
-    paired = front.intervals.get((choice["key"], front.axes.quality, baseline["label"]))
-    if paired is not None:
-        better, is_significant = sign * paired.value, paired.excludes_zero
-        # The size is positive, so the interval of a worse choice is turned around.
-        side = sign if better >= 0 else -sign
-        low, high = sorted(side * scale * bound for bound in (paired.low, paired.high))
-        digits = 1 if unit else 3
-        size = (
-            f"{abs(scale * better):.{digits}f}{unit}, {low:.{digits}f} to {high:.{digits}f} in "
-            f"{INTERVAL_LEVEL:.0%} of the draws"
-        )
-    else:
-        better = choice["goodness"] - baseline["goodness"]
+def _comparison(front: Front, baseline: Row, choice: Row) -> str:
+    """Compare a baseline with a model over the same items, else by their separate errors."""
+    scale, unit, digits = (100, " points", 1) if is_accuracy(front.axes.quality) else (1, "", 3)
+    interval = front.intervals.get((choice["key"], front.axes.quality, baseline["label"]))
+    if interval is None:
+        value = choice["quality"] - baseline["quality"]
         error = math.hypot(known(choice, "error") or 0.0, known(baseline, "error") or 0.0)
         reach = NormalDist().inv_cdf((1 + INTERVAL_LEVEL) / 2) * error
-        is_significant = abs(better) > reach
-        size = f"{abs(scale * better):.2g}{unit}"
-        if error:
-            low, high = (scale * (abs(better) + side * reach) for side in (-1, 1))
-            size += f", {low:.2g} to {high:.2g} at {INTERVAL_LEVEL:.0%}, unpaired"
-
-    other = choice["label"] + about
-    claim = f"and {other} differ by less than these items can resolve ({size})"
-    if is_significant:
-        claim = f"is {'worse' if better > 0 else 'better'} than {other} by {size}"
+        interval = Interval(value, value - reach, value + reach)
+    # The size is positive, so the interval of a negative difference is turned around.
+    side = 1 if interval.value >= 0 else -1
+    low, high = sorted(side * scale * bound for bound in (interval.low, interval.high))
+    size = (
+        f"{abs(scale * interval.value):.{digits}f}{unit}, {INTERVAL_LEVEL:.0%} interval "
+        f"{low:.{digits}f} to {high:.{digits}f}"
+    )
+    claim = f"and {choice['label']} differ by less than these items can resolve ({size})"
+    if interval.excludes_zero:
+        is_worse = (interval.value > 0) == front.axes.higher_is_better
+        claim = f"is {'worse' if is_worse else 'better'} than {choice['label']} by {size}"
     beaten = [row["label"] for row in front.members_beaten_by(baseline)]
     also = f"; it beats {join_names(beaten)} on the front" if beaten else ""
     return f"{baseline['label']} ({_quality(front, baseline)}) {claim}{also}."

@@ -10,7 +10,6 @@ draws the items again and adds columns that say how sure each place is.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,8 +45,6 @@ from orchestrator.workspace.layout import Workspace
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MAX_SHOWN = 200
-"""Most models in tables, charts and bootstraps; `front.csv` and `front.json` contain all."""
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
 COSTS = {
     "evaluations": "cost/evaluations",
@@ -196,40 +193,9 @@ class Front:
         return list(self.table["trial"])
 
     @cached_property
-    def shown(self) -> list[Row]:
-        """The rows that tables, charts and bootstraps contain, in the front's order.
-
-        All of up to `MAX_SHOWN`. Otherwise the members of the front, the full model and the
-        baselines, and of the others those that lack least quality to the best member of at most
-        their cost: pages of ten thousand rows cannot be read, and a bootstrap over that many models
-        needs gigabytes.
-        """
-        if len(self.rows) <= MAX_SHOWN:
-            return self.rows
-        costs = [member["cost"] for member in self.members]
-
-        def shortfall(row: Row) -> float:
-            if row["on_front"] or not row["is_candidate"] or row is self.full:
-                return -math.inf
-            best = self.members[bisect_right(costs, row["cost"]) - 1]
-            return float(best["goodness"] - row["goodness"])
-
-        nearest = sorted(self.rows, key=shortfall)
-        num_always = sum(shortfall(row) == -math.inf for row in nearest)
-        keys = {row["key"] for row in nearest[: max(MAX_SHOWN, num_always)]}
-        return [row for row in self.rows if row["key"] in keys]
-
-    @cached_property
-    def shown_seeds(self) -> list[Trial]:
-        """The trials whose means are shown."""
-        return [seed for row in self.shown for seed in row["seeds"]]
-
-    @property
-    def with_curves(self) -> list[Row]:
-        """The rows whose training is shown: of many models, those that matter."""
-        if len(self.shown) == len(self.rows):
-            return self.rows
-        return [row for row in self.shown if row["on_front"] or row["role"] != "trial"]
+    def seeds(self) -> list[Trial]:
+        """The trials whose means are placed."""
+        return [seed for row in self.rows for seed in row["seeds"]]
 
     @cached_property
     def members(self) -> list[Row]:
@@ -396,25 +362,6 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     return Front(axes, pandas.concat([placed, table[~is_placed]]))
 
 
-def shown_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials, or of many the seeds of those models that tables show."""
-    if len(trials) <= MAX_SHOWN:
-        return list(trials)
-    shown = {seed.key for seed in find_front(result_table(trials)).shown_seeds}
-    return [trial for trial in trials if trial.key in shown]
-
-
-def left_out_notes(front: Front) -> list[str]:
-    """Return the sentence on models that tables and pages leave out; none if all are shown."""
-    num_shown, num_all = len(front.shown), len(front.rows)
-    if num_shown == num_all:
-        return []
-    return [
-        f"Of {num_all:,} models, tables show the {num_shown:,} on the front and nearest to it, and "
-        "only these have confidences; `front.csv` has all."
-    ]
-
-
 def evaluations(
     table: DataFrame, items: Mapping[str, EvaluationResult]
 ) -> dict[str, list[EvaluationResult]]:
@@ -440,8 +387,7 @@ def with_confidence(
     differences to the full model and to each baseline, on the front's quality and on each task,
     each with its `_low` and `_high`; and the shares of the draws in which the model keeps
     `kept_share`, and in which it is on the front. Without two models that answered the same items,
-    the front stays as it is. Models that `Front.shown` leaves out get no confidence, and are not
-    drawn against the others.
+    the front stays as it is.
 
     Args:
         front: Placed results.
@@ -453,8 +399,8 @@ def with_confidence(
     """
     from pandas import DataFrame
 
-    shown, full, axes = front.shown, front.full, front.axes
-    found = {row["key"]: evaluations.get(row["key"], ()) for row in shown}
+    rows, full, axes = front.rows, front.full, front.axes
+    found = {row["key"]: evaluations.get(row["key"], ()) for row in rows}
     runs = {
         key: [each] if isinstance(each, EvaluationResult) else each
         for key, each in found.items()
@@ -466,7 +412,7 @@ def with_confidence(
     if full is None or paired is None:
         return replace(front, kept_share=kept_share)
     scores, number_of = paired.quality(axes.quality), {key: n for n, key in enumerate(runs)}
-    others = [full, *(r for r in shown if r["role"] == "baseline" and r is not full)]
+    others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
     intervals: dict[tuple[str, str, str], Interval] = {}
@@ -493,7 +439,7 @@ def with_confidence(
             columns[key][keeps_metric(kept_share)] = float((ratio[1] >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
-    costs = {row["key"]: row["cost"] for row in shown if row["is_candidate"]}
+    costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
     if scores is not None and costs and costs.keys() <= runs.keys():
         drawn_qualities = scores.drawn[:, [number_of[key] for key in costs]]
         goodness = drawn_qualities if axes.higher_is_better else -drawn_qualities
@@ -540,6 +486,6 @@ def sweep_front(
         is_shared = table["label"].duplicated(keep=False)
         table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
     front = find_front(table, axes)
-    items = load_item_values(workspace, front.shown_seeds)
-    notes = [*left_out_notes(front), *item_notes(front.shown_seeds, items)]
+    items = load_item_values(workspace, front.seeds)
+    notes = item_notes(front.seeds, items)
     return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes

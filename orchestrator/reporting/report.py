@@ -261,7 +261,7 @@ def write_sweep_report(
             sweep = sweep.model_copy(update={"results": tuple(tracked)})
             front = front.with_runs(tracked)
             sweep.store(workspace)
-    curves = dict(read_training_curves(sweep, front.with_curves))
+    curves = dict(read_training_curves(sweep, front.rows))
     if not axes.slug and sweep.is_search:
         curves |= read_history_curves(history_folder(place, sweep.key))
     elastic = None
@@ -339,7 +339,7 @@ def _overlay_report(
         curves={
             f"{title}: {sweep.name}": curves
             for sweep in sweeps
-            for title, curves in read_training_curves(sweep, front.with_curves).items()
+            for title, curves in read_training_curves(sweep, front.rows).items()
         },
         facts={f"{title}: {s.name}": facts for s in sweeps for title, facts in s.facts.items()},
         notes=[*common, *notes],

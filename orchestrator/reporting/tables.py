@@ -155,7 +155,7 @@ def models_table(front: Front, title: str = "") -> Table:
     number("exact ms", 11, "decoding/exact_ms_per_token", "{:.2f}".format)
     text("front", front.verdict)
 
-    cells = [[cell(row) for row in front.shown] for _, cell in columns]
+    cells = [[cell(row) for row in front.rows] for _, cell in columns]
     shown = [n for n, (column, _) in enumerate(columns) if not column.priority or any(cells[n])]
     rows = [
         TableRow(
@@ -163,7 +163,7 @@ def models_table(front: Front, title: str = "") -> Table:
             kind=row_kind(row),
             key=row["key"],
         )
-        for number, row in enumerate(front.shown)
+        for number, row in enumerate(front.rows)
     ]
     return Table([columns[n][0] for n in shown], rows, title)
 

@@ -26,7 +26,6 @@ from orchestrator.models.open import DTYPES, load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.findings import draft_targets
-from orchestrator.reporting.front import shown_trials
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
@@ -54,17 +53,16 @@ class _Measured(Record):
 def with_costs(
     found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
-    """Add what each model costs: exact counts, and milliseconds of those that tables show."""
+    """Add what each model costs: exact counts, and milliseconds."""
     full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
-    shown = {trial.key: trial for trial in shown_trials(counted)}
-    shapes = {key: content_key(trial.model.to_dict()) for key, trial in shown.items()}
+    shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
     on_gpu = ["GPU"] if settings.trials_use_gpus else []
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
     times = _Measured.read_measured(path, progress.note)
     if times is None or times.state != state:
-        models = {shapes[key]: trial.model for key, trial in shown.items()}
+        models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         measured = trial_device(settings, folder)(partial(time_per_token, models), progress)
         by_shape = {
@@ -73,10 +71,7 @@ def with_costs(
         }
         times = _Measured(state=state, by_name=by_shape)
         times.write(path)
-    return [
-        trial.with_numbers("cost", times.by_name[shapes[trial.key]] if trial.key in shown else {})
-        for trial in counted
-    ]
+    return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
 
 
 def with_drafts(
@@ -86,14 +81,14 @@ def with_drafts(
     progress: Progress,
     on_device: OnDevice | None = None,
 ) -> list[Trial]:
-    """Add how the models that tables show draft for their full models; costs must be known.
+    """Add how the models draft for their full models; costs must be known.
 
     What is not stored in the sweep's folder is measured on a device, if one is given.
     """
     targets = draft_targets(results)
     pairs = {
         f"{one.key} for {targets[one.key].key}": (one, targets[one.key])
-        for one in shown_trials(results)
+        for one in results
         if one.key in targets
     }
     path, state = folder / DRAFTS_NAME, content_key(environment(), SWEEP_NEW_TOKENS)

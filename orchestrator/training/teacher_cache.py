@@ -144,7 +144,8 @@ def _hashes(sequences: Tensor) -> list[str]:
 def open_cache(parent: Path, plan: CachePlan) -> CachedTeacher | None:
     """Open the cache of a plan in the folder of all caches; None if it is missing or damaged."""
     folder = parent / plan.key
-    with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
+    # Another process may delete it at any time.
+    with suppress(UserError, FileNotFoundError), files.damage_as_user_error(folder / MANIFEST):
         manifest = files.read_json(folder / MANIFEST)
         if manifest and not files.damaged_file(folder, manifest["checksums"]):
             return CachedTeacher(folder / ANSWERS, plan, manifest["sequences"])

@@ -66,13 +66,13 @@ def _nothing_compiled():
 
 
 def cases(*slow):
-    """Return every method with and without a mask: some cases slow, the others long."""
+    """Return every method, and IIET also with a mask: some cases slow, the others long."""
 
     def marks(case):
         return pytest.mark.slow if case in slow else pytest.mark.long
 
-    every = [(method, masked) for method in METHODS for masked in (False, True)]
-    return [pytest.param(*case, marks=marks(case)) for case in every]
+    every = {("iiet", True), *slow, *((method, False) for method in METHODS)}
+    return [pytest.param(*case, marks=marks(case)) for case in sorted(every)]
 
 
 @pytest.mark.parametrize(
@@ -112,21 +112,15 @@ def test_longer_decoding_recompiles_nothing():
     assert graphs.frame_count <= 3
 
 
-@pytest.mark.parametrize(
-    ("method", "masked"),
-    [
-        pytest.param(name, [True, False], marks=pytest.mark.long, id=f"{name}, masked or not")
-        for name in METHODS
-    ],
-)
-def test_a_fresh_process_compiles(method, masked):
+@pytest.mark.long
+def test_a_fresh_process_compiles():
     """No earlier run has filled a table or imported a module."""
-    script = f"""
+    script = """
 import torch
 from test_compile import decoded, decoder_of, masks, tokens, trained
-decoder = decoder_of({method!r})
+decoder = decoder_of("iiet")
 compiled = torch.compile(decoder, backend="aot_eager")
-for given in map(masks, {masked!r}):
+for given in map(masks, (True, False)):
     found = trained(decoder, compiled, **given), decoded(decoder, compiled, [4, 1], **given)
     right = trained(decoder, decoder, **given), decoded(decoder, decoder, [4, 1], **given)
     torch.testing.assert_close(found, right)

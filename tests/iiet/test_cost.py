@@ -21,7 +21,6 @@ from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitEuler
-from iiet.schedule import IterationSchedule
 
 SMALL = ModelConfig(
     method="vanilla", vocab_size=50, dim=8, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=12,
@@ -229,25 +228,6 @@ def test_a_truncated_backward_pass_costs_less_training():
     whole = training_flops_per_token(full, context_length=10)
     assert whole - training_flops_per_token(truncated, context_length=10) == 2 * 3 * 1136
     assert inference_cost(truncated) == inference_cost(full)
-
-
-def test_counting_changes_no_random_numbers_and_works_in_any_mode():
-    before = torch.get_rng_state()
-    gated = small("ode_rk2_gated", dim=24)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert layer_counts(gated, 0) == (2, 4 * 24, 4)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_wrong_use_is_named():
-    with pytest.raises(ValueError, match="context_length must be between 1 and the model's 16"):
-        inference_cost(SMALL, context_length=17)
-    with pytest.raises(ValueError, match="shared"):
-        inference_cost(SMALL, kv_strategy="shared")
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        inference_cost(SMALL, batch_size=0)
-    with pytest.raises(ValueError, match="schedule"):
-        inference_cost(SMALL, IterationSchedule((1, 1, 1)))
 
 
 BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4

@@ -125,14 +125,6 @@ def test_a_view_serves_fewer_corrections_in_the_same_memory(schedule):
     assert all(torch.equal(b, held[:, :, :6]) for b, held in zip(before, cache._slots, strict=True))
 
 
-def test_a_view_for_more_evaluations_is_refused():
-    decoder = decoder_of()
-    for schedule in ((3, 0, 0), (0, 1, 0)):
-        other = decoder.with_schedule(IterationSchedule(schedule))
-        with pytest.raises(ValueError, match="at most 3,1,2 evaluations per layer and 2 key/value"):
-            cache_of(decoder).view(other.config)
-
-
 @torch.no_grad()
 def test_a_cache_is_refused_after_an_interrupted_pass():
     decoder = decoder_of()
@@ -149,15 +141,6 @@ def test_a_cache_is_refused_after_an_interrupted_pass():
         decoder(prompt(2, 1), cache=cache)
     with pytest.raises(ValueError, match=r"hold from 5 to 6 tokens, .* make a new cache"):
         decoder(prompt(2, 1), cache=cache)
-
-
-@torch.no_grad()
-def test_a_full_cache_is_refused():
-    decoder = decoder_of()
-    with pytest.raises(ValueError, match="room for max_tokens=4, got 5"):
-        decoder(prompt(), cache=cache_of(decoder, max_tokens=4))
-    with pytest.raises(ValueError, match="'exact' or 'last', got 'first'"):
-        cache_of(decoder, strategy="first")
 
 
 @pytest.mark.parametrize("schedule", [None, "2,0,1"])
@@ -199,21 +182,6 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
     torch.testing.assert_close(continued[1:], alone, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("shape", [(2, 0), (2, 4), (2, 6), (1, 5), (3, 5), (5,)])
-def test_a_mask_of_another_shape_is_refused(shape):
-    decoder, mask = decoder_of(), torch.ones(shape).bool()
-    with pytest.raises(
-        ValueError, match=r"attention_mask must be \(batch, .*\), here \(2, 5\), got"
-    ):
-        decoder(prompt(), attention_mask=mask)
-    with pytest.raises(ValueError, match="attention_mask must be"):
-        decoder.evaluations(prompt(), attention_mask=mask)
-    cache = cache_of(decoder)
-    decoder(prompt(2, 2), cache=cache)
-    with pytest.raises(ValueError, match=r"here \(2, 3\), got"):
-        decoder(prompt(2, 1), cache=cache, attention_mask=mask)
-
-
 def test_stream_yields_what_generate_returns():
     decoder = decoder_of()
     settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
@@ -253,26 +221,6 @@ def test_stop_tokens_end_rows_and_then_the_batch():
     for row, end in enumerate(ends):
         assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
         assert (ended[row, end:] == free[row, end]).all()
-
-
-def test_all_problems_at_once_and_at_the_call():
-    decoder = decoder_of()
-    mask = torch.ones(2, 5).bool()
-    mask[:, -1] = False
-    with pytest.raises(ValueError, match="max_new_tokens=500 do not fit") as caught:
-        stream(
-            decoder,
-            prompt(),
-            max_new_tokens=500,
-            temperature=-1.0,
-            top_k=0,
-            top_p=1.5,
-            attention_mask=mask,
-        )
-    for name in ("temperature", "top_k", "top_p", "padded on the left"):
-        assert name in str(caught.value)
-    with pytest.raises(ValueError, match="not empty"):
-        generate(decoder, prompt()[:, :0], max_new_tokens=1)
 
 
 def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():

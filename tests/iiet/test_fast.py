@@ -1,10 +1,6 @@
 """Each hand-written form equals the plain formula in values and gradients, and replaces bare layers
 only."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,19 +134,6 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
     assert any(not torch.equal(off[name], value) for name, value in found.items())
-
-
-@pytest.mark.slow
-def test_the_environment_turns_them_off():
-    assert (os.environ.get("IIET_CPU_KERNELS") != "0") == fast.ENABLED
-    run = subprocess.run(
-        [sys.executable, "-c", "from iiet import fast; print(fast.ENABLED)"],
-        env={**os.environ, "IIET_CPU_KERNELS": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == "False"
 
 
 class Wrapped(torch.Tensor):

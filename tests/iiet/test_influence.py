@@ -212,13 +212,6 @@ def test_errors_are_the_standard_errors_over_batches():
     )
 
 
-def test_rows_are_as_long_as_layers_correct_and_lead_to_a_family():
-    table = influence_table(small_decoder(), random_batches(2))
-    assert [len(row) for row in table.rows()] == [2, 0, 1]
-    assert schedule_family(table) == schedule_family(table.rows())
-    assert schedule_family(table)[0].schedule == table.schedule
-
-
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_only_the_last_output_is_kept_in_memory(metric):
     """8 layers need no more memory beside an ordinary pass than 2."""
@@ -265,13 +258,6 @@ def test_residuals_are_those_of_the_estimates():
     assert math.isnan(table.contractions[2])
 
 
-def test_the_contraction_factor_is_the_mean_ratio_of_residuals():
-    residuals = ((0.9, 0.3, 0.1), (1.0, 2.0), (0.5,), ())
-    table = InfluenceTable("cosine", residuals, residuals, 8, residuals)
-    assert table.contractions[:2] == pytest.approx((1 / 3, 2.0))
-    assert all(map(math.isnan, table.contractions[2:]))
-
-
 def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
     for method, num_residuals in (("vanilla", 0), ("pcformer_rk4", 1)):
         config = dataclasses.replace(small_decoder().config, method=method, schedule=None)
@@ -315,13 +301,3 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
         assert row == pytest.approx(expected, rel=1e-9)
     assert [len(row) for row in table.residual_rows] == [1, 1, 0, 1]
     assert schedule_family(table)[-1].schedule == IterationSchedule.none(4)
-
-
-def test_wrong_use_is_named():
-    decoder = small_decoder()
-    with pytest.raises(ValueError, match="euclid"):
-        influence_table(decoder, random_batches(1), metric="euclid")
-    with pytest.raises(ValueError, match="at least one"):
-        influence_table(decoder, [])
-    with pytest.raises(ValueError, match="nothing to measure"):
-        influence_table(decoder, [torch.zeros(2, 1, dtype=torch.long)], metric="loss")

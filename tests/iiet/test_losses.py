@@ -83,16 +83,6 @@ def test_never_negative_however_close(kind, seed, scale, temperature):
         assert loss <= temperature**2 * math.log(2) * (1 + 1e-5)
 
 
-def test_forward_and_reverse_mirror_each_other_and_jensen_shannon_is_symmetric():
-    teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
-    forward = kl_divergence(teacher, student, kind="forward")
-    assert kl_divergence(student, teacher, kind="reverse").item() == pytest.approx(forward.item())
-    assert kl_divergence(student, teacher, kind="forward").item() != pytest.approx(forward.item())
-    there = kl_divergence(teacher, student, kind="jensen_shannon").item()
-    back = kl_divergence(student, teacher, kind="jensen_shannon").item()
-    assert there == pytest.approx(back, rel=1e-12)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
@@ -262,18 +252,3 @@ def test_hidden_state_error_leaves_masked_positions_out():
     assert ours.grad[~mask].abs().max() == 0
     nothing = hidden_state_error([teacher], [ours], mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nothing.item() == 0
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (2, 2), (2, 3), (2, 5), (4,)])
-def test_a_mask_of_another_shape_is_refused(shape):
-    logits, tokens = random_logits(2, 4, 6, seed=1), torch.zeros(2, 4, dtype=torch.long)
-    mask, hidden = torch.ones(shape, dtype=torch.bool), [torch.ones(2, 4, 3)]
-    calls = [
-        lambda: cross_entropy(logits, tokens, mask=mask),
-        lambda: next_token_loss(logits, tokens, mask=mask),
-        lambda: kl_divergence(logits, logits, mask=mask),
-        lambda: hidden_state_error(hidden, hidden, mask=mask),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"must be \(batch, time\), here \(2, 4\), got"):
-            call()

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
-from iiet.mix import FusedHistory, Mix, PlainHistory, StepHistory, _inner_products, start
+from iiet.mix import FusedHistory, Mix, _inner_products, start
 
 SHAPE = (2, 3, 4)
 
@@ -15,23 +15,6 @@ def test_starting_rows_are_means():
         mix = Mix(layer)
         for row in (mix.inner, mix.outer):
             assert row.tolist() == pytest.approx([1 / (layer + 2)] * (layer + 2))
-
-
-def test_which_form_of_the_history_is_used():
-    embeddings = torch.randn(SHAPE)
-    assert isinstance(start(embeddings, 2), FusedHistory)
-    token = embeddings[:, :1]
-    assert isinstance(start(token, 2), FusedHistory), "it has a gradient"
-    with torch.no_grad():
-        assert isinstance(start(embeddings, 2), FusedHistory)
-        assert isinstance(start(token, 2), StepHistory)
-        with torch.autocast("cpu"):
-            assert isinstance(start(token, 2), FusedHistory)
-    with plain_formulas():
-        assert isinstance(start(embeddings, 2), PlainHistory)
-    kinds = []
-    torch.func.grad(lambda x: kinds.append(type(start(x, 2))) or x.sum())(embeddings)
-    assert kinds == [PlainHistory]
 
 
 def run(tensors, num_layers=4, *, corrections=(2, 0, 1, 2)):

@@ -25,7 +25,6 @@ import iiet
 from iiet.decoder import Decoder
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.modeling_iiet import LAYERS, IIETConfig, parse_schedule
 from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
@@ -215,35 +214,6 @@ def test_weights_missing_from_a_folder_get_their_starting_values(tmp_path):
         made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
         std = made.layers[0].field.feed_forward.gate_up.weight.std().item()
         assert std == pytest.approx(0.3, rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"method": "magic"}, "method must be one of vanilla, iiet"),
-        ({"corrections": None}, "'iiet' needs corrections"),
-        ({"corrections": "1,0"}, "schedule 1,0 is for 2 layers, the model has 3"),
-        ({"corrections": [1, 0, -1]}, "each makes 0 or more corrections"),
-        ({"corrections": "many"}, "'many' is not an iteration schedule"),
-        ({"method": "vanilla"}, "'vanilla' makes no corrections"),
-        ({"method": "looped"}, "all layers of method 'looped' make the same"),
-        ({"method_options": {"dampin": 1}}, "has no option dampin"),
-    ],
-)
-def test_mistakes_in_a_config_are_named(changes, sentence, tmp_path):
-    make_model().save(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
-
-
-@pytest.mark.parametrize("text", ["2", "1,0,2", "(1, 0, 2)", "1*3", "0*2,4", "3..0", 2, [1, 0, 2]])
-def test_schedules_are_read_as_by_the_core(text):
-    assert parse_schedule(text, 3) == tuple(IterationSchedule.parse(text, num_layers=3))
-
-
-def test_every_method_has_a_layer():
-    assert list(LAYERS) == list(METHODS.own)
-    assert IIETConfig().to_dict()["rope_theta"] == 10000.0
 
 
 @pytest.fixture

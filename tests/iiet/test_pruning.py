@@ -58,12 +58,6 @@ def test_any_threshold_gives_the_member_whose_interval_holds_it(influence, thres
     assert [member.schedule.corrections for member in holders] == [by_hand]
 
 
-def test_a_table_without_layers_or_numbers_is_refused():
-    for table in ([], [[math.nan, 0.2]], [[0.1], [math.inf]]):
-        with pytest.raises(ValueError, match=r"a row of finite numbers per layer, got \("):
-            schedule_family(table)
-
-
 @given(influences, st.integers(2, 8))
 def test_spread_keeps_both_ends_and_repeats_nothing(influence, num_points):
     family = schedule_family(influence)
@@ -165,9 +159,3 @@ def test_knapsack_of_flops_stays_within_the_budget():
     assert flops(first) < flops(last)
     assert knapsack(score, flops(first), cost=flops) == first
     assert knapsack(score, flops(last), cost=flops) == last
-
-
-def test_a_knapsack_names_what_is_wrong_with_its_budget():
-    assert knapsack([[0.3, 0.2]], 2.5).corrections == (1,)
-    with pytest.raises(ValueError, match="budget of nan"):
-        knapsack([[0.3]], math.nan)

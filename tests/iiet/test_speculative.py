@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, DraftRecord, IterationSchedule, generate, preset, stream
 from iiet.cache import KeyValueCache
-from iiet.speculative import cheaper_schedules, draft_models, step_costs
+from iiet.speculative import draft_models, step_costs
 
 VOCAB = 37
 SIZES = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
@@ -200,14 +200,6 @@ def test_counted_costs_fall_with_corrections_and_rise_with_rows():
     assert step_costs(full, full, batch_size=1, **sizes)[0] == 1
 
 
-def test_schedules_that_may_draft():
-    full = IterationSchedule((3, 1, 2))
-    assert [str(s) for s in cheaper_schedules(full)] == ["0,0,0", "1,1,1", "2,1,2"]
-    family = [IterationSchedule(s) for s in ((3, 1, 2), (3, 0, 0), (0, 0, 0), (0, 3, 0))]
-    assert [str(s) for s in cheaper_schedules(full, family)] == ["0,0,0", "3,0,0"]
-    assert cheaper_schedules(IterationSchedule.none(3)) == []
-
-
 def test_a_gpu_drafts_only_what_is_asked_for():
     """Shown with a pretended GPU, as `auto` decides by the device of the weights alone."""
     decoder = Decoder(preset("tiny", num_layers=2, schedule=1))
@@ -217,19 +209,3 @@ def test_a_gpu_drafts_only_what_is_asked_for():
     assert decoder.device.type == "cuda"
     assert draft_models(decoder, "auto", num_tokens=8) == {}
     assert list(draft_models(decoder, "0", num_tokens=8)) == ["0,0"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kv_strategy": "last"}, "kv_strategy='exact', got 'last'"),
-        ({"draft": "1,0"}, "schedule 1,0 is for 2 layers, the model has 3"),
-        ({"draft": decoder_of(vocab_size=36)}, "vocabulary of 37 tokens"),
-        ({"draft": decoder_of(context_length=8)}, "at least the 16 asked for, .* with 37 and 8"),
-        ({"draft_tokens": -1}, "draft_tokens must be 'auto' or at least 0, got -1"),
-        ({"temperature": -1.0, "top_k": 0}, "temperature must be .*top_k must be"),
-    ],
-)
-def test_what_does_not_fit_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        stream(decoder_of(), prompts(), max_new_tokens=10, **{"draft": "auto", **options})

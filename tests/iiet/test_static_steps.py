@@ -232,14 +232,6 @@ def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, s
     assert capture.num_captured == 1
 
 
-def test_steps_belong_to_one_decoder():
-    other = decoder_of()
-    with pytest.raises(ValueError, match="decode with another decoder"):
-        both(decoder_of(), steps=StaticSteps(other))
-    with pytest.raises(ValueError, match="the decoder of these steps is gone"):
-        both(decoder_of(), steps=StaticSteps(decoder_of()))
-
-
 @torch.no_grad()
 def test_an_ordinary_pass_may_follow():
     """It sees the tokens of the steps, and the padding of the prompts."""

@@ -115,31 +115,6 @@ def test_a_hook_or_a_replaced_forward_works_everywhere(path, how):
         torch.testing.assert_close(logits, full, rtol=0, atol=1e-11)
 
 
-@pytest.mark.slow  # peft takes long to load
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft reads
-def test_lora_of_peft_changes_and_learns():
-    peft = pytest.importorskip("peft")
-    from iiet.exporting import transformers_model
-
-    model = transformers_model(fresh_decoder().float())
-    before = model(tokens()).logits.detach()
-    config = peft.LoraConfig(r=2, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, config)
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.5)
-    for _ in range(2):  # One half of each adapter starts at zero, so the other learns from step 2.
-        optimizer.zero_grad()
-        adapted(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
-    trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 4 * 2
-    assert all(grad is not None and grad.abs().sum() > 0 for grad in trained.values())
-    after = adapted(input_ids=tokens()).logits.detach()
-    assert (after - before).abs().max() > 0.01
-    merged = adapted.merge_and_unload()
-    assert isinstance(merged, type(model))
-    torch.testing.assert_close(merged(tokens()).logits.detach(), after)
-
-
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not")  # PyTorch 2.6, on CPUs
 def test_tensor_parallel_linear_layers_are_called():
     """On a mesh of one worker; the weights are distributed tensors as well.

@@ -94,8 +94,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "tokens/*/tokenizer.json": ("prepare",),
     "tokens/*/.verified.json": ("prepare", "evaluate"),
     "tokens/*/heldout-*/suite.json": ("evaluate", "plan"),
-    "tokens/*/heldout-*/lastword.jsonl": ("evaluate", "plan"),
-    "tokens/*/heldout-*/.verified.json": ("evaluate",),
     "tokens/sources/*.json": ("prepare",),
     "runs/full/job.json": ("list", "list running", "clean", "plan", "pretrain"),
     "runs/full/done.json": ("list", "list running", "clean", "plan", "pretrain"),

@@ -13,10 +13,9 @@ from iiet.batch import NO_TARGET
 from orchestrator.data import preparation
 from orchestrator.data.mixture import MixtureStore, open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
-from orchestrator.data.store import TokenStore, verify_data
+from orchestrator.data.store import verify_data
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 
 SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
@@ -165,23 +164,6 @@ def test_prepared_once_and_found_again_also_elsewhere(
     verify_data(moved.tokens / folder.name, always=True)
 
 
-def test_damaged_tokens_of_a_text_are_found_and_written_again(
-    mixture: MixtureStore, settings: DataSettings, workspace: Workspace
-) -> None:
-    (texts,) = mixture.texts
-    path = texts.folder / "train.bin"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\x01")
-    with pytest.raises(UserError, match=rf"{texts.folder.name} is damaged: train\.bin"):
-        verify_data(mixture.folder, always=True)
-    path.unlink()
-    with pytest.raises(UserError, match=r"train\.bin is missing"):
-        open_data(mixture.folder)
-    assert find_prepared(settings, workspace.tokens) is None
-    assert prepare(settings, workspace) == mixture.folder
-    assert path.read_bytes() == content
-
-
 def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     text: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,17 +190,3 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     assert written == ["files", "hub"]
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
     assert prepare(settings, Workspace(workspace.root / "other")).name == folder.name
-
-
-def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Workspace) -> None:
-    texts = open_data(prepare(two_texts(text, {"files": 0.5, "hub": 0.5}), workspace))
-    assert isinstance(texts, MixtureStore)
-    assert all(isinstance(data, TokenStore) for data in texts.sources.values())
-    assert texts.sequences(np.arange(8), context_length=LENGTH, seed=0).taught is None
-    settings = data_settings(text, {"phop_2": 0.75, "s5_4": 0.25})
-    tasks = open_data(prepare(settings, workspace))
-    expected = expected_tokens(settings, None)
-    assert (expected.vocab_size, expected.context_length) == (tasks.vocab_size, 17)
-    assert tasks.num_validation_tokens is None
-    with pytest.raises(UserError, match=r"more than model\.context_length=8"):
-        tasks.check_length(8)

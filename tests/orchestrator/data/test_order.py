@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.order import (
-    SourceOrder,
     WindowOrder,
     check_even_split,
     permute,
@@ -81,15 +80,6 @@ def test_workers_share_a_step_as_evenly_as_possible(batch: int, workers: int, st
     if batch % workers:
         with pytest.raises(UserError, match=f"{workers} workers cannot share evenly"):
             check_even_split(batch, workers)
-
-
-def test_shares_are_exact_in_each_block_and_numbers_follow_each_other() -> None:
-    order = SourceOrder.of_shares([0.7, 0.2, 0.1])
-    positions = np.arange(3000)
-    for share, (own, numbers) in zip((0.7, 0.2, 0.1), order.split(positions, 9), strict=True):
-        assert own.sum() == round(3000 * share)
-        assert sorted(numbers.tolist()) == list(range(len(numbers)))
-        assert own[:200].sum() == pytest.approx(200 * share, abs=25)
 
 
 def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error() -> None:

@@ -12,7 +12,7 @@ from sample_texts import lines_of
 
 from orchestrator.data import preparation
 from orchestrator.data.mixture import open_data
-from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
+from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
@@ -47,17 +47,6 @@ def test_finished_work_is_reused(
     assert "200 documents" in open_data(folder).describe()
     with pytest.raises(TypeError):
         prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
-
-
-def test_a_changed_source_is_prepared_again(
-    workspace: Workspace, settings: DataSettings, tmp_path: Path
-) -> None:
-    first = prepare(settings, workspace)
-    (tmp_path / "b.txt").write_text("Another text is here for the fish to read.")
-    second = prepare(settings, workspace)
-    assert second != first
-    (tmp_path / "b.txt").unlink()
-    assert prepare(settings, workspace) == first
 
 
 @pytest.mark.slow
@@ -98,13 +87,3 @@ def test_damaged_tokens_and_records_are_named(workspace: Workspace, settings: Da
     assert prepare(settings, workspace) == folder
     with pytest.raises(UserError, match=r"is damaged: train\.bin"):
         prepare(settings, workspace, verify=True)
-
-
-def test_a_user_error_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n \n")
-    for name, message in (("empty.txt", "the corpus is empty"), ("no.txt", "no file matches")):
-        settings = DataSettings(source="files", files=(str(tmp_path / name),))
-        with pytest.raises(UserError, match=message):
-            prepare(settings, workspace)
-    assert find_prepared(DataSettings(source="python"), workspace.tokens) is None
-    assert {path.name for path in workspace.tokens.glob("*")} <= {".lock"}

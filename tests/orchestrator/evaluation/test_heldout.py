@@ -107,8 +107,8 @@ def suite(tokens: Path) -> Path:
 
 
 def rows(suite: Path, name: str) -> list[dict[str, Any]]:
-    lines = (suite / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    found: list[dict[str, Any]] = json.loads((suite / "suite.json").read_text())["tasks"][name]
+    return found
 
 
 def held_out(tokens: Path) -> str:
@@ -140,9 +140,10 @@ def test_the_same_documents_and_settings_give_the_same_suite(
     other = built(tokens, 20)
     assert other != suite
     assert len(rows(other, "lastword")) <= 20
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in suite.iterdir()}
+    file = suite / "suite.json"
+    before, content = file.stat().st_mtime_ns, file.read_bytes()
     assert built(tokens) == suite
-    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in suite.iterdir()} == before
+    assert (file.stat().st_mtime_ns, file.read_bytes()) == (before, content)
     # The fingerprint does not depend on the path.
     copy = Path(shutil.copytree(suite, tmp_path / suite.name))
     here, there = (load_suite(TaskSelection(heldout=folder)) for folder in (suite, copy))
@@ -152,12 +153,11 @@ def test_the_same_documents_and_settings_give_the_same_suite(
         assert "custom_dataset" in here.tasks[name].dump_config()
     assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
     # Made again; a damaged one is an error.
-    (suite / "suite.json").unlink()
+    file.unlink()
     built(tokens)
-    for name in ("lastword.jsonl", "bits_per_byte.jsonl", "suite.json"):
-        assert (suite / name).read_bytes() == before[name][1]
-    (copy / "lastword.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"damaged: lastword\.jsonl was .* delete the folder"):
+    assert file.read_bytes() == content
+    (copy / file.name).write_bytes(content.replace(b"the", b"teh", 1))
+    with pytest.raises(UserError, match=r"suite\.json is damaged.*; delete the folder"):
         load_suite(TaskSelection(heldout=copy))
 
 
@@ -202,7 +202,7 @@ def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(
     names = (*TEXT_TASKS, "s5_4")
     assert tasks_of_source(settings) == offered_tasks(open_data(data)) == names
     suite = built(data)
-    assert {path.stem for path in suite.glob("*.jsonl")} == set(names)
+    assert set(json.loads((suite / "suite.json").read_text())["tasks"]) == set(names)
     assert len(rows(suite, "s5_4")) == NUM_ITEMS
     whole = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
     assert set(whole) == {"files", "hub"}

@@ -59,7 +59,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         metrics.append(options["metric"])
         return influence_table(*arguments, **options)
 
-    monkeypatch.setattr(influence, "influence_table", recorded)
+    monkeypatch.setattr("iiet.influence.influence_table", recorded)
     return metrics
 
 

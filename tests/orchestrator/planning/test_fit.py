@@ -132,7 +132,7 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(
     message = r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free"
     assert re.search(message, refused(*trials, disk=3 * one))
     answers = CachePlan(origin={}, num_steps=4, num_sequences=1, context_length=10, vocab_size=750)
-    num_bytes = 4 * 10 * 4 * (1 + 750)
+    num_bytes = 4 * 10 * 4 * 750
     taught = [replace(each, cache=answers) for each in trials]
     assert refused(*taught, disk=4.5 * one) == ""
     message = refused(*taught, disk=4.5 * one, teachers=tmp_path)

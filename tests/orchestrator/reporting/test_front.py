@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import random
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +17,14 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult, standa
 from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
-    MAX_SHOWN,
     Front,
     FrontAxes,
-    Row,
     evaluations,
     known,
-    left_out_notes,
     with_confidence,
 )
-from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.results import result_table, with_overhead
 from orchestrator.reporting.statistics import Interval, pair_scores
-from orchestrator.reporting.tables import models_table
 
 LOSS = FrontAxes(quality="quality/validation_loss")
 NUM_ITEMS = 400
@@ -140,52 +130,6 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
     assert front.hypervolume_box.quality == pytest.approx(0.7)
     assert front.hypervolume == pytest.approx(0.5)
     assert front.share(front.members[0]) == pytest.approx(0.5 / 0.7)
-
-
-def test_of_many_models_those_on_the_front_and_nearest_to_it_are_shown(tmp_path: Path) -> None:
-    draw, count = random.Random(0), 600
-    trials = [
-        sample_trial(
-            key=f"k{n}",
-            role="teacher" if n == 0 else "baseline" if n == 1 else "trial",
-            label=f"model {n}",
-            cost={"evaluations": 24 if n == 0 else draw.randint(6, 23)},
-            quality={"accuracy": 0.9 if n == 0 else 0.5 * draw.random(), "other": draw.random()},
-        )
-        for n in range(count)
-    ]
-    front = sample_front(trials)
-    shown = {row["key"] for row in front.shown}
-    assert len(shown) == MAX_SHOWN
-    assert [row for row in front.rows if row["key"] in shown] == front.shown, "the order stays"
-    assert {r["key"] for r in front.rows if r["on_front"] or r["role"] != "trial"} <= shown
-
-    def shortfall(row: Row) -> float:
-        return float(
-            max(m["quality"] for m in front.members if m["cost"] <= row["cost"]) - row["quality"]
-        )
-
-    near = [shortfall(row) for row in front.shown if row["is_candidate"]]
-    assert max(near) <= min(shortfall(row) for row in front.rows if row["key"] not in shown)
-    assert f"Of {count} models" in left_out_notes(front)[0]
-    small = sample_front(front.trials[:MAX_SHOWN])
-    assert (small.shown, left_out_notes(small)) == (small.rows, [])
-
-    # The page has the members of every front, and the files for programs have all.
-    files = {
-        path.name: path for path in SweepReport(name="many", front=front).write_files(tmp_path)
-    }
-    assert len(list(csv.DictReader(files["front.csv"].read_text().splitlines()))) == count
-    assert models_table(front).to_markdown().count("model ") <= MAX_SHOWN
-    found = re.search(r'id="charts">(.*?)</script>', files["front.html"].read_text())
-    assert found
-    [chart] = json.loads(found[1])
-    [rows] = (rows for rows in chart["datasets"].values() if "members" in rows[0])
-    best = max(front.trials, key=lambda trial: trial.value("quality/other") or 0.0)
-    assert best.key in [row["key"] for row in rows]
-    assert len(rows) < count
-    assert files["front.html"].stat().st_size < 1_500_000
-    assert files["front.svg"].stat().st_size < 1_000_000
 
 
 def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:

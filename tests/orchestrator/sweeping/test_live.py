@@ -197,10 +197,9 @@ def past(sample_results: list[Trial], tmp_path: Path) -> Past:
     return Past(sample_results, tmp_path / "history")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_it_grows_in_any_order_and_ends_at_the_front(past: Past, seed: int) -> None:
+def test_it_grows_in_any_order_and_ends_at_the_front(past: Past) -> None:
     order = [*range(1, len(past.results))]
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     order.insert(0, 0)  # The teacher spans the box.
     for number in range(len(order)):
         assert past.record(*order[: number + 1])

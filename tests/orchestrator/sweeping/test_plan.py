@@ -7,7 +7,6 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +156,6 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
     assert price.rate
     seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
     assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "flops"),
-    [
-        ({"iterate_from_fraction": 0.0}, 10 * 114_816),
-        ({"iterate_from_fraction": 0.6}, 6 * 63_264 + 4 * 114_816),
-        (
-            {"iterate_from_fraction": 0.6, "iterate_ramp_fraction": 0.2},
-            6 * 63_264 + 97_728 + 3 * 114_816,
-        ),
-    ],
-)
-def test_each_stage_has_its_own_price(
-    tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
-) -> None:
-    asked = {"num_steps": 10, **recipe}
-    student = with_job(tiny_plan.trials[1], asked, objective="cross_entropy", teacher_folder=None)
-    plan = tiny_plan.model_copy(update={"trials": (student,)})
-    assert price_left(plan, settings(), tmp_path).flops == STEP * flops
 
 
 def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
@@ -345,22 +324,3 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
     with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
         suite_of("one", "b", long, (": loglikelihood", ": generate_until"))
-
-
-def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
-    teacher: Path, tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
-) -> None:
-    config, own = ModelConfig.from_dict(tiny_model), EvaluationSettings(suite="")
-
-    def suite_of(folder: Path) -> TrialSuite:
-        return plan_suite(own, tiny_tokens, config, {}, teacher=folder)
-
-    assert suite_of(teacher).vocabulary is None, "trained here: the tokens say it all"
-    imported = tmp_path / "imported" / teacher.name
-    shutil.copytree(teacher, imported)
-    (imported / "generation_config.json").write_text('{"eos_token_id": 2}')
-    suite = suite_of(imported)
-    assert suite.vocabulary_folder == str(imported)
-    moved = suite.model_copy(update={"vocabulary_folder": "elsewhere"})
-    (imported / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert suite.key == moved.key != suite_of(imported).key

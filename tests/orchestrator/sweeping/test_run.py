@@ -13,6 +13,7 @@ import pytest
 from changed_trials import in_folder, stop_early, with_job
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
+from kept_progress import KeptProgress
 
 from iiet.cost import inference_cost
 from orchestrator.cluster import tune
@@ -20,31 +21,15 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.run import STOPPED_TAG, LiveSweep, SweepOutcome, SweepQueue, run_plan
+from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed
-from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
-
-
-class Shown(Progress):
-    """Remembers what was shown last."""
-
-    def __init__(self) -> None:
-        self.done, self.text, self.summary, self.notes = 0.0, "", "", list[str]()
-
-    def advance(self, done: float, text: str = "", **_: Any) -> None:
-        self.done, self.text = done, text
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def finish(self, summary: str) -> None:
-        self.summary = summary if "trials" in summary else self.summary
 
 
 class Sweep:
@@ -60,13 +45,6 @@ class Sweep:
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
             progress=progress, tracking=cast("Tracking", self.tracking),
         )  # fmt: skip
-
-    def queue(self, plan: SweepPlan, trials: list[Trial], progress: Progress) -> SweepQueue:
-        found = {t.key: r for t in plan.trials if t not in trials and (r := t.result())}
-        tracking, number = cast("Tracking", self.tracking), len(found) + len(trials)
-        settings, folder = resolve_settings({}), self.folder / "sweep"
-        live = LiveSweep(plan, settings, tracking, folder, num_trials=number)
-        return SweepQueue(trials, found, {}, live, progress, num_all=number)
 
     @property
     def shown(self) -> TrackedRun:
@@ -154,43 +132,6 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     assert not list(teachers.glob("*/")), "all students are finished"
 
 
-def test_progress_counts_ended_and_running_trials_and_what_is_saved(
-    tiny_plan: SweepPlan, sweep: Sweep
-) -> None:
-    teacher, first, second, third, *_ = tiny_plan.trials
-    finished(teacher)
-    shown = Shown()
-    queue = sweep.queue(tiny_plan, [first, second, third], shown)
-    assert queue.saved() == "1 of 4 trials are finished"
-    taken = [queue.take() for _ in range(3)]
-    assert {trial.key for trial in taken if trial} == {first.key, second.key, third.key}
-    assert queue.take() is None
-    for trial, step in ((first, 20), (second, 30)):
-        journal = Journal(Path(trial.folder))
-        journal.metrics(step, {"train/loss": 1.0})
-        journal.close()
-    queue.on_start(first.key)
-    queue.watch()
-    assert (shown.done, shown.text) == (1 + 0.9 * 20 / 40, first.label)
-    assert queue.saved().startswith(f"1 of 4 trials are finished; trial {first.label}: ")
-    queue.on_end(first.key, finished(first), "")
-    queue.on_start(third.key)
-    queue.watch()
-    assert (shown.done, shown.text) == (2, "")
-    (Path(third.folder) / "step_00000050").mkdir(parents=True)
-    third_saved = f"trial {third.label}: saved at step 50"
-    assert queue.saved() == f"2 of 4 trials are finished; {third_saved}", "it has begun"
-    queue.on_end(third.key, None, "no luck")
-    queue.watch()
-    assert shown.done == 3
-    assert shown.notes == [f"trial {third.label} failed: no luck"]
-    assert queue.saved() == "2 of 4 trials are finished", "a failed one has no result"
-    assert not queue.is_over
-    queue.on_end(second.key, finished(second), "")
-    assert queue.is_over
-    assert queue.summary() == "4 trials, 1 of them found finished, 1 failed"
-
-
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
     """Make trials of this process and of Tune's measure nothing, which would take tasks.
 
@@ -229,7 +170,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         path = Path(trial.folder) / RUN_LOCK_NAME
         locks[trial.key].enter_context(lock_file(path))
 
-    class Told(Shown):
+    class Told(KeptProgress):
         def note(self, text: str) -> None:
             super().note(text)
             finished_so_far = [trial.result() is not None for trial in plan.trials]
@@ -243,7 +184,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     (waited,) = progress.notes
     assert waited.startswith("waiting for another process, which trains ")
     assert {left.label, made_elsewhere.label} <= {*waited.split(" trains ")[1].split("; ")}
-    assert progress.summary == "4 trials, 1 made by another process meanwhile"
+    assert "4 trials, 1 made by another process meanwhile" in progress.summaries
     assert outcome.reused == {made_elsewhere.key}
     assert outcome.failures == {}
     assert set(sweep.ended.values()) == {"FINISHED"}
@@ -270,7 +211,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     run_trial(teacher)
     plan = tiny_plan.model_copy(update={"trials": (teacher, begun)})
 
-    class Pressing(Shown):
+    class Pressing(KeptProgress):
         def advance(self, done: float, text: str = "", **more: Any) -> None:
             super().advance(done, text, **more)
             if any(r["kind"] == "metrics" for r in read_journal(folder)[0]):

@@ -26,7 +26,6 @@ from orchestrator.sweeping.students import (
     choose_members,
     distillation_job,
     student_job,
-    unknown_students,
 )
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
@@ -74,26 +73,6 @@ def test_schedules_by_number_threshold_budget_and_knapsack(
 ) -> None:
     members = choose_members(table, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
-
-
-def test_a_knapsack_weighs_ties_units_and_what_each_correction_adds() -> None:
-    def chosen(table: InfluenceTable, *assignments: str) -> list[tuple[int, ...]]:
-        sweep = resolve_settings({}, assignments).sweep
-        return [tuple(member.schedule) for member in choose_members(table, sweep)]
-
-    def of(metric: str, *rows: tuple[float, ...]) -> InfluenceTable:
-        errors = tuple((0.0,) * len(row) for row in rows)
-        return InfluenceTable(metric=metric, value_rows=rows, error_rows=errors, num_tokens=64)
-
-    tied, best = of("cosine", (0.3, 0.3), (0.3, 0.1)), "sweep.selection=knapsack"
-    for unit in ("evaluations", "kv"):
-        asked = "sweep.budgets=[4]", f"sweep.budget_unit={unit}"
-        assert chosen(tied, *asked) == [(0, 0)], "ties keep the threshold from spending it"
-        assert chosen(tied, *asked, best) == [(2, 0)]
-    # Without both corrections of layer 1 the loss rises by 0.5, without the second by 0.45: the
-    # first one is worth 0.05, less than the only one of layer 2.
-    losses = of("loss", (0.5, 0.45), (0.1,))
-    assert chosen(losses, best, "sweep.budgets=[3, 4]") == [(2, 0), (0, 1)]
 
 
 # Keys, folders and labels
@@ -349,24 +328,3 @@ def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(plan: 
     assert others["vanilla, 3 layers, distilled, seed 3"].recipe.num_steps == 500
     assert others["1 of 2 layers, seed 3"] == smaller
     assert others["1,0, seed 3"] == student
-
-
-def test_what_is_not_known_is_bounded_by_as_many_of_the_costliest() -> None:
-    kinds = "sweep.distilled_baselines=[vanilla, fewer_layers]"
-    changes = [kinds, "sweep.seeds=[1, 2]", "sweep.distilled_vanilla_steps=500"]
-    trainings, sentence = unknown_students(resolve_settings({}, changes), FULL)
-    assert len(trainings) == 2 * (7 + 3 + 3)
-    assert "at most 14 students and 12 distilled baselines; they are priced" in sentence
-    known = [baseline.config for baseline in chosen(*SCHEDULES, distilled_baselines=BOTH)]
-    most = max(flops(each.config) for each in trainings)
-    assert most >= max(map(flops, [FULL, *known]))
-    steps = {each.config.method: each.recipe.num_steps for each in trainings}
-    assert steps == {"vanilla": 500, "iiet": trainings[0].recipe.num_steps}
-    assert all(each.teacher == FULL and each.cache for each in trainings)
-    search = resolve_settings({}, ["sweep.kind=search", "search.num_trials=5"])
-    assert len(unknown_students(search, FULL)[0]) == 7 + 5
-    nothing, sentence = unknown_students(
-        resolve_settings({}, ["distillation.control=pruned", "sweep.thresholds=[0.1]"]), FULL
-    )
-    assert nothing == []
-    assert "at most 1 student; none of them is trained" in sentence

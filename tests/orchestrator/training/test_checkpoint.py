@@ -12,26 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from same_run import events, state_of, steps_of, stop_at, workers
 
-from iiet.config import ModelConfig, preset
-from iiet.decoder import Decoder
 from orchestrator.models.folder import (
     check_checkpoint,
-    load_provenance,
-    newest_checkpoint,
-    weights_key,
 )
-from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
 from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import (
     best_checkpoint,
-    load_training_state,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
@@ -47,100 +37,6 @@ MakeJob = Callable[..., TrainingJob]
 @pytest.fixture
 def make_job(tiny_job: MakeJob) -> MakeJob:
     return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
-
-
-# The folder
-
-
-def save(folder: Path, step: int, decoder: Decoder) -> Path:
-    return save_checkpoint(
-        folder,
-        step,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={"step": step, "moments": torch.ones(2)},
-        tokenizer_path=None,
-        provenance={"tokens": "abc"},
-    )
-
-
-@pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(ModelConfig.from_dict(tiny_model))
-
-
-@pytest.fixture
-def run(tmp_path: Path, decoder: Decoder) -> Path:
-    for step in (5, 10, 100):
-        save(tmp_path, step, decoder)
-    return tmp_path
-
-
-def test_a_saved_checkpoint_loads_unchanged_and_its_weights_have_a_key(
-    run: Path, decoder: Decoder
-) -> None:
-    first, second, folder = find_checkpoints(run)
-    loaded = load_model(folder)
-    assert loaded.config == decoder.config
-    for name, tensor in decoder.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
-    state = load_training_state(folder)
-    assert state["step"] == 100
-    assert torch.equal(state["moments"], torch.ones(2))
-    assert load_provenance(folder)["tokens"] == "abc"
-    assert weights_key(first) == weights_key(second)
-    with torch.no_grad():
-        decoder.norm.weight[0] += 1
-    assert weights_key(save(run, 11, decoder)) != weights_key(first)
-
-
-def test_frozen_weights_are_memory_mapped_and_give_the_same_logits(tmp_path: Path) -> None:
-    config = preset("tiny", num_layers=2)
-    folder = save(tmp_path, 1, Decoder(config))
-    plain, frozen = load_model(folder), load_model(folder, frozen=True)
-    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(frozen(tokens), plain(tokens))
-    assert not frozen.training
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    weights = folder / "model.safetensors"
-    assert all(is_mapped(tensor, weights) for tensor in frozen.state_dict().values())
-    assert not any(is_mapped(tensor, weights) for tensor in plain.state_dict().values())
-    for parameter in frozen.parameters():
-        parameter.zero_()
-    check_checkpoint(folder)  # Whoever writes by mistake writes into pages of its own.
-
-
-def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
-    """Return whether a tensor's first byte lies in a mapping of a file; Linux only."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(str(path)):
-            first, last = (int(part, 16) for part in line.split()[0].split("-"))
-            if first <= tensor.data_ptr() < last:
-                return True
-    return False
-
-
-def test_a_failed_write_leaves_the_old_state_and_pruning_keeps_the_newest(
-    run: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(*_: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="no space"):
-        save(run, 200, decoder)
-    assert newest_checkpoint(run) == run / "step_00000100"
-    prune_checkpoints(run, 2)
-    assert [path.name for path in find_checkpoints(run)] == ["step_00000010", "step_00000100"]
-    prune_checkpoints(run, 5)
-    assert len(find_checkpoints(run)) == 2
-    assert not list(run.glob(".*.iiet-temporary"))
-    for folder in find_checkpoints(run):
-        (folder / "model.safetensors").unlink()
-    assert newest_checkpoint(run) is None
-    assert newest_checkpoint(run / "nowhere") is None
 
 
 # The thread that writes

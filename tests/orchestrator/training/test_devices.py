@@ -126,17 +126,6 @@ def test_every_training_of_a_process_compiles() -> None:
     assert found == ["compiled"] * 3
 
 
-def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
-    def out_of_memory(*_: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    decoder, found = tiny_decoder(2), []
-    compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        decoder(torch.randint(13, (2, 8)))
-    assert found == []
-
-
 @pytest.mark.slow
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
     """At 24 layers and at 30: one graph of a training step."""
@@ -227,8 +216,10 @@ def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) ->
     return seen.counts
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("bf16", False)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "precision", "checkpointing"),
+    [("iiet", "bf16", False), *((method, "fp32", True) for method in METHODS)],
+)
 def test_a_layer_is_gathered_once_for_all_its_evaluations(
     world: World, method: str, precision: str, checkpointing: bool
 ) -> None:
@@ -346,10 +337,8 @@ def test_the_planned_memory_is_that_of_a_step(
     assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
 
 
-@pytest.mark.parametrize("num_shards", [2, 3])
-def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(
-    num_shards: int, tmp_path: Path
-) -> None:
+def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path: Path) -> None:
+    num_shards = 3
     config = preset("tiny", vocab_size=7, num_layers=2, dim=20, num_heads=2, ffn_dim=24)
     new = TrainingJob(
         run_folder=str(tmp_path / "run"), tokens_folder="", model=config, recipe=TrainingSettings()

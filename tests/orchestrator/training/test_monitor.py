@@ -66,18 +66,6 @@ def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(
     assert gpu_loads(World()) == {}
 
 
-def test_speed_counts_the_steps_since_the_last_call() -> None:
-    position = Position(step=3, num_tokens=1000, flops=5e9, seconds=10.0)
-    meter = ThroughputMeter(position, World(), "fp32")
-    position.num_tokens, position.flops, position.seconds = 1600, 11e9, 12.0
-    found = meter.measure(position)
-    assert found["train/tokens_per_second"] == pytest.approx(300.0)
-    assert found["train/gflops_per_second"] == pytest.approx(3.0)
-    assert "train/mfu" not in found
-    position.num_tokens, position.flops, position.seconds = 1700, 12e9, 12.5
-    assert meter.measure(position)["train/tokens_per_second"] == pytest.approx(200.0)
-
-
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = {"bytes": 9 * 10**9}  # Of the trial before.
     for name, answer in {

@@ -38,7 +38,6 @@ from orchestrator.training.schedules import drawn_by_step
 from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import Workspace
 
@@ -326,21 +325,6 @@ def test_the_flops_of_an_elastic_run_are_planned(
     for name, changes, tolerance in (("bf16", {"precision": "bf16"}, 0.03), ("lean", lean, 1e-5)):
         rounded = run_job(tiny_job(name, **ELASTIC, **changes, elastic=family))
         assert rounded.validation_loss == pytest.approx(outcome.validation_loss, abs=tolerance)
-
-
-MISFITS = [
-    ("model.corrections=0", "num_drawn=1", "training.elastic trains schedules of fewer corr"),
-    ("model.corrections=2", "schedules=[2]", "2,2,2,2,2,2 is not below the full one"),
-]
-
-
-def test_a_family_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    for model, family, problem in MISFITS:
-        settings = resolve_settings({}, [model, f"training.elastic.{family}"])
-        with pytest.raises(UserError) as caught:
-            pretraining_job(settings, Workspace(tmp_path), None)
-        assert str(caught.value).startswith("training.elastic")
-        assert problem in str(caught.value)
 
 
 def test_a_family_has_one_key_however_it_is_written_and_models_without_corrections_none(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,22 +95,6 @@ def test_only_a_run_before_the_end_of_the_stage_continues_it(staged: MakeJob) ->
     first = after_stage(staged((2, 1), "first"))
     assert starts(same_run(job, stop(2), first)) == [0, SWITCH]
     assert starts(same_run(job, stop(SWITCH + 1), first)) == [0, SWITCH + 1]
-
-
-def test_stored_metrics_are_reported_and_can_stop_the_run(staged: MakeJob) -> None:
-    first, job = staged((2, 1), "first"), staged((1, 1))
-    run_job(first)
-    reported: dict[int, float] = {}
-
-    def report(step: int, numbers: Mapping[str, float]) -> None:
-        if "validation/loss" in numbers:
-            reported[step] = numbers["validation/loss"]
-
-    stopped = run_job(job, report=report, should_stop=lambda: 4 in reported)
-    made = curve(first, "validation/loss")
-    assert reported == {step: made[step] for step in (2, 4, 6)}
-    assert (stopped.finished, stopped.step) == (False, SWITCH)
-    assert describe_saved_state({"run": job}) == f"saved at step {SWITCH}"
 
 
 def test_a_damaged_first_stage_is_reported_and_trained_again(staged: MakeJob) -> None:
