@@ -66,17 +66,6 @@ def test_the_table_of_a_folder(
     assert rows[1].split()[1:] == ["no", "corrections"]
 
 
-def test_a_model_whose_layers_do_not_correct_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Decoder(preset("tiny", method="looped", num_layers=1, **SHAPE)).save(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        example.main([str(tmp_path)])
-    assert (
-        "makes no corrections of single layers; take an IIET with r >= 1" in capsys.readouterr().err
-    )
-
-
 @pytest.mark.slow
 def test_the_core_trains_distills_and_exports_as_the_example_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -182,35 +182,6 @@ def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
         assert none.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
 
 
-H100 = 50_000_000
-"""Bytes of its L2 cache."""
-
-
-@pytest.mark.parametrize(
-    ("name", "r", "batch", "processor_cache", "gigabytes"),
-    [
-        # Fields of 340m: 25.7 MB in bfloat16, and 65.5 MB for the head.
-        ("340m", 3, 1, 0, 2.53),
-        ("340m", 0, 1, 0, 0.68),
-        ("340m", 3, 1, H100, 0.68),
-        # 8.4 MB of keys and values for each row are read between two corrections.
-        ("340m", 3, 2, H100, 0.34),
-        ("340m", 3, 4, H100, 2.53 / 4),
-        # Fields of 1.3b, 100.3 MB, and 131 MB for the head: too large for it.
-        ("1.3b", 3, 1, H100, 9.76),
-        ("1.3b", 0, 1, H100, 2.54),
-    ],
-)
-def test_weight_bytes_of_published_sizes(name, r, batch, processor_cache, gigabytes):
-    cost = inference_cost(
-        preset(name, schedule=r),
-        bytes_per_value=2,
-        batch_size=batch,
-        processor_cache_bytes=processor_cache,
-    )
-    assert cost.weight_bytes_per_token / 1e9 == pytest.approx(gigabytes, abs=0.005)
-
-
 @pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
 def test_presets_have_the_published_sizes(name, millions):
     config = preset(name)

@@ -5,7 +5,7 @@ import torch
 
 from iiet import INFLUENCE_METRICS, Decoder, influence_table, preset
 from iiet.extensions import ExtensionError
-from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric, LossRise
+from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric
 from iiet.pruning import InfluenceTable
 
 
@@ -25,32 +25,11 @@ class Constant(InfluenceMetric):
         return BatchInfluence(self.rows)
 
 
-class TooFew(Constant):
-    rows = ((1.0,), (), (1.0,))
-
-
-class Slope(InfluenceMetric):
-    """Needs gradients, which it enables."""
-
-    needs_targets = True
-
-    def measure(self, measured):
-        with torch.enable_grad():
-            weight = measured.decoder.fields[0].feed_forward.down.weight
-            hidden, _ = measured.run()
-            (gradient,) = torch.autograd.grad(hidden.square().sum(), weight)
-        size = gradient.norm().item()
-        return BatchInfluence(tuple((size,) * r for r in measured.decoder.schedule))
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     added = {
         "squared": SquaredChange,
         "constant": Constant,
-        "too_few": TooFew,
-        "slope": Slope,
-        "stop": type("Stop", (LossRise,), {}),
     }
     monkeypatch.setattr(INFLUENCE_METRICS, "own", {**INFLUENCE_METRICS.own, **added})
 
@@ -78,32 +57,6 @@ def test_a_comparison_gets_consecutive_outputs_of_each_layer():
             assert value == pytest.approx(change.square().sum(-1).mean().item(), rel=1e-12)
     assert table.metric == "squared"
     assert table.worths() == table.value_rows
-
-
-def test_a_metric_without_a_pass_still_gives_a_whole_table():
-    table, cosine = (influence_table(decoder(), [TOKENS], metric=m) for m in ("constant", "cosine"))
-    assert table.value_rows == Constant.rows
-    assert table.residual_rows == cosine.residual_rows
-    assert table.layer_values == cosine.layer_values
-
-
-def test_a_metric_may_enable_gradients():
-    table = influence_table(decoder(), [TOKENS], metric="slope")
-    assert table.value_rows[0][0] > 0
-    assert table.num_tokens == 3 * 8, "the last token has no target"
-
-
-def test_rows_that_do_not_fit_the_schedule_are_refused():
-    with pytest.raises(
-        ValueError, match="'too_few' must return a value for each correction of the"
-    ):
-        influence_table(decoder(), [TOKENS], metric="too_few")
-
-
-def test_worths_follow_what_the_metric_declares():
-    stop, loss = (influence_table(decoder(), [TOKENS], metric=m) for m in ("stop", "loss"))
-    assert stop.value_rows == loss.value_rows
-    assert stop.worths() == loss.worths() != loss.value_rows
 
 
 def test_a_table_can_be_read_without_its_metric():

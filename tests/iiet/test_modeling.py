@@ -8,11 +8,10 @@ import torch
 from exported_folder import found_by
 from hypothesis import given, settings
 from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
@@ -195,25 +194,6 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     again = Decoder.load(tmp_path / "second")  # The decoder reads what transformers wrote.
     assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
     torch.testing.assert_close(again(ids), model(ids).logits)
-
-
-def test_weights_missing_from_a_folder_get_their_starting_values(tmp_path):
-    for method in METHODS:
-        decoder = make_model(method, dtype=torch.float32)
-        decoder.save(tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
-        own = decoder.method_parameters()
-        kept = {name: value for name, value in weights.items() if name not in own}
-        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        fresh, other = (Decoder(decoder.config).method_parameters() for _ in range(2))
-        for name, value in fresh.items():
-            if torch.equal(value, other[name]):  # Else it is random.
-                assert torch.equal(model.get_parameter(name), value)
-        assert torch.equal(model.embedding.weight, decoder.embedding.weight)
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-        std = made.layers[0].field.feed_forward.gate_up.weight.std().item()
-        assert std == pytest.approx(0.3, rel=0.2)
 
 
 @pytest.fixture

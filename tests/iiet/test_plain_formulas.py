@@ -17,7 +17,6 @@ from torch.nn.functional import layer_norm, softmax
 from iiet import (
     Decoder,
     ModelConfig,
-    decoder_from_published,
     next_token_loss,
     published_from_decoder,
 )
@@ -153,28 +152,3 @@ def test_logits_and_gradients_equal_the_formulas(method, corrections, tied):
             assert name not in gradients
         else:
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("order", [2, 4])
-def test_reads_a_predictor_of_either_order(order):
-    config = small_config({2: "pcformer", 4: "pcformer_rk4"}[order], schedule=None)
-    decoder = random_decoder(config)
-    published = {
-        "kind": "pcformer",
-        "predictor_order": order,
-        "num_layers": 3,
-        "hidden_size": 16,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "intermediate_size": 20,
-        "vocab_size": 23,
-        "rope_theta": 500.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "layer_norm_eps": 1e-5,
-        "corrections": None,
-    }
-    again = decoder_from_published(published, published_from_decoder(decoder))
-    assert again.config.method == config.method
-    input_ids = torch.randint(23, (1, 8))
-    assert torch.equal(again(input_ids), decoder(input_ids))

@@ -66,23 +66,6 @@ def test_the_names_of_weights_show_the_kind_if_the_config_does_not():
     assert config_from_published(plain, {**mix, "model.alpha": None}).method == "pcformer"
 
 
-def test_every_broken_weight_is_named_at_once():
-    weights = weights_of(CONFIG)
-    weights["model.layers.0.mlp.up_proj.weight"][3, 2] = float("nan")
-    weights["model.norm.weight"][:2] = float("inf")
-    del weights["model.layers.1.self_attn.k_proj.weight"]
-    weights["model.extra"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="do not fit") as caught:
-        decoder_from_published(CONFIG, weights)
-    for part in (
-        "missing model.layers.1.self_attn.k_proj.weight",
-        "unexpected model.extra",
-        "model.layers.0.mlp.up_proj.weight has 1 values that are NaN or infinite",
-        "model.norm.weight has 2 values",
-    ):
-        assert part in str(caught.value)
-
-
 def test_a_weight_of_another_shape():
     """Parts of a fused matrix are checked one by one: their sum may be right by chance."""
     weights = weights_of(CONFIG)
@@ -99,24 +82,6 @@ def test_a_tied_head_of_its_own_is_refused_and_not_dropped():
             decoder_from_published(CONFIG, weights | {"lm_head.weight": head})
     untied = {**CONFIG, "tie_word_embeddings": False}
     decoder_from_published(untied, weights | {"lm_head.weight": torch.ones(20, 16)})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling of type 'yarn'"),
-        ({"attention_bias": True}, "attention_bias=true"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"head_dim": 8}, "head_dim 8"),
-        ({"kind": "mamba"}, "kind must be vanilla, iiet or pcformer, got 'mamba'"),
-        ({"kind": "pcformer", "predictor_order": 3}, "predictor_order must be 2 or 4, got 3"),
-        ({"kind": "iiet"}, "does not say corrections"),
-        ({"hidden_size": None}, "does not say dim"),
-    ],
-)
-def test_unsupported_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config_from_published({**CONFIG, **changes}, {})
 
 
 def test_a_method_without_published_naming():

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from live_tensors import LiveTensors
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import Decoder, IterationSchedule, next_token_loss, preset
@@ -218,23 +217,3 @@ def test_the_solver_forgets_weights_that_were_cast_without_gradients():
         value = fixed_point(linear, lambda: torch.ones(1, 4), 3, num_differentiated=1)
     value.float().sum().backward()
     assert linear.weight.grad.abs().max() > 0
-
-
-def test_parameters_that_a_truncated_backward_pass_leaves_out_do_not_stop_ddp():
-    import torch.distributed as dist
-
-    decoder = small_decoder(schedule=2, dtype=torch.float32, **OPTIONS["truncated"])
-    alone = gradients(decoder)
-    assert alone["layers.0.prediction_norm.weight"] is None
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        finds_idle = decoder.method.has_corrections  # As training asks for it.
-        model = DistributedDataParallel(decoder, find_unused_parameters=finds_idle)
-        for _ in range(2):  # The second step fails if the first waits for a gradient.
-            decoder.zero_grad()
-            next_token_loss(model(tokens()), tokens()).backward()
-        for name, parameter in decoder.named_parameters():
-            if alone[name] is not None:
-                torch.testing.assert_close(parameter.grad, alone[name])
-    finally:
-        dist.destroy_process_group()

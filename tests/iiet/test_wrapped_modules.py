@@ -6,11 +6,7 @@ Adapters such as LoRA replace a linear layer by one that adds a low-rank product
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
 
@@ -113,30 +109,3 @@ def test_a_hook_or_a_replaced_forward_works_everywhere(path, how):
     assert not torch.allclose(full, plain)
     for logits in others:
         torch.testing.assert_close(logits, full, rtol=0, atol=1e-11)
-
-
-@pytest.mark.filterwarnings("ignore:DTensor random operators may not")  # PyTorch 2.6, on CPUs
-def test_tensor_parallel_linear_layers_are_called():
-    """On a mesh of one worker; the weights are distributed tensors as well.
-
-    PyTorch's `fake` backend would not do: in 2.6 its scatter leaves the weights uninitialized.
-    """
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        decoder = fresh_decoder()
-        expected = all_logits(decoder)
-        columns, rows = (
-            ColwiseParallel(output_layouts=Replicate()),
-            RowwiseParallel(input_layouts=Replicate()),
-        )
-        plan = {path: rows if path.endswith(("out", "down")) else columns for path in LINEARS}
-        for field in decoder.fields:
-            parallelize_module(field, init_device_mesh("cpu", (1,)), plan)
-        assert isinstance(decoder.layers[0].field.attention.qkv.weight, DTensor)
-        for logits, plain in zip(all_logits(decoder), expected, strict=True):
-            torch.testing.assert_close(logits, plain, rtol=0, atol=1e-11)
-        next_token_loss(decoder(tokens()), tokens()).backward()
-        gradient = decoder.layers[0].field.feed_forward.down.weight.grad
-        assert gradient.full_tensor().abs().max() > 0
-    finally:
-        dist.destroy_process_group()

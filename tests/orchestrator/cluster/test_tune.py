@@ -230,9 +230,8 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
-    num_workers: int, tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:
     import ray
 
@@ -249,12 +248,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (good, bad)})
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
     scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
-    if num_workers == 2:
-        ended = run_with_two([good, bad], tmp_path, scheduler=scheduler)
-    else:
-        # One after the other: whoever comes first at a rung continues.
-        one, queue = SweepSettings(trials_at_once=1), ListQueue([good, bad])
-        ended = run_queue(queue, trains_only(), tmp_path, one, scheduler=scheduler)
+    ended = run_with_two([good, bad], tmp_path, scheduler=scheduler)
     assert ended["good"][0] is not None, ended
     assert ended["bad"] == (None, "")
     stop = early_stops(plan, sweep)["bad"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from sample_texts import tokens_of
 
 from iiet.methods import METHODS
@@ -16,8 +14,7 @@ from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
 from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
-from orchestrator.pipelines.result import show
-from orchestrator.pipelines.sweeps import plan_sweep, sweep
+from orchestrator.pipelines.sweeps import sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import Settings, TrainingSettings, resolve_settings
@@ -209,26 +206,6 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
             sweep(resolve_settings({}, [f"sweep.kind={kind}", setting]), workspace=tmp_path / "w")
-
-
-@pytest.mark.parametrize(("kind", "students"), [("threshold", 2), ("search", 7)])
-def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
-    space: Workspace, kind: str, students: int
-) -> None:
-    depths = ["model.num_layers=2", "sweep.num_layers={vanilla: [2, 8]}"]
-    assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
-    found = plan_sweep(resolve_settings({}, [*assignments, *depths]), workspace=space)
-    names = ["teacher", "vanilla", "vanilla, 8 layers", "r = 0"]
-    assert found.to_pandas()["name"].tolist() == names
-    console = Console(file=StringIO(), width=120)
-    show(found, console)
-    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert all(f"{name} " in told for name in names)
-    assert "vanilla, 8 layers 0.004 8 8" in told
-    assert "4 models asked for, 4 distinct 0 of 4 trials are finished" in told
-    assert "the tokens are not prepared" in told
-    assert f"at most {students} students" in told
-    assert not list(space.runs.glob("*"))
 
 
 # Baselines of a given teacher

@@ -233,36 +233,6 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(
         assert counts == {"allgather": 2 * num_runs * LAYERS + 1, "reduce_scatter": LAYERS + 1}
 
 
-@pytest.mark.slow
-def test_compiled_fields_are_one_graph_and_gathered_as_often(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder, graphs, gathers = make_decoder(), [], []
-    # Its name before PyTorch renamed it.
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    gather = getattr(dist, name)
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        gathers.append(1)
-        return gather(*arguments, **options)
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
-
-    monkeypatch.setattr(dist, name, counted)
-    torch._dynamo.reset()
-    shard(decoder, world, precision="bf16")
-    compile_fields(decoder, lambda *_, **__: None, backend)
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    for _ in range(2):  # Not `step`: nothing is compiled while operations are counted.
-        with autocast("bf16", world):
-            loss = next_token_loss(decoder(tokens), tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-    assert len(graphs) == 1
-    assert len(gathers) == 2 * (2 * LAYERS + 1)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_passes_of_a_step_gather_once_together(world: World, precision: str) -> None:
     decoder = make_decoder()

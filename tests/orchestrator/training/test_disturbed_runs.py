@@ -140,6 +140,7 @@ SEVERAL = {
     "copies in shards after one worker": Row("plain", [stop(5), TWO_BY_TWO], [5]),
     "one worker after copies": Row("plain", [workers(4, "fsdp", shards=2, until=5)], [5]),
     "shards of activations computed again": Row("damped", [SHARDS], []),
+    "replicas that leave parameters out": Row("damped", [REPLICAS], []),
     "shards with an own head": Row("untied", [SHARDS], []),
     "replicas of a family": Row("elastic", [REPLICAS], []),
     "shards of a family": Row("elastic", [SHARDS], []),
