@@ -65,7 +65,7 @@ CPU_PEAK_FLOPS = 1e11
 """Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
 STAGES = ("start", "pretrain", "influence", "teacher", "sweep", "report")
 """What a command does, in this order; `teacher` stores outputs, `sweep` also measures."""
-SECONDS = {"start": 20.0, "pretrain": 9.0, "sweep": 2.0, "report": 5.0}
+SECONDS = {"start": 20.0, "pretrain": 9.0, "influence": 2.0, "sweep": 2.0, "report": 5.0}
 """Assumed time before the first training, of each worker until its first step, of a report."""
 LEAST_SECONDS = 4.0
 """Enough to save small models, with a message to the workers and the end of their processes."""
@@ -437,12 +437,13 @@ def price_of(
         seconds = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
         stop_seconds = max(stop_seconds, LEAST_SECONDS + 2 * sum(seconds[-at_once:]))
         num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
-    stages["influence"], stages["sweep"] = (
-        influence_flops / speed,
-        stages["sweep"] + measuring / speed,
-    )
+    stages["sweep"] += measuring / speed
+    if influence_flops:
+        stages["influence"] = influence_flops / speed + SECONDS["influence"]
+    if measuring:
+        stages["report"] = SECONDS["report"]
     if measuring or trainings:
-        stages["start"], stages["report"] = SECONDS["start"], SECONDS["report"] * bool(measuring)
+        stages["start"] = SECONDS["start"]
 
     first_stages = {
         each.first_stage.key: each.checkpoint_bytes

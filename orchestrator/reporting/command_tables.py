@@ -280,8 +280,9 @@ def training_rows(
 
 def expected_time(price: Price) -> str:
     """Return how long all of it is expected to take, and each stage."""
-    stages = (f"{stage} {format_duration(seconds)}" for stage, seconds in price.seconds.items())
-    return f"about {format_duration(sum(price.seconds.values()))}: {', '.join(stages)}"
+    stages = {stage: seconds for stage, seconds in price.seconds.items() if seconds >= 0.5}
+    parts = ", ".join(f"{stage} {format_duration(each)}" for stage, each in stages.items())
+    return f"about {format_duration(sum(stages.values()))}: {parts}"
 
 
 def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:

@@ -129,7 +129,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["of it training"]
     assert price.seconds["sweep"] == pytest.approx(4 * SECONDS["sweep"], abs=0.1)
-    assert words["time"] == "about 28 s: start 20 s, teacher 0 s, sweep 8 s"
+    assert words["time"] == "about 28 s: start 20 s, sweep 8 s"
     assert words["disk"].startswith(
         "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
     )
