@@ -258,6 +258,8 @@ def lm_eval_task_fingerprints(
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
+        from orchestrator.evaluation.answers import check_answer_settings  # Imports torch.
+
         loaded = load_suite(
             TaskSelection(
                 names=tuple(_lm_eval_names(settings)),
