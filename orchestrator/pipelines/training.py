@@ -54,7 +54,10 @@ UNPREPARED = (
 
 
 def prepare(
-    settings: Settings, *, workspace: Workspace | Path | str, progress: Progress | None = None
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Return the folder of prepared tokens; tokens that exist are verified by their checksums.
 
