@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.data.mixture import open_data
-from orchestrator.evaluation.answers import check_answer_settings
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     has_accuracy,
@@ -259,6 +258,8 @@ def lm_eval_task_fingerprints(
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
+        from orchestrator.evaluation.answers import check_answer_settings  # Imports torch.
+
         loaded = load_suite(
             TaskSelection(
                 names=tuple(_lm_eval_names(settings)),
@@ -272,6 +273,8 @@ def lm_eval_task_fingerprints(
         metrics = {metric for task in loaded.tasks.values() for metric in task.aggregation()}
         is_accuracy_known |= bool(metrics & set(ACCURACY_METRICS))
         if context_length is not None:
+            from orchestrator.evaluation.answers import check_answer_settings  # Imports PyTorch.
+
             check_answer_settings(loaded.tasks, context_length)
         fingerprints = {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}
     if needs_accuracy and not is_accuracy_known:
