@@ -8,6 +8,7 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -40,9 +41,10 @@ from orchestrator.planning.estimate import (
     on_trial_devices,
     price_of,
 )
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.command_tables import price_rows
+from orchestrator.reporting.command_tables import expected_time, price_rows
 from orchestrator.reporting.findings import draft_targets
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.results import (
@@ -76,6 +78,7 @@ from orchestrator.sweeping.plan import (
     full_trial,
     iterations_plan,
     load_tasks,
+    measuring_flops,
     plan_all_students,
     plan_iterations,
     plan_sentences,
@@ -124,6 +127,8 @@ class PlannedSweep(Result):
     """The teacher and its baselines, if the sweep trains them itself."""
     influence: InfluenceTable | None = None
     """Of the teacher, of several the first, if it is measured."""
+    teachers_left: tuple[ModelConfig, ...] = ()
+    """Those whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -143,12 +148,17 @@ class PlannedSweep(Result):
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials = self._parts
         is_stored = self.placed.distillation.teacher_cache
+        left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
+        models = [*left, *(each.config for each in self.unknown)]
+        influence, measuring = measuring_flops(self.placed, self.teachers_left, models)
         return price_of(
             [*before, *trials],
             self.workspace.root,
             new_token_bytes=self.new_token_bytes,
             is_upper_bound=bool(self.unknown),
             teachers=self.workspace.teachers if is_stored else None,
+            influence_flops=influence,
+            measuring_flops=measuring,
         )
 
     @cached_property
@@ -605,6 +615,7 @@ def plan_sweep(
             tables[label] = measurement.table
         for note in measurement.notes:
             progress.note(note)
+    teachers_left = [load_config(path) for name, path in teachers.items() if name not in tables]
     if teachers:
         if len(tables) < len(teachers):  # The schedules follow from all of them.
             tables = {}
@@ -622,6 +633,7 @@ def plan_sweep(
     elif pretraining:
         plan = _models_plan(pretraining, pretraining.jobs)
         models_of = {label: pretraining.jobs[label].model for label in labels}
+        teachers_left = [*models_of.values()]
         unknown, sentences = _bounds(settings, models_of, " is not trained")
         said += sentences
 
@@ -648,6 +660,7 @@ def plan_sweep(
         new_token_bytes=new_token_bytes,
         pretraining=pretraining,
         influence=next(iter(tables.values()), None),
+        teachers_left=tuple(teachers_left),
         search=search,
     )
     planned.price  # noqa: B018  # raises if the workers cannot share a step
@@ -711,9 +724,17 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         }
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
+            progress.note(f"expected: {expected_time(plan.price)}")
+            progress.expected = plan.price.seconds
             if plan.pretraining:
-                run_trainings(plan.pretraining, context)
+                begin, seconds = time.monotonic(), plan.price.seconds.get("pretrain")
+                run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
+                if seconds:  # The speed of this machine is known now.
+                    speed = seconds / (time.monotonic() - begin)
+                    price = plan.price.as_fast_as(speed)
+                    progress.note(f"expected from here on: {expected_time(price)}")
+                    progress.expected = price.seconds
             made["influence"] = {}
             on_device = trial_device(settings, root)
             for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:
