@@ -25,7 +25,7 @@ from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
@@ -155,10 +155,11 @@ def heldout_folder(
 
 
 def _read_suite(folder: Path) -> Row | None:
-    return read_json(
-        folder / SUITE_NAME,
-        remedy=f"delete the folder {folder} and run the command again, which makes the same tasks",
-    )
+    path = folder / SUITE_NAME
+    remedy = f"delete the folder {folder} and run the command again, which makes the same tasks"
+    suite = read_json(path, remedy=remedy)
+    with damage_as_user_error(path, remedy=remedy):
+        return suite and {name: suite[name] for name in ("tasks", "chances")}
 
 
 def heldout_chances(folder: Path | None) -> dict[str, str]:
