@@ -60,7 +60,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_532,
+    "iiet": 7_535,
     "benchmarks": 2_683,
     "examples": 452,
     "research": 2_142,
@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/terminal": 559,
     "orchestrator/settings": 1_598,
     "orchestrator/records": 1_031,
-    "orchestrator/models": 1_929,
+    "orchestrator/models": 1_930,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_402,
     "orchestrator/training": 3_447,
@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,
     "orchestrator/sweeping": 2_696,
-    "orchestrator/pipelines": 4_903,
+    "orchestrator/pipelines": 4_929,
     "orchestrator/cli": 1_707,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
