@@ -60,25 +60,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_529,
+    "iiet": 7_535,
     "benchmarks": 2_683,
     "examples": 452,
     "research": 2_142,
     "orchestrator/workspace": 1_301,
-    "orchestrator/terminal": 546,
+    "orchestrator/terminal": 559,
     "orchestrator/settings": 1_598,
-    "orchestrator/records": 1_028,
-    "orchestrator/models": 1_929,
+    "orchestrator/records": 1_031,
+    "orchestrator/models": 1_930,
     "orchestrator/data": 2_477,
-    "orchestrator/tracking": 1_391,
-    "orchestrator/training": 3_444,
-    "orchestrator/evaluation": 2_564,
-    "orchestrator/planning": 1_102,
-    "orchestrator/cluster": 1_831,
-    "orchestrator/reporting": 4_891,
-    "orchestrator/sweeping": 2_655,
-    "orchestrator/pipelines": 4_873,
-    "orchestrator/cli": 1_707,
+    "orchestrator/tracking": 1_402,
+    "orchestrator/training": 3_447,
+    "orchestrator/evaluation": 2_569,
+    "orchestrator/planning": 1_168,
+    "orchestrator/cluster": 1_833,
+    "orchestrator/reporting": 4_888,
+    "orchestrator/sweeping": 2_696,
+    "orchestrator/pipelines": 4_902,
+    "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -134,8 +134,7 @@ def chart_spec(chart: Any, *, title: str | altair.Title | None = None) -> Spec:
 def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> Spec:
     """Return the chart of a front; the trials of each sweep have a color and a shape.
 
-    The members of the front are filled, and named as are the full model and the baselines. The
-    other axes show shares of the full model.
+    The members of the front are filled, and named as are the full model and the baselines.
 
     Args:
         front: The front.
@@ -164,7 +163,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     if mark_paper and is_accuracy(front.axes.quality):
         groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
 
-    # One layer has the axes, another one those of the shares; they all have the same scales.
+    # One layer has the axes; they all have the same scales.
     x_scale = Scale(zero=False, nice=False, padding=PADDING_X)
     y_scale = Scale(zero=False, nice=False, padding=PADDING_Y, reverse=altair.ExprRef("is_loss"))
 
@@ -184,10 +183,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     shape = altair.Shape("group:N", scale=Scale(domain=groups, range=shapes), legend=key)
     chart = Chart()
     layers = [
-        chart.mark_point(opacity=0).encode(across(x_axis), up("y", y_axis)),
-        chart.mark_point(opacity=0).encode(
-            across(_share_axis("top", 0)), up("y", _share_axis("right", 1))
-        ),
+        chart.mark_point(opacity=0).encode(across(x_axis), up(axis=y_axis)),
         *_steps(x, y, altair.value(INK if sweeps else BLUE)),
         chart.transform_filter("datum.error > 0")
         .mark_rule(strokeWidth=1.2)
@@ -230,14 +226,14 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
             name="datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
             place=f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]",
         )
-        .add_params(*_menus(front, costs, qualities, fronts))
+        .add_params(*_menus(front, costs, qualities))
         .resolve_axis(x="independent", y="independent")
         .properties(width=WIDTH, height=HEIGHT)
     )
     return chart_spec(whole, title=altair.Title(title, subtitle=LEGEND) if title else None)
 
 
-def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Front]) -> list[Any]:
+def _menus(front: Front, costs: list[str], qualities: list[str]) -> list[Any]:
     """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
 
     def menu(name: str, names: Sequence[str], value: str) -> altair.Parameter:
@@ -251,12 +247,10 @@ def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Fr
     losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
     pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
     pair += f" + indexof({json.dumps(qualities)}, quality)"
-    fulls = [[f.full["cost"], f.full["quality"]] if f.full else [None, None] for f in fronts]
     return [
         menu("cost", costs, front.axes.cost),
         menu("quality", qualities, front.axes.quality),
         altair.param(name="pair", expr=pair),
-        altair.param(name="full", expr=f"{json.dumps(fulls)}[pair]"),
         altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
         altair.param(name="is_loss", expr=is_one_of("quality", losses)),
         altair.param(name="hovered", value=""),
@@ -369,14 +363,6 @@ def place_names(
             found[key] = best
             taken = np.vstack([taken, free[best]])
     return found
-
-
-def _share_axis(side: Any, part: int) -> Axis:
-    title = None if part else "share of the full model's, also on the right"
-    gray = {"domainColor": "#bbbbbb", "tickColor": GRAY, "labelColor": GRAY, "titleColor": GRAY}
-    label = f"full[{part}] ? format(datum.value / full[{part}], '.3~p') : ''"
-    look = {"grid": False, "tickCount": 8, "titleFontSize": 11}
-    return Axis(orient=side, title=title, labelExpr=label, **look, **gray)
 
 
 def _opacity(bold: float, faint: float) -> Any:

@@ -193,8 +193,10 @@ def task_tables(front: Front) -> list[Table]:
             cells = (row["label"], score, interval, *differences)
             rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
         score = "score %" if is_percent else "score"
-        heads = (score, f"{INTERVAL_LEVEL:.0%} interval", *(f"vs {name}" for name in names))
-        return Table([Column("model", is_text=True), *map(Column, heads)], rows, title)
+        columns = [Column("model", is_text=True), Column(score)]
+        columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
+        columns += [Column(f"vs {name}", priority) for priority, name in enumerate(names)]
+        return Table(columns, rows, title)
 
     metrics = front.basis.metrics
     tables = [table(quality, metric_title(quality), is_percent=is_accuracy(quality))]

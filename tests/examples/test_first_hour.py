@@ -46,8 +46,8 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = [output for output in outputs if output.output_type == "error"]
     assert not errors
     shown = [output.data for output in outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == 2, "the losses, and the front"
-    front = next(d["text/plain"] for d in shown if "on_front" in d.get("text/plain", ""))
+    assert sum("image/png" in data for data in shown) == 1, "the losses"
+    [front] = [data["text/html"] for data in shown if "<svg" in data.get("text/html", "")]
     assert "teacher" in front
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "nats per token on held-out text" in printed
