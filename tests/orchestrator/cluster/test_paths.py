@@ -1,12 +1,10 @@
 """A command reaches the optimizer's step through few calls, and a debugger shows each of them.
 
-`iiet-orch pretrain --local` and `iiet-orch sweep-iterations`; functions of this repository only.
-The sweep's path stands in docs/architecture.md.
+`iiet-orch sweep-iterations`; functions of this repository only.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 from contextlib import nullcontext
@@ -22,7 +20,6 @@ import orchestrator
 from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
-PAGE = Path(ROOT) / "docs" / "architecture.md"
 DEPTH = (
     "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
     "model.context_length=8"
@@ -46,15 +43,10 @@ def arguments(command: str, workspace: Path, *options: str) -> list[str]:
     return [command, "--workspace", str(workspace), *options, *sets]
 
 
-def test_the_path_of_a_sweep_is_the_documented_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_path_of_a_sweep_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.cluster import ray, tune
     from orchestrator.sweeping import run
 
-    section = PAGE.read_text("utf-8").partition("## A command: ")[2].partition("\n## ")[0]
-    found = re.findall(r"^\| `([a-z_/]+)\.py` \| `([\w.]+)` \|", section, flags=re.MULTILINE)
-    documented = [f"{file}.{name.split('.')[-1]}" for file, name in found]
     stacks: list[list[str]] = []
     given: list[Any] = []
     run_trials, resources = tune.run_trials, ray.local_resources(count_gpus=False)
@@ -85,6 +77,6 @@ def test_the_path_of_a_sweep_is_the_documented_one(
     assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130
     driver, inside = stacks
     worker = inside[inside.index("cluster/tune._run_in_tune") :]
-    assert [*driver, *worker] == [*documented, "training/trainer.train"]
+    assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
     assert len(driver) + len(worker) <= 13
