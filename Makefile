@@ -32,7 +32,7 @@ test: $(INSTALLED) ## Install, then run the whole test suite
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
-test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (40 minutes)
+test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "long and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)

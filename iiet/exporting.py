@@ -32,6 +32,8 @@ _AUTO_MAP = {
     "AutoConfig": "modeling_iiet.IIETConfig",
     "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
 }
+# `transformers serve` takes the class by this name from the package, which lacks a folder's own.
+_ARCHITECTURES = ["AutoModelForCausalLM"]
 TokenIds = Mapping[str, int | list[int] | None]
 
 
@@ -70,7 +72,8 @@ def export(
         end = tokenizer.eos_token_id
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
     dtype = str(decoder.embedding.weight.dtype).removeprefix("torch.")
-    decoder.save(folder, auto_map=_AUTO_MAP, dtype=dtype, **(token_ids or {}))
+    names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
+    decoder.save(folder, dtype=dtype, **names, **(token_ids or {}))
     shutil.copyfile(code, folder / CODE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -38,6 +38,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache; until 5.23 the latter."""
+
 __all__ = ["IIETConfig", "IIETForCausalLM"]
 
 Evaluate = Callable[[Tensor], Tensor]
@@ -580,8 +583,8 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            cache=cache,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
 
         call = Pass(rotary_tables(self.config, position_ids, hidden), mask, cache, count())
@@ -614,8 +617,8 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            cache=cache,
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
     def _prepare_cache(self, cache: Cache, *, is_empty: bool) -> None:

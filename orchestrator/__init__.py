@@ -31,16 +31,8 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.generating import generate, generate_stream
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
-    from orchestrator.pipelines.sweeps import (
-        ClaimsResult,
-        PlannedSweep,
-        ReportResult,
-        SweepResult,
-        claims,
-        plan_sweep,
-        report,
-        sweep,
-    )
+    from orchestrator.pipelines.reports import ClaimsResult, ReportResult, claims, report
+    from orchestrator.pipelines.sweeps import PlannedSweep, SweepResult, plan_sweep, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.pipelines.training import (
         DistillResult,
@@ -68,9 +60,8 @@ _MODULES = {
     "pipelines.generating": "generate generate_stream",
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
-    "pipelines.sweeps": (
-        "ClaimsResult PlannedSweep ReportResult SweepResult claims plan_sweep report sweep"
-    ),
+    "pipelines.reports": "ClaimsResult ReportResult claims report",
+    "pipelines.sweeps": "PlannedSweep SweepResult plan_sweep sweep",
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "

@@ -41,6 +41,9 @@ class FakeTracking:
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         return self.runs.get((kind, key, parent))
 
+    def withdraw(self, kind: str, key: str) -> None:
+        self.runs.pop((kind, key, None), None)
+
     def run_id(self, run: TrackedRun) -> str:
         return f"run of {run.key}"
 

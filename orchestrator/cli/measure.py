@@ -161,7 +161,7 @@ def benchmark(
             report.
     """
     if drafts:
-        from orchestrator.pipelines.sweeps import plan_drafts, run_drafts
+        from orchestrator.pipelines.reports import plan_drafts, run_drafts
 
         cluster = call.settings.cluster
         return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
@@ -217,10 +217,10 @@ def report(
         sweeps: Names of sweeps, several on one front (default: the newest).
         claims: Show only the paper's five claims, each beside what was measured; write nothing.
     """
-    from orchestrator.pipelines import sweeps as pipeline
+    from orchestrator.pipelines import reports
 
     if claims:
         if cost or quality:
             raise UserError("--claims has its own axes; leave --cost and --quality out")
-        return pipeline.claims(sweeps=sweeps or [], **call.common)
-    return pipeline.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
+        return reports.claims(sweeps=sweeps or [], **call.common)
+    return reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)

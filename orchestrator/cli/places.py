@@ -28,7 +28,7 @@ def ui(
     sync: Annotated[bool, typer.Option("--sync")] = False,
     replace: Annotated[bool, typer.Option("--replace")] = False,
 ) -> Result | None:
-    """Start MLflow on 127.0.0.1 and print links to the runs and fronts.
+    """Print the page of the newest sweep, start MLflow on 127.0.0.1, and print links to its pages.
 
     Example: iiet-orch ui --port 5001
 

@@ -186,7 +186,7 @@ class JobRun:
             try:
                 self._start_once()
                 return
-            except train.PreemptionError:
+            except getattr(train, "PreemptionError", ()):  # Ray has it from 2.59 on.
                 continue  # A loss that was announced.
             except train.ControllerError as error:
                 num_failed_starts = 1 if self._journal_bytes() > size else num_failed_starts + 1
@@ -297,6 +297,8 @@ class JobRun:
         shutil.rmtree(storage, ignore_errors=True)
         meeting = storage / "meeting"
         meeting.mkdir(parents=True, mode=0o700)
+        # Before Ray 2.59, a loss that was announced is a failure like others.
+        announced = {"max_preemption_failures": 0} if hasattr(train, "PreemptionError") else {}
         return train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -318,7 +320,7 @@ class JobRun:
                 name="train",
                 storage_path=str(storage),
                 failure_config=train.FailureConfig(
-                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                    max_failures=0, controller_failure_limit=0, **announced
                 ),
                 logging_config=train.LoggingConfig(log_level="WARNING"),
             ),

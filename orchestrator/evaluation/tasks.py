@@ -273,6 +273,8 @@ def lm_eval_task_fingerprints(
         metrics = {metric for task in loaded.tasks.values() for metric in task.aggregation()}
         is_accuracy_known |= bool(metrics & set(ACCURACY_METRICS))
         if context_length is not None:
+            from orchestrator.evaluation.answers import check_answer_settings  # Imports PyTorch.
+
             check_answer_settings(loaded.tasks, context_length)
         fingerprints = {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}
     if needs_accuracy and not is_accuracy_known:

@@ -234,7 +234,8 @@ def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     if len(ends) > 1:
         writer.add_eot_token_id(ends[1])
     writer.add_bos_token_id(reads.prefix_id)
-    with_first, without = (reads.encode("a", add_special_tokens=on) for on in (True, False))
-    writer.add_add_bos_token(with_first[0] != without[0])
+    # As `generate` reads a prompt: models that were trained here begin after the end of a text.
+    without = reads.encode("a", add_special_tokens=False)
+    writer.add_add_bos_token(reads.encode_document("a") != without)
     if reads.loaded is not None and isinstance(reads.loaded.chat_template, str):
         writer.add_chat_template(reads.loaded.chat_template)

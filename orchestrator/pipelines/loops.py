@@ -29,8 +29,8 @@ from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate
+from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
-from orchestrator.pipelines.sweeps import ReportResult
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.results import StoredSweep

@@ -8,17 +8,18 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
-from orchestrator.cluster.task import command_device, joined_cluster, trial_device
+from orchestrator.cluster.task import joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -30,6 +31,7 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
+from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
 from orchestrator.planning.estimate import (
@@ -40,11 +42,9 @@ from orchestrator.planning.estimate import (
     on_trial_devices,
     price_of,
 )
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
-from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.command_tables import price_rows
-from orchestrator.reporting.findings import draft_targets
-from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.command_tables import expected_time, price_rows
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -52,11 +52,9 @@ from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
     load_sweep_results,
-    newest_sweep,
 )
-from orchestrator.reporting.sections import Section, render_json, render_terminal, two_column_table
-from orchestrator.reporting.tables import model_rows
-from orchestrator.settings import MLFLOW, ClusterSettings, Settings, flatten
+from orchestrator.reporting.sections import two_column_table
+from orchestrator.settings import MLFLOW, Settings, flatten
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
@@ -76,6 +74,7 @@ from orchestrator.sweeping.plan import (
     full_trial,
     iterations_plan,
     load_tasks,
+    measuring_flops,
     plan_all_students,
     plan_iterations,
     plan_sentences,
@@ -94,7 +93,6 @@ from orchestrator.workspace.provenance import environment
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.reporting.report import WrittenReport
     from orchestrator.sweeping.run import SweepOutcome
     from orchestrator.sweeping.search import ScheduleSearch
 
@@ -124,6 +122,8 @@ class PlannedSweep(Result):
     """The teacher and its baselines, if the sweep trains them itself."""
     influence: InfluenceTable | None = None
     """Of the teacher, of several the first, if it is measured."""
+    teachers_left: tuple[ModelConfig, ...] = ()
+    """Those whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -143,12 +143,17 @@ class PlannedSweep(Result):
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials = self._parts
         is_stored = self.placed.distillation.teacher_cache
+        left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
+        models = [*left, *(each.config for each in self.unknown)]
+        influence, measuring = measuring_flops(self.placed, self.teachers_left, models)
         return price_of(
             [*before, *trials],
             self.workspace.root,
             new_token_bytes=self.new_token_bytes,
             is_upper_bound=bool(self.unknown),
             teachers=self.workspace.teachers if is_stored else None,
+            influence_flops=influence,
+            measuring_flops=measuring,
         )
 
     @cached_property
@@ -225,82 +230,6 @@ class PlannedSweep(Result):
         yield two_column_table(None, [*price_rows(self.price, self.problems)])
 
 
-class ReportResult(Result):
-    """The front of one sweep or several, and the files of its report."""
-
-    title: str
-    """Heading of the report."""
-    front: Any = Field(exclude=True)
-    """A `Front`: every model with its place."""
-    sentences: tuple[str, ...]
-    """Notes on how to read the front, then its findings."""
-    elastic: Section | None = Field(exclude=True)
-    """Elastic weights against separate students; None if the sweep has not both."""
-    sections: tuple[Section, ...] = Field(exclude=True)
-    """What a terminal shows, and JSON holds."""
-    folder: Path
-    """Folder of the report's files."""
-    page: Path | None
-    """The HTML page; None if no model could be placed."""
-    workspace: Path = Field(exclude=True)
-
-    @classmethod
-    def of(cls, written: WrittenReport, workspace: Workspace, **more: Any) -> Self:
-        """Return a report that was written."""
-        report = written.report
-        return cls(
-            title=report.title,
-            front=report.front,
-            sentences=tuple(report.sentences),
-            elastic=report.elastic,
-            sections=tuple(report.brief()),
-            folder=written.folder,
-            page=written.page,
-            workspace=workspace.root,
-            **more,
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per model: cost, quality, place on the front, checkpoint."""
-        return model_rows(self.front)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return title, sentences and files, and what `front.json` holds.
-
-        Keys:
-            title: data, model, tokens and date of the sweep, or its name
-            sentences: what the front says, the most important first
-            folder: the report's files
-            page: its HTML page, or `null` if no model could be placed
-            axes: tracked names of the `cost` and the `quality`
-            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
-                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
-                metric by its name, `key`, `checkpoint`, `run_id`, `details`
-            front: keys of the models on the front, from the cheapest
-            picks: `best`, `knee` and `cheapest`, each the key of a model
-            hypervolume: of the front, or `null`
-            hypervolume_box: the box that it is relative to
-            confidence_basis: what the confidences were computed from, or `null`
-            elastic: (optional) elastic weights against separate students
-            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
-        """
-        return {**super().to_json(), **render_json(self.sections)}
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the front as a picture, and what a terminal does."""
-        picture = self.folder / "front.svg"
-        drawn = picture.read_text("utf-8") if picture.is_file() else ""
-        return f"<div>{drawn}</div>{super()._repr_html_()}"
-
-    def shown(self) -> Iterable[RenderableType]:
-        """Return the front's table, what it says, and where to find more."""
-        yield ""
-        yield from render_terminal(self.sections)
-        if self.page:
-            yield f"report: {self.page}"
-        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
-
-
 class SweepResult(ReportResult):
     """A sweep that has ended, and its report."""
 
@@ -325,152 +254,6 @@ def raise_failures(failures: Mapping[str, str]) -> None:
             f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
             "again"
         )
-
-
-def report(
-    *,
-    workspace: Workspace | Path | str | None = None,
-    sweeps: Sequence[str] = (),
-    cost: str | None = None,
-    quality: str | None = None,
-    progress: Progress | None = None,
-) -> ReportResult:
-    """Write the report of one sweep, or of several sweeps on one front, from stored results.
-
-    In a workspace that can only be read, no file is written.
-
-    Args:
-        sweeps: Names of sweeps; the newest one when empty.
-        cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
-        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
-
-    Raises:
-        UserError: If there is no such sweep, or a cost or quality has another name.
-    """
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
-
-    axes = parse_axes(cost, quality)
-    context = open_context(workspace, progress)
-    space = context.workspace
-    names = dict.fromkeys(sweeps or [newest_sweep(space)])
-    found = [load_sweep_results(space, name) for name in names]
-    tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
-    return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
-
-
-class ClaimsResult(Result):
-    """What sweeps show of the paper's claims."""
-
-    row_key = "claims"
-
-    title: str
-    """The sweeps."""
-    notes: tuple[str, ...]
-    """Notes on how to read the results."""
-    claims: list[dict[str, Any]]
-    """A row for each claim: `number`, `key`, `text`, `paper` (its number, points of accuracy or
-    percent of overhead), `verdict` (`holds`, `does not hold`, `not decided`, `not measured`),
-    `here` (in the paper's unit), `low` and `high` (the 95% interval; of claim 3, that of the share
-    of the teacher's accuracy that is kept, in percent), `about` (the models that are compared, or
-    what is missing)."""
-    section: Section = Field(exclude=True)
-    """What a terminal shows."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        """Return the table, and which models it compares."""
-        yield ""
-        yield from render_terminal([self.section])
-        yield from (f"  {note}" for note in self.notes)
-
-
-def claims(
-    *,
-    workspace: Workspace | Path | str | None = None,
-    sweeps: Sequence[str] = (),
-    progress: Progress | None = None,  # noqa: ARG001 - as all pipelines
-) -> ClaimsResult:
-    """Return what sweeps show of the paper's five claims; nothing is written.
-
-    Args:
-        sweeps: Names of sweeps, several on one front; the newest one when empty.
-
-    Raises:
-        UserError: If there is no such sweep.
-    """
-    from orchestrator.reporting.claims import front_claims
-    from orchestrator.reporting.front import sweep_front
-    from orchestrator.reporting.results import suite_notes
-
-    space = find_workspace(workspace)
-    names = dict.fromkeys(sweeps or [newest_sweep(space)])
-    found = [load_sweep_results(space, name) for name in names]
-    front, notes = sweep_front(space, found, FrontAxes())
-    title = f"Claims of the paper in {' + '.join(names)}"
-    section = claims_section(front_claims(space, front), title)
-    return ClaimsResult(
-        title=title,
-        notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
-        claims=section.data["claims"],
-        section=section,
-    )
-
-
-class DraftsPlan(Result):
-    """A sweep whose schedules are measured as drafts of its full models."""
-
-    sweep: str
-    """Its name."""
-    drafts: list[str]
-    """Names of the schedules, those included that are measured already."""
-    stored: StoredSweep = Field(exclude=True)
-    cluster: ClusterSettings = Field(exclude=True)
-
-    def shown(self) -> Iterable[RenderableType]:
-        """Return what is measured."""
-        return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
-
-
-def plan_drafts(
-    sweep: str,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    cluster: ClusterSettings | None = None,
-    progress: Progress | None = None,  # noqa: ARG001 - as the other plans
-) -> DraftsPlan:
-    """Return which schedules of a finished sweep can draft for its full models.
-
-    Raises:
-        UserError: If there is no such sweep, or its data has no text.
-    """
-    from orchestrator.sweeping.decode import text_of  # Imports PyTorch.
-
-    space = find_workspace(workspace)
-    stored = load_sweep_results(space, sweep)
-    text_of(Path(stored.results[0].suite.tokens_folder))
-    targets = draft_targets(stored.results)
-    names = [trial.name for trial in stored.results if trial.key in targets]
-    return DraftsPlan(
-        sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
-    )
-
-
-def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
-    """Measure the drafts that are not measured yet, and write the sweep's report with them."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
-    from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
-
-    space, stored = context.workspace, plan.stored
-    results = with_drafts(
-        stored.results,
-        Path(stored.results[0].suite.tokens_folder),
-        stored.folder(space),
-        context.progress,
-        command_device(plan.cluster, space.root),
-    )
-    found = stored.model_copy(update={"results": tuple(results)})
-    return ReportResult.of(
-        write_sweep_report(space, found, tracking=lambda: context.tracking), space
-    )
 
 
 def sweep(
@@ -605,6 +388,7 @@ def plan_sweep(
             tables[label] = measurement.table
         for note in measurement.notes:
             progress.note(note)
+    teachers_left = [load_config(path) for name, path in teachers.items() if name not in tables]
     if teachers:
         if len(tables) < len(teachers):  # The schedules follow from all of them.
             tables = {}
@@ -622,6 +406,7 @@ def plan_sweep(
     elif pretraining:
         plan = _models_plan(pretraining, pretraining.jobs)
         models_of = {label: pretraining.jobs[label].model for label in labels}
+        teachers_left = [*models_of.values()]
         unknown, sentences = _bounds(settings, models_of, " is not trained")
         said += sentences
 
@@ -648,6 +433,7 @@ def plan_sweep(
         new_token_bytes=new_token_bytes,
         pretraining=pretraining,
         influence=next(iter(tables.values()), None),
+        teachers_left=tuple(teachers_left),
         search=search,
     )
     planned.price  # noqa: B018  # raises if the workers cannot share a step
@@ -711,9 +497,17 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         }
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
+            progress.note(f"expected: {expected_time(plan.price)}")
+            progress.expected = plan.price.seconds
             if plan.pretraining:
-                run_trainings(plan.pretraining, context)
+                begin, seconds = time.monotonic(), plan.price.seconds.get("pretrain")
+                run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
+                if seconds:  # The speed of this machine is known now.
+                    speed = seconds / (time.monotonic() - begin)
+                    price = plan.price.as_fast_as(speed)
+                    progress.note(f"expected from here on: {expected_time(price)}")
+                    progress.expected = price.seconds
             made["influence"] = {}
             on_device = trial_device(settings, root)
             for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:

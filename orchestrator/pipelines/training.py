@@ -407,8 +407,10 @@ def distill(
     ).students[0]
 
 
-def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainResult]:
-    """Train all that is not finished, with the progress display and MLflow's runs.
+def run_trainings(
+    plan: TrainingPlan, context: Context, *, kind: str | None = None
+) -> dict[str, PretrainResult]:
+    """Train all that is not finished, with the progress display and MLflow's runs, of a kind.
 
     Raises:
         UserError: If a job cannot run; nothing is started then.
@@ -428,7 +430,7 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
         for label, job in jobs.items():
             write_text(job.folder / SETTINGS_NAME, to_yaml(plan.models[label]))
     monitor = RunMonitor(jobs, context.tracking, progress)
-    monitor.open_runs(plan.kind, plan.models)
+    monitor.open_runs(kind or plan.kind, plan.models)
     if any(jobs[label].recipe.profile_steps for label in plan.finished):
         progress.note("no profile of a run that is finished: no step is trained")
     progress.start(plan.kind, sum(job.recipe.num_steps for job in jobs.values()))

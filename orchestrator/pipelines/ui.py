@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.reporting.results import newest_sweep
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
 from orchestrator.tracking.chart_view import ChartView
@@ -52,6 +53,9 @@ def serve(
         UserError: If the port is taken, or the store cannot be opened.
         RunFailed: If the server does not start, or a remote one does not answer.
     """
+    with suppress(UserError):  # There is no sweep yet.
+        if (page := workspace.sweeps / newest_sweep(workspace) / "front.html").is_file():
+            say(f"newest sweep: {page.as_uri()}")
     tracking = open_tracking(workspace, warn=say)
     if tracking.copied:
         raise UserError(f"{tracking.copied}; `iiet-orch ui --sync` says how to make it anew")

@@ -6,7 +6,8 @@ a cluster that is joined, only the disk is checked.
 
 An `Estimate` follows from the settings of one training, so it needs neither prepared tokens nor a
 trained teacher. A `Price` is that of several: their schedule on the devices, the longest first.
-Nothing is measured; only training counts, without validation, saving and measuring.
+Nothing is measured: speeds are assumed. `hours` count training only, `seconds` all that a command
+does, by stage.
 """
 
 from __future__ import annotations
@@ -55,10 +56,17 @@ ALLOCATOR_FACTOR = 1.1
 """The allocator holds more than the activations that exist at one time."""
 GPU_SHARES = (0.15, 0.25)
 """Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
-CPU_SHARES = (0.1, 0.5)
+CPU_SHARES = (0.2, 0.8)
 """CPUs differ more, and no table knows their peaks."""
+CPU_HALF_WIDTH = 90
+"""Width of a model that reaches half of the assumed peak: on this project's machines, models of
+width 64 reach 40 %, of width 128 63 %."""
 CPU_PEAK_FLOPS = 1e11
 """Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
+STAGES = ("start", "pretrain", "influence", "teacher", "sweep", "report")
+"""What a command does, in this order; `teacher` stores outputs, `sweep` also measures."""
+SECONDS = {"start": 20.0, "pretrain": 9.0, "influence": 2.0, "sweep": 2.0, "report": 5.0}
+"""Assumed time before the first training, of each worker until its first step, of a report."""
 LEAST_SECONDS = 4.0
 """Enough to save small models, with a message to the workers and the end of their processes."""
 WRITE_BYTES_PER_SECOND = 300e6
@@ -110,6 +118,8 @@ class Estimate:
     """Bytes of its checkpoints, which new ones replace."""
     storage: str | None = None
     """URI for copies of its checkpoints."""
+    is_bound: bool = False
+    """Whether it stands for students under schedules that are not known yet, none to all."""
     devices: Devices = Devices()
     """Where it runs."""
 
@@ -181,6 +191,21 @@ class Estimate:
                 for member, times in drawn.items()
             ]
         return self.recipe.num_tokens_per_step * sum(trained)
+
+    @property
+    def expected_flops(self) -> float:
+        """The same, for a bound as if the schedules were spread evenly from none to all."""
+        of_none, of_all = (
+            cost.training_flops_per_token(self.config, each)
+            for each in (self.config.corrections.none(self.config.num_layers), None)
+        )
+        return self.flops * (1 + of_none / of_all) / 2 if self.is_bound else self.flops
+
+    @cached_property
+    def teacher_flops_per_token(self) -> float:
+        """FLOPs of the teacher's forward pass, 0 without one."""
+        model = self.teacher
+        return cost.inference_cost(model).forward_flops_per_token if model else 0.0
 
     @property
     def num_members(self) -> int:
@@ -272,6 +297,8 @@ class Rate(Record):
 
     peak_flops: float
     shares: tuple[float, float]
+    expected_flops: float
+    """FLOP/s that are expected."""
     source: str
     """What the peak is of, as text."""
 
@@ -290,6 +317,8 @@ class Price(Record):
     """FLOPs of both."""
     hours: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time at the assumed rate, until the last training ends."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Stage of `STAGES` -> how long it is expected to take, all that is no training included."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
@@ -306,17 +335,27 @@ class Price(Record):
     stop_seconds: float = 0.0
     """Longest time, without a step, until they have."""
 
+    def as_fast_as(self, speed: float) -> Price:
+        """Return the price on a machine of another speed than assumed, once that is started."""
+        seconds = {stage: n / speed for stage, n in self.seconds.items() if stage != "start"}
+        return self.model_copy(update={"seconds": seconds})
+
 
 def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
     """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
     peak, shares, source = CPU_PEAK_FLOPS, CPU_SHARES, "a CPU core, assumed"
+    expected = training.config.dim / (training.config.dim + CPU_HALF_WIDTH)
     if training.devices.on_gpus:
         precision, shares = training.recipe.precision, GPU_SHARES
+        expected = sum(shares) / 2
         for name in [*(gpu.name for gpu in machine.installed_gpus()[:1]), ASSUMED_GPU]:
             if known := gpu_peak_flops(name, precision):
                 peak, source = known, f"{name}, {precision}, dense"
                 break
-    return Rate(peak_flops=peak, shares=(share, share) if share else shares, source=source)
+    shares = (share, share) if share else shares
+    return Rate(
+        peak_flops=peak, shares=shares, expected_flops=peak * (share or expected), source=source
+    )
 
 
 def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
@@ -340,6 +379,8 @@ def price_of(
     is_upper_bound: bool = False,
     teachers: Path | None = None,
     mfu: float | None = None,
+    influence_flops: float = 0.0,
+    measuring_flops: Sequence[float] = (),
 ) -> Price:
     """Return the price of trainings; those on other devices run one after another.
 
@@ -350,50 +391,61 @@ def price_of(
         is_upper_bound: Whether some of them stand for others that are not known yet.
         teachers: Folder of stored teacher outputs, if trainings read them.
         mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
+        influence_flops: What measuring the influence of the teachers takes.
+        measuring_flops: What measuring each model of a sweep takes.
     """
     groups = groups_by_devices(trainings)
     left = [*chain(*groups)]
-    model = next((each.teacher for each in trainings if each.teacher), None)
-    per_token = cost.inference_cost(model).forward_flops_per_token if model else 0.0
-    new_caches: list[CachePlan] = []
-    if teachers and left:
-        from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
-
-        new_caches = missing_caches([each.cache for each in left], teachers)
-    num_stored = sum(plan.num_tokens for plan in new_caches)
+    new_caches, answer_flops = _new_answers(left, teachers)
 
     def num_live(each: Estimate) -> int:
         return 0 if teachers and each.cache else each.num_teacher_tokens
 
-    num_teacher_tokens = num_stored + sum(map(num_live, left))
-
-    hours, rate = [0.0, 0.0], None
+    hours, rate, cpus = [0.0, 0.0], None, machine.num_cpus()
     num_devices = num_saving = in_writing = 0
-    stop_seconds = 0.0
+    stop_seconds, live_flops = 0.0, 0.0
+    stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    measuring, speed = sum(measuring_flops), CPU_PEAK_FLOPS * sum(CPU_SHARES) / 2 * cpus
     for group in groups:
         devices = group[0].devices
-        at_once, cpus = min(devices.at_once, len(group)), machine.num_cpus()
+        at_once = min(devices.at_once, len(group))
         gpus = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
         num_used = gpus if devices.on_gpus else cpus
         # The longest training starts first, and each next one where one ends. A teacher that runs
         # in a training slows it; its stored outputs are computed before, on one GPU or all CPUs.
+        lives = [each.teacher_flops_per_token * num_live(each) for each in group]
+        live_flops += sum(lives)
+        works = [each.flops + live for each, live in zip(group, lives, strict=True)]
         places = [0.0] * at_once
-        works = (each.flops + per_token * num_live(each) for each in group)
         for work in sorted(works, reverse=True):
             heapq.heapreplace(places, places[0] + work)
         flops = max(places) * at_once / num_used
-        if any(each.teacher for each in group):
-            flops += num_stored * per_token / (1 if devices.on_gpus else num_used)
+        answers = answer_flops / (1 if devices.on_gpus else num_used)
         rate = assumed_rate(group[0], mfu)
         for number, share in enumerate(reversed(rate.shares)):
-            hours[number] += flops / (rate.peak_flops * share) / 3600
+            all_of_it = flops + answers * any(each.teacher for each in group)
+            hours[number] += all_of_it / (rate.peak_flops * share) / 3600
+
+        stage, speed = "sweep" if devices.are_trials else "pretrain", rate.expected_flops
+        # Bounds are expected to take less.
+        flops *= (sum(e.expected_flops for e in group) + sum(lives)) / (sum(works) or 1.0)
+        stages[stage] += flops / speed + SECONDS[stage] * math.ceil(len(group) / at_once)
+        stages["teacher"] += answers / speed if devices.are_trials else 0.0
+        speed *= num_used
 
         in_writing += sum(sorted(each.disk_bytes[1] for each in group)[-at_once:])
         seconds = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
         stop_seconds = max(stop_seconds, LEAST_SECONDS + 2 * sum(seconds[-at_once:]))
         num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
+    stages["sweep"] += measuring / speed
+    if influence_flops:
+        stages["influence"] = influence_flops / speed + SECONDS["influence"]
+    if measuring:
+        stages["report"] = SECONDS["report"]
+    if measuring or trainings:
+        stages["start"] = SECONDS["start"]
 
-    stages = {
+    first_stages = {
         each.first_stage.key: each.checkpoint_bytes
         for each in trainings
         if each.first_stage and not each.first_stage.exists
@@ -401,7 +453,7 @@ def price_of(
     disk = {
         "tokens": new_token_bytes,
         "checkpoints": sum(each.disk_bytes[0] for each in trainings) + in_writing,
-        "shared first stages": sum(stages.values()),
+        "shared first stages": sum(first_stages.values()),
         "teacher outputs": sum(plan.num_bytes for plan in new_caches),
     }
     largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
@@ -409,9 +461,10 @@ def price_of(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
         num_tokens=sum(each.num_tokens for each in left),
-        num_teacher_tokens=num_teacher_tokens,
-        flops=sum(each.flops for each in left) + num_teacher_tokens * per_token,
+        num_teacher_tokens=sum(p.num_tokens for p in new_caches) + sum(map(num_live, left)),
+        flops=sum(each.flops for each in left) + answer_flops + live_flops,
         hours=(hours[0], hours[1]),
+        seconds={stage: seconds for stage, seconds in stages.items() if seconds},
         num_devices=num_devices,
         uses_gpus=any(each.devices.on_gpus for each in trainings),
         rate=rate,
@@ -421,6 +474,19 @@ def price_of(
         num_saving=num_saving,
         stop_seconds=stop_seconds,
     )
+
+
+def _new_answers(
+    trainings: Sequence[Estimate], teachers: Path | None
+) -> tuple[list[CachePlan], float]:
+    """Return what is to be stored of the teachers' outputs, and the FLOPs of it."""
+    if not teachers or not trainings:
+        return [], 0.0
+    from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
+
+    new = missing_caches([each.cache for each in trainings], teachers)
+    per_token = {each.cache.key: each.teacher_flops_per_token for each in trainings if each.cache}
+    return new, sum(plan.num_tokens * per_token[plan.key] for plan in new)
 
 
 def run_devices(cluster: ClusterSettings) -> Devices:

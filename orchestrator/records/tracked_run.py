@@ -36,7 +36,10 @@ def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
 
 Texts = Annotated[dict[str, str], PlainSerializer(_portable)]
 """Texts by name; those that are paths in a workspace are stored relative to its root."""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "WITHDRAWN"]
+"""A withdrawn run is shown no more, because another one shows the same."""
+PRETRAIN_OF_SWEEP = "sweep_pretrain"
+"""Kind of a training that a sweep makes for itself; its run goes when the sweep shows the model."""
 DataSummary = tuple[str, str, dict[str, Any]]
 """Name, digest, and a profile with origin and sizes."""
 

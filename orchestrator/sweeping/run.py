@@ -33,7 +33,7 @@ from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.records.tracked_run import Status, status_after
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
@@ -66,10 +66,16 @@ from orchestrator.training.watching import (
     is_run_locked,
     waiting_text,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed
-from orchestrator.workspace.files import delete_folder, write_text
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.files import delete_folder, read_json, write_text
 from orchestrator.workspace.journal import Journal, now_ms, read_journal
-from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace, find_checkpoints
+from orchestrator.workspace.layout import (
+    JOB_NAME,
+    PLAN_FILE,
+    STOPPED_NAME,
+    Workspace,
+    find_checkpoints,
+)
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -523,6 +529,11 @@ class LiveSweep:
             costed = self.history.with_cost(trial)
             ended: dict[str, Any] = {"status": status, "reason": reason}
             runs.append(trial_run(self._name, self._run.key, costed, journal, **ended))
+            if status == "FINISHED" and journal and not trial.job:
+                # The run that showed it while it was trained for this sweep.
+                with suppress(UserError):
+                    own = read_json(journal / JOB_NAME) or {}
+                    self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(own.get("key")))
         self._tracking.publish(*runs)
 
 

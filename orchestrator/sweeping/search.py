@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.exceptions import OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -252,10 +253,12 @@ def _sampler(
     seed = (settings.seed + num_before) % (MAX_SEED + 1)
     if settings.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=settings.population_size, seed=seed)
-    if settings.sampler == "gp":
-        return optuna.samplers.GPSampler(n_startup_trials=num_given, seed=seed)
-    # Layer by layer, it would suggest the ends of the front again and again.
-    return optuna.samplers.TPESampler(n_startup_trials=num_given, multivariate=True, seed=seed)
+    with warnings.catch_warnings():  # Optuna 4 calls both experimental; Optuna 5 has them as here.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if settings.sampler == "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=num_given, seed=seed)
+        # Layer by layer, it would suggest the ends of the front again and again.
+        return optuna.samplers.TPESampler(n_startup_trials=num_given, multivariate=True, seed=seed)
 
 
 def _name(layer: int) -> str:

@@ -177,6 +177,7 @@ def student_estimate(
         teacher=teacher if is_distilled else None,
         loss=loss,
         cache=cache if is_distilled else None,
+        is_bound=True,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -35,6 +36,8 @@ class Progress(AbstractContextManager["Progress"]):
     _repeating: threading.Event | None = None
     """Ends the thread that repeats the last plain line of a silent task."""
     _printing = threading.Lock()
+    expected: Mapping[str, float] = {}
+    """First word of a task's title -> how many seconds it is expected to take."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -70,6 +73,8 @@ class Progress(AbstractContextManager["Progress"]):
         Args:
             seconds_left: Remaining time, if it does not follow from the units.
         """
+        if seconds_left is None and self._expected and not done:
+            seconds_left = max(0.0, self._expected - (time.monotonic() - self._started))
         if self._bar:
             if done and self._total:
                 share = f"{min(1.0, done / self._total):4.0%}"
@@ -96,6 +101,8 @@ class Progress(AbstractContextManager["Progress"]):
             if self._console.is_terminal:
                 title = Text.assemble(("✓", "green"), " ", (self._title, "bold"))
             duration = format_duration(round(time.monotonic() - self._started))
+            if self._expected:
+                duration += f", {format_duration(round(self._expected))} expected"
             print_line(self._console, title.append(f" {summary} ({duration})"))
 
     def close(self) -> None:
@@ -108,6 +115,10 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _expected(self) -> float | None:
+        return self.expected.get(self._title.partition(" ")[0])
 
     def _repeat_line(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_SECONDS):
@@ -122,6 +133,8 @@ class Progress(AbstractContextManager["Progress"]):
             if self._console and now - self._printed >= SECONDS_BETWEEN_LINES:
                 self._printed = now
                 seconds = f"{format_duration(round(now - self._started))} so far"
+                if self._expected:
+                    seconds += f" of about {format_duration(round(self._expected))}"
                 state = ", ".join(filter(None, (self._state, seconds)))
                 print_line(self._console, f"  {self._title}: {state}")
 

@@ -218,6 +218,10 @@ class Store:
         client, root = self.connect(), self._workspace.root
         self.prepare([run])
         stored = self._runs[run.place]
+        if run.status == "WITHDRAWN":
+            client.delete_run(stored.id)
+            del self._runs[run.place]
+            return
         if run.status == "RUNNING" and stored.status in ("KILLED", "FAILED"):
             client.update_run(stored.id, status=run.status)
             stored.status = run.status

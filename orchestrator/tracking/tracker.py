@@ -177,6 +177,12 @@ class Tracking:
             self._has_lost = True
         self._publisher.put(*runs)
 
+    def withdraw(self, kind: str, key: str) -> None:
+        """Show a run no more, if the workspace holds one: another run shows the same."""
+        if run := self.stored(kind, key):
+            run.path(self._workspace).unlink(missing_ok=True)
+            self._publisher.put(run.changed(status="WITHDRAWN"))
+
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
         return TrackedRun.stored(self._workspace, kind, key, parent)
@@ -185,7 +191,8 @@ class Tracking:
         for name, logger in list(self._loggers.items()):
             try:
                 for run in runs:
-                    logger.log(run)
+                    if run.status != "WITHDRAWN":
+                        logger.log(run)
             except Exception as error:  # A logger runs its own code.
                 del self._loggers[name]
                 self._warn(

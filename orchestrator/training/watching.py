@@ -20,7 +20,14 @@ from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
 from orchestrator.models.config import model_family
 from orchestrator.models.folder import weights_key
-from orchestrator.records.tracked_run import Status, TrackedModel, TrackedRun
+from orchestrator.records.tracked_run import (
+    PRETRAIN_OF_SWEEP,
+    Status,
+    TrackedModel,
+    TrackedRun,
+    reason_tags,
+    status_after,
+)
 from orchestrator.records.training import (
     TrainingJob,
     TrainingOutcome,
@@ -246,8 +253,6 @@ class RunMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the runs, except those that another process trains."""
-        from orchestrator.records.tracked_run import status_after
-
         self._read()
         status, reason = status_after(error), first_line(error) if error else ""
         ended = [
@@ -280,11 +285,9 @@ def training_run(
         status: Of a FINISHED one, the model is shown, too.
         reason: Shown if the run has failed.
     """
-    from orchestrator.records.tracked_run import reason_tags
-
     outcome = finished_outcome(job) if status == "FINISHED" else None
     tags = {"iiet.method": job.model.method}
-    if outcome and kind == "pretrain":
+    if outcome and kind != "distill":
         tags["iiet.checkpoint"] = str(outcome.checkpoint)
         if job.continued_from:
             tags["iiet.continued_from"] = job.continued_from
@@ -301,7 +304,7 @@ def training_run(
         tags={**tags, **reason_tags(status, reason if status == "FAILED" else "")},
         dataset=describe_data(job.tokens_folder),
         texts={SETTINGS_NAME: settings},
-        model=job_model(job) if outcome else None,
+        model=job_model(job) if outcome and kind != PRETRAIN_OF_SWEEP else None,
         status=status,
         started_ms=started_ms,
         ended_ms=ended_ms,

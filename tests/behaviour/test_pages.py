@@ -121,7 +121,7 @@ def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
         assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         output = capsys.readouterr().out
         cells = []
-        for name in ("parameters", "memory", "time", "a checkpoint"):
+        for name in ("parameters", "memory", "of it training", "a checkpoint"):
             [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
             found = FIRST.match(text)
             assert found

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers_server import served
 
 from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
@@ -154,6 +155,17 @@ def test_the_model_is_that_of_transformers(walk: Walk, stock: Any) -> None:
     ours = AutoTokenizer.from_pretrained(walk.folder / "smollm2-exported")
     assert ours.encode(PROMPTS[0]) == tokenizer.encode(PROMPTS[0])
     assert ours.chat_template
+
+
+def test_transformers_serves_the_export(walk: Walk, tmp_path: Path) -> None:
+    question = {"role": "user", "content": "What is the capital of France?"}
+    writer = TextGenerator(walk.checkpoint)
+    asked = writer.as_asked([question["content"]], chat=True)
+    expected = "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
+    with served(walk.folder / "smollm2-exported", tmp_path) as ask:
+        answer = ask("v1/chat/completions", messages=[question], max_tokens=24, temperature=0)
+    assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
+    assert "Paris" in expected
 
 
 def test_text_is_cut_by_the_rule_that_the_file_names(walk: Walk) -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
+from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset
 from iiet.sampling import LogitsNotFinite
 
 VOCAB = 31
@@ -125,24 +125,6 @@ def test_a_view_serves_fewer_corrections_in_the_same_memory(schedule):
     assert all(torch.equal(b, held[:, :, :6]) for b, held in zip(before, cache._slots, strict=True))
 
 
-@torch.no_grad()
-def test_a_cache_is_refused_after_an_interrupted_pass():
-    decoder = decoder_of()
-    cache = cache_of(decoder)
-    decoder(prompt(), cache=cache)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with (
-        decoder.layers[2].field.register_forward_pre_hook(interrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        decoder(prompt(2, 1), cache=cache)
-    with pytest.raises(ValueError, match=r"hold from 5 to 6 tokens, .* make a new cache"):
-        decoder(prompt(2, 1), cache=cache)
-
-
 @pytest.mark.parametrize("schedule", [None, "2,0,1"])
 def test_greedy_equals_the_full_forward_token_by_token(schedule):
     decoder = decoder_of(schedule)
@@ -180,14 +162,6 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
     continued = decoder(tokens[:, 6:], cache=cache, attention_mask=mask)
     alone = decoder(tokens[1:, mask[1]])[:, -2:]
     torch.testing.assert_close(continued[1:], alone, rtol=0, atol=1e-11)
-
-
-def test_stream_yields_what_generate_returns():
-    decoder = decoder_of()
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
-    steps = list(stream(decoder, prompt(), **settings))
-    assert [step.shape for step in steps] == [(2,)] * 6
-    assert torch.equal(torch.stack(steps, 1), generate(decoder, prompt(), **settings)[:, 5:])
 
 
 def test_the_seed_determines_the_samples():

@@ -131,23 +131,6 @@ def test_a_student_of_a_compiled_decoder_follows_its_own_schedule(attribute):
     assert torch.equal(decoder.with_schedule(schedule)(TOKENS), expected)
 
 
-def test_the_teacher_runs_in_eval_mode_and_the_student_runs_once():
-    calls = []
-
-    class Listening(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, input_ids):
-            calls.append((self.training, torch.is_grad_enabled()))
-            return self.inner(input_ids)
-
-    teacher, student = (Listening(model).train() for model in teacher_and_student())
-    distillation_loss(student, teacher, TOKENS, config=DistillationConfig())
-    assert sorted(calls) == [(False, False), (True, True)]
-
-
 @pytest.mark.parametrize("is_text", [True, False])
 def test_masked_distillation_is_that_of_the_selected_positions_alone(is_text):
     teacher, student = (model.double() for model in teacher_and_student())
@@ -187,30 +170,6 @@ def test_masked_distillation_is_that_of_the_selected_positions_alone(is_text):
     expected.backward()
     torch.testing.assert_close(logits.grad[taught][None], alone.grad)
     assert all(values.grad[~taught].abs().max() == 0 for values in (logits, *hidden))
-
-
-def test_parts_of_a_batch_with_masks_of_any_size_add_up_to_the_whole():
-    teacher, student = (model.double() for model in teacher_and_student())
-    config = DistillationConfig(hidden_weight=0.5)
-    # Of the last sequence nothing counts, of text's last positions only the teacher's answers do.
-    mask = torch.arange(12) >= torch.tensor([[1], [9], [11], [12]])
-    for whole in (Batch.of_text(TOKENS, mask), Batch(TOKENS, TOKENS.flip(1), mask)):
-        results = []
-        for size in (4, 3, 1):
-            student.zero_grad()
-            total = torch.zeros(())
-            counted = whole.counted_as(whole.num_targets, whole.num_positions)
-            for part in counted.split(size):
-                loss, parts = distillation_loss(student, teacher, part, config=config)
-                share = len(part) / len(whole)
-                (share * loss).backward()
-                total = total + share * torch.stack([loss.detach(), *parts.values()])
-            gradients = [p.grad for p in student.parameters() if p.grad is not None]
-            results.append([total, *(gradient.clone() for gradient in gradients)])
-        plain, _ = distillation_loss(student, teacher, whole, config=config)
-        assert results[0][0][0].item() == pytest.approx(plain.item(), rel=1e-12)
-        for result in results[1:]:
-            torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-14)
 
 
 def test_low_and_double_precision():

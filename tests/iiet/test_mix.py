@@ -111,25 +111,6 @@ def test_a_second_backward_pass_over_the_same_graph_gives_the_same():
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-@pytest.mark.parametrize("frozen", ["embeddings", "rows", "both"])
-def test_frozen_parts_get_no_gradient_and_the_others_theirs(frozen):
-    tensors = inputs()
-    expected = torch.autograd.grad(run(tensors).sum(), tensors, allow_unused=True)
-    for number, tensor in enumerate(tensors):
-        if frozen == "both" or (frozen == "embeddings") == (number == 0):
-            tensor.requires_grad_(False)
-    left = [n for n, tensor in enumerate(tensors) if tensor.requires_grad]
-    if not left:
-        assert not run(tensors).requires_grad
-        return
-    found = torch.autograd.grad(run(tensors).sum(), [tensors[n] for n in left], allow_unused=True)
-    for number, gradient in zip(left, found, strict=True):
-        wanted = expected[number]
-        assert (gradient is None) == (wanted is None)
-        if wanted is not None:
-            torch.testing.assert_close(gradient, wanted)
-
-
 def test_the_plain_form_is_differentiable_twice():
     with plain_formulas():
         assert torch.autograd.gradgradcheck(

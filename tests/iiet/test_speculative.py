@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, DraftRecord, IterationSchedule, generate, preset, stream
 from iiet.cache import KeyValueCache
-from iiet.speculative import draft_models, step_costs
+from iiet.speculative import draft_models
 
 VOCAB = 37
 SIZES = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
@@ -56,21 +56,6 @@ def test_the_tokens_are_those_of_plain_decoding(draft):
     assert torch.equal(expected, found)
     assert 0 < record.acceptance <= 1
     assert (record.acceptance == 1) == (draft == "2,0,1")
-
-
-SAMPLING = [
-    {"temperature": 1.0, "seed": 3},
-    {"temperature": 0.7, "top_k": 8, "seed": [5, 6, 7]},
-    {"temperature": 1.2, "top_p": 0.8, "seed": 4},
-]
-
-
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("draft", ["0", "3,0,0"])
-def test_sampled_tokens_are_those_of_plain_decoding(sampling, draft):
-    expected, found, record = both(decoder_of(), drafts(draft, 4), **sampling)
-    assert torch.equal(expected, found)
-    assert 0 < record.acceptance < 1
 
 
 def test_a_batch_keeps_what_its_slowest_row_accepts():
@@ -139,29 +124,6 @@ def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
         assert len(made) == num
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
-def test_each_token_is_the_likeliest_but_for_rounding(precision):
-    """Padded rows, query heads that share a key head."""
-    decoder = decoder_of(num_kv_heads=1)
-    decoder.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    mask = padding()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        tokens, record = generate(
-            decoder,
-            prompts(),
-            attention_mask=mask,
-            max_new_tokens=30,
-            return_record=True,
-            **drafts("0", 3),
-        )
-    assert 0 < record.acceptance < 1
-    mask = torch.cat([mask, mask.new_ones(3, 30)], 1)
-    with torch.no_grad():
-        logits = decoder.float()(tokens, attention_mask=mask)[:, 5:-1]
-    regret = logits.amax(-1) - logits.gather(-1, tokens[:, 6:, None])[..., 0]
-    assert regret.max() < (1e-4 if precision == "float32" else 0.1) * logits.std()
-
-
 def test_the_stream_is_plain_tensors_and_the_same_twice():
     decoder, record = decoder_of(), DraftRecord()
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
@@ -189,15 +151,6 @@ def test_the_number_of_drafted_tokens_follows_the_acceptance():
         )
         per_round.append(record.drafted / record.verifications)
     assert per_round[0] > 2 * per_round[1]
-
-
-def test_counted_costs_fall_with_corrections_and_rise_with_rows():
-    full = Decoder(preset("tiny", schedule=3))
-    none, sizes = full.with_schedule(0), {"num_tokens": 64}
-    one, many = (step_costs(full, none, batch_size=rows, **sizes) for rows in (1, 8))
-    assert 0.2 < one[0] < 0.6
-    assert 0.1 < one[1] < many[1] < 1
-    assert step_costs(full, full, batch_size=1, **sizes)[0] == 1
 
 
 def test_a_gpu_drafts_only_what_is_asked_for():

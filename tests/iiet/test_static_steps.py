@@ -8,8 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import Decoder, fast, generate, generation, layers, preset, static_steps, stream
-from iiet.layers import attend
+from iiet import Decoder, fast, generate, generation, preset, static_steps, stream
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 VOCAB = 41
@@ -76,15 +75,6 @@ def test_the_tokens_are_the_same(method, schedule, strategy, padded, small_windo
     decoder = decoder_of(method, schedule, num_kv_heads=2)
     masks = {"attention_mask": padding()} if padded else {}
     expected, found = both(decoder, kv_strategy=strategy, **masks)
-    assert torch.equal(expected, found)
-
-
-@pytest.mark.parametrize("forms", ["cpu", "modules"])
-def test_so_they_are_by_other_forms_of_the_field(forms, small_windows):
-    decoder = decoder_of(num_kv_heads=1)
-    if forms == "modules":
-        decoder.layers[1].field.register_forward_hook(lambda *_: None)
-    expected, found = both(decoder, attention_mask=padding())
     assert torch.equal(expected, found)
 
 
@@ -295,21 +285,3 @@ def test_all_steps_are_one_compiled_graph(gpu_forms):
     expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=padding())
     assert torch.equal(expected, found)
     assert graphs.frame_count == 1
-
-
-def test_query_heads_of_one_token_share_key_heads_without_copies(monkeypatch):
-    """Kernels of a GPU that take a mask, or float32, do not know shared heads."""
-    monkeypatch.setattr(layers, "_CPU_SHARES_HEADS", False)
-    queries, keys, values = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 2, 9, 8)
-    mask = torch.zeros(2, 1, 1, 9).index_fill(3, torch.tensor([7, 8]), -torch.inf)
-    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
-    found = attend(queries, keys, values, mask=mask, is_causal=False)
-    for head in range(6):
-        expected = attend(
-            queries[:, head : head + 1],
-            keys[:, head // 3 : head // 3 + 1],
-            values[:, head // 3 : head // 3 + 1],
-            mask=mask,
-            is_causal=False,
-        )
-        torch.testing.assert_close(found[:, head : head + 1], expected)

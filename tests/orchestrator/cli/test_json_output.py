@@ -21,7 +21,8 @@ from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.data.store import open_tokens
-from orchestrator.pipelines.sweeps import SweepResult, report
+from orchestrator.pipelines.reports import report
+from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.layout import Workspace, open_workspace

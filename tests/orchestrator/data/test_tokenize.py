@@ -131,14 +131,6 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path: Path)
         assert not list((tmp_path / "none").glob("*/*.bin"))
 
 
-def test_max_documents_ends_the_reading(several: DataSettings, tmp_path: Path) -> None:
-    limited = several.model_copy(update={"max_documents": 130})
-    (tmp_path / "2.jsonl").write_text("not JSON, and never read")
-    store = open_tokens(write_text(limited, tmp_path / "tokens", "key", Progress()))
-    found = split_documents(store, store.train) + split_documents(store, store.validation)
-    assert sorted(found) == sorted(TEXTS[:130])
-
-
 @pytest.mark.slow
 def test_several_processes_give_the_same_bytes_as_one(
     several: DataSettings, tmp_path: Path

@@ -19,7 +19,8 @@ from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.files import write_text
+from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
 
 @pytest.fixture
@@ -79,6 +80,9 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     run = TrackedRun(key="key", name="toy", kind="sweep", tags=tags)
     tracking.publish(run)
     run_id = tracking.run_id(run)
+    page = workspace.sweeps / "toy" / "front.html"
+    for path in (page, page.with_name(RESULTS_FILE)):
+        write_text(path, "")
     ran = workspace.root / "ran"
     for name in ("mlflow", "random", "sqlalchemy", "uvicorn"):
         code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
@@ -91,7 +95,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
         with opener.open(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
             seen.append(answer.status)
         if BROWSER is not None:
-            seen.append(page_text(said[1].partition(": ")[2], workspace.root / "profile"))
+            seen.append(page_text(said[2].partition(": ")[2], workspace.root / "profile"))
         # To another command this server is one elsewhere: it links to its pages and starts none.
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
@@ -101,11 +105,12 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     serve(workspace, port=port, say=said.append, should_stop=look_once)
     assert not ran.exists()
     assert seen[0] == 200
-    assert said[1].startswith("training runs: http://127.0.0.1:")
+    assert said[0] == linked[0] == f"newest sweep: {page.as_uri()}"
+    assert said[2].startswith("training runs: http://127.0.0.1:")
     assert any(f"/runs/{run_id}?workflowType=machine_learning" in line for line in said)
     assert any("viewStateShareKey=front-toy" in line for line in said)
     assert any(f"/runs/{run_id}/artifacts/a.html?" in line for line in said)
-    assert linked == [line for line in said if "http://" in line][1:]
+    assert linked[1:] == [line for line in said if "http://" in line][1:]
     if BROWSER is not None:
         assert "Model training" in seen[1]
         assert "toy" in seen[1]

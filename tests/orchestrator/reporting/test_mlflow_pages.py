@@ -131,7 +131,8 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(
             tracking = open_tracking(workspace, warn=pytest.fail)
             write_sweep_report(workspace, sweep, tracking=lambda tracking=tracking: tracking)
             serve(workspace, say=said.append)
-            links = {line.partition(": ")[0]: line.partition("http")[2] for line in said}
+            parts = [line.partition(": http") for line in said]
+            links = {name: link for name, mark, link in parts if mark}
             assert all(link.startswith(f"://{host}{PREFIX}/#/") for link in links.values())
             runs = tracking.store.connect().search_runs([str(tracking.experiment_id)])
             trials = [run.info.run_id for run in runs if run.data.tags["iiet.kind"] != "sweep"][:4]

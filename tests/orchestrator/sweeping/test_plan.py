@@ -19,6 +19,7 @@ from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,
+    SECONDS,
     WRITE_BYTES_PER_SECOND,
     Price,
     assign_trial_gpus,
@@ -117,7 +118,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert price.rate
     highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
     assert shortest == pytest.approx(price.flops / highest / 3600)
-    assert longest == pytest.approx(5 * shortest), "a CPU reaches 10 to 50% of its peak"
+    assert longest == pytest.approx(4 * shortest), "a CPU reaches 20 to 80% of its peak"
     assert price.disk == {
         "checkpoints": 4 * 12 * 10_138,
         "teacher outputs": 40 * STEP * 300 * 4,  # Logits in float32.
@@ -126,7 +127,9 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert words["to train"] == (
         "4 trainings: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs"
     )
-    assert "at 10 to 50% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["time"]
+    assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["of it training"]
+    assert price.seconds["sweep"] == pytest.approx(4 * SECONDS["sweep"], abs=0.1)
+    assert words["time"] == "about 28 s: start 20 s, sweep 8 s"
     assert words["disk"].startswith(
         "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
     )

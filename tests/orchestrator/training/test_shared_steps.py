@@ -23,7 +23,6 @@ from orchestrator.training.shared_steps import (
     continued_recipe,
     first_stage_of,
     share_first_stages,
-    shared_steps,
 )
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import describe_saved_state
@@ -208,16 +207,6 @@ def test_a_constant_run_can_get_a_decay_and_be_continued_again(make: MakeJob) ->
     rates = [learning_rate_at(step, make("run").recipe) for step in range(20)]
     assert rates[3:16] == [rates[3]] * 13
     assert rates[16] < rates[15]
-
-
-def test_the_corrections_start_at_the_same_steps(make: MakeJob) -> None:
-    short = make("short", iterate_from_fraction=0.35, iterate_ramp_fraction=0.3)
-    job = longer(short, make, num_steps=47)
-    assert job.recipe.iterate_from_fraction == 7 / 47
-    assert shared_steps(short, job) == 16  # The decay's first step still has the peak rate.
-    moved = longer(short, make, iterate_from_fraction=0.5)
-    assert moved.recipe.iterate_from_fraction == 0.5
-    assert shared_steps(short, moved) == 7
 
 
 def test_what_cannot_be_continued_exactly_is_refused(make: MakeJob) -> None:

@@ -1,0 +1,253 @@
+"""What stored results show: reports of one or several sweeps, the paper's claims, and drafts.
+
+Everything is read from the folders of finished sweeps; only drafts are measured. The results are
+what `sweep` returns, too: a front, its sentences, and the files of its page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field
+
+from orchestrator.cluster.task import command_device
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
+from orchestrator.reporting.claims import claims_section
+from orchestrator.reporting.findings import draft_targets
+from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
+from orchestrator.reporting.sections import Section, render_json, render_terminal
+from orchestrator.reporting.tables import model_rows
+from orchestrator.settings import ClusterSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.layout import Workspace, find_workspace
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from orchestrator.reporting.report import WrittenReport
+
+
+class ReportResult(Result):
+    """The front of one sweep or several, and the files of its report."""
+
+    title: str
+    """Heading of the report."""
+    front: Any = Field(exclude=True)
+    """A `Front`: every model with its place."""
+    sentences: tuple[str, ...]
+    """Notes on how to read the front, then its findings."""
+    elastic: Section | None = Field(exclude=True)
+    """Elastic weights against separate students; None if the sweep has not both."""
+    sections: tuple[Section, ...] = Field(exclude=True)
+    """What a terminal shows, and JSON holds."""
+    folder: Path
+    """Folder of the report's files."""
+    page: Path | None
+    """The HTML page; None if no model could be placed."""
+    workspace: Path = Field(exclude=True)
+
+    @classmethod
+    def of(cls, written: WrittenReport, workspace: Workspace, **more: Any) -> Self:
+        """Return a report that was written."""
+        report = written.report
+        return cls(
+            title=report.title,
+            front=report.front,
+            sentences=tuple(report.sentences),
+            elastic=report.elastic,
+            sections=tuple(report.brief()),
+            folder=written.folder,
+            page=written.page,
+            workspace=workspace.root,
+            **more,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per model: cost, quality, place on the front, checkpoint."""
+        return model_rows(self.front)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return title, sentences and files, and what `front.json` holds.
+
+        Keys:
+            title: data, model, tokens and date of the sweep, or its name
+            sentences: what the front says, the most important first
+            folder: the report's files
+            page: its HTML page, or `null` if no model could be placed
+            axes: tracked names of the `cost` and the `quality`
+            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
+                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
+                metric by its name, `key`, `checkpoint`, `run_id`, `details`
+            front: keys of the models on the front, from the cheapest
+            picks: `best`, `knee` and `cheapest`, each the key of a model
+            hypervolume: of the front, or `null`
+            hypervolume_box: the box that it is relative to
+            confidence_basis: what the confidences were computed from, or `null`
+            elastic: (optional) elastic weights against separate students
+            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
+        """
+        return {**super().to_json(), **render_json(self.sections)}
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the front as a picture, and what a terminal does."""
+        picture = self.folder / "front.svg"
+        drawn = picture.read_text("utf-8") if picture.is_file() else ""
+        return f"<div>{drawn}</div>{super()._repr_html_()}"
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the front's table, what it says, and where to find more."""
+        yield ""
+        yield from render_terminal(self.sections)
+        if self.page:
+            yield f"report: {self.page}"
+        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
+
+
+def report(
+    *,
+    workspace: Workspace | Path | str | None = None,
+    sweeps: Sequence[str] = (),
+    cost: str | None = None,
+    quality: str | None = None,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write the report of one sweep, or of several sweeps on one front, from stored results.
+
+    In a workspace that can only be read, no file is written.
+
+    Args:
+        sweeps: Names of sweeps; the newest one when empty.
+        cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
+        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+
+    Raises:
+        UserError: If there is no such sweep, or a cost or quality has another name.
+    """
+    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+
+    axes = parse_axes(cost, quality)
+    context = open_context(workspace, progress)
+    space = context.workspace
+    names = dict.fromkeys(sweeps or [newest_sweep(space)])
+    found = [load_sweep_results(space, name) for name in names]
+    tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
+    return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+
+
+class ClaimsResult(Result):
+    """What sweeps show of the paper's claims."""
+
+    row_key = "claims"
+
+    title: str
+    """The sweeps."""
+    notes: tuple[str, ...]
+    """Notes on how to read the results."""
+    claims: list[dict[str, Any]]
+    """A row for each claim: `number`, `key`, `text`, `paper` (its number, points of accuracy or
+    percent of overhead), `verdict` (`holds`, `does not hold`, `not decided`, `not measured`),
+    `here` (in the paper's unit), `low` and `high` (the 95% interval; of claim 3, that of the share
+    of the teacher's accuracy that is kept, in percent), `about` (the models that are compared, or
+    what is missing)."""
+    section: Section = Field(exclude=True)
+    """What a terminal shows."""
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the table, and which models it compares."""
+        yield ""
+        yield from render_terminal([self.section])
+        yield from (f"  {note}" for note in self.notes)
+
+
+def claims(
+    *,
+    workspace: Workspace | Path | str | None = None,
+    sweeps: Sequence[str] = (),
+    progress: Progress | None = None,  # noqa: ARG001 - as all pipelines
+) -> ClaimsResult:
+    """Return what sweeps show of the paper's five claims; nothing is written.
+
+    Args:
+        sweeps: Names of sweeps, several on one front; the newest one when empty.
+
+    Raises:
+        UserError: If there is no such sweep.
+    """
+    from orchestrator.reporting.claims import front_claims
+    from orchestrator.reporting.front import sweep_front
+    from orchestrator.reporting.results import suite_notes
+
+    space = find_workspace(workspace)
+    names = dict.fromkeys(sweeps or [newest_sweep(space)])
+    found = [load_sweep_results(space, name) for name in names]
+    front, notes = sweep_front(space, found, FrontAxes())
+    title = f"Claims of the paper in {' + '.join(names)}"
+    section = claims_section(front_claims(space, front), title)
+    return ClaimsResult(
+        title=title,
+        notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
+        claims=section.data["claims"],
+        section=section,
+    )
+
+
+class DraftsPlan(Result):
+    """A sweep whose schedules are measured as drafts of its full models."""
+
+    sweep: str
+    """Its name."""
+    drafts: list[str]
+    """Names of the schedules, those included that are measured already."""
+    stored: StoredSweep = Field(exclude=True)
+    cluster: ClusterSettings = Field(exclude=True)
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return what is measured."""
+        return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
+
+
+def plan_drafts(
+    sweep: str,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    cluster: ClusterSettings | None = None,
+    progress: Progress | None = None,  # noqa: ARG001 - as the other plans
+) -> DraftsPlan:
+    """Return which schedules of a finished sweep can draft for its full models.
+
+    Raises:
+        UserError: If there is no such sweep, or its data has no text.
+    """
+    from orchestrator.sweeping.decode import text_of  # Imports PyTorch.
+
+    space = find_workspace(workspace)
+    stored = load_sweep_results(space, sweep)
+    text_of(Path(stored.results[0].suite.tokens_folder))
+    targets = draft_targets(stored.results)
+    names = [trial.name for trial in stored.results if trial.key in targets]
+    return DraftsPlan(
+        sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
+    )
+
+
+def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
+    """Measure the drafts that are not measured yet, and write the sweep's report with them."""
+    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
+
+    space, stored = context.workspace, plan.stored
+    results = with_drafts(
+        stored.results,
+        Path(stored.results[0].suite.tokens_folder),
+        stored.folder(space),
+        context.progress,
+        command_device(plan.cluster, space.root),
+    )
+    found = stored.model_copy(update={"results": tuple(results)})
+    return ReportResult.of(
+        write_sweep_report(space, found, tracking=lambda: context.tracking), space
+    )
