@@ -68,17 +68,17 @@ LINES = {
     "orchestrator/terminal": 559,
     "orchestrator/settings": 1_598,
     "orchestrator/records": 1_031,
-    "orchestrator/models": 1_930,
+    "orchestrator/models": 1_931,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_402,
     "orchestrator/training": 3_447,
-    "orchestrator/evaluation": 2_566,
+    "orchestrator/evaluation": 2_570,
     "orchestrator/planning": 1_168,
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,
     "orchestrator/sweeping": 2_696,
-    "orchestrator/pipelines": 4_929,
-    "orchestrator/cli": 1_707,
+    "orchestrator/pipelines": 4_902,
+    "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -93,7 +93,8 @@ def generate(
         prompts = ["" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")]
         if prompts == [""]:
             raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
-    from orchestrator.pipelines.generating import Drafting, Sampling, open_generator
+    from orchestrator.evaluation.answers import Sampling
+    from orchestrator.pipelines.generating import Drafting, open_generator
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,

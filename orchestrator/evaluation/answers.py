@@ -7,7 +7,7 @@ answer: padding is masked, and each sampled context has a seed of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Decode = Callable[..., Iterator[Tensor]]
 
+USUAL_NEW_TOKENS = 64
+
 _TAIL_MARGIN = 8
 """Tokens read before a possible stop text: the first ones may be parts of characters."""
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
@@ -32,9 +34,11 @@ _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenChoice:
-    """How tokens are chosen, and which texts end them."""
+class Sampling:
+    """How tokens are chosen, and when they end."""
 
+    max_new_tokens: int | None = None
+    """Largest number of tokens to add; when unset, 64, or fewer if no more fit the context."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, and are no part of it."""
     temperature: float = 0.0
@@ -45,21 +49,24 @@ class TokenChoice:
     """Sample among the likeliest tokens that together hold this probability."""
     kv_strategy: KvStrategy = "exact"
     """A cache slot per evaluation, or one per layer."""
+    seed: int | None = None
+    """Random seed for sampling; random when unset."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerSettings(TokenChoice):
-    """How an answer is generated, and when it ends."""
-
-    max_new_tokens: int = 256
-    """Largest number of tokens of an answer."""
+    def options(self, free_tokens: int) -> dict[str, Any]:
+        """Return arguments of `iiet.generation.stream`, where the context has so much place."""
+        chosen = asdict(self)
+        del chosen["stop"]
+        if self.max_new_tokens is None:
+            # At least one: a prompt that leaves no place is an error, as with a given number.
+            chosen["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
+        return chosen
 
 
 def generate_answers(
     decoder: Decoder,
     tokenizer: ModelTokenizer,
     contexts: Sequence[Sequence[int]],
-    settings: AnswerSettings,
+    sampling: Sampling,
     seeds: Sequence[int],
     decode: Decode = stream,
 ) -> list[str]:
@@ -77,8 +84,9 @@ def generate_answers(
         ValueError: If a setting is out of range.
         RunFailed: If logits are not finite.
     """
-    room = decoder.config.context_length - settings.max_new_tokens
-    rows = [list(context[-room:]) for context in contexts]
+    longest = decoder.config.context_length
+    options = sampling.options(longest - max(map(len, contexts)))
+    rows = [list(context[-(longest - options["max_new_tokens"]) :]) for context in contexts]
     length = max(map(len, rows))
     missing = [length - len(row) for row in rows]
     padded = [[0] * num + row for num, row in zip(missing, rows, strict=True)]
@@ -87,15 +95,9 @@ def generate_answers(
         decoder,
         torch.tensor(padded, device=decoder.device),
         attention_mask=is_token.to(decoder.device) if any(missing) else None,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        kv_strategy=settings.kv_strategy,
-        seed=seeds,
-        stop_tokens=tokenizer.end_ids,
+        **{**options, "seed": seeds, "stop_tokens": tokenizer.end_ids},
     )
-    stops = [text for text in settings.stop if text]
+    stops = [text for text in sampling.stop if text]
     # A token stands for at least one byte.
     tail = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
     answers: list[list[int]] = [[] for _ in rows]
@@ -128,7 +130,7 @@ def usual_max_new_tokens(context_length: int) -> int:
     return max(1, min(256, context_length // 2))
 
 
-def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSettings:
+def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling:
     """Return a task's `generation_kwargs` as settings of the generator.
 
     Raises:
@@ -140,9 +142,10 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
     samples, temperature = found.pop("do_sample"), found.pop("temperature", None)
     if temperature is None:  # As transformers does.
         temperature = 1.0 if samples else 0.0
-    settings = AnswerSettings(
+    most = found.pop("max_gen_toks")
+    settings = Sampling(
         stop=tuple(map(str, found.pop("until"))),
-        max_new_tokens=found.pop("max_gen_toks"),
+        max_new_tokens=most,
         temperature=float(temperature),
         top_k=found.pop("top_k", None) or None,
         top_p=found.pop("top_p", None),
@@ -152,9 +155,9 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
             f"its generation_kwargs ask for {', '.join(others)}; supported are until, "
             "max_gen_toks, do_sample, temperature, top_k and top_p"
         )
-    if settings.max_new_tokens >= context_length:
+    if most >= context_length:
         raise UserError(
-            f"its answers have up to {settings.max_new_tokens} tokens (max_gen_toks), and the "
+            f"its answers have up to {most} tokens (max_gen_toks), and the "
             f"model's context holds {context_length}, question included"
         )
     return settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -23,12 +23,7 @@ from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.weights import CONFIG, MODEL_TYPE
-from orchestrator.evaluation.answers import (
-    AnswerSettings,
-    Decode,
-    TokenChoice,
-    generate_answers,
-)
+from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
 from orchestrator.models.open import DTYPES, best_device, load_model
@@ -43,26 +38,6 @@ from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
 """Stands for the bytes of a character whose last byte was not generated."""
-USUAL_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(TokenChoice):
-    """How tokens are chosen, and when to stop."""
-
-    max_new_tokens: int | None = None
-    """Maximum number of tokens to add; when unset, 64, or fewer if no more fit the context."""
-    seed: int | None = None
-    """Random seed for sampling; random when unset."""
-
-    def limited(self, free_tokens: int) -> AnswerSettings:
-        """Return these settings for a context that has place for `free_tokens`."""
-        values = asdict(self)
-        del values["seed"]
-        if self.max_new_tokens is None:
-            # At least one: a prompt that leaves no place is an error, as with a given number.
-            values["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
-        return AnswerSettings(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +207,9 @@ class TextGenerator:
         one_token = [self.text.encode(stop, add_special_tokens=False) for stop in sampling.stop]
         # A stop text that is one token may be a special token, which no piece shows.
         ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
-        settings = sampling.limited(self.decoder.config.context_length - len(context))
-        options = {**asdict(settings), "seed": sampling.seed, "stop_tokens": ends}
-        del options["stop"]
+        options = sampling.options(self.decoder.config.context_length - len(context))
         try:
-            steps = self._stream(self.decoder, ids, **options)
+            steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))
@@ -249,16 +222,16 @@ class TextGenerator:
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
         longest, room = max(map(len, contexts)), self.decoder.config.context_length
-        settings = sampling.limited(room - longest)
-        if longest + settings.max_new_tokens > room:
+        most = sampling.options(room - longest)["max_new_tokens"]
+        if longest + most > room:
             raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} do not "
-                f"fit the context_length of {room}"
+                f"a prompt of {longest} tokens and max_new_tokens={most} do not fit the "
+                f"context_length of {room}"
             )
         seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(
-                self.decoder, self.text, contexts, settings, seeds, self._stream
+                self.decoder, self.text, contexts, sampling, seeds, self._stream
             )
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -18,8 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_server import served
 
+from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.open import load_model
-from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.generating import TextGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "real-model.md"

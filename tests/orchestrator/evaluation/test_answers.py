@@ -13,7 +13,7 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import (
-    AnswerSettings,
+    Sampling,
     answer_settings,
     check_answer_settings,
     generate_answers,
@@ -29,7 +29,7 @@ def slowly(
     decoder: Decoder,
     tokenizer: ModelTokenizer,
     context: tuple[int, ...],
-    settings: AnswerSettings,
+    settings: Sampling,
     seed: int = 0,
 ) -> str:
     """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
@@ -61,7 +61,7 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
     asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
     assert len(asked[-1]) > decoder.config.context_length
     seeds, seen = range(len(asked)), set[str]()
-    greedy = AnswerSettings(max_new_tokens=16)
+    greedy = Sampling(max_new_tokens=16)
     whole = [slowly(decoder, tokenizer, context, greedy) for context in asked]
     # The middle of each answer: from within one token into others.
     across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in whole)
@@ -70,9 +70,9 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
     for settings in (
         greedy,
         stopped,
-        AnswerSettings(max_new_tokens=12, temperature=1.0),
-        AnswerSettings(max_new_tokens=9, temperature=0.7, top_k=20),
-        AnswerSettings(max_new_tokens=9, temperature=1.3, top_p=0.8),
+        Sampling(max_new_tokens=12, temperature=1.0),
+        Sampling(max_new_tokens=9, temperature=0.7, top_k=20),
+        Sampling(max_new_tokens=9, temperature=1.3, top_p=0.8),
     ):
         answers = generate_answers(decoder, tokenizer, asked, settings, seeds)
         alone = zip(asked, seeds, strict=True)
@@ -88,7 +88,7 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
 
 
 def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
-    settings = AnswerSettings(max_new_tokens=8, temperature=1.0)
+    settings = Sampling(max_new_tokens=8, temperature=1.0)
     context = tokenizer.encode("a bag", add_special_tokens=False)
     ids = torch.tensor([context])
     tokens = generate(decoder, ids, max_new_tokens=8, temperature=1.0, seed=0)[0, ids.size(1) :]
@@ -106,10 +106,10 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Model
 
 def test_settings_of_a_task_become_those_of_the_generator() -> None:
     greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
-    assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
-    assert answer_settings({"until": "."}, 100) == AnswerSettings(stop=(".",), max_new_tokens=50)
+    assert greedy == Sampling(stop=("\n", "Q:"), max_new_tokens=256)
+    assert answer_settings({"until": "."}, 100) == Sampling(stop=(".",), max_new_tokens=50)
     sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
-    assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
+    assert sampled == Sampling(max_new_tokens=7, temperature=1.0, top_p=0.9)
     assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
     for options, words in (
         ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),

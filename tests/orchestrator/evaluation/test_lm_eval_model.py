@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from orchestrator.evaluation.answers import AnswerSettings, generate_answers
+from orchestrator.evaluation.answers import Sampling, generate_answers
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.evaluation.store import AnswerJournal, MeasuredTask
@@ -79,7 +79,7 @@ def questions(
 ) -> tuple[Suite, list[str]]:
     """Return a task of questions, every second with the decoder's answer, and its answers."""
     contexts = [tokenizer.encode(q, add_special_tokens=False) for q in QUESTIONS]
-    settings = AnswerSettings(max_new_tokens=6, stop=("\n",))
+    settings = Sampling(max_new_tokens=6, stop=("\n",))
     answers = generate_answers(decoder, tokenizer, contexts, settings, [0] * len(contexts))
     rows = [
         {"question": question, "answer": answer if number % 2 else answer + "!"}

@@ -18,11 +18,12 @@ from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.lookup import resolve_model
 from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import token_ids
-from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.terminal.progress import Progress

@@ -18,8 +18,9 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
+from orchestrator.evaluation.answers import Sampling
 from orchestrator.pipelines import generating
-from orchestrator.pipelines.generating import Drafting, Sampling, TextGenerator
+from orchestrator.pipelines.generating import Drafting, TextGenerator
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 
@@ -153,14 +154,14 @@ def test_without_a_number_the_continuation_fills_the_context(
     writer: TextGenerator, prompt: str
 ) -> None:
     place = writer.decoder.config.context_length - len(writer.text.encode_document(prompt))
-    assert 0 < place < generating.USUAL_NEW_TOKENS
+    assert 0 < place < 64
     given = Sampling(max_new_tokens=place)
     text = "".join(writer.stream(prompt, given))
     assert "".join(writer.stream(prompt, Sampling())) == text
     assert writer.continue_all([prompt, "a"], Sampling()) == writer.continue_all(
         [prompt, "a"], given
     )
-    assert Sampling().limited(500).max_new_tokens == generating.USUAL_NEW_TOKENS
+    assert Sampling().options(500)["max_new_tokens"] == 64
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(writer: TextGenerator) -> None:

@@ -24,10 +24,11 @@ from sample_trials import sample_trial
 from terminal import run_in_terminal
 
 from iiet.schedule import IterationSchedule
+from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.folder import TOKENIZER
 from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
-from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.pipelines.models import pick
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
