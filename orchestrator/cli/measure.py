@@ -57,11 +57,11 @@ def influence(
     """
     from orchestrator.pipelines.influence import plan_influence, run_influence
 
-    if schedule:
+    if schedule or trust_remote_code:
         from orchestrator.pipelines.loops import plan_loop_influence, run_loop_influence
 
         if model is None:
-            raise UserError("--schedule is the depth of a looped model; name the model")
+            raise UserError("these options are for a looped model; name the model")
         loops = plan_loop_influence(
             call.settings,
             model=model,

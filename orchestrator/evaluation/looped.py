@@ -105,9 +105,10 @@ def load_transformers(
     try:
         with suppress_output(), offline():
             if loops and depth:
-                config: Any = AutoConfig.from_pretrained(folder, **options)
+                # Of a model that sees pictures, the part that reads text.
+                config: Any = AutoConfig.from_pretrained(folder, **options).get_text_config()
                 for name, value in loops.changes(depth).items():
-                    setattr(config.get_text_config(), name, value)
+                    setattr(config, name, value)
                 options["config"] = config
             model, found = load(folder, dtype="auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.

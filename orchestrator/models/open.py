@@ -223,6 +223,7 @@ def open_model(
         name += f" r={shortest_schedule(tuple(config.corrections))}"
     elif depth is not None and schedule is not None:
         name += f" depth={','.join(map(str, depth))}"
+    values = values.get("text_config") or values
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
     return OpenedModel(
         path=path,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from looped_models import MODELS, write_looped
+from transformers import AutoConfig, Inkling2LoopForConditionalGeneration
 
 from orchestrator.evaluation.looped import check_loops, load_transformers
 from orchestrator.models.folder import TOKENIZER
@@ -42,6 +44,21 @@ def test_costs_are_those_of_what_runs(kind: str, tmp_path: Path, tiny_tokens: Pa
         with torch.no_grad():
             outputs.append(loaded(torch.arange(12)[None]).logits)
     assert all(not torch.equal(outputs[0], other) for other in outputs[1:3]), "depths differ"
+
+
+def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(
+    tmp_path: Path, tiny_tokens: Path
+) -> None:
+    folder = write_looped(tmp_path / "model", "inkling2_loop_text", tiny_tokens / TOKENIZER)
+    text = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "inkling2_vision", "text_hidden_size": 32, **sizes}
+    config = AutoConfig.for_model("inkling2_loop", text_config=text, vision_config=vision)
+    Inkling2LoopForConditionalGeneration(config).save_pretrained(folder)
+    model = open_model(folder, "3")
+    assert (model.architecture, model.depth, model.context_length) == ("inkling2_loop", (3,), 64)
+    loaded = load_transformers(folder, model.loops, model.depth)
+    assert loaded.config.loop_num_passes == 3
 
 
 class Wrong(Ouro):

@@ -152,7 +152,7 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(
     names = ("teacher 3,3,3,3,3,3", "0,1,1,1,1,1", "vanilla", "cost/evaluations")
     assert all(name in pages["training runs"] for name in (*names, "quality/accuracy"))
     assert all(name in pages["sweep toy, table"] for name in names)
-    assert "The cheapest model that keeps 99%" in pages["sweep toy, run"]
+    assert "0,1,1,1,1,1 keeps 99.4% of the teacher" in pages["sweep toy, run"]
     charts = pages["sweep toy, charts"]
     assert "cost/evaluations vs. quality/accuracy" in charts
     assert "Parallel Coordinates" in charts
