@@ -234,6 +234,7 @@ def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
     assert outcome.validation_loss == expected.validation_loss
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_call_goes_on(
     job: TrainingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def written(checkpoint: Path, file: Path, *options: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_vanilla_model_that_was_written_is_read_back(
     tied: bool, tmp_path: Path, save_tiny: Callable[..., Path]

@@ -81,6 +81,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 
 
+@pytest.mark.slow
 def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"

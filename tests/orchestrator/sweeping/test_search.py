@@ -209,6 +209,7 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -
     assert search.num_left == 0
 
 
+@pytest.mark.slow
 def test_it_finds_a_better_front_than_the_family(tmp_path: Path) -> None:
     world = World(tmp_path)
     given = {str(schedule) for schedule in FAMILY}

@@ -281,6 +281,7 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
         assert dtype == (torch.bfloat16 if is_matrix else torch.float32), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "num_passes", "checkpointing"),
     [("fp32", 2, True), ("bf16", 1, False)],
