@@ -24,6 +24,7 @@ from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
+    damage_as_user_error,
     damaged_file,
     read_json,
     resolve_path,
@@ -243,7 +244,8 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     if not facts_of(config.method).has_corrections:
         return ()
     parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
-    return (config.corrections, *map(parse, members))
+    with damage_as_user_error(folder / PROVENANCE, remedy=REMEDY):
+        return (config.corrections, *map(parse, members))
 
 
 def weights_key(folder: Path) -> str:

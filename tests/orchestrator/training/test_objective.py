@@ -38,8 +38,9 @@ from orchestrator.training.schedules import drawn_by_step
 from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
-from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.layout import PROVENANCE, Workspace
 
 SCHEDULE = IterationSchedule((2, 1))
 NUM_STEPS, NUM_ROWS, LENGTH = 4, 6, 12
@@ -308,7 +309,12 @@ def test_the_flops_of_an_elastic_run_are_planned(
     assert Estimate(config=job.model, recipe=job.recipe).flops == pytest.approx(32 * flops)
     # The weights are saved once, and say whom they serve.
     served = [(2, 1), (2, 0), (1, 0), (0, 0)]
-    assert [s.corrections for s in served_schedules(Path(str(outcome.checkpoint)))] == served
+    checkpoint = Path(str(outcome.checkpoint))
+    assert [s.corrections for s in served_schedules(checkpoint)] == served
+    record = checkpoint / PROVENANCE
+    record.write_text(record.read_text().replace('"1,0"', '"1,x"'))
+    with pytest.raises(UserError, match=r"provenance\.json is damaged"):
+        served_schedules(checkpoint)
 
     plain = tiny_job("plain", **ELASTIC)
     weightless = tiny_job("weightless", **ELASTIC, elastic=ElasticSettings(weight=0))
