@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/terminal": 559,
     "orchestrator/settings": 1_598,
     "orchestrator/records": 1_031,
-    "orchestrator/models": 1_931,
+    "orchestrator/models": 1_933,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_402,
     "orchestrator/training": 3_447,

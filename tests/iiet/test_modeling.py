@@ -102,12 +102,13 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
 def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
     decoder, ids = make_model(method, dtype=torch.float32), tokens(1, 4)
     decoder.save(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    moved, half = transformers_model(decoder).to(dtype), decoder.to(dtype)
+    moved = transformers_model(decoder).to(dtype)  # Also registers the class.
+    loaded, half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), decoder.to(dtype)
     for model in (loaded, moved):
         kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         assert kinds == {name: tensor.dtype for name, tensor in half.state_dict().items()}
-        torch.testing.assert_close(model(ids).logits, half(ids), rtol=0.03, atol=0.1)
+        error = (model(ids).logits - half(ids)).float().norm()
+        assert error <= 0.05 * half(ids).float().norm()  # Each is as far from float32.
 
 
 @pytest.mark.parametrize("kind", ["of config", "empty", "static"])

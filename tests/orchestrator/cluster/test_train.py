@@ -142,10 +142,12 @@ def test_when_a_job_is_started_again(
     failures = {"fail": OSError("no"), "mistake": UserError("type x"), "lost": lost}
     errors = {
         **{word: api.WorkerGroupError("", {1: error}) for word, error in failures.items()},
-        "notice": api.PreemptionError(api.PreemptionInfo(None, {})),
         "unplaced": api.ControllerError(TimeoutError("no place")),
         "controller": ray.exceptions.ActorDiedError(),
     }
+    errors["notice"] = errors["lost"]
+    if hasattr(api, "PreemptionError"):
+        errors["notice"] = api.PreemptionError(api.PreemptionInfo(None, {}))
 
     def fit() -> None:
         starts.append(1)
