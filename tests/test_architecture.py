@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_402,
     "orchestrator/training": 3_447,
-    "orchestrator/evaluation": 2_571,
+    "orchestrator/evaluation": 2_575,
     "orchestrator/planning": 1_168,
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,

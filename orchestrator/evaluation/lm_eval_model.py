@@ -70,8 +70,10 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     journal = AnswerJournal()
     num_items_before = 0
     """Items of the tasks before the current one."""
+    task_name = "a task"
+    """The current task."""
     num_items = 0
-    """Items of the current task."""
+    """Its items."""
     num_cut = 0
     """Prompts that lost their beginning."""
 
@@ -130,8 +132,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         for number, (_text, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
-                    f"lm-eval cannot score a text of {len(continuation)} tokens; the model's "
-                    f"context holds 1 to {self.max_length}"
+                    f"{self.task_name} has a text of {len(continuation)} tokens to score, and the "
+                    f"model's context holds 1 to {self.max_length}; leave the task out, or train "
+                    "a model with a longer context"
                 )
             self.num_cut += len(context) + len(continuation) > self.max_length + 1
             # lm-eval shares the evaluation of equal inputs, but is right only where they are split
@@ -261,6 +264,7 @@ def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None
         limit: Number of items, the first ones; all if unset.
     """
     task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
+    model.task_name = name
     model.num_items = min(len(task.eval_docs), limit or len(task.eval_docs))
     with suppress_output(), offline(), _templates_compiled_once():
         output: dict[str, Any] = evaluator.evaluate(

@@ -227,7 +227,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     limit_tokens(model._decoder, 10)
     with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
         model._loglikelihood_tokens(pairs)
-    with pytest.raises(UserError, match=r"a text of 49 tokens; the model's context holds 1 to 48"):
+    with pytest.raises(UserError, match="49 tokens to score, and the model"):
         model._loglikelihood_tokens([(None, [1], [2] * 49)])
 
     # Interrupted: ends with the same bits, and each pass runs once.
