@@ -18,7 +18,7 @@ from small_size import SMALL
 
 from orchestrator.records.trial import SweepPlan
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("gpus")]  # One workspace for all.
 
 COMMAND = """
 import sys
@@ -88,12 +88,11 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
     assert tasks(log) == ["evaluation.decode_timing"]
 
-    log = run("sweep-threshold", workspace, environment)
+    stored = ("--set", "distillation.teacher_cache=true")
+    log = run("sweep-threshold", workspace, environment, *stored)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    assert tasks(log) == [
-        "pipelines.influence", "training.teacher_cache", "evaluation.decode_timing",
-        "sweeping.decode",
-    ]  # fmt: skip
+    expected = ["pipelines.influence", "training.teacher_cache", "evaluation.decode_timing"]
+    assert tasks(log) == expected
     assert precisions(workspace) == {"bf16"}
 
 
