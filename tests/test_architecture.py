@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,
     "orchestrator/sweeping": 2_696,
-    "orchestrator/pipelines": 4_902,
+    "orchestrator/pipelines": 4_899,
     "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -27,7 +27,7 @@ from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate
 from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
@@ -276,9 +276,6 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
     return LoopInfluence(
         model=model.path, depth=model.depth, num_tokens=num_tokens, loops=rows, notes=tuple(notes)
     )
-
-
-measure_loop_influence = in_one_call(plan_loop_influence, run_loop_influence)
 
 
 def _measure_loops(
