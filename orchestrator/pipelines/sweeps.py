@@ -8,7 +8,6 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -500,14 +499,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
             progress.note(f"expected: {expected_time(plan.price)}")
             progress.expected = plan.price.seconds
             if plan.pretraining:
-                begin, seconds = time.monotonic(), plan.price.seconds.get("pretrain")
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
-                if seconds:  # The speed of this machine is known now.
-                    speed = seconds / (time.monotonic() - begin)
-                    price = plan.price.as_fast_as(speed)
-                    progress.note(f"expected from here on: {expected_time(price)}")
-                    progress.expected = price.seconds
+                progress.expected = plan.price.seconds
             made["influence"] = {}
             on_device = trial_device(settings, root)
             for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:
@@ -515,6 +509,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 table = run_influence(planned, context, on_device=on_device).table
                 made["influence"][str(teacher)] = table
             plan = again(**made)
+            progress.expected = plan.price.seconds
             outcome = run_plan(
                 plan.plan,
                 settings,
