@@ -130,7 +130,7 @@ class Progress(AbstractContextManager["Progress"]):
         return self.expected.get(self._stage, 0.0) * self._slowness
 
     def _time_left(self, done: float, seconds_left: float | None) -> str:
-        """Return such as "40 s left, 3 min in all": of this task, and with those that follow."""
+        """Return such as "40 s left", or "3 min left in all" if other tasks follow."""
         now = time.monotonic()
         begun, first = self._first = self._first or (now, done)
         if seconds_left is None and self._total and done > first:
@@ -143,8 +143,7 @@ class Progress(AbstractContextManager["Progress"]):
         names = [*self.expected]
         after = names[names.index(self._stage) + 1 :] if self._stage in names else []
         rest = slowness * sum(self.expected[name] for name in after)
-        in_all = f", {format_duration(round(seconds_left + rest))} in all" if rest else ""
-        return f"{format_duration(round(seconds_left))} left{in_all}"
+        return f"{format_duration(round(seconds_left + rest))} left{' in all' if rest else ''}"
 
     def _slowness_if(self, seconds_left: float) -> float:
         """Return how slow this machine is if this task ends so many seconds from now."""

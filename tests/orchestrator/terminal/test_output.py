@@ -118,8 +118,8 @@ def test_the_first_units_of_a_task_tell_how_long_all_of_them_take(
         progress.advance(3)  # Three were finished before.
         progress.advance(3.5)
     found = [line.strip() for line in lines.getvalue().splitlines()]
-    assert found[0].startswith("pretrain: 0/100, 1.7 h left, 2.5 h in all, 0 s so far of about 1.7")
-    assert found[1].startswith("pretrain: 1/100 loss 2, 3.3 h left, 5 h in all, 0 s so far of")
+    assert found[0].startswith("pretrain: 0/100, 2.5 h left in all, 0 s so far of about 1.7")
+    assert found[1].startswith("pretrain: 1/100 loss 2, 5 h left in all, 0 s so far of")
     assert found[2] == "pretrain: done (0 s, 1.7 h expected)"
     assert found[3] == "influence (cosine): done (0 s, 0 s expected)"
     assert found[4].startswith("sweep: 3/4, 0 s left")
