@@ -264,10 +264,8 @@ def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
 
 def stored_job(folder: Path) -> TrainingJob | None:
     """Return the job of a run's folder; None if its file is missing, damaged or too old."""
-    path = folder / JOB_NAME
     try:
-        stored = read_json(path)
-        return TrainingJob.parse(stored.get("job", {}), path) if stored else None
+        return TrainingJob.of_folder(folder)
     except UserError:
         return None
 

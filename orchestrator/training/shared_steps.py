@@ -31,11 +31,9 @@ from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, rea
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, describe_difference, job_key, key_fields
 from orchestrator.training.schedules import learning_rate_at, schedule_by_step, stable_steps
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import (
     DONE_NAME,
-    JOB_NAME,
     Workspace,
     checkpoint_name,
     find_checkpoints,
@@ -155,9 +153,8 @@ def continued_settings(
             are missing.
     """
     folder = find_run_folder(workspace, run)
-    path = folder / JOB_NAME
-    stored = read_json(path)
-    if stored is None or not (folder / SETTINGS_NAME).is_file():
+    job = TrainingJob.of_folder(folder)
+    if job is None or not (folder / SETTINGS_NAME).is_file():
         raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
@@ -168,7 +165,6 @@ def continued_settings(
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
     tokens = tokens_folder_of(checkpoints[-1], workspace)
-    job = TrainingJob.parse(stored.get("job", {}), path)
     recipe = continued_recipe(job.recipe, settings.training)
     job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
     return settings.model_copy(update={"training": recipe}), job
