@@ -66,7 +66,7 @@ LINES = {
     "research": 2_142,
     "orchestrator/workspace": 1_301,
     "orchestrator/terminal": 591,
-    "orchestrator/settings": 1_598,
+    "orchestrator/settings": 1_593,
     "orchestrator/records": 1_031,
     "orchestrator/models": 1_933,
     "orchestrator/data": 2_477,
@@ -76,8 +76,8 @@ LINES = {
     "orchestrator/planning": 1_163,
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,
-    "orchestrator/sweeping": 2_696,
-    "orchestrator/pipelines": 4_894,
+    "orchestrator/sweeping": 2_671,
+    "orchestrator/pipelines": 4_892,
     "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -74,9 +74,9 @@ from orchestrator.sweeping.plan import (
     iterations_plan,
     load_tasks,
     measuring_flops,
-    plan_all_students,
     plan_iterations,
     plan_sentences,
+    plan_students,
     plan_table,
     schedule_search,
     trial_states,
@@ -392,7 +392,7 @@ def plan_sweep(
         if len(tables) < len(teachers):  # The schedules follow from all of them.
             tables = {}
         options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        plan = plan_all_students(settings, space, teachers, tables, note=progress.note, **options)
+        plan = plan_students(settings, space, teachers, tables, note=progress.note, **options)
         if not tables:
             models_of = {label: load_config(path) for label, path in teachers.items()}
             unknown, sentences = _bounds(settings, models_of, "'s influence is not measured")
@@ -600,8 +600,6 @@ def _report_of(
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
     stops = early_stops(plan, planned.placed.sweep)
-    for trial in found.results:
-        stops.pop(trial.key, None)
     return SweepResult.of(
         written,
         workspace,
