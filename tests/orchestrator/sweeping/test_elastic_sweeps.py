@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -41,7 +42,7 @@ SMALL = [
 @pytest.fixture
 def plan_of(students: Callable[..., Students], table: InfluenceTable) -> Callable[..., SweepPlan]:
     def make(*assignments: str) -> SweepPlan:
-        return students_plan(students(*SMALL, *assignments), table)
+        return students_plan(replace(students(*SMALL, *assignments), influence=table))
 
     return make
 

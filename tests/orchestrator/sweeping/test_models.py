@@ -27,11 +27,10 @@ from orchestrator.sweeping.models import (
     learning_rates,
     model_label,
     settings_of,
-    swept_models,
     swept_variants,
     teacher_and_baselines,
 )
-from orchestrator.sweeping.plan import plan_all_students
+from orchestrator.sweeping.plan import plan_students
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -64,7 +63,9 @@ def test_models_are_named_by_method_corrections_depth_rate_and_seed(other: str) 
     ]  # fmt: skip
     settings = iterations("sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]")
     check_models(settings)
-    assert {model.name: (model.method, model.corrections) for model in swept_models(settings)} == {
+    assert {
+        model.name: (model.method, model.corrections) for model in swept_variants(settings)
+    } == {
         "vanilla": ("vanilla", None),
         "r = 0": ("iiet", 0),
         "r = 2": ("iiet", 2),
@@ -177,7 +178,7 @@ def test_options_are_of_the_models_own_method(other: str) -> None:
     settings = iterations("sweep.methods=[vanilla, iiet, other]", damping)
     options = {
         own.name: build_model_config(settings_of(settings, own).model, vocab_size=300).to_dict()
-        for own in swept_models(settings)
+        for own in swept_variants(settings)
     }
     damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
@@ -262,7 +263,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(
         label: influence(0.2 if label.endswith("7") else 0.6, (2, 1) if label[0] == "r" else (2, 2))
         for label in teachers
     }
-    plan = plan_all_students(settings, space, teachers, tables, baselines=baselines)
+    plan = plan_students(settings, space, teachers, tables, baselines=baselines)
     found = {trial.label: trial for trial in plan.trials}
     groups = {trial.group for trial in plan.trials}
     of_teacher = [f"{name}{end}" for name in models for end in ("", ": 1,0", ": 0,0")]
@@ -278,7 +279,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(
     # Trained alike, but for the seed and the method.
     teachers_in_table = teachers_of(result_table(plan.trials))
     assert len(teachers_in_table) == 4
-    bare = plan_all_students(settings, space, teachers, {}, baselines=baselines)
+    bare = plan_students(settings, space, teachers, {}, baselines=baselines)
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
 
@@ -326,7 +327,7 @@ def test_pcformer_stands_beside_others_at_its_full_level_and_sweeps_its_levels(
     """Trained at its own levels from the first step on, whatever stages an IIET has."""
     settings = iterations("sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 3]")
     check_models(settings)
-    whole = {v.name: settings_of(settings, v).model.corrections for v in swept_models(settings)}
+    whole = {v.name: settings_of(settings, v).model.corrections for v in swept_variants(settings)}
     assert whole == {"vanilla": 2, "pcformer": 2, "r = 0": 0, "r = 3": 3}
     of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
     job = pretraining_job(of_file, space, tiny_tokens)
