@@ -263,12 +263,6 @@ def test_programs_inside_tests_import_names_that_exist() -> None:
                         assert str(node.module).split(".")[0] not in PACKAGES, (path, node.module)
 
 
-def test_the_core_loads_without_the_libraries_around_it() -> None:
-    code = "import sys, iiet; print(*{'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, orchestrator.cli as cli\n"

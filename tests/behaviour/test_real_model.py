@@ -169,14 +169,6 @@ def test_transformers_serves_the_export(walk: Walk, tmp_path: Path) -> None:
     assert "Paris" in expected
 
 
-def test_text_is_cut_by_the_rule_that_the_file_names(walk: Walk) -> None:
-    """transformers 5.24 cuts by another rule, which shows where several spaces precede a digit."""
-    text, ours = "Two steps:\n\n1. wait", TextGenerator(walk.checkpoint).text
-    tokens = [ours.decode([number]) for number in ours.encode_document(text)]
-    assert tokens == ["Two", " steps", ":", "\n\n", "1", ".", " wait"]
-    assert ours.decode(ours.encode_document(text)) == text
-
-
 def test_scores_are_those_of_lm_eval(walk: Walk) -> None:
     """`compare` found the same answers, and every log-likelihood is equal within rounding."""
     theirs, ours = (

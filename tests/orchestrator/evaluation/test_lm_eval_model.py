@@ -11,7 +11,7 @@ import pytest
 import torch
 from kept_progress import KeptProgress
 from lm_eval_tasks import write_task
-from method_schedules import schedule_for
+from model_cases import schedule_for
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig

@@ -24,14 +24,11 @@ WEIGHTS = "model.safetensors"
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
-@pytest.mark.parametrize("name", ["iiet_r3", "iiet_schedule_201", "pcformer_rk2", "vanilla"])
-def test_published_folders_give_the_published_logits(name: str, tmp_path: Path) -> None:
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    shutil.copy(FIXTURES / f"{name}.json", tmp_path / "config.json")
-    weights = {n: tensor for n, tensor in tensors.items() if n.startswith("weight.")}
-    save_file(
-        {n.removeprefix("weight."): w for n, w in weights.items()}, tmp_path / "model.safetensors"
-    )
+def test_a_published_folder_gives_the_published_logits(tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / "iiet_schedule_201.safetensors")
+    shutil.copy(FIXTURES / "iiet_schedule_201.json", tmp_path / "config.json")
+    weights = {n.partition(".")[2]: w for n, w in tensors.items() if n.startswith("weight.")}
+    save_file(weights, tmp_path / WEIGHTS)
     decoder = load_model(tmp_path)
     with torch.no_grad():
         logits = decoder(tensors["input_ids"])

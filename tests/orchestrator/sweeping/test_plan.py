@@ -6,7 +6,6 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -250,24 +249,7 @@ def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> N
     assert price.flops == STEP * 4 * (97_728 + 63_264)
 
 
-# What is stored
-
-
-def test_a_plan_is_strict_json(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    tiny_plan.write(path)
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    stored = json.loads(path.read_text(), parse_constant=refuse)
-    trials = [Trial.parse(values, path) for values in stored["trials"]]
-    assert trials == list(tiny_plan.trials), "-infinity is back"
-    assert [trial.threshold_text for trial in trials] == [
-        "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
-    ]  # fmt: skip
-    sent = sum(len(trial.model_dump_json()) for trial in tiny_plan.trials)
-    assert sent < 4096 * len(trials), "what travels to a trial: no weights, no tokens"
+# Costs and keys
 
 
 def test_relative_costs_relate_to_the_full_model(tiny_model: dict[str, Any]) -> None:
