@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 from documented import ROOT, blocks, shell_lines
@@ -108,14 +107,7 @@ def write_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(
-    page: str,
-    started_project: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    terminal: TextIO,
-) -> None:
+def test_the_commands_of_a_page_run(page, started_project, tmp_path, monkeypatch, capfd, terminal):
     project = tmp_path / "project"
     if page == "tutorial.md":
         (project / "my-texts").mkdir(parents=True)

@@ -127,7 +127,7 @@ def greedy_text(stock: Any, tokenizer: Any, ids: torch.Tensor, num_tokens: int) 
     return text.rstrip("\ufffd")
 
 
-def test_the_model_is_that_of_transformers(walk: Walk, stock: Any) -> None:
+def test_the_model_is_that_of_transformers(walk, stock):
     tokenizer = AutoTokenizer.from_pretrained(walk.file.parent, gguf_file=walk.file.name)
     writer, exported = TextGenerator(walk.checkpoint), load_model(walk.folder / "smollm2-exported")
     for text in PROMPTS:
@@ -158,7 +158,7 @@ def test_the_model_is_that_of_transformers(walk: Walk, stock: Any) -> None:
     assert ours.chat_template
 
 
-def test_transformers_serves_the_export(walk: Walk, tmp_path: Path) -> None:
+def test_transformers_serves_the_export(walk, tmp_path):
     question = {"role": "user", "content": "What is the capital of France?"}
     writer = TextGenerator(walk.checkpoint)
     asked = writer.as_asked([question["content"]], chat=True)
@@ -169,7 +169,7 @@ def test_transformers_serves_the_export(walk: Walk, tmp_path: Path) -> None:
     assert "Paris" in expected
 
 
-def test_scores_are_those_of_lm_eval(walk: Walk) -> None:
+def test_scores_are_those_of_lm_eval(walk):
     """`compare` found the same answers, and every log-likelihood is equal within rounding."""
     theirs, ours = (
         {sample["doc_hash"]: sample for sample in map(json.loads, path.read_text().splitlines())}

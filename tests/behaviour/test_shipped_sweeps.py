@@ -69,13 +69,13 @@ def run(workspace: Workspace, name: str, *more: str) -> SweepResult:
     return result
 
 
-def test_every_shipped_sweep_is_run_here() -> None:
+def test_every_shipped_sweep_is_run_here():
     assert {*FRONTS, "search"} == set(shipped_sweeps())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FRONTS)
-def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) -> None:
+def test_a_shipped_sweep_ends_with_its_front(name, workspace):
     result = run(workspace, name)
     assert result.page is not None
     assert result.page.is_file()
@@ -88,7 +88,7 @@ def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) ->
 
 
 @pytest.mark.long
-def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
+def test_a_search_continues_from_the_family(workspace):
     def plan(*more: str) -> str:
         settings = settings_of("search", *more)
         return "\n".join(plan_sweep(settings, workspace=workspace).sentences)

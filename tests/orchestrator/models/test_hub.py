@@ -213,12 +213,8 @@ def pushed(
 
 
 def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
-    hub: LocalHub,
-    space: Workspace,
-    pushed: str,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    hub, space, pushed, tmp_path, capfd
+):
     assert f"pushed: {hub.address}/me/tiny" in pushed
     folder = space.exports / "tiny"
     assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -246,9 +242,7 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     assert short_names(models) == ["me/tiny r=1", "you/tiny r=1"]
 
 
-def test_what_is_in_the_cache_needs_no_network(
-    hub: LocalHub, pushed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
     folder = download(NAME)
     assert shown_name(folder) == "me/tiny"
     monkeypatch.setenv("HF_ENDPOINT", _closed_address())
@@ -264,7 +258,7 @@ def test_what_is_in_the_cache_needs_no_network(
         download("hub:me/other")
 
 
-def test_only_files_of_a_model_are_downloaded(hub: LocalHub, space: Workspace, pushed: str) -> None:
+def test_only_files_of_a_model_are_downloaded(hub, space, pushed):
     hub.files["me/tiny"] |= {
         "consolidated.safetensors": b"the same again",
         "picture.png": b"large",
@@ -311,13 +305,7 @@ NEEDS_NETWORK = [
 ]
 
 
-def test_a_mistake_and_a_missing_network_are_one_sentence(
-    hub: LocalHub,
-    space: Workspace,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_a_mistake_and_a_missing_network_are_one_sentence(hub, space, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     hub.files |= {"me/tiny": {"config.json": b"{}"}, "me/gated": {}}
     hub.gated.add("me/gated")
@@ -344,9 +332,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_plain_environment")
-def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(monkeypatch):
     addresses: list[tuple[Any, float]] = []
 
     def unreachable(address: Any, timeout: float) -> socket.socket:
@@ -370,9 +356,7 @@ def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(
 
 @pytest.mark.usefixtures("_plain_environment")
 @pytest.mark.parametrize("before", [None, "0", "1"])
-def test_offline_affects_imported_libraries_and_is_undone(
-    before: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_affects_imported_libraries_and_is_undone(before, monkeypatch):
     from huggingface_hub import constants, is_offline_mode
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", before == "1")

@@ -46,9 +46,7 @@ def plan_of(students: Callable[..., Students], table: InfluenceTable) -> Callabl
     return make
 
 
-def test_weights_are_trained_once_and_measured_under_each_schedule(
-    plan_of: Callable[..., SweepPlan], space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, monkeypatch):
     def measure(trial: Trial, _: str) -> Trial:
         decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
         loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
@@ -93,9 +91,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     return order, queue
 
 
-def test_schedules_wait_for_the_training_of_their_weights(
-    plan_of: Callable[..., SweepPlan], space: Workspace
-) -> None:
+def test_schedules_wait_for_the_training_of_their_weights(plan_of, space):
     plan = plan_of()
     order, queue = order_of(plan, space, fails=True)
     assert order == ["teacher", "2,1, elastic", "|", "|"]
@@ -132,9 +128,7 @@ def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
 
 
 @pytest.mark.slow
-def test_the_report_holds_both_side_by_side(
-    plan_of: Callable[..., SweepPlan], space: Workspace
-) -> None:
+def test_the_report_holds_both_side_by_side(plan_of, space):
     plan = plan_of("sweep.compare=true")
     results = []
     for trial in plan.trials:

@@ -143,7 +143,7 @@ WITH_TEACHERS = {
 """Settings -> label of a model -> method, corrections, layers, learning rate, seed."""
 
 
-def test_the_models_of_a_sweep_and_their_names(other: str) -> None:
+def test_the_models_of_a_sweep_and_their_names(other):
     for assignments, expected in ITERATIONS.items():
         assert models_of("sweep.kind=iterations", *assignments.split("; ")) == expected
     for assignments, expected in WITH_TEACHERS.items():
@@ -161,7 +161,7 @@ def test_the_models_of_a_sweep_and_their_names(other: str) -> None:
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
 
-def test_options_are_of_the_models_own_method(other: str) -> None:
+def test_options_are_of_the_models_own_method(other):
     damping = "model.method_options={damping: 0.5}"
     methods = "sweep.methods=[vanilla, iiet, other]"
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
@@ -189,9 +189,7 @@ REFUSED = [
 ]
 
 
-def test_what_does_not_go_together_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "prepare_tokens", pytest.fail)
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
@@ -221,9 +219,7 @@ def pretrain(space: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) ->
     return make
 
 
-def test_students_of_several_teachers_are_named_and_keep_their_seed(
-    space: Workspace, pretrain: Any, tiny_tokens: Path
-) -> None:
+def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretrain, tiny_tokens):
     tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
     settings = resolve_settings(
         {},
@@ -273,8 +269,8 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(
 
 
 def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
-    space: Workspace, pretrain: Any, tmp_path: Path
-) -> None:
+    space, pretrain, tmp_path
+):
     # It needs none of the options of its teacher's method.
     teacher = pretrain("teacher", {"method_options": {"damping": 0.5}})
     words = [f"word {number} " * 40 for number in range(40)]
@@ -311,8 +307,8 @@ def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
 
 
 def test_pcformer_stands_beside_others_at_its_full_level_and_sweeps_its_levels(
-    space: Workspace, pretrain: Any, tiny_tokens: Path
-) -> None:
+    space, pretrain, tiny_tokens
+):
     """Trained at its own levels from the first step on, whatever stages an IIET has."""
     of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
     job = pretraining_job(of_file, space, tiny_tokens)

@@ -90,7 +90,7 @@ def begin(trial: Trial, num_steps: int) -> float:
 # Tables and prices
 
 
-def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan: SweepPlan) -> None:
+def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     tiny_plan.trials[-1].write(tiny_plan.trials[-1].result_path)
     found = rows(tiny_plan, settings())
     assert "model thresholds NFE FLOPs KV/token state" in found
@@ -107,7 +107,7 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan: Sweep
     assert "2,1 <=0.1 1 5 100% 640 B to train" in found
 
 
-def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_the_price_by_hand(tiny_plan, tmp_path):
     chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
@@ -142,7 +142,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
 
 
-def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan, tmp_path):
     live, two = "distillation.teacher_cache=false", ["gpus_per_trial=1", "trials_at_once=2"]
     chosen = settings(live, *(f"sweep.{one}" for one in two))
     cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
@@ -157,7 +157,7 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
     assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 
 
-def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     chosen = settings("distillation.teacher_cache=false")
     student = tiny_plan.trials[1]
     spent = begin(student, 30)
@@ -173,9 +173,7 @@ def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> 
     assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
 
 
-def test_what_is_finished_or_was_stopped_costs_nothing(
-    tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
+def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     *first, better, worse = tiny_plan.trials
     rated = with_job(better, {"learning_rate": 1.0})
     worse = worse.model_copy(update={"job": rated.job})
@@ -233,7 +231,7 @@ def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> An
     return make
 
 
-def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> None:
+def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
     models = [{"schedule": schedule} for schedule in ([2, 1], [1, 1], [0, 0])]
     plan = plan_of(models, iterate_from_fraction=0.6)
     price = price_left(plan, settings(), tmp_path)
@@ -252,7 +250,7 @@ def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> N
 # Costs and keys
 
 
-def test_relative_costs_relate_to_the_full_model(tiny_model: dict[str, Any]) -> None:
+def test_relative_costs_relate_to_the_full_model(tiny_model):
     full = ModelConfig.from_dict(tiny_model)
     none = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
     cost = exact_cost(none, full)
@@ -276,8 +274,8 @@ metric_list: [{{metric: acc}}]
 
 
 def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
-) -> None:
+    tmp_path, tiny_tokens, tiny_model
+):
     config = ModelConfig.from_dict(tiny_model)
 
     def suite_of(folder: str, words: str, *changes: tuple[str, str], **options: Any) -> Any:

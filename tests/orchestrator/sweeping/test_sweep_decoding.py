@@ -41,8 +41,8 @@ def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
 
 
 def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
-    results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    results, tiny_plan, tmp_path, monkeypatch
+):
     tokens = Path(tiny_plan.tokens_folder)
     assert with_drafts(results, tokens, tmp_path, Progress()) == results, "nothing is measured"
     full, pruned = with_drafts(results, tokens, tmp_path, Progress(), on_cpu)
@@ -57,9 +57,7 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
 
 
 @pytest.mark.slow
-def test_the_command_adds_drafts_to_the_report_of_a_sweep(
-    results: list[Trial], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_adds_drafts_to_the_report_of_a_sweep(results, tmp_path, capsys):
     space = open_workspace(tmp_path)
     measured = [trial.with_numbers("quality", {"accuracy": 0.5}) for trial in results]
     StoredSweep(name="s", key="k", results=tuple(measured)).store(space)
