@@ -265,7 +265,7 @@ CASES = {
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tokens")) for n in CASES])
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request) -> Case:
     return CASES[request.param]
 
 

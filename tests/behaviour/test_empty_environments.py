@@ -18,7 +18,7 @@ TORCH = next(r for r in PROJECT["dependencies"] if r.startswith("torch"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory) -> Path:
     return build("wheel", tmp_path_factory.mktemp("dist"))
 
 

@@ -34,7 +34,7 @@ def small(*more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(small_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(small_sweep, tmp_path_factory) -> tuple[Path, str]:
     """A workspace after a whole sweep on text, and the output of the command."""
     workspace = shutil.copytree(small_sweep, tmp_path_factory.mktemp("whole-job") / "workspace")
     return workspace, small_sweep.with_suffix(".txt").read_text()
@@ -245,7 +245,7 @@ TWO_TRIALS = [
 
 
 @pytest.fixture
-def second_trial(tmp_path: Path) -> Started:
+def second_trial(tmp_path) -> Started:
     """A sweep of which one trial is finished, and another one has a checkpoint."""
     process = Started(*TWO_TRIALS, "--workspace", str(tmp_path))
 

@@ -80,7 +80,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("IIET_WORKSPACE", raising=False)
         yield Place(tmp_path_factory.mktemp("extending"))

@@ -66,7 +66,7 @@ def small(words: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def started_project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def started_project(tmp_path_factory, ray_session) -> Path:
     """A folder with the files that the pages speak of, and a workspace."""
     folder = tmp_path_factory.mktemp("project")
     write_files(folder)

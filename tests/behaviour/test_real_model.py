@@ -94,7 +94,7 @@ class Walk:
 
 
 @pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+def walk(tmp_path_factory) -> Walk:
     """Run all commands of the page; without the wheel, skip."""
     walk = Walk(tmp_path_factory.mktemp("walk"))
     (download,) = (line for line in LINES if DOWNLOAD in line)
@@ -111,7 +111,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
 
 @pytest.fixture(scope="module")
-def stock(walk: Walk) -> Any:
+def stock(walk) -> Any:
     """The model as transformers reads the file."""
     folder, name = walk.file.parent, walk.file.name
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()

@@ -22,7 +22,7 @@ ONE_TEACHER = ("sweep.teachers=[]", "sweep.budgets=[]")
 
 
 @pytest.fixture(autouse=True)
-def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_gpu_here(monkeypatch) -> None:
     # Machines with a GPU of their own would plan for that one.
     monkeypatch.setattr(machine, "installed_gpus", list)
 

@@ -51,7 +51,7 @@ FRONTS = {
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Workspace:
+def workspace(tmp_path_factory, ray_session) -> Workspace:
     """A workspace for all of them."""
     return open_workspace(tmp_path_factory.mktemp("shipped"))
 

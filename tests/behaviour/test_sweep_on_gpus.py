@@ -47,7 +47,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gpus")
 
 

@@ -55,7 +55,7 @@ WAITING = "waiting for another process, which trains run\n"
 
 
 @pytest.fixture
-def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=40, validate_every_steps=40, checkpoint_every_steps=10)
 
 

@@ -51,7 +51,7 @@ esac
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def start(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """A function that runs the script, on two nodes, as the job of this id."""
     for name, text in PROGRAMS.items():
         (tmp_path / name).write_text(text)

@@ -30,7 +30,7 @@ IIAD = [
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., int]:
+def run(tmp_path) -> Callable[..., int]:
     """Run a study's command in a workspace of the test, with changed settings."""
 
     def study(module: ModuleType, changes: list[str], *arguments: str) -> int:

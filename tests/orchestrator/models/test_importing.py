@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_progress import KeptProgress
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -25,7 +26,6 @@ from orchestrator.models.tokenizer import token_ids
 from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -66,19 +66,14 @@ def test_an_imported_model_is_the_same_model_and_found_again(
 def test_a_tokenizer_that_is_missing_or_too_large_is_named(
     tiny_model, tokenizer, workspace, tmp_path
 ):
-    notes: list[str] = []
-
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    progress = KeptProgress()
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
     folder = export(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
         import_model(folder, workspace=workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()
-    checkpoint = import_model(folder, workspace=workspace, progress=Notes())
-    assert "--tokenizer FILE" in notes[0]
+    checkpoint = import_model(folder, workspace=workspace, progress=progress)
+    assert "--tokenizer FILE" in progress.notes[0]
     assert load_model(checkpoint).config == small.config
     for reads_text in (tokenizer_file, TextGenerator):
         with pytest.raises(UserError, match=r"has no tokenizer\.json, and text needs one; `"):

@@ -39,7 +39,7 @@ SMALL = [
 
 
 @pytest.fixture
-def plan_of(students: Callable[..., Students], table: InfluenceTable) -> Callable[..., SweepPlan]:
+def plan_of(students, table) -> Callable[..., SweepPlan]:
     def make(*assignments: str) -> SweepPlan:
         return students_plan(students(*SMALL, *assignments), table)
 

@@ -39,7 +39,7 @@ class Other(ImplicitEuler):
 
 
 @pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> str:
+def other(monkeypatch) -> str:
     monkeypatch.setattr(METHODS, "own", {**METHODS.own, "other": Other})
     return "other"
 
@@ -202,7 +202,7 @@ VANILLA = {"method": "vanilla", "schedule": None}
 
 
 @pytest.fixture
-def pretrain(space: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
+def pretrain(space, tiny_tokens, tiny_model) -> Any:
     """A function that trains a run of two steps and returns its checkpoint: the run's name, changes
     of the model, and those of the recipe."""
 

@@ -198,7 +198,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
 
 
 @pytest.fixture
-def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> Any:
+def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
     """A function that plans models from scratch, each given by changes of the model, and the recipe
     of all; `seeds` and `rates` multiply them."""
 

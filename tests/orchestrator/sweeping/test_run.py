@@ -65,7 +65,7 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
+def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 

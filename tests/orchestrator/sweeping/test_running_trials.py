@@ -65,13 +65,13 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def trials(tiny_plan: SweepPlan) -> tuple[Trial, ...]:
+def trials(tiny_plan) -> tuple[Trial, ...]:
     """A teacher that is measured as it is, and its students."""
     return tiny_plan.trials
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(monkeypatch) -> None:
     """Measure nothing, which would take tasks."""
     monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
 

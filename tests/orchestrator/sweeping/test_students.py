@@ -40,7 +40,7 @@ SMALL = (
 
 
 @pytest.fixture
-def plan(students: Make, table: InfluenceTable) -> Plan:
+def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> SweepPlan:

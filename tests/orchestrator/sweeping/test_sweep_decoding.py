@@ -22,7 +22,7 @@ from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture
-def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
+def results(tiny_plan, tmp_path) -> list[Trial]:
     """A teacher, and its weights without corrections."""
     teacher = tiny_plan.trials[0]
     assert teacher.role == "teacher"
