@@ -8,7 +8,7 @@ from model_cases import make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import KeyValueCache, fast, next_token_loss, plain_formulas
+from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas
 from iiet.context import Rope, make_context, rotate
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
@@ -107,7 +107,7 @@ def everything(decoder):
     decoder.zero_grad()
     logits = decoder(IDS)
     next_token_loss(logits, IDS).backward()
-    gradients = {name: p.grad.clone() for name, p in decoder.named_parameters()}
+    gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
     cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
     with torch.inference_mode():
         steps = [decoder(part, cache=cache) for part in IDS.split([4, 1, 1, 2], 1)]
@@ -174,7 +174,7 @@ def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
                 loss.backward()
         used.zero_grad()
         with FakeTensorMode():
-            make_model(method, dtype=torch.float32)(torch.zeros(1, 4, dtype=torch.long))
+            Decoder(used.config)(torch.zeros(1, 4, dtype=torch.long))
         unused.load_state_dict(used.state_dict())
         assert torch.equal(used(IDS), expected)
         assert torch.equal(unused(IDS), expected)

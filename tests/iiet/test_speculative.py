@@ -16,7 +16,7 @@ PROMPTS, PADDING = tokens(3, 6), left_padding(0, 2, 4, time=6)
 
 
 def decoder_of(schedule=(2, 0, 1), method="iiet"):
-    return make_model(method, schedule, context_length=128)
+    return make_model(method, schedule, seed=3, num_kv_heads=4, context_length=128)
 
 
 def drafts(draft, draft_tokens="auto"):

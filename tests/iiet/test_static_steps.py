@@ -87,7 +87,8 @@ def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windo
         with monkeypatch.context() as patch:
             patch.setattr(generation, "_until_all_end", rarely)
             looks.clear()
-            _, found = both(decoder, stop_tokens=stops, **options)
+            own = {"stop_tokens": stops, "steps": StaticSteps(decoder), **options}
+            found = generate(decoder, PROMPTS[:2], max_new_tokens=24, **own)
         assert torch.equal(expected, found)
         assert len(looks) <= expected.size(1) - 6 + 5
 
