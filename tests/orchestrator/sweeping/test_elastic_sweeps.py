@@ -12,7 +12,6 @@ import pytest
 from fake_tracking import FakeTracking
 from sample_trials import sample_front
 
-from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
@@ -24,7 +23,6 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
-from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking

@@ -31,7 +31,6 @@ from orchestrator.sweeping.plan import plan_all_students
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace
 
 
 class Other(ImplicitEuler):

@@ -21,7 +21,7 @@ from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.tasks import Suite
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops

@@ -10,7 +10,7 @@ import pytest
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.sweeping import decode
 from orchestrator.sweeping.decode import with_drafts
