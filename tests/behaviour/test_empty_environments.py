@@ -52,7 +52,9 @@ def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel, tmp_path):
         doctor = json.loads(run(command, "doctor", "--json", *workspace, cwd=tmp_path))
         listed = run(command, "config", "list", cwd=tmp_path)
         printed = run(command, "sweep", "toy", *settings, *workspace, cwd=tmp_path)
-        exported = run(command, "pick", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path)
+        exported = run(
+            command, "pick", "--best", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path
+        )
     own = [f["text"] for f in doctor["findings"] if f["check"] == "versions"]
     assert str(python.parents[1]) in own[0]
     for file in (ROOT / "sweeps").glob("*.yaml"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -39,7 +40,7 @@ SMALL = [
 @pytest.fixture
 def plan_of(students, table) -> Callable[..., SweepPlan]:
     def make(*assignments: str) -> SweepPlan:
-        return students_plan(students(*SMALL, *assignments), table)
+        return students_plan(replace(students(*SMALL, *assignments), influence=table))
 
     return make
 

@@ -23,11 +23,10 @@ from orchestrator.sweeping.models import (
     claims_answered,
     find_baselines,
     settings_of,
-    swept_models,
     swept_variants,
     teacher_and_baselines,
 )
-from orchestrator.sweeping.plan import plan_all_students
+from orchestrator.sweeping.plan import plan_students
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -166,7 +165,7 @@ def test_options_are_of_the_models_own_method(other):
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
     options = {
         own.name: build_model_config(settings_of(settings, own).model, vocab_size=300).to_dict()
-        for own in swept_models(settings)
+        for own in swept_variants(settings)
     }
     damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
@@ -247,7 +246,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
         label: influence(0.2 if label.endswith("7") else 0.6, (2, 1) if label[0] == "r" else (2, 2))
         for label in teachers
     }
-    plan = plan_all_students(settings, space, teachers, tables, baselines=baselines)
+    plan = plan_students(settings, space, teachers, tables, baselines=baselines)
     found = {trial.label: trial for trial in plan.trials}
     groups = {trial.group for trial in plan.trials}
     of_teacher = [f"{name}{end}" for name in models for end in ("", ": 1,0", ": 0,0")]
@@ -263,7 +262,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     # Trained alike, but for the seed and the method.
     teachers_in_table = teachers_of(result_table(plan.trials))
     assert len(teachers_in_table) == 4
-    bare = plan_all_students(settings, space, teachers, {}, baselines=baselines)
+    bare = plan_students(settings, space, teachers, {}, baselines=baselines)
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
 

@@ -44,7 +44,7 @@ def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> SweepPlan:
-        return students_plan(students(*assignments, **suite), table)
+        return students_plan(replace(students(*assignments, **suite), influence=table))
 
     return make
 

@@ -99,6 +99,28 @@ def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch):
     assert out.getvalue().startswith("  evaluate: 0/12,000, 0 s so far\n")
 
 
+def test_the_first_units_of_a_task_tell_how_long_all_of_them_take(monkeypatch):
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
+    lines = io.StringIO()
+    with Progress(Console(file=lines, width=200)) as progress:
+        progress.expected = {"pretrain": 6000.0, "influence": 1.0, "sweep": 3000.0}
+        progress.start("pretrain", 100)
+        progress.advance(0)
+        progress.advance(1, "loss 2", seconds_left=12000.0)  # Half as fast as expected.
+        progress.finish("done")  # At once, so what follows takes no time.
+        progress.start("influence (cosine)")
+        progress.finish("done")
+        progress.start("sweep", 4)
+        progress.advance(3)  # Three were finished before.
+        progress.advance(3.5)
+    found = [line.strip() for line in lines.getvalue().splitlines()]
+    assert found[0].startswith("pretrain: 0/100, 2.5 h left in all, 0 s so far of about 1.7")
+    assert found[1].startswith("pretrain: 1/100 loss 2, 5 h left in all, 0 s so far of")
+    assert found[2] == "pretrain: done (0 s, 1.7 h expected)"
+    assert found[3] == "influence (cosine): done (0 s, 0 s expected)"
+    assert found[4].startswith("sweep: 3/4, 0 s left")
+
+
 def test_progress_is_printed_while_library_output_is_suppressed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     with open_session(tmp_path, "evaluate", verbose=True) as session:
