@@ -120,7 +120,7 @@ def losses_of(
     yield loss, {**parts, "full_loss": loss}
     for member in members:
         if teacher:
-            taught = make_objective(lambda _, member=member: member, teacher, distillation)
+            taught = make_objective(lambda _: member, teacher, distillation)  # noqa: B023 - used at once
             loss, parts = taught(model, batch, step)
         else:
             assert full.answer is not None
