@@ -67,7 +67,7 @@ LINES = {
     "orchestrator/workspace": 1_058,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_578,
-    "orchestrator/records": 1_235,
+    "orchestrator/records": 1_237,
     "orchestrator/models": 1_946,
     "orchestrator/data": 2_408,
     "orchestrator/tracking": 1_402,

@@ -113,13 +113,15 @@ class Sweep:
 
     def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
         """Read the plan; a damaged one is noted."""
-        self.folder, self.is_damaged, plan = folder, False, None
+        self.folder, self.is_damaged = folder, False
+        self.kind: str | None = None
+        self.trials: tuple[Trial, ...] = ()
         try:
-            plan = SweepPlan.read(folder / layout.PLAN_FILE)
+            if plan := SweepPlan.read(folder / layout.PLAN_FILE):
+                self.kind, self.trials = plan.kind, plan.trials
         except UserError as error:
             self.is_damaged = True
             note(str(error))
-        self.kind, self.trials = (plan.kind, plan.trials) if plan else (None, ())
 
     @cached_property
     def left(self) -> list[Trial]:
