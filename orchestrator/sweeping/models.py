@@ -393,16 +393,13 @@ def check_models(settings: Settings) -> None:
         except UserError as error:
             problems.append(str(error))
     known = {key for model in models for key in model.keys}
-    rates = {name for name in sweep.learning_rates if name not in {*METHODS, *known}}
-    if not is_scratch:
-        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
-        rates = {name for name in rates if has_layers(name)}
-    for name in [*sweep.learning_rates, *sweep.num_layers]:
-        if name in rates or (name in sweep.num_layers and name not in known):
-            setting = "learning_rates" if name in rates else "num_layers"
-            what = "swept" if is_scratch else "a baseline of this sweep"
-            names = ", ".join(dict.fromkeys(model.name for model in models))
-            problems.append(f"sweep.{setting}: {name} is not {what}; such models are {names}")
+    # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+    rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
+    unknown = [f"sweep.learning_rates: {name}" for name in sorted(rates - known - {*METHODS})]
+    unknown += [f"sweep.num_layers: {name}" for name in sweep.num_layers if name not in known]
+    what = "swept" if is_scratch else "a baseline of this sweep"
+    names = ", ".join(dict.fromkeys(model.name for model in models))
+    problems += [f"{name} is not {what}; such models are {names}" for name in unknown]
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     if is_scratch:

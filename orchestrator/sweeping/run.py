@@ -1,18 +1,11 @@
 """Run the unfinished trials of a sweep's plan with Ray Tune, then measure all times per token.
 
-Finished trials are read once, at the start, and are not run again; so the same command resumes
-after any interruption. Tune takes trials from a queue: one that measures the weights of another
-waits for it, and the suggestions of a search follow the plan's trials. A trial that another process
-runs stays in the queue until that process has ended or died, so two sweeps at the same time share
-the work and make no trial twice. Whoever waits holds no lock and no CPUs, so two processes cannot
-wait for each other.
-
-A trial's process stores its result while it holds the trial's lock, and returns it;
-`SweepQueue.on_end` gets it, and MLflow shows it with the front so far (`LiveSweep`). A journal in
-the sweep's folder holds the hypervolume of that front, of NFE and accuracy, against the number of
-finished models and against the FLOPs of the sweep's own training; it is a share of a box that the
-full model spans, so the curves start once that model is measured. Milliseconds are measured last,
-because trials that run at the same time would disturb the clock.
+Finished trials are read once, at the start, so the same command resumes after any interruption.
+Tune takes trials from a queue: one that measures the weights of another waits for it, and the
+suggestions of a search follow the plan's trials. One that another process runs stays in the queue
+until that process has ended or died, so two sweeps at the same time share the work. Whoever waits
+holds no lock and no CPUs, so two processes cannot wait for each other. MLflow shows each trial, and
+the front so far (`LiveSweep`). Milliseconds are measured last: trials would disturb the clock.
 """
 
 from __future__ import annotations
@@ -165,7 +158,7 @@ def run_plan(
             work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
             if num_tokens:
                 live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
-        trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
+        trials = SweepQueue(waiting, found, stopped, live, progress, search=search)
         try:
             _run_queue(trials, plan, placed, folder)
         finally:
@@ -253,14 +246,13 @@ class SweepQueue:
         progress: Progress,
         *,
         search: ScheduleSearch | None = None,
-        num_all: int,
     ) -> None:
         """Queue the trials that wait, beside results by key and early stops by label from before.
 
-        All of these and what the search will suggest are `num_all`.
+        Their number, with those that the search will suggest, is that of the live sweep.
         """
         self.results, self.failures, self.search = dict(found), dict[str, str](), search
-        self.progress, self.num_all = progress, num_all
+        self.progress, self.num_all = progress, live.num_trials
         self.found, self.stopped = set(found), dict(stopped)
         """Keys of the results that were not made here; label -> reason of what was stopped."""
         self.failed_while_stopping: dict[str, str] = {}
@@ -462,7 +454,7 @@ class LiveSweep:
 
         Its `num_trials` include those that a search will suggest.
         """
-        self._name, self._num_trials, self._tracking = plan.name, num_trials, tracking
+        self._name, self.num_trials, self._tracking = plan.name, num_trials, tracking
         self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
         self._open: dict[str, Trial] = {}
         self._failures: dict[str, str] = {}
@@ -498,7 +490,7 @@ class LiveSweep:
         self._show(new, "RUNNING")
         if self._new_front and self._clock() >= self._next_front:
             num_measured, folder = self.history.num_measured, self.history.folder
-            notes = [f"{num_measured} of {self._num_trials} models are measured so far."]
+            notes = [f"{num_measured} of {self.num_trials} models are measured so far."]
             notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
             changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
             self.change(**changes)
@@ -545,7 +537,11 @@ class LiveSweep:
 
 
 class FrontHistory:
-    """The front of a sweep while it runs, and its journal."""
+    """The front of a sweep while it runs, and a journal of its hypervolume, of NFE and accuracy.
+
+    That is a share of a box that the full model spans, against the number of finished models and
+    against the FLOPs of the sweep's own training.
+    """
 
     def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
         """Read the journal in `folder`; `num_trials` will be finished at the end."""
