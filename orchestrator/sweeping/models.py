@@ -22,7 +22,6 @@ from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.tasks import lm_eval_task_fingerprints
-from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
 from orchestrator.models.lookup import run_folders
 from orchestrator.planning.estimate import assign_trial_gpus
@@ -385,11 +384,8 @@ def check_models(settings: Settings) -> None:
     problems, configs = [], []
     for own in each:
         try:
-            configs.append(
-                build_model_config(
-                    own.model, vocab_size=data.vocab_size, context_length=sequence_length(data)
-                )
-            )
+            length = sequence_length(data)
+            configs.append(own.model.build(vocab_size=data.vocab_size, context_length=length))
         except UserError as error:
             problems.append(str(error))
     known = {key for model in models for key in model.keys}

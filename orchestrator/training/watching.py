@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.config import model_family
 from orchestrator.models.folder import weights_key
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
@@ -35,6 +34,7 @@ from orchestrator.records.training import (
     TrainingOutcome,
     job_parameters,
     method_parameters,
+    model_family,
 )
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
