@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.command import Command
+from orchestrator.cli.measure import depth_sweep
 from orchestrator.cli.options import (
     LocalOption,
     NameOption,
     SchedulesOption,
     TeacherArgument,
+    TrustOption,
     complete_models,
     one_schedule,
     read_schedules,
@@ -176,7 +178,11 @@ def distill(
 
 
 @Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
-def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")]) -> Result:
+def sweep_file(
+    call: Call,
+    file: Annotated[str, typer.Argument(metavar="FILE")],
+    trust_remote_code: TrustOption = False,
+) -> Result:
     """Run a whole sweep from its file, pretraining included.
 
     Example: iiet-orch sweep toy --set training.num_steps=300
@@ -185,6 +191,8 @@ def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")])
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    if call.settings.sweep.kind == "depth":
+        return depth_sweep(call, trust_remote_code=trust_remote_code)
     return _sweep(call)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
@@ -198,7 +198,7 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
                 "label": shown_name(trial),
                 "role": trial.role,
                 "method": trial.method,
-                "num_layers": trial.model.num_layers,
+                "num_layers": trial.facts.num_layers,
                 "schedule": trial.schedule_text,
                 "threshold": trial.threshold_text,
                 "key": trial.key,
@@ -225,7 +225,7 @@ def with_overhead(table: DataFrame) -> DataFrame:
         known = table[cost].to_dict() if cost in table else {}
         plain = {key: known.get(other, math.nan) for key, other in vanilla.items()}
         if cost == "cost/evaluations":
-            plain = {key: trial.model.num_layers for key, trial in trials.items()}
+            plain = {key: trial.facts.num_layers for key, trial in trials.items()}
         beyond = {key: known.get(key, math.nan) - plain.get(key, math.nan) for key in table.index}
         of_teacher = {key: beyond[other] for key, other in teachers.items() if beyond[other] > 0}
         changes[overhead] = [beyond[key] for key in table.index]
@@ -234,15 +234,17 @@ def with_overhead(table: DataFrame) -> DataFrame:
     return table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore").assign(**changes)
 
 
-def shape_of(config: ModelConfig) -> ModelConfig:
-    """Return the vanilla model of the same shape."""
-    return replace(config, method=BASELINE_METHOD, method_options=None, schedule=None)
+def shape_of(model: ModelConfig | OtherModel) -> ModelConfig | OtherModel:
+    """Return the vanilla model of the same shape; one that transformers runs has none."""
+    if isinstance(model, OtherModel):
+        return model
+    return replace(model, method=BASELINE_METHOD, method_options=None, schedule=None)
 
 
 def vanilla_of(table: DataFrame) -> dict[str, str]:
     """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-    found: dict[ModelConfig, str] = {}
-    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
+    found: dict[ModelConfig | OtherModel, str] = {}
+    shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
         # One that was trained from scratch comes before those that were distilled.
         is_new = trial.parent is None or shapes[key] not in found

@@ -209,6 +209,8 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
             "no chat template; leave it out, or distill an imported model that has one"
         )
+    if kind != "depth" and (sweep.models or sweep.depths):
+        yield "sweep.kind, sweep.models, sweep.depths: only a depth sweep measures such models"
     if kind != "threshold" and sweep.teachers:
         yield "sweep.kind, sweep.teachers: only a threshold sweep has several; leave the second out"
     if kind == "iterations" and sweep.baselines:

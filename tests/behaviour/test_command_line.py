@@ -202,7 +202,7 @@ def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
     monkeypatch.setenv("_IIET_ORCH_COMPLETE", "complete_bash")
     for typed, offered in {
-        "swe": {"sweep-threshold", "sweep-iterations", "sweep"},
+        "swe": {"sweep-threshold", "sweep-iterations", "sweep-depth", "sweep"},
         "pretrain --continu": {"--continue"},
         "generate --kv ": {"exact", "last"},
         "influence ": {"empty", "my-run", "other"},
