@@ -51,8 +51,12 @@ TYPES = {
 }
 SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
 RESULTS: dict[str, dict[str, type[Result]]] = {
-    **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
-    "sweep-depth": {"": sweeps.SweepResult, "--dry-run": loops.DepthPlan},
+    **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
+    "sweep": {
+        **SWEEPS,
+        "FILE (kind: depth)": reports.ReportResult,
+        "FILE (kind: depth) --dry-run": loops.DepthPlan,
+    },
     "doctor": {"": doctor.Findings},
     "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
     "distill": {"": training.StudentsResult},

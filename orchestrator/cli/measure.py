@@ -12,14 +12,12 @@ from orchestrator.cli.options import (
     MAX_COUNT,
     CostOption,
     ModelsArgument,
-    NameOption,
     QualityOption,
     SchedulesOption,
     TeacherArgument,
     TrustOption,
     complete_sweeps,
     one_schedule,
-    read_schedules,
     split_list,
 )
 from orchestrator.cli.session import Call
@@ -126,36 +124,6 @@ def evaluate(
         **common,
     )
     return call.finish(plan, evaluating.run_evaluate)
-
-
-@Command("sweep-depth", group="Sweep", options={**TASKS, **CLUSTER}, config="option", plans=True)
-def sweep_depth(
-    call: Call,
-    models: ModelsArgument = None,
-    schedule: SchedulesOption = None,
-    name: NameOption = None,
-    trust_remote_code: TrustOption = False,
-) -> Result:
-    """Evaluate models at several depths, looped ones of other projects too, and show the front.
-
-    Example: iiet-orch sweep-depth hub:ByteDance/Ouro-1.4B -r 1 -r 2 -r 4 --trust-remote-code
-
-    Args:
-        schedule: Depth of a looped model of another project, or iteration schedule of one trained
-            here; may be repeated.
-    """
-    call.set("sweep.kind", "depth")
-    call.set("sweep.models", [str(model) for model in models or ()] or None)
-    call.set("sweep.depths", read_schedules(schedule or []) or None)
-    return depth_sweep(call, name, trust_remote_code=trust_remote_code)
-
-
-def depth_sweep(call: Call, name: str | None = None, *, trust_remote_code: bool) -> Result:
-    """Plan or run the depth sweep of the settings."""
-    from orchestrator.pipelines.loops import plan_depths, run_depths
-
-    plan = plan_depths(call.settings, name=name, trust_remote_code=trust_remote_code, **call.common)
-    return call.finish(plan, run_depths)
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)

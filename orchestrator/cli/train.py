@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.command import Command
-from orchestrator.cli.measure import depth_sweep
 from orchestrator.cli.options import (
     LocalOption,
     NameOption,
@@ -192,7 +191,10 @@ def sweep_file(
     """
     call.config = file
     if call.settings.sweep.kind == "depth":
-        return depth_sweep(call, trust_remote_code=trust_remote_code)
+        from orchestrator.pipelines.loops import plan_depths, run_depths
+
+        options = {"trust_remote_code": trust_remote_code, **call.common}
+        return call.finish(plan_depths(call.settings, **options), run_depths)
     return _sweep(call)
 
 

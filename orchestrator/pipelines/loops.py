@@ -28,10 +28,10 @@ from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
+from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
-from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
@@ -64,7 +64,6 @@ def plan_depths(
     settings: Settings,
     *,
     workspace: Workspace | Path | str | None = None,
-    name: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> DepthPlan:
@@ -92,11 +91,11 @@ def plan_depths(
                 "takes looped models of a known kind, Llamas, and those trained here"
             )
     asked = settings.evaluation.model_dump(mode="json")
-    name = name or f"depth-{content_key([list(m.key) for m in plan.opened], asked)[:8]}"
+    name = f"depth-{content_key([list(m.key) for m in plan.opened], asked)[:8]}"
     return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
 
 
-def run_depths(plan: DepthPlan, context: Context) -> SweepResult:
+def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     """Evaluate models at each depth, and write a report with all of them on one front."""
     from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
 
@@ -133,12 +132,7 @@ def run_depths(plan: DepthPlan, context: Context) -> SweepResult:
     journal = Journal(stored.folder(workspace))
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
-    return SweepResult.of(
-        written, workspace, name=plan.name, trials=stored.results, failures={}, stopped={}
-    )
-
-
-sweep_depths = in_one_call(plan_depths, run_depths)
+    return ReportResult.of(written, workspace)
 
 
 def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:

@@ -263,14 +263,13 @@ def sweep(
     baselines: Mapping[str, Path] | None = None,
     models: Sequence[SweepModel] | None = None,
     name: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Run the sweep that `settings.sweep.kind` describes, and write its report.
 
     `threshold` prunes a teacher by influence, and distills and evaluates each schedule; `search`
     continues with schedules that a sampler suggests; `iterations` pretrains methods and iteration
-    counts from scratch; `depth` evaluates models that exist. Finished trials are not run again.
+    counts from scratch. Finished trials are not run again.
 
     Args:
         settings: The whole tree.
@@ -279,7 +278,6 @@ def sweep(
         baselines: Label to checkpoint of models that stand beside the front of a given teacher;
             when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
-        trust_remote_code: Whether code in the folder of a depth sweep's model may run.
 
     Raises:
         UserError: If something does not go together; nothing is trained then.
@@ -287,11 +285,6 @@ def sweep(
         RunFailed: If the teacher's training or every trial failed; single failures are in the
             result.
     """
-    if settings.sweep.kind == "depth":
-        from orchestrator.pipelines.loops import sweep_depths
-
-        asked: Any = {"name": name, "trust_remote_code": trust_remote_code, "progress": progress}
-        return sweep_depths(settings, workspace=workspace, **asked)
     pretrains = teacher is None and settings.sweep.kind != "iterations"
     check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
@@ -334,7 +327,7 @@ def plan_sweep(
     """
     kind = settings.sweep.kind
     if kind == "depth":
-        raise UserError("sweep.kind=depth trains nothing; `plan_depths` plans such a sweep")
+        raise UserError("sweep.kind=depth trains nothing; `loops.plan_depths` plans such a sweep")
     if kind == "iterations" and teacher is not None:
         raise UserError(
             f"sweep.kind=iterations trains every model from scratch, and a teacher was given "

@@ -187,7 +187,7 @@ def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(monkeypatch
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
     monkeypatch.setenv("_IIET_ORCH_COMPLETE", "complete_bash")
     for typed, offered in {
-        "swe": {"sweep-threshold", "sweep-iterations", "sweep-depth", "sweep"},
+        "swe": {"sweep-threshold", "sweep-iterations", "sweep"},
         "pretrain --continu": {"--continue"},
         "generate --kv ": {"exact", "last"},
         "influence ": {"empty", "my-run", "other"},

@@ -36,7 +36,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
         code = main(arguments)
     found[name] = (code, out.getvalue())
     loaded = {"ray", "mlflow", "lm_eval", "datasets"} & set(sys.modules)
-    assert name.split()[0] in ("pick", "evaluate", "sweep-depth") or not loaded, (name, loaded)
+    assert name.split()[0] in ("pick", "evaluate") or not loaded, (name, loaded)
 print(json.dumps(found))
 """
 OPTIONS = settings_options(SMALL)
@@ -55,7 +55,6 @@ FROM_MODELS = {
     "benchmark": ["benchmark", "full"],
     "pick": ["pick", "mine", "--best"],
     "evaluate": ["evaluate", "full", *OPTIONS],
-    "sweep-depth": ["sweep-depth", "full", *OPTIONS],
     "evaluate --compare": ["evaluate", "--compare", "full", "full", "-r", "1", "-r", "0", *OPTIONS],
 }
 """Dry runs about a model or a sweep of a workspace."""
