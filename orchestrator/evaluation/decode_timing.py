@@ -30,9 +30,8 @@ from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
-from orchestrator.models.open import DTYPES, OpenedModel, use_tf32
+from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import UserError
 
 PREDICTION = "FLOPs"

@@ -30,13 +30,19 @@ from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
 from orchestrator.models.hub import download, is_hub_name
 from orchestrator.models.loops import LOOPED_MODELS
-from orchestrator.models.open import DTYPES, OpenedModel, best_device, load_model, open_model
+from orchestrator.models.open import (
+    DTYPES,
+    OpenedModel,
+    best_device,
+    device_precision,
+    load_model,
+    open_model,
+)
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, quoted
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from orchestrator.cluster.task import command_device
-from orchestrator.data.model_tokens import newest_tokens
+from orchestrator.data.preparation import newest_tokens
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
 from orchestrator.evaluation.looped import load_transformers, watched
 from orchestrator.models.lookup import find_model_folder

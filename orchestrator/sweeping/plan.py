@@ -20,7 +20,7 @@ from iiet.cost import InferenceCost, inference_cost
 from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
@@ -58,8 +58,7 @@ from orchestrator.sweeping.models import (
 from orchestrator.sweeping.students import Students, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
-from orchestrator.training.job import finished_outcome, job_key, pretraining_job
-from orchestrator.training.shared_steps import share_first_stages
+from orchestrator.training.job import finished_outcome, job_key, pretraining_job, share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace
@@ -281,8 +280,8 @@ def load_tasks(
     Raises:
         UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
-    length, folder = config.context_length, tokens if needs_heldout(settings) else None
-    select_tasks(settings, folder, context_length=length, make=progress)
+    length = config.context_length
+    select_tasks(settings, tokens, context_length=length, make=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
 
@@ -301,8 +300,7 @@ def plan_suite(
         hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
-    folder = tokens if needs_heldout(settings) else None
-    asked = select_tasks(settings, folder, context_length=config.context_length)
+    asked = select_tasks(settings, tokens, context_length=config.context_length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     vocabulary = text_files_key(teacher) if teacher else None
