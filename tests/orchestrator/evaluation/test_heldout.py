@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -21,7 +20,6 @@ from iiet import Decoder, ModelConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation import heldout
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     heldout_chances,
@@ -157,19 +155,6 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
     (copy / file.name).write_bytes(content.replace(b"the", b"teh", 1))
     with pytest.raises(UserError, match=r"suite\.json is damaged.*; delete the folder"):
         load_suite(TaskSelection(heldout=copy))
-
-
-def test_the_documents_with_the_smallest_hashes_are_sampled(tokens):
-    texts = held_out(tokens).split("\0")
-    digest = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts}
-    for num_bytes in (1, 6000, 1500, 10**9):
-        found = heldout._sampled(open_tokens(tokens).validation_texts(), num_bytes)
-        chosen, total = set[str](), 0
-        for text in sorted(texts, key=digest.__getitem__):
-            if total < num_bytes:
-                chosen.add(text)
-                total += len(text.encode())
-        assert found == [text for text in texts if text in chosen]
 
 
 def test_text_without_sentences_is_one_error(tmp_path):
