@@ -33,7 +33,7 @@ SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+def toy(tmp_path_factory) -> Setup:
     return Setup(is_toy=True, folder=tmp_path_factory.mktemp("report"))
 
 

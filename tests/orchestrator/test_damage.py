@@ -301,7 +301,7 @@ def _copy(source: str, target: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
+def copies(tmp_path_factory) -> Iterator[Copies]:
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -445,9 +445,7 @@ def _problem(
     "is_long",
     [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
 )
-def test_each_damage_is_harmless_or_named(
-    pattern: str, is_long: bool, copies: Copies, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_each_damage_is_harmless_or_named(pattern, is_long, copies, capfd):
     problems = []
     for number, name in enumerate(READERS[pattern]):
         if name not in copies.usual:

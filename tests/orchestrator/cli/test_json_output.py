@@ -65,9 +65,7 @@ def test_every_command_with_json_has_its_keys_in_the_reference():
 
 
 @pytest.fixture(scope="module")
-def space(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path, save_tiny: Callable[..., Path]
-) -> Workspace:
+def space(tmp_path_factory, tiny_tokens, save_tiny) -> Workspace:
     """A workspace with a model, its tokens, and a sweep of two schedules."""
     workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
@@ -89,7 +87,7 @@ Run = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.fixture
-def run(space: Workspace, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(space, capfd) -> Run:
     """Runs a command with --json; returns the value, and what went to standard error."""
 
     def command(*words: str) -> tuple[dict[str, Any], str]:
@@ -172,7 +170,7 @@ def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> list[str]:
+def tasks(tmp_path) -> list[str]:
     """The options of a task with 16 items."""
     words = [f"{a} {b}" for a in "abcd" for b in "efgh"]
     return ["--suite", "letters", "--include-path", str(write_choices(tmp_path, "letters", words))]

@@ -30,12 +30,12 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path) -> Workspace:
     return open_workspace(tmp_path)
 
 
 @pytest.fixture
-def run(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(space, capsys) -> Run:
     """Runs a command in the workspace and returns what it prints, in one line."""
 
     def command(*words: str, code: int = 0) -> str:
@@ -56,7 +56,7 @@ def _stop_after(num_steps: int) -> Callable[[], bool]:
 
 
 @pytest.fixture
-def two_runs(tiny_job: Callable[..., Any], space: Workspace) -> Path:
+def two_runs(tiny_job, space) -> Path:
     """A finished run, and one of 8 steps that was stopped after 3; returns the folder of that."""
     run_job(tiny_job("runs/whole", num_steps=2))
     run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))

@@ -36,7 +36,7 @@ from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
+def decoder(tiny_model) -> Decoder:
     torch.manual_seed(0)
     return Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
 
@@ -155,7 +155,7 @@ CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens
 
 
 @pytest.fixture
-def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
+def decoders(tiny_model) -> dict[str, Decoder]:
     decoder = Decoder(ModelConfig.from_dict(tiny_model))
     none = decoder.with_schedule(IterationSchedule.none(2))
     return {"none": none, "full": decoder}

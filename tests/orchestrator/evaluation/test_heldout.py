@@ -88,7 +88,7 @@ class HandMade(LM):
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory) -> Path:
     draw = random.Random(0)
     texts = [story(draw) for _ in range(150)]
     folder = tmp_path_factory.mktemp("tokens")
@@ -100,7 +100,7 @@ def built(data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_
 
 
 @pytest.fixture(scope="module")
-def suite(tokens: Path) -> Path:
+def suite(tokens) -> Path:
     return built(tokens)
 
 

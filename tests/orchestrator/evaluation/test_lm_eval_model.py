@@ -43,7 +43,7 @@ CONTEXT = 48
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Suite:
+def suite(tmp_path) -> Suite:
     folder = tmp_path / "tasks"
     for name, rows in ROWS.items():
         write_task(folder, name, rows)
@@ -51,7 +51,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def make_model(decoder: Decoder, tokenizer: ModelTokenizer) -> Callable[..., DecoderModel]:
+def make_model(decoder, tokenizer) -> Callable[..., DecoderModel]:
     """A function that makes a model for lm-eval; its arguments change the configuration."""
 
     def make(batch_size: int = 32, **changes: Any) -> DecoderModel:

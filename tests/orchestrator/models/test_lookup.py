@@ -21,11 +21,11 @@ from orchestrator.models.lookup import (
 from orchestrator.models.open import open_models
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME
 
 
 @pytest.fixture
-def save_run(workspace: Workspace, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+def save_run(workspace, save_tiny) -> Callable[..., Path]:
     """Write a run's checkpoint; each run is newer than those before."""
     ages = iter(range(1, 100))
 
