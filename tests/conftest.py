@@ -126,7 +126,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    temporary: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
+    temporary: pytest.TempPathFactory = item.config._tmp_path_factory
     copy_databases(temporary.getbasetemp() / "mlflow-template.db")
 
 
@@ -244,8 +244,8 @@ def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
         TrainingJob(
             run_folder=str(folder),
             tokens_folder=str(tiny_tokens),
-            model=tiny_model,  # type: ignore[arg-type]
-            recipe=TrainingSettings(**recipe),  # type: ignore[arg-type]
+            model=tiny_model,
+            recipe=TrainingSettings(**recipe),
         )
     )
     return folder

@@ -35,7 +35,7 @@ def member_gradients(
     keeper = AnswerKeeper(decoder)
     keeper(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
     assert keeper.answer is not None
-    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))  # type: ignore[arg-type]
+    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))
     value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), finish=finish)
     return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
 

@@ -59,7 +59,7 @@ def made_up(
         "checkpoint": f"/workspace/trials/{key}/step_00000150",
         "parent": "7e1c0ffee0000000" if role == "trial" else None,
     }
-    return sample_trial(**{**values, **more})  # type: ignore[arg-type]
+    return sample_trial(**{**values, **more})
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def curve(
 def at_depth(law: Callable[[float], float], depth: float, **values: object) -> MeasuredModel:
     """Return a model of two layers that is as good as vanilla of a depth."""
     usual = {"num_layers": 2, "evaluations_per_layer": 4.0, "losses": (law(depth),)}
-    return MeasuredModel(**{**usual, **values})  # type: ignore[arg-type]
+    return MeasuredModel(**{**usual, **values})
 
 
 @pytest.mark.parametrize("phi", [-0.4, 0.0, 0.46, 1.0])

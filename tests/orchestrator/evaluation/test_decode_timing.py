@@ -87,7 +87,7 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
 
     def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         captured.append(len(replayed))
-        return lambda: replayed.append(1) or step()  # type: ignore[func-returns-value]
+        return lambda: replayed.append(1) or step()
 
     monkeypatch.setattr(decode_timing, "_graphs", lambda d: StaticSteps(d, capture=capture))
     decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)

@@ -76,14 +76,14 @@ class HandMade(LM):
         super().__init__()
         self.answer = answer
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:  # type: ignore[override]
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         hits = [self.answer(request.args[0]) == request.args[1] for request in requests]
         return [(0.0 if hit else -10.0, hit) for hit in hits]
 
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:  # type: ignore[override]
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         return [-float(len(request.args[0].encode())) for request in requests]
 
-    def generate_until(self, requests: list[Any]) -> list[str]:  # type: ignore[override]
+    def generate_until(self, requests: list[Any]) -> list[str]:
         raise AssertionError("nothing is generated")
 
 

@@ -213,7 +213,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
         shapes = limit_tokens(model._decoder, most)
         found = model._loglikelihood_tokens(pairs)
         assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
-        notes = model.progress.notes  # type: ignore[attr-defined]
+        notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
         assert "from here on, it has at most" in notes[0]
     limit_tokens(model._decoder, 10)

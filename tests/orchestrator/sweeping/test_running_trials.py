@@ -207,7 +207,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
             return found
 
     def run(trial: Trial) -> Trial | None:
-        return run_trial(trial, UnderTune(trial))  # type: ignore[arg-type]
+        return run_trial(trial, UnderTune(trial))
 
     assert run(high) is not None, "the first continues"
     assert run(low) is None
