@@ -115,13 +115,11 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None
 
 
 def adapted(decoder: Decoder) -> None:
-    assert decoder.head is not None
     adapter = nn.Sequential(decoder.head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
     decoder.head = adapter
 
 
 def hooked(decoder: Decoder) -> None:
-    assert decoder.head is not None
     decoder.head.register_forward_hook(lambda *_: None)
 
 
@@ -154,7 +152,6 @@ def test_second_derivatives_exist_with_plain_formulas() -> None:
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
 def test_frozen_weights_get_no_gradient(frozen: str) -> None:
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    assert decoder.head is not None
     is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
     decoder.requires_grad_(False)
     is_trained.requires_grad_()

@@ -168,10 +168,8 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
-    assert job
     store_answers([job], workspace.teachers, on_device=on_cpu, progress=notes)
     teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
-    assert teacher
     return teacher(sequences).tolist()
 
 
@@ -327,7 +325,6 @@ def _fill(workspace: Workspace) -> None:
     (workspace.runs / "stages").rename(workspace.runs / "first")  # Another run of that first stage.
     settings, context = read_settings(None, SETTINGS), Context(workspace)
     teacher = newest_checkpoint(workspace.runs / "full")
-    assert teacher
     with suppress(KeyboardInterrupt):
         schedule, stopped = IterationSchedule((0, 0)), Context(workspace, Notes(3))
         evaluate_model(open_model(teacher, schedule), settings.evaluation, stopped)

@@ -110,7 +110,6 @@ def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
-    assert trial.job
     run_job(trial.job, should_stop=_stop_after(30))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
         found = json.loads(run("list", "running", "--json"))

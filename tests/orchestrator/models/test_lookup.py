@@ -77,7 +77,6 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
         assert model.path == found[0]
         assert str(found[0]) in said.pop()
         if found[1] is not None:
-            assert model.config is not None
             assert model.config.corrections == found[1]
         return found
 

@@ -120,7 +120,6 @@ def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypat
     outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
     assert outcome.reused == frozenset()
     job = tiny_plan.trials[-1].job
-    assert job
     num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
     forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
     assert sweep.metrics["sweep/teacher_tokens"] == num_tokens

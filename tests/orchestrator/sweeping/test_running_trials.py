@@ -104,7 +104,6 @@ def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
-        assert holder.stdout
         assert holder.stdout.readline() == "held\n"
         assert is_run_locked(folder)
         assert run_trial(trial, wait=False) is None

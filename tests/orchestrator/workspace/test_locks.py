@@ -39,7 +39,6 @@ def holder(path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout
         assert process.stdout.readline() == "True\n"
         yield process
         process.kill()
