@@ -21,7 +21,7 @@ from iiet.facts import facts_of, metric_facts_of
 from iiet.pruning import InfluenceTable
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
@@ -72,7 +72,6 @@ class InfluencePlan(Result):
         return self.table is not None
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return whether the table is stored."""
         state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
         rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", state)]
         yield two_column_table("Plan of the measurement", rows)
@@ -124,7 +123,6 @@ class InfluenceResult(Result):
         ]
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table of layers and corrections."""
         yield from influence_tables(self.table)
 
 
