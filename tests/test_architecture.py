@@ -26,7 +26,6 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation",),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "altair": ("orchestrator.reporting.charts",),
     "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.front",),
