@@ -79,7 +79,7 @@ def sweep(setup: Setup) -> Iterator[Row]:
     suite = plan_suite(*asked, load_tasks(*asked, Progress()))
     here, there = (open_workspace(setup.folder / name) for name in ("swept", "looped"))
     plans = [
-        students_plan(Students(settings, space, Path(str(teacher.checkpoint)), suite), influence)
+        students_plan(Students(settings, space, Path(str(teacher.checkpoint)), suite, influence))
         for space in (here, there)
     ]
     swept, looped = ([trial for trial in plan.trials if trial.job] for plan in plans)

@@ -57,7 +57,7 @@ from orchestrator.sweeping.models import (
     learning_rates,
     model_label,
     settings_of,
-    swept_models,
+    swept_variants,
 )
 from orchestrator.terminal.render import format_with_error, print_line
 from orchestrator.training.job import pretraining_job
@@ -149,7 +149,7 @@ class IiadStudy:
                 "above 0 into sweep.iterations"
             )
         self.fullest = model_label(correcting[0], max(counts))
-        self.variants = {variant.name: variant for variant in swept_models(settings)}
+        self.variants = {variant.name: variant for variant in swept_variants(settings)}
         self.failures: dict[str, str] = {}
 
     def print_plan(self) -> None:

@@ -269,7 +269,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, trained_run: Path) -> Any:
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
     suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
-    return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite), table)
+    return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite, table))
 
 
 @pytest.fixture(scope="session")

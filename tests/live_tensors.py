@@ -1,4 +1,4 @@
-"""Memory of live tensors, counted as they are made and freed."""
+"""What operations do: their names, and the memory of live tensors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,22 @@ class _SeesOperations(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._see(args, result)
+        self._see(func, args, result)
         return result
 
-    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         raise NotImplementedError
+
+
+class SeenOperations(_SeesOperations):
+    """Keeps the names of all operations, such as `sub` and `index_copy_`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        self.names.append(func._schema.name.removeprefix("aten::"))
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -44,7 +55,7 @@ class LiveTensors(_SeesOperations):
             if tensor is not None:
                 self._sizes[tensor.untyped_storage()._cdata] = 0
 
-    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors(result):
             self._add(tensor.untyped_storage())
 
@@ -68,7 +79,7 @@ class LiveStorages(_SeesOperations):
         self.peak = 0
         self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors((args, result)):
             self._live.add(tensor.untyped_storage())
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
@@ -81,7 +92,7 @@ class LargestTensor(_SeesOperations):
         super().__init__()
         self.num_values = 0
 
-    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors(result):
             held = tensor.untyped_storage().nbytes() // tensor.itemsize
             self.num_values = max(self.num_values, held)

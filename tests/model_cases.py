@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from method_schedules import schedule_for
 from torch import Tensor
 
+from iiet.config import preset
 from iiet.decoder import Decoder
+from iiet.losses import next_token_loss
 from iiet.methods import METHODS
+from iiet.published import _to_published
 from iiet.schedule import IterationSchedule
 
 VOCAB = 31
+EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
 def make_model(
@@ -25,8 +29,6 @@ def make_model(
 ) -> Decoder:
     """Return a decoder of three layers, its method's own weights away from their starting values,
     so that nothing passes by coincidence."""
-    from iiet.config import preset
-
     sizes: dict[str, Any] = {
         **{"vocab_size": VOCAB, "dim": 16, "num_layers": len(schedule), "num_heads": 4},
         **{"num_kv_heads": 2, "ffn_dim": 24, "context_length": 48, "initializer_std": 0.3},
@@ -40,9 +42,26 @@ def make_model(
     return decoder.to(dtype).eval()
 
 
+def schedule_for(method: str, corrections: Sequence[int]) -> IterationSchedule | None:
+    """Return these corrections, at most the full level where the method has levels, their maximum
+    in all layers where it repeats the stack, or None where it makes none."""
+    if not METHODS[method].has_corrections:
+        return None
+    if (most := METHODS[method].full_level) is not None:
+        return IterationSchedule(tuple(min(most, count) for count in corrections))
+    if METHODS[method].repeats_stack:
+        return IterationSchedule.uniform(len(corrections), max(corrections))
+    return IterationSchedule(tuple(corrections))
+
+
 def tokens(*shape: int, seed: int = 1) -> Tensor:
     """Return random tokens of a shape."""
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(*counts: int, time: int) -> Tensor:
+    """Return a mask, (rows, time), with so many tokens of padding at the left of each row."""
+    return torch.arange(time) >= torch.tensor(counts)[:, None]
 
 
 @st.composite
@@ -77,7 +96,7 @@ def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own)) -> De
 def paddings(draw: st.DrawFn, batch: int = 2, time: int = 9) -> Tensor:
     """Draw a mask, (batch, time), with padding on the left of some rows; one row has none."""
     left = [0, *draw(st.lists(st.integers(0, time - 2), min_size=batch - 1, max_size=batch - 1))]
-    return torch.arange(time) >= torch.tensor(left)[:, None]
+    return left_padding(*left, time=time)
 
 
 def cheaper(decoder: Decoder) -> IterationSchedule | None:
@@ -85,3 +104,29 @@ def cheaper(decoder: Decoder) -> IterationSchedule | None:
     if not decoder.schedule.num_corrections:
         return None
     return IterationSchedule.none(decoder.config.num_layers)
+
+
+Gradients = Mapping[str, Tensor | None]
+"""Name of a parameter -> its gradient."""
+
+
+def gradients(decoder: Decoder, loss: Tensor | None = None) -> Gradients:
+    """Return the gradients of a loss; of that of `tokens(2, 9)` if unset."""
+    ids = tokens(2, 9)
+    decoder.zero_grad()
+    loss = next_token_loss(decoder(ids), ids) if loss is None else loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+
+def assert_same(found: Gradients, expected: Gradients, **tolerance: float) -> None:
+    """Compare gradients bitwise, or with a tolerance."""
+    for name, gradient in found.items():
+        assert (gradient is None) == (expected[name] is None), name
+        torch.testing.assert_close(gradient, expected[name], **(tolerance or EXACT))
+
+
+def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
+    """Return the gradients, where there are any, under the published names of the weights."""
+    found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
+    return _to_published(decoder.config, found)

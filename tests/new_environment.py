@@ -35,17 +35,12 @@ def run(program: Path | str, *arguments: str, cwd: Path) -> str:
     done = subprocess.run(
         [str(program), *arguments],
         cwd=cwd,
-        env=clean_variables(),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
-
-
-def clean_variables() -> dict[str, str]:
-    """Return the environment variables without those that lead to this checkout."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def build(target: str, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from method_schedules import schedule_for
+from model_cases import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
 from orchestrator.data.depth import write_depth

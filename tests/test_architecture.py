@@ -64,19 +64,19 @@ LINES = {
     "examples": 452,
     "research": 2_142,
     "orchestrator/workspace": 1_301,
-    "orchestrator/terminal": 559,
-    "orchestrator/settings": 1_598,
+    "orchestrator/terminal": 591,
+    "orchestrator/settings": 1_593,
     "orchestrator/records": 1_031,
     "orchestrator/models": 1_933,
     "orchestrator/data": 2_477,
     "orchestrator/tracking": 1_402,
-    "orchestrator/training": 3_447,
+    "orchestrator/training": 3_461,
     "orchestrator/evaluation": 2_575,
-    "orchestrator/planning": 1_168,
+    "orchestrator/planning": 1_163,
     "orchestrator/cluster": 1_833,
     "orchestrator/reporting": 4_888,
-    "orchestrator/sweeping": 2_696,
-    "orchestrator/pipelines": 4_899,
+    "orchestrator/sweeping": 2_671,
+    "orchestrator/pipelines": 4_892,
     "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
@@ -129,7 +129,7 @@ def libraries() -> dict[str, set[str]]:
     return {name: {i.split(".")[0] for i in found} for name, found in imports().items()}
 
 
-def test_the_core_imports_torch_and_the_standard_library_only() -> None:
+def test_the_core_imports_torch_and_the_standard_library_only():
     allowed = {*sys.stdlib_module_names, "torch", "iiet"}
     extra = {
         "iiet.modeling_iiet": {"transformers", "huggingface_hub"},
@@ -142,7 +142,7 @@ def test_the_core_imports_torch_and_the_standard_library_only() -> None:
 
 
 @pytest.mark.parametrize("library", ADAPTERS)
-def test_each_outside_library_has_one_adapter(library: str) -> None:
+def test_each_outside_library_has_one_adapter(library):
     users = {name for name in MODULES if library in libraries()[name]}
     assert users, f"nothing imports {library}: is it still needed?"
     places = ADAPTERS[library]
@@ -159,7 +159,7 @@ def _normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def test_every_imported_library_is_declared() -> None:
+def test_every_imported_library_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = _distributions(project["dependencies"])
     extras = project["optional-dependencies"]
@@ -175,7 +175,7 @@ def test_every_imported_library_is_declared() -> None:
             assert is_required, f"{place} as required, or import it within a function"
 
 
-def test_files_are_loaded_without_running_their_code() -> None:
+def test_files_are_loaded_without_running_their_code():
     """The package `cluster` unpickles what Ray has pickled in the same run, and nothing else."""
     for name, tree in trees().items():
         for call in ast.walk(tree):
@@ -190,7 +190,7 @@ def test_files_are_loaded_without_running_their_code() -> None:
             assert options.get("allow_pickle") != "True", place
 
 
-def test_packages_import_only_from_those_before_them() -> None:
+def test_packages_import_only_from_those_before_them():
     packages = {path.parent.name for path in (ROOT / "orchestrator").glob("*/__init__.py")}
     assert packages == set(ORDER)
     assert {path.name for path in (ROOT / "orchestrator").glob("*.*")} == {
@@ -209,7 +209,7 @@ def test_packages_import_only_from_those_before_them() -> None:
                     assert other <= own, place
 
 
-def test_no_module_or_package_imports_itself_through_others() -> None:
+def test_no_module_or_package_imports_itself_through_others():
     """Imports of types count, too: a reader has to read them first."""
     modules = {name: found & set(MODULES) for name, found in imports().items()}
     packages: dict[str, set[str]] = {}
@@ -224,14 +224,14 @@ def test_no_module_or_package_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("folder", LINES)
-def test_a_folder_has_no_more_lines_than_the_table_says(folder: str) -> None:
+def test_a_folder_has_no_more_lines_than_the_table_says(folder):
     files = (ROOT / folder).rglob("*.py")
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
     assert lines <= LINES[folder], "make it smaller, or raise the number and say why in the commit"
     assert LINES[folder] - lines < 50, f"set the number to {lines}, so that it cannot grow again"
 
 
-def test_modules_have_a_docstring_and_none_is_hidden_by_a_name_of_its_package() -> None:
+def test_modules_have_a_docstring_and_none_is_hidden_by_a_name_of_its_package():
     for name, tree in trees().items():
         assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
         if MODULES[name].name == "__init__.py":
@@ -245,7 +245,7 @@ def test_modules_have_a_docstring_and_none_is_hidden_by_a_name_of_its_package() 
             assert not hidden, f"{name} exports a function or class of the name of {hidden}"
 
 
-def test_programs_inside_tests_import_names_that_exist() -> None:
+def test_programs_inside_tests_import_names_that_exist():
     """No tool renames what stands in a string, and slow tests would notice last."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for text in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -262,13 +262,7 @@ def test_programs_inside_tests_import_names_that_exist() -> None:
                         assert str(node.module).split(".")[0] not in PACKAGES, (path, node.module)
 
 
-def test_the_core_loads_without_the_libraries_around_it() -> None:
-    code = "import sys, iiet; print(*{'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy():
     code = (
         "import sys, orchestrator.cli as cli\n"
         "assert cli.main(['--help']) == 0\n"

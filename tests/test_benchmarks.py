@@ -44,7 +44,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         for n in SECTIONS
     ],
 )
-def test_a_section_checks_and_measures_at_toy_size(name: str, toy: Setup) -> None:
+def test_a_section_checks_and_measures_at_toy_size(name, toy):
     result = run_section(SECTIONS[name], toy)
     assert (result.status, result.problems) == ("passed", []), result.details
     measured = [row for row in result.rows if row.figures]
@@ -59,9 +59,7 @@ def test_a_section_checks_and_measures_at_toy_size(name: str, toy: Setup) -> Non
 
 
 @pytest.mark.slow
-def test_the_command_measures_a_file_and_writes_both_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
     file = write_llama(tmp_path / "tiny.gguf", tiny_llama())
     assert main(["decoding", "--quick", "--gguf", str(file), "--to", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "cpu-report.json").read_text())
@@ -79,9 +77,7 @@ def test_the_command_measures_a_file_and_writes_both_reports(
     assert "tiny: the figures mean nothing" in (tmp_path / "gpu-report.md").read_text()
 
 
-def test_mistakes_are_named_before_anything_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
     cases = [
         (["mixx"], ("mixx", *CPU_SECTIONS)),
         (["--gpu", "--quick", "sped"], ("sped", *GPU_SECTIONS)),
@@ -100,7 +96,7 @@ def test_mistakes_are_named_before_anything_runs(
         assert all(word in said for word in words), said
 
 
-def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down() -> None:
+def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down():
     ran, slowness, now = "", [1.0, 1.0, 9.0, 2.0, 4.0], 0.0  # Of the machine, by repetition.
 
     def task(name: str, work: float) -> Callable[[], float]:
@@ -121,7 +117,7 @@ def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down() -> No
     assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
 
 
-def test_a_goal_judges_the_median() -> None:
+def test_a_goal_judges_the_median():
     for goal, met in (
         (Goal("at most", 0.6), True),
         (Goal("at most", 0.59), False),
@@ -134,7 +130,7 @@ def test_a_goal_judges_the_median() -> None:
         assert ("missed" in row.verdict) == (met is False)
 
 
-def test_programs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_differ_are_not_timed(monkeypatch):
     assert "1.0e-12" in checked("a and b", 1e-12, 1e-9).what
     for difference in (1e-6, math.nan, math.inf):
         with pytest.raises(ArithmeticError, match="a and b differ"):
@@ -148,9 +144,7 @@ def test_programs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert largest_difference(size, "stacked") > 1e-3
 
 
-def test_a_gradient_that_differs_fails_the_section(
-    toy: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_that_differs_fails_the_section(toy, monkeypatch):
     computed = training.model_outputs
     calls = iter(range(100))
 
@@ -185,7 +179,7 @@ def killed(_: Setup) -> Iterator[Row]:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(toy: Setup) -> None:
+def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(toy):
     result = run_section(section(failing), toy)
     assert [row.what for row in result.rows] == ["first"]
     assert result.status == "failed"
@@ -196,7 +190,7 @@ def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(t
 
 
 @pytest.mark.slow
-def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy: Setup) -> None:
+def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy):
     result = run_in_process(section(killed), toy)
     assert [row.what for row in result.rows] == ["first"]
     assert result.reasons == ["its process ended with exit code -9"]
@@ -206,7 +200,7 @@ def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy:
     assert "took longer than" in result.reasons[-1]
 
 
-def test_waits_are_counted_by_step_and_place() -> None:
+def test_waits_are_counted_by_step_and_place():
     text = "called a synchronizing CUDA operation"
     with training.counted_waits() as (steps, end_step):
         for number in (2, 0, 3):
@@ -220,7 +214,7 @@ def test_waits_are_counted_by_step_and_place() -> None:
     assert count == 3
 
 
-def test_the_report_shows_verdicts_first_and_every_problem() -> None:
+def test_the_report_shows_verdicts_first_and_every_problem():
     rows = (
         Row(what="a", figures={"ms": 12.345, "GB/s": 2345.6}),
         Row(what="b", figures={"ms": 1.0}, problem="too | slow"),

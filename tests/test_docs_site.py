@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import concept_figures
@@ -22,7 +21,7 @@ from orchestrator import cli
 from orchestrator.settings import Section, Settings
 
 
-def test_the_reference_has_every_command_option_and_setting() -> None:
+def test_the_reference_has_every_command_option_and_setting():
     page = generated_pages.command_line_page()
     sections = dict(re.findall(r"^### iiet-orch (.*?)\n(.*?)(?=^##|\Z)", page, re.S | re.M))
 
@@ -53,7 +52,7 @@ def test_the_reference_has_every_command_option_and_setting() -> None:
     check_settings(Settings())
 
 
-def test_the_figures_are_of_the_sweep_in_the_readme() -> None:
+def test_the_figures_are_of_the_sweep_in_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d,\d) \| (\d+) \|", readme, re.MULTILINE)
     family = iiet.schedule_family(concept_figures.INFLUENCE)
@@ -64,7 +63,7 @@ def test_the_figures_are_of_the_sweep_in_the_readme() -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("sphinx") is None, reason="needs the extra docs: pip install '.[docs]'"
 )
-def test_the_site_is_built_without_a_warning_with_every_public_name(tmp_path: Path) -> None:
+def test_the_site_is_built_without_a_warning_with_every_public_name(tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
     built = subprocess.run(

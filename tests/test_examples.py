@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -35,7 +33,7 @@ def small_decoder(**options: object) -> Decoder:
     ],
     ids=str,
 )
-def test_the_spectral_radius_is_that_of_the_whole_jacobian(options: dict[str, object]) -> None:
+def test_the_spectral_radius_is_that_of_the_whole_jacobian(options):
     decoder, input_ids = small_decoder(**options), torch.randint(31, (1, 6))
     maps = example.correction_maps(decoder, input_ids)
     assert list(maps) == [0, 2]
@@ -50,9 +48,7 @@ def test_the_spectral_radius_is_that_of_the_whole_jacobian(options: dict[str, ob
         assert few == pytest.approx(expected, rel=0.05)
 
 
-def test_the_table_of_a_folder(
-    tmp_path: Path, tiny_tokens: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_of_a_folder(tmp_path, tiny_tokens, capsys):
     decoder = small_decoder().float()
     decoder.save(tmp_path)
     example.main([str(tmp_path), "--tokens", "8"])
@@ -67,9 +63,7 @@ def test_the_table_of_a_folder(
 
 
 @pytest.mark.slow
-def test_the_core_trains_distills_and_exports_as_the_example_shows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_core_trains_distills_and_exports_as_the_example_shows(tmp_path, capsys):
     losses = train_distill_export.main(str(tmp_path), num_steps=60)
     assert losses["trained"] < 3.0, "the text's letters have an entropy of about 4 bits"
     assert losses["cross_entropy"] < losses["pruned"]

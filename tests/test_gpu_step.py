@@ -124,12 +124,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     ],
 )
 def test_a_step_waits_once_and_computes_in_bfloat16(
-    case: str,
-    num_attentions: int,
-    num_norms: int,
-    most_kernels: int,
-    steps: dict[str, dict[str, Any]],
-) -> None:
+    case, num_attentions, num_norms, most_kernels, steps
+):
     """`most_kernels` is 3 % above what was counted when the test was written."""
     step = steps[case]
 

@@ -1,15 +1,11 @@
 """The marks that follow from others, and the process in which a test runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 
-def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process(
-    request: pytest.FixtureRequest,
-) -> None:
+def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process(request):
     plugin = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
     assert plugin
     names = ("test_that_installs", "test_of_a_formula", "test_under_ray")

@@ -1,9 +1,7 @@
 """The faults of `mutants.toml` can be put into the code as it is."""
 
-from __future__ import annotations
-
 from mutants import read_mutants
 
 
-def test_every_fault_replaces_one_text_and_names_tests_that_exist() -> None:
+def test_every_fault_replaces_one_text_and_names_tests_that_exist():
     assert len(read_mutants()) >= 174  # Faults are ported with the code, so they never get fewer.

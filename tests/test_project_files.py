@@ -8,7 +8,6 @@ import re
 import tarfile
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 import yaml
@@ -29,7 +28,7 @@ STEM = f"iiet_orch-{PROJECT['version']}"
 PACKAGES = ("iiet", "orchestrator")
 
 
-def test_changelog_and_citation_are_of_this_version() -> None:
+def test_changelog_and_citation_are_of_this_version():
     versions = re.findall(r"^## (\S+)", read("CHANGELOG.md"), flags=re.MULTILINE)
     assert versions[0] == PROJECT["version"]
     assert versions == sorted(versions, reverse=True)
@@ -38,7 +37,7 @@ def test_changelog_and_citation_are_of_this_version() -> None:
     assert citation["preferred-citation"]["url"] in read("README.md")
 
 
-def test_paths_targets_and_marks_of_the_page_for_contributors_exist() -> None:
+def test_paths_targets_and_marks_of_the_page_for_contributors_exist():
     for name in ("CONTRIBUTING.md", "SECURITY.md"):
         links = re.findall(r"\]\((?!http)([^)#]+)", read(name))
         paths = re.findall(r"`((?:tests|orchestrator|iiet|docs|\.github)/[\w./]*)`", read(name))
@@ -59,7 +58,7 @@ def sources(*folders: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path: Path) -> None:
+def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path):
     wheel = zipfile.ZipFile(build("wheel", tmp_path))
     own = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     sweeps = {f"orchestrator/{path}" for path in sources("sweeps")}
@@ -81,7 +80,7 @@ def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path: Path) -> None:
+def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path):
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {member.name.removeprefix(f"{STEM}/") for member in archive if member.isfile()}
     folders = (*PACKAGES, "sweeps", "benchmarks", "examples", "research", "tests", "docs")

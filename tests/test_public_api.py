@@ -69,7 +69,7 @@ def problems_of(function: Any, *, is_overridden: bool) -> list[str]:
     return found
 
 
-def test_public_functions_and_classes_are_documented_and_typed() -> None:
+def test_public_functions_and_classes_are_documented_and_typed():
     problems = []
     for one in PUBLIC:
         members = own_members(one) if inspect.isclass(one) else {}
@@ -88,7 +88,7 @@ def test_public_functions_and_classes_are_documented_and_typed() -> None:
     assert not problems
 
 
-def test_packages_are_marked_as_typed_and_export_each_name_once() -> None:
+def test_packages_are_marked_as_typed_and_export_each_name_once():
     for package in PACKAGES:
         assert (Path(str(package.__file__)).parent / "py.typed").read_text() == ""
         assert len(package.__all__) == len(set(package.__all__))

@@ -8,7 +8,6 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -75,9 +74,9 @@ from orchestrator.sweeping.plan import (
     iterations_plan,
     load_tasks,
     measuring_flops,
-    plan_all_students,
     plan_iterations,
     plan_sentences,
+    plan_students,
     plan_table,
     schedule_search,
     trial_states,
@@ -393,7 +392,7 @@ def plan_sweep(
         if len(tables) < len(teachers):  # The schedules follow from all of them.
             tables = {}
         options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        plan = plan_all_students(settings, space, teachers, tables, note=progress.note, **options)
+        plan = plan_students(settings, space, teachers, tables, note=progress.note, **options)
         if not tables:
             models_of = {label: load_config(path) for label, path in teachers.items()}
             unknown, sentences = _bounds(settings, models_of, "'s influence is not measured")
@@ -500,14 +499,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
             progress.note(f"expected: {expected_time(plan.price)}")
             progress.expected = plan.price.seconds
             if plan.pretraining:
-                begin, seconds = time.monotonic(), plan.price.seconds.get("pretrain")
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
-                if seconds:  # The speed of this machine is known now.
-                    speed = seconds / (time.monotonic() - begin)
-                    price = plan.price.as_fast_as(speed)
-                    progress.note(f"expected from here on: {expected_time(price)}")
-                    progress.expected = price.seconds
+                progress.expected = plan.price.seconds
             made["influence"] = {}
             on_device = trial_device(settings, root)
             for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:
@@ -515,6 +509,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 table = run_influence(planned, context, on_device=on_device).table
                 made["influence"][str(teacher)] = table
             plan = again(**made)
+            progress.expected = plan.price.seconds
             outcome = run_plan(
                 plan.plan,
                 settings,
@@ -605,8 +600,6 @@ def _report_of(
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
     stops = early_stops(plan, planned.placed.sweep)
-    for trial in found.results:
-        stops.pop(trial.key, None)
     return SweepResult.of(
         written,
         workspace,

@@ -335,11 +335,6 @@ class Price(Record):
     stop_seconds: float = 0.0
     """Longest time, without a step, until they have."""
 
-    def as_fast_as(self, speed: float) -> Price:
-        """Return the price on a machine of another speed than assumed, once that is started."""
-        seconds = {stage: n / speed for stage, n in self.seconds.items() if stage != "start"}
-        return self.model_copy(update={"seconds": seconds})
-
 
 def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
     """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""

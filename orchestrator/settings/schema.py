@@ -204,11 +204,6 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
     if sweep.asha and sweep.seeds:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
-    if kind == "iterations" and settings.evaluation.apply_chat_template:
-        yield (
-            "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
-            "no chat template; leave it out, or distill an imported model that has one"
-        )
     if kind != "threshold" and sweep.teachers:
         yield "sweep.kind, sweep.teachers: only a threshold sweep has several; leave the second out"
     if kind == "iterations" and sweep.baselines:

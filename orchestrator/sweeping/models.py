@@ -132,54 +132,51 @@ def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVar
         yield replace(model, num_layers=None if number == own else number)
 
 
-def swept_models(settings: Settings) -> Iterator[ModelVariant]:
-    """Yield the methods, iteration counts and numbers of layers that a sweep trains."""
-    for method in settings.sweep.methods:
-        counts = settings.sweep.iterations if has_counts(method) else (None,)
-        for count in counts:
-            yield from _at_each_depth(settings, ModelVariant(method=method, corrections=count))
-
-
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
-    """Yield the models that a sweep trains at each of their learning rates, under each seed."""
-    for model in swept_models(settings):
-        rates = learning_rates(settings, model)
-        for rate in rates if len(rates) > 1 else (None,):
-            for seed in settings.sweep.seeds or (None,):
-                yield replace(model, learning_rate=rate, seed=seed)
-
-
-def _named_model(settings: Settings, name: str) -> ModelVariant:
-    method, count = split_count(name)
-    usual = settings.model.corrections if has_counts(method) else None
-    return ModelVariant(method=method, corrections=usual if count is None else count)
-
-
-def teacher_models(settings: Settings) -> list[ModelVariant]:
-    """Return the teachers that a sweep trains: the settings' model, and `sweep.teachers`."""
-    own = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
-    return [own, *(_named_model(settings, name) for name in settings.sweep.teachers)]
+    """Yield the models of an iterations sweep: each method with each iteration count, at each of
+    its numbers of layers and learning rates, under each seed."""
+    for method in settings.sweep.methods:
+        for count in settings.sweep.iterations if has_counts(method) else (None,):
+            one = ModelVariant(method=method, corrections=count)
+            for model in _at_each_depth(settings, one):
+                rates = learning_rates(settings, model)
+                for rate in rates if len(rates) > 1 else (None,):
+                    for seed in settings.sweep.seeds or (None,):
+                        yield replace(model, learning_rate=rate, seed=seed)
 
 
 def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
-    """Return the teachers by label; several have their own names, each with those of its seeds."""
-    teachers = teacher_models(settings)
+    """Return the teachers that a sweep trains by label: the settings' model, and beside it those of
+    `sweep.teachers`; several have their own names, and are trained under each seed."""
+    own = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
     if not settings.sweep.teachers:
-        return {TEACHER: teachers[0]}
-    return {model.label: model for model in _under_seeds(settings, teachers)}
+        return {TEACHER: own}
+    models = [own, *_named_models(settings, settings.sweep.teachers)]
+    return {model.label: model for model in _under_seeds(settings, models)}
+
+
+def baseline_models(settings: Settings) -> list[ModelVariant]:
+    """Return the baselines of the settings' teacher, each at its numbers of layers; those of
+    several teachers are trained under each seed, as these are."""
+    named = [
+        ModelVariant(method=BASELINE_METHOD),
+        ModelVariant(method=settings.model.method, corrections=0),
+        *_named_models(settings, settings.sweep.baselines),
+    ]
+    models = [model for one in named for model in _at_each_depth(settings, one)]
+    return _under_seeds(settings, models) if settings.sweep.teachers else models
+
+
+def _named_models(settings: Settings, names: Iterable[str]) -> Iterator[ModelVariant]:
+    for name in names:
+        method, count = split_count(name)
+        usual = settings.model.corrections if has_counts(method) else None
+        yield ModelVariant(method=method, corrections=usual if count is None else count)
 
 
 def _under_seeds(settings: Settings, models: Iterable[ModelVariant]) -> list[ModelVariant]:
     seeds = settings.sweep.seeds or (None,)
     return [replace(model, seed=seed) for model in models for seed in seeds]
-
-
-def baseline_models(settings: Settings) -> list[ModelVariant]:
-    """Return the baselines of the settings' teacher, each at its numbers of layers."""
-    usual = ModelVariant(method=BASELINE_METHOD)
-    none = ModelVariant(method=settings.model.method, corrections=0)
-    more = [_named_model(settings, name) for name in settings.sweep.baselines]
-    return [model for one in (usual, none, *more) for model in _at_each_depth(settings, one)]
 
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
@@ -203,20 +200,15 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 
 
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of the teachers and the baselines that a sweep trains.
-
-    Those of several teachers are trained under each seed, as these are.
-    """
-    baselines = baseline_models(settings)
-    if settings.sweep.teachers:
-        baselines = _under_seeds(settings, baselines)
-    named = teachers_by_label(settings) | {model.label: model for model in baselines}
+    """Return the settings of the teachers and the baselines that a sweep trains, by label."""
+    baselines = {model.label: model for model in baseline_models(settings)}
+    named = teachers_by_label(settings) | baselines
     return {label: settings_of(settings, variant) for label, variant in named.items()}
 
 
 def claims_answered(settings: Settings) -> str:
     """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
-    teachers = {model.method for model in teacher_models(settings)}
+    teachers = {model.method for model in teachers_by_label(settings).values()}
     beside = {model.method for model in baseline_models(settings) if model.num_layers is None}
     needs: dict[int, tuple[set[str], set[str]]] = {
         1: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
@@ -329,9 +321,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """
     if broken := broken_rules(settings, of_sweep=True):
         raise UserError(list_of_problems("settings", broken))
-    if settings.sweep.asha and not any(
-        len(learning_rates(settings, model)) > 1 for model in swept_models(settings)
-    ):
+    if settings.sweep.asha and not any(one.learning_rate for one in swept_variants(settings)):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
@@ -389,11 +379,11 @@ def check_models(settings: Settings) -> None:
         )
     sweep, data = settings.sweep, settings.data
     is_scratch = sweep.kind == "iterations"
-    models = [*swept_models(settings)] if is_scratch else baseline_models(settings)
-    problems, configs = [], []
-    built = models if is_scratch else teacher_models(settings)[1:]
+    models = [*swept_variants(settings)] if is_scratch else baseline_models(settings)
+    built = models if is_scratch else teachers_by_label(settings).values()
     each = [settings_of(settings, model) for model in built]
-    for own in each if is_scratch else [settings, *each]:
+    problems, configs = [], []
+    for own in each:
         try:
             configs.append(
                 build_model_config(
@@ -411,7 +401,7 @@ def check_models(settings: Settings) -> None:
         if name in rates or (name in sweep.num_layers and name not in known):
             setting = "learning_rates" if name in rates else "num_layers"
             what = "swept" if is_scratch else "a baseline of this sweep"
-            names = ", ".join(model.name for model in models)
+            names = ", ".join(dict.fromkeys(model.name for model in models))
             problems.append(f"sweep.{setting}: {name} is not {what}; such models are {names}")
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
@@ -419,7 +409,7 @@ def check_models(settings: Settings) -> None:
         return
     if settings.distillation.control != "pruned":
         sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
-    for config, own in zip(configs, [settings, *each], strict=True):
+    for config, own in zip(configs, each, strict=True):
         check_teacher(sweep, config)
         method = facts_of(config.method)
         if method.repeats_stack or not method.has_corrections or not sum(config.corrections):

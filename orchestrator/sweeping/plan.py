@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
@@ -51,12 +51,11 @@ from orchestrator.sweeping.models import (
     check_teacher,
     find_baselines,
     has_counts,
-    schedule_cost,
     settings_of,
     swept_variants,
     teachers_by_label,
 )
-from orchestrator.sweeping.students import Students, checkpoint_trial, choose_members, make_trial
+from orchestrator.sweeping.students import Students, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import finished_outcome, job_key, pretraining_job
@@ -133,88 +132,10 @@ def iterations_plan(
         trials[trial.key] = trial.model_copy(update=changes)
     seeds = {job.recipe.seed for model, job in zip(models, jobs, strict=True) if model.group}
     num_requested = len(models) // (len(seeds) or 1)
-    return _named_plan("iterations", name, [*trials.values()], num_requested, teacher=None)
+    return _named_plan("iterations", name, [*trials.values()], num_requested)
 
 
 def plan_students(
-    settings: Settings,
-    workspace: Workspace,
-    teacher: Path,
-    influence: InfluenceTable | None,
-    *,
-    note: Callable[[str], None] = lambda _: None,
-    baselines: Mapping[str, Path] | None = None,
-    name: str | None = None,
-    hashes: Mapping[str, str] | None = None,
-    teacher_name: str = "",
-    seed: int | None = None,
-) -> SweepPlan:
-    """Plan a threshold sweep or a search: the trials that are known before any has run.
-
-    Args:
-        influence: The teacher's table; without it the plan has no students.
-        note: Called with a sentence for each run that cannot be a baseline.
-        baselines: Label to checkpoint; those of `find_baselines` when unset.
-        hashes: Of lm-eval's tasks, if they are loaded.
-        teacher_name: As in `Students`, with the seed: if this is one teacher of several.
-        seed: Seed of teacher, students and baselines.
-    """
-    sweep, full = settings.sweep, load_config(teacher)
-    left_out: dict[str, str] = {}
-    if baselines is None:
-        baselines, left_out = find_baselines(workspace, teacher, sweep.num_layers)
-        for run, reason in left_out.items():
-            note(f"run {run}: {reason}")
-    check_teacher(sweep, full)
-    tokens = tokens_folder_of(teacher, workspace)
-    suite = plan_suite(
-        settings.evaluation, tokens, full, hashes, teacher=teacher, workspace=workspace
-    )
-    if suite.prompts:
-        check_template(ModelTokenizer(teacher), suite.prompts)
-    plan = students_plan(
-        Students(settings, workspace, teacher, suite, teacher_name, seed),
-        influence,
-        baselines=baselines,
-        name=None if sweep.kind == "search" else name,
-    ).model_copy(update={"left_out": left_out})
-    return search_plan(plan, settings.search, name) if sweep.kind == "search" else plan
-
-
-def students_plan(
-    students: Students,
-    influence: InfluenceTable | None,
-    *,
-    baselines: Mapping[str, Path] | None = None,
-    name: str | None = None,
-) -> SweepPlan:
-    """Plan the teacher, elastic weights, students under the chosen schedules, and the baselines.
-
-    Elastic weights take the students' place, unless the two are compared. The name is made from
-    the plan's key when unset.
-    """
-    sweep, full, suite, workspace = (
-        students.settings.sweep, students.full, students.suite, students.workspace
-    )  # fmt: skip
-    measured: dict[str, Any] = {"suite": suite, "workspace": workspace, "seed": students.seed}
-    name_of_teacher = students.name or "teacher"
-    trials = [checkpoint_trial("teacher", name_of_teacher, students.teacher, full, **measured)]
-    cost = schedule_cost(sweep.budget_unit, full)
-    members = choose_members(influence, sweep, cost=cost) if influence else ()
-    if influence and sweep.elastic:
-        trials += students.elastic(members)
-    if not sweep.elastic or sweep.compare:
-        trials += students.family(members)
-    for label, folder in (baselines or {}).items():
-        config = load_config(folder)
-        trials.append(checkpoint_trial("baseline", label, folder, config, **measured))
-    if influence:
-        trials += students.distilled_baselines(members, influence)
-    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    return _named_plan("threshold", name, trials, num_requested, teacher=students.teacher)
-
-
-def plan_all_students(
     settings: Settings,
     workspace: Workspace,
     teachers: Mapping[str, Path],
@@ -225,39 +146,63 @@ def plan_all_students(
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepPlan:
-    """Plan the students of one teacher, or of those that `sweep.teachers` adds under each seed.
+    """Plan a threshold sweep or a search: the trials that are known before any has run.
 
     The seeds of a teacher have the same schedules, those of their mean influence.
 
     Args:
         teachers: Label of `teachers_by_label` -> checkpoint.
         influence: Label -> table; without them the plan has no students.
-        baselines: Label to checkpoint; of several teachers, of those that the sweep trains.
+        note: Called with a sentence for each run that cannot be a baseline.
+        baselines: Label -> checkpoint; those of `find_baselines` when unset. Those of several
+            teachers stand once for each seed.
+        hashes: Of lm-eval's tasks, if they are loaded.
     """
-    asked: dict[str, Any] = {"note": note, "hashes": hashes}
-    if not settings.sweep.teachers:
-        [(label, teacher)] = teachers.items()
-        asked |= {"baselines": baselines, "name": name}
-        return plan_students(settings, workspace, teacher, influence.get(label), **asked)
-    models, plans = teachers_by_label(settings), []
-    for label, model in models.items():
-        same = [
-            influence[other]
-            for other in models
-            if models[other].name == model.name and other in influence
-        ]
-        beside = {}
-        if model.name == next(iter(models.values())).name:  # Once for each seed.
-            seeded = [replace(one, seed=model.seed) for one in baseline_models(settings)]
-            known = baselines or {}
-            beside = {one.name: known[one.label] for one in seeded if one.label in known}
-        asked |= {"teacher_name": model.name, "seed": model.seed, "baselines": beside}
-        table = mean_influence(same) if same else None
-        plans.append(plan_students(settings, workspace, teachers[label], table, **asked))
-    trials = {trial.key: trial for plan in plans for trial in plan.trials}
-    num_requested = plans[0].num_requested * len({model.name for model in models.values()})
-    whole = _named_plan("threshold", name, [*trials.values()], num_requested, teacher=None)
-    return whole.model_copy(update={"teacher": plans[0].teacher})
+    sweep, models, parts = settings.sweep, teachers_by_label(settings), list[Students]()
+    left_out: dict[str, str] = {}
+    if baselines is None:
+        (teacher,) = teachers.values()
+        baselines, left_out = find_baselines(workspace, teacher, sweep.num_layers)
+        for run, reason in left_out.items():
+            note(f"run {run}: {reason}")
+    for label, teacher in teachers.items():
+        full, model, beside, own_name = load_config(teacher), models[label], baselines, ""
+        check_teacher(sweep, full)
+        suite = plan_suite(
+            settings.evaluation,
+            tokens_folder_of(teacher, workspace),
+            full,
+            hashes,
+            teacher=teacher,
+            workspace=workspace,
+        )
+        if suite.prompts:
+            check_template(ModelTokenizer(teacher), suite.prompts)
+        tables = [influence[one] for one in influence if models[one].name == model.name]
+        if sweep.teachers:
+            own_name, beside = model.name, {}
+            if own_name == next(iter(models.values())).name:
+                own = [one for one in baseline_models(settings) if one.seed == model.seed]
+                known = baselines.keys()
+                beside = {one.name: baselines[one.label] for one in own if one.label in known}
+        table = mean_influence(tables) if tables else None
+        where = settings, workspace, teacher, suite
+        parts.append(Students(*where, table, beside, name=own_name, seed=model.seed))
+    plan = students_plan(*parts, name=None if sweep.kind == "search" else name)
+    plan = plan.model_copy(update={"left_out": left_out})
+    return search_plan(plan, settings.search, name) if sweep.kind == "search" else plan
+
+
+def students_plan(*students: Students, name: str | None = None) -> SweepPlan:
+    """Plan the trials of one teacher's students or of several; those of one key are one trial.
+
+    The name is made from the plan's key when unset.
+    """
+    first, sweep = students[0], students[0].settings.sweep
+    trials = {trial.key: trial for each in students for trial in each.trials()}
+    number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    number *= len({each.name for each in students})
+    return _named_plan("threshold", name, [*trials.values()], number, teacher=first.teacher)
 
 
 def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
@@ -308,8 +253,7 @@ def _named_plan(
     name: str | None,
     trials: Sequence[Trial],
     num_requested: int,
-    *,
-    teacher: Path | None,
+    teacher: Path | None = None,
 ) -> SweepPlan:
     # Two measures of influence may lead to the same schedules by other thresholds.
     shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
@@ -447,12 +391,12 @@ def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]
 
 
 def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
-    """Return key -> reason of the trials that were stopped early: by this rule, for a competitor
-    that is in the plan. Those that have a result are among them."""
+    """Return key -> reason of the trials without a result that were stopped early: by this rule,
+    for a competitor that is in the plan."""
     found: dict[str, EarlyStop] = {}
     for trials in competing_trials(plan, sweep):
         labels = {trial.label for trial in trials}
-        for trial in trials:
+        for trial in (one for one in trials if not one.result_path.exists()):
             stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
             if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
                 found[trial.key] = stop

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
@@ -131,9 +131,9 @@ def run_plan(
         RunFailed: If no trial at all could be finished, or one failed while it was stopping.
     """
     progress, placed = progress or Progress(), placed or settings
-    sweep, cluster, folder = placed.sweep, placed.cluster, workspace.sweeps / plan.name
+    sweep, folder = placed.sweep, workspace.sweeps / plan.name
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
-    stops = {key: s for key, s in early_stops(plan, sweep).items() if key not in found}
+    stops = early_stops(plan, sweep)
     waiting = [trial for trial in plan.trials if trial.key not in found and trial.key not in stops]
     jobs = [trial.job for trial in waiting if trial.job]
     for job in [*jobs, *(search.jobs_left()[:1] if search else [])]:
@@ -144,10 +144,10 @@ def run_plan(
     journal.event("started")
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
-    live = LiveSweep(plan, settings, tracking, folder, num_trials=num_all)
-    try:
+    with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
         plan.write(folder / PLAN_FILE)
         live.on_results(*found.values())
+        stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
@@ -157,48 +157,16 @@ def run_plan(
             taught += search.jobs_left()
         if taught:
             # A teacher that runs in each trial is in the trials' own FLOPs.
+            device = trial_device(placed, workspace.root)
             num_tokens, flops = store_answers(
-                taught,
-                workspace.teachers,
-                on_device=trial_device(placed, workspace.root),
-                progress=progress,
+                taught, workspace.teachers, on_device=device, progress=progress
             )
             work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
             if num_tokens:
                 live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
-        stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
-        progress.start("sweep", num_all)
         try:
-            if not trials.is_over:
-                say = partial(progress.advance, trials.num_ended)
-                with ray_cluster(cluster, folder=folder, say=say):
-                    # It imports Ray, which reads its environment then.
-                    from orchestrator.cluster import tune
-
-                    if cluster.wait_for_gpus:
-                        wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
-                    tune.run_trials(
-                        partial(run_trial, wait=False),
-                        trials,
-                        # One folder a process: the same sweep may run twice at the same time.
-                        folder / f"ray-{socket.gethostname()}-{os.getpid()}",
-                        sweep,
-                        cluster,
-                        num_trials=trials.num_ready,
-                        scheduler=tune.AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
-                    )
-            if search:
-                search.enter(trials.results)  # With what another process has made.
-            trials.publish()
-            progress.finish(trials.summary())
-        except Interrupted:
-            if not trials.failed_while_stopping:
-                raise
-            failed = trials.failed_while_stopping.items()
-            error = RunFailed("; ".join(f"trial {name} failed: {why}" for name, why in failed))
-            note_saved_state(error, trials.saved())
-            raise error from None
+            _run_queue(trials, plan, placed, folder)
         finally:
             trials.publish()
             live.close()
@@ -223,10 +191,6 @@ def run_plan(
             raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = with_costs(results, plan, folder, settings, progress)
         results = with_drafts(results, Path(plan.tokens_folder), folder, progress)
-    except BaseException as error:
-        live.finish(status_after(error))
-        raise
-    live.finish("FINISHED")
     return SweepOutcome(
         plan=plan,
         results=tuple(results),
@@ -234,6 +198,45 @@ def run_plan(
         stopped={label: stop.text for label, stop in trials.stopped.items()},
         reused=frozenset(trials.found),
     )
+
+
+def _run_queue(trials: SweepQueue, plan: SweepPlan, placed: Settings, folder: Path) -> None:
+    """Run the trials of a queue with Ray Tune until all have ended.
+
+    Raises:
+        Interrupted, RunFailed: As `run_plan`.
+    """
+    sweep, cluster, progress = placed.sweep, placed.cluster, trials.progress
+    progress.start("sweep", trials.num_all)
+    try:
+        if not trials.is_over:
+            say = partial(progress.advance, trials.num_ended)
+            with ray_cluster(cluster, folder=folder, say=say):
+                from orchestrator.cluster import tune  # Ray reads its environment when imported.
+
+                if cluster.wait_for_gpus:
+                    wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
+                tune.run_trials(
+                    partial(run_trial, wait=False),
+                    trials,
+                    # One folder a process: the same sweep may run twice at the same time.
+                    folder / f"ray-{socket.gethostname()}-{os.getpid()}",
+                    sweep,
+                    cluster,
+                    num_trials=trials.num_ready,
+                    scheduler=tune.AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
+                )
+        if trials.search:
+            trials.search.enter(trials.results)  # With what another process has made.
+        trials.publish()
+        progress.finish(trials.summary())
+    except Interrupted:
+        if not trials.failed_while_stopping:
+            raise
+        failed = trials.failed_while_stopping.items()
+        error = RunFailed("; ".join(f"trial {name} failed: {why}" for name, why in failed))
+        note_saved_state(error, trials.saved())
+        raise error from None
 
 
 class SweepQueue:
@@ -479,10 +482,13 @@ class LiveSweep:
         self._run = self._run.changed(**changes)
         self._tracking.publish(self._run)
 
-    def finish(self, status: Status) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """End the sweep's run; after a failure, wait only a moment for the store."""
-        self.change(status=status, ended_ms=now_ms())
-        self._tracking.wait(briefly=status != "FINISHED")
+        self.change(status=status_after(error), ended_ms=now_ms())
+        self._tracking.wait(briefly=error is not None)
 
     def watch(self, running: Iterable[Trial]) -> None:
         """Show the trials that have started; call it a few times a second with those that run."""

@@ -13,8 +13,8 @@ teacher without its least important layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,12 @@ from orchestrator.settings import (
     TrainingSettings,
 )
 from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
-from orchestrator.sweeping.models import STUDENTS_SECTION, ModelVariant, learning_rates
+from orchestrator.sweeping.models import (
+    STUDENTS_SECTION,
+    ModelVariant,
+    learning_rates,
+    schedule_cost,
+)
 from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
@@ -267,18 +272,14 @@ def make_trial(
     """Return a trial whose key follows from its weights and from what is measured.
 
     Args:
+        label: With the seed, if the sweep has several; without it, it is the trial's group.
         weights: Key of the training, or of a checkpoint under a schedule.
-        seed: Seed of the training if the sweep has several; added to the label.
     """
-    return Trial(
-        key=content_key("trial", weights, suite.key),
-        role=role,
-        label=label if seed is None else f"{label}, seed {seed}",
-        suite=suite,
-        seed=seed,
-        group=None if seed is None else label,
-        **fields,
-    )
+    if seed is not None:
+        fields |= {"seed": seed, "group": label}
+        label = f"{label}, seed {seed}"
+    key = content_key("trial", weights, suite.key)
+    return Trial(key=key, role=role, label=label, suite=suite, **fields)
 
 
 def checkpoint_trial(
@@ -311,6 +312,10 @@ class Students:
     """Checkpoint of the full model."""
     suite: TrialSuite
     """What is measured."""
+    influence: InfluenceTable | None = None
+    """The teacher's; without it, the schedules of its students are not known."""
+    baselines: Mapping[str, Path] = field(default_factory=dict)
+    """Label -> checkpoint of models that stand beside the front."""
     name: str = ""
     """Name of the teacher, if the sweep has several."""
     seed: int | None = None
@@ -330,6 +335,36 @@ class Students:
     def full(self) -> ModelConfig:
         """The teacher."""
         return load_config(self.teacher)
+
+    @cached_property
+    def members(self) -> tuple[FamilyMember, ...]:
+        """The students' schedules, costliest first."""
+        if self.influence is None:
+            return ()
+        sweep = self.settings.sweep
+        cost = schedule_cost(sweep.budget_unit, self.full)
+        return choose_members(self.influence, sweep, cost=cost)
+
+    def trials(self) -> list[Trial]:
+        """Return the trials of the teacher, elastic weights, students, and all baselines.
+
+        Elastic weights take the students' place, unless the two are compared.
+        """
+        sweep = self.settings.sweep
+        found = [self._measured("teacher", self.name or "teacher", self.teacher, self.full)]
+        if self.influence and sweep.elastic:
+            found += self._elastic_trials()
+        if not sweep.elastic or sweep.compare:
+            is_trained = self.settings.distillation.control != "pruned"
+            for seed in self.seeds if is_trained else (self.seed,):
+                found += [self.student(member, seed) for member in self.members]
+        for label, folder in self.baselines.items():
+            found.append(self._measured("baseline", label, folder, load_config(folder)))
+        return found + (self._distilled_baselines() if self.influence else [])
+
+    def _measured(self, role: Role, label: str, checkpoint: Path, config: ModelConfig) -> Trial:
+        where = self.suite, self.workspace
+        return checkpoint_trial(role, label, checkpoint, config, *where, seed=self.seed)
 
     def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
         tokens = self.suite.tokens_folder
@@ -362,26 +397,27 @@ class Students:
             label += f", {control.replace('_', ' ')}"
         if job := self._job(without_elastic(self.settings).distillation, config):
             return self._trained("trial", label, job, seed, **_thresholds(member))
-        fields = {"parent": weights_key(self.teacher), "seed": seed, **_thresholds(member)}
-        measured: dict[str, Any] = {"suite": self.suite, "workspace": self.workspace, **fields}
-        return checkpoint_trial("trial", self.label(label), self.teacher, config, **measured)
+        return checkpoint_trial(
+            "trial",
+            self.label(label),
+            self.teacher,
+            config,
+            self.suite,
+            self.workspace,
+            parent=weights_key(self.teacher),
+            seed=seed,
+            **_thresholds(member),
+        )
 
-    def family(self, members: Sequence[FamilyMember]) -> list[Trial]:
-        """Return the trials of these schedules, under each seed if they are trained."""
-        is_trained = self.settings.distillation.control != "pruned"
-        seeds = self.seeds if is_trained else (self.seed,)
-        return [self.student(member, seed) for seed in seeds for member in members]
-
-    def elastic(self, members: Sequence[FamilyMember]) -> list[Trial]:
+    def _elastic_trials(self) -> list[Trial]:
         """Return the trials of elastic weights, for each seed the full schedule's first.
 
-        Args:
-            members: The schedules, costliest first; the full one is always measured, too.
+        The full schedule is always measured, too.
 
         Raises:
             UserError: If no schedule is below the full one.
         """
-        full, of_schedule = self.full, {member.schedule: member for member in members}
+        full, of_schedule = self.full, {member.schedule: member for member in self.members}
         cheaper = [schedule for schedule in of_schedule if schedule != full.corrections]
         if not cheaper:
             raise UserError(
@@ -420,16 +456,15 @@ class Students:
                 )
         return trials
 
-    def distilled_baselines(
-        self, members: Sequence[FamilyMember], influence: InfluenceTable
-    ) -> list[Trial]:
-        """Return the trials of the baselines that the sweep asks for, with each of its seeds."""
+    def _distilled_baselines(self) -> list[Trial]:
+        """Return the trials of the baselines that the sweep distills, with each of its seeds."""
         provenance = load_provenance(self.teacher)
         per_step = provenance.get("recipe", {}).get("num_tokens_per_step", 0)
         num_tokens = int(provenance.get("step", 0) * per_step)
-        sweep, trials = self.settings.sweep, []
+        sweep, influence, trials = self.settings.sweep, self.influence, []
+        assert influence is not None
         for seed in self.seeds:
-            for baseline in choose_distilled_baselines(sweep, self.full, members, influence):
+            for baseline in choose_distilled_baselines(sweep, self.full, self.members, influence):
                 job = self._job(without_elastic(self.settings).distillation, baseline.config)
                 assert job is not None, "check_sweep refuses controls"
                 own: dict[str, Any] = {"kept_layers": baseline.kept_layers}

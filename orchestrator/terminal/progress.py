@@ -1,7 +1,9 @@
 """Progress of one task at a time: a bar on a terminal, plain lines elsewhere, one line at the end.
 
 Elsewhere is a pipe or a log file: a plain line appears every few seconds, also while nothing is
-reported, so that a slow task does not look dead.
+reported, so that a slow task does not look dead. Where it is known how long the tasks of a command
+are expected to take, the first units of one tell how fast this machine is, and so what is left of
+all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from orchestrator.workspace.errors import mask_secrets
 
 SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
+LEAST_SECONDS = 10.0
+"""A task that is expected to take less says little about the speed of this machine."""
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -32,12 +36,16 @@ class Progress(AbstractContextManager["Progress"]):
     _title, _state = "", ""
     _total: float | None = None
     _started, _printed = 0.0, 0.0
+    _first: tuple[float, float] | None = None
+    """When units were first reported, and how many; a task that resumes begins with some."""
     _bar: Bar | None = None
     _repeating: threading.Event | None = None
     """Ends the thread that repeats the last plain line of a silent task."""
     _printing = threading.Lock()
     expected: Mapping[str, float] = {}
-    """First word of a task's title -> how many seconds it is expected to take."""
+    """First word of a task's title -> how many seconds it is expected to take; in their order."""
+    _slowness = 1.0
+    """How many times as long as expected the last long task took."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -46,6 +54,7 @@ class Progress(AbstractContextManager["Progress"]):
         """Begin a task of `total` units; None if the total is not known."""
         self.close()
         self._title, self._total, self._started = title, total, time.monotonic()
+        self._first = None
         if self._console and self._console.is_terminal:
             text = partial(TextColumn, markup=False)
             self._bar = Bar(
@@ -73,19 +82,14 @@ class Progress(AbstractContextManager["Progress"]):
         Args:
             seconds_left: Remaining time, if it does not follow from the units.
         """
-        if seconds_left is None and self._expected and not done:
-            seconds_left = max(0.0, self._expected - (time.monotonic() - self._started))
+        left = self._time_left(done, seconds_left)
         if self._bar:
             if done and self._total:
                 share = f"{min(1.0, done / self._total):4.0%}"
                 self._bar.update(self._task, total=self._total, share=share)
-            self._bar.update(self._task, completed=done, text=text)
-            left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
-            shown = "" if left is None else f"{format_duration(round(left))} left"
-            self._bar.update(self._task, left=shown)
+            self._bar.update(self._task, completed=done, text=text, left=left)
         elif self._repeating:
-            shown = f", {format_duration(round(seconds_left))} left" if seconds_left else ""
-            self._state = f"{self._count(done)} {text}{shown}".strip()
+            self._state = ", ".join(filter(None, (f"{self._count(done)} {text}".strip(), left)))
             self._print_state()
 
     def note(self, text: str) -> None:
@@ -104,6 +108,7 @@ class Progress(AbstractContextManager["Progress"]):
             if self._expected:
                 duration += f", {format_duration(round(self._expected))} expected"
             print_line(self._console, title.append(f" {summary} ({duration})"))
+        self._slowness = self._slowness_if(0.0)
 
     def close(self) -> None:
         """Stop drawing, also after an error."""
@@ -117,8 +122,35 @@ class Progress(AbstractContextManager["Progress"]):
         self.close()
 
     @property
-    def _expected(self) -> float | None:
-        return self.expected.get(self._title.partition(" ")[0])
+    def _stage(self) -> str:
+        return self._title.partition(" ")[0]
+
+    @property
+    def _expected(self) -> float:
+        return self.expected.get(self._stage, 0.0) * self._slowness
+
+    def _time_left(self, done: float, seconds_left: float | None) -> str:
+        """Return such as "40 s left", or "3 min left in all" if other tasks follow."""
+        now = time.monotonic()
+        begun, first = self._first = self._first or (now, done)
+        if seconds_left is None and self._total and done > first:
+            seconds_left = (now - begun) * (self._total - done) / (done - first)
+        elif seconds_left is None and self._expected:
+            seconds_left = max(0.0, self._expected - (now - self._started))
+        if seconds_left is None:
+            return ""
+        slowness = self._slowness_if(seconds_left) if done else self._slowness
+        names = [*self.expected]
+        after = names[names.index(self._stage) + 1 :] if self._stage in names else []
+        rest = slowness * sum(self.expected[name] for name in after)
+        return f"{format_duration(round(seconds_left + rest))} left{' in all' if rest else ''}"
+
+    def _slowness_if(self, seconds_left: float) -> float:
+        """Return how slow this machine is if this task ends so many seconds from now."""
+        expected = self.expected.get(self._stage, 0.0)
+        if expected < LEAST_SECONDS:
+            return self._slowness
+        return (time.monotonic() - self._started + seconds_left) / expected
 
     def _repeat_line(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_SECONDS):

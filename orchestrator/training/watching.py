@@ -9,11 +9,13 @@ be on a file system that supports locks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
@@ -176,6 +178,10 @@ class JournalReader:
         return records
 
 
+MAX_SPEEDS = 10
+"""Last records whose mean speed counts: a single one may lie in a pause."""
+
+
 class RunMonitor:
     """Follows running jobs, named by label; as a context manager it ends the tracked runs."""
 
@@ -185,7 +191,8 @@ class RunMonitor:
         self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
         self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
         self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
-        self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
+        self._losses: dict[str, float | None] = dict.fromkeys(jobs)
+        self._speeds = {label: deque[float](maxlen=MAX_SPEEDS) for label in jobs}
         self._kind = ""
         self._settings: dict[str, str] = {}
         self._started_ms = now_ms()
@@ -203,36 +210,42 @@ class RunMonitor:
     def poll(self) -> None:
         """Show new records; call it often."""
         self._read()
-        num_done, losses, total_speed, times = 0, [], 0.0, []
+        num_done, losses, total_speed = 0, [], 0.0
+        flops_left, flops_per_second, longest = 0.0, 0.0, 0.0
         for label, job in self._jobs.items():
-            numbers, step = self._numbers[label], self._journals[label].step
+            step, costs, loss = self._journals[label].step, self._costs[label], self._losses[label]
             num_done += step
-            if "train/loss" not in numbers or step >= job.recipe.num_steps:
+            flops_left += costs[step]
+            if loss is None or step >= job.recipe.num_steps:
                 continue
-            losses.append(f"{label} {numbers['train/loss']:.2f}")
-            speed = numbers.get(SPEED_METRIC, 0.0)
-            total_speed += speed
-            if speed and step:
-                # Steps are weighted by FLOPs: corrections make them slower.
-                costs = self._costs[label]
-                steps_left = costs[step] / (costs[step - 1] - costs[step])
-                times.append(steps_left * job.recipe.num_tokens_per_step / speed)
+            losses.append(f"{label} {loss:.2f}")
+            if step and self._speeds[label]:
+                speed = harmonic_mean(self._speeds[label])
+                total_speed += speed
+                # Corrections make steps slower, so steps are weighted by FLOPs.
+                own = speed * (costs[step - 1] - costs[step]) / job.recipe.num_tokens_per_step
+                flops_per_second += own
+                longest = max(longest, costs[step] / own)
         text = "" if num_done else "waiting for the first step"
         if losses:
             text = f"loss {'; '.join(losses)}"
             text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
-        # The longest job decides.
-        self._progress.advance(num_done, text, seconds_left=max(times, default=None))
+        # Jobs that wait start when others have ended; none ends sooner than by itself.
+        seconds = max(longest, flops_left / flops_per_second) if flops_per_second else None
+        self._progress.advance(num_done, text, seconds_left=seconds)
 
     def _read(self) -> None:
         for label, journal in self._journals.items():
             for record in journal.read():
                 if record["kind"] == "metrics":
-                    self._numbers[label] |= record["values"]
+                    values = record["values"]
+                    self._losses[label] = values.get("train/loss", self._losses[label])
+                    if speed := values.get(SPEED_METRIC):
+                        self._speeds[label].append(speed)
                 elif record["time"] >= self._started_ms:
                     self._note(label, record)
                 if record["time"] < self._started_ms or record.get("name") == "resumed":
-                    self._numbers[label].pop(SPEED_METRIC, None)  # Of an earlier process.
+                    self._speeds[label].clear()  # Of an earlier process.
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
         name = event["name"]
@@ -265,9 +278,10 @@ class RunMonitor:
 
 
 def _remaining_costs(job: TrainingJob) -> list[float]:
-    # FLOPs per token summed over the remaining steps, by number of steps done.
-    steps = reversed(range(job.recipe.num_steps))
-    return [*accumulate(map(flops_per_token_by_step(job), steps), initial=0.0)][::-1]
+    # FLOPs summed over the remaining steps, by number of steps done.
+    flops_per_token, num_tokens = flops_per_token_by_step(job), job.recipe.num_tokens_per_step
+    steps = (num_tokens * flops_per_token(step) for step in reversed(range(job.recipe.num_steps)))
+    return [*accumulate(steps, initial=0.0)][::-1]
 
 
 # MLflow: one logged model for the same weights and schedule, so a teacher is one model, whichever

@@ -4,8 +4,6 @@ Its GPUs are pretended, and the cluster has a process of its own. Nothing is tra
 group of each job that runs at the same time becomes ready, as Ray Train and Ray Tune ask for it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -87,7 +85,7 @@ CASES = {
 
 
 @pytest.mark.long
-def test_jobs_are_placed_as_the_table_says_and_on_nodes_of_unequal_size() -> None:
+def test_jobs_are_placed_as_the_table_says_and_on_nodes_of_unequal_size():
     variables = {"IIET_PRETENDED_GPUS": "1"}
     printed = run_driver(PLACE, json.dumps(CASES), timeout=300, variables=variables)
     found = json.loads(printed.splitlines()[-1])

@@ -102,9 +102,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return code, " ".join((captured.out + captured.err).replace("│", " ").split())
 
 
-def test_a_mistake_prints_one_sentence_and_exits_with_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_prints_one_sentence_and_exits_with_2(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
     (tmp_path / "loop").mkdir()
@@ -133,13 +131,7 @@ def test_a_mistake_prints_one_sentence_and_exits_with_2(
         (UserError("no such model"), 2),
     ],
 )
-def test_exit_codes(
-    error: BaseException,
-    code: int,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -165,13 +157,8 @@ def test_exit_codes(
     ],
 )
 def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
-    command: str,
-    kind: str,
-    teacher: Path | str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    command, kind, teacher, tmp_path, monkeypatch, capfd
+):
     run: list[tuple[str, Path | str | None]] = []
 
     def sweep(settings: Settings, *, teacher: Path | str | None = None, **_: object) -> None:
@@ -186,16 +173,14 @@ def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
     assert run == [(kind, teacher)]
 
 
-def test_there_is_one_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_one_version(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"iiet-orch {project['version']}\n"
     assert iiet.__version__ == project["version"]
 
 
-def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(monkeypatch, capsys, tmp_path):
     for folder in ("runs/my-run/step_00000005", "runs/other/step_00000001", "runs/empty",
                    "sweeps/narrow", "sweeps/wide"):  # fmt: skip
         (tmp_path / folder).mkdir(parents=True)
@@ -231,9 +216,7 @@ COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9
 
 
 @pytest.mark.slow
-def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wanted(
-    tmp_path: Path,
-) -> None:
+def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wanted(tmp_path):
     (tmp_path / "iiet-workspace").mkdir()
     wishes = ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "IIET_WORKSPACE")
     kept = {name: value for name, value in os.environ.items() if name not in wishes}

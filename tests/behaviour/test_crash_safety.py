@@ -265,13 +265,11 @@ CASES = {
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tokens")) for n in CASES])
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request) -> Case:
     return CASES[request.param]
 
 
-def test_a_crash_leaves_the_old_state_or_the_new_one(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_leaves_the_old_state_or_the_new_one(case, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     case.prepare(work)
@@ -291,9 +289,7 @@ def test_a_crash_leaves_the_old_state_or_the_new_one(
             assert case.read(crashed) == new
 
 
-def test_a_failed_write_leaves_the_old_state_and_nothing_else(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_state_and_nothing_else(case, tmp_path, monkeypatch):
     def names(folder: Path) -> set[str]:
         found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         return {str(name) for name in found if not name.name.endswith(".lock")}
@@ -316,7 +312,7 @@ def test_a_failed_write_leaves_the_old_state_and_nothing_else(
     assert all(answer in (old, case.read(work)) for answer in left), "the last write was whole"
 
 
-def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path: Path) -> None:
+def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
     journal = Journal(tmp_path)
     for step in range(2):
         journal.metrics(step, {"loss": 1 / 3})
@@ -338,7 +334,7 @@ def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path: Path) -> 
         assert steps in ([*range(len(read)), 9], [*range(len(read) + 1), 9])
 
 
-def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path: Path) -> None:
+def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
     path, keys = tmp_path / "answers", "ab"
 
     def write(key: str) -> None:

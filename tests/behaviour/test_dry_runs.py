@@ -78,7 +78,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
-def test_every_command_with_a_dry_run_is_run_here() -> None:
+def test_every_command_with_a_dry_run_is_run_here():
     commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
     with_option = {n for n, c in commands.items() if any("--dry-run" in p.opts for p in c.params)}
     # `clean` asks before it deletes; test_clean.py runs it.
@@ -88,7 +88,7 @@ def test_every_command_with_a_dry_run_is_run_here() -> None:
 
 
 @pytest.mark.slow
-def test_a_missing_workspace_stays_missing(tmp_path: Path) -> None:
+def test_a_missing_workspace_stays_missing(tmp_path):
     for name, (code, printed) in dry_runs(tmp_path / "ws").items():
         assert code == (0 if name in FROM_SETTINGS else 2), printed
         if name in FROM_SETTINGS:
@@ -100,8 +100,8 @@ def test_a_missing_workspace_stays_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
-    small_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    small_sweep, tmp_path, monkeypatch
+):
     # Only the teacher is left of the finished sweep, without its influence.
     workspace = open_workspace(shutil.copytree(small_sweep, tmp_path / "workspace"))
     [teacher] = workspace.runs.glob("iiet-r2-*")

@@ -18,11 +18,11 @@ TORCH = next(r for r in PROJECT["dependencies"] if r.startswith("torch"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory) -> Path:
     return build("wheel", tmp_path_factory.mktemp("dist"))
 
 
-def test_the_core_runs_with_pytorch_alone(wheel: Path, tmp_path: Path) -> None:
+def test_the_core_runs_with_pytorch_alone(wheel, tmp_path):
     program = shutil.copy(ROOT / "tests" / "core_program.py", tmp_path)
     with new_environment() as python:
         install(python, TORCH)
@@ -41,7 +41,7 @@ def test_the_core_runs_with_pytorch_alone(wheel: Path, tmp_path: Path) -> None:
     assert "pip install safetensors" in found["load"]
 
 
-def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel, tmp_path):
     settings = [part for setting in SMALL for part in ("--set", setting)]
     workspace = ["--workspace", str(tmp_path / "workspace")]
     with new_environment() as python:
@@ -52,7 +52,9 @@ def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel: Path, tmp_path
         doctor = json.loads(run(command, "doctor", "--json", *workspace, cwd=tmp_path))
         listed = run(command, "config", "list", cwd=tmp_path)
         printed = run(command, "sweep", "toy", *settings, *workspace, cwd=tmp_path)
-        exported = run(command, "pick", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path)
+        exported = run(
+            command, "pick", "--best", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path
+        )
     own = [f["text"] for f in doctor["findings"] if f["check"] == "versions"]
     assert str(python.parents[1]) in own[0]
     for file in (ROOT / "sweeps").glob("*.yaml"):

@@ -34,7 +34,7 @@ def small(*more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(small_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(small_sweep, tmp_path_factory) -> tuple[Path, str]:
     """A workspace after a whole sweep on text, and the output of the command."""
     workspace = shutil.copytree(small_sweep, tmp_path_factory.mktemp("whole-job") / "workspace")
     return workspace, small_sweep.with_suffix(".txt").read_text()
@@ -68,9 +68,7 @@ def losses(workspace: Path, run: Run) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
-def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
-    finished: tuple[Path, str],
-) -> None:
+def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(finished):
     workspace, printed = finished
     for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html", "answers for "):
         assert word in printed
@@ -119,9 +117,7 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
     assert len(losses(workspace, trial)) == 3
 
 
-def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(
-    small_sweep: Path, tmp_path: Path
-) -> None:
+def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(small_sweep, tmp_path):
     copy = tmp_path / "a new place"
     shutil.copytree(small_sweep, copy, copy_function=shutil.copy)  # With new times, as cp gives.
     naming = [
@@ -152,9 +148,7 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(
     assert all(path.exists() and path.is_relative_to(copy) for path in paths), paths
 
 
-def test_reading_results_imports_nothing_that_trains_measures_or_publishes(
-    finished: tuple[Path, str],
-) -> None:
+def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finished):
     workspace, _ = finished
     name = next((workspace / "sweeps").iterdir()).name
     commands = [
@@ -180,9 +174,7 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(
     assert printed.count(f"report: {workspace}/sweeps/{name}/front.html") == 2
 
 
-def test_later_commands_reuse_what_the_sweep_trained_and_measured(
-    finished: tuple[Path, str], ray_session: None
-) -> None:
+def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_session):
     workspace, first = finished
 
     def times(pattern: str) -> dict[Path, int]:
@@ -218,20 +210,18 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(
     assert "checkpoint:" in distilled
 
 
-def test_sweep_iterations_compares_methods_at_their_best_rates(
-    tmp_path: Path, ray_session: None
-) -> None:
+def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path, ray_session):
     options = small(
-        "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
+        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]",
         "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
     )  # fmt: skip
     plan = run_here("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
     printed = run_here("sweep-iterations", "--asha", *options, workspace=tmp_path)
-    for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
+    for label in ("vanilla, rate 0.01", "r = 1"):
         assert label in printed
     assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
-    assert "5 trials, 1 stopped early" in printed
+    assert "3 trials, 1 stopped early" in printed
 
 
 def interrupted(process: Started) -> str:
@@ -255,7 +245,7 @@ TWO_TRIALS = [
 
 
 @pytest.fixture
-def second_trial(tmp_path: Path) -> Started:
+def second_trial(tmp_path) -> Started:
     """A sweep of which one trial is finished, and another one has a checkpoint."""
     process = Started(*TWO_TRIALS, "--workspace", str(tmp_path))
 
@@ -282,9 +272,7 @@ def ends_from_where_it_was(workspace: Path) -> None:
         assert resumed == ([] if folder in finished else [place])
 
 
-def test_a_sweep_resumes_after_its_driver_is_killed(
-    tmp_path: Path, second_trial: Started, ray_session: None
-) -> None:
+def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, second_trial, ray_session):
     family = psutil.Process(second_trial.pid).children(recursive=True)
     # Tune's, around a trial.
     trainers = [p for p in family if "ImplicitFunc" in " ".join(p.cmdline())]
@@ -297,9 +285,7 @@ def test_a_sweep_resumes_after_its_driver_is_killed(
 
 
 @pytest.mark.long
-def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(
-    tmp_path: Path, second_trial: Started, ray_session: None
-) -> None:
+def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_trial, ray_session):
     live = {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/memory_gb"}
     watched: list[Run] = []
 

@@ -80,13 +80,13 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("IIET_WORKSPACE", raising=False)
         yield Place(tmp_path_factory.mktemp("extending"))
 
 
-def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) -> None:
+def test_the_package_of_the_page_extends_everything_that_can_be(place):
     groups = {point.group for point in extension_points()}
     assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(MODULES)
@@ -96,7 +96,7 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) ->
 
 
 @pytest.mark.long
-def test_the_method_trains_in_ray(place: Place) -> None:
+def test_the_method_trains_in_ray(place):
     # In a process of its own, whose Ray starts its workers with this path.
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
@@ -111,9 +111,7 @@ def test_the_method_trains_in_ray(place: Place) -> None:
 
 
 @pytest.mark.slow
-def test_the_method_trains_and_is_missed_where_its_package_is_not(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_method_trains_and_is_missed_where_its_package_is_not(place, capsys):
     place.run("--method heavy_ball")
     checkpoint = place.checkpoint("heavy")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -131,7 +129,7 @@ def test_the_method_trains_and_is_missed_where_its_package_is_not(
 
 
 @pytest.mark.slow
-def test_the_metric_measures(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_metric_measures(place, capsys):
     place.run("pretrain --name iterated")
     place.run("--metric angle")
     place.run("--metric cosine")
@@ -146,7 +144,7 @@ def test_the_metric_measures(place: Place, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-def test_the_tasks_are_evaluated(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tasks_are_evaluated(place, capsys):
     place.run("pretrain --name iterated")
     capsys.readouterr()
     place.run("--suite arithmetic")
@@ -159,9 +157,7 @@ def test_the_tasks_are_evaluated(place: Place, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_the_source_is_prepared_once_and_trained_on(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_source_is_prepared_once_and_trained_on(place, capsys):
     place.run("prepare --set data.source=sqlite")
     assert "found again" not in capsys.readouterr().out
     place.run("--name from-sqlite")
@@ -178,7 +174,7 @@ def test_the_source_is_prepared_once_and_trained_on(
 
 
 @pytest.mark.slow
-def test_the_logger_gets_each_point_once(place: Place) -> None:
+def test_the_logger_gets_each_point_once(place):
     place.run("--logger mlflow,csv")
     with (place.workspace / "loggers" / "csv" / "logged" / "metrics.csv").open() as file:
         rows = list(csv.reader(file))

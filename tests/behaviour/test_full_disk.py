@@ -7,8 +7,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from sample_trials import sample_trial
@@ -33,7 +31,7 @@ def _wrapped() -> UserError:
         _wrapped(),
     ],
 )
-def test_a_full_disk_is_reported_in_one_sentence(tmp_path: Path, error: Exception) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path, error):
     with (
         pytest.raises(RunFailed, match=f"no space is left on the disk of {tmp_path}.*free some"),
         open_session(tmp_path, "pretrain", verbose=None),
@@ -70,8 +68,8 @@ for command in (["report"], ["export", "teacher", "--no-measure"], ["pick"]):
 
 @pytest.mark.slow
 def test_a_command_on_a_full_disk_leaves_nothing_and_succeeds_once_there_is_space(
-    tmp_path: Path, save_tiny: Callable[..., Path]
-) -> None:
+    tmp_path, save_tiny
+):
     workspace = open_workspace(tmp_path / "workspace")
     models = {"teacher": ((2, 1), 5, 0.5), "student": ((1, 0), 3, 0.498)}
     StoredSweep(

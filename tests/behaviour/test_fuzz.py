@@ -136,12 +136,7 @@ def finding(ended: int | str, printed: str) -> str:
 
 
 @pytest.mark.long
-def test_settings_files_and_options(
-    small_sweep: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_settings_files_and_options(small_sweep, tmp_path, capfd, monkeypatch):
     findings: dict[str, str] = {}
     workspace = shutil.copytree(small_sweep, tmp_path / "space")
     file = tmp_path / "s.yaml"

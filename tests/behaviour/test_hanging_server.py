@@ -1,11 +1,8 @@
 """An MLflow server that never answers delays neither training nor Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from commands import Started, settings_options
@@ -21,7 +18,7 @@ pytestmark = pytest.mark.slow
 SECONDS_TO_CLOSE = 8.0  # On a busy machine.
 
 
-def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server: str, tmp_path: Path) -> None:
+def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server, tmp_path):
     longer = ["training.num_steps=100000", "training.checkpoint_every_steps=50"]
     command = ["pretrain", "--local", *settings_options([*SMALL, *longer])]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": silent_server}

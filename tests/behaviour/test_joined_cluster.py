@@ -111,7 +111,7 @@ print(json.dumps(report))
 
 
 @pytest.mark.long
-def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path: Path) -> None:
+def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path):
     other, space = tmp_path / "code", tmp_path / "space"
     for package in ("iiet", "orchestrator"):
         shutil.copytree(ROOT / package, other / package)

@@ -176,7 +176,7 @@ def disturbed(
         pytest.param("notice", marks=pytest.mark.long),
     ],
 )
-def test_a_lost_node_changes_no_loss(kind: str, tiny_job: Callable[..., TrainingJob]) -> None:
+def test_a_lost_node_changes_no_loss(kind, tiny_job):
     # After a notice, a checkpoint is written although none is due.
     steps, every = (5000, 5000) if kind == "notice" else (400, 20)
     job, whole, (started, resumed) = disturbed(LOST, kind, tiny_job, steps, every)
@@ -189,9 +189,7 @@ def test_a_lost_node_changes_no_loss(kind: str, tiny_job: Callable[..., Training
 
 
 @pytest.mark.long
-def test_a_job_goes_on_with_fewer_workers_and_grows_back(
-    tiny_job: Callable[..., TrainingJob],
-) -> None:
+def test_a_job_goes_on_with_fewer_workers_and_grows_back(tiny_job):
     # A low rate: rounding does not grow over thousands of steps.
     job, whole, starts = disturbed(FEWER, "fewer", tiny_job, 25_000, 1000, learning_rate=1e-5)
     assert [start["num_workers"] for start in starts] == [2, 1, 2]

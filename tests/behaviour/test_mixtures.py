@@ -40,7 +40,7 @@ def metrics_of(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def test_a_mixture_is_planned_trained_distilled_and_measured(tmp_path: Path) -> None:
+def test_a_mixture_is_planned_trained_distilled_and_measured(tmp_path):
     workspace, settings = tmp_path / "workspace", documented()
     options: dict[str, Any] = {"workspace": workspace}
     (planned,) = plan_pretrain(settings, **options).jobs.values()

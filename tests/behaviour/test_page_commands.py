@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 from documented import ROOT, blocks, shell_lines
@@ -67,7 +66,7 @@ def small(words: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def started_project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def started_project(tmp_path_factory, ray_session) -> Path:
     """A folder with the files that the pages speak of, and a workspace."""
     folder = tmp_path_factory.mktemp("project")
     write_files(folder)
@@ -108,14 +107,7 @@ def write_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(
-    page: str,
-    started_project: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    terminal: TextIO,
-) -> None:
+def test_the_commands_of_a_page_run(page, started_project, tmp_path, monkeypatch, capfd, terminal):
     project = tmp_path / "project"
     if page == "tutorial.md":
         (project / "my-texts").mkdir(parents=True)

@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TextIO
 
 import pytest
 import torch
@@ -29,7 +26,7 @@ HIDDEN = 'import sys; sys.modules["iiet"] = sys.modules["orchestrator"] = None'
 """Any import of them fails from here on."""
 
 
-def test_the_python_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_models_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(blocks(PYTHON_PAGE, "python")[0], names)
@@ -54,9 +51,7 @@ def drafts() -> str:
         pytest.param(drafts, "The function", marks=pytest.mark.long),
     ],
 )
-def test_python_for_exported_models_asks_nothing(
-    snippet: Callable[[], str], expected: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_python_for_exported_models_asks_nothing(snippet, expected, save_tiny, tmp_path):
     """In a terminal into which nobody types, by a Python that does not know this package."""
     checkpoint = save_tiny(
         tmp_path / "run", num_layers=3, schedule=[2, 1, 1], context_length=128, initializer_std=0.3
@@ -71,7 +66,7 @@ def test_python_for_exported_models_asks_nothing(
     assert re.search(expected, printed)
 
 
-def test_python_that_drafts_runs() -> None:
+def test_python_that_drafts_runs():
     torch.manual_seed(0)
     sizes = {"vocab_size": 31, "dim": 8, "ffn_dim": 16, "num_heads": 2, "num_layers": 2}
     decoder, small_decoder = (
@@ -83,12 +78,7 @@ def test_python_that_drafts_runs() -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_in_python_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    small_sweep: Path,
-    terminal: TextIO,
-) -> None:
+def test_the_commands_in_python_run(tmp_path, monkeypatch, small_sweep, terminal):
     monkeypatch.setattr("sys.stdin", terminal)
     end_trials(monkeypatch, trained)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import packages_figure
-import pytest
 import typer
 import yaml
 from documented import FENCE, PAGES, ROOT, blocks, inline_commands, shell_lines
@@ -39,7 +38,7 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
-def test_shell_lines_are_accepted_with_their_settings() -> None:
+def test_shell_lines_are_accepted_with_their_settings():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for line in shell_lines():
         program, *words = [word for word in line.words if word != "&"]
@@ -55,7 +54,7 @@ def test_shell_lines_are_accepted_with_their_settings() -> None:
             assert path.is_dir() or path.with_suffix(".py").is_file(), line
 
 
-def test_commands_within_sentences_exist() -> None:
+def test_commands_within_sentences_exist():
     for line in inline_commands():
         words = [word for word in line.words[1:] if word not in ("...", "…")]
         known, command = {"--version", "--help", "--install-completion"}, GROUP
@@ -75,7 +74,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_settings_and_links_of_pages_are_valid() -> None:
+def test_settings_and_links_of_pages_are_valid():
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         for tree in map(yaml.safe_load, blocks(page, "yaml")):
             if set(tree) <= set(Settings.model_fields):
@@ -87,7 +86,7 @@ def test_settings_and_links_of_pages_are_valid() -> None:
             assert not anchor or anchor in anchors(found), f"{page}: {target}#{anchor}"
 
 
-def test_the_first_pages_name_every_command_page_and_sweep() -> None:
+def test_the_first_pages_name_every_command_page_and_sweep():
     for name in ("README.md", "commands.md"):
         assert set(re.findall(r"`iiet-orch ([a-z][a-z-]+)", TEXTS[name])) == set(GROUP.commands)
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", TEXTS["README.md"]))
@@ -97,7 +96,7 @@ def test_the_first_pages_name_every_command_page_and_sweep() -> None:
     assert read_settings(shipped_sweeps()["toy"]) == Settings(), "it spells out the defaults"
 
 
-def test_the_architecture_names_what_exists() -> None:
+def test_the_architecture_names_what_exists():
     text = TEXTS["architecture.md"]
     for path in re.findall(r"`([\w/]+\.py)`", text):
         is_whole = path.startswith(("iiet/", "tests/", "examples/", "research/", "docs/"))
@@ -110,8 +109,8 @@ def test_the_architecture_names_what_exists() -> None:
 
 
 def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, capsys, monkeypatch
+):
     # Machines with a GPU would plan for that one.
     monkeypatch.setattr("orchestrator.planning.machine.installed_gpus", list)
     row_pattern = r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$"

@@ -13,7 +13,7 @@ REMEDY = (
 )
 
 
-def test_the_recipe_is_the_stored_one() -> None:
+def test_the_recipe_is_the_stored_one():
     stored: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
     found = recipe_hashes()
     assert set(stored) == set(found) == {"settings", "order of the data", "initial weights"}

@@ -22,7 +22,7 @@ ONE_TEACHER = ("sweep.teachers=[]", "sweep.budgets=[]")
 
 
 @pytest.fixture(autouse=True)
-def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_gpu_here(monkeypatch) -> None:
     # Machines with a GPU of their own would plan for that one.
     monkeypatch.setattr(machine, "installed_gpus", list)
 
@@ -34,7 +34,7 @@ def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:
     return plan_sweep(settings, workspace=workspace)
 
 
-def test_the_sweeps_for_gpus_are_these() -> None:
+def test_the_sweeps_for_gpus_are_these():
     named = {name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()}
     assert {name: number for name, number in named.items() if number} == ON_GPUS
     # A thousandth of their tokens is more than any measurement reads.
@@ -42,9 +42,7 @@ def test_the_sweeps_for_gpus_are_these() -> None:
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(name, tmp_path):
     found = planned(name, tmp_path)
     assert found.price.num_trainings == 5 + NUM_STUDENTS, "teachers, vanilla, r = 0, students"
     assert (
@@ -70,7 +68,7 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
         planned(name, tmp_path, "sweep.gpus_per_trial=0")
 
 
-def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path) -> None:
+def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path):
     prices = {
         number: planned("paper-340m", tmp_path, *ONE_TEACHER, f"sweep.num_schedules={number}").price
         for number in (2, 8, 9, 16, 17)
@@ -87,7 +85,7 @@ def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path)
     assert hours[17] == pytest.approx(hours[2] + 2 * one)
 
 
-def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> None:
+def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path):
     sizes = ("dim=4096", "num_layers=32", "num_heads=32", "num_kv_heads=32", "ffn_dim=11008")
     large = [*ONE_TEACHER, *(f"model.{size}" for size in ("preset=1.3b", *sizes))]
     for section in ("training", "distillation.training"):
@@ -99,7 +97,7 @@ def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> N
     assert found.states, found.notes
 
 
-def test_other_sweeps_run_on_cpus(tmp_path: Path) -> None:
+def test_other_sweeps_run_on_cpus(tmp_path):
     found = planned("methods", tmp_path)
     assert not found.price.uses_gpus
     assert set(found.problems) == {"this machine"}

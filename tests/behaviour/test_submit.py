@@ -102,9 +102,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.long
-def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(
-    server: str, tmp_path: Path
-) -> None:
+def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(server, tmp_path):
     folder, space = tmp_path / "folder", tmp_path / "space"
     folder.mkdir()
     (folder / "own.yaml").write_text("training: {num_steps: 100000}\n")

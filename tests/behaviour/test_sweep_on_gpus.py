@@ -47,7 +47,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gpus")
 
 
@@ -81,9 +81,7 @@ def precisions(workspace: Path) -> set[str]:
     return trained | {trial.suite.precision for trial in trials}
 
 
-def test_models_are_trained_and_measured_on_reserved_gpus(
-    workspace: Path, environment: dict[str, str]
-) -> None:
+def test_models_are_trained_and_measured_on_reserved_gpus(workspace, environment):
     log = run("sweep-iterations", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
     assert tasks(log) == ["evaluation.decode_timing"]
@@ -103,11 +101,5 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
         ("influence", ("--metric", "relative"), "pipelines.influence"),
     ],
 )
-def test_a_model_is_measured_on_a_reserved_gpu(
-    workspace: Path,
-    environment: dict[str, str],
-    command: str,
-    options: tuple[str, ...],
-    module: str,
-) -> None:
+def test_a_model_is_measured_on_a_reserved_gpu(workspace, environment, command, options, module):
     assert tasks(run(command, workspace, environment, *options)) == [module]

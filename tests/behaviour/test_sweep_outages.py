@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from fake_runs import end_trials, finished
 from mlflow import MlflowClient
 
 from orchestrator.pipelines.syncing import sync
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
@@ -22,8 +21,8 @@ from orchestrator.workspace.layout import open_workspace
 
 @pytest.mark.slow
 def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
-    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_plan, tmp_path, monkeypatch
+):
     workspace, is_down, connect = open_workspace(tmp_path), [False], Store.connect
 
     def connect_if_up(store: Store) -> Any:

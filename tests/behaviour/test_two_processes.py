@@ -55,7 +55,7 @@ WAITING = "waiting for another process, which trains run\n"
 
 
 @pytest.fixture
-def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=40, validate_every_steps=40, checkpoint_every_steps=10)
 
 
@@ -110,9 +110,7 @@ def result(process: Started) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_all_return_the_outcome_of_one_training_and_may_stop_waiting(
-    job: TrainingJob, start: Start
-) -> None:
+def test_all_return_the_outcome_of_one_training_and_may_stop_waiting(job, start):
     first = holding(start, job)
     second, *impatient = [waiting(start, job) for _ in range(3)]
     for process, number in zip(impatient, (signal.SIGINT, signal.SIGTERM), strict=True):
@@ -127,9 +125,7 @@ def test_all_return_the_outcome_of_one_training_and_may_stop_waiting(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_who_waits_takes_over_from_who_is_killed_or_interrupted(
-    number: int, job: TrainingJob, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_takes_over_from_who_is_killed_or_interrupted(number, job, start, monkeypatch):
     first = holding(start, job)
     second = waiting(start, job)
     first.send_signal(number)
@@ -149,9 +145,7 @@ def test_who_waits_takes_over_from_who_is_killed_or_interrupted(
 
 
 @pytest.mark.slow
-def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
-    job: TrainingJob, start: Start
-) -> None:
+def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(job, start):
     jobs = [in_folder(job, f"run-{name}") for name in "abc"]
     first = start(*jobs[:2], hold=True)
     first.wait_for(lambda: find_checkpoints(jobs[0].folder))

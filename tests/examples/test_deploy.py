@@ -51,7 +51,7 @@ esac
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def start(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """A function that runs the script, on two nodes, as the job of this id."""
     for name, text in PROGRAMS.items():
         (tmp_path / name).write_text(text)
@@ -90,8 +90,8 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     ("number", "requeued"), [(signal.SIGTERM, ["scontrol requeue 77"]), (signal.SIGUSR1, [])]
 )
 def test_a_signal_reaches_the_command_alone_which_saves_its_state(
-    start: Callable[[str], subprocess.Popen[str]], tmp_path: Path, number: int, requeued: list[str]
-) -> None:
+    start, tmp_path, number, requeued
+):
     def record() -> list[str]:
         return (tmp_path / "record").read_text().splitlines()
 
@@ -125,7 +125,7 @@ def num_gpus(name: str, *words: str) -> int:
     return gpus
 
 
-def test_the_commands_in_both_files_exist_and_their_nodes_hold_them() -> None:
+def test_the_commands_in_both_files_exist_and_their_nodes_hold_them():
     (line,) = re.findall(r"^command=\(iiet-orch (.*?)\)", SCRIPT, flags=re.MULTILINE)
     job = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text(encoding="utf-8"))
     program, *words = shlex.split(job["spec"]["entrypoint"])

@@ -17,7 +17,7 @@ def read_notebook() -> Any:
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_it_is_stored_without_outputs() -> None:
+def test_it_is_stored_without_outputs():
     import nbformat
 
     notebook = read_notebook()
@@ -28,7 +28,7 @@ def test_it_is_stored_without_outputs() -> None:
 
 
 @pytest.mark.long
-def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv(

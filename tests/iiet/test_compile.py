@@ -8,36 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_schedules import schedule_for
+from model_cases import left_padding, make_model
+from model_cases import tokens as random_tokens
 from torch._dynamo.testing import CompileCounter
 
-from iiet import METHODS, Decoder, KeyValueCache, next_token_loss, preset
+from iiet import METHODS, KeyValueCache, next_token_loss
 
-BATCH, TIME, VOCAB = 2, 6, 29
+BATCH, TIME = 2, 6
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
 FOLDER = Path(__file__).resolve().parent
 
 
 def decoder_of(method, num_layers=1):
-    torch.manual_seed(0)
-    corrections = (1, 0)[:num_layers]
-    config = preset(
-        "tiny", method=method, vocab_size=VOCAB, dim=16, num_layers=num_layers, num_heads=2,
-        num_kv_heads=1, ffn_dim=24, context_length=8, initializer_std=0.3,
-        schedule=schedule_for(method, corrections),
-    )  # fmt: skip
-    return Decoder(config).double()
+    return make_model(method, (1, 0)[:num_layers])
 
 
 def tokens():
-    return torch.randint(VOCAB, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
+    return random_tokens(BATCH, TIME)
 
 
 def masks(masked):
     """Left padding in one of two rows, or none."""
-    mask = torch.ones(BATCH, TIME, dtype=torch.bool)
-    mask[0, :2] = False
-    return {"attention_mask": mask} if masked else {}
+    return {"attention_mask": left_padding(2, 0, time=TIME)} if masked else {}
 
 
 def trained(decoder, run, **masks):
@@ -75,9 +67,7 @@ def cases(*slow):
     return [pytest.param(*case, marks=marks(case)) for case in sorted(every)]
 
 
-@pytest.mark.parametrize(
-    ("method", "masked"), cases(("iiet", True), ("vanilla", False), ("pcformer", False))
-)
+@pytest.mark.parametrize(("method", "masked"), cases(("iiet", True)))
 def test_training_and_inference_are_one_graph_each(method, masked):
     decoder = decoder_of(method, num_layers=2 if method == "iiet" else 1)
     compiled = torch.compile(decoder, **GRAPHS)
@@ -89,7 +79,7 @@ def test_training_and_inference_are_one_graph_each(method, masked):
         torch.testing.assert_close(compiled(tokens(), **given), decoder(tokens(), **given))
 
 
-@pytest.mark.parametrize(("method", "masked"), cases(("vanilla", True), ("iiet", False)))
+@pytest.mark.parametrize(("method", "masked"), cases(("iiet", False)))
 def test_prefill_and_each_step_are_one_graph(method, masked):
     decoder = decoder_of(method)
     compiled = torch.compile(decoder, **GRAPHS)
@@ -105,7 +95,7 @@ def test_longer_decoding_recompiles_nothing():
     """From the second step on, the number of cached tokens is a symbol of the step's graph."""
     decoder, graphs = decoder_of("vanilla"), CompileCounter()
     compiled = torch.compile(decoder, backend=graphs, fullgraph=True)
-    ids = torch.randint(VOCAB, (BATCH, 8))
+    ids = random_tokens(BATCH, 8)
     cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=8, dtype=torch.float64)
     steps = [compiled(part, cache=cache) for part in ids.split([3, 1, 1, 1, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(steps, 1), decoder(ids))

@@ -9,12 +9,6 @@ import torch
 from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, preset
 
 
-def parameters_of(config):
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    return {name: parameter.numel() for name, parameter in decoder.named_parameters()}
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_with_every_method(name, method):

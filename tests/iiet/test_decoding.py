@@ -5,26 +5,18 @@ import math
 
 import pytest
 import torch
+from model_cases import left_padding, make_model, tokens
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset
+from iiet import IterationSchedule, KeyValueCache, generate
 from iiet.sampling import LogitsNotFinite
 
-VOCAB = 31
+PROMPT = tokens(2, 5)
+SHORT, MASK = tokens(2, 9), left_padding(0, 3, time=9)
+"""A batch whose second row begins with padding."""
 
 
-def decoder_of(schedule="2,0,1", **overrides):
-    torch.manual_seed(0)
-    sizes = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
-    method = {"schedule": schedule} if schedule else {"method": "vanilla"}
-    decoder = Decoder(preset("tiny", **sizes, **method, **overrides)).double()
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return decoder
-
-
-def prompt(batch=2, time=5):
-    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(3))
+def decoder_of(schedule=(2, 0, 1), method="iiet"):
+    return make_model(method, schedule)
 
 
 def cache_of(decoder, **settings):
@@ -32,15 +24,11 @@ def cache_of(decoder, **settings):
     return KeyValueCache(decoder.config, **settings)
 
 
-def test_a_cache_holds_a_slot_per_evaluation_and_copies_nothing():
-    decoder = decoder_of()
-    cache = cache_of(decoder)
-    assert cache.num_bytes == 6 * 2 * 2 * 12 * 16 * 8
-    assert cache_of(decoder, strategy="last").num_bytes == cache.num_bytes // 2
-    new = torch.ones(2, 2, 1, 8, dtype=torch.float64)
+def test_a_cache_copies_nothing():
+    cache, new = cache_of(decoder_of()), torch.ones(2, 2, 1, 4, dtype=torch.float64)
     keys, values = cache.update(new, 2 * new, 5)
     again, _ = cache.update(new, 2 * new, 5)
-    assert again.shape == (2, 2, 2, 8)
+    assert again.shape == (2, 2, 2, 4)
     assert again.data_ptr() == keys.data_ptr()
     assert values.data_ptr() != keys.data_ptr()
 
@@ -48,19 +36,18 @@ def test_a_cache_holds_a_slot_per_evaluation_and_copies_nothing():
 @torch.no_grad()
 def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
     """One slot per layer: the first step attends to other keys than the full forward does."""
-    tokens = prompt(2, 12)
+    ids = tokens(2, 12)
 
     def distance(decoder):
-        cache = cache_of(decoder, strategy="last")
-        prefill = decoder(tokens[:, :8], cache=cache)
-        full = decoder(tokens)
+        cache, full = cache_of(decoder, strategy="last"), decoder(ids)
+        prefill = decoder(ids[:, :8], cache=cache)
         torch.testing.assert_close(prefill, full[:, :8], rtol=0, atol=1e-11)
-        steps = [decoder(tokens[:, time : time + 1], cache=cache) for time in range(8, 12)]
+        steps = [decoder(ids[:, time : time + 1], cache=cache) for time in range(8, 12)]
         return float((torch.cat(steps, 1) - full[:, 8:]).abs().max() / full.std())
 
-    assert distance(decoder_of(None)) < 1e-11
-    assert distance(decoder_of("0,0,0")) < 1e-11
-    assert distance(decoder_of("2,0,1")) > 0.01
+    assert distance(decoder_of(method="vanilla")) < 1e-11
+    assert distance(decoder_of((0, 0, 0))) < 1e-11
+    assert distance(decoder_of()) > 0.01
 
 
 @torch.no_grad()
@@ -68,7 +55,7 @@ def test_a_cache_of_another_dtype_than_the_keys_is_refused():
     decoder = decoder_of().bfloat16()
     cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=9)
     with pytest.raises(ValueError, match=r"holds torch.float32.* with dtype=torch.bfloat16"):
-        decoder(prompt(), cache=cache)
+        decoder(PROMPT, cache=cache)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 4}])
@@ -83,114 +70,100 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
 
         decoder.norm.register_forward_hook(spoil)
         with pytest.raises(LogitsNotFinite, match="logits are not finite"):
-            generate(decoder, prompt(), max_new_tokens=20, draft=draft, **settings)
+            generate(decoder, PROMPT, max_new_tokens=20, draft=draft, **settings)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["exact", "last"])
 @pytest.mark.parametrize("is_filled", [False, True])
-@pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 0, 1)])
+@pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0)])
 def test_a_cache_refuses_another_schedule(strategy, is_filled, other):
     """Also one with as many evaluations, and before the first token is cached."""
     decoder, other = decoder_of(), IterationSchedule(other)
     cache = cache_of(decoder, strategy=strategy)
     if is_filled:
-        decoder(prompt(), cache=cache)
-    for tokens in (prompt(), prompt(2, 1)):
+        decoder(PROMPT, cache=cache)
+    for ids in (PROMPT, PROMPT[:, :1]):
         with pytest.raises(ValueError, match="cache is for 3,1,2 evaluations per layer"):
-            decoder(tokens, schedule=other, cache=cache)
+            decoder(ids, schedule=other, cache=cache)
         with pytest.raises(ValueError, match="the iteration schedule that the cache was made for"):
-            decoder.with_schedule(other)(tokens, cache=cache)
-    decoder(prompt(2, 1), cache=cache)
+            decoder.with_schedule(other)(ids, cache=cache)
+    decoder(PROMPT[:, :1], cache=cache)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", [(0, 0, 0), (1, 0, 1), (2, 0, 1)])
 def test_a_view_serves_fewer_corrections_in_the_same_memory(schedule):
     """It holds the same tokens, padding among them, and gets its own length."""
-    decoder, (tokens, mask) = decoder_of(), padded()
+    decoder = decoder_of()
     fewer = decoder.with_schedule(IterationSchedule(schedule))
     cache = cache_of(decoder)
-    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
+    decoder(SHORT[:, :6], cache=cache, attention_mask=MASK[:, :6])
     before = [held[:, :, :6].clone() for held in cache._slots]
     view = cache.view(fewer.config)
     assert view.get_seq_length() == 6
     assert {held.data_ptr() for held in view._slots} <= {held.data_ptr() for held in cache._slots}
-    drafted = fewer(tokens[:, 6:], cache=view)
+    drafted = fewer(SHORT[:, 6:], cache=view)
     assert (cache.get_seq_length(), view.get_seq_length()) == (6, 9)
-    expected = decoder(tokens, attention_mask=mask)[:, 6:]
+    expected = decoder(SHORT, attention_mask=MASK)[:, 6:]
     assert torch.allclose(drafted, expected) == (schedule == (2, 0, 1))
     # The full schedule writes over what the view wrote.
-    torch.testing.assert_close(decoder(tokens[:, 6:], cache=cache), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(decoder(SHORT[:, 6:], cache=cache), expected, rtol=0, atol=1e-11)
     assert all(torch.equal(b, held[:, :, :6]) for b, held in zip(before, cache._slots, strict=True))
 
 
-@pytest.mark.parametrize("schedule", [None, "2,0,1"])
-def test_greedy_equals_the_full_forward_token_by_token(schedule):
-    decoder = decoder_of(schedule)
-    tokens = generate(decoder, prompt(), max_new_tokens=9)
-    assert tokens.shape == (2, 14)
-    assert torch.equal(tokens[:, :5], prompt())
+def test_greedy_equals_the_full_forward_token_by_token():
+    decoder = decoder_of()
+    ids = generate(decoder, PROMPT, max_new_tokens=9)
+    assert ids.shape == (2, 14)
+    assert torch.equal(ids[:, :5], PROMPT)
     for time in range(5, 14):
-        assert torch.equal(decoder(tokens[:, :time])[:, -1].argmax(-1), tokens[:, time])
-
-
-def padded(batch=2, time=9, num_padding=3):
-    mask = torch.ones(batch, time).bool()
-    mask[1:, :num_padding] = False
-    return prompt(batch, time), mask
+        assert torch.equal(decoder(ids[:, :time])[:, -1].argmax(-1), ids[:, time])
 
 
 @torch.no_grad()
 def test_a_mask_that_contradicts_the_cache_is_refused():
-    decoder, (tokens, mask) = decoder_of(), padded()
-    for first, second in ((mask, torch.ones_like(mask)), (torch.ones_like(mask), mask)):
+    decoder, whole = decoder_of(), torch.ones_like(MASK)
+    for first, second in ((MASK, whole), (whole, MASK)):
         cache = cache_of(decoder)
-        decoder(tokens[:, :6], cache=cache, attention_mask=first[:, :6])
+        decoder(SHORT[:, :6], cache=cache, attention_mask=first[:, :6])
         with pytest.raises(ValueError, match=r"cached tokens as padding .* use the same mask"):
-            decoder(tokens[:, 6:], cache=cache, attention_mask=second)
+            decoder(SHORT[:, 6:], cache=cache, attention_mask=second)
 
 
 @torch.no_grad()
 def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
     """So a padded batch of contexts can be continued, each row after its own end."""
-    decoder, tokens = decoder_of(), prompt(2, 8)
+    decoder, ids = decoder_of(), tokens(2, 8)
     mask = torch.ones(2, 8).bool()
     mask[1, 3:6] = False
     cache = cache_of(decoder)
-    decoder(tokens[:, :6], cache=cache)
-    continued = decoder(tokens[:, 6:], cache=cache, attention_mask=mask)
-    alone = decoder(tokens[1:, mask[1]])[:, -2:]
+    decoder(ids[:, :6], cache=cache)
+    continued = decoder(ids[:, 6:], cache=cache, attention_mask=mask)
+    alone = decoder(ids[1:, mask[1]])[:, -2:]
     torch.testing.assert_close(continued[1:], alone, rtol=0, atol=1e-11)
 
 
-def test_the_seed_determines_the_samples():
-    decoder = decoder_of()
-    settings = {"max_new_tokens": 12, "temperature": 1.5}
-    first = generate(decoder, prompt(), seed=1, **settings)
+def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
+    decoder, settings = decoder_of(), {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
+    first = generate(decoder, PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(generate(decoder, prompt(), seed=1, **settings), first)
+    assert torch.equal(generate(decoder, PROMPT, seed=1, **settings), first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(generate(decoder, prompt(), seed=2, **settings), first)
-
-
-def test_a_row_with_its_own_seed_does_not_depend_on_the_others():
-    decoder, settings = decoder_of(), {"max_new_tokens": 6, "temperature": 1.0, "top_k": 20}
-    together = generate(decoder, prompt(), seed=[7, 8], **settings)
+    assert not torch.equal(generate(decoder, PROMPT, seed=2, **settings), first)
+    together = generate(decoder, PROMPT, seed=[7, 8], **settings)
     for row, seed in enumerate((7, 8)):
-        alone = generate(decoder, prompt()[row : row + 1], seed=seed, **settings)
+        alone = generate(decoder, PROMPT[row : row + 1], seed=seed, **settings)
         assert torch.equal(together[row], alone[0])
-    with pytest.raises(ValueError, match="one for each of 2 rows"):
-        generate(decoder, prompt(), seed=[7, 8, 9], **settings)
 
 
 def test_stop_tokens_end_rows_and_then_the_batch():
     decoder = decoder_of()
-    free = generate(decoder, prompt(), max_new_tokens=10)
+    free = generate(decoder, PROMPT, max_new_tokens=10)
     stop = [int(free[0, 6]), int(free[1, 8])]
     ends = [next(time for time in range(5, 15) if int(free[row, time]) in stop) for row in range(2)]
-    ended = generate(decoder, prompt(), max_new_tokens=10, stop_tokens=stop)
+    ended = generate(decoder, PROMPT, max_new_tokens=10, stop_tokens=stop)
     assert ended.size(1) == max(ends) + 1
     for row, end in enumerate(ends):
         assert torch.equal(ended[row, : end + 1], free[row, : end + 1])

@@ -4,13 +4,16 @@ only."""
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
+from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas
 from iiet.context import Rope, make_context, rotate
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
+
+IDS = tokens(2, 8)
 
 
 def tensor(*shape):
@@ -99,37 +102,26 @@ def test_product_of_few_rows(rows, shape, is_intel, monkeypatch):
     assert product.is_contiguous()
 
 
-def small_decoder(method="iiet"):
-    torch.manual_seed(0)
-    sizes = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 24}
-    config = preset("tiny", method=method, vocab_size=20, initializer_std=0.3, **sizes)
-    return Decoder(config)
-
-
-def tokens():
-    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
-
-
 def everything(decoder):
     """Logits of training and of decoding, and all gradients."""
     decoder.zero_grad()
-    logits = decoder(tokens())
-    next_token_loss(logits, tokens()).backward()
-    gradients = {name: p.grad.clone() for name, p in decoder.named_parameters()}
+    logits = decoder(IDS)
+    next_token_loss(logits, IDS).backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
     cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
     with torch.inference_mode():
-        steps = [decoder(part, cache=cache) for part in tokens().split([4, 1, 1, 2], 1)]
+        steps = [decoder(part, cache=cache) for part in IDS.split([4, 1, 1, 2], 1)]
     return {"logits": logits.detach(), "steps": torch.cat(steps, 1), **gradients}
 
 
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
-    decoder = small_decoder(method).double()
+    decoder = make_model(method)
     found = everything(decoder)
     with plain_formulas():
         plain = everything(decoder)
     monkeypatch.setattr(fast, "ENABLED", False)
-    off = everything(small_decoder(method).double())
+    off = everything(make_model(method))
     for name, value in found.items():
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
@@ -170,22 +162,22 @@ def test_global_hooks_turn_them_off():
 def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """They have no values; a cached one would make every later run of the process fail."""
     fast._constants.clear()
-    used, unused = small_decoder(method), small_decoder(method)
+    used, unused = make_model(method, dtype=torch.float32), make_model(method, dtype=torch.float32)
     with torch.set_grad_enabled(with_gradients):
-        expected = used(tokens())
+        expected = used(IDS)
         fast._constants.clear()
         with FakeTensorMode(allow_non_fake_inputs=True):
-            assert type(unused(tokens())) is not torch.Tensor
-            loss = next_token_loss(used(tokens()), tokens())
+            assert type(unused(IDS)) is not torch.Tensor
+            loss = next_token_loss(used(IDS), IDS)
             assert type(loss) is not torch.Tensor
             if with_gradients:
                 loss.backward()
         used.zero_grad()
         with FakeTensorMode():
-            small_decoder(method)(torch.zeros(1, 4, dtype=torch.long))
+            Decoder(used.config)(torch.zeros(1, 4, dtype=torch.long))
         unused.load_state_dict(used.state_dict())
-        assert torch.equal(used(tokens()), expected)
-        assert torch.equal(unused(tokens()), expected)
+        assert torch.equal(used(IDS), expected)
+        assert torch.equal(unused(IDS), expected)
 
 
 def test_plain_modules_are_their_formulas():
@@ -204,7 +196,7 @@ def test_plain_modules_are_their_formulas():
 
 
 def test_the_last_sum_of_a_field_is_not_rounded():
-    decoder = small_decoder()
+    decoder = make_model(dtype=torch.float32)
     field, x, seen = decoder.fields[0], torch.randn(2, 8, 16), {}
     field.feed_forward_norm.register_forward_hook(lambda _, given, __: seen.update(u=given[0]))
     field.feed_forward.register_forward_hook(lambda _, __, found: seen.update(change=found))

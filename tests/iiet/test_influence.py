@@ -3,7 +3,6 @@
 The evaluations are stored outputs of the published code; the formula is written in numpy.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -16,11 +15,14 @@ from live_tensors import LiveTensors
 from model_cases import make_model, tokens
 from safetensors.torch import load_file
 
+from iiet import INFLUENCE_METRICS
 from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
+from iiet.extensions import ExtensionError
 from iiet.influence import influence_table
+from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric
 from iiet.losses import next_token_loss
 from iiet.pruning import InfluenceTable, schedule_family
 from iiet.published import decoder_from_published
@@ -39,6 +41,10 @@ def reference(name):
         if key.startswith("weight.")
     }
     return config, tensors, decoder_from_published(config, weights)
+
+
+def decoder_of():
+    return make_model(schedule=(2, 0, 1))
 
 
 def by_hand(config, tensors, metric):
@@ -96,27 +102,27 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
 @torch.no_grad()
 @pytest.mark.parametrize("metric", ["cosine", "loss"])
 def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
-    decoder, tokens = small_decoder().double(), random_batches(1)[0]
-    _, hidden = decoder(tokens, return_hidden=True)
-    states = [decoder.embedding(tokens), *hidden]
+    decoder, ids = decoder_of(), tokens(2, 8)
+    _, hidden = decoder(ids, return_hidden=True)
+    states = [decoder.embedding(ids), *hidden]
     if metric == "loss":  # Only positions with a target count.
         states = [state[:, :-1] for state in states]
     expected = [
         (1 - torch.cosine_similarity(before, after, dim=-1)).mean().item()
         for before, after in itertools.pairwise(states)
     ]
-    table = influence_table(decoder, [tokens[:1], tokens[1:]], metric=metric)
+    table = influence_table(decoder, [ids[:1], ids[1:]], metric=metric)
     assert table.layer_values == pytest.approx(expected, rel=1e-10)
 
 
 @torch.no_grad()
 def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
-    decoder, tokens = small_decoder(), torch.cat(random_batches(3))
-    targets = torch.where(torch.arange(8) % 3 > 0, tokens.roll(1, dims=1), NO_TARGET)
-    table = influence_table(decoder, Batch(tokens, targets).split(2), metric="loss")
+    decoder, ids = decoder_of(), tokens(6, 8)
+    targets = torch.where(torch.arange(8) % 3 > 0, ids.roll(1, dims=1), NO_TARGET)
+    table = influence_table(decoder, Batch(ids, targets).split(2), metric="loss")
 
     def accuracy(*corrections):
-        logits = decoder(tokens, schedule=IterationSchedule(corrections))
+        logits = decoder(ids, schedule=IterationSchedule(corrections))
         counted = targets != NO_TARGET
         return (logits.argmax(-1) == targets)[counted].double().mean().item()
 
@@ -130,29 +136,14 @@ def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
         assert row == pytest.approx(expected_row, abs=1e-12)
     assert any(expected[0])
     assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    assert influence_table(decoder, [tokens], metric="loss").accuracy_lost_rows == ()
-
-
-def small_decoder(schedule=(2, 0, 1)):
-    torch.manual_seed(0)
-    config = preset(
-        "tiny", vocab_size=32, dim=16, num_layers=3, num_heads=2, ffn_dim=24, context_length=16,
-        schedule=schedule, initializer_std=0.2,
-    )  # fmt: skip
-    return Decoder(config)
-
-
-def random_batches(count, rows=2, time=8):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 32, (rows, time), generator=generator) for _ in range(count)]
+    assert influence_table(decoder, [ids], metric="loss").accuracy_lost_rows == ()
 
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
-    decoder = small_decoder().double()
-    tokens = torch.cat(random_batches(4))
-    whole = influence_table(decoder, [tokens], metric=metric)
-    batches, done = [tokens[:1], tokens[1:6], tokens[6:]], []
+    decoder, ids = decoder_of(), tokens(8, 8)
+    whole = influence_table(decoder, [ids], metric=metric)
+    batches, done = [ids[:1], ids[1:6], ids[6:]], []
     parts = influence_table(decoder, batches, metric=metric, progress=done.append)
     assert parts == influence_table(decoder, batches[::-1], metric=metric), "bitwise, in any order"
     assert done == [1, 2, 3]
@@ -162,7 +153,7 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
 
 
 def test_batches_come_as_tensors_or_batches():
-    decoder, (batch,) = small_decoder(), random_batches(1)
+    decoder, batch = decoder_of(), tokens(2, 8)
     expected = influence_table(decoder, [batch])
     for one in (batch, Batch.of_text(batch)):
         for given in (one, [one]):
@@ -173,32 +164,32 @@ def test_batches_come_as_tensors_or_batches():
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_only_positions_that_count_are_measured(metric):
-    decoder, (tokens,) = small_decoder().double(), random_batches(1, rows=3)
-    whole = influence_table(decoder, [Batch.of_text(tokens)], metric=metric)
-    assert whole == influence_table(decoder, [tokens], metric=metric)
+    decoder, ids = decoder_of(), tokens(3, 8)
+    whole = influence_table(decoder, [Batch.of_text(ids)], metric=metric)
+    assert whole == influence_table(decoder, [ids], metric=metric)
     # Causal: the first six tokens are measured alike whatever follows them.
     mask = (torch.arange(8) < 6).expand(3, 8)
     batches = [
-        Batch(tokens, Batch.of_text(tokens).targets, mask=mask & (torch.arange(8) < 5)),
-        Batch(tokens[:, :6], Batch.of_text(tokens[:, :6]).targets),
+        Batch(ids, Batch.of_text(ids).targets, mask=mask & (torch.arange(8) < 5)),
+        Batch(ids[:, :6], Batch.of_text(ids[:, :6]).targets),
     ]
     some, short = (influence_table(decoder, [batch], metric=metric) for batch in batches)
     assert some.num_tokens == short.num_tokens == 15
     for row, expected in zip(some.value_rows, short.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    uneven = Batch.of_text(tokens, torch.arange(8) < torch.tensor([[6], [3], [8]]))
+    uneven = Batch.of_text(ids, torch.arange(8) < torch.tensor([[6], [3], [8]]))
     split = influence_table(decoder, uneven.split(2), metric=metric)
     joined = influence_table(decoder, [uneven], metric=metric)
     for row, expected in zip(split.value_rows, joined.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
     with pytest.raises(ValueError, match="'looped' repeats the whole stack"):
-        influence_table(Decoder(preset("tiny", method="looped")), random_batches(1))
+        influence_table(Decoder(preset("tiny", method="looped")), tokens(2, 8))
     with pytest.raises(ValueError, match="nothing to measure"):
-        influence_table(decoder, [Batch(tokens, tokens, mask=mask & False)], metric=metric)
+        influence_table(decoder, [Batch(ids, ids, mask=mask & False)], metric=metric)
 
 
 def test_errors_are_the_standard_errors_over_batches():
-    decoder, batches = small_decoder(), random_batches(5)
+    decoder, batches = decoder_of(), tokens(10, 8).split(2)
     table = influence_table(decoder, batches)
     each = [influence_table(decoder, [batch]).value_rows for batch in batches]
     for layer, row in enumerate(table.error_rows):
@@ -238,12 +229,9 @@ def test_only_the_last_output_is_kept_in_memory(metric):
 
 def test_residuals_are_those_of_the_estimates():
     """|g(e) - e| / |g(e)|, written out over the outputs and the layer's two norms."""
-    decoder, (tokens,) = small_decoder().double(), random_batches(1)
-    outputs = decoder.evaluations(tokens)
-    table = influence_table(decoder, [tokens])
-    assert (
-        table.residual_rows == influence_table(decoder, [tokens], metric="relative").residual_rows
-    )
+    decoder, ids = decoder_of(), tokens(2, 8)
+    outputs, table = decoder.evaluations(ids), influence_table(decoder, ids)
+    assert table.residual_rows == influence_table(decoder, ids, metric="relative").residual_rows
     for number, (layer, row) in enumerate(zip(decoder.layers, table.residual_rows, strict=True)):
         estimate, expected = layer.prediction_norm(outputs[number, 0]), []
         for k in range(1, len(row) + 1):
@@ -260,8 +248,7 @@ def test_residuals_are_those_of_the_estimates():
 
 def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
     for method, num_residuals in (("vanilla", 0), ("pcformer_rk4", 1)):
-        config = dataclasses.replace(small_decoder().config, method=method, schedule=None)
-        table = influence_table(Decoder(config), random_batches(2))
+        table = influence_table(make_model(method), tokens(2, 8))
         assert table.value_rows == ((), (), ())
         assert [len(row) for row in table.residual_rows] == [num_residuals] * 3
         assert all(map(math.isnan, table.contractions))
@@ -301,3 +288,44 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
         assert row == pytest.approx(expected, rel=1e-9)
     assert [len(row) for row in table.residual_rows] == [1, 1, 0, 1]
     assert schedule_family(table)[-1].schedule == IterationSchedule.none(4)
+
+
+class SquaredChange(Comparison):
+    """|y(i) - y(i-1)|^2"""
+
+    def compare(self, before, after):
+        return (after - before).square().sum(-1)
+
+
+class Constant(InfluenceMetric):
+    """One in each layer, without a pass."""
+
+    rows = ((1.0, 1.0), (), (1.0,))
+
+    def measure(self, measured):
+        return BatchInfluence(self.rows)
+
+
+@torch.no_grad()
+def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_read_without_it(
+    monkeypatch,
+):
+    decoder, ids, outputs = decoder_of(), tokens(3, 9), {}
+    added = {"squared": SquaredChange, "constant": Constant}
+    monkeypatch.setattr(INFLUENCE_METRICS, "own", {**INFLUENCE_METRICS.own, **added})
+    decoder(ids, observe=lambda seen: outputs.update({(seen.layer, seen.k): seen.output}))
+    table = influence_table(decoder, ids, metric="squared")
+    for layer, row in enumerate(table.value_rows):
+        for i, value in enumerate(row, start=1):
+            change = outputs[layer, i] - outputs[layer, i - 1]
+            assert value == pytest.approx(change.square().sum(-1).mean().item(), rel=1e-12)
+    assert table.metric == "squared"
+    assert table.worths() == table.value_rows
+    stored = influence_table(decoder, ids, metric="constant").to_dict()
+    del INFLUENCE_METRICS.own["constant"]
+    table = InfluenceTable.from_dict(stored)
+    assert table.value_rows == Constant.rows
+    with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):
+        table.worths()
+    with pytest.raises(ValueError, match="metric must be one of"):
+        influence_table(decoder, ids, metric="constant")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
-from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
+from iiet.losses import cross_entropy, hidden_state_error, kl_divergence
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 
@@ -168,19 +168,6 @@ def test_wrong_use_is_named():
         kl_divergence(teacher, teacher, kind="backward")
     with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):
         cross_entropy(teacher, torch.zeros(1, 3, dtype=torch.long))
-
-
-def test_cross_entropy_equals_the_definition():
-    logits, tokens = random_logits(2, 5, 7), torch.tensor([[0, 3, 6, 1, 1], [2, 2, 5, 0, 4]])
-    probability = logits.softmax(-1)
-    terms = [
-        -math.log(probability[b, t, tokens[b, t + 1]].item()) for b in range(2) for t in range(4)
-    ]
-    assert next_token_loss(logits, tokens).item() == pytest.approx(sum(terms) / 8, rel=1e-12)
-    mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, True]])
-    counted = [terms[0], terms[2], terms[7]]
-    masked = next_token_loss(logits, tokens, mask=mask)
-    assert masked.item() == pytest.approx(sum(counted) / 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [None, 7.5])

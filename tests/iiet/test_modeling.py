@@ -24,7 +24,7 @@ import iiet
 from iiet.decoder import Decoder
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.published import decoder_from_published
+from iiet.published import decoder_from_published, published_from_decoder
 from iiet.schedule import IterationSchedule
 
 END = "<|endoftext|>"
@@ -153,16 +153,22 @@ def test_every_mode_of_generation_equals_uncached(mode):
     assert torch.equal(generated(model, ids, mask, **MODES[mode]), plain)
 
 
-def test_a_llama_and_its_copy_answer_alike():
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_and_its_copies_answer_alike(tied):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        **sizes, vocab_size=VOCAB, num_key_value_heads=2, intermediate_size=24, use_cache=False
-    )
+        **sizes, vocab_size=VOCAB, num_key_value_heads=2, intermediate_size=24, use_cache=False,
+        max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0}, tie_word_embeddings=tied,
+    )  # fmt: skip
     llama = LlamaForCausalLM(config).double().eval()
-    copied = transformers_model(
-        decoder_from_published(config.to_dict(), llama.state_dict()).double()
-    )
+    decoder = decoder_from_published(config.to_dict(), llama.state_dict())
+    ours = decoder.config
+    assert (ours.rope_theta, ours.context_length, ours.tie_embeddings) == (777.0, 64, tied)
+    back = published_from_decoder(decoder)
+    assert all(torch.equal(back[name], llama.state_dict()[name]) for name in back)
+    copied = transformers_model(decoder)
     embeddings = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
     for arguments in (
         {"position_ids": torch.arange(5, 14)[None]},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_gradients import published_gradients
+from model_cases import published_gradients
 from safetensors.torch import load_file
 
 from iiet import Decoder, decoder_from_published, next_token_loss, published_from_decoder

@@ -10,35 +10,12 @@ import math
 
 import pytest
 import torch
-from method_schedules import schedule_for
-from published_gradients import published_gradients
+from model_cases import make_model, published_gradients, tokens
 from torch.nn.functional import layer_norm, softmax
 
-from iiet import (
-    Decoder,
-    ModelConfig,
-    next_token_loss,
-    published_from_decoder,
-)
+from iiet import next_token_loss, published_from_decoder
 
 PUBLISHED = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
-
-
-def small_config(method, **overrides):
-    sizes = {"vocab_size": 23, "dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
-    sizes |= {"ffn_dim": 20, "context_length": 16, "tie_embeddings": False, "rope_theta": 500.0}
-    schedule = schedule_for(method, (2, 0, 3))
-    return ModelConfig(**{"method": method, "schedule": schedule, **sizes, **overrides})
-
-
-def random_decoder(config, seed=0):
-    """A float64 decoder far from its starting point, so that no coefficient is a trivial one."""
-    torch.manual_seed(seed)
-    decoder = Decoder(config).double()
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return decoder
 
 
 class PlainModel:
@@ -134,14 +111,15 @@ class PlainModel:
     [*((method, (2, 0, 3)) for method in PUBLISHED), ("pcformer", (1, 2, 0))],
 )
 def test_logits_and_gradients_equal_the_formulas(method, corrections, tied):
-    schedule = schedule_for(method, corrections)
-    config = small_config(method, schedule=schedule, tie_embeddings=tied)
-    decoder = random_decoder(config)
+    decoder = make_model(method, corrections, tie_embeddings=tied, rope_theta=500.0)
+    with torch.no_grad():  # Norms, too, are far from their starting point.
+        for parameter in decoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     weights = {
         name: value.requires_grad_() for name, value in published_from_decoder(decoder).items()
     }
-    input_ids = torch.randint(config.vocab_size, (2, 9))
-    plain = PlainModel(config, weights)(input_ids)
+    input_ids = tokens(2, 9)
+    plain = PlainModel(decoder.config, weights)(input_ids)
     logits = decoder(input_ids)
     torch.testing.assert_close(logits, plain, rtol=1e-10, atol=1e-10)
     next_token_loss(plain, input_ids).backward()

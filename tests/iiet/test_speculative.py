@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from model_cases import left_padding, make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,29 +12,11 @@ from iiet import Decoder, DraftRecord, IterationSchedule, generate, preset, stre
 from iiet.cache import KeyValueCache
 from iiet.speculative import draft_models
 
-VOCAB = 37
-SIZES = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
+PROMPTS, PADDING = tokens(3, 6), left_padding(0, 2, 4, time=6)
 
 
-def decoder_of(schedule="2,0,1", method="iiet", **overrides):
-    torch.manual_seed(0)
-    config = preset(
-        "tiny",
-        method=method,
-        **{"initializer_std": 0.3, **SIZES, "schedule": schedule, **overrides},
-    )
-    return Decoder(config).double()
-
-
-def prompts(batch=3, time=6):
-    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(1))
-
-
-def padding(batch=3, time=6):
-    mask = torch.ones(batch, time, dtype=torch.bool)
-    for row in range(1, batch):
-        mask[row, : 2 * row] = False
-    return mask
+def decoder_of(schedule=(2, 0, 1), method="iiet"):
+    return make_model(method, schedule, seed=3, num_kv_heads=4, context_length=128)
 
 
 def drafts(draft, draft_tokens="auto"):
@@ -42,10 +25,11 @@ def drafts(draft, draft_tokens="auto"):
 
 def both(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
     """Return what plain and speculative decoding generate, and the record."""
-    options = {"max_new_tokens": max_new_tokens, "attention_mask": padding(batch), **options}
+    ids, mask = PROMPTS[:batch], PADDING[:batch]
+    options = {"max_new_tokens": max_new_tokens, "attention_mask": mask, **options}
+    expected = generate(decoder, ids, **options)
     drafting = drafting or drafts("auto")
-    expected = generate(decoder, prompts(batch), **options)
-    found = generate(decoder, prompts(batch), return_record=True, **drafting, **options)
+    found = generate(decoder, ids, return_record=True, **drafting, **options)
     return expected, *found
 
 
@@ -60,15 +44,15 @@ def test_the_tokens_are_those_of_plain_decoding(draft):
 
 def test_a_batch_keeps_what_its_slowest_row_accepts():
     """With its own cache, a draft reads again what verification replaced."""
-    for draft in ("0", decoder_of("1,0,0")):
+    for draft in ("0", decoder_of((1, 0, 0))):
         options = {"max_new_tokens": 60, "return_record": True}
 
         def rates(draft_tokens, draft=draft, options=options):
             drafting = drafts(draft, draft_tokens)
             rows = [
-                generate(decoder_of(), row, **drafting, **options)[1] for row in prompts().split(1)
+                generate(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
             ]
-            return rows, generate(decoder_of(), prompts(), **drafting, **options)[1]
+            return rows, generate(decoder_of(), PROMPTS, **drafting, **options)[1]
 
         rows, batch = rates(3)
         assert 1 < batch.tokens_per_verification < min(r.tokens_per_verification for r in rows)
@@ -79,7 +63,7 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
 
 def test_stop_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
-    free = generate(decoder, prompts(), max_new_tokens=40, attention_mask=padding())
+    free = generate(decoder, PROMPTS, max_new_tokens=40, attention_mask=PADDING)
     for stops in ([int(free[0, 9])], [int(free[0, 9]), int(free[1, 30])], free[:, 12].tolist()):
         for draft in ("0", "3,0,0"):
             expected, found, _ = both(decoder, drafts(draft, 4), stop_tokens=stops)
@@ -88,7 +72,7 @@ def test_stop_tokens_end_rows_as_in_plain_decoding():
 
 def test_decoding_is_plain_from_where_no_draft_pays():
     """A draft of other weights: few of its tokens are kept, and each costs half a step."""
-    decoder, other = decoder_of(), decoder_of(None, "vanilla", num_layers=2)
+    decoder, other = decoder_of(), decoder_of((0, 0), "vanilla")
     expected, found, record = both(decoder, drafts(other), batch=1, max_new_tokens=100)
     assert torch.equal(expected, found)
     assert record.acceptance < 0.5
@@ -98,7 +82,7 @@ def test_decoding_is_plain_from_where_no_draft_pays():
 
 def test_auto_keeps_the_best_of_its_drafts():
     """Each is measured on a few tokens first; the family has one that equals the model."""
-    decoder = decoder_of("3,3,3")
+    decoder = decoder_of((3, 3, 3))
     family = [IterationSchedule.parse(text, num_layers=3) for text in ("0", "3,3,2", "1,0,0")]
     expected, found, record = both(
         decoder, {**drafts("auto", 4), "family": family}, batch=1, max_new_tokens=120
@@ -120,34 +104,34 @@ def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
     )
     for draft, num in (("0", 1), ("1,0,1", 1), ("0,1,0", 2), ("auto", 1)):
         made.clear()
-        generate(decoder_of(), prompts(), max_new_tokens=12, draft=draft)
+        generate(decoder_of(), PROMPTS, max_new_tokens=12, draft=draft)
         assert len(made) == num
 
 
 def test_the_stream_is_plain_tensors_and_the_same_twice():
     decoder, record = decoder_of(), DraftRecord()
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
-    steps = list(stream(decoder, prompts(), record=record, **options))
+    steps = list(stream(decoder, PROMPTS, record=record, **options))
     assert [step.shape for step in steps] == [(3,)] * 20
-    tokens, again = generate(decoder, prompts(), return_record=True, **options)
-    assert torch.equal(torch.stack(steps, 1), tokens[:, 6:])
+    ids, again = generate(decoder, PROMPTS, return_record=True, **options)
+    assert torch.equal(torch.stack(steps, 1), ids[:, 6:])
     assert record == again
-    decoder(tokens).sum().backward()
+    decoder(ids).sum().backward()
 
 
 def test_the_number_of_drafted_tokens_follows_the_acceptance():
     """A draft that says nearly what the model says drafts many tokens, one of other weights few."""
-    decoder = decoder_of(None, "vanilla", num_layers=8)
+    decoder = decoder_of((0,) * 8, "vanilla")
     for parameter in decoder.layers[1:].parameters():
         parameter.data.mul_(0.01)
-    good = decoder_of(None, "vanilla", num_layers=1)
+    good = decoder_of((0,), "vanilla")
     other = copy.deepcopy(good)
     good.load_state_dict(decoder.state_dict(), strict=False)
     torch.nn.init.normal_(other.embedding.weight)
     per_round = []
     for draft in (good, other):
         _, record = generate(
-            decoder, prompts(1), max_new_tokens=100, draft=draft, return_record=True
+            decoder, PROMPTS[:1], max_new_tokens=100, draft=draft, return_record=True
         )
         per_round.append(record.drafted / record.verifications)
     assert per_round[0] > 2 * per_round[1]

@@ -5,36 +5,19 @@ import weakref
 
 import pytest
 import torch
+from live_tensors import SeenOperations
+from model_cases import VOCAB, left_padding, make_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import Decoder, fast, generate, generation, preset, static_steps, stream
+from iiet import fast, generate, generation, static_steps, stream
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
-VOCAB = 41
-SIZES = {"dim": 32, "num_layers": 3, "num_heads": 4, "ffn_dim": 24, "vocab_size": VOCAB}
+PROMPTS = tokens(3, 6)
+PADDING = left_padding(0, 2, 2, time=6)
 
 
-def decoder_of(method="iiet", schedule="2,0,1", dtype=torch.float64, **overrides):
-    torch.manual_seed(0)
-    config = preset(
-        "tiny",
-        method=method,
-        initializer_std=0.3,
-        schedule=schedule,
-        **{**SIZES, **overrides},
-    )
-    return Decoder(config).to(dtype)
-
-
-def prompts(batch=2, time=6):
-    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(1))
-
-
-def padding(batch=2, time=6):
-    mask = torch.ones(batch, time, dtype=torch.bool)
-    mask[1:, :2] = False
-    return mask
+def decoder_of(method="iiet", schedule=(2, 0, 1), dtype=torch.float64, **changes):
+    return make_model(method, schedule, dtype=dtype, context_length=128, **changes)
 
 
 @pytest.fixture
@@ -49,13 +32,12 @@ def gpu_forms(monkeypatch):
     monkeypatch.setattr(fast, "ENABLED", False)
 
 
-def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
+def both(decoder, *, steps=None, batch=2, **options):
     """Return what ordinary steps and steps of fixed shapes generate."""
-    options = {"max_new_tokens": max_new_tokens, **options}
-    steps = steps or StaticSteps(decoder)
+    options, steps = {"max_new_tokens": 24, **options}, steps or StaticSteps(decoder)
     return (
-        generate(decoder, prompts(batch), **options),
-        generate(decoder, prompts(batch), steps=steps, **options),
+        generate(decoder, PROMPTS[:batch], **options),
+        generate(decoder, PROMPTS[:batch], steps=steps, **options),
     )
 
 
@@ -63,17 +45,17 @@ def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
 @pytest.mark.parametrize(
     ("method", "schedule", "strategy"),
     [
-        ("vanilla", None, "exact"),
-        ("iiet", "0", "exact"),
-        ("iiet", "2,0,1", "exact"),
-        ("iiet", "3", "last"),
-        ("pcformer", None, "exact"),
-        ("looped", "2", "exact"),
+        ("vanilla", (0, 0, 0), "exact"),
+        ("iiet", (0, 0, 0), "exact"),
+        ("iiet", (2, 0, 1), "exact"),
+        ("iiet", (3, 3, 3), "last"),
+        ("pcformer", (2, 2, 2), "exact"),
+        ("looped", (2, 2, 2), "exact"),
     ],
 )
 def test_the_tokens_are_the_same(method, schedule, strategy, padded, small_windows, gpu_forms):
-    decoder = decoder_of(method, schedule, num_kv_heads=2)
-    masks = {"attention_mask": padding()} if padded else {}
+    decoder = decoder_of(method, schedule)
+    masks = {"attention_mask": PADDING[:2]} if padded else {}
     expected, found = both(decoder, kv_strategy=strategy, **masks)
     assert torch.equal(expected, found)
 
@@ -93,7 +75,7 @@ def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windo
     """Also where the end is looked for every few steps, as on a GPU."""
     decoder, looks = decoder_of(), []
     options = {"temperature": 1.0, "seed": 7, **options}
-    free = generate(decoder, prompts(), max_new_tokens=24, **options)
+    free, _ = both(decoder, **options)
     until_all_end = generation._until_all_end
 
     def rarely(steps, _):
@@ -105,14 +87,8 @@ def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windo
         with monkeypatch.context() as patch:
             patch.setattr(generation, "_until_all_end", rarely)
             looks.clear()
-            found = generate(
-                decoder,
-                prompts(),
-                max_new_tokens=24,
-                stop_tokens=stops,
-                steps=StaticSteps(decoder),
-                **options,
-            )
+            own = {"stop_tokens": stops, "steps": StaticSteps(decoder), **options}
+            found = generate(decoder, PROMPTS[:2], max_new_tokens=24, **own)
         assert torch.equal(expected, found)
         assert len(looks) <= expected.size(1) - 6 + 5
 
@@ -142,7 +118,7 @@ def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, sm
     monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
     decoder, capture = decoder_of(), Recorder()
     steps = StaticSteps(decoder, capture=capture)
-    for masks in ({}, {"attention_mask": padding()}, {}):
+    for masks in ({}, {"attention_mask": PADDING[:2]}, {}):
         expected, found = both(decoder, steps=steps, **masks)
         assert torch.equal(expected, found)
     # Up to 16 and 32 tokens are read; the prompt's pass chooses the first new token.
@@ -173,13 +149,15 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
 
     def run(decoder, max_new_tokens=24):
         steps = kept_steps(decoder)
-        options = {"max_new_tokens": max_new_tokens, "attention_mask": padding()}
-        return keep_steps(decoder, steps, stream(decoder, prompts(), steps=steps, **options)), steps
+        options = {"max_new_tokens": max_new_tokens, "attention_mask": PADDING[:2]}
+        return keep_steps(
+            decoder, steps, stream(decoder, PROMPTS[:2], steps=steps, **options)
+        ), steps
 
     unfinished, steps = run(decoder, 60)
     assert (steps, next(unfinished).shape) == (kept, (2,))
     assert kept_steps(decoder) is not kept  # Another generation meanwhile has a cache of its own.
-    expected = generate(decoder, prompts(), max_new_tokens=60, attention_mask=padding())
+    expected = generate(decoder, PROMPTS[:2], max_new_tokens=60, attention_mask=PADDING[:2])
     found = torch.stack(list(unfinished), 1)
     assert torch.equal(found, expected[:, 7:])
     # Windows of 16, 32, 48 and 64 tokens; the last two remain.
@@ -228,60 +206,44 @@ def test_an_ordinary_pass_may_follow():
     decoder = decoder_of()
     steps = StaticSteps(decoder)
     cache = steps.empty_cache(batch_size=2, max_tokens=16, strategy="exact")
-    tokens = prompts(2, 12)
-    mask = padding(2, 12)
-    expected = decoder(tokens, attention_mask=mask)
-    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
+    ids, mask = tokens(2, 12), left_padding(0, 2, time=12)
+    expected = decoder(ids, attention_mask=mask)
+    decoder(ids[:, :6], cache=cache, attention_mask=mask[:, :6])
     steps.begin(2)
     for time in (6, 7):
-        torch.testing.assert_close(steps(tokens[:, time]), expected[:, time])
+        torch.testing.assert_close(steps(ids[:, time]), expected[:, time])
     cache.window = None
-    torch.testing.assert_close(decoder(tokens[:, 8:], cache=cache), expected[:, 8:])
+    torch.testing.assert_close(decoder(ids[:, 8:], cache=cache), expected[:, 8:])
     cache.set_length(7)
-    torch.testing.assert_close(decoder(tokens[:, 7:9], cache=cache), expected[:, 7:9])
-
-
-class Operations(TorchDispatchMode):
-    """Collects the names of the operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
+    torch.testing.assert_close(decoder(ids[:, 7:9], cache=cache), expected[:, 7:9])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_step_waits_for_the_device(temperature, gpu_forms):
-    decoder = decoder_of(num_kv_heads=2)
+    decoder = decoder_of()
     options = {"seed": [1, 2], "top_k": 9, "top_p": 0.9, "stop_tokens": [VOCAB]}
     steps = stream(
         decoder,
-        prompts(),
+        PROMPTS[:2],
         max_new_tokens=20,
         temperature=temperature,
-        attention_mask=padding(),
+        attention_mask=PADDING[:2],
         steps=StaticSteps(decoder),
         **options,
     )
     next(steps)  # The prompt's pass reads the mask.
-    with Operations() as seen:
+    with SeenOperations() as seen:
         assert len(list(steps)) == 19
     assert "index_copy_" in seen.names
     waiting = {"_local_scalar_dense", "multinomial", "nonzero", "_unique2", "equal", "isin"}
-    assert not seen.names & waiting
+    assert not waiting.intersection(seen.names)
 
 
 @pytest.mark.slow
 def test_all_steps_are_one_compiled_graph(gpu_forms):
-    decoder, graphs = (
-        decoder_of(schedule="1,0", num_layers=2),
-        CompileCounterWithBackend("aot_eager"),
-    )
+    decoder, graphs = decoder_of(schedule=(1, 0)), CompileCounterWithBackend("aot_eager")
     steps = StaticSteps(decoder)
     steps.run = torch.compile(steps.run, backend=graphs, fullgraph=True)
-    expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=padding())
+    expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=PADDING[:2])
     assert torch.equal(expected, found)
     assert graphs.frame_count == 1

@@ -5,42 +5,34 @@ import sys
 
 import pytest
 import torch
+from model_cases import make_model, tokens
 from safetensors.torch import load_file
 
-from iiet import Decoder, next_token_loss, preset
+from iiet import Decoder, next_token_loss
+
+IDS = tokens(2, 8)
 
 
-def decoder_of(method="iiet", **changes):
-    torch.manual_seed(0)
-    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "vocab_size": 20}
-    return Decoder(preset("tiny", method=method, **sizes, **changes))
-
-
-def tokens():
-    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+def decoder_of():
+    return make_model(dtype=torch.float32)
 
 
 def dtypes_of(decoder):
     return {name: tensor.dtype for name, tensor in decoder.state_dict().items()}
 
 
-def test_without_a_dtype_each_weight_keeps_that_of_the_file(tmp_path):
-    decoder = decoder_of().bfloat16()
-    decoder.save(tmp_path)
-    kinds = dtypes_of(Decoder.load(tmp_path))
-    assert kinds == dtypes_of(decoder)
-    own = set(decoder.method_parameters())
-    assert own
-    assert {kinds[name] for name in own} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}
-    assert torch.equal(Decoder.load(tmp_path)(tokens()), decoder(tokens()))
-
-
-def test_a_dtype_casts_all_but_the_methods_own_weights(tmp_path):
+def test_a_dtype_casts_all_but_the_methods_own_weights_and_that_of_the_file_is_kept(tmp_path):
     decoder = decoder_of()
     decoder.save(tmp_path)
-    assert dtypes_of(Decoder.load(tmp_path, torch.bfloat16)) == dtypes_of(decoder.bfloat16())
     assert set(dtypes_of(Decoder.load(tmp_path, torch.float64)).values()) == {torch.float64}
+    kinds, own = dtypes_of(decoder.bfloat16()), set(decoder.method_parameters())
+    assert dtypes_of(Decoder.load(tmp_path, torch.bfloat16)) == kinds
+    assert {kinds[name] for name in own} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}
+    decoder.save(tmp_path)
+    again = Decoder.load(tmp_path)
+    assert dtypes_of(again) == kinds
+    assert torch.equal(again(IDS), decoder(IDS))
 
 
 def test_a_loaded_decoder_can_be_trained_and_saved_over_itself(tmp_path):
@@ -48,13 +40,13 @@ def test_a_loaded_decoder_can_be_trained_and_saved_over_itself(tmp_path):
     decoder = Decoder.load(tmp_path)
     before = load_file(tmp_path / "model.safetensors")
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
-    next_token_loss(decoder(tokens()), tokens()).backward()
+    next_token_loss(decoder(IDS), IDS).backward()
     optimizer.step()
     on_disk = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(on_disk[name], value) for name, value in before.items())
     decoder.save(tmp_path)
     again = Decoder.load(tmp_path)
-    assert torch.equal(again(tokens()), decoder(tokens()))
+    assert torch.equal(again(IDS), decoder(IDS))
     assert not torch.equal(again.embedding.weight, before["embedding.weight"])
 
 

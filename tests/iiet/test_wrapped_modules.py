@@ -6,9 +6,12 @@ Adapters such as LoRA replace a linear layer by one that adds a low-rank product
 
 import pytest
 import torch
+from model_cases import make_model, tokens
 from torch import nn
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
+from iiet import IterationSchedule, KeyValueCache, next_token_loss
+
+IDS = tokens(2, 8)
 
 LINEARS = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
 NORMS = ["attention_norm", "feed_forward_norm"]
@@ -38,14 +41,7 @@ class LowRank(nn.Module):
 
 
 def fresh_decoder():
-    torch.manual_seed(0)
-    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "vocab_size": 20}
-    config = preset("tiny", schedule="2,0", tie_embeddings=False, initializer_std=0.3, **sizes)
-    return Decoder(config).double()
-
-
-def tokens():
-    return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+    return make_model(schedule=(2, 0), tie_embeddings=False)
 
 
 def test_a_hook_on_a_decoder_is_not_one_on_its_twin_under_another_schedule():
@@ -53,18 +49,18 @@ def test_a_hook_on_a_decoder_is_not_one_on_its_twin_under_another_schedule():
     twin = decoder.with_schedule(IterationSchedule.none(2))
     twin.register_forward_hook(lambda *_: seen.append("twin"))
     decoder.register_forward_pre_hook(lambda *_: seen.append("decoder"))
-    decoder(tokens())
-    twin(tokens())
+    decoder(IDS)
+    twin(IDS)
     assert seen == ["decoder", "twin"]
 
 
-def all_logits(decoder, dtype=torch.float64):
+def all_logits(decoder):
     """Logits with gradients, without, and step by step."""
-    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=dtype)
-    with_gradients = decoder(tokens())
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
+    with_gradients = decoder(IDS)
     with torch.no_grad():
-        steps = [decoder(part, cache=cache) for part in tokens().split([4, 1, 1, 1, 1], 1)]
-        return with_gradients, decoder(tokens()), torch.cat(steps, 1)
+        steps = [decoder(part, cache=cache) for part in IDS.split([4, 1, 1, 1, 1], 1)]
+        return with_gradients, decoder(IDS), torch.cat(steps, 1)
 
 
 def replace(decoder, path, make):
@@ -76,10 +72,10 @@ def replace(decoder, path, make):
 @pytest.mark.parametrize("path", [*LINEARS, "head"])
 def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
     decoder = fresh_decoder()
-    plain = decoder(tokens())
+    plain = decoder(IDS)
     replace(decoder, path, LowRank)
-    assert not torch.allclose(decoder(tokens()), plain)
-    next_token_loss(decoder(tokens()), tokens()).backward()
+    assert not torch.allclose(decoder(IDS), plain)
+    next_token_loss(decoder(IDS), IDS).backward()
     adapters = [module for module in decoder.modules() if isinstance(module, LowRank)]
     for adapter in adapters:
         assert adapter.up.weight.grad.abs().sum() > 0
@@ -87,14 +83,14 @@ def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
     adapted = all_logits(decoder)
     replace(decoder, path, LowRank.merged)
     for logits in adapted:
-        torch.testing.assert_close(logits, decoder(tokens()), rtol=0, atol=1e-11)
+        torch.testing.assert_close(logits, decoder(IDS), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("path", [*LINEARS, *NORMS, *CONTAINERS, "head"])
 @pytest.mark.parametrize("how", ["hook", "forward"])
 def test_a_hook_or_a_replaced_forward_works_everywhere(path, how):
     decoder = fresh_decoder()
-    plain = decoder(tokens())
+    plain = decoder(IDS)
 
     def changed(module):
         if how == "hook":

@@ -37,6 +37,7 @@ from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decode
 from orchestrator.sweeping.decode import with_costs, with_drafts
+from orchestrator.sweeping.models import TEACHER
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
@@ -333,7 +334,9 @@ def _fill(workspace: Workspace) -> None:
     os.utime(next(workspace.evaluations.glob("*.answers")), (0, 0))  # Else it runs.
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
-    plan = plan_students(settings, workspace, teacher, influence, name="s")
+    assert influence
+    tables = {TEACHER: influence}
+    plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
@@ -350,7 +353,7 @@ def _fill(workspace: Workspace) -> None:
     _read_stored_outputs(workspace, Notes())
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
-    plan = plan_students(settings, workspace, teacher, influence, name="search")
+    plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="search")
     search = schedule_search(settings, workspace, plan, teacher)
     search.open({})
     assert search.suggest()

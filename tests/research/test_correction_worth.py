@@ -45,9 +45,7 @@ def at_depth(law: Callable[[float], float], depth: float, **values: object) -> M
 
 
 @pytest.mark.parametrize("phi", [-0.4, 0.0, 0.46, 1.0])
-def test_phi_is_recovered_exactly_from_a_logarithmic_law_and_closely_from_another(
-    phi: float,
-) -> None:
+def test_phi_is_recovered_exactly_from_a_logarithmic_law_and_closely_from_another(phi):
     for evaluations in (2.0, 4.0):
         depth = 2 * evaluations**phi
         model = at_depth(logarithmic, depth, evaluations_per_layer=evaluations)
@@ -68,7 +66,7 @@ def test_phi_is_recovered_exactly_from_a_logarithmic_law_and_closely_from_anothe
         assert worth.equivalent_layers == pytest.approx(trained)
 
 
-def test_the_interval_covers_the_truth_and_grows_with_the_spread_of_the_seeds() -> None:
+def test_the_interval_covers_the_truth_and_grows_with_the_spread_of_the_seeds():
     noise = np.random.default_rng(0)
     widths = []
     for spread in (0.005, 0.02):
@@ -89,7 +87,7 @@ def test_the_interval_covers_the_truth_and_grows_with_the_spread_of_the_seeds() 
     assert beyond.interval.high == pytest.approx(1.0), "phi of 8 layers"
 
 
-def test_the_first_depth_that_reaches_a_loss_counts() -> None:
+def test_the_first_depth_that_reaches_a_loss_counts():
     losses = {1: 3.0, 2: 2.0, 4: 2.5, 8: 1.0}
     vanilla = [MeasuredModel(num_layers=d, losses=(loss,)) for d, loss in losses.items()]
     # At 2.25 not again between 4 and 8.
@@ -123,16 +121,14 @@ ALIKE = [
         (curve(power), at_depth(power, 3, evaluations_per_layer=1.0), "each layer once"),
     ],
 )
-def test_what_cannot_be_known_is_refused(
-    vanilla: list[MeasuredModel], model: MeasuredModel, words: str
-) -> None:
+def test_what_cannot_be_known_is_refused(vanilla, model, words):
     worth = correction_worth(model, vanilla)
     assert worth.phi is worth.interval is None
     assert (worth.equivalent_layers is None) == (words != "each layer once")
     assert re.search(words, worth.refusal)
 
 
-def test_spread_and_saturation_that_bracket_nothing_are_no_obstacle() -> None:
+def test_spread_and_saturation_that_bracket_nothing_are_no_obstacle():
     only_deepest = [*curve(power)[:3], SATURATED[3]]
     assert correction_worth(at_depth(power, 3, accuracy=0.9), only_deepest).phi is not None
     quiet = correction_worth(at_depth(flat, 3), curve(flat, spread=1e-7, seeds=3))

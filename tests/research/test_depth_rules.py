@@ -56,20 +56,18 @@ def judged(arms: dict[str, Measured], *variants: str) -> dict[str, Verdict]:
     ],
     ids=str,
 )
-def test_a_question_is_answered_by_its_conditions(
-    changes: dict[str, float | None], question: str, answer: bool | None
-) -> None:
+def test_a_question_is_answered_by_its_conditions(changes, question, answer):
     accuracies = {**GOOD, **changes}
     known = {name: value for name, value in accuracies.items() if value is not None}
     assert judged(measured(known))[question].answer is answer
 
 
-def test_corrections_are_internalised_if_the_weights_are_as_good_without() -> None:
+def test_corrections_are_internalised_if_the_weights_are_as_good_without():
     for at_0, is_internalised in ((0.5, False), (0.975, False), (0.985, True)):
         assert judged(measured(GOOD, at_0))[INTERNALISED].answer is is_internalised
 
 
-def test_all_seeds_and_arms_must_be_there_and_variants_take_the_same_test() -> None:
+def test_all_seeds_and_arms_must_be_there_and_variants_take_the_same_test():
     arms = measured(GOOD)
     arms[SINGLE] = Measured(accuracies={2: 0.99, 3: 0.99, 4: 0.7}, without_corrections={2: 0.99})
     found = judged(arms)

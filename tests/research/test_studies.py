@@ -30,7 +30,7 @@ IIAD = [
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., int]:
+def run(tmp_path) -> Callable[..., int]:
     """Run a study's command in a workspace of the test, with changed settings."""
 
     def study(module: ModuleType, changes: list[str], *arguments: str) -> int:
@@ -42,9 +42,7 @@ def run(tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.mark.slow
-def test_the_plans_write_nothing(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plans_write_nothing(run, tmp_path, capsys):
     arms = ["--arms", "r = ?, 2 layers", "--seeds", "5", "6"]
     assert run(depth_study, DEPTH[:-1], "--dry-run", *arms) == 0
     assert "r = 3, 2 layers: 6 trainings" in capsys.readouterr().out
@@ -56,9 +54,7 @@ def test_the_plans_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_sentence(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_sentence(run, capfd):
     for study, changes, arguments, words in (
         (depth_study, [], ["--arms", "iiet"], "no arm has a name like 'iiet'"),
         (iiad_study, ["sweep.methods=[vanilla]"], [], "a study needs an IIET with corrections"),
@@ -69,7 +65,7 @@ def test_mistakes_are_one_sentence(
         assert words in " ".join(capfd.readouterr().err.split())
 
 
-def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path: Path) -> None:
+def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):
     path = Path(depth_study.__file__).with_suffix(".json")
     stored = depth_study.StudyResults.read(path, remedy="-")
     assert stored
@@ -84,9 +80,7 @@ def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-def test_two_arms_of_the_depth_study(
-    run: Callable[..., int], tmp_path: Path, ray_session: None
-) -> None:
+def test_two_arms_of_the_depth_study(run, tmp_path, ray_session):
     arms = ["--seeds", "2", "3", "--arms", "vanilla, 2 layers", "r = 1, 2 layers"]
     assert run(depth_study, DEPTH, *arms) == 0
     folder, runs = tmp_path / "ws" / "overlays" / "depth", tmp_path / "ws" / "runs"
@@ -100,9 +94,7 @@ def test_two_arms_of_the_depth_study(
 
 
 @pytest.mark.long
-def test_all_phases_of_the_iiad_study(
-    run: Callable[..., int], tmp_path: Path, ray_session: None
-) -> None:
+def test_all_phases_of_the_iiad_study(run, tmp_path, ray_session):
     assert run(iiad_study, IIAD, "--seeds", "0", "1") == 0
     space = tmp_path / "ws"
     text = (space / "overlays" / "study" / "results.md").read_text()
@@ -114,9 +106,7 @@ def test_all_phases_of_the_iiad_study(
 
 
 @pytest.mark.long
-def test_the_elastic_study_of_one_teacher(
-    run: Callable[..., int], tmp_path: Path, ray_session: None
-) -> None:
+def test_the_elastic_study_of_one_teacher(run, tmp_path, ray_session):
     changes = [
         "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
         "training.warmup_steps=1", "distillation.training.num_steps=3",

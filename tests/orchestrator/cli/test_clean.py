@@ -59,9 +59,7 @@ def whole(tiny_job: Callable[..., Any]) -> Path:
     return Path(job.folder)
 
 
-def test_intermediate_checkpoints_go_and_the_finished_run_stays(
-    whole: Path, clean: Clean, tiny_job: Callable[..., Any]
-) -> None:
+def test_intermediate_checkpoints_go_and_the_finished_run_stays(whole, clean, tiny_job):
     earlier = ["runs/whole/step_00000002", "runs/whole/step_00000004"]
     assert clean("--dry-run") == earlier
     assert len(find_checkpoints(whole)) == 3
@@ -74,7 +72,7 @@ def test_intermediate_checkpoints_go_and_the_finished_run_stays(
     assert (whole / "journal.jsonl").read_text() == records, "it is not trained again"
 
 
-def test_what_something_else_needs_stays(space: Workspace, whole: Path, clean: Clean) -> None:
+def test_what_something_else_needs_stays(space, whole, clean):
     write_json(space.sweeps / "a" / "plan.json", {"teacher": "runs/whole/step_00000002"})
     (whole / "step_00000004" / "influence-cosine.json").write_text("{}")
     assert clean("checkpoints", "--yes") == []
@@ -84,9 +82,7 @@ def test_what_something_else_needs_stays(space: Workspace, whole: Path, clean: C
     assert clean("checkpoints", "--yes") == []
 
 
-def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(
-    tiny_job: Callable[..., Any], clean: Clean
-) -> None:
+def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, clean):
     recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
     run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
     asked = iter(range(99))
@@ -95,7 +91,7 @@ def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
 
 
-def test_what_a_process_holds_stays(space: Workspace, whole: Path, clean: Clean) -> None:
+def test_what_a_process_holds_stays(space, whole, clean):
     outputs = space.teachers / "abc"
     outputs.mkdir(parents=True)
     (outputs / "logits.bin").write_bytes(b"0" * 100)
@@ -107,9 +103,7 @@ def test_what_a_process_holds_stays(space: Workspace, whole: Path, clean: Clean)
     assert not outputs.exists()
 
 
-def test_what_killed_processes_left_goes_but_not_what_is_being_written(
-    space: Workspace, clean: Clean
-) -> None:
+def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, clean):
     leftover = space.runs / ".a.0123456789abcdef.iiet-temporary"
     leftover.mkdir(parents=True)
     interrupted = space.tokens / ".writing-0123"
@@ -122,7 +116,7 @@ def test_what_killed_processes_left_goes_but_not_what_is_being_written(
     assert (space.runs / "b").is_dir()
 
 
-def test_ray_folders_of_dead_processes_go(space: Workspace, clean: Clean) -> None:
+def test_ray_folders_of_dead_processes_go(space, clean):
     killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
     scratch = Path(killed.stdout.decode().strip())
     assert scratch.is_dir()
@@ -140,7 +134,7 @@ def test_ray_folders_of_dead_processes_go(space: Workspace, clean: Clean) -> Non
     assert clean("teachers", "--yes") == [], "the sweep may be between two trials"
 
 
-def test_damaged_files_go(space: Workspace, whole: Path, clean: Clean) -> None:
+def test_damaged_files_go(space, whole, clean):
     weights = whole / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     good, bad = space.evaluations / "good.json", space.evaluations / "bad.json"
@@ -151,10 +145,7 @@ def test_damaged_files_go(space: Workspace, whole: Path, clean: Clean) -> None:
     assert good.exists()
 
 
-def test_it_asks_first(
-    space: Workspace, whole: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_it_asks_first(space, whole, capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

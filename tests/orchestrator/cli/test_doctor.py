@@ -30,9 +30,7 @@ def _broken(root: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, An
     return broken
 
 
-def test_nothing_is_broken_here_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_broken_here_and_nothing_is_written(tmp_path, capsys):
     root = open_workspace(tmp_path / "space").root
     before = sorted(root.rglob("*"))
     assert _broken(root, capsys) == []
@@ -43,9 +41,7 @@ def test_nothing_is_broken_here_and_nothing_is_written(
     assert "✓ versions: Python" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_broken_and_has_a_remedy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch):
     for address, words in (
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
         ("nonsense", "RAY_ADDRESS"),

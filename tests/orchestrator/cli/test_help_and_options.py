@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -35,7 +34,7 @@ def _commands(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 COMMANDS = dict(_commands(get_command(cli.build_app())))
 
 
-def test_a_named_command_alone_has_its_options() -> None:
+def test_a_named_command_alone_has_its_options():
     for name in {names[0] for names in COMMANDS}:
         built = dict(_commands(get_command(cli.build_app(name))))
         assert list(built) == list(COMMANDS)
@@ -45,9 +44,7 @@ def test_a_named_command_alone_has_its_options() -> None:
             assert options == [parameter.opts for parameter in expected]
 
 
-def test_each_help_has_an_example_that_the_command_accepts(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_help_has_an_example_that_the_command_accepts(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for names, command in COMMANDS.items():
         assert cli.main([*names, "--help"]) == 0
@@ -59,7 +56,7 @@ def test_each_help_has_an_example_that_the_command_accepts(
         command.make_context(names[-1], words[len(names) :])  # Exits if one is unknown.
 
 
-def test_the_list_of_commands_begins_with_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_commands_begins_with_quickstart(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
@@ -92,7 +89,7 @@ def allowed(section: type[Section], field: str) -> tuple[str, ...]:
     return get_args(section.model_fields[field].annotation)
 
 
-def test_options_change_their_settings(asked: Callable[..., Settings], tmp_path: Path) -> None:
+def test_options_change_their_settings(asked, tmp_path):
     where = ["-w", str(tmp_path)]
     for option in ("--schedule", "-r"):
         assert asked("pretrain", option, "2,1", *where).model.corrections in ("2,1", (2, 1))
@@ -112,9 +109,7 @@ def test_options_change_their_settings(asked: Callable[..., Settings], tmp_path:
     assert sweep.budget_unit == "flops"
 
 
-def test_the_device_of_a_training_is_an_option(
-    asked: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device_of_a_training_is_an_option(asked, tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.planning.machine.check_run_resources", lambda *_, **__: None)
     file = tmp_path / "settings.yaml"
     file.write_text("cluster: {num_gpus: 4, min_gpus: 2}\nsweep: {gpus_per_trial: 1}\n")
@@ -128,9 +123,7 @@ def test_the_device_of_a_training_is_an_option(
     assert asked("sweep", "toy", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
 
 
-def test_a_quiet_command_prints_its_result_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quiet_command_prints_its_result_only(tmp_path, capsys):
     settings = [word for setting in SMALL for word in ("--set", setting)]
     command = ["prepare", "--workspace", str(tmp_path), *settings]
     assert cli.main([*command, "--quiet"]) == 0

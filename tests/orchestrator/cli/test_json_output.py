@@ -58,7 +58,7 @@ def _check(name: str, found: dict[str, Any]) -> None:
     assert always <= set(found) <= every, set(found) ^ always
 
 
-def test_every_command_with_json_has_its_keys_in_the_reference() -> None:
+def test_every_command_with_json_has_its_keys_in_the_reference():
     with_json = {
         name
         for name, command in _commands(get_command(cli.build_app()))
@@ -144,9 +144,7 @@ COMMANDS = {
 }
 
 
-def test_the_keys_are_those_of_the_page(
-    run: Run, space: Workspace, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_keys_are_those_of_the_page(run, space, capfd):
     for name, words in COMMANDS.items():
         found, _ = run(*words)
         key = name.removesuffix(" runs")
@@ -163,7 +161,7 @@ def test_the_keys_are_those_of_the_page(
     assert "there is no folder none" in captured.err
 
 
-def test_generate_names_the_model_and_the_schedule(run: Run, space: Workspace) -> None:
+def test_generate_names_the_model_and_the_schedule(run, space):
     for model, schedule in (("full", [2, 1]), ("two", [1, 0])):  # A run, and a sweep's model.
         found, progress = run("generate", model, "--prompt", "abc", "-n", "1")
         assert found["model"] == str(space.runs / "full" / "step_00000001")
@@ -173,9 +171,7 @@ def test_generate_names_the_model_and_the_schedule(run: Run, space: Workspace) -
 
 
 @pytest.mark.slow
-def test_what_is_tracked_has_the_keys_of_the_page(
-    run: Run, space: Workspace, tmp_path: Path
-) -> None:
+def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
     found, progress = run("influence", "full", *SHORT)
     _check("influence", found)
     assert [len(row) for row in found["values"]] == found["schedule"] == [2, 1]
@@ -201,7 +197,7 @@ def tasks(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_evaluations_have_the_keys_of_the_page(run: Run, tasks: list[str]) -> None:
+def test_evaluations_have_the_keys_of_the_page(run, tasks):
     _check("evaluate --dry-run", run("evaluate", "full", "--dry-run", *tasks)[0])
     found, progress = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks)
     _check("evaluate", found)
@@ -219,9 +215,7 @@ def test_evaluations_have_the_keys_of_the_page(run: Run, tasks: list[str]) -> No
 
 
 @pytest.mark.slow
-def test_a_workspace_that_can_only_be_read_gives_the_same_answers(
-    space: Workspace, tasks: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_workspace_that_can_only_be_read_gives_the_same_answers(space, tasks, tmp_path, capfd):
     commands = [["generate", "full", "--prompt", "abc", "-n", "3"], ["report", "two"]]
     commands += [["report", "two", "--cost", "flops"], ["evaluate", "full", *tasks]]
     copy = Workspace(Path(shutil.copytree(space.root, tmp_path / "copy")))
@@ -246,9 +240,7 @@ def test_a_workspace_that_can_only_be_read_gives_the_same_answers(
 
 
 @pytest.mark.slow
-def test_trainings_have_the_keys_of_the_page(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_trainings_have_the_keys_of_the_page(tmp_path, capfd):
     def result(*words: str) -> Any:
         assert cli.main([*words, "--json", "-w", str(tmp_path / "space")]) == 0
         return json.loads(capfd.readouterr().out)

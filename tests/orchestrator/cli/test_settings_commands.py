@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -29,9 +28,7 @@ def _printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> 
     return captured.err if code else captured.out
 
 
-def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(tmp_path, capsys):
     printed = _printed(capsys, "config", "show", "demo", "--set", "training.seed=7")
     assert "  seed: 7  # default: 0\n" in printed
     assert "  method: iiet\n" in printed
@@ -45,7 +42,7 @@ def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(
     assert schema["$defs"]["InfluenceSettings"]["properties"]["metric"]["description"]
 
 
-def test_what_is_shown_is_valid_and_the_same(tmp_path: Path) -> None:
+def test_what_is_shown_is_valid_and_the_same(tmp_path):
     for name in shipped_sweeps():
         settings = read_settings(name, ['evaluation.system_instruction="a: b\\n#c"'])
         for only_changed in (True, False):
@@ -53,9 +50,7 @@ def test_what_is_shown_is_valid_and_the_same(tmp_path: Path) -> None:
             assert read_settings(tmp_path / "a.yaml") == settings, name
 
 
-def test_shipped_sweeps_are_listed_and_copied(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shipped_sweeps_are_listed_and_copied(tmp_path, capsys):
     listed = _printed(capsys, "config", "list")
     assert all(name in listed for name in shipped_sweeps())
     _printed(capsys, "config", "init", "--from", "depth")
@@ -66,9 +61,7 @@ def test_shipped_sweeps_are_listed_and_copied(
     assert "did you mean depth" in _printed(capsys, "config", "init", "--from", "depht", code=2)
 
 
-def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(tmp_path, capsys):
     (tmp_path / "depth").write_text("training: {num_steps: 3}")
     assert cli.main(["config", "show", "depth"]) == 0
     captured = capsys.readouterr()
@@ -79,9 +72,7 @@ def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
 
 
 @pytest.mark.parametrize("size", ["tiny", "55m", "340m"])
-def test_init_writes_a_valid_commented_file(
-    size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_writes_a_valid_commented_file(size, tmp_path, capsys):
     options = ["--data", "text", "--size", size, "--steps", "2000", "--gpus", "1"]
     printed = _printed(capsys, "config", "init", "mine.yaml", *options)
     assert "next: iiet-orch sweep mine.yaml --dry-run" in printed
@@ -98,9 +89,7 @@ def test_init_writes_a_valid_commented_file(
     assert tree["sweep"]["kind"] == "threshold"
 
 
-def test_a_mistake_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     before = sorted(tmp_path.rglob("*"))

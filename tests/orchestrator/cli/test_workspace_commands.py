@@ -69,9 +69,8 @@ def _store_sweep(space: Workspace, plan: SweepPlan) -> None:
 
 
 def test_runs_are_listed_with_their_states_and_nothing_is_written(
-    space: Workspace, two_runs: Path, run: Run, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    space, two_runs, run, capsys, monkeypatch
+):
     before = _files(space.root)
     listed = json.loads(run("list", "--json"))
     assert listed["workspace"] == str(space.root)
@@ -96,9 +95,7 @@ def test_runs_are_listed_with_their_states_and_nothing_is_written(
         assert "there is no workspace" in capsys.readouterr().err
 
 
-def test_a_sweep_counts_its_finished_trials(
-    space: Workspace, tiny_plan: SweepPlan, run: Run
-) -> None:
+def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     first = tiny_plan.trials[0]
     first.write(first.result_path)
@@ -110,9 +107,7 @@ def test_a_sweep_counts_its_finished_trials(
     assert trial["sweeps"] == ["my-sweep"]
 
 
-def test_status_shows_a_running_training_and_its_sweep(
-    space: Workspace, tiny_plan: SweepPlan, run: Run
-) -> None:
+def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
     assert trial.job
@@ -132,9 +127,7 @@ def test_status_shows_a_running_training_and_its_sweep(
     assert run("list", "running").startswith("nothing runs in")
 
 
-def test_status_tells_queued_from_running_and_measured_trials(
-    space: Workspace, two_runs: Path, tiny_plan: SweepPlan, run: Run
-) -> None:
+def test_status_tells_queued_from_running_and_measured_trials(space, two_runs, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     measured = next(trial for trial in tiny_plan.trials if not trial.job)
 
@@ -156,7 +149,7 @@ def test_status_tells_queued_from_running_and_measured_trials(
     }  # fmt: skip
 
 
-def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run) -> None:
+def test_after_a_resume_the_speed_is_not_that_of_before(two_runs, run):
     with lock_file(two_runs / WORKERS_LOCK_NAME):
         [before] = json.loads(run("list", "running", "--json"))["activities"]
         journal = Journal(two_runs)
@@ -168,7 +161,7 @@ def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run
     assert after["loss"] == before["loss"]
 
 
-def test_status_shows_commands_and_what_is_prepared(space: Workspace, run: Run) -> None:
+def test_status_shows_commands_and_what_is_prepared(space, run):
     with open_session(space.root, "sweep-threshold", verbose=None):
         assert f"command sweep-threshold: process {os.getpid()}" in run("list", "running")
     assert run("list", "running").startswith("nothing runs in")
@@ -208,8 +201,8 @@ TRIAL = {"key": "k", "folder": "runs/half", "label": "half"}
     ],
 )
 def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
-    path: str, stored: Any, space: Workspace, two_runs: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    path, stored, space, two_runs, capfd
+):
     file, name = space.root / path, Path(path).parent.name
     file.parent.mkdir(parents=True, exist_ok=True)
     for value in (stored, *_replaced(stored)):
@@ -224,7 +217,7 @@ def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
         assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, value
 
 
-def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
+def test_records_of_other_types_are_skipped(two_runs, run):
     journal = two_runs / "journal.jsonl"
     last = next(record for record in read_tail(two_runs) if record["kind"] == "metrics")
     with journal.open("a") as file:
@@ -234,7 +227,7 @@ def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
     assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
 
 
-def test_a_listing_imports_no_pytorch(space: Workspace) -> None:
+def test_a_listing_imports_no_pytorch(space):
     program = (
         "import sys; from orchestrator import cli\n"
         f"for kind in ([], ['running']): cli.main(['list', *kind, '-w', {str(space.root)!r}])\n"

@@ -54,9 +54,7 @@ def slowly(
     return tokenizer.decode(answer)
 
 
-def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
-    decoder: Decoder, tokenizer: ModelTokenizer
-) -> None:
+def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(decoder, tokenizer):
     long = "one two three " * 20  # Loses its beginning.
     asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
     assert len(asked[-1]) > decoder.config.context_length
@@ -87,7 +85,7 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(
         assert not any(stop in answer for stop in across)
 
 
-def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
+def test_a_special_token_can_be_the_stop_text(decoder, tokenizer):
     settings = Sampling(max_new_tokens=8, temperature=1.0)
     context = tokenizer.encode("a bag", add_special_tokens=False)
     ids = torch.tensor([context])
@@ -104,7 +102,7 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Model
     ]
 
 
-def test_settings_of_a_task_become_those_of_the_generator() -> None:
+def test_settings_of_a_task_become_those_of_the_generator():
     greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
     assert greedy == Sampling(stop=("\n", "Q:"), max_new_tokens=256)
     assert answer_settings({"until": "."}, 100) == Sampling(stop=(".",), max_new_tokens=50)

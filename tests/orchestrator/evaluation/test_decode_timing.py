@@ -41,9 +41,7 @@ def decoder(tiny_model: dict[str, Any]) -> Decoder:
     return Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
 
 
-def test_models_take_turns_and_the_median_ignores_one_outlier(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_take_turns_and_the_median_ignores_one_outlier(decoder, monkeypatch):
     twins = {name: decoder.with_schedule(decoder.schedule) for name in "abc"}
     names = {id(twin): name for name, twin in twins.items()}
     order: list[str] = []
@@ -63,9 +61,7 @@ def test_models_take_turns_and_the_median_ignores_one_outlier(
     assert timings["c"].spread == pytest.approx((202.0 - 3.0) / 2)
 
 
-def test_every_step_of_decoding_is_timed_and_reported(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_of_decoding_is_timed_and_reported(decoder, monkeypatch):
     # A fake clock that counts forward passes.
     passes: list[int] = []
     done: list[int] = []
@@ -84,9 +80,7 @@ def test_every_step_of_decoding_is_timed_and_reported(
     assert done == [1, 2]
 
 
-def test_the_warm_up_makes_the_graphs_that_are_timed(
-    tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "context_length": 24}))
     replayed: list[int] = []
     captured: list[int] = []
@@ -104,12 +98,7 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(
 @pytest.mark.parametrize(
     ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
 )
-def test_short_contexts_get_fewer_tokens(
-    tiny_model: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    context_length: int,
-    lengths: tuple[int, int],
-) -> None:
+def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length, lengths):
     asked: list[tuple[int, int]] = []
 
     def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
@@ -123,9 +112,7 @@ def test_short_contexts_get_fewer_tokens(
     assert set(asked[2:]) == {lengths}, "after the warm-up"
 
 
-def test_models_that_differ_in_their_schedule_share_their_weights(
-    tiny_model: dict[str, Any],
-) -> None:
+def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
     changes: dict[str, dict[str, Any]] = {
         "full": {},
         "none": {"schedule": [0, 0]},
@@ -141,7 +128,7 @@ def test_models_that_differ_in_their_schedule_share_their_weights(
         assert decoder.config.evaluations_per_layer() == models[name].evaluations_per_layer()
 
 
-def test_acceptance_is_the_share_of_tokens_that_draft_and_model_choose(decoder: Decoder) -> None:
+def test_acceptance_is_the_share_of_tokens_that_draft_and_model_choose(decoder):
     generator = torch.Generator().manual_seed(1)
     size = (8, decoder.config.context_length)
     texts = torch.randint(decoder.config.vocab_size, size, generator=generator)
@@ -193,9 +180,7 @@ def measure_by_flops(
     return measure_costs(decoders, CONDITIONS, Progress())
 
 
-def test_the_residual_is_zero_if_time_follows_the_cost_model(
-    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypatch):
     costs = measure_by_flops(decoders, monkeypatch)
     assert [(c.batch_size, c.context) for c in costs] == [
         pair for pair in [(1, 4), (1, 6), (3, 4), (3, 6)] for _ in decoders
@@ -217,9 +202,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(
     assert len(command_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
 
 
-def test_a_share_that_differs_from_the_prediction_is_reported(
-    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_share_that_differs_from_the_prediction_is_reported(decoders, monkeypatch):
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
     costs = measure_by_flops(decoders, monkeypatch, constant=full)
     assert "decoding" in (line := command_tables.benchmark_sentences(costs)[1])
@@ -231,7 +214,7 @@ def test_a_share_that_differs_from_the_prediction_is_reported(
     assert f"within {most:.1%} of it" in line
 
 
-def test_peak_bytes_counts_allocations_exactly() -> None:
+def test_peak_bytes_counts_allocations_exactly():
     def work() -> None:
         first = torch.zeros(1000)
         second = torch.zeros(500)
@@ -243,7 +226,7 @@ def test_peak_bytes_counts_allocations_exactly() -> None:
     assert peak_bytes(work) == pytest.approx(6000, abs=128)
 
 
-def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> None:
+def test_the_peak_includes_weights_and_cache(decoders):
     costs = measure_costs(decoders, CONDITIONS, Progress())
     for cost in costs:
         decoder = decoders[cost.model]
@@ -259,7 +242,7 @@ def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> No
     assert by_name["full", 1, 6] < by_name["full", 3, 6]
 
 
-def test_conditions_that_do_not_fit_are_an_error() -> None:
+def test_conditions_that_do_not_fit_are_an_error():
     wrong = MeasurementSettings(contexts=(1, 15), new_tokens=2)
     with pytest.raises(UserError, match=r"short reads 16 tokens, not the 15 \+ 2 of prompt"):
         wrong.check({"long": 99, "short": 16})

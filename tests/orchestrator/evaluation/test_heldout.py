@@ -116,7 +116,7 @@ def held_out(tokens: Path) -> str:
     return "\0".join(json.loads(line)["text"] for line in lines)
 
 
-def test_items_are_diverse_slices_of_the_held_out_documents(tokens: Path, suite: Path) -> None:
+def test_items_are_diverse_slices_of_the_held_out_documents(tokens, suite):
     text, tokenizer = held_out(tokens), load_tokenizer(tokens)
     train = tokenizer.decode(open_tokens(tokens).train.tolist())
     items = rows(suite, "lastword")
@@ -134,9 +134,7 @@ def test_items_are_diverse_slices_of_the_held_out_documents(tokens: Path, suite:
     assert not {"a", "an", "the"} & set(counts)
 
 
-def test_the_same_documents_and_settings_give_the_same_suite(
-    tokens: Path, suite: Path, tmp_path: Path
-) -> None:
+def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_path):
     other = built(tokens, 20)
     assert other != suite
     assert len(rows(other, "lastword")) <= 20
@@ -161,7 +159,7 @@ def test_the_same_documents_and_settings_give_the_same_suite(
         load_suite(TaskSelection(heldout=copy))
 
 
-def test_the_documents_with_the_smallest_hashes_are_sampled(tokens: Path) -> None:
+def test_the_documents_with_the_smallest_hashes_are_sampled(tokens):
     texts = held_out(tokens).split("\0")
     digest = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts}
     for num_bytes in (1, 6000, 1500, 10**9):
@@ -174,7 +172,7 @@ def test_the_documents_with_the_smallest_hashes_are_sampled(tokens: Path) -> Non
         assert found == [text for text in texts if text in chosen]
 
 
-def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
+def test_text_without_sentences_is_one_error(tmp_path):
     texts = [f"{i} " + "0x1f;" * i for i in range(1, 20)]
     folder = tokens_of(texts, tmp_path, vocab_size=300)
     with pytest.raises(UserError, match="give no test items"):
@@ -182,9 +180,7 @@ def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
     assert not list(folder.glob("*heldout*"))
 
 
-def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(
-    tmp_path: Path,
-) -> None:
+def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(tmp_path):
     for number, name in enumerate(("files", "hub")):
         draw = random.Random(number)
         lines = [json.dumps({"text": f"{name}: {story(draw)}"}) for _ in range(120)]
@@ -208,9 +204,7 @@ def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(
     assert set(whole) == {"files", "hub"}
 
 
-def test_a_suite_can_mix_held_out_and_other_tasks(
-    tokens: Path, suite: Path, tmp_path: Path
-) -> None:
+def test_a_suite_can_mix_held_out_and_other_tasks(tokens, suite, tmp_path):
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
@@ -245,7 +239,7 @@ def run_model(suite: Suite, model: Any) -> EvaluationResult:
     )
 
 
-def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: Path) -> None:
+def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
     folder = built(prepared(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
     suite, chances = load_suite(TaskSelection(heldout=folder)), heldout_chances(folder)
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
@@ -269,7 +263,7 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["phop_2", "chain_3", "s5_4"])
-def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> None:
+def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name):
     data = prepared(tmp_path, name)
     tokenizer = ModelTokenizer(data / "tokenizer.json")
     torch.manual_seed(0)
@@ -305,7 +299,7 @@ def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     return select_tasks(settings, data, context_length=32, make=Progress()).names
 
 
-def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
+def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
     data = prepared(tmp_path, "phop_2", "chain_2")
     assert chosen("heldout", data) == ("phop_2", "chain_2")
     assert chosen("chain_2", data) == ("chain_2",)
@@ -319,7 +313,7 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
     assert list(load_suite(asked, planned=()).tasks) == ["chain_2"]
 
 
-def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path: Path) -> None:
+def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
     bits = {"sweep.kind": "search", "search.objective": "bits_per_byte"}
     depth, text = {"data.source": "depth", "data.depth.tasks": ("phop_2",)}, {}
     for options, reason in (
@@ -336,7 +330,7 @@ def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path: Pa
         chosen("phop_4", prepared(tmp_path, "phop_2"))
 
 
-def test_a_text_that_is_no_symbol_is_an_error(tmp_path: Path) -> None:
+def test_a_text_that_is_no_symbol_is_an_error(tmp_path):
     tokenizer = ModelTokenizer(prepared(tmp_path, "phop_2") / "tokenizer.json")
     for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):
         assert tokenizer.encode_document(prompt) == (0, 1, 4)

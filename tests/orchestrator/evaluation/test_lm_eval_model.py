@@ -11,7 +11,7 @@ import pytest
 import torch
 from kept_progress import KeptProgress
 from lm_eval_tasks import write_task
-from method_schedules import schedule_for
+from model_cases import schedule_for
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig
@@ -94,14 +94,8 @@ def answers_of(task: MeasuredTask) -> list[list[str]]:
 
 
 def test_numbers_and_answers_equal_those_of_stock_lm_eval(
-    suite: Suite,
-    decoder: Decoder,
-    tokenizer: ModelTokenizer,
-    make_model: Callable[..., DecoderModel],
-    tiny_tokens: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    suite, decoder, tokenizer, make_model, tiny_tokens, tmp_path, capfd
+):
     from lm_eval import evaluator
     from lm_eval.api.metrics import mean_stderr
     from lm_eval.models.huggingface import HFLM
@@ -141,9 +135,7 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
     assert [task.result.num_items for task in limited.values()] == [2, 2, 2]
 
 
-def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(
-    make_model: Callable[..., DecoderModel], tmp_path: Path
-) -> None:
+def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_model, tmp_path):
     folder = write_task(tmp_path, "lastword", ROWS["lastword"], fewshot_split="test")
     plain, shown = (
         run(
@@ -204,7 +196,7 @@ def limit_tokens(decoder: Decoder, most: int = 10**9) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_equal_plain_passes(method: str, make_model: Callable[..., DecoderModel]) -> None:
+def test_scores_equal_plain_passes(method, make_model):
     schedule = schedule_for(method, (2, 1))
     model, pairs = make_model(method=method, schedule=schedule), mixed_pairs()
     expected = [directly(model._decoder, *pair[1:]) for pair in pairs]
@@ -213,8 +205,8 @@ def test_scores_equal_plain_passes(method: str, make_model: Callable[..., Decode
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
-    make_model: Callable[..., DecoderModel], tmp_path: Path
-) -> None:
+    make_model, tmp_path
+):
     usual = make_model(2, method="iiet")._loglikelihood_tokens(pairs := mixed_pairs())
     for most in (500, 120, CONTEXT):
         model = make_model(method="iiet")
@@ -246,7 +238,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     assert counts[:2] == [counts[2] - 3, 0], "the batch whose line was cut off runs again"
 
 
-def test_choices_of_one_token_are_evaluated_once(make_model: Callable[..., DecoderModel]) -> None:
+def test_choices_of_one_token_are_evaluated_once(make_model):
     model = make_model()
     shapes = limit_tokens(model._decoder)
     choices = [(None, [*range(16), n], [choice]) for n in range(3) for choice in range(30)]
@@ -254,9 +246,7 @@ def test_choices_of_one_token_are_evaluated_once(make_model: Callable[..., Decod
     assert shapes == [(3, 17)]
 
 
-def test_the_validation_loss_of_smaller_batches_is_the_same(
-    decoder: Decoder, tiny_tokens: Path
-) -> None:
+def test_the_validation_loss_of_smaller_batches_is_the_same(decoder, tiny_tokens):
     usual = heldout_loss(decoder, tiny_tokens)
     shapes, notes = limit_tokens(decoder, 4 * CONTEXT), list[str]()
     assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
@@ -267,12 +257,7 @@ def test_the_validation_loss_of_smaller_batches_is_the_same(
 # Generated answers
 
 
-def test_answers_are_compared_under_each_filter(
-    decoder: Decoder,
-    tokenizer: ModelTokenizer,
-    make_model: Callable[..., DecoderModel],
-    tmp_path: Path,
-) -> None:
+def test_answers_are_compared_under_each_filter(decoder, tokenizer, make_model, tmp_path):
     plain, answers = questions(tmp_path / "plain", decoder, tokenizer)
     results = [run(plain, make_model(size))["questions"].result for size in (1, 4)]
     assert results[0] == results[1]
@@ -324,9 +309,7 @@ REFUSING = (
 )
 
 
-def test_a_description_that_the_template_refuses_is_left_out(
-    decoder: Decoder, tiny_tokens: Path, tmp_path: Path
-) -> None:
+def test_a_description_that_the_template_refuses_is_left_out(decoder, tiny_tokens, tmp_path):
     from iiet.exporting import fast_tokenizer
 
     fast = fast_tokenizer(

@@ -74,8 +74,8 @@ def read(path: Path) -> Any:
 
 
 def test_stored_files_are_those_of_stock_lm_eval_and_read_alike(
-    suite: Suite, output: Path, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
-) -> None:
+    suite, output, decoder, tokenizer, tmp_path
+):
     from lm_eval.utils import get_latest_filename, get_results_filenames
 
     store = EvaluationStore(tmp_path / "store")
@@ -120,9 +120,7 @@ def test_stored_files_are_those_of_stock_lm_eval_and_read_alike(
     assert ours["model_name"] == "own"
 
 
-def test_what_is_damaged_is_measured_again_and_never_copied(
-    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
-) -> None:
+def test_what_is_damaged_is_measured_again_and_never_copied(suite, decoder, tokenizer, tmp_path):
     notes: list[str] = []
     store = EvaluationStore(tmp_path, notes.append)
     task = run_task("choices", suite.tasks["choices"], DecoderModel(decoder, tokenizer))
@@ -148,7 +146,7 @@ def test_what_is_damaged_is_measured_again_and_never_copied(
     assert notes == ["cannot store the result of choices: File exists"]
 
 
-def test_of_each_task_the_newest_samples_count_and_damage_is_named(output: Path) -> None:
+def test_of_each_task_the_newest_samples_count_and_damage_is_named(output):
     folder = output / "org__tiny"
     [results] = folder.glob("results_*.json")
     [samples] = folder.glob("samples_choices_*.jsonl")
@@ -184,12 +182,12 @@ def test_of_each_task_the_newest_samples_count_and_damage_is_named(output: Path)
     assert find_logged_run(folder) is find_logged_run(output.parent / "tasks") is None
 
 
-def test_a_group_of_groups_holds_all_tasks_below_it() -> None:
+def test_a_group_of_groups_holds_all_tasks_below_it():
     subtasks = {"mmlu": ["mmlu_stem", "x"], "mmlu_stem": ["y", "z"], "piqa": []}
     assert top_groups(subtasks) == {"mmlu": ("y", "z", "x")}
 
 
-def test_a_number_without_items_is_stored_like_a_task(tmp_path: Path) -> None:
+def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     run = {"results": {"loss": {"loss,none": 0.5}}, "versions": {"loss": 1}, "n-shot": {"loss": 0}}
     store = EvaluationStore(tmp_path)
     store.write("key", MeasuredTask(name="loss", run=run), {})
@@ -203,43 +201,27 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path: Path) -> None:
 SCORES = {"a": [[-1.25, True], [-0.1 - 0.2, False]], "b": "a text\nof two lines, ü"}
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "evaluations" / "key.answers"
+def test_answers_come_back_exactly_or_are_missing_and_a_failure_is_said_once(tmp_path):
+    path = tmp_path / "evaluations" / "key.answers"
 
+    def write(answers: dict[str, object]) -> None:
+        AnswerJournal(path).add(answers)
 
-def write(path: Path, answers: dict[str, object] = SCORES) -> None:
-    AnswerJournal(path).add(answers)
+    def found() -> dict[str, object]:
+        journal = AnswerJournal(path)
+        return {key: value for key in "abcd" if (value := journal.get(key)) is not None}
 
-
-def test_values_come_back_exactly(path: Path) -> None:
-    write(path)
-    write(path, {"c": [[float("-inf"), False]]})
-    journal = AnswerJournal(path)
-    assert {key: journal.get(key) for key in ("a", "b", "c", "d")} == {
-        **SCORES,
-        "c": [[float("-inf"), False]],
-        "d": None,
-    }
-    assert journal.num_answers == 4
-
-
-def test_each_damaged_line_is_as_good_as_missing(path: Path) -> None:
-    for key in "abc":
-        write(path, {key: [[-1.5, True]]})
+    write(SCORES)
+    write({"c": [[float("-inf"), False]]})
+    assert found() == {**SCORES, "c": [[float("-inf"), False]]}
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'{"b":[[-1.5', b'{"b":[[-2.5')[:-4])
-    write(path, {"d": "after a cut line"})
-    journal = AnswerJournal(path)
-    assert [journal.get(key) is not None for key in "abcd"] == [True, False, False, True]
+    path.write_bytes(whole.replace(b"-1.25", b"-2.25")[:-4])
+    write({"d": "after a cut line"})
+    assert found() == {"d": "after a cut line"}
     path.write_bytes(b"\xff\x00" * 99 + b"\n[]\n" + whole)
-    assert AnswerJournal(path).num_answers == 3
-
-
-def test_a_file_that_cannot_be_written_is_said_once(path: Path) -> None:
-    path.parent.write_text("not a folder")
+    assert AnswerJournal(path).num_answers == 4
     errors: list[OSError] = []
-    journal = AnswerJournal(path, failed=errors.append)
+    journal = AnswerJournal(path / "below a file", failed=errors.append)
     assert journal.num_answers == 0
     for _ in range(2):
         journal.add(SCORES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def load(*names: str, folder: Path, planned: list[str] | None = None) -> Suite:
     return load_suite(TaskSelection(names=names, folders=(folder,)), planned)
 
 
-def test_names_and_groups_are_loaded_without_the_hub(folder: Path, asked: list[str]) -> None:
+def test_names_and_groups_are_loaded_without_the_hub(folder, asked):
     grouped = load("both", folder=folder)
     assert (list(grouped.tasks), grouped.groups) == (
         ["lastword", "choices"], {"both": ("lastword", "choices")},
@@ -59,7 +58,7 @@ def test_names_and_groups_are_loaded_without_the_hub(folder: Path, asked: list[s
     assert os.environ.get("HF_HUB_OFFLINE") is None
 
 
-def test_the_fingerprint_depends_on_content_not_on_the_path(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_not_on_the_path(folder, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
     names = ("lastword", "choices")
@@ -73,7 +72,7 @@ def test_the_fingerprint_depends_on_content_not_on_the_path(folder: Path, tmp_pa
     assert not {changed.fingerprint(name) for name in names} & {*first.values()}
 
 
-def test_unknown_names_are_errors_that_name_the_nearest(folder: Path) -> None:
+def test_unknown_names_are_errors_that_name_the_nearest(folder):
     for names, message in (
         (["lastword", "lastwrod", "winograndee"],
          r"lastwrod: .*did you mean lastword.*winograndee: .*grande"),
@@ -105,9 +104,7 @@ def _replace_by_folder(path: Path) -> None:
         ("lastword.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     ],
 )
-def test_a_damaged_task_is_an_error_not_skipped(
-    folder: Path, name: str, harm: Callable[[Path], Any]
-) -> None:
+def test_a_damaged_task_is_an_error_not_skipped(folder, name, harm):
     asked: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
     for names in asked:
         assert "lastword" in load(*names, folder=folder).tasks
@@ -117,7 +114,7 @@ def test_a_damaged_task_is_an_error_not_skipped(
             load(*names, folder=folder)
 
 
-def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_path: Path) -> None:
+def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_path):
     changes: list[tuple[dict[str, Any], str]] = [
         ({"unsafe_code": True}, "odd: .*runs code that a model wrote"),
         ({"doc_to_text": "{{no_such_field.x}}"}, "odd: .*UndefinedError"),
@@ -136,7 +133,7 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
         load_suite(TaskSelection())
 
 
-def test_hub_tasks_are_skipped_at_once_without_network(folder: Path, asked: list[str]) -> None:
+def test_hub_tasks_are_skipped_at_once_without_network(folder, asked):
     found = load("piqa", "lastword", "blimp", folder=folder)
     assert list(found.tasks) == ["lastword"]
     assert found.skipped == dict.fromkeys(
@@ -147,7 +144,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(folder: Path, asked: list
         load("paper", folder=folder)
 
 
-def test_exactly_the_planned_tasks_are_run(folder: Path) -> None:
+def test_exactly_the_planned_tasks_are_run(folder):
     names = ("lastword", "choices", "piqa")
     found = load(*names, folder=folder, planned=["lastword"])
     assert list(found.tasks) == ["lastword"]

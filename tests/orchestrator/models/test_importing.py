@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kept_progress import KeptProgress
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -26,9 +26,7 @@ from orchestrator.models.tokenizer import token_ids
 from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FEW = Sampling(max_new_tokens=12)
@@ -38,12 +36,8 @@ FEW = Sampling(max_new_tokens=12)
 
 
 def test_an_imported_model_is_the_same_model_and_found_again(
-    tiny_model: dict[str, Any],
-    tokenizer: Path,
-    tiny_tokens: Path,
-    workspace: Workspace,
-    tmp_path: Path,
-) -> None:
+    tiny_model, tokenizer, tiny_tokens, workspace, tmp_path
+):
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict(tiny_model)).eval()
     folder = export(decoder, tmp_path / "my model", tokenizer)
@@ -70,21 +64,16 @@ def test_an_imported_model_is_the_same_model_and_found_again(
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_named(
-    tiny_model: dict[str, Any], tokenizer: Path, workspace: Workspace, tmp_path: Path
-) -> None:
-    notes: list[str] = []
-
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    tiny_model, tokenizer, workspace, tmp_path
+):
+    progress = KeptProgress()
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
     folder = export(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
         import_model(folder, workspace=workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()
-    checkpoint = import_model(folder, workspace=workspace, progress=Notes())
-    assert "--tokenizer FILE" in notes[0]
+    checkpoint = import_model(folder, workspace=workspace, progress=progress)
+    assert "--tokenizer FILE" in progress.notes[0]
     assert load_model(checkpoint).config == small.config
     for reads_text in (tokenizer_file, TextGenerator):
         with pytest.raises(UserError, match=r"has no tokenizer\.json, and text needs one; `"):
@@ -93,8 +82,8 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_named(
 
 @pytest.mark.parametrize("of_run", [True, False])
 def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
-    of_run: bool, save_tiny: Callable[..., Path], workspace: Workspace, tmp_path: Path
-) -> None:
+    of_run, save_tiny, workspace, tmp_path
+):
     folder = save_tiny(tmp_path / "elsewhere" / "a-run")
     source = folder.parent if of_run else folder
     checkpoint = import_model(source, workspace=workspace)
@@ -139,9 +128,7 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(before | values))
 
 
-def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
-    llama: Path, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(llama, workspace, tmp_path):
     checkpoint = import_model(llama, workspace=workspace)
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
@@ -162,9 +149,7 @@ def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
 
 
 @pytest.mark.parametrize("place", ["config", "generation_config", "tokenizer"])
-def test_generation_begins_and_ends_as_in_transformers(
-    place: str, llama: Path, workspace: Workspace
-) -> None:
+def test_generation_begins_and_ends_as_in_transformers(place, llama, workspace):
     model = LlamaForCausalLM.from_pretrained(llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
     ids = tokenizer("a bag", return_tensors="pt").input_ids
@@ -181,7 +166,7 @@ def test_generation_begins_and_ends_as_in_transformers(
     assert written == expected.rstrip("\ufffd")
 
 
-def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Workspace) -> None:
+def test_a_chat_is_written_by_the_models_template(llama, workspace):
     writer = TextGenerator(import_model(llama, workspace=workspace))
     asked = writer.as_asked(["a bag"], chat=True)[0]
     assert asked == "<s>user: a bag\n"
@@ -216,9 +201,7 @@ def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Worksp
         ("tokenizer_config.json", [], "tokenizer_config.json is damaged"),
     ],
 )
-def test_what_makes_no_sense_is_named(
-    name: str, content: Any, words: str, llama: Path, workspace: Workspace
-) -> None:
+def test_what_makes_no_sense_is_named(name, content, words, llama, workspace):
     if content:
         change(llama / name, **content)
     else:
@@ -229,9 +212,7 @@ def test_what_makes_no_sense_is_named(
 
 
 @pytest.mark.parametrize(("first", "end"), [(-1, [-1]), (320, -1), (None, 1000)])
-def test_a_number_of_no_token_means_none(
-    first: int | None, end: Any, llama: Path, workspace: Workspace
-) -> None:
+def test_a_number_of_no_token_means_none(first, end, llama, workspace):
     change(llama / "config.json", bos_token_id=first, eos_token_id=end)
     (llama / "generation_config.json").unlink()
     (llama / "tokenizer_config.json").unlink()
@@ -242,8 +223,8 @@ def test_a_number_of_no_token_means_none(
 
 
 def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_first(
-    llama: Path, workspace: Workspace
-) -> None:
+    llama, workspace
+):
     tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(llama / "tokenizer.json"))
@@ -251,7 +232,7 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     assert TextGenerator(import_model(llama, workspace=workspace)).text.encode_document("") == (0,)
 
 
-def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:
+def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace):
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     change(llama / "tokenizer_config.json", **own)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")

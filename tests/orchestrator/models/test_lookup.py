@@ -41,11 +41,8 @@ def save_run(workspace: Workspace, save_tiny: Callable[..., Path]) -> Callable[.
 
 
 def test_a_name_means_a_run_or_a_path_inside_the_workspace(
-    workspace: Workspace,
-    save_run: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    workspace, save_run, tmp_path, monkeypatch
+):
     with pytest.raises(UserError, match="has no runs yet"):
         find_model_folder(workspace, Path("teacher"))
     checkpoint = save_run("teacher")
@@ -69,8 +66,8 @@ def test_a_name_means_a_run_or_a_path_inside_the_workspace(
 
 
 def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announced(
-    workspace: Workspace, save_run: Callable[..., Path]
-) -> None:
+    workspace, save_run
+):
     said: list[str] = []
 
     def newest() -> tuple[Path, IterationSchedule | None]:
@@ -106,21 +103,14 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
     assert newest() == (later, None)
 
 
-def test_a_workspace_without_corrections_lists_its_other_models(
-    workspace: Workspace, save_run: Callable[..., Path]
-) -> None:
+def test_a_workspace_without_corrections_lists_its_other_models(workspace, save_run):
     save_run("plain", method="vanilla")
     with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
         resolve_teacher(workspace)
 
 
 @pytest.mark.parametrize("with_path", [True, False])
-def test_no_command_replaces_a_damaged_model_by_an_older_one(
-    workspace: Workspace,
-    save_run: Callable[..., Path],
-    with_path: bool,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_no_command_replaces_a_damaged_model_by_an_older_one(workspace, save_run, with_path, capfd):
     older = save_run("full")
     newest = older.rename(older.with_name("step_00000010"))
     save_run("full")
@@ -145,9 +135,7 @@ def test_no_command_replaces_a_damaged_model_by_an_older_one(
     assert model.path == older
 
 
-def test_a_schedule_for_a_model_without_corrections_is_refused(
-    save_run: Callable[..., Path],
-) -> None:
+def test_a_schedule_for_a_model_without_corrections_is_refused(save_run):
     plain = save_run("plain", method="vanilla")
     with pytest.raises(UserError, match=r"^--schedule: method 'vanilla' makes no corrections, got"):
         parse_schedule("2", plain)

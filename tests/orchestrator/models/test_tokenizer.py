@@ -1,9 +1,5 @@
 """Byte-level BPE: any text has tokens, and the same text gives the same tokenizer."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -20,7 +16,7 @@ from orchestrator.workspace.errors import UserError
 TEXTS = ["The cat sat on the mat, and the dog sat on the cat.", "A dog and a cat are not one."] * 9
 
 
-def test_a_trained_tokenizer_restores_any_text_and_is_the_same_again(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_restores_any_text_and_is_the_same_again(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in ("The cat", " leading space", "naïve — 猫\n\n\ttab", "\x00\x7f"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -32,9 +28,7 @@ def test_a_trained_tokenizer_restores_any_text_and_is_the_same_again(tmp_path: P
         assert load_tokenizer(path).to_str() == tokenizer.to_str()
 
 
-def test_a_missing_or_damaged_tokenizer_is_a_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_or_damaged_tokenizer_is_a_clear_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable
 
 import pytest
 
@@ -28,7 +27,7 @@ def evaluation(*results: TaskResult, **groups: tuple[str, ...]) -> EvaluationRes
     return EvaluationResult(results={r.name: r for r in results}, groups=groups)
 
 
-def test_the_error_of_a_mean() -> None:
+def test_the_error_of_a_mean():
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
     expected = statistics.stdev(values) / math.sqrt(5)
     assert standard_error("mean", values) == pytest.approx(expected)
@@ -46,9 +45,7 @@ def ratio(pairs: list[tuple[float, float]]) -> float:
         ("bits_per_byte", lambda pairs: -ratio(pairs) / math.log(2)),
     ],
 )
-def test_errors_by_the_delta_method_agree_with_the_bootstrap(
-    aggregation: str, aggregate: Callable[[list[tuple[float, float]]], float]
-) -> None:
+def test_errors_by_the_delta_method_agree_with_the_bootstrap(aggregation, aggregate):
     draw = random.Random(0)
     weights = [draw.uniform(5, 40) for _ in range(400)]
     pairs = [(-w * draw.uniform(0.1, 0.3), w) for w in weights]
@@ -61,7 +58,7 @@ def test_errors_by_the_delta_method_agree_with_the_bootstrap(
     )
 
 
-def test_accuracy_uses_normalized_accuracy_if_reported() -> None:
+def test_accuracy_uses_normalized_accuracy_if_reported():
     found = evaluation(
         task("piqa", acc=0.6, acc_norm=0.5, acc_norm_stderr=0.03),
         task("lambada", acc=0.3, acc_stderr=0.04, perplexity=20.0),
@@ -75,7 +72,7 @@ def test_accuracy_uses_normalized_accuracy_if_reported() -> None:
     assert found.num_items == 30
 
 
-def test_a_group_counts_as_one_task_and_only_measured_numbers_are_there() -> None:
+def test_a_group_counts_as_one_task_and_only_measured_numbers_are_there():
     found = evaluation(
         task("b1", acc=0.2, acc_stderr=0.0),
         task("b2", acc=0.4, acc_stderr=0.0),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +33,7 @@ def again(trial: Trial) -> Trial:
     return Trial.model_validate(json.loads(text))
 
 
-def test_numbers_and_parameters_have_their_tracked_names() -> None:
+def test_numbers_and_parameters_have_their_tracked_names():
     quality = {"accuracy": 0.42, "accuracy_stderr": 0.01, "lastword/acc": 0.3, "other": math.nan}
     trial = sample_trial(
         schedule=(2, 1, 0), threshold_above=0.003, threshold_up_to=0.004, quality=quality,
@@ -64,15 +63,13 @@ def test_numbers_and_parameters_have_their_tracked_names() -> None:
         (None, None, "", None),
     ],
 )
-def test_an_unbounded_threshold_range_survives_strict_json(
-    above: float | None, up_to: float | None, text: str, threshold: str | None
-) -> None:
+def test_an_unbounded_threshold_range_survives_strict_json(above, up_to, text, threshold):
     trial = again(sample_trial(threshold_above=above, threshold_up_to=up_to))
     assert trial.threshold_text == text
     assert trial.params().get("threshold") == threshold
 
 
-def test_a_damaged_trial_names_the_first_wrong_field(tmp_path: Path) -> None:
+def test_a_damaged_trial_names_the_first_wrong_field(tmp_path):
     stored = {**sample_trial().model_dump(mode="json"), "colour": "blue"}
     with pytest.raises(UserError, match=r"x.json is damaged \(colour: Extra inputs"):
         Trial.parse(stored, tmp_path / "x.json")
@@ -83,7 +80,7 @@ def test_a_damaged_trial_names_the_first_wrong_field(tmp_path: Path) -> None:
         sample_trial(role="student")
 
 
-def test_paths_of_nested_records_follow_the_workspace(tmp_path: Path) -> None:
+def test_paths_of_nested_records_follow_the_workspace(tmp_path):
     root = open_workspace(tmp_path / "old").root
     trial = sample_trial(key="t", folder=f"{root}/trials/t", checkpoint="/elsewhere/step_1")
     plan = SweepPlan(
@@ -113,7 +110,7 @@ def parameters(model: ModelConfig, /, **job: Any) -> dict[str, str]:
     return job_parameters(TrainingJob(model=model, **given))
 
 
-def test_a_run_has_the_parameters_that_apply_to_it() -> None:
+def test_a_run_has_the_parameters_that_apply_to_it():
     iiet, vanilla = parameters(IIET), parameters(VANILLA)
     assert iiet.keys() - vanilla.keys() == {"schedule", "r_01", "r_02", "iterate_from_fraction"}
     assert vanilla.keys() <= iiet.keys()
@@ -147,7 +144,7 @@ def test_a_run_has_the_parameters_that_apply_to_it() -> None:
         assert {name for name in found if "fraction" in name} == names
 
 
-def test_a_model_has_its_method_and_the_options_that_were_chosen() -> None:
+def test_a_model_has_its_method_and_the_options_that_were_chosen():
     damped = ModelConfig.from_dict({**IIET.to_dict(), "method_options": {"damping": 0.5}})
     changed = model_parameters(damped).items() - model_parameters(IIET).items()
     assert changed == {("option.damping", "0.5")}

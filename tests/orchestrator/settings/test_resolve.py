@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from orchestrator.settings import Settings, flatten, read_settings, resolve_sett
 from orchestrator.workspace.errors import UserError
 
 
-def test_later_sources_win_and_keep_the_other_defaults() -> None:
+def test_later_sources_win_and_keep_the_other_defaults():
     settings = resolve_settings({"training": {"num_steps": 7, "seed": 3}}, ["training.num_steps=9"])
     assert (settings.training.num_steps, settings.training.seed) == (9, 3)
     assert settings.training.learning_rate == Settings().training.learning_rate
@@ -29,7 +28,7 @@ def test_later_sources_win_and_keep_the_other_defaults() -> None:
     assert usual.num_steps != Settings().training.num_steps
 
 
-def test_all_problems_are_reported_at_once_with_their_values() -> None:
+def test_all_problems_are_reported_at_once_with_their_values():
     tree = {"training": {"num_steps": 0, "decay": "slow"}, "data": {"vocab_size": "many"}}
     with pytest.raises(UserError, match="3 problems") as caught:
         resolve_settings(tree)
@@ -72,14 +71,14 @@ def test_all_problems_are_reported_at_once_with_their_values() -> None:
         ("a=[", "--set a: cannot read the value"),
     ],
 )
-def test_a_wrong_value_is_refused_in_a_short_message(assignment: str, words: str) -> None:
+def test_a_wrong_value_is_refused_in_a_short_message(assignment, words):
     with pytest.raises(UserError) as caught:
         resolve_settings({}, [assignment])
     assert words in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-def test_numbers_texts_and_lists_survive_yaml(tmp_path: Path) -> None:
+def test_numbers_texts_and_lists_survive_yaml(tmp_path):
     path = tmp_path / "s.yaml"
     for text, number in (
         ("3e-4", 3e-4), ("1E2", 100), (".5", 0.5), ("2.", 2), ("1", 1), ("1_000.5", 1000.5),
@@ -101,7 +100,7 @@ def test_numbers_texts_and_lists_survive_yaml(tmp_path: Path) -> None:
         settings.training.num_steps = 3  # type: ignore[misc]
 
 
-def test_flatten_returns_every_leaf() -> None:
+def test_flatten_returns_every_leaf():
     def leaves(tree: object) -> list[object]:
         if isinstance(tree, dict) and tree:
             return [leaf for value in tree.values() for leaf in leaves(value)]
@@ -113,7 +112,7 @@ def test_flatten_returns_every_leaf() -> None:
     assert len(flat) == len(leaves(yaml.safe_load(to_yaml(Settings()))))
 
 
-def test_a_file_is_blamed_for_its_own_problems_only(tmp_path: Path) -> None:
+def test_a_file_is_blamed_for_its_own_problems_only(tmp_path):
     path = tmp_path / "mine.yaml"
     changes: list[tuple[dict[str, Any], bool]] = [
         ({"assignments": ["sweep.num_schedules=0"]}, False),
@@ -129,7 +128,7 @@ def test_a_file_is_blamed_for_its_own_problems_only(tmp_path: Path) -> None:
         assert (str(path) in str(caught.value)) == names_the_file
 
 
-def test_an_empty_section_keeps_its_defaults(tmp_path: Path) -> None:
+def test_an_empty_section_keeps_its_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("sweep:\ntraining:\n  num_steps: 5\n")
     assert read_settings(path).sweep == Settings().sweep
@@ -162,9 +161,7 @@ def _bomb() -> str:
         ("a: 1\n---\na: 2", "expected a single document"),
     ],
 )
-def test_a_file_that_holds_no_settings_is_refused_in_a_short_message(
-    text: str | bytes, words: str, tmp_path: Path
-) -> None:
+def test_a_file_that_holds_no_settings_is_refused_in_a_short_message(text, words, tmp_path):
     path = tmp_path / "s.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:

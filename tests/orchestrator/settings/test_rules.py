@@ -1,7 +1,5 @@
 """Rules between settings: each broken one is named with its settings, all of them at once."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
@@ -46,7 +44,7 @@ ELASTIC = "distillation.training.elastic"
         (f"{ELASTIC}.temperature=2", f"{ELASTIC}.temperature=2.0: "),
     ],
 )
-def test_a_rule_of_the_tree_names_its_settings(assignments: str, words: str) -> None:
+def test_a_rule_of_the_tree_names_its_settings(assignments, words):
     changes = assignments.replace("...", "distillation.training.").split("; ")
     with pytest.raises(UserError) as refused:
         resolve_settings({}, changes)
@@ -54,7 +52,7 @@ def test_a_rule_of_the_tree_names_its_settings(assignments: str, words: str) -> 
     assert str(refused.value).startswith("settings: ")
 
 
-def test_what_a_control_does_not_read_may_be_anything() -> None:
+def test_what_a_control_does_not_read_may_be_anything():
     control = ["distillation.control=cross_entropy", f"{ELASTIC}.kl_weight=2"]
     resolve_settings({}, [*control, "distillation.teacher_from_step=60"])
     resolve_settings({}, ["training={iterate_from_fraction: 0.7, iterate_ramp_fraction: 0.3}"])
@@ -89,15 +87,13 @@ def test_what_a_control_does_not_read_may_be_anything() -> None:
         ("threshold", f"elastic=false; {ELASTIC}={{}}", "leave the second out, or set the first"),
     ],
 )
-def test_a_rule_of_sweeps_is_checked_where_a_sweep_is_planned(
-    kind: str, changes: str, words: str
-) -> None:
+def test_a_rule_of_sweeps_is_checked_where_a_sweep_is_planned(kind, changes, words):
     settings = resolve_settings({}, [f"sweep.kind={kind}", *f"sweep.{changes}".split("; ")])
     (broken,) = broken_rules(settings, of_sweep=True)
     assert words in broken
 
 
-def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right() -> None:
+def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right():
     rules = ["cluster.num_shards=2", "sweep={thresholds: [0.1], budgets: [3]}"]
     with pytest.raises(UserError, match=r"2 problems\n  - cluster.num_shards.*\n  - sweep.thres"):
         resolve_settings({}, rules)
@@ -105,7 +101,7 @@ def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right() -> N
         resolve_settings({}, [*rules, "training.num_steps=0"])
 
 
-def test_importing_and_resolving_settings_loads_nothing_heavy() -> None:
+def test_importing_and_resolving_settings_loads_nothing_heavy():
     code = (
         "import sys, iiet, orchestrator.settings as settings\n"
         "settings.read_settings('toy', ['sweep.methods=[vanilla, pcformer]'])\n"
@@ -115,7 +111,7 @@ def test_importing_and_resolving_settings_loads_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
-def test_a_part_of_several_gpus_is_refused() -> None:
+def test_a_part_of_several_gpus_is_refused():
     for gpus in (1.5, 0.001):
         with pytest.raises(UserError, match=f"{gpus} GPUs are neither whole GPUs nor a share of"):
             resolve_settings({}, [f"sweep.gpus_per_trial={gpus}"])

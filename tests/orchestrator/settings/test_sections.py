@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from orchestrator.cli import main
@@ -19,9 +17,7 @@ from orchestrator.settings import cluster as tracking_settings
 from orchestrator.workspace.errors import UserError
 
 
-def test_the_address_in_the_settings_counts_before_the_variable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_address_in_the_settings_counts_before_the_variable(monkeypatch):
     for setting, variable, expected in (
         (None, None, "local"),
         (None, "", "local"),
@@ -51,7 +47,7 @@ def test_the_address_in_the_settings_counts_before_the_variable(
             ClusterSettings().ray_address  # noqa: B018
 
 
-def test_workers_that_share_a_model_and_the_fewest_gpus() -> None:
+def test_workers_that_share_a_model_and_the_fewest_gpus():
     cluster = ClusterSettings(num_gpus=32, parallel="fsdp", num_shards=8)
     # A trial with too few workers is one shard.
     assert {n: cluster.shards_of(n) for n in (4, 8, 12, 16)} == {4: None, 8: 8, 12: None, 16: 8}
@@ -59,7 +55,7 @@ def test_workers_that_share_a_model_and_the_fewest_gpus() -> None:
     assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
 
 
-def test_secrets_are_not_given_by_value_and_are_not_repeated() -> None:
+def test_secrets_are_not_given_by_value_and_are_not_repeated():
     for entry in ("HF_TOKEN", "AWS_*", "NCCL_DEBUG=INFO", "KEY_FILE=/a b", "A="):
         assert resolve_settings({"cluster": {"env": [entry]}}).cluster.env == (entry,)
     for entry, words in (
@@ -82,9 +78,7 @@ def test_secrets_are_not_given_by_value_and_are_not_repeated() -> None:
         ("mlflow,wandb", "'mlflow' or 'tensorboard'"),
     ],
 )
-def test_mlflow_logs_alone_or_with_loggers_that_are_installed(
-    names: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mlflow_logs_alone_or_with_loggers_that_are_installed(names, words, monkeypatch, capsys):
     assert resolve_settings({}).tracking.loggers == ("mlflow",)
     both = resolve_settings({}, ["tracking.loggers=[mlflow, tensorboard]"])
     assert both.tracking.loggers == ("mlflow", "tensorboard")
@@ -96,7 +90,7 @@ def test_mlflow_logs_alone_or_with_loggers_that_are_installed(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path: Path) -> None:
+def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
     for assignments, expected in (
         ((), ("fp32", "fp32", None)),
         (("cluster.num_gpus=8",), ("bf16", "bf16", "bf16")),
@@ -119,7 +113,7 @@ def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path: Path) -> N
     assert read_settings(path, ["cluster.num_gpus=0"]).training.precision == "fp32"
 
 
-def test_every_setting_has_a_description_and_is_found_by_its_key() -> None:
+def test_every_setting_has_a_description_and_is_found_by_its_key():
     def walk(section: type) -> None:
         for name, field in section.model_fields.items():  # type: ignore[attr-defined]
             assert field.description, f"{section.__name__}.{name} has no description"

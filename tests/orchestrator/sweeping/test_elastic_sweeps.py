@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,6 @@ import pytest
 from fake_tracking import FakeTracking
 from sample_trials import sample_front
 
-from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
@@ -25,7 +25,6 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
-from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
@@ -40,16 +39,14 @@ SMALL = [
 
 
 @pytest.fixture
-def plan_of(students: Callable[..., Students], table: InfluenceTable) -> Callable[..., SweepPlan]:
+def plan_of(students, table) -> Callable[..., SweepPlan]:
     def make(*assignments: str) -> SweepPlan:
-        return students_plan(students(*SMALL, *assignments), table)
+        return students_plan(replace(students(*SMALL, *assignments), influence=table))
 
     return make
 
 
-def test_weights_are_trained_once_and_measured_under_each_schedule(
-    plan_of: Callable[..., SweepPlan], space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, monkeypatch):
     def measure(trial: Trial, _: str) -> Trial:
         decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
         loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
@@ -94,9 +91,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     return order, queue
 
 
-def test_schedules_wait_for_the_training_of_their_weights(
-    plan_of: Callable[..., SweepPlan], space: Workspace
-) -> None:
+def test_schedules_wait_for_the_training_of_their_weights(plan_of, space):
     plan = plan_of()
     order, queue = order_of(plan, space, fails=True)
     assert order == ["teacher", "2,1, elastic", "|", "|"]
@@ -133,9 +128,7 @@ def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
 
 
 @pytest.mark.slow
-def test_the_report_holds_both_side_by_side(
-    plan_of: Callable[..., SweepPlan], space: Workspace
-) -> None:
+def test_the_report_holds_both_side_by_side(plan_of, space):
     plan = plan_of("sweep.compare=true")
     results = []
     for trial in plan.trials:

@@ -75,7 +75,7 @@ def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
+def test_a_sweep_is_seen_while_it_runs(watched):
     teacher, first, second, *_ = watched.plan.trials
     assert not watched.trials()
 
@@ -128,7 +128,7 @@ def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watched) -> None:
+def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     teacher, first, second, third, *_ = watched.plan.trials
     watched.live.watch([first, second, third])
     watched.live.on_end(first, "FAILED", "its loss is not finite")
@@ -197,7 +197,7 @@ def past(sample_results: list[Trial], tmp_path: Path) -> Past:
     return Past(sample_results, tmp_path / "history")
 
 
-def test_it_grows_in_any_order_and_ends_at_the_front(past: Past) -> None:
+def test_it_grows_in_any_order_and_ends_at_the_front(past):
     order = [*range(1, len(past.results))]
     random.Random(0).shuffle(order)
     order.insert(0, 0)  # The teacher spans the box.
@@ -215,7 +215,7 @@ def test_it_grows_in_any_order_and_ends_at_the_front(past: Past) -> None:
     assert past.series(HYPERVOLUME_BY_GFLOPS)[-1] == (10_800, volumes[-1])
 
 
-def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(past: Past) -> None:
+def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(past):
     shared = past.plan.trials[2].with_numbers("train", {"shared_flops": 0.9e12})
     trials = (*past.plan.trials[:2], shared, *past.plan.trials[3:])
     past.plan = past.plan.model_copy(update={"trials": trials})

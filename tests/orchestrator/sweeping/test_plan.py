@@ -6,7 +6,6 @@ under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def begin(trial: Trial, num_steps: int) -> float:
 # Tables and prices
 
 
-def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan: SweepPlan) -> None:
+def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     tiny_plan.trials[-1].write(tiny_plan.trials[-1].result_path)
     found = rows(tiny_plan, settings())
     assert "model thresholds NFE FLOPs KV/token state" in found
@@ -108,7 +107,7 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan: Sweep
     assert "2,1 <=0.1 1 5 100% 640 B to train" in found
 
 
-def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_the_price_by_hand(tiny_plan, tmp_path):
     chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
@@ -143,7 +142,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
 
 
-def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan, tmp_path):
     live, two = "distillation.teacher_cache=false", ["gpus_per_trial=1", "trials_at_once=2"]
     chosen = settings(live, *(f"sweep.{one}" for one in two))
     cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
@@ -158,7 +157,7 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_p
     assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 
 
-def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     chosen = settings("distillation.teacher_cache=false")
     student = tiny_plan.trials[1]
     spent = begin(student, 30)
@@ -174,9 +173,7 @@ def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> 
     assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
 
 
-def test_what_is_finished_or_was_stopped_costs_nothing(
-    tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
+def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     *first, better, worse = tiny_plan.trials
     rated = with_job(better, {"learning_rate": 1.0})
     worse = worse.model_copy(update={"job": rated.job})
@@ -201,7 +198,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
 
 
 @pytest.fixture
-def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> Any:
+def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
     """A function that plans models from scratch, each given by changes of the model, and the recipe
     of all; `seeds` and `rates` multiply them."""
 
@@ -234,7 +231,7 @@ def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> An
     return make
 
 
-def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> None:
+def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
     models = [{"schedule": schedule} for schedule in ([2, 1], [1, 1], [0, 0])]
     plan = plan_of(models, iterate_from_fraction=0.6)
     price = price_left(plan, settings(), tmp_path)
@@ -250,27 +247,10 @@ def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> N
     assert price.flops == STEP * 4 * (97_728 + 63_264)
 
 
-# What is stored
+# Costs and keys
 
 
-def test_a_plan_is_strict_json(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    tiny_plan.write(path)
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    stored = json.loads(path.read_text(), parse_constant=refuse)
-    trials = [Trial.parse(values, path) for values in stored["trials"]]
-    assert trials == list(tiny_plan.trials), "-infinity is back"
-    assert [trial.threshold_text for trial in trials] == [
-        "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
-    ]  # fmt: skip
-    sent = sum(len(trial.model_dump_json()) for trial in tiny_plan.trials)
-    assert sent < 4096 * len(trials), "what travels to a trial: no weights, no tokens"
-
-
-def test_relative_costs_relate_to_the_full_model(tiny_model: dict[str, Any]) -> None:
+def test_relative_costs_relate_to_the_full_model(tiny_model):
     full = ModelConfig.from_dict(tiny_model)
     none = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
     cost = exact_cost(none, full)
@@ -294,8 +274,8 @@ metric_list: [{{metric: acc}}]
 
 
 def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
-) -> None:
+    tmp_path, tiny_tokens, tiny_model
+):
     config = ModelConfig.from_dict(tiny_model)
 
     def suite_of(folder: str, words: str, *changes: tuple[str, str], **options: Any) -> Any:

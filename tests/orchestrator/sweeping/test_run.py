@@ -65,13 +65,11 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
+def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 
-def test_what_was_stopped_is_told_and_trained_on_without_stopping(
-    tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, sweep, monkeypatch):
     teacher, stopped, better, *others = tiny_plan.trials
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
@@ -109,9 +107,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
 
 @pytest.mark.slow
-def test_what_a_stored_teacher_costs_is_counted_once(
-    tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypatch):
     teachers = sweep.folder / "teachers"
     teacher, *students = tiny_plan.trials
     reading = [with_job(student, {}, teacher_cache=str(teachers)) for student in students]
@@ -160,8 +156,8 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
 
 @pytest.mark.slow
 def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    tiny_plan: SweepPlan, sweep: Sweep, ray_session: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_plan, sweep, ray_session, monkeypatch
+):
     without_tasks(monkeypatch)
     plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[:4]})
     left, made_elsewhere = plan.trials[2:]
@@ -200,9 +196,8 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
 )
 def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
-    fails: bool, tiny_plan: SweepPlan, sweep: Sweep, ray_session: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    fails, tiny_plan, sweep, ray_session, monkeypatch
+):
     without_tasks(monkeypatch, fails=fails)
     teacher, begun, *_ = tiny_plan.trials
     long = {"num_steps": 10**6, "checkpoint_every_steps": 10**6}

@@ -21,7 +21,7 @@ from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.tasks import Suite
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
@@ -65,13 +65,13 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def trials(tiny_plan: SweepPlan) -> tuple[Trial, ...]:
+def trials(tiny_plan) -> tuple[Trial, ...]:
     """A teacher that is measured as it is, and its students."""
     return tiny_plan.trials
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(monkeypatch) -> None:
     """Measure nothing, which would take tasks."""
     monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
 
@@ -81,7 +81,7 @@ def starts(trial: Trial) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
+def test_two_processes_make_a_trial_once(trials):
     processes = [Started(code=WORKER) for _ in range(2)]
     for trial in trials[:2]:
         for process in processes:
@@ -96,9 +96,7 @@ def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
         assert process.returncode == 0
 
 
-def test_a_trial_is_taken_over_from_a_process_that_died(
-    trials: tuple[Trial, ...], measured: None
-) -> None:
+def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):
     trial = trials[1]
     folder = Path(trial.folder)
     folder.mkdir(parents=True)
@@ -126,9 +124,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     assert run_trial(trial) == result == trial.result()
 
 
-def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
-    trials: tuple[Trial, ...], measured: None
-) -> None:
+def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, measured):
     trial = trials[1]
     folder = Path(trial.folder)
     made = run_trial(trial)
@@ -148,9 +144,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
     assert len(read_journal(folder)[0]) == num_records
 
 
-def test_a_stopped_trial_lets_another_process_go_on(
-    trials: tuple[Trial, ...], measured: None
-) -> None:
+def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
     trial = trials[1]
     asked = iter([False, False, True, True])
     with stop_when(lambda: next(asked)):
@@ -160,9 +154,7 @@ def test_a_stopped_trial_lets_another_process_go_on(
     assert starts(trial) == 1, "it continued from its checkpoint"
 
 
-def test_the_precision_of_the_suite_is_that_of_the_measured_model(
-    trials: tuple[Trial, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkeypatch):
     dtypes = []
 
     def loss(decoder: Decoder, _: Path, **__: Any) -> float:
@@ -181,8 +173,8 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
-    tiny_plan: SweepPlan, trials: tuple[Trial, ...], measured: None, tmp_path: Path
-) -> None:
+    tiny_plan, trials, measured, tmp_path
+):
     looks = {"validate_every_steps": 5}
     low, high, alone = (
         in_folder(

@@ -119,9 +119,7 @@ class World:
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "gp"])
-def test_each_schedule_once_and_the_same_command_trains_nothing(
-    tmp_path: Path, sampler: str
-) -> None:
+def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sampler):
     num_trials = 2 if sampler == "gp" else 20  # It takes seconds for each.
     world, other = World(tmp_path / "a"), World(tmp_path / "b")
     first = world.run(sampler=sampler, num_trials=num_trials)
@@ -138,9 +136,7 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(
     assert world.made == made + 1
 
 
-def test_a_search_follows_the_family_and_learns_from_all_of_it(
-    tmp_path: Path, tiny_tokens: Path
-) -> None:
+def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
     world, shown = World(tmp_path), []
 
     class Shown(Progress):
@@ -166,9 +162,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(
     assert not queue.is_over
 
 
-def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
-    tmp_path: Path,
-) -> None:
+def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(tmp_path):
     world = World(tmp_path)
     before = world.run(num_trials=12, at_once=3, most=6)
     running = world.study().get_trials(states=(TrialState.RUNNING,))
@@ -183,7 +177,7 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
     assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
 
 
-def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_path: Path) -> None:
+def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_path):
     world = World(tmp_path)
     world.run(num_trials=12, at_once=2, most=4)
     [theirs] = [trial for trial in world.search().suggested_trials() if not trial.result()]
@@ -197,7 +191,7 @@ def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_pat
     assert theirs.label not in others
 
 
-def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -> None:
+def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
     world = World(tmp_path)
     world.full = IterationSchedule((1, 0, 0, 1, 0, 1))
     trials = (world.trial(world.full), world.trial(FAMILY[-1]))
@@ -210,7 +204,7 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_it_finds_a_better_front_than_the_family(tmp_path: Path) -> None:
+def test_it_finds_a_better_front_than_the_family(tmp_path):
     world = World(tmp_path)
     given = {str(schedule) for schedule in FAMILY}
     asked = world.run(num_trials=60)
@@ -232,7 +226,7 @@ def test_it_finds_a_better_front_than_the_family(tmp_path: Path) -> None:
     assert found - start > 0.6 * (best - start), "a quarter of the schedules, most of the gain"
 
 
-def test_a_failed_trial_does_not_end_the_search(tmp_path: Path) -> None:
+def test_a_failed_trial_does_not_end_the_search(tmp_path):
     world = World(tmp_path)
     victim = world.run(num_trials=3)[1]
     other = World(tmp_path / "other")
@@ -241,7 +235,7 @@ def test_a_failed_trial_does_not_end_the_search(tmp_path: Path) -> None:
     assert left.label == victim, "the same command tries it again"
 
 
-def test_a_quality_that_is_no_number_closes_its_trial(tmp_path: Path) -> None:
+def test_a_quality_that_is_no_number_closes_its_trial(tmp_path):
     world = World(tmp_path)
     world.accuracy = lambda schedule: math.nan if schedule[0] == 1 else accuracy(schedule)
     suggested = world.run(num_trials=12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +29,6 @@ from orchestrator.sweeping.students import (
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace
 
 Make = Callable[..., Students]
 Plan = Callable[..., SweepPlan]
@@ -42,11 +40,11 @@ SMALL = (
 
 
 @pytest.fixture
-def plan(students: Make, table: InfluenceTable) -> Plan:
+def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> SweepPlan:
-        return students_plan(students(*assignments, **suite), table)
+        return students_plan(replace(students(*assignments, **suite), influence=table))
 
     return make
 
@@ -68,9 +66,7 @@ def plan(students: Make, table: InfluenceTable) -> Plan:
         (["sweep.selection=knapsack", "sweep.budgets=[2, 99, 4.5]"], ["2,1", "1,1", "0,0"]),
     ],
 )
-def test_schedules_by_number_threshold_budget_and_knapsack(
-    assignments: list[str], schedules: list[str], table: InfluenceTable
-) -> None:
+def test_schedules_by_number_threshold_budget_and_knapsack(assignments, schedules, table):
     members = choose_members(table, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
 
@@ -78,7 +74,7 @@ def test_schedules_by_number_threshold_budget_and_knapsack(
 # Keys, folders and labels
 
 
-def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan: Plan) -> None:
+def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     usual = plan()
     assert [t.role for t in usual.trials] == ["teacher", *["trial"] * 4]
     assert len({t.key for t in usual.trials}) == 5
@@ -90,8 +86,6 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan: Plan) -> None:
     bounds = [(t.threshold_above, t.threshold_up_to) for t in asked.trials[1:]]
     assert bounds == [(0.1, 0.3), (0.3, 0.5)]
     trial = usual.trials[1]
-    stored = json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
-    assert type(trial).model_validate(stored) == trial
     assert trial.result() is None
     trial.model_copy(update={"role": "baseline", "label": "another"}).write(trial.result_path)
     found = trial.result()
@@ -99,9 +93,7 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan: Plan) -> None:
     assert (found.role, found.label) == ("trial", trial.label), "under the names of this sweep"
 
 
-def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_key(
-    plan: Plan,
-) -> None:
+def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_key(plan):
     usual = plan()
     for change in ("kl_weight=0.5", "training.num_steps=7", "training.seed=1"):
         other = plan(f"distillation.{change}")
@@ -118,9 +110,7 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
         assert a.key == c.key, "where files stand does not matter"
 
 
-def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(
-    plan: Plan, teacher: Path
-) -> None:
+def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, teacher):
     config = replace(load_config(teacher), schedule=IterationSchedule((1, 0)))
     kinds, sections = {}, set()
     for control in ("distill", "cross_entropy", "pruned", "scratch"):
@@ -150,9 +140,7 @@ def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(
     assert len({t.key for t in pruned}) == 2
 
 
-def test_finished_weights_are_found_whatever_they_were_trained_for(
-    students: Make, space: Workspace
-) -> None:
+def test_finished_weights_are_found_whatever_they_were_trained_for(students, space):
     assignments = [*SMALL, "distillation.control=scratch"]
     member = FamilyMember(IterationSchedule((2, 1)), 0.0, 1.0)
     usual = students(*assignments).student(member)
@@ -173,7 +161,7 @@ def test_finished_weights_are_found_whatever_they_were_trained_for(
 ELASTIC = (*SMALL, "sweep.elastic=true")
 
 
-def test_one_training_serves_all_schedules(plan: Plan, teacher: Path) -> None:
+def test_one_training_serves_all_schedules(plan, teacher):
     found = plan(*ELASTIC, "sweep.elastic_steps=5")
     assert [trial.label for trial in found.trials] == [
         "teacher", "2,1, elastic", "1,1, elastic", "1,0, elastic", "0,0, elastic",
@@ -211,9 +199,7 @@ def test_one_training_serves_all_schedules(plan: Plan, teacher: Path) -> None:
         plan(*ELASTIC, "sweep.thresholds=[0.01]")
 
 
-def test_a_distilled_elastic_student_learns_from_its_teacher(
-    space: Workspace, teacher: Path, tiny_tokens: Path
-) -> None:
+def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tiny_tokens):
     def job(schedule: str, *changes: str) -> TrainingJob:
         family = "distillation.training.elastic.schedules=['1,0']"
         settings = resolve_settings({}, [*SMALL, family, *changes])
@@ -255,7 +241,7 @@ def flops(config: ModelConfig) -> float:
     return inference_cost(config).decode_flops_per_token
 
 
-def test_a_vanilla_model_has_as_many_layers_as_a_student_has_evaluations() -> None:
+def test_a_vanilla_model_has_as_many_layers_as_a_student_has_evaluations():
     found = chosen(*SCHEDULES, distilled_baselines=["vanilla"])
     assert [baseline.label for baseline in found] == [
         f"vanilla, {count} layers, distilled" for count in (6, 8, 12, 14)
@@ -269,7 +255,7 @@ def test_a_vanilla_model_has_as_many_layers_as_a_student_has_evaluations() -> No
         assert flops(baseline.config) < flops(FULL)
 
 
-def test_fewer_layers_are_the_most_important_ones_with_all_corrections() -> None:
+def test_fewer_layers_are_the_most_important_ones_with_all_corrections():
     found = chosen(*SCHEDULES, distilled_baselines=["fewer_layers"])
     assert {baseline.label: baseline.kept_layers for baseline in found} == {
         "2 of 6 layers": (0, 4),  # 6 evaluations
@@ -280,7 +266,7 @@ def test_fewer_layers_are_the_most_important_ones_with_all_corrections() -> None
     assert all(set(baseline.config.corrections) == {2} for baseline in found)
 
 
-def test_equal_ones_are_one_and_too_many_are_spread_over_cost() -> None:
+def test_equal_ones_are_one_and_too_many_are_spread_over_cost():
     def labels(*schedules: str, most: int) -> list[str]:
         found = chosen(*schedules, distilled_baselines=BOTH, num_distilled_baselines=most)
         return [b.label.removesuffix(", distilled") for b in found]
@@ -299,7 +285,7 @@ def test_equal_ones_are_one_and_too_many_are_spread_over_cost() -> None:
     assert chosen(*SCHEDULES) == []
 
 
-def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(plan: Plan) -> None:
+def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(plan):
     asked = ["sweep.distilled_baselines=[vanilla, fewer_layers]", "sweep.seeds=[3, 4]"]
     asked.append("sweep.num_distilled_baselines=1")
     whole, longer = plan(*asked), plan(*asked, "sweep.distilled_vanilla_steps=500")

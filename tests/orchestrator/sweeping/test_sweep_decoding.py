@@ -10,7 +10,7 @@ import pytest
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.sweeping import decode
 from orchestrator.sweeping.decode import with_drafts
@@ -22,7 +22,7 @@ from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture
-def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
+def results(tiny_plan, tmp_path) -> list[Trial]:
     """A teacher, and its weights without corrections."""
     teacher = tiny_plan.trials[0]
     assert teacher.role == "teacher"
@@ -41,8 +41,8 @@ def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
 
 
 def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
-    results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    results, tiny_plan, tmp_path, monkeypatch
+):
     tokens = Path(tiny_plan.tokens_folder)
     assert with_drafts(results, tokens, tmp_path, Progress()) == results, "nothing is measured"
     full, pruned = with_drafts(results, tokens, tmp_path, Progress(), on_cpu)
@@ -57,9 +57,7 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
 
 
 @pytest.mark.slow
-def test_the_command_adds_drafts_to_the_report_of_a_sweep(
-    results: list[Trial], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_adds_drafts_to_the_report_of_a_sweep(results, tmp_path, capsys):
     space = open_workspace(tmp_path)
     measured = [trial.with_numbers("quality", {"accuracy": 0.5}) for trial in results]
     StoredSweep(name="s", key="k", results=tuple(measured)).store(space)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from pathlib import Path
 
-import pytest
 from rich.console import Console
 from rich.text import Text
 
@@ -38,7 +36,7 @@ def printed(console: Console) -> str:
     return Text.from_ansi(console.file.getvalue()).plain
 
 
-def test_a_line_is_folded_between_words_on_a_terminal_alone() -> None:
+def test_a_line_is_folded_between_words_on_a_terminal_alone():
     for width in (60, 80, 200):
         console = terminal(width)
         with Progress(console) as bar:
@@ -81,7 +79,7 @@ class Lines(io.StringIO):
         return super().write(text)
 
 
-def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch):
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
     for done, total, shown in (
         (0.0108, 5, "0/5"),
@@ -101,9 +99,29 @@ def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch: pytest.Monke
     assert out.getvalue().startswith("  evaluate: 0/12,000, 0 s so far\n")
 
 
-def test_progress_is_printed_while_library_output_is_suppressed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_units_of_a_task_tell_how_long_all_of_them_take(monkeypatch):
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
+    lines = io.StringIO()
+    with Progress(Console(file=lines, width=200)) as progress:
+        progress.expected = {"pretrain": 6000.0, "influence": 1.0, "sweep": 3000.0}
+        progress.start("pretrain", 100)
+        progress.advance(0)
+        progress.advance(1, "loss 2", seconds_left=12000.0)  # Half as fast as expected.
+        progress.finish("done")  # At once, so what follows takes no time.
+        progress.start("influence (cosine)")
+        progress.finish("done")
+        progress.start("sweep", 4)
+        progress.advance(3)  # Three were finished before.
+        progress.advance(3.5)
+    found = [line.strip() for line in lines.getvalue().splitlines()]
+    assert found[0].startswith("pretrain: 0/100, 2.5 h left in all, 0 s so far of about 1.7")
+    assert found[1].startswith("pretrain: 1/100 loss 2, 5 h left in all, 0 s so far of")
+    assert found[2] == "pretrain: done (0 s, 1.7 h expected)"
+    assert found[3] == "influence (cosine): done (0 s, 0 s expected)"
+    assert found[4].startswith("sweep: 3/4, 0 s left")
+
+
+def test_progress_is_printed_while_library_output_is_suppressed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     with open_session(tmp_path, "evaluate", verbose=True) as session:
         session.progress.start("evaluate", 10)
@@ -112,7 +130,7 @@ def test_progress_is_printed_while_library_output_is_suppressed(
     assert "evaluate: 5/10" in capsys.readouterr().out
 
 
-def test_the_bar_shows_no_share_before_the_first_unit() -> None:
+def test_the_bar_shows_no_share_before_the_first_unit():
     console = terminal(100)
     with Progress(console) as bar:
         bar.start("pretrain", 100)
@@ -126,7 +144,7 @@ def test_the_bar_shows_no_share_before_the_first_unit() -> None:
         assert "25%" in printed(console)
 
 
-def test_texts_of_numbers() -> None:
+def test_texts_of_numbers():
     for text, expected in (
         (format_count(1, "trial"), "1 trial"),
         (format_count(1234, "trial"), "1,234 trials"),

@@ -38,7 +38,7 @@ def run(work: Callable[[], Any], **changes: Any) -> Any:
     return run_interruptibly(work, **{**options, "watch": watch, **changes})
 
 
-def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored() -> None:
+def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert run(lambda: 42) == 42
     with pytest.raises(ZeroDivisionError):
@@ -56,7 +56,7 @@ def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored() ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> None:
+def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number):
     asked = threading.Event()
     requests: list[bool] = []
 
@@ -70,7 +70,7 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
     assert len(requests) == 1
 
 
-def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_block() -> None:
+def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_block():
     posted: list[str] = []
     with stop_when(lambda: bool(posted)), stop_when(lambda: False):
         assert not stop_requested()
@@ -91,7 +91,7 @@ def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_b
     assert not stop_requested()
 
 
-def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for() -> None:
+def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for():
     never, newest = threading.Event(), ["step 40"]
     with pytest.raises(Interrupted) as caught:
         run(never.wait, saved=lambda: newest[-1], pressed=[signal.SIGINT] * 9)
@@ -104,9 +104,7 @@ def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for() -
 
 @pytest.mark.parametrize("error", [UserError, RunFailed, OSError])
 @pytest.mark.parametrize("what_fails", ["the job", "the request"])
-def test_an_error_after_a_signal_also_says_what_is_saved(
-    error: type[Exception], what_fails: str
-) -> None:
+def test_an_error_after_a_signal_also_says_what_is_saved(error, what_fails):
     asked = threading.Event()
 
     def ask() -> float:

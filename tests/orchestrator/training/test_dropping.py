@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from method_schedules import schedule_for
+from model_cases import schedule_for
 from torch import nn
 
 from iiet import (

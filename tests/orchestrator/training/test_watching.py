@@ -63,10 +63,28 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     later.poll()
     assert progress.shown[-1] == (70, "loss iiet 5.50", None)
+    journal.metrics(80, {"train/tokens_per_second": 480.0})
+    journal.metrics(90, {"train/tokens_per_second": 960.0})
+    later.poll()  # Ten steps took as long at both speeds together as at 640 tokens/s.
+    assert progress.shown[-1] == (90, "loss iiet 5.50, 640 tokens/s", pytest.approx(1.0))
     journal.metrics(100, speed)
     later.poll()
     assert progress.shown[-1] == (100, "", None)
     journal.close()
+
+
+def test_the_time_left_counts_jobs_that_wait(tiny_job: Callable[..., TrainingJob]) -> None:
+    jobs = {
+        name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
+        for name in ("first", "second")
+    }
+    progress, journal = RecordingProgress(), Journal(jobs["first"].folder)
+    monitor = RunMonitor(jobs, cast("Tracking", None), progress)
+    journal.metrics(4, {"train/loss": 2.0, "train/tokens_per_second": 32.0})
+    monitor.poll()
+    journal.close()
+    # 16 steps of 64 tokens.
+    assert progress.shown == [(4, "loss first 2.00, 32 tokens/s", pytest.approx(32.0))]
 
 
 def test_a_trained_and_a_measured_model_are_one(

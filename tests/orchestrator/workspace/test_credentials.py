@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,7 +46,7 @@ HARMLESS = [
 ]  # fmt: skip
 
 
-def test_a_secret_is_masked_anywhere_in_an_address_and_nothing_else() -> None:
+def test_a_secret_is_masked_anywhere_in_an_address_and_nothing_else():
     for address, shown in ADDRESSES.items():
         assert mask_secrets(address) == shown
         text = f"API request to '{address}' failed: (Caused by 'x@y')"
@@ -63,7 +62,7 @@ def test_a_secret_is_masked_anywhere_in_an_address_and_nothing_else() -> None:
     assert mask_secrets(text) == text, "in less than a minute"
 
 
-def test_secrets_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_are_masked(monkeypatch):
     secret = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD")
     assert all(map(is_secret_name, secret))
     others = ("RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_DEBUG")
@@ -79,7 +78,7 @@ def test_secrets_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) 
     assert mask_secrets(text) == shown
 
 
-def test_no_error_holds_a_secret() -> None:
+def test_no_error_holds_a_secret():
     for kind in (UserError, RunFailed, Interrupted):
         error = kind(f"no answer from http://user:{SECRET}@host")
         for one in (error, pickle.loads(pickle.dumps(error))):
@@ -87,7 +86,7 @@ def test_no_error_holds_a_secret() -> None:
             assert SECRET not in repr(one.args)
 
 
-def test_a_log_holds_no_secret(tmp_path: Path) -> None:
+def test_a_log_holds_no_secret(tmp_path):
     address = f"http://user:{SECRET}@host"
     with command_log(tmp_path, "test", verbose=False) as (log, _):
         assert log is not None
@@ -107,12 +106,8 @@ def all_bytes(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(("command", "expected_code"), [("ui --sync", 0), ("report", 2), ("ui", 1)])
 def test_an_unreachable_server_is_named_without_its_password(
-    command: str,
-    expected_code: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    command, expected_code, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9/mlflow")
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
@@ -125,9 +120,7 @@ def test_an_unreachable_server_is_named_without_its_password(
     assert SECRET.encode() not in all_bytes(tmp_path)
 
 
-def test_storage_with_a_secret_is_refused_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_storage_with_a_secret_is_refused_and_nothing_is_written(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
     file = tmp_path / "settings.yaml"
     for uri in filter(has_secret, ADDRESSES):
@@ -146,9 +139,7 @@ def test_storage_with_a_secret_is_refused_and_nothing_is_written(
     assert not (tmp_path / "space").exists()
 
 
-def test_a_job_with_a_secret_is_refused(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
-) -> None:
+def test_a_job_with_a_secret_is_refused(tmp_path, tiny_tokens, tiny_model):
     job = TrainingJob(
         run_folder=str(tmp_path / "run"),
         tokens_folder=str(tiny_tokens),
@@ -163,7 +154,7 @@ def test_a_job_with_a_secret_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
+def test_the_reason_of_a_failed_trial_holds_no_secret():
     from orchestrator.cluster.train import failure_reason  # Imports Ray: seconds.
 
     error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")

@@ -29,7 +29,7 @@ from orchestrator.workspace.files import (
 )
 
 
-def test_json_is_whole_or_reported_as_damaged(tmp_path: Path) -> None:
+def test_json_is_whole_or_reported_as_damaged(tmp_path):
     path = tmp_path / "a" / "b.json"
     assert read_json(path) is None
     write_json(path, {"x": 1})
@@ -66,9 +66,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_appears_at_the_end_and_after_an_error_the_earlier_one_stays(
-    tmp_path: Path,
-) -> None:
+def test_a_folder_appears_at_the_end_and_after_an_error_the_earlier_one_stays(tmp_path):
     folder = tmp_path / "deep" / "model"
     with new_folder(folder) as filling:
         (filling / "a").write_text("1")
@@ -107,8 +105,8 @@ fcntl.flock = flock
 
 @pytest.mark.parametrize("file_system", ["", LOCK_LIKE_NFS], ids=["local", "network"])
 def test_what_a_killed_process_left_is_deleted_and_a_living_one_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
-) -> None:
+    tmp_path, monkeypatch, file_system
+):
     monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # Set back at the end.
     exec(file_system, {})
     folder = tmp_path / "model"
@@ -129,9 +127,7 @@ def test_what_a_killed_process_left_is_deleted_and_a_living_one_is_left_alone(
     assert _names(folder) == ["c"]
 
 
-def test_a_file_is_read_once_and_again_after_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     folder = _write(tmp_path / "model", weights="w" * 100, state="s" * 100)
     checksums = checksums_of(folder)
     read: list[str] = []
@@ -167,7 +163,7 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent: Path) -> None:
+def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent):
     left, living = make_scratch_folder(), make_scratch_folder()
     (left.folder / "session").mkdir()
     (left.folder / "session" / "log").write_text("of a process that was killed")
@@ -187,7 +183,7 @@ def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent:
     short.delete()
 
 
-def test_links_and_other_folders_are_never_deleted(parent: Path) -> None:
+def test_links_and_other_folders_are_never_deleted(parent):
     left = make_scratch_folder()
     elsewhere = parent / "elsewhere"
     elsewhere.mkdir()

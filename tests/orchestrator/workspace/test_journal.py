@@ -1,7 +1,5 @@
 """A journal is readable from any position and after a copy; keys depend on content alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -13,7 +11,7 @@ from orchestrator.workspace.layout import open_workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
 
-def test_records_are_read_from_any_offset_and_the_last_one_has_the_time(tmp_path: Path) -> None:
+def test_records_are_read_from_any_offset_and_the_last_one_has_the_time(tmp_path):
     assert read_journal(tmp_path / "nothing") == ([], 0)
     os.utime(tmp_path, (7, 7))
     assert last_recorded(tmp_path) == 7
@@ -34,7 +32,7 @@ def test_records_are_read_from_any_offset_and_the_last_one_has_the_time(tmp_path
     assert before - 0.01 < last_recorded(copy) == last_recorded(run) <= time.time()
 
 
-def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path: Path) -> None:
+def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path):
     run = open_workspace(tmp_path).runs / "toy"
     journal = Journal(run)
     journal.event("resumed", step=3, path=f"{run}/step_3")
@@ -50,7 +48,7 @@ def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path: Path
     assert json.loads(outside.path.read_text())["path"] == "/a/b"
 
 
-def test_keys_depend_on_content_alone(tmp_path: Path) -> None:
+def test_keys_depend_on_content_alone(tmp_path):
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
     assert content_key({"a": 1}) != content_key({"a": 2})
     one, two = tmp_path / "one", tmp_path / "two"

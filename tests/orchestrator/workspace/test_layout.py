@@ -23,9 +23,7 @@ from orchestrator.workspace.layout import (
 from orchestrator.workspace.provenance import RECIPE_VERSION
 
 
-def test_the_workspace_and_its_mlflow_store_are_where_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_workspace_and_its_mlflow_store_are_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "here"))
     assert open_workspace().root == tmp_path / "here"
     space = open_workspace(tmp_path / "there")
@@ -36,9 +34,7 @@ def test_the_workspace_and_its_mlflow_store_are_where_the_environment_says(
     assert space.tracking_uri == "http://127.0.0.1:1"
 
 
-def test_a_workspace_that_cannot_be_written_is_refused_if_the_command_must_write(
-    tmp_path: Path,
-) -> None:
+def test_a_workspace_that_cannot_be_written_is_refused_if_the_command_must_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workspace"):
         open_workspace(tmp_path / "file")
@@ -50,8 +46,8 @@ def test_a_workspace_that_cannot_be_written_is_refused_if_the_command_must_write
 
 
 def test_a_copied_workspace_is_used_where_it_is_and_one_of_another_version_not_at_all(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, capfd
+):
     used = open_workspace(tmp_path / "used").root
     write_json(used / "runs" / "toy" / "job.json", {"job": {"run_folder": f"{used}/runs/toy"}})
     (used / "tokens" / "abc").mkdir(parents=True)
@@ -68,7 +64,7 @@ def test_a_copied_workspace_is_used_where_it_is_and_one_of_another_version_not_a
         assert {path: path.read_bytes() for path in used.rglob("*") if path.is_file()} == before
 
 
-def test_a_path_to_another_place_is_not_a_valid_name() -> None:
+def test_a_path_to_another_place_is_not_a_valid_name():
     for name in ("toy", "A b", "1,1,0", "r=2 + x", "überschau", "a..b"):
         assert is_valid_name(name)
         assert check_name_option(name) == name
@@ -78,7 +74,7 @@ def test_a_path_to_another_place_is_not_a_valid_name() -> None:
     assert not any(map(is_valid_name, others))
 
 
-def test_a_path_comes_back_from_its_stored_form(tmp_path: Path) -> None:
+def test_a_path_comes_back_from_its_stored_form(tmp_path):
     root = str(tmp_path)
     for path, stored in (
         (f"{root}/runs/a/step_1", "runs/a/step_1"),

@@ -45,7 +45,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_lock_is_released_at_the_end_of_its_block(path: Path) -> None:
+def test_a_lock_is_released_at_the_end_of_its_block(path):
     assert not is_locked(path)
     with lock_file(path) as is_ours:
         assert is_ours
@@ -57,9 +57,7 @@ def test_a_lock_is_released_at_the_end_of_its_block(path: Path) -> None:
     assert LOCK_SECONDS > 90.0, "network file systems release the locks of a lost node after that"
 
 
-def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(
-    path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, holder, monkeypatch):
     started = time.monotonic()
     with lock_file(path, seconds=0.1) as is_ours:
         assert not is_ours
