@@ -31,7 +31,7 @@ from benchmarks.gpu import training as gpu_training
 from benchmarks.report import SectionResult, machine_facts, to_dict, to_markdown
 from benchmarks.runner import Section, Setup, run_in_process
 from orchestrator.planning.machine import read_nvml
-from orchestrator.training.gpus import gpu_peak_flops
+from orchestrator.training.world import gpu_peak_flops
 
 
 def _by_name(*sections: Section) -> dict[str, Section]:

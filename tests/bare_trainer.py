@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from iiet.batch import Batch
+from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
+from iiet.distillation import Model
+from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import Position
-from orchestrator.training.objective import Objective, Passes, single_pass
+from orchestrator.training.objective import Objective
 from orchestrator.training.trainer import Trainer
 from orchestrator.training.world import World
 from orchestrator.workspace.journal import VALIDATION_METRIC
@@ -30,7 +33,9 @@ class BareTrainer(Trainer):
         objective: Objective,
         recipe: TrainingSettings,
         *,
-        passes: Passes = single_pass,
+        members: Sequence[IterationSchedule] = (),
+        teacher: Model | None = None,
+        distillation: DistillationConfig | None = None,
         batch: Callable[[int], Batch] = no_batch,
         optimizer: torch.optim.Optimizer | None = None,
         world: World | None = None,
@@ -38,7 +43,8 @@ class BareTrainer(Trainer):
     ) -> None:
         self.model = self.decoder = decoder
         self.optimizer = optimizer or torch.optim.SGD(decoder.parameters(), lr=0.1)
-        self.objective, self.passes, self.recipe = objective, passes, recipe
+        self.objective, self.recipe, self.drawn_at = objective, recipe, lambda _: tuple(members)
+        self.teacher, self.distillation = teacher, distillation
         self.world, self.position = world or World(), Position(step=step)
         self.batch = batch
         self.flops_per_token = lambda _: 0.0

@@ -1,16 +1,9 @@
-"""Start Ray on this machine for a block of code, or join the cluster that the settings name; place
-jobs on its nodes, and ask them to stop.
+"""Start Ray on this machine for a block of code, or join the cluster that the settings name.
 
 A local Ray listens on loopback only, with a token of its own, in a short temporary folder (a
 socket's path is limited to 107 characters). At the end, all of its processes are gone. The nodes of
 a joined cluster are checked before they get work: they need the same code and libraries, and one
 workspace with locks that reach all of them, because otherwise two runs could write to one folder.
-
-A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
-many jobs run at the same time as the nodes hold with all of their workers. Jobs on CPUs share all
-CPUs evenly; a worker with a GPU gets the CPUs that belong to it. Each worker uses as many threads
-as CPUs. A machine without GPUs can rehearse how jobs are placed on GPUs: start Ray with
-`--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for the command.
 """
 
 from __future__ import annotations
@@ -28,12 +21,10 @@ import socket
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -41,17 +32,8 @@ from typing import Any
 import psutil
 
 from orchestrator.cluster import PRETENDED_GPUS
-from orchestrator.planning.machine import (
-    THIS_MACHINE,
-    Node,
-    Resources,
-    check_available,
-    cpus_of_cpu_worker,
-    cpus_of_gpu_worker,
-    describe_nodes,
-    local_resources,
-    num_places,
-)
+from orchestrator.cluster.places import alive_nodes, nodes_with_devices
+from orchestrator.planning.machine import THIS_MACHINE, Resources, local_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import ADDRESS_VARIABLE, AUTO, LOCAL
 from orchestrator.terminal.stop import (
@@ -60,9 +42,8 @@ from orchestrator.terminal.stop import (
     signal_handlers,
     stop_on_signals,
     stop_requested,
-    wait_interruptibly,
 )
-from orchestrator.workspace.errors import DeviceError, Interrupted, RunFailed, UserError, first_line
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 from orchestrator.workspace.files import make_scratch_folder
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import (
@@ -82,27 +63,23 @@ INTERRUPTED_START_SECONDS = 2.0
 INTERRUPTED_SHUTDOWN_SECONDS = 3.0
 SHUTDOWN_SECONDS = 60.0  # after a normal end
 EXIT_CODE_INTERRUPTED = 130
-PLACEMENT_SECONDS = 2.0
-"""Ray finds a place on nodes that are free within this time."""
 ANSWER_SECONDS = 25.0
 """Longest wait for the nodes, each of which starts a process."""
 SEEN_SECONDS = 5.0
 """How long a node looks for a file; network file systems show it late."""
 CODE = "the code of iiet-orch"
-TRIAL_PROCESS_BYTES = 256 * 2**20
-"""Memory of a process that imports PyTorch and waits for its workers."""
+INSTALL_THE_SAME = "install the same on all nodes"
 
 
 # Environment of Ray and its processes
 
-LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Variable for Ray Train's process that hears of nodes that will be taken away."""
 _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     # One token for this process and its children; Ray would write one into the home folder.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    LOOPBACK_SWITCH: "0",  # on Linux too, this keeps every socket on loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too, this keeps sockets on loopback
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
     "RAY_enable_worker_prestart": "0",
     # Its only node cannot be lost alone: a busy or sleeping machine must not end a run.
@@ -112,8 +89,6 @@ _LOCAL_ENVIRONMENT = {
 _JOINING_ENVIRONMENT = {
     "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
 }
-_imported_for_local: bool | None = None
-"""Whether Ray was imported in the environment of a local one; None: it was not imported."""
 
 
 def address_variables(address: str) -> dict[str, str | None]:
@@ -136,19 +111,7 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
 
     Args:
         folder: Where a local Ray writes; it opens its folder to every user, so one inside ours.
-
-    Raises:
-        UserError: If Ray was imported before, in the environment of the other kind.
     """
-    global _imported_for_local
-    if _imported_for_local is None and "ray" in sys.modules:
-        _imported_for_local = os.environ.get(LOOPBACK_SWITCH) == "0"
-    if _imported_for_local not in (None, address == LOCAL):
-        raise UserError(
-            "this process has imported Ray in another environment: a local one is kept on loopback "
-            f"by {LOOPBACK_SWITCH}=0, with which no cluster can be joined; start another process, "
-            "in which orchestrator is imported before Ray"
-        )
     variables = address_variables(address)
     if folder:
         variables["RAY_TMPDIR"] = str(folder)
@@ -164,8 +127,6 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if "ray" in sys.modules:
-            _imported_for_local = address == LOCAL
         set_all(before)
 
 
@@ -386,39 +347,27 @@ def check_ray_can_run(address: str) -> None:
 # Nodes
 
 
-def _alive() -> list[dict[str, Any]]:
-    import ray
-
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [n for n in nodes if n["Alive"] and {"CPU", "GPU"} & set(n["Resources"])]
-
-
-def alive_nodes() -> tuple[Node, ...]:
-    """Return the nodes that have CPUs or GPUs."""
-    found = [node["Resources"] for node in _alive()]
-    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found)
-
-
 def check_nodes(folder: Path | None = None) -> None:
     """Check all nodes with CPUs or GPUs at the same time, and whether they share a folder.
 
     Raises:
-        UserError: Names the first node that cannot be used, what differs and what to do.
+        UserError: Names the first node that cannot be used, what differs and what to do; or says
+            that the file system has no locks.
         RunFailed: If a node does not answer.
     """
     import ray
     import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes, ours = _alive(), versions()
+    nodes = nodes_with_devices()
     if not nodes:
         return  # They may join later.
     with locked_file(folder.absolute()) if folder else nullcontext() as probe:
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(_look_around)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(problem_of_node)
         asked = {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote(probe)] = node
+            asked[task.options(scheduling_strategy=there).remote(probe, versions())] = node
         answered, late = ray.wait([*asked], num_returns=len(asked), timeout=ANSWER_SECONDS)
         if late:
             raise RunFailed(
@@ -426,28 +375,15 @@ def check_nodes(folder: Path | None = None) -> None:
                 "see whether their file systems hang and whether they have memory for a process"
             )
         for answer in answered:
-            place = f"the node {asked[answer]['NodeManagerAddress']}"
             try:
-                problem, theirs = ray.get(answer)
+                problem = ray.get(answer)
             except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
                 continue  # The node has left; jobs are placed on the others.
             except ray.exceptions.RayError as error:
-                raise UserError(
-                    f"{place} cannot run a process of iiet-orch "
-                    f"({first_line(error, with_type=True)}); install the same on all nodes"
-                ) from None
+                reason = first_line(error, with_type=True)
+                problem = f"cannot run a process of iiet-orch ({reason}); {INSTALL_THE_SAME}"
             if problem:
-                raise UserError(
-                    f"{place} {problem} in {folder}; the workspace must be one folder on a file "
-                    "system that all nodes share, under the same path and with locks (NFS 4, "
-                    "Lustre with -o flock); choose it with --workspace"
-                )
-            check_versions(theirs, ours, place)
-
-
-def _look_around(probe: Path | None) -> tuple[str, dict[str, str]]:
-    """Run on a node: return why it cannot share the workspace, and its versions."""
-    return workspace_problem(probe) if probe else "", versions()
+                raise UserError(f"the node {asked[answer]['NodeManagerAddress']} {problem}")
 
 
 @contextmanager
@@ -473,21 +409,39 @@ def locked_file(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def workspace_problem(path: Path) -> str:
-    """Return why a file that another machine has locked is not shared with it; or nothing."""
-    deadline = time.monotonic() + SEEN_SECONDS
-    while not path.is_file():
-        if time.monotonic() > deadline:
-            return "does not see what this machine writes"
+def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
+    """Run on a node: return why it cannot work with the driver's machine; empty if it can.
+
+    Args:
+        probe: A file that the driver's machine holds locked in the workspace, if that is checked.
+        ours: The `versions` there.
+    """
+    problem, deadline = "", time.monotonic() + SEEN_SECONDS
+    while probe and not (is_seen := probe.is_file()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    try:
-        with path.open("r+") as file:
-            lock_descriptor(file.fileno())
-    except BlockingIOError:
-        return ""
-    except OSError as error:
-        return f"cannot write or lock files ({error.strerror})"
-    return "gets locks that this machine holds"
+    if probe and not is_seen:
+        problem = "does not see what this machine writes"
+    elif probe:
+        try:
+            with probe.open("r+") as file:
+                lock_descriptor(file.fileno())
+            problem = "gets locks that this machine holds"
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            problem = f"cannot write or lock files ({error.strerror})"
+    if probe and problem:
+        return (
+            f"{problem} in {probe.parent}; the workspace must be one folder on a file system that "
+            "all nodes share, under the same path and with locks (NFS 4, Lustre with -o flock); "
+            "choose it with --workspace"
+        )
+    theirs = versions()
+    for name, version in ours.items():
+        other = theirs.get(name, NOT_INSTALLED)
+        if other != version:
+            return f"has {name}: {other}, and this machine {version}; {INSTALL_THE_SAME}"
+    return ""
 
 
 def versions() -> dict[str, str]:
@@ -499,215 +453,3 @@ def versions() -> dict[str, str]:
     for path in sorted([*root.glob("iiet/**/*.py"), *root.glob("orchestrator/**/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return {**found, **extension_packages(), CODE: digest.hexdigest()[:KEY_LENGTH]}
-
-
-def check_versions(theirs: dict[str, str], ours: dict[str, str], place: str) -> None:
-    """Compare the versions of a node with those of this machine.
-
-    Raises:
-        UserError: Names what differs first.
-    """
-    for name, version in ours.items():
-        other = theirs.get(name, NOT_INSTALLED)
-        if other != version:
-            raise UserError(
-                f"{name}: {other} on {place}, and {version} on this machine; install the same on "
-                "all nodes"
-            )
-
-
-# Places of jobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """What each of the jobs that run at the same time gets."""
-
-    jobs_at_once: int
-    workers: int
-    """Workers of each job."""
-    cpus: int
-    """CPUs and threads of each worker; a job has `workers` times as many."""
-    gpus: float = 0
-    """GPUs of each worker: 1, a share of one, or 0."""
-    on_one_node: bool = False
-    """Whether all workers of a job must lie on the same node."""
-    min_workers: int | None = None
-    """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
-
-    @property
-    def use_gpu(self) -> bool:
-        """Whether each worker has a GPU, or a share of one."""
-        return self.gpus > 0
-
-    @property
-    def strategy(self) -> str:
-        """How Ray packs a job's workers: on one node, or on as few as there is room on."""
-        return "STRICT_PACK" if self.on_one_node else "PACK"
-
-    @property
-    def worker_resources(self) -> dict[str, float]:
-        """What Ray reserves for each worker."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
-
-    @property
-    def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for a trial's own process: a single worker is that process.
-
-        Several reserve their own; if the process took CPUs or GPUs, too, it could keep them from
-        its workers. By its memory, Ray spreads such processes over the nodes.
-        """
-        return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
-
-    def num_places(self, workers: int | None = None) -> int:
-        """Return how many jobs, of their fewest or of this many workers, the nodes hold now."""
-        workers = workers or self.min_workers or self.workers
-        alive = alive_nodes()
-        return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
-
-
-def job_placement(
-    num_jobs: int,
-    num_workers: int,
-    num_gpus: float,
-    resources: Resources,
-    *,
-    min_gpus: int | None = None,
-    most_at_once: int | None = None,
-    per_trial: bool = False,
-) -> Placement:
-    """Share CPUs and GPUs among jobs.
-
-    Args:
-        num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
-        num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
-        min_gpus: Fewest GPUs of a job, if their number may vary.
-        per_trial: Whether the jobs are trials of a sweep, for the error.
-
-    Raises:
-        UserError: If there is too little for one job.
-    """
-    # A cluster elsewhere may have less than is asked for; nothing else could know before.
-    check_available(num_workers, num_gpus, resources, min_gpus=min_gpus, per_trial=per_trial)
-    nodes = resources.nodes
-    workers = math.ceil(num_gpus) or num_workers
-    gpus = num_gpus / workers
-    cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
-    # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
-    # One whose number of workers varies takes what there is.
-    can_wait = gpus > 0 and min_gpus is None
-    on_one_node = can_wait and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
-    places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
-    at_once = max(1, min(most_at_once or places, places, num_jobs))
-    return Placement(
-        jobs_at_once=at_once,
-        workers=workers,
-        cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
-        gpus=gpus,
-        on_one_node=on_one_node,
-        min_workers=min_gpus,
-    )
-
-
-def use_fake_gpus() -> bool:
-    """Return whether Ray's GPUs are only names, and work that reserves one runs on CPUs."""
-    return os.environ.get(PRETENDED_GPUS) == "1"
-
-
-def worker_device(*, use_gpu: bool) -> str:
-    """Return the device of this process, a Ray task or actor that may have reserved a GPU.
-
-    Raises:
-        DeviceError: If PyTorch cannot use the GPU that Ray reserved.
-    """
-    if not use_gpu or use_fake_gpus():
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            f"Ray reserved a GPU on {os.uname().nodename}, but PyTorch {torch.__version__} cannot "
-            "use it; install a CUDA build of PyTorch and a driver that it supports on each node"
-        )
-    return "cuda"
-
-
-@contextmanager
-def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") -> Iterator[Any]:
-    """Ask Ray for places in a block; yield the placement group, whose `wait(seconds)` finds them.
-
-    Ray's autoscaler starts nodes for them.
-    """
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    group = placement_group([*bundles], strategy)
-    try:
-        yield group
-    finally:
-        remove_placement_group(group)
-
-
-def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) -> None:
-    """Wait until a job's GPUs, or its share of one, are free, each with a CPU.
-
-    Args:
-        note: Called with a sentence if there is something to wait for.
-
-    Raises:
-        Interrupted: After Ctrl-C or SIGTERM.
-    """
-    if not num_gpus:
-        return
-    num_workers = math.ceil(num_gpus)
-    with asked_places([{"CPU": 1, "GPU": num_gpus / num_workers}] * num_workers) as group:
-        if not group.wait(PLACEMENT_SECONDS):
-            nodes = describe_nodes(alive_nodes())
-            text = f"waiting for {num_gpus:g} free GPUs; the cluster has {nodes}"
-            wait_interruptibly(partial(group.wait, 0), begin=partial(note, text) if note else None)
-
-
-# Requests to stop
-
-NAMESPACE = "iiet-orch"
-SECONDS_BETWEEN_LOOKS = 0.5
-
-
-class Signal:
-    """Something that is sent once to the processes of a driver on any node.
-
-    It is sent when Ray has an actor of its name, which ends with the driver that sent it.
-    """
-
-    def __init__(self) -> None:
-        """Make a signal that was not sent; only its copies share it."""
-        self._key = uuid.uuid4().hex
-        self._is_sent, self._next_look = False, -math.inf
-
-    def send(self) -> None:
-        """Send it, if it was not sent before."""
-        import ray
-
-        actor: Any = ray.remote(num_cpus=0)(_Sent)
-        name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
-        _sent.append(actor.options(**name).remote())
-
-    def is_sent(self) -> bool:
-        """Return whether it was sent; asks Ray's head twice a second, for a millisecond."""
-        import ray
-        import ray.exceptions
-
-        if not self._is_sent and time.monotonic() >= self._next_look:
-            # There is no such actor; or Ray's head is busy, or gone and ends us.
-            with suppress(ValueError, ray.exceptions.RayError):
-                ray.get_actor(self._key, namespace=NAMESPACE)
-                self._is_sent = True
-            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        return self._is_sent
-
-
-class _Sent:
-    """The actor of a signal that was sent: it does nothing."""
-
-
-_sent: list[Any] = []
-"""An actor lives as long as somebody holds it."""

@@ -21,7 +21,8 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.ray import check_ray_can_run, ray_cluster, ray_environment, worker_device
+from orchestrator.cluster.places import worker_device
+from orchestrator.cluster.ray import ray_cluster, ray_environment
 from orchestrator.planning.machine import Resources, check_available, check_device, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
@@ -62,7 +63,6 @@ def joined_cluster(
         UserError: If the cluster cannot be joined, or its nodes cannot be used.
     """
     if cluster.ray_address == LOCAL:
-        check_ray_can_run(LOCAL)
         with ray_environment(LOCAL):  # What the block imports may import Ray.
             yield
         return

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -26,19 +26,18 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.cluster.ray import (
+from orchestrator.cluster.places import (
     PLACEMENT_SECONDS,
-    WATCHER_SWITCH,
     Placement,
     Signal,
     alive_nodes,
     asked_places,
     job_placement,
-    ray_cluster,
     use_fake_gpus,
     wait_for_gpus,
     worker_device,
 )
+from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
 from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -57,10 +56,10 @@ GROW_SECONDS = 300.0
 FIRST_START_SECONDS = 300.0
 """Longest wait for the first place: somebody sits at the terminal. Later, a node may be lost at
 night, and `cluster.node_wait_minutes` says how long its replacement is waited for."""
-MAX_FAILED_STARTS = 3
-"""Starts in a row that fail although there was a place, such as on a node that has just died."""
 NOTICE_SECONDS = 2.0
 """How often workers ask whether one of their nodes will be taken away."""
+MAX_FAILED_STARTS = 3
+"""Starts in a row that fail although there was a place, such as on a node that has just died."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables for the network interface of PyTorch's backends; a user's own value stays."""
 FINAL_ERRORS = (UserError, Diverged, CheckpointWriteFailed)
@@ -184,7 +183,7 @@ class JobRun:
         while self._find_place():
             size = self._journal_bytes()
             try:
-                self._start_once()
+                self._trainer().fit()
                 return
             except getattr(train, "PreemptionError", ()):  # Ray has it from 2.59 on.
                 continue  # A loss that was announced.
@@ -215,38 +214,7 @@ class JobRun:
                 shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
     def _find_place(self) -> bool:
-        """Wait until as many workers as the job needs find a place; return False after a stop."""
-        placement = self.placement
-        bundles = [placement.worker_resources] * (placement.min_workers or placement.workers)
-        with asked_places(bundles, placement.strategy) as group:
-            return self._wait(partial(group.wait, PLACEMENT_SECONDS))
-
-    def _start_once(self) -> None:
-        """Start the workers once, and wait until they end.
-
-        Ray waits without an end for the fewest workers of a job of variable size, if their nodes
-        are lost while it starts them. So this waits beside it, and leaves Ray's wait alone: it ends
-        with the cluster.
-        """
-        trainer = self._trainer()
-        if not self.placement.min_workers:
-            trainer.fit()
-            return
-        pool = ThreadPoolExecutor(1)
-        fitting = pool.submit(trainer.fit)
-        pool.shutdown(wait=False)
-
-        def is_over() -> bool:
-            wait([fitting], timeout=PLACEMENT_SECONDS)
-            return fitting.done() or self.placement.num_places() > 0
-
-        while not fitting.done():
-            if not self._wait(is_over) and not is_over():
-                return  # No worker is left that could save.
-        fitting.result()
-
-    def _wait(self, is_over: Callable[[], bool]) -> bool:
-        """Wait for a place; return False after a stop.
+        """Wait until as many workers as the job needs find a place; return False after a stop.
 
         Raises:
             RunFailed: If it has waited for too long.
@@ -257,20 +225,21 @@ class JobRun:
         seconds = math.inf if minutes is None else 60 * minutes
         if not self._journal_bytes():
             seconds = FIRST_START_SECONDS
+        fewest = placement.min_workers or placement.workers
         kind, each = ("GPU", placement.gpus) if placement.use_gpu else ("CPU", placement.cpus)
-        needed = (placement.min_workers or placement.workers) * each
         begun = time.monotonic()
-        while not self.stop.is_sent() and not is_over():
-            free = ray.available_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
-            found = f"{min(free, needed):g} of {needed:g} {kind}s are free"
-            self.waits_for = f"{self.job.folder.name} waits for a place: {found}"
-            if time.monotonic() - begun >= seconds:
-                raise RunFailed(
-                    f"training in {self.job.folder} failed: there was no place for "
-                    f"{format_duration(seconds)} ({found}); add nodes or wait until others have "
-                    "finished, and run the same command again; cluster.node_wait_minutes says how "
-                    "long a node that replaces a lost one is waited for"
-                )
+        with asked_places([placement.worker_resources] * fewest, placement.strategy) as group:
+            while not self.stop.is_sent() and not group.wait(PLACEMENT_SECONDS):
+                free = ray.available_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
+                found = f"{min(free, fewest * each):g} of {fewest * each:g} {kind}s are free"
+                self.waits_for = f"{self.job.folder.name} waits for a place: {found}"
+                if time.monotonic() - begun >= seconds:
+                    raise RunFailed(
+                        f"training in {self.job.folder} failed: there was no place for "
+                        f"{format_duration(seconds)} ({found}); add nodes or wait until others "
+                        "have finished, and run the same command again; cluster.node_wait_minutes "
+                        "says how long a node that replaces a lost one is waited for"
+                    )
         self.waits_for = ""
         return not self.stop.is_sent()
 

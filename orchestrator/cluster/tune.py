@@ -25,7 +25,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from orchestrator.cluster.ray import Placement, Signal, job_placement, ray_cluster, worker_device
+from orchestrator.cluster.places import Placement, Signal, job_placement, worker_device
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
 from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome

@@ -1,4 +1,5 @@
-"""Prepare data: turn the source that settings name into a folder of prepared data, once.
+"""Prepare data: turn the source that settings name into a folder of prepared data, once; and find
+the data of settings or of a model.
 
 A small file maps a source's key, a hash of the settings and of names, sizes and times of files, to
 the folder of the data, which is named by the fingerprint of the content.
@@ -23,9 +24,16 @@ from orchestrator.data.depth import (
     write_depth,
 )
 from orchestrator.data.mixture import MIXTURE_VERSION, open_data, write_mixture
-from orchestrator.data.store import TokenStore, is_complete, verify_data
+from orchestrator.data.store import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    TokenStore,
+    is_complete,
+    verify_data,
+)
 from orchestrator.data.text import source_state, text_source
 from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
+from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
@@ -34,7 +42,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.provenance import content_key, file_key
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
@@ -179,6 +187,50 @@ def _store_folder(key: str, folder: Path) -> None:
 
 def _index_file(key: str, parent: Path) -> Path:
     return parent / "sources" / f"{key}.json"
+
+
+def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
+    """Return the folder of the tokens that a checkpoint was trained on.
+
+    For an imported checkpoint: the newest tokens made with its tokenizer.
+
+    Raises:
+        UserError: If they are not in this workspace, or damaged.
+    """
+    provenance = load_provenance(checkpoint)
+    if "imported" in provenance:
+        return newest_tokens(workspace, tokenizer_file(checkpoint))
+    fingerprint = provenance.get("tokens", "")
+    folder = workspace.tokens / str(fingerprint)
+    if not is_valid_name(fingerprint) or not folder.is_dir():
+        raise UserError(
+            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
+            f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
+        )
+    verify_data(folder)
+    return folder
+
+
+def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
+    """Return the workspace's newest tokens, for models that were not trained on tokens of it.
+
+    Args:
+        tokenizer: The `tokenizer.json` that they were made with, if that matters.
+
+    Raises:
+        UserError: If it has none.
+    """
+    manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
+    hint = ""
+    if tokenizer:
+        wanted, hint = file_key(tokenizer), f" --set data.tokenizer={tokenizer}"
+        manifests = [m for m in manifests if file_key(m.with_name(TOKENIZER_NAME)) == wanted]
+    if not manifests:
+        of = "tokens of this model's tokenizer" if tokenizer else "prepared data"
+        raise UserError(f"{workspace.root} has no {of}; `iiet-orch prepare{hint}` makes them")
+    folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
+    verify_data(folder)
+    return folder
 
 
 # Plan

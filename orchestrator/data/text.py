@@ -1,6 +1,6 @@
 """Documents of text sources: Python's help topics, the user's files, data sets of the hub.
 
-A source has shards, which processes share; a shard gives its documents always in the same order.
+A source has shards, which threads share; a shard gives its documents always in the same order.
 Other packages add sources by entry points of the group `iiet_orch.data_sources`. Duplicates, the
 split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
@@ -89,7 +89,7 @@ class TextSource(ABC):
         """
 
     def shards(self) -> Sequence[Any]:
-        """Return the parts of the source in their order, as JSON values; processes share them."""
+        """Return the parts of the source in their order, as JSON values; threads share them."""
         return [None]
 
     @abstractmethod

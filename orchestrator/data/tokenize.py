@@ -1,11 +1,12 @@
-"""Tokenize a text source into a token folder: shard by shard, in several processes.
+"""Tokenize a text source into a token folder: shard by shard, in several threads.
 
 Each shard becomes a folder of its own, whole or absent, so an interrupted command continues with
 the shards that are missing. It holds the tokens of its documents in their order, the held-out ones
 as text, and a record of a few bytes for each document. When all are there, the records say which
 documents are the first of their kind; the tokens of those are appended to two files. So neither
-the number of processes nor that of shards changes a byte, and no process holds more than the
-records' hashes in memory.
+the number of threads nor that of shards changes a byte, and no more than the records' hashes and
+the documents at work are in memory. The tokenizer works outside of Python's lock, so threads use
+all CPUs.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain, compress, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from orchestrator.data.store import (
     is_complete,
     token_dtype,
 )
-from orchestrator.data.text import Document, TextSource, read_documents, text_source
+from orchestrator.data.text import Document, read_documents, text_source
 from orchestrator.models.tokenizer import (
     end_of_text_id,
     load_tokenizer,
@@ -48,13 +48,7 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    damaged_file,
-    new_file,
-    new_folder,
-    read_json,
-    write_json,
-)
+from orchestrator.workspace.files import damaged_file, new_file, new_folder, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX
 from orchestrator.workspace.provenance import content_key, file_digest
 
@@ -70,7 +64,6 @@ RECORD = np.dtype(
 )
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
 _PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
-_QUEUE, _DIGITS = "queue", 8
 _TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
 
 Report = Callable[[int, int], None]
@@ -78,7 +71,7 @@ Report = Callable[[int, int], None]
 
 
 class Plan(BaseModel):
-    """What the processes of one preparation share, with the tokenizer beside it."""
+    """What the shards of one preparation share, with the tokenizer beside it."""
 
     settings: DataSettings
     shards: list[Any]
@@ -94,7 +87,7 @@ def write_text(
     progress: Progress,
     tokenizer: Tokenizer | None = None,
     *,
-    num_processes: int | None = None,
+    num_threads: int | None = None,
 ) -> Path:
     """Tokenize a text source into `parent`/<fingerprint>; keep a folder that has the same content.
 
@@ -104,7 +97,7 @@ def write_text(
         key: Identifies documents and tokenizer, so that a later call can resume this one.
         progress: Shows shards, tokens and rates.
         tokenizer: Used instead of the one that the settings name.
-        num_processes: Default: as many as there are CPUs or shards.
+        num_threads: Default: as many as there are CPUs.
 
     Raises:
         UserError: If the source cannot be read, or there is too little text to hold some out.
@@ -113,7 +106,7 @@ def write_text(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         plan = _make_plan(folder, settings, tokenizer, progress)
-        shards = _tokenize_shards(folder, plan, progress, num_processes)
+        shards = _tokenize_shards(folder, plan, progress, num_threads)
         final = _join(folder, shards, plan, parent)
     except BaseException:
         if not can_resume(folder):
@@ -204,49 +197,45 @@ def _place_in_split(text: str) -> float:
 # Shards
 
 
-class ShardWriter:
-    """Tokenizes the shards of a plan, one after another; each process has its own."""
+def write_shard(folder: Path, number: int, report: Report) -> None:
+    """Tokenize a shard of the plan in a folder; the shard's own folder appears when it is whole."""
+    plan = Plan.model_validate(read_json(folder / _PLAN))
+    tokenizer = load_tokenizer(folder / _TOKENIZER)
+    end, dtype = end_of_text_id(tokenizer), _dtype_of(tokenizer)
+    read = _first_of_their_kind(read_documents(text_source(plan.settings), plan.shards[number]))
+    documents = islice(read, plan.settings.max_documents)
+    records: list[tuple[int, int, int, int, bool]] = []
+    with new_folder(_shard(folder, number)) as filling:
+        with (
+            (filling / _TOKENS).open("wb") as tokens,
+            (filling / _TEXTS).open("w", encoding="utf-8") as texts,
+        ):
+            while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+                encodings = tokenizer.encode_batch_fast(
+                    [document.text for document, _ in batch], add_special_tokens=False
+                )
+                num_tokens = num_bytes = 0
+                for (document, digest), encoding in zip(batch, encodings, strict=True):
+                    ids = encoding.ids
+                    ids.append(end)
+                    tokens.write(np.array(ids, dtype).tobytes())
+                    is_held_out = is_validation(document.text, plan.fraction)
+                    if is_held_out:
+                        row = {"text": document.text, "source": document.source}
+                        texts.write(json.dumps(row) + "\n")
+                    size = len(document.text.encode())
+                    key, check = np.frombuffer(digest, "<u8").tolist()
+                    records.append((key, check, len(ids), size, is_held_out))
+                    num_tokens += len(ids)
+                    num_bytes += size
+                report(num_tokens, num_bytes)
+        np.save(filling / _RECORDS, np.array(records, RECORD))
+        sums = {name: file_digest(filling / name) for name in (_TOKENS, _TEXTS, _RECORDS)}
+        write_json(filling / _SUMS, sums)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.plan = Plan.model_validate(read_json(folder / _PLAN))
-        self.source: TextSource = text_source(self.plan.settings)
-        self.tokenizer = load_tokenizer(folder / _TOKENIZER)
-        self.end = end_of_text_id(self.tokenizer)
-        self.dtype = np.dtype(token_dtype(num_token_ids(self.tokenizer))).newbyteorder("<")
 
-    def write(self, number: int, report: Report) -> None:
-        """Write the folder of a shard; it appears when it is whole."""
-        read = _first_of_their_kind(read_documents(self.source, self.plan.shards[number]))
-        documents = islice(read, self.plan.settings.max_documents)
-        records: list[tuple[int, int, int, int, bool]] = []
-        with new_folder(_shard(self.folder, number)) as filling:
-            with (
-                (filling / _TOKENS).open("wb") as tokens,
-                (filling / _TEXTS).open("w", encoding="utf-8") as texts,
-            ):
-                while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-                    encodings = self.tokenizer.encode_batch_fast(
-                        [document.text for document, _ in batch], add_special_tokens=False
-                    )
-                    num_tokens = num_bytes = 0
-                    for (document, digest), encoding in zip(batch, encodings, strict=True):
-                        ids = encoding.ids
-                        ids.append(self.end)
-                        tokens.write(np.array(ids, self.dtype).tobytes())
-                        is_held_out = is_validation(document.text, self.plan.fraction)
-                        if is_held_out:
-                            row = {"text": document.text, "source": document.source}
-                            texts.write(json.dumps(row) + "\n")
-                        size = len(document.text.encode())
-                        key, check = np.frombuffer(digest, "<u8").tolist()
-                        records.append((key, check, len(ids), size, is_held_out))
-                        num_tokens += len(ids)
-                        num_bytes += size
-                    report(num_tokens, num_bytes)
-            np.save(filling / _RECORDS, np.array(records, RECORD))
-            sums = {name: file_digest(filling / name) for name in (_TOKENS, _TEXTS, _RECORDS)}
-            write_json(filling / _SUMS, sums)
+def _dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -254,7 +243,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _tokenize_shards(
-    folder: Path, plan: Plan, progress: Progress, num_processes: int | None
+    folder: Path, plan: Plan, progress: Progress, num_threads: int | None
 ) -> list[Path]:
     shards = [_shard(folder, number) for number in range(len(plan.shards))]
     missing = []
@@ -269,21 +258,25 @@ def _tokenize_shards(
     if len(missing) < len(shards):
         progress.note(f"resuming after {len(shards) - len(missing):,} of {len(shards):,} shards")
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
-    report = _Rates(progress)
-    wanted = plan.settings.max_documents
-    if wanted is None:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        num_cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        num_processes = min(num_processes or num_cpus, len(missing))
-        if num_processes > 1:
-            _run_processes(folder, missing, num_processes, num_cpus // num_processes, report)
-            return shards
-    writer = ShardWriter(folder)
-    keys = np.empty(0, "<u8")
+    rates, wanted, keys = _Rates(progress), plan.settings.max_documents, np.empty(0, "<u8")
+    if wanted is None and num_threads != 1:
+        num_cpus = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        pool = ThreadPoolExecutor(num_threads or num_cpus)
+        try:
+            writing = [pool.submit(write_shard, folder, number, rates) for number in missing]
+            for written in as_completed(writing):
+                written.result()
+                rates.end_shard()
+        finally:
+            rates.is_over = True
+            pool.shutdown(cancel_futures=True)
+        return shards
     for number, shard in enumerate(shards):
         if not shard.is_dir():
-            writer.write(number, report)
-            report.end_shard()
+            write_shard(folder, number, rates)
+            rates.end_shard()
         if wanted is not None:
             keys = np.union1d(keys, np.load(shard / _RECORDS)["key"])
             if len(keys) >= wanted:
@@ -292,86 +285,27 @@ def _tokenize_shards(
 
 
 class _Rates:
-    """Adds tokens and bytes, reported by one or several processes, to the progress."""
+    """Adds the tokens and bytes that threads report to the progress."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._started = progress, time.monotonic()
+        self.is_over = False
+        """Whether the threads have to end: at an error of one, or after Ctrl-C."""
+        self._progress, self._started, self._lock = progress, time.monotonic(), Lock()
         self._tokens = self._bytes = self._shards = 0
 
     def __call__(self, num_tokens: int, num_bytes: int) -> None:
-        self._tokens += num_tokens
-        self._bytes += num_bytes
-        seconds = max(1e-9, time.monotonic() - self._started)
-        tokens = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
-        self._progress.advance(self._shards, f"{tokens}, {format_bytes(self._bytes / seconds)}/s")
+        if self.is_over:
+            raise InterruptedError
+        with self._lock:
+            self._tokens += num_tokens
+            self._bytes += num_bytes
+            seconds = max(1e-9, time.monotonic() - self._started)
+            text = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
+            self._progress.advance(self._shards, f"{text}, {format_bytes(self._bytes / seconds)}/s")
 
     def end_shard(self) -> None:
         self._shards += 1
         self(0, 0)
-
-
-def _run_processes(
-    folder: Path, numbers: Sequence[int], num_processes: int, num_threads: int, report: _Rates
-) -> None:
-    # Commands, not `multiprocessing`: that would run the user's script again in each process.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
-        "RAYON_NUM_THREADS": str(num_threads),
-    }
-    code = f"from {__name__} import serve; serve()"
-    # -P: a file in the working directory must not stand for a library.
-    command = [sys.executable, "-P", "-c", code, str(folder)]
-    # All processes inherit the place where this file is read, so each takes the next number; and
-    # one pipe, in which no short line is torn.
-    (folder / _QUEUE).write_text("".join(f"{number:{_DIGITS}}" for number in numbers))
-    processes: list[subprocess.Popen[bytes]] = []
-    receiving, sending = os.pipe()
-    with ExitStack() as stack:
-        queue = stack.enter_context((folder / _QUEUE).open("rb", buffering=0))
-        answers = stack.enter_context(os.fdopen(receiving))
-        try:
-            for _ in range(num_processes):
-                process = subprocess.Popen(command, env=environment, stdin=queue, stdout=sending)
-                processes.append(stack.enter_context(process))
-            os.close(sending)
-            for line in answers:
-                answer = json.loads(line)
-                if isinstance(answer, str):
-                    raise UserError(answer)
-                if answer is None:
-                    report.end_shard()
-                else:
-                    report(*answer)
-            if codes := [process.returncode for process in processes if process.wait()]:
-                raise RuntimeError(f"a process that tokenizes ended with code {codes[0]}")
-        finally:
-            for process in processes:
-                process.kill()
-
-
-def serve() -> None:
-    """Tokenize shards whose numbers stand in the file that is standard input; run by `write_text`.
-
-    Each answer is a line of JSON: tokens and bytes, null at the end of a shard, or an error.
-    """
-    # What libraries print must not come between.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    try:
-        writer = ShardWriter(Path(sys.argv[1]))
-        while number := os.read(0, _DIGITS):
-            writer.write(int(number), lambda *numbers: answer(numbers))
-            answer(None)
-    except UserError as error:
-        answer(str(error))
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # The command that started this process is ending.
 
 
 # Join
@@ -411,7 +345,7 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
     if is_complete(final):
         return final
     tokenizer = load_tokenizer(folder / _TOKENIZER)
-    dtype = np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
+    dtype = _dtype_of(tokenizer)
     with new_folder(final) as filling:
         with (
             (filling / TRAIN_NAME).open("wb") as train_file,

@@ -18,7 +18,7 @@ from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
 from orchestrator.models.tokenizer import ModelTokenizer
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import DeviceError, RunFailed, UserError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -175,3 +175,27 @@ def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> Non
                     "one with other generation_kwargs (`include: NAME` in a file of "
                     "evaluation.include_path)"
                 ) from None
+
+
+def smaller_batch(size: int, problem: str, note: Callable[[str], None] | None = None) -> int:
+    """Return the size of a batch after one that ran out of memory, and say so.
+
+    Args:
+        size: Of the batch that did not fit.
+        problem: What PyTorch said.
+
+    Raises:
+        DeviceError: If it cannot be smaller.
+    """
+    if size <= 1:
+        raise DeviceError(
+            f"the evaluation of one sequence ran out of memory ({problem}); use a GPU with more "
+            "memory, or --set evaluation.precision=bf16"
+        )
+    torch.cuda.empty_cache()
+    if note:
+        note(
+            f"a batch of the evaluation ran out of memory; from here on, it has at most "
+            f"{size // 2:,} sequences"
+        )
+    return size // 2

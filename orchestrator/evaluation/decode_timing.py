@@ -27,9 +27,8 @@ from iiet.decoder import Decoder
 from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
-from orchestrator.models.open import DTYPES, use_tf32
+from orchestrator.models.open import DTYPES, device_precision, use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import UserError
 
 PREDICTION = "FLOPs"

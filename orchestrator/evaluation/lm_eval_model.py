@@ -31,7 +31,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.answers import answer_settings, generate_answers, usual_max_new_tokens
+from orchestrator.evaluation.answers import (
+    answer_settings,
+    generate_answers,
+    smaller_batch,
+    usual_max_new_tokens,
+)
 from orchestrator.evaluation.store import AnswerJournal, MeasuredTask, item_values
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, suppress_output
 from orchestrator.models.hub import offline
@@ -39,7 +44,6 @@ from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import smaller_batch
 from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text
 from orchestrator.workspace.provenance import content_key
 

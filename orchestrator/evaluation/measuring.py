@@ -12,16 +12,15 @@ import torch
 
 from iiet.decoder import Decoder
 from orchestrator.data.mixture import open_data
-from orchestrator.evaluation.answers import check_answer_settings
+from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, Suite
-from orchestrator.models.open import DTYPES, OpenedModel
+from orchestrator.models.open import DTYPES, OpenedModel, device_precision
 from orchestrator.models.tokenizer import check_template
 from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import device_precision, smaller_batch
 from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import out_of_memory_text

@@ -43,6 +43,7 @@ from orchestrator.models.hub import shown_name
 from orchestrator.models.lookup import find_model_folder, resolve_model
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.settings.training import Precision, default_precision
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -51,6 +52,8 @@ from orchestrator.workspace.provenance import file_key
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in the settings -> dtype."""
+FIRST_WITH_BF16 = (8, 0)
+"""Compute capability from which GPUs have bfloat16."""
 AUTO = "auto"
 """A GPU if there is one."""
 
@@ -60,6 +63,16 @@ def best_device(device: str | torch.device = AUTO) -> str | torch.device:
     if device != AUTO:
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_precision(device: str | torch.device) -> Precision:
+    """Return the precision that a model on this device is evaluated in if none is set."""
+    return default_precision(on_gpus=torch.device(device).type == "cuda" and has_bf16(device))
+
+
+def has_bf16(device: str | torch.device) -> bool:
+    """Return whether a GPU has bfloat16; PyTorch emulates it slowly on older ones."""
+    return torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
 
 
 def use_tf32(device: str | torch.device) -> None:

@@ -24,7 +24,14 @@ from orchestrator.cluster.task import command_device
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import DTYPES, OpenedModel, open_model, open_models, short_names
+from orchestrator.models.open import (
+    DTYPES,
+    OpenedModel,
+    device_precision,
+    open_model,
+    open_models,
+    short_names,
+)
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -34,7 +41,6 @@ from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
-from orchestrator.training.devices import device_precision
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace

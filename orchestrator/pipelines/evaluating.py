@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
-from orchestrator.data.model_tokens import newest_tokens, tokens_folder_of
+from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore, LoggedRun, find_logged_run

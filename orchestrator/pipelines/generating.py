@@ -26,13 +26,12 @@ from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
-from orchestrator.models.open import DTYPES, best_device, load_model
+from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
 from orchestrator.workspace.layout import Workspace
 

@@ -21,7 +21,7 @@ from iiet.facts import facts_of, metric_facts_of
 from iiet.pruning import InfluenceTable
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call

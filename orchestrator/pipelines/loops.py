@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from iiet.config import ModelConfig
 from orchestrator.cluster.task import command_device
-from orchestrator.data.model_tokens import newest_tokens
+from orchestrator.data.preparation import newest_tokens
 from orchestrator.evaluation.looped import load_transformers, watched
 from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth

@@ -21,8 +21,12 @@ from pydantic import field_serializer
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
 from orchestrator.cluster.task import job_runner, joined_cluster
-from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
+from orchestrator.data.preparation import (
+    ExpectedTokens,
+    expected_tokens,
+    find_prepared,
+    tokens_folder_of,
+)
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
@@ -38,8 +42,14 @@ from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_y
 from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.job import check_job, finished_outcome, pretraining_job
-from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
+from orchestrator.training.job import (
+    check_job,
+    continue_job,
+    continued_settings,
+    finished_outcome,
+    pretraining_job,
+    share_first_stages,
+)
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import Workspace, find_workspace

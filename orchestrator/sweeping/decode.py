@@ -22,7 +22,7 @@ from orchestrator.evaluation.decode_timing import (
     measure_draft,
     time_per_token,
 )
-from orchestrator.models.open import DTYPES, load_model
+from orchestrator.models.open import DTYPES, device_precision, load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.findings import draft_targets
@@ -30,7 +30,6 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.devices import device_precision
 from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key, environment

@@ -20,7 +20,7 @@ from iiet.cost import inference_cost
 from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
@@ -58,8 +58,7 @@ from orchestrator.sweeping.models import (
 from orchestrator.sweeping.students import Students, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
-from orchestrator.training.job import finished_outcome, job_key, pretraining_job
-from orchestrator.training.shared_steps import share_first_stages
+from orchestrator.training.job import finished_outcome, job_key, pretraining_job, share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace

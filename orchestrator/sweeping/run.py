@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
+from orchestrator.cluster.places import wait_for_gpus
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save

@@ -1,6 +1,6 @@
 """Write checkpoints: folders `step_00000100/` that are complete or absent.
 
-A background thread writes: a step waits only for a copy of the state in the host's memory. One
+A background thread writes: training waits only for a copy of the state in the host's memory. One
 checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and raise
 its error (full disk) on all workers. A killed process loses at most that checkpoint.
 `provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
@@ -42,10 +42,9 @@ from orchestrator.models.folder import (
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.devices import full_tensor, run_on_first
-from orchestrator.training.job import job_key
+from orchestrator.training.job import first_stage_of, job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
-from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
@@ -201,7 +200,6 @@ class CheckpointWriter:
         self._key = job_key(job)
         if job.storage and world.is_first:
             self.remote = RemoteCopy(job.storage, job.folder, self._key)
-        self._copies = HostCopies(world.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -234,20 +232,16 @@ class CheckpointWriter:
         self._saved_step, self._saved_at = position.step, time.monotonic()
         if not (world.is_first or world.is_sharded):
             return
-        state = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-        copied = self._copies.copy(state, keep=world.is_first)
+        weights, moments = (
+            host_copy(part.state_dict(), keep=world.is_first) for part in (decoder, optimizer)
+        )
         if world.is_first:
             # No step draws random numbers yet; saving their state allows dropout to be added.
             random = {"cpu": torch.get_rng_state()}
             if world.is_gpu:
                 random["cuda"] = torch.cuda.get_rng_state(world.device)
-            training_state = {
-                "optimizer": copied["optimizer"],
-                "position": asdict(position),
-                "random": random,
-            }
-            arguments = replace(position), copied["weights"], training_state
-            self._writing = self._pool.submit(self._write, *arguments)
+            state = {"optimizer": moments, "position": asdict(position), "random": random}
+            self._writing = self._pool.submit(self._write, replace(position), weights, state)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -273,7 +267,6 @@ class CheckpointWriter:
     def _write(
         self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
     ) -> None:
-        self._copies.wait()
         started = time.perf_counter()
         job, step = self._job, position.step
         folder, recipe, teacher = job.folder, job.recipe, job.teacher_folder
@@ -321,47 +314,17 @@ def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
-class HostCopies:
-    """Copies nested dictionaries of tensors to the host; one copy at a time, as they share buffers.
+def host_copy(value: Any, *, keep: bool) -> Any:
+    """Copy nested dictionaries and lists of tensors, gathered from shards, to the host's memory.
 
-    A GPU copies to pinned buffers between two steps; this process does not wait for it.
+    All workers that hold shards take part. Those that do not `keep` the result get None in place of
+    each tensor.
     """
-
-    def __init__(self, device: str) -> None:
-        self._device = device if device.startswith("cuda") else None
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
-        self._done: torch.cuda.Event | None = None
-
-    def copy(self, state: Any, *, keep: bool) -> Any:
-        """Start to copy; `wait` says when the result is complete.
-
-        All workers that hold shards take part. Those that do not `keep` the result get None in
-        place of each tensor.
-        """
-        copied = self._copied(state, (), keep)
-        if self._device:
-            self._done = torch.cuda.current_stream(self._device).record_event()
-        return copied
-
-    def wait(self) -> None:
-        """Wait until the last copy is complete; called by the thread that reads it."""
-        if self._done:
-            self._done.synchronize()
-
-    def _copied(self, value: Any, path: tuple[Any, ...], keep: bool) -> Any:
-        if isinstance(value, dict):
-            return {name: self._copied(part, (*path, name), keep) for name, part in value.items()}
-        if isinstance(value, list | tuple):
-            parts = enumerate(value)
-            return type(value)(self._copied(part, (*path, n), keep) for n, part in parts)
-        if not isinstance(value, Tensor):
-            return value
-        whole = full_tensor(value.detach())
-        if not keep:
-            return None
-        if not self._device:
-            return whole.to("cpu", copy=True)
-        if path not in self._buffers:
-            # PyTorch rounds the bytes up to a power of two.
-            self._buffers[path] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
-        return self._buffers[path].copy_(whole, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: host_copy(part, keep=keep) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(host_copy(part, keep=keep) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    whole = full_tensor(value.detach())
+    return whole.to("cpu", copy=True) if keep else None

@@ -23,17 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.layers import initial_weights
-from orchestrator.models.open import load_model, use_tf32
+from orchestrator.models.open import has_bf16, load_model, use_tf32
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings.training import Precision, default_precision
 from orchestrator.training.dropping import drop_layers
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, shortened
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
-FIRST_WITH_BF16 = (8, 0)
-"""Compute capability from which GPUs have bfloat16; PyTorch emulates it slowly on older ones."""
 _COMPILED_GRAPHS = {
     # Recompute what is cheap, as the uncompiled forms do: a fifth less memory for 3 % more time
     # (340M, estimated from its kernels), and no more than the plan.
@@ -310,13 +307,6 @@ def autocast(precision: str, world: World) -> AbstractContextManager[None]:
     return torch.autocast(torch.device(world.device).type, dtype=torch.bfloat16)
 
 
-def device_precision(device: str | torch.device) -> Precision:
-    """Return the precision that a model on this device is evaluated in if none is set."""
-    device = torch.device(device)
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
-    return default_precision(on_gpus=has_bf16)
-
-
 def check_precision(precision: str, device: str | torch.device, *, section: str) -> None:
     """Check that a training's device has its precision, which the section of the settings names.
 
@@ -325,14 +315,11 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
     Raises:
         DeviceError: If bf16 is set and the GPU would emulate it.
     """
-    device = torch.device(device)
-    if precision != "bf16" or device.type != "cuda":
-        return
-    found = torch.cuda.get_device_capability(device)
-    if found < FIRST_WITH_BF16:
+    if precision == "bf16" and torch.device(device).type == "cuda" and not has_bf16(device):
+        major, minor = torch.cuda.get_device_capability(device)
         raise DeviceError(
-            f"{section}.precision is bf16, and {device} has compute capability "
-            f"{found[0]}.{found[1]}, which has no bfloat16; type --set {section}.precision=fp32 "
+            f"{section}.precision is bf16, and {device} has compute capability {major}.{minor}, "
+            f"which has no bfloat16; type --set {section}.precision=fp32 "
             "--set evaluation.precision=fp32"
         )
 
@@ -391,27 +378,3 @@ def compile_fields(
     for field in decoder.fields:
         # Compile the method, not the module: the hooks of sharding stay outside the graph.
         field.forward = compiled(field.forward)
-
-
-def smaller_batch(size: int, problem: str, note: Callable[[str], None] | None = None) -> int:
-    """Return the size of a batch after one that ran out of memory, and say so.
-
-    Args:
-        size: Of the batch that did not fit.
-        problem: What PyTorch said.
-
-    Raises:
-        DeviceError: If it cannot be smaller.
-    """
-    if size <= 1:
-        raise DeviceError(
-            f"the evaluation of one sequence ran out of memory ({problem}); use a GPU with more "
-            "memory, or --set evaluation.precision=bf16"
-        )
-    torch.cuda.empty_cache()
-    if note:
-        note(
-            f"a batch of the evaluation ran out of memory; from here on, it has at most "
-            f"{size // 2:,} sequences"
-        )
-    return size // 2

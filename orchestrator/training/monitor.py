@@ -22,8 +22,7 @@ from torch.profiler import profile, schedule
 
 from orchestrator.training.checkpoint import Position
 from orchestrator.training.devices import gathered
-from orchestrator.training.gpus import gpu_peak_flops
-from orchestrator.training.world import World
+from orchestrator.training.world import World, gpu_peak_flops
 from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.journal import SPEED_METRIC
 from orchestrator.workspace.layout import PROFILE_NAME

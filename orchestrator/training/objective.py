@@ -7,7 +7,7 @@ losses of cheaper schedules to it, each in a pass of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_e
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import autocast, mean_over_workers, with_all_gradients
-from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
+from orchestrator.training.schedules import ScheduleByStep
 from orchestrator.training.world import World
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
@@ -30,9 +30,6 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 `position_count`."""
 Objective = Callable[[Model, Batch, int], Loss]
 """(model, batch, step) -> its loss."""
-Passes = Callable[[Objective, int], Sequence[Objective]]
-"""(a model's objective, step) -> the losses of one part of a batch, in the order in which they are
-computed. Their sum is minimized."""
 
 LOSS, SHARE = "loss_", "share_of_targets_"
 """Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
@@ -90,61 +87,48 @@ def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
     return means
 
 
-def single_pass(objective: Objective, _: int) -> Sequence[Objective]:
-    """Return the passes of a training under one schedule in each step: its objective alone."""
-    return (objective,)
-
-
-def elastic_passes(
-    drawn_at: SchedulesByStep,
-    elastic: ElasticSettings,
+def losses_of(
+    objective: Objective,
+    model: Model,
+    batch: Batch,
+    step: int,
+    *,
+    members: Sequence[IterationSchedule] = (),
+    elastic: ElasticSettings | None = None,
     teacher: Model | None = None,
     distillation: DistillationConfig | None = None,
-) -> Passes:
-    """Return passes that first compute a model's objective, then the loss of each drawn member.
+) -> Iterator[Loss]:
+    """Yield the losses of one part of a batch, whose sum is minimized: the objective, then in
+    elastic training the loss of each drawn member.
 
-    The parts of the first pass are those of the objective and `full_loss`; the others add
-    `member_loss` (their mean cross-entropy), `member_kl` and `member_hidden`.
+    Each is computed when it is asked for: call `backward` before the next one. With members, the
+    parts of the first one are those of the objective and `full_loss`; the others add `member_loss`
+    (their mean cross-entropy), `member_kl` and `member_hidden`.
 
     Args:
+        members: What is drawn in this step.
         teacher: What the members learn from (default: the full schedule of the same step). One
             that computes its answers should be a `RememberingTeacher`.
         distillation: What they learn from a teacher.
     """
-    own = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
-
-    def passes_of(objective: Objective, step: int) -> Sequence[Objective]:
-        members = drawn_at(step)
-        if not members:
-            return single_pass(objective, step)
-        answers: list[AnswerKeeper] = []
-
-        def full(model: Model, batch: Batch, step: int) -> Loss:
-            run = with_all_gradients(model)
-            if teacher is None:
-                answers.append(AnswerKeeper(run))
-                run = answers[0]
-            loss, parts = objective(run, batch, step)
-            return loss, {**parts, "full_loss": loss}
-
-        def of_member(
-            model: Model, batch: Batch, step: int, *, schedule: IterationSchedule
-        ) -> Loss:
-            run = with_all_gradients(model)
-            if teacher is not None:
-                taught = make_objective(lambda _: schedule, teacher, distillation)
-                loss, parts = taught(run, batch, step)
-            else:
-                answer = answers[0].answer
-                assert answer is not None, "the full schedule comes first"
-                finish = member_loss(answer, batch, own)
-                loss, parts = run(batch.input_ids, schedule=schedule, finish=finish)
-            means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
-            return elastic.weight * loss, means
-
-        return full, *(partial(of_member, schedule=member) for member in members)
-
-    return passes_of
+    if not members or elastic is None:
+        yield objective(model, batch, step)
+        return
+    model = with_all_gradients(model)
+    full = AnswerKeeper(model)
+    loss, parts = objective(model if teacher else full, batch, step)
+    yield loss, {**parts, "full_loss": loss}
+    for member in members:
+        if teacher:
+            taught = make_objective(lambda _: member, teacher, distillation)  # noqa: B023 - used at once
+            loss, parts = taught(model, batch, step)
+        else:
+            assert full.answer is not None
+            own = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
+            finish = member_loss(full.answer, batch, own)
+            loss, parts = model(batch.input_ids, schedule=member, finish=finish)
+        means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
+        yield elastic.weight * loss, means
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:

@@ -52,19 +52,18 @@ from orchestrator.training.devices import (
 from orchestrator.training.job import (
     check_job,
     finished_outcome,
+    metrics_until,
     sequences_per_step,
     write_job_file,
 )
 from orchestrator.training.monitor import StepProfiler, ThroughputMeter
 from orchestrator.training.objective import (
     Objective,
-    Passes,
-    elastic_passes,
+    losses_of,
     make_objective,
     make_optimizer,
     mean_by_source,
     set_learning_rate,
-    single_pass,
     validation_metrics,
 )
 from orchestrator.training.schedules import (
@@ -74,7 +73,6 @@ from orchestrator.training.schedules import (
     members_by_step,
     schedule_by_step,
 )
-from orchestrator.training.shared_steps import metrics_until
 from orchestrator.training.teacher_cache import CachedTeacher, load_teacher
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
@@ -165,8 +163,8 @@ class Trainer:
     decoder: Decoder
     optimizer: torch.optim.Optimizer
     objective: Objective
-    passes: Passes
-    """The losses whose sum is minimized: `objective`, and in elastic training those of members."""
+    teacher: Model | None
+    """What the student, and members of elastic training, learn from."""
 
     def __init__(
         self,
@@ -177,11 +175,13 @@ class Trainer:
         report: Report | None,
     ) -> None:
         """Open the job's data, journal and teacher; arguments as of `run_job`."""
-        self.job, self.recipe, self.world = job, job.recipe, world
+        self.job, self.recipe, self.distillation = job, job.recipe, job.distillation
+        self.world = world
         self.position = Position()
         self.data = open_data(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
         self.teacher = load_teacher(job, world)
+        self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
         self.flops_per_token = flops_per_token_by_step(job, self.teacher)
@@ -231,14 +231,11 @@ class Trainer:
             set_random_state(state["random"], world)
             self.event("resumed", step=self.position.step, path=str(checkpoint), **hardware)
 
-        taught_by: Model | None = teacher
-        self.passes = single_pass
-        if recipe.elastic:
-            taught_by = RememberingTeacher(teacher) if teacher else None
-            drawn_at = drawn_by_step(job.model.corrections, recipe)
-            self.passes = elastic_passes(drawn_at, recipe.elastic, taught_by, job.distillation)
-        names = self.data.source_names
-        self.objective = make_objective(self.schedule_at, taught_by, job.distillation, names)
+        if recipe.elastic and teacher:  # All schedules of a step read its answers.
+            self.teacher = RememberingTeacher(teacher)
+        self.objective = make_objective(
+            self.schedule_at, self.teacher, self.distillation, self.data.source_names
+        )
         self.model = replicate(self.decoder, world)
         self._meter = ThroughputMeter(self.position, world, recipe.precision)
 
@@ -347,22 +344,30 @@ class Trainer:
         the gradients are those of a single pass up to rounding.
         """
         parts_of_batch = batch.split(self.recipe.num_sequences_per_pass or len(batch))
-        passes = (
-            (part, objective)
-            for part in parts_of_batch
-            for objective in self.passes(self.objective, step)
-        )
-        num_passes = len(parts_of_batch) * len(self.passes(self.objective, step))
+        members = self.drawn_at(step)
+        passes_left = num_passes = len(parts_of_batch) * (1 + len(members))
         totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
-        for number, (part, objective) in enumerate(passes, start=1):
+        for part in parts_of_batch:
             share = len(part) / len(batch)
-            several = pass_of_several(self.model, self.world, is_last=number == num_passes)
-            with several if num_passes > 1 else nullcontext():
-                with autocast(self.recipe.precision, self.world):
-                    loss, parts = objective(self.model, part, step)
-                torch.autograd.backward(loss * share)
-            for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + share * value.detach().double()
+            losses = losses_of(
+                self.objective,
+                self.model,
+                part,
+                step,
+                members=members,
+                elastic=self.recipe.elastic,
+                teacher=self.teacher,
+                distillation=self.distillation,
+            )
+            for _ in range(1 + len(members)):
+                passes_left -= 1
+                several = pass_of_several(self.model, self.world, is_last=not passes_left)
+                with several if num_passes > 1 else nullcontext():
+                    with autocast(self.recipe.precision, self.world):
+                        loss, terms = next(losses)
+                    torch.autograd.backward(loss * share)
+                for name, value in {"loss": loss, **terms}.items():
+                    totals[name] = totals.get(name, 0.0) + share * value.detach().double()
         return {**totals, "gradient_norm": clip_gradients(self.model, self.recipe.clip_norm)}
 
     def _is_good(self, numbers: Mapping[str, float]) -> bool:

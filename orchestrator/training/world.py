@@ -1,8 +1,11 @@
-"""A worker: its rank and device, and what runs work on a device. Without torch, so that plans can
-name them."""
+"""A worker: its rank and device, what runs work on a device, and the peak speeds of GPUs.
+
+Without torch, so that plans can name them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -67,3 +70,43 @@ class World:
     def num_shards(self) -> int:
         """Number of workers that share one copy of the model; 1 if each has all of it."""
         return self.shards or self.size if self.is_sharded else 1
+
+
+# GPUs
+
+ASSUMED_GPU = "H100"
+"""GPU that estimates assume on a machine without one: the SXM module."""
+ASSUMED_GPU_BYTES = 79 * 2**30
+"""Its free memory before anything runs."""
+_PEAK_TFLOPS = {
+    # By full name, without vendor, brand and size of the memory: cards of one family differ by a
+    # third (H100 as module and as PCIe card), and a laptop's or a sliced GPU is another one.
+    # (bfloat16, TF32) by their vendors' figures, dense, without sparsity; tensor cores compute
+    # float32 products as TF32.
+    "GB200": (2500.0, 1250.0),
+    "B200": (2250.0, 1100.0),
+    "H200": (989.0, 494.0),
+    "H100": (989.0, 494.0),
+    "H100 HBM3": (989.0, 494.0),
+    "H100 PCIE": (756.0, 378.0),
+    "A100 SXM4": (312.0, 156.0),
+    "A100 PCIE": (312.0, 156.0),
+    "L40S": (362.0, 183.0),
+    "RTX 4090": (165.0, 82.6),
+    "A40": (149.7, 74.8),
+    "A10": (125.0, 62.5),
+    "L4": (121.0, 60.0),
+    # Older ones have neither format; their products stay float32.
+    "V100 SXM2": (None, 15.7),
+    "T4": (None, 8.1),
+}
+_NOT_IN_THE_NAME = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB")
+
+
+def gpu_peak_flops(name: str, precision: str) -> float | None:
+    """Return the peak FLOP/s of a GPU such as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
+    words = re.split(r"[\s-]+", name.upper())
+    model = " ".join(word for word in words if not _NOT_IN_THE_NAME.fullmatch(word))
+    bf16, fp32 = _PEAK_TFLOPS.get(model, (None, None))
+    peak = bf16 if precision == "bf16" else fp32
+    return peak * 1e12 if peak else None

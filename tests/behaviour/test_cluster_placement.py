@@ -28,7 +28,8 @@ cluster.add_node(
 )
 os.environ["RAY_ADDRESS"] = cluster.address
 
-from orchestrator.cluster.ray import alive_nodes, job_placement, ray_cluster, wait_for_gpus
+from orchestrator.cluster.places import alive_nodes, job_placement, wait_for_gpus
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.planning.machine import Resources
 
 def place(num_gpus, num_jobs):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from orchestrator.cluster.ray import Placement, job_placement
+from orchestrator.cluster.places import Placement, job_placement
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError

@@ -13,9 +13,9 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.cluster import prepare_environment, ray
+from orchestrator.cluster.places import Signal
 from orchestrator.cluster.ray import (
     LONGEST_TEMPORARY_FOLDER,
-    Signal,
     address_variables,
     check_ray_can_run,
     ray_cluster,

@@ -17,7 +17,7 @@ import torch
 from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import train
-from orchestrator.cluster.ray import Placement, Signal
+from orchestrator.cluster.places import Placement, Signal
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob

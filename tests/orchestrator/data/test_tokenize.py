@@ -1,4 +1,4 @@
-"""Token folders: the same bytes from any number of shards, processes and interruptions."""
+"""Token folders: the same bytes from any number of shards, threads and interruptions."""
 
 from __future__ import annotations
 
@@ -131,21 +131,18 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path: Path)
         assert not list((tmp_path / "none").glob("*/*.bin"))
 
 
-@pytest.mark.slow
-def test_several_processes_give_the_same_bytes_as_one(
-    several: DataSettings, tmp_path: Path
-) -> None:
+def test_several_threads_give_the_same_bytes_as_one(several: DataSettings, tmp_path: Path) -> None:
     whole = tokens_of(TEXTS[:280], tmp_path / "whole", **OPTIONS)
-    for number in (1, 2):
+    for number in (1, 3):
         parent = tmp_path / f"by {number}"
-        folder = write_text(several, parent, "key", Progress(), num_processes=number)
+        folder = write_text(several, parent, "key", Progress(), num_threads=number)
         assert folder.name == whole.name
         for name in ("train.bin", "validation.bin", "tokenizer.json"):
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
     with pytest.raises(UserError, match=r"2\.jsonl, line 51: the field 'text' holds 5"):
-        write_text(several, tmp_path / "bad", "key", Progress(), num_processes=2)
+        write_text(several, tmp_path / "bad", "key", Progress(), num_threads=3)
 
 
 KILLED = """
@@ -165,7 +162,7 @@ class Killed(Progress):
         if done == 3 and "tokens" in text and reports > 20:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 settings = DataSettings.model_validate_json(sys.argv[2])
-tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), num_processes=1)
+tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), num_threads=1)
 """
 
 
@@ -187,25 +184,25 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
     written, notes = [], []
-    write = tokenize.ShardWriter.write
+    write = tokenize.write_shard
 
-    def counting(writer: Any, number: int, report: Any) -> None:
+    def counting(folder: Path, number: int, report: Any) -> None:
         written.append(number)
-        write(writer, number, report)
+        write(folder, number, report)
 
     class Notes(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 
-    monkeypatch.setattr(tokenize.ShardWriter, "write", counting)
+    monkeypatch.setattr(tokenize, "write_shard", counting)
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
-    folder = write_text(several, parent, "key", Notes(), num_processes=1)
+    folder = write_text(several, parent, "key", Notes(), num_threads=1)
     verify_data(folder, always=True)
     assert written == [1, *range(3, max(written) + 1)], "whole shards are not tokenized again"
     assert re.search(r"000001 is damaged: tokens\.bin was changed.*written again", notes[0])
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
-    whole = write_text(several, tmp_path / "whole", "key", Progress(), num_processes=1)
+    whole = write_text(several, tmp_path / "whole", "key", Progress(), num_threads=1)
     assert contents(folder) == contents(whole)
 
 

@@ -17,7 +17,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.modeling_iiet import IIETConfig
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.lookup import resolve_model

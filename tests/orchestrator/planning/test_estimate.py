@@ -26,8 +26,8 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.training.gpus import ASSUMED_GPU_BYTES
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import DONE_NAME

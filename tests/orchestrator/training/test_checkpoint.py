@@ -14,15 +14,11 @@ from typing import Any
 import pytest
 from same_run import events, state_of, steps_of, stop_at, workers
 
-from orchestrator.models.folder import (
-    check_checkpoint,
-)
+from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
 from orchestrator.training import trainer as trainer_module
-from orchestrator.training.checkpoint import (
-    best_checkpoint,
-)
+from orchestrator.training.checkpoint import best_checkpoint
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed
@@ -110,9 +106,6 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
     run_job(plain)
     assert steps_of(plain) == [8]
     assert best_checkpoint(plain.folder) is None
-
-
-# Copies in the host's memory
 
 
 # Copies in the run's storage

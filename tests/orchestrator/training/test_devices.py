@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, preset
-from orchestrator.models.open import use_tf32
+from orchestrator.models.open import device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
@@ -33,7 +33,6 @@ from orchestrator.training.devices import (
     check_precision,
     compile_fields,
     decoder_to_train,
-    device_precision,
     pass_of_several,
     shard,
 )

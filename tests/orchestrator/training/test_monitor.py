@@ -14,10 +14,9 @@ from same_run import events, stop_at
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import monitor
 from orchestrator.training.checkpoint import Position
-from orchestrator.training.gpus import ASSUMED_GPU, gpu_peak_flops
 from orchestrator.training.monitor import STEPS_BEFORE, ThroughputMeter, gpu_loads
 from orchestrator.training.trainer import run_job
-from orchestrator.training.world import World
+from orchestrator.training.world import ASSUMED_GPU, World, gpu_peak_flops
 from orchestrator.workspace.journal import read_journal
 
 MakeJob = Callable[..., TrainingJob]

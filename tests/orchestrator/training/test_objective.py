@@ -27,15 +27,13 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
-from orchestrator.training.job import job_key, key_fields, pretraining_job
+from orchestrator.training.job import first_stage_of, job_key, key_fields, pretraining_job
 from orchestrator.training.objective import (
     Objective,
-    elastic_passes,
     make_objective,
     validation_metrics,
 )
 from orchestrator.training.schedules import drawn_by_step
-from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError
@@ -218,8 +216,8 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(
     trainer = BareTrainer(
         decoder,
         make_objective(lambda _: FULL),
-        TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9),
-        passes=elastic_passes(lambda _: tuple(cheaper), elastic),
+        TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9, elastic=elastic),
+        members=cheaper,
     )
     mask = torch.rand(2, LENGTH) > 0.3
     numbers = trainer.gradients(Batch.of_text(tokens, mask))
@@ -258,8 +256,12 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight:
     trainer = BareTrainer(
         decoder,
         make_objective(lambda _: FULL, remembering, config),
-        TrainingSettings(clip_norm=1e9, num_sequences_per_pass=1),
-        passes=elastic_passes(lambda _: cheaper, ElasticSettings(weight=0.3), remembering, config),
+        TrainingSettings(
+            clip_norm=1e9, num_sequences_per_pass=1, elastic=ElasticSettings(weight=0.3)
+        ),
+        members=cheaper,
+        teacher=remembering,
+        distillation=config,
     )
     batch = Batch.of_text(torch.randint(decoder.config.vocab_size, (2, LENGTH)))
     numbers = trainer.gradients(batch)

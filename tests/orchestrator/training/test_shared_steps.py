@@ -15,15 +15,15 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.job import job_key
-from orchestrator.training.schedules import learning_rate_at
-from orchestrator.training.shared_steps import (
+from orchestrator.training.job import (
     FirstStage,
     continue_job,
     continued_recipe,
     first_stage_of,
+    job_key,
     share_first_stages,
 )
+from orchestrator.training.schedules import learning_rate_at
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.errors import UserError

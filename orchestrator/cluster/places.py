@@ -1,0 +1,251 @@
+"""The nodes of the Ray that runs, the places of jobs on them, and requests to stop.
+
+A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
+many jobs run at the same time as the nodes hold with all of their workers. Jobs on CPUs share all
+CPUs evenly; a worker with a GPU gets the CPUs that belong to it. Each worker uses as many threads
+as CPUs. A machine without GPUs can rehearse how jobs are placed on GPUs: start Ray with
+`--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for the command.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from orchestrator.cluster import PRETENDED_GPUS
+from orchestrator.planning.machine import (
+    Node,
+    Resources,
+    check_available,
+    cpus_of_cpu_worker,
+    cpus_of_gpu_worker,
+    describe_nodes,
+    num_places,
+)
+from orchestrator.terminal.stop import wait_interruptibly
+from orchestrator.workspace.errors import DeviceError
+
+PLACEMENT_SECONDS = 2.0
+"""Ray finds a place on nodes that are free within this time."""
+TRIAL_PROCESS_BYTES = 256 * 2**20
+"""Memory of a process that imports PyTorch and waits for its workers."""
+NAMESPACE = "iiet-orch"
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+# Nodes
+
+
+def nodes_with_devices() -> list[dict[str, Any]]:
+    """Return what Ray says of each node that has CPUs or GPUs."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [n for n in nodes if n["Alive"] and {"CPU", "GPU"} & set(n["Resources"])]
+
+
+def alive_nodes() -> tuple[Node, ...]:
+    """Return the nodes that have CPUs or GPUs."""
+    found = [node["Resources"] for node in nodes_with_devices()]
+    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found)
+
+
+# Places of jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What each of the jobs that run at the same time gets."""
+
+    jobs_at_once: int
+    workers: int
+    """Workers of each job."""
+    cpus: int
+    """CPUs and threads of each worker; a job has `workers` times as many."""
+    gpus: float = 0
+    """GPUs of each worker: 1, a share of one, or 0."""
+    on_one_node: bool = False
+    """Whether all workers of a job must lie on the same node."""
+    min_workers: int | None = None
+    """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether each worker has a GPU, or a share of one."""
+        return self.gpus > 0
+
+    @property
+    def strategy(self) -> str:
+        """How Ray packs a job's workers: on one node, or on as few as there is room on."""
+        return "STRICT_PACK" if self.on_one_node else "PACK"
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    @property
+    def trial_resources(self) -> dict[str, float]:
+        """What Ray reserves for a trial's own process: a single worker is that process.
+
+        Several reserve their own; if the process took CPUs or GPUs, too, it could keep them from
+        its workers. By its memory, Ray spreads such processes over the nodes.
+        """
+        return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
+
+    def num_places(self, workers: int | None = None) -> int:
+        """Return how many jobs, of their fewest or of this many workers, the nodes hold now."""
+        workers = workers or self.min_workers or self.workers
+        alive = alive_nodes()
+        return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
+
+
+def job_placement(
+    num_jobs: int,
+    num_workers: int,
+    num_gpus: float,
+    resources: Resources,
+    *,
+    min_gpus: int | None = None,
+    most_at_once: int | None = None,
+    per_trial: bool = False,
+) -> Placement:
+    """Share CPUs and GPUs among jobs.
+
+    Args:
+        num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
+        min_gpus: Fewest GPUs of a job, if their number may vary.
+        per_trial: Whether the jobs are trials of a sweep, for the error.
+
+    Raises:
+        UserError: If there is too little for one job.
+    """
+    # A cluster elsewhere may have less than is asked for; nothing else could know before.
+    check_available(num_workers, num_gpus, resources, min_gpus=min_gpus, per_trial=per_trial)
+    nodes = resources.nodes
+    workers = math.ceil(num_gpus) or num_workers
+    gpus = num_gpus / workers
+    cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
+    # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
+    # One whose number of workers varies takes what there is.
+    can_wait = gpus > 0 and min_gpus is None
+    on_one_node = can_wait and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
+    places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
+    at_once = max(1, min(most_at_once or places, places, num_jobs))
+    return Placement(
+        jobs_at_once=at_once,
+        workers=workers,
+        cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
+        gpus=gpus,
+        on_one_node=on_one_node,
+        min_workers=min_gpus,
+    )
+
+
+def use_fake_gpus() -> bool:
+    """Return whether Ray's GPUs are only names, and work that reserves one runs on CPUs."""
+    return os.environ.get(PRETENDED_GPUS) == "1"
+
+
+def worker_device(*, use_gpu: bool) -> str:
+    """Return the device of this process, a Ray task or actor that may have reserved a GPU.
+
+    Raises:
+        DeviceError: If PyTorch cannot use the GPU that Ray reserved.
+    """
+    if not use_gpu or use_fake_gpus():
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"Ray reserved a GPU on {os.uname().nodename}, but PyTorch {torch.__version__} cannot "
+            "use it; install a CUDA build of PyTorch and a driver that it supports on each node"
+        )
+    return "cuda"
+
+
+@contextmanager
+def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") -> Iterator[Any]:
+    """Ask Ray for places in a block; yield the placement group, whose `wait(seconds)` finds them.
+
+    Ray's autoscaler starts nodes for them.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([*bundles], strategy)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) -> None:
+    """Wait until a job's GPUs, or its share of one, are free, each with a CPU.
+
+    Args:
+        note: Called with a sentence if there is something to wait for.
+
+    Raises:
+        Interrupted: After Ctrl-C or SIGTERM.
+    """
+    if not num_gpus:
+        return
+    num_workers = math.ceil(num_gpus)
+    with asked_places([{"CPU": 1, "GPU": num_gpus / num_workers}] * num_workers) as group:
+        if not group.wait(PLACEMENT_SECONDS):
+            nodes = describe_nodes(alive_nodes())
+            text = f"waiting for {num_gpus:g} free GPUs; the cluster has {nodes}"
+            wait_interruptibly(partial(group.wait, 0), begin=partial(note, text) if note else None)
+
+
+# Requests to stop
+
+
+class Signal:
+    """Something that is sent once to the processes of a driver on any node.
+
+    It is sent when Ray has an actor of its name, which ends with the driver that sent it.
+    """
+
+    def __init__(self) -> None:
+        """Make a signal that was not sent; only its copies share it."""
+        self._key = uuid.uuid4().hex
+        self._is_sent, self._next_look = False, -math.inf
+
+    def send(self) -> None:
+        """Send it, if it was not sent before."""
+        import ray
+
+        actor: Any = ray.remote(num_cpus=0)(_Sent)
+        name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
+        _sent.append(actor.options(**name).remote())
+
+    def is_sent(self) -> bool:
+        """Return whether it was sent; asks Ray's head twice a second, for a millisecond."""
+        import ray
+        import ray.exceptions
+
+        if not self._is_sent and time.monotonic() >= self._next_look:
+            # There is no such actor; or Ray's head is busy, or gone and ends us.
+            with suppress(ValueError, ray.exceptions.RayError):
+                ray.get_actor(self._key, namespace=NAMESPACE)
+                self._is_sent = True
+            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        return self._is_sent
+
+
+class _Sent:
+    """The actor of a signal that was sent: it does nothing."""
+
+
+_sent: list[Any] = []
+"""An actor lives as long as somebody holds it."""
