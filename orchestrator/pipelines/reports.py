@@ -28,7 +28,7 @@ from orchestrator.workspace.layout import Workspace, find_workspace
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.reporting.report import SweepReport
+    from orchestrator.reporting.sweep_report import SweepReport
 
 
 class ReportResult(Result):

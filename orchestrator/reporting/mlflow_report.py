@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.data.mixture import describe_data
 from orchestrator.records.tracked_run import (
@@ -45,6 +45,7 @@ from orchestrator.reporting.statistics import (
     ON_FRONT_METRIC,
     SUMMARY_METRICS,
 )
+from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.reporting.tables import interval_rows, model_rows, models_table
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.job import stored_job
@@ -56,9 +57,6 @@ from orchestrator.workspace.journal import (
     now_ms,
     recorded_times,
 )
-
-if TYPE_CHECKING:
-    from orchestrator.reporting.report import SweepReport
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"

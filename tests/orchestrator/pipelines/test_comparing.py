@@ -127,7 +127,7 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     found = compare_models(default, (output, "tiny"), untracked(workspace))
     assert runs == ["red", "blue"]
     [row] = found.comparison.tasks
-    assert (row.task, row.num_items, row.only_second) == ("blue", 36, 1)
+    assert (row["task"], row["num_items"], row["only_second"]) == ("blue", 36, 1)
     assert found.models == (str(output), "tiny")
 
 
