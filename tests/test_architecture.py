@@ -72,11 +72,11 @@ LINES = {
     "orchestrator/tracking": 1_409,
     "orchestrator/training": 3_347,
     "orchestrator/evaluation": 2_601,
-    "orchestrator/planning": 1_162,
+    "orchestrator/planning": 1_184,
     "orchestrator/cluster": 1_796,
-    "orchestrator/reporting": 4_761,
+    "orchestrator/reporting": 4_771,
     "orchestrator/sweeping": 2_670,
-    "orchestrator/pipelines": 4_906,
+    "orchestrator/pipelines": 4_832,
     "orchestrator/cli": 1_708,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

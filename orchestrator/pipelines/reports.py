@@ -98,7 +98,6 @@ class ReportResult(Result):
         return f"<div>{drawn}</div>{super()._repr_html_()}"
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the front's table, what it says, and where to find more."""
         yield ""
         yield from render_terminal(self.sections)
         if self.page:
@@ -156,7 +155,6 @@ class ClaimsResult(Result):
     """What a terminal shows."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table, and which models it compares."""
         yield ""
         yield from render_terminal([self.section])
         yield from (f"  {note}" for note in self.notes)
@@ -205,7 +203,6 @@ class DraftsPlan(Result):
     cluster: ClusterSettings = Field(exclude=True)
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return what is measured."""
         return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
 
 

@@ -118,7 +118,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
         return plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
 
     unknown = plan()
-    assert "the teacher's influence is not measured" in " ".join(unknown.sentences)
+    assert "the teacher's influence is not measured" in " ".join(unknown.notes)
     assert unknown.price.num_trainings == settings.sweep.num_schedules
     measure_influence(settings, workspace=workspace, model="full")
     planned = plan()

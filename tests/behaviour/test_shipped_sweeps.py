@@ -91,7 +91,7 @@ def test_a_shipped_sweep_ends_with_its_front(name, workspace):
 def test_a_search_continues_from_the_family(workspace):
     def plan(*more: str) -> str:
         settings = settings_of("search", *more)
-        return "\n".join(plan_sweep(settings, workspace=workspace).sentences)
+        return "\n".join(plan_sweep(settings, workspace=workspace).notes)
 
     def trained() -> set[Path]:
         return set(workspace.trials.glob("*/done.json"))
