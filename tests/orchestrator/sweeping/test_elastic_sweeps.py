@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from orchestrator.sweeping.plan import exact_cost, students_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 SMALL = [
@@ -68,7 +66,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
     waiting = [trial for trial in plan.trials if trial.key not in found]
     live = LiveSweep(
-        plan, resolve_settings({}), cast("Tracking", FakeTracking()), space.sweeps / "x",
+        plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
         num_trials=len(plan.trials),
     )  # fmt: skip
     queue = SweepQueue(waiting, found, {}, live, Progress(), num_all=len(plan.trials))
