@@ -73,11 +73,11 @@ LINES = {
     "orchestrator/tracking": 1_402,
     "orchestrator/training": 3_343,
     "orchestrator/evaluation": 2_585,
-    "orchestrator/planning": 1_162,
+    "orchestrator/planning": 1_184,
     "orchestrator/cluster": 1_796,
     "orchestrator/reporting": 4_888,
     "orchestrator/sweeping": 2_666,
-    "orchestrator/pipelines": 4_905,
+    "orchestrator/pipelines": 4_831,
     "orchestrator/cli": 1_702,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -77,7 +77,6 @@ def test_every_shipped_sweep_is_run_here():
 @pytest.mark.parametrize("name", FRONTS)
 def test_a_shipped_sweep_ends_with_its_front(name, workspace):
     result = run(workspace, name)
-    assert result.page is not None
     assert result.page.is_file()
     stored = json.loads((result.folder / "results.json").read_text())["results"]
     assert FRONTS[name] <= {each["label"] for each in stored}

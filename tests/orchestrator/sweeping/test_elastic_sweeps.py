@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from orchestrator.sweeping.plan import exact_cost, students_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 SMALL = [
@@ -67,7 +65,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
     waiting = [trial for trial in plan.trials if trial.key not in found]
     live = LiveSweep(
-        plan, resolve_settings({}), cast("Tracking", FakeTracking()), space.sweeps / "x",
+        plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
         num_trials=len(plan.trials),
     )  # fmt: skip
     queue = SweepQueue(waiting, found, {}, live, Progress(), num_all=len(plan.trials))
@@ -136,7 +134,6 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
     items = {result.key: evaluation(result.numbers["quality/accuracy"]) for result in results}
     front = sample_front(results)
     section = elastic_section(front, items)
-    assert section is not None
     found = section.data["elastic"]["schedules"]
     assert [row["schedule"] for row in found] == [[2, 1], [1, 1], [1, 0], [0, 0]]
     same, better = found[0], found[-1]
@@ -145,7 +142,6 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
     assert "38% of the 1.6e+10" in section.notes[0]
     # Without single items, the difference has no interval.
     alone = elastic_section(front, {})
-    assert alone is not None
     assert alone.tables[0].rows[-1].cells[4] == "+20.0"
 
     written = write_sweep_report(space, StoredSweep(name="x", key="x", results=tuple(results)))
