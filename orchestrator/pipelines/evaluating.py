@@ -122,7 +122,7 @@ class DepthEvaluations(ModelEvaluations):
     every layer, `evaluations` (NFE per token) and `quality`."""
 
     def shown(self) -> Iterable[RenderableType]:
-        from orchestrator.reporting.depth_curve import depth_section  # Imports Altair.
+        from orchestrator.reporting.several_schedules import depth_section
 
         yield from render_terminal([depth_section(self.depth_curve)])
 
@@ -352,8 +352,8 @@ def _store_depth_curve(
     started_ms: int,
 ) -> DepthCurve:
     """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
-    from orchestrator.reporting.charts import save_chart  # Imports Altair.
-    from orchestrator.reporting.depth_curve import DEPTH_CURVE, depth_section
+    from orchestrator.reporting.charts import save_chart  # Imports vl-convert.
+    from orchestrator.reporting.several_schedules import DEPTH_CURVE, depth_section
 
     model, trained = plan.opened[0], open_model(plan.opened[0].path).config
     path = model.path / f"{DEPTH_CURVE}.json"
@@ -562,9 +562,9 @@ def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
     return CompareResult(
         comparison=found,
         models=found.names,
-        differences=[row.to_row() for row in (*found.tasks, *found.averages)],
+        differences=found.rows,
         findings=tuple(comparing.comparison_findings(found)),
-        notes=found.notes,
+        notes=tuple(found.notes),
     )
 
 

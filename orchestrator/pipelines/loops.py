@@ -97,7 +97,7 @@ def plan_depths(
 
 def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     """Evaluate models at each depth, and write a report with all of them on one front."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     found, workspace = run_evaluate(plan, context), context.workspace
     trials = []

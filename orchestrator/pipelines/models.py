@@ -556,7 +556,7 @@ def plan_pick(
 def run_pick(plan: PickResult, context: Context) -> PickResult:
     """Choose a model from a sweep's front; export and register it."""
     from orchestrator.models.open import load_model  # Imports PyTorch.
-    from orchestrator.reporting.mlflow_report import run_name  # Imports Altair.
+    from orchestrator.reporting.mlflow_report import run_name  # Imports vl-convert.
     from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace

@@ -555,7 +555,7 @@ def _report_of(
     failures: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Write the report of a sweep that has ended."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     workspace, plan = context.workspace, planned.plan
     written = write_sweep_report(workspace, found, tracking=lambda: context.tracking)
