@@ -40,7 +40,6 @@ class SyncResult(Result):
     """Registered models that were published, as NAME@ALIAS."""
 
     def shown(self) -> Iterator[str]:
-        """Return what was published."""
         yield (
             f"{format_count(len(self.trainings), 'pretraining')}, "
             f"{format_count(len(self.sweeps), 'sweep')}, "

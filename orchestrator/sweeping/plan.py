@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost
+from iiet.cost import InferenceCost, inference_cost
 from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
@@ -338,10 +338,17 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
     cost, most = inference_cost(config), inference_cost(full)
     return {
-        "evaluations": cost.evaluations_per_token,
+        **cost_numbers(cost),
         "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
-        "flops_per_token": cost.decode_flops_per_token,
         "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+    }
+
+
+def cost_numbers(cost: InferenceCost) -> dict[str, float]:
+    """Return the numbers of a cost that are tracked, by name."""
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
         "prefill_flops_per_token": cost.prefill_flops_per_token,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
         "weight_bytes_per_token": cost.weight_bytes_per_token,

@@ -338,8 +338,10 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
 
 def trial_model(trial: Trial) -> TrackedModel | None:
     """Describe the model of a measured trial, with its costs and qualities; None if its folder is
-    gone.
+    gone, or transformers runs it.
     """
+    if trial.config is None:
+        return None
     data, suite = _dataset(trial.suite.tokens_folder), trial.suite
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}

@@ -36,7 +36,7 @@ from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
+def decoder(tiny_model) -> Decoder:
     torch.manual_seed(0)
     return Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
 
@@ -87,7 +87,7 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
 
     def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         captured.append(len(replayed))
-        return lambda: replayed.append(1) or step()  # type: ignore[func-returns-value]
+        return lambda: replayed.append(1) or step()
 
     monkeypatch.setattr(decode_timing, "_graphs", lambda d: StaticSteps(d, capture=capture))
     decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
@@ -108,7 +108,8 @@ def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length
     monkeypatch.setattr(decode_timing, "time_stream", timed)
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
-    time_per_token({"long": long, "short": short}, "cpu", Progress())
+    decoders = random_decoders({"long": long, "short": short}, "cpu")
+    time_per_token(decoders, context_length, Progress())
     assert set(asked[2:]) == {lengths}, "after the warm-up"
 
 
@@ -155,7 +156,7 @@ CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens
 
 
 @pytest.fixture
-def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
+def decoders(tiny_model) -> dict[str, Decoder]:
     decoder = Decoder(ModelConfig.from_dict(tiny_model))
     none = decoder.with_schedule(IterationSchedule.none(2))
     return {"none": none, "full": decoder}
@@ -168,7 +169,7 @@ def measure_by_flops(
     calls = iter(range(1000))
 
     def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
-        model, prompt = start.args
+        model, prompt, *_ = start.args
         context = prompt.size(1)
         first = inference_cost(model.config, context_length=context).prefill_flops_per_token
         step = inference_cost(model.config, context_length=context + new_tokens // 2)

@@ -20,7 +20,7 @@ CHOICES = [{"context": f"a {a}", "endings": [a, "end"], "label": 0} for a in ("h
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     folder = write_task(tmp_path / "tasks", "lastword", LAST_WORDS)
     write_task(folder, "choices", CHOICES)
     (folder / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
     asked: list[str] = []
 
