@@ -47,7 +47,6 @@ from orchestrator.records.evaluation import (
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
 from orchestrator.reporting import comparison as comparing
 from orchestrator.reporting.sections import render_terminal, two_column_table
@@ -123,7 +122,7 @@ class DepthEvaluations(ModelEvaluations):
     every layer, `evaluations` (NFE per token) and `quality`."""
 
     def shown(self) -> Iterable[RenderableType]:
-        from orchestrator.reporting.depth_curve import depth_section  # Imports Altair.
+        from orchestrator.reporting.several_schedules import depth_section
 
         yield from render_terminal([depth_section(self.depth_curve)])
 
@@ -319,15 +318,13 @@ def _evaluate_model(
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
     # A run of MLflow shows it.
-    params: dict[str, Any] = {"method": model.architecture, "checkpoint": model.path}
+    params: dict[str, Any] = {**model.parameters(), "checkpoint": model.path}
     tasks = {name: suite.fingerprint(name) for name in suite.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
     tracked = None
     if config is not None:
-        params |= {**schedule_parameters(config), "precision": measured.precision}
-    elif model.depth is not None:
-        params["depth"] = ",".join(map(str, model.depth))
+        params["precision"] = measured.precision
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
@@ -355,8 +352,8 @@ def _store_depth_curve(
     started_ms: int,
 ) -> DepthCurve:
     """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
-    from orchestrator.reporting.charts import save_chart  # Imports Altair.
-    from orchestrator.reporting.depth_curve import DEPTH_CURVE, depth_section
+    from orchestrator.reporting.charts import save_chart  # Imports vl-convert.
+    from orchestrator.reporting.several_schedules import DEPTH_CURVE, depth_section
 
     model, trained = plan.opened[0], open_model(plan.opened[0].path).config
     path = model.path / f"{DEPTH_CURVE}.json"
@@ -565,9 +562,9 @@ def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
     return CompareResult(
         comparison=found,
         models=found.names,
-        differences=[row.to_row() for row in (*found.tasks, *found.averages)],
+        differences=found.rows,
         findings=tuple(comparing.comparison_findings(found)),
-        notes=found.notes,
+        notes=tuple(found.notes),
     )
 
 

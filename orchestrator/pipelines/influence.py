@@ -217,7 +217,7 @@ def run_influence(
             _measure, plan.checkpoint, plan.tokens_folder, plan.metric, plan.num_tokens
         )
         table = on_device(measure, progress)
-        from orchestrator.reporting.charts import influence_chart, save_chart  # Imports Altair.
+        from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
         chart = influence_chart(table.rows(), metric=table.metric, title=title)

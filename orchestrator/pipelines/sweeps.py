@@ -287,6 +287,8 @@ def plan_sweep(
             result.
     """
     kind = settings.sweep.kind
+    if kind == "depth":
+        raise UserError("sweep.kind=depth trains nothing; `loops.plan_depths` plans such a sweep")
     if kind == "iterations" and teacher is not None:
         raise UserError(
             f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
@@ -553,7 +555,7 @@ def _report_of(
     failures: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Write the report of a sweep that has ended."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     workspace, plan = context.workspace, planned.plan
     written = write_sweep_report(workspace, found, tracking=lambda: context.tracking)

@@ -24,14 +24,7 @@ import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
-from orchestrator.reporting.sections import Column, Table, TableRow
-from orchestrator.terminal import render
-from orchestrator.workspace import files, layout
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
-from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
-from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
-from orchestrator.workspace.status import (
+from orchestrator.records.status import (
     Note,
     Sweep,
     Training,
@@ -42,6 +35,13 @@ from orchestrator.workspace.status import (
     training_folders,
     trials_by_folder,
 )
+from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.terminal import render
+from orchestrator.workspace import files, layout
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
+from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
+from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -147,7 +147,7 @@ def _find_entries(
             sweep = Sweep(folder, note)
             if not sweep.trials:
                 state = "damaged" if sweep.is_damaged else "without a plan"
-            elif any(is_in_use(sweep.run_of(trial)) for trial in sweep.left):
+            elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
             else:
                 state = "interrupted" if sweep.left else "finished"
@@ -165,8 +165,8 @@ def _find_entries(
                 state = "finished" if any(folder.glob("result-*.json")) else "to measure"
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
-                "method": job and job.method,
-                "schedule": job and job.schedule,
+                "method": job and job.model.method,
+                "schedule": job and list(job.model.corrections),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,
@@ -438,12 +438,10 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
-    stored = files.read_json(folder / layout.JOB_NAME)
-    if stored is None:
+    if (job := TrainingJob.of_folder(folder)) is None:
         if (folder / layout.DONE_NAME).exists():
             raise UserError(f"{folder / layout.JOB_NAME} is missing")
         return set()
-    job = TrainingJob.parse(stored.get("job", {}), folder / layout.JOB_NAME)
     outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))
     if outcome is None or not outcome.finished:
         return set()

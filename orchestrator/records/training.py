@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from iiet.config import DistillationConfig, ModelConfig
+from iiet.config import PRESETS, DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.layout import JOB_NAME
 
 SIZES = (
     "num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "context_length",
@@ -67,6 +69,17 @@ class TrainingJob(Record):
     """Settings section of the recipe, named in errors."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self | None:
+        """Return the job of a run's folder; None if the folder has no such file.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        path = folder / JOB_NAME
+        stored = read_json(path)
+        return None if stored is None else cls.parse(stored.get("job", {}), path)
 
     @property
     def folder(self) -> Path:
@@ -152,6 +165,18 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     if "teacher" in job.provenance:
         params["teacher"] = job.teacher_folder or job.initial_folder
     return model_parameters(job.model) | {n: str(v) for n, v in params.items() if v is not None}
+
+
+def model_family(config: ModelConfig) -> str:
+    """Return method and size: `iiet-tiny` for a preset's layers, else `iiet-2x64`, layers x width.
+
+    Vocabulary and context length, which follow the data, are not part of it.
+    """
+    sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
+    own = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
+    return f"{config.method}-{size}"
 
 
 def shared_parameters(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

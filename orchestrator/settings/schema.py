@@ -204,6 +204,8 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
     if sweep.asha and sweep.seeds:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
+    if kind != "depth" and (sweep.models or sweep.depths):
+        yield "sweep.kind, sweep.models, sweep.depths: only a depth sweep measures such models"
     if kind != "threshold" and sweep.teachers:
         yield "sweep.kind, sweep.teachers: only a threshold sweep has several; leave the second out"
     if kind == "iterations" and sweep.baselines:

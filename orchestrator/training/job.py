@@ -30,7 +30,6 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
 from orchestrator.data.preparation import check_context_length, expected_tokens, tokens_folder_of
 from orchestrator.data.store import verify_data
-from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import (
     FIRST_STAGE,
     check_checkpoint,
@@ -112,8 +111,8 @@ def pretraining_job(
         UserError: If the settings do not go together.
     """
     expected = expected_tokens(settings.data, tokens)
-    config = build_model_config(
-        settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
+    config = settings.model.build(
+        vocab_size=expected.vocab_size, context_length=expected.context_length
     )
     check_context_length(settings.data, config.context_length)
     recipe = checked_family(settings.training, config)
@@ -290,10 +289,8 @@ def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
 
 def stored_job(folder: Path) -> TrainingJob | None:
     """Return the job of a run's folder; None if its file is missing, damaged or too old."""
-    path = folder / JOB_NAME
     try:
-        stored = read_json(path)
-        return TrainingJob.parse(stored.get("job", {}), path) if stored else None
+        return TrainingJob.of_folder(folder)
     except UserError:
         return None
 
@@ -419,9 +416,8 @@ def continued_settings(
             are missing.
     """
     folder = find_run_folder(workspace, run)
-    path = folder / JOB_NAME
-    stored = read_json(path)
-    if stored is None or not (folder / SETTINGS_NAME).is_file():
+    job = TrainingJob.of_folder(folder)
+    if job is None or not (folder / SETTINGS_NAME).is_file():
         raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
@@ -432,7 +428,6 @@ def continued_settings(
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
     tokens = tokens_folder_of(checkpoints[-1], workspace)
-    job = TrainingJob.parse(stored.get("job", {}), path)
     recipe = continued_recipe(job.recipe, settings.training)
     job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
     return settings.model_copy(update={"training": recipe}), job

@@ -17,6 +17,7 @@ from orchestrator import cli
 from orchestrator.cli.session import open_session
 from orchestrator.records.trial import SweepPlan
 from orchestrator.training.trainer import run_job
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import (
     RUN_LOCK_NAME,
@@ -185,35 +186,26 @@ def _replaced(value: Any) -> Iterator[Any]:
             yield from ({**value, key: other} for other in _replaced(part))
 
 
-OUTCOME = {"step": 2, "finished": True, "validation_loss": 5.5}
-MODEL = {"method": "iiet", "schedule": [2, 1]}
-RECIPE = {"num_steps": 2, "num_tokens_per_step": 64}
-TRIAL = {"key": "k", "folder": "runs/half", "label": "half"}
-
-
-@pytest.mark.parametrize(
-    ("path", "stored"),
-    [
-        ("runs/whole/done.json", OUTCOME),
-        ("runs/whole/job.json", {"job": {"model": MODEL, "recipe": RECIPE}}),
-        ("sweeps/my-sweep/plan.json", {"trials": [TRIAL]}),
-    ],
-)
 def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
-    path, stored, space, two_runs, capfd
+    space, two_runs, tiny_plan, capfd
 ):
-    file, name = space.root / path, Path(path).parent.name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for value in (stored, *_replaced(stored)):
-        file.write_text(json.dumps(value))
-        assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
-        printed = capfd.readouterr()
-        listed = json.loads(printed.out)
-        found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
-        assert found["half"] == "stopped at 3/8"
-        is_damaged = value is not stored
-        assert (found[name] == "damaged") == is_damaged, value
-        assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, value
+    _store_sweep(space, tiny_plan)
+    read = {"runs/whole/done.json": "step", "runs/whole/job.json": "job"}
+    for path, key in {**read, "sweeps/my-sweep/plan.json": "trials"}.items():
+        file, name = space.root / path, Path(path).parent.name
+        whole, stored = file.read_text(), read_json(file)
+        assert stored
+        for text in (whole, "[]", *(json.dumps({**stored, key: other}) for other in ("x", 1.5))):
+            file.write_text(text)
+            assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
+            printed = capfd.readouterr()
+            listed = json.loads(printed.out)
+            found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
+            assert found["half"] == "stopped at 3/8"
+            is_damaged = text is not whole
+            assert (found[name] == "damaged") == is_damaged, text
+            assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, text
+        file.write_text(whole)
 
 
 def test_records_of_other_types_are_skipped(two_runs, run):

@@ -104,7 +104,7 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     checkpoint, settings, workspace, runs, tmp_path
 ):
     both = compare_models(settings, ("tiny", "tiny"), untracked(workspace))
-    assert {row.difference.value for row in both.comparison.tasks} == {0}
+    assert {row["difference"] for row in both.comparison.tasks} == {0}
     [path] = workspace.evaluations.glob("*/samples_blue_*")
     stored = json.loads((path.parent / ITEMS).read_text())
     # lm-eval's hashes are longer than the ones that are kept; one right answer becomes wrong.
@@ -119,7 +119,7 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     found = compare_models(default, (output, "tiny"), untracked(workspace))
     assert runs == ["red", "blue"]
     [row] = found.comparison.tasks
-    assert (row.task, row.num_items, row.only_second) == ("blue", 36, 1)
+    assert (row["task"], row["num_items"], row["only_second"]) == ("blue", 36, 1)
     assert found.models == (str(output), "tiny")
 
 
