@@ -65,7 +65,7 @@ LINES = {
     "research": 2_142,
     "orchestrator/workspace": 1_058,
     "orchestrator/terminal": 591,
-    "orchestrator/settings": 1_623,
+    "orchestrator/settings": 1_618,
     "orchestrator/records": 1_284,
     "orchestrator/models": 1_888,
     "orchestrator/data": 2_408,
