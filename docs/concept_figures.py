@@ -158,14 +158,15 @@ def draw_family() -> Spec:
     lines = chart.mark_rule(color=BLUE, strokeWidth=4).encode(x.scale(scale), y, x2="up_to:Q")
     names = chart.mark_text(align="right", dy=-10, fontSize=12)
     named = names.encode(altair.X("up_to:Q", scale=scale), y, text="schedule:N")
-    return chart_spec(altair.layer(lines, named).properties(width=560, height=260))
+    return chart_spec(altair.layer(lines, named).properties(width=560, height=260).to_dict())
 
 
 def draw_knee() -> Spec:
     """Draw the demo's front as reports do, with the line that the knee is measured from."""
     front = find_front(result_table(TRIALS))
     chart = front_chart(front)
-    ends = [{"x": row["cost"], "y": row["quality"]} for row in (front.cheapest, front.best) if row]
+    picks = [front.picks["cheapest"], front.picks["best"]]
+    ends = [{"x": row["cost"], "y": row["quality"]} for row in picks]
     chord: Spec = {
         "data": {"values": ends},
         "mark": {"type": "line", "color": RED, "strokeDash": [6, 4]},

@@ -78,7 +78,7 @@ def diagram(
 
 def drawing(chart: Any) -> Spec:
     """Return the JSON of a drawing, without the frame of a chart."""
-    spec = chart_spec(chart)
+    spec = chart_spec(chart.to_dict())
     return {**spec, "config": {**spec["config"], "view": {"stroke": None}}}
 
 

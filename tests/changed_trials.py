@@ -13,7 +13,6 @@ from orchestrator.workspace.layout import STOPPED_NAME
 
 def with_job(trial: Trial, recipe: dict[str, Any], **changes: Any) -> Trial:
     """Return a trial whose job has other settings in its recipe, and other fields."""
-    assert trial.job is not None
     changed = trial.job.recipe.model_copy(update=recipe)
     job = trial.job.model_copy(update={"recipe": changed, **changes})
     return trial.model_copy(update={"job": job})
@@ -32,7 +31,6 @@ def with_accuracy(trial: Trial, device: str = "cpu") -> Trial:
 
 def stop_early(trial: Trial, rival: Trial, sweep: SweepSettings, step: int) -> EarlyStop:
     """Store that ASHA has stopped a trial at a step, because of another one."""
-    assert trial.job is not None
     stop = EarlyStop(
         rule=asha_rule(sweep),
         step=step,

@@ -126,7 +126,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    temporary: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
+    temporary: pytest.TempPathFactory = item.config._tmp_path_factory
     copy_databases(temporary.getbasetemp() / "mlflow-template.db")
 
 
@@ -147,7 +147,7 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_tokens(tmp_path_factory) -> Path:
     """A folder of a few thousand prepared tokens of made-up sentences."""
     from sample_texts import tokens_of
 
@@ -180,7 +180,7 @@ def tiny_model() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Path]:
+def save_tiny(tiny_tokens, tiny_model) -> Callable[..., Path]:
     """A function that saves an untrained model: the run's folder, then changes of `tiny_model`."""
     import torch
 
@@ -213,7 +213,7 @@ def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Pa
 
 
 @pytest.fixture
-def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Any]:
+def tiny_job(tmp_path, tiny_tokens, tiny_model) -> Callable[..., Any]:
     """A function that makes a `TrainingJob` in `tmp_path`: its folder's name, then its recipe."""
     from orchestrator.records.training import TrainingJob
     from orchestrator.settings import TrainingSettings
@@ -232,9 +232,7 @@ def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> C
 
 
 @pytest.fixture(scope="session")
-def trained_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path, tiny_model: dict[str, Any]
-) -> Path:
+def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
     """The folder of a finished run of two steps, `teacher`; its users copy it."""
     from orchestrator.records.training import TrainingJob
     from orchestrator.settings import TrainingSettings
@@ -246,15 +244,15 @@ def trained_run(
         TrainingJob(
             run_folder=str(folder),
             tokens_folder=str(tiny_tokens),
-            model=tiny_model,  # type: ignore[arg-type]
-            recipe=TrainingSettings(**recipe),  # type: ignore[arg-type]
+            model=tiny_model,
+            recipe=TrainingSettings(**recipe),
         )
     )
     return folder
 
 
 @pytest.fixture
-def tiny_plan(tmp_path: Path, tiny_tokens: Path, trained_run: Path) -> Any:
+def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.pruning import InfluenceTable
     from orchestrator.records.trial import TrialSuite
@@ -282,7 +280,7 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_sweep(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Path:
+def small_sweep(pytestconfig, request) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 

@@ -33,7 +33,7 @@ def copy_databases(template: Path) -> None:
             migrate(engine)
             _copy(Path(engine.url.database), template)
 
-    copy_or_migrate.migrate = migrate  # type: ignore[attr-defined]
+    copy_or_migrate.migrate = migrate
     utils._initialize_tables = copy_or_migrate
 
 

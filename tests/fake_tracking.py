@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import yaml
 
@@ -11,7 +10,6 @@ from orchestrator.pipelines.context import Context
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 
@@ -53,4 +51,4 @@ class FakeTracking:
 
 def untracked(workspace: Workspace, progress: Progress | None = None) -> Context:
     """Return a context whose tracking stores nothing."""
-    return Context(workspace, progress, tracking=cast("Tracking", FakeTracking()))
+    return Context(workspace, progress, tracking=FakeTracking())

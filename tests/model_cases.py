@@ -115,7 +115,7 @@ def gradients(decoder: Decoder, loss: Tensor | None = None) -> Gradients:
     ids = tokens(2, 9)
     decoder.zero_grad()
     loss = next_token_loss(decoder(ids), ids) if loss is None else loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {name: parameter.grad for name, parameter in decoder.named_parameters()}
 
 

@@ -84,8 +84,6 @@ def pretended_cluster() -> Iterator[dict[str, str]]:
             stderr=subprocess.DEVNULL,
             text=True,
         ) as nodes:
-            assert nodes.stdin
-            assert nodes.stdout
             try:
                 yield {**environment, "RAY_ADDRESS": nodes.stdout.readline().strip()}
             finally:

@@ -33,7 +33,7 @@ SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+def toy(tmp_path_factory) -> Setup:
     return Setup(is_toy=True, folder=tmp_path_factory.mktemp("report"))
 
 
@@ -149,7 +149,7 @@ def test_a_gradient_that_differs_fails_the_section(toy, monkeypatch):
     calls = iter(range(100))
 
     def spoiled(*arguments: object, **options: object) -> training.Outputs:
-        outputs = computed(*arguments, **options)  # type: ignore[arg-type]
+        outputs = computed(*arguments, **options)
         is_bf16_of_vanilla = next(calls) == 2
         return outputs._replace(gradient=-outputs.gradient) if is_bf16_of_vanilla else outputs
 
@@ -160,7 +160,7 @@ def test_a_gradient_that_differs_fails_the_section(toy, monkeypatch):
 
 
 def section(measure: object) -> Section:
-    return Section(measure, limit_minutes=1, question="?")  # type: ignore[arg-type]
+    return Section(measure, limit_minutes=1, question="?")
 
 
 def failing(_: Setup) -> Iterator[Row]:

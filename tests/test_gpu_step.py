@@ -91,7 +91,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def steps(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Run `main` in a process of its own and return what it counted, by case."""
     folder = tmp_path_factory.mktemp("gpu")
     source, library = folder / "gpu.cpp", folder / "gpu.so"

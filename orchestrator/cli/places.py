@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from orchestrator.cli.command import Command
-from orchestrator.cli.options import MAX_COUNT
 from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
@@ -176,17 +175,24 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-@Command("config init", group="Start", workspace=None, has_json=False)
+@Command(
+    "config init",
+    group="Start",
+    options={
+        "--hub": "data.hub_name",
+        "--tokenizer": "data.tokenizer",
+        "--steps": "training.num_steps",
+        "--gpus": "cluster.num_gpus",
+    },
+    workspace=None,
+    has_json=False,
+)
 def init(
     call: Call,
     file: Annotated[Path | None, typer.Argument()] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
-    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None,
     size: Size | None = None,
-    tokenizer: str = "train",
-    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None,
     force: bool = False,
 ) -> Result:
     """Write a commented settings file for your own data and size; asks for what is missing.
@@ -198,12 +204,8 @@ def init(
     Args:
         file: File to write (default: my-sweep.yaml).
         data: Your text: a file, folder or pattern; may be repeated.
-        hub: A data set of the hub instead.
         source: Copy a shipped sweep; `config list` names them.
         size: Size of the model (default: tiny).
-        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
-        steps: Optimizer steps of the teacher.
-        gpus: GPUs to use.
         force: Replace a file that exists.
     """
     from orchestrator.settings.files import (
@@ -214,6 +216,7 @@ def init(
     )
     from orchestrator.workspace.files import write_text
 
+    hub = call.options.get("data.hub_name")
     if (data is not None) + (hub is not None) + (source is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if source is not None:
@@ -228,14 +231,9 @@ def init(
             size = size or typer.prompt("Size: tiny, 55m or 340m", default="tiny")
             if size not in get_args(Size):
                 raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
-        settings = starting_settings(
-            size or "tiny",
-            files=data or (),
-            hub_name=hub,
-            tokenizer=tokenizer,
-            steps=steps,
-            gpus=gpus,
-        )
+        call.set("data.source", "hub" if hub else "files")
+        call.set("data.files", data)
+        settings = starting_settings(size or "tiny", call.options)
         if settings.data.source == "files":
             from orchestrator.data.text import find_files, read_file
 

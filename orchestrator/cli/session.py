@@ -97,10 +97,6 @@ class Call:
         settings = read_settings(file or None, changes, options)
         if device == "cuda" and not settings.cluster.num_gpus:
             settings = read_settings(file or None, changes, options | {"cluster.num_gpus": 1})
-        if settings.evaluation.include_path:
-            from orchestrator.evaluation.tasks import user_task_folders
-
-            user_task_folders(settings.evaluation)
         return settings
 
     @cached_property

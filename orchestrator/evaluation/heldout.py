@@ -54,42 +54,35 @@ _ASKED_WORD = re.compile(r"(?<=[a-z] )[a-z]{2,}(?=[.,;:!?]?(?: |$))")
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
-def _task(kind: str, text: str, target: str, metrics: dict[str, str], **more: str) -> Row:
-    """Return how a task asks and scores, in the form of lm-eval's task files."""
+def _task(kind: str, text: str, target: str, **metrics: str) -> Row:
+    """Return how a task asks and scores, in the form of lm-eval's task files; each metric has the
+    name of its aggregation."""
     listed = [
         {"metric": name, "aggregation": how, "higher_is_better": name == "acc"}
         for name, how in metrics.items()
     ]
     asks = {"output_type": kind, "doc_to_text": text, "doc_to_target": target}
-    return {**asks, **more, "metric_list": listed}
+    return {**asks, "metric_list": listed}
 
 
 _TEXT_CONFIGS = {
     LAST_WORD: _task(
-        "loglikelihood",
-        "{{context}}",
-        "{{' ' + word}}",
-        {"acc": "mean", "perplexity": "perplexity"},
+        "loglikelihood", "{{context}}", "{{' ' + word}}", acc="mean", perplexity="perplexity"
     ),
     BITS_PER_BYTE: _task(
         "loglikelihood_rolling",
         "",
         "{{text}}",
-        {
-            "bits_per_byte": "bits_per_byte",
-            "byte_perplexity": "weighted_perplexity",
-            "word_perplexity": "weighted_perplexity",
-        },
+        bits_per_byte="bits_per_byte",
+        byte_perplexity="weighted_perplexity",
+        word_perplexity="weighted_perplexity",
     ),
 }
-_DEPTH_CONFIG = _task(
-    "multiple_choice",
-    "{{context}}",
-    "label",
-    {"acc": "mean"},
-    doc_to_choice="choices",
-    target_delimiter="",
-)
+_DEPTH_CONFIG = {
+    **_task("multiple_choice", "{{context}}", "label", acc="mean"),
+    "doc_to_choice": "choices",
+    "target_delimiter": "",
+}
 
 
 def is_heldout_task(name: str) -> bool:

@@ -56,7 +56,6 @@ class Finding(Result):
     """What to do."""
 
     def shown(self) -> Iterator[str | Text]:
-        """Return a line with a mark, and the remedy."""
         yield Text.assemble(MARKS[self.state], f" {self.name}: {self.text}")
         if self.remedy:
             yield f"    {self.remedy}"
@@ -69,7 +68,6 @@ class Findings(Result):
     """One entry per check."""
 
     def raise_failures(self) -> None:
-        """Raise `RunFailed` if something is broken."""
         if broken := [each.name for each in self.findings if each.state == "broken"]:
             raise RunFailed(f"broken: {', '.join(dict.fromkeys(broken))}")
 

@@ -62,7 +62,6 @@ from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
-Note = Callable[[str], None]
 NEEDS_HUB = "needs the hub, which a dry run does not ask"
 
 
@@ -112,7 +111,6 @@ class ModelEvaluations(Result):
         ]
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table of tasks, and which averages are of what."""
         yield command_tables.evaluation_table(self.evaluations)
         yield from (f"  {sentence}" for sentence in command_tables.average_notes(self.evaluations))
 
@@ -125,8 +123,7 @@ class DepthEvaluations(ModelEvaluations):
     every layer, `evaluations` (NFE per token) and `quality`."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table of the points."""
-        from orchestrator.reporting.depth_curve import depth_section  # Imports Altair.
+        from orchestrator.reporting.several_schedules import depth_section
 
         yield from render_terminal([depth_section(self.depth_curve)])
 
@@ -160,9 +157,9 @@ class EvaluatePlan(Result):
         ]
 
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
-        evaluation, cluster = self.settings.evaluation, self.settings.cluster
-        tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
-        asked = select_tasks(evaluation, tokens, context_length=model.context_length)
+        settings, cluster = self.settings.evaluation, self.settings.cluster
+        tokens = tokens_of_tasks(model, settings, self.workspace)
+        asked = select_tasks(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
         if asked.heldout and not asked.heldout.is_dir():
             missing = filter(is_heldout_task, asked.names)
@@ -176,26 +173,22 @@ class EvaluatePlan(Result):
                 suite = load_suite(asked)
         except RunFailed:
             return states | dict.fromkeys(asked.names, NEEDS_HUB)
-        precision, device = evaluation.precision, cluster.device
         command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
+        precision, device = settings.precision, cluster.device
         is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
         if precision is None and device in (None, "cuda") and is_elsewhere:
             precision = "bf16"
         conditions = Conditions(
-            precision=precision, limit=evaluation.limit, device=device or str(best_device())
+            precision=precision, limit=settings.limit, device=device or str(best_device())
         )
-        store = EvaluationStore(self.workspace.evaluations, lambda _: None)
-        stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
-        for name, num_answers in stored.items():
-            items = format_count(suite.num_items(name, evaluation.limit), "item")
+        measurer = ModelMeasurer(model, EvaluationStore(self.workspace.evaluations), conditions)
+        for name, num_answers in measurer.stored_answers(suite).items():
+            items = format_count(suite.num_items(name, settings.limit), "item")
             resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
-            states[name] = (
-                f"{items}, stored" if num_answers is None else f"{items} to measure{resumes}"
-            )
+            states[name] = f"{items}{', stored' if num_answers is None else ' to measure'}{resumes}"
         return states | dict.fromkeys(suite.skipped, NEEDS_HUB)
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return a table of the tasks, with their models if there are several."""
         rows = []
         for task in self.tasks:
             model = f"{task['model']}: " if len(self.opened) > 1 else ""
@@ -266,9 +259,8 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"--log-samples: cannot make the folder {folder}: {error.strerror}"
-            ) from None
+            text = f"--log-samples: cannot make the folder {folder}: {error.strerror}"
+            raise UserError(text) from None
     if prompts := plan.settings.evaluation.prompts:
         for model in plan.opened:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
@@ -363,8 +355,8 @@ def _store_depth_curve(
     started_ms: int,
 ) -> DepthCurve:
     """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
-    from orchestrator.reporting.charts import save_chart  # Imports Altair.
-    from orchestrator.reporting.depth_curve import DEPTH_CURVE, depth_section
+    from orchestrator.reporting.charts import save_chart  # Imports vl-convert.
+    from orchestrator.reporting.several_schedules import DEPTH_CURVE, depth_section
 
     model, trained = plan.opened[0], open_model(plan.opened[0].path).config
     path = model.path / f"{DEPTH_CURVE}.json"
@@ -422,7 +414,10 @@ def _measure(
 
 
 def tokens_of_tasks(
-    model: OpenedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
+    model: OpenedModel,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Path | None:
     """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
     if not needs_heldout(settings):
@@ -470,7 +465,6 @@ class ComparePlan(Result):
         return self.evaluated.tasks
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the names, and the tasks of the sides that are evaluated."""
         yield f"A: {self.models[0]}\nB: {self.models[1]}"
         yield from self.evaluated.shown()
 
@@ -495,7 +489,6 @@ class CompareResult(Result):
     """What to know about it."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the names, a table, and what can be concluded."""
         yield f"A: {self.models[0]}\nB: {self.models[1]}"
         yield comparing.comparison_table(self.comparison)
         yield from (f"  {sentence}" for sentence in (*self.findings, *self.notes))
@@ -572,9 +565,9 @@ def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
     return CompareResult(
         comparison=found,
         models=found.names,
-        differences=[row.to_row() for row in (*found.tasks, *found.averages)],
+        differences=found.rows,
         findings=tuple(comparing.comparison_findings(found)),
-        notes=found.notes,
+        notes=tuple(found.notes),
     )
 
 

@@ -72,7 +72,6 @@ class InfluencePlan(Result):
         return self.table is not None
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return whether the table is stored."""
         state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
         rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", state)]
         yield two_column_table("Plan of the measurement", rows)
@@ -124,7 +123,6 @@ class InfluenceResult(Result):
         ]
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table of layers and corrections."""
         yield from influence_tables(self.table)
 
 
@@ -219,7 +217,7 @@ def run_influence(
             _measure, plan.checkpoint, plan.tokens_folder, plan.metric, plan.num_tokens
         )
         table = on_device(measure, progress)
-        from orchestrator.reporting.charts import influence_chart, save_chart  # Imports Altair.
+        from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
         chart = influence_chart(table.rows(), metric=table.metric, title=title)

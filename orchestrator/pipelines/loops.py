@@ -77,7 +77,7 @@ def plan_front(plan: EvaluatePlan, name: str) -> FrontPlan:
 
 def run_front(plan: FrontPlan, context: Context) -> ReportResult:
     """Evaluate models, and write a report with all of them on one front."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     found, workspace = run_evaluate(plan, context), context.workspace
     measured = zip(plan.opened, found.evaluations.items(), found.keys.values(), strict=True)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -96,9 +96,7 @@ def import_model(
         UserError: If the model cannot be read, the hub does not give it, the tokenizer does not fit
             it, or another model has the name.
     """
-    from orchestrator.models.gguf import read_gguf  # These import PyTorch.
-    from orchestrator.models.open import load_model
-    from orchestrator.training.checkpoint import save_checkpoint
+    from orchestrator.training.checkpoint import save_checkpoint  # Imports PyTorch.
 
     context = open_context(workspace, progress)
     progress = context.progress
@@ -109,79 +107,92 @@ def import_model(
         raise UserError(f"{missing}{lookup.hub_hint(Path(folder))}")
     given = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
-        if path.is_file():
-            kind, source, run_name, texts = "a GGUF file", path.name, path.stem, Path(scratch)
-            decoder, key = read_gguf(path, texts, with_tokenizer=given is None), file_key(path)
-        else:
-            if find_checkpoints(path):
-                path = folders.resolve_checkpoint(path)
-            elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
-                raise UserError(
-                    f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}"
-                )
-            decoder, source, texts = load_model(path), shown_name(path), path
-            if folders.is_checkpoint(path):
-                kind = "a checkpoint"
-            elif folders.read_config(path).get("model_type") == MODEL_TYPE:
-                kind = "an exported folder"
-            else:
-                is_llama = decoder.config.method == "vanilla"
-                kind = "a Llama folder" if is_llama else "the published naming"
-            is_of_run = path in find_checkpoints(path.parent)
-            run_name = path.parent.name if is_of_run else source.rpartition("/")[2]
-            key = folders.model_files_key(path)
-
-        # What it reads and writes as text.
-        config, own = decoder.config, texts / folders.TOKENIZER
+        found = _read_source(path, Path(scratch), with_tokenizer=given is None)
+        config, own = found.decoder.config, found.texts / folders.TOKENIZER
         file = given or (own if own.is_file() else None)
         if file is None:
             progress.note(
-                f"{texts} has no tokenizer.json: the model can be used with token ids only; "
+                f"{found.texts} has no tokenizer.json: the model can be used with token ids only; "
                 "import it with --tokenizer FILE to generate and evaluate"
             )
         elif (
             num_ids := tokenizers.num_token_ids(tokenizers.load_tokenizer(file))
         ) > config.vocab_size:
             raise UserError(
-                f"the tokenizer {given or f'of {source}'} has {num_ids} entries, the model only "
-                f"{config.vocab_size}"
+                f"the tokenizer {given or f'of {found.name}'} has {num_ids} entries, the model "
+                f"only {config.vocab_size}"
             )
-        key = content_key(key, given and [file_key(given), folders.text_files_key(given.parent)])
-
-        # The checkpoint, unless it is there.
-        run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", run_name))
-        checkpoint = None
-        if run.exists():
-            found = find_checkpoints(run)
-            if (
-                found
-                and folders.load_provenance(found[-1]).get("imported", {}).get("source") == key
-            ):
-                checkpoint = folders.resolve_checkpoint(run)
-            else:
-                raise UserError(
-                    f"the workspace has another run named {run.name}; choose one with --name"
-                )
-        checkpoint = checkpoint or save_checkpoint(
-            run,
-            0,
-            config=config,
-            weights=decoder.state_dict(),
-            training_state={},
-            tokenizer_path=file,
-            text_files=tokenizers.text_files_of(texts, file, vocab_size=config.vocab_size),
-            provenance={
-                "objective": "import",
-                "imported": {"from": source, "read as": kind, "source": key},
-                "environment": environment(),
-            },
+        texts_key = given and [file_key(given), folders.text_files_key(given.parent)]
+        key = content_key(found.key, texts_key)
+        run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", found.run_name))
+        saved = find_checkpoints(run)[-1:]
+        known = [folders.load_provenance(each).get("imported", {}).get("source") for each in saved]
+        if run.exists() and known != [key]:
+            raise UserError(
+                f"the workspace has another run named {run.name}; choose one with --name"
+            )
+        about = {"from": found.name, "read as": found.kind, "source": key}
+        checkpoint = (
+            folders.resolve_checkpoint(run)
+            if saved
+            else save_checkpoint(
+                run,
+                0,
+                config=config,
+                weights=found.decoder.state_dict(),
+                training_state={},
+                tokenizer_path=file,
+                text_files=tokenizers.text_files_of(
+                    found.texts, file, vocab_size=config.vocab_size
+                ),
+                provenance={
+                    "objective": "import",
+                    "imported": about,
+                    "environment": environment(),
+                },
+            )
         )
     journal = Journal(run)
     journal.event("imported")  # Commands without a path take the newest run.
     journal.close()
     count = format_parameters(num_parameters(config))
-    progress.finish(f"{kind}: {config.method}, {count} parameters")
+    progress.finish(f"{found.kind}: {config.method}, {count} parameters")
     return checkpoint
+
+
+class _Source(NamedTuple):
+    """A model that is imported: what it is, the name of a run for it, and its files' key."""
+
+    decoder: Decoder
+    kind: str
+    name: str
+    run_name: str
+    key: str
+    texts: Path
+    """Folder of its tokenizer and chat files."""
+
+
+def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
+    from orchestrator.models.gguf import read_gguf  # Both import PyTorch.
+    from orchestrator.models.open import load_model
+
+    if path.is_file():
+        decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
+        return _Source(decoder, "a GGUF file", path.name, path.stem, file_key(path), scratch)
+    if find_checkpoints(path):
+        path = folders.resolve_checkpoint(path)
+    elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
+        raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
+    decoder, name = load_model(path), shown_name(path)
+    run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
+    if folders.is_checkpoint(path):
+        kind = "a checkpoint"
+    elif folders.read_config(path).get("model_type") == MODEL_TYPE:
+        kind = "an exported folder"
+    else:
+        is_llama = decoder.config.method == "vanilla"
+        kind = "a Llama folder" if is_llama else "the published naming"
+    return _Source(decoder, kind, name, run_name, folders.model_files_key(path), path)
 
 
 # Export
@@ -285,15 +296,11 @@ def export_checkpoint(
     model = None if replaces else (checkpoint, decoder.config)
     check_target(folder, model)
     progress.start("export")
-    file, text_files, end_of_text = (
-        checkpoint / folders.TOKENIZER,
-        folders.read_text_files(checkpoint),
-        "",
-    )
+    file, text_files = checkpoint / folders.TOKENIZER, folders.read_text_files(checkpoint)
+    end_of_text, token_ids = "", None
     if file.is_file() and not text_files:
         tokenizer = tokenizers.load_tokenizer(file)
         end_of_text = str(tokenizer.id_to_token(tokenizers.end_of_text_id(tokenizer)))
-    token_ids = None
     if folders.GENERATION_CONFIG in text_files:
         values = json.loads(text_files[folders.GENERATION_CONFIG])
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -458,7 +465,6 @@ class PickResult(Result):
         return [{"name": self.name, **self.point.params(), **self.metrics}]
 
     def shown(self) -> Iterator[str]:
-        """Return the choice, and where it is."""
         yield f"{self.alias}: {self.sentence}"
         if self.folder is None:
             yield f"checkpoint: {self.checkpoint}"
@@ -505,18 +511,10 @@ def plan_pick(
         UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
             gone, or the folder cannot be used.
     """
-    from orchestrator.reporting.findings import describe_model
     from orchestrator.reporting.front import sweep_front
 
-    rule = findings.pick_rule(
-        keep=keep,
-        confidence=confidence,
-        budget=budget,
-        knee=knee,
-        best=best,
-        cheapest=cheapest,
-        draft_for=draft_for,
-    )
+    others = {"knee": knee, "best": best, "cheapest": cheapest, "draft_for": draft_for}
+    rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
     axes = parse_axes(cost, quality)
     workspace = find_workspace(workspace)
     found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
@@ -524,27 +522,31 @@ def plan_pick(
     for line in notes:
         (progress or Progress()).note(line)
     picked = findings.pick_from_front(front, rule)
-    sentence, seeds = describe_model(front, picked), picked["seeds"]
+    point, seeds, sentence = (
+        picked["trial"],
+        picked["seeds"],
+        findings.describe_model(front, picked),
+    )
     result = results.lowest_seed(seeds)
     if rule.name == "draft":
         full = findings.draft_targets(found.results)[result.key]
-        sentence += f"; {findings.draft_sentence(picked['trial'], full.name)}"
+        sentence += f"; {findings.draft_sentence(point, full.name)}"
         # A cheaper schedule of the same weights is no model of its own: the full one is exported.
         result = full if full.checkpoint == result.checkpoint else result
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     return PickResult(
-        name=picked["trial"].name,
-        method=picked["trial"].method,
-        schedule=picked["trial"].schedule,
+        name=point.name,
+        method=point.method,
+        schedule=point.schedule,
         sentence=sentence,
-        metrics=picked["trial"].metrics(),
-        checkpoint=picked["trial"].checkpoint,
+        metrics=point.metrics(),
+        checkpoint=point.checkpoint,
         sweep=found,
         axes=axes,
         alias=rule.alias,
-        point=picked["trial"],
+        point=point,
         model=result,
         target=resolve_path(to) if to else None,
         force=force,
@@ -554,7 +556,7 @@ def plan_pick(
 def run_pick(plan: PickResult, context: Context) -> PickResult:
     """Choose a model from a sweep's front; export and register it."""
     from orchestrator.models.open import load_model  # Imports PyTorch.
-    from orchestrator.reporting.mlflow_report import run_name  # Imports Altair.
+    from orchestrator.reporting.mlflow_report import run_name  # Imports vl-convert.
     from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace

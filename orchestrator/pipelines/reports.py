@@ -28,7 +28,7 @@ from orchestrator.workspace.layout import Workspace, find_workspace
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.reporting.report import WrittenReport
+    from orchestrator.reporting.sweep_report import SweepReport
 
 
 class ReportResult(Result):
@@ -51,17 +51,16 @@ class ReportResult(Result):
     workspace: Path = Field(exclude=True)
 
     @classmethod
-    def of(cls, written: WrittenReport, workspace: Workspace, **more: Any) -> Self:
+    def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
-        report = written.report
         return cls(
             title=report.title,
             front=report.front,
             sentences=tuple(report.sentences),
             elastic=report.elastic,
             sections=tuple(report.brief()),
-            folder=written.folder,
-            page=written.page,
+            folder=report.folder,
+            page=report.page,
             workspace=workspace.root,
             **more,
         )
@@ -99,7 +98,6 @@ class ReportResult(Result):
         return f"<div>{drawn}</div>{super()._repr_html_()}"
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the front's table, what it says, and where to find more."""
         yield ""
         yield from render_terminal(self.sections)
         if self.page:
@@ -127,7 +125,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     axes = parse_axes(cost, quality)
     context = open_context(workspace, progress)
@@ -157,7 +155,6 @@ class ClaimsResult(Result):
     """What a terminal shows."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the table, and which models it compares."""
         yield ""
         yield from render_terminal([self.section])
         yield from (f"  {note}" for note in self.notes)
@@ -177,7 +174,7 @@ def claims(
     Raises:
         UserError: If there is no such sweep.
     """
-    from orchestrator.reporting.claims import front_claims
+    from orchestrator.reporting.claims import find_claims
     from orchestrator.reporting.front import sweep_front
     from orchestrator.reporting.results import suite_notes
 
@@ -186,7 +183,7 @@ def claims(
     found = [load_sweep_results(space, name) for name in names]
     front, notes = sweep_front(space, found, FrontAxes())
     title = f"Claims of the paper in {' + '.join(names)}"
-    section = claims_section(front_claims(space, front), title)
+    section = claims_section(find_claims(front), title)
     return ClaimsResult(
         title=title,
         notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
@@ -206,7 +203,6 @@ class DraftsPlan(Result):
     cluster: ClusterSettings = Field(exclude=True)
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return what is measured."""
         return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
 
 
@@ -236,7 +232,7 @@ def plan_drafts(
 
 def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
     """Measure the drafts that are not measured yet, and write the sweep's report with them."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
     from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
 
     space, stored = context.workspace, plan.stored

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, task
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.reports import ReportResult
@@ -43,17 +44,11 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import expected_time, price_rows
-from orchestrator.reporting.results import (
-    CHANCE_TITLE,
-    LEFT_OUT_TITLE,
-    PROVENANCE_TITLE,
-    SETTINGS_TITLE,
-    StoredSweep,
-    load_sweep_results,
-)
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import MLFLOW, Settings, flatten
+from orchestrator.sweeping import plan as plans
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
@@ -62,24 +57,6 @@ from orchestrator.sweeping.models import (
     claims_answered,
     teacher_and_baselines,
     teachers_by_label,
-)
-from orchestrator.sweeping.plan import (
-    SweepModel,
-    TrialState,
-    asha_rule,
-    competing_trials,
-    early_stops,
-    exact_cost,
-    full_trial,
-    iterations_plan,
-    load_tasks,
-    measuring_flops,
-    plan_iterations,
-    plan_sentences,
-    plan_students,
-    plan_table,
-    schedule_search,
-    trial_states,
 )
 from orchestrator.sweeping.students import unknown_students
 from orchestrator.terminal.progress import Progress
@@ -93,64 +70,89 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from orchestrator.sweeping.run import SweepOutcome
-    from orchestrator.sweeping.search import ScheduleSearch
 
 NEWEST = "newest"
 """As a teacher: the workspace's newest IIET with corrections."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """What a sweep was asked for: a run plans the same again when it has made what was missing."""
+
+    settings: Settings
+    workspace: Workspace
+    teacher: Path | None
+    """A given teacher; without it, the sweep trains its models from scratch."""
+    baselines: Mapping[str, Path] | None
+    models: Sequence[plans.SweepModel] | None
+    name: str | None
+    hashes: Mapping[str, str] | None = None
+    """Those of lm-eval's tasks, if a run has loaded them; else what is stored counts."""
+    influence: Mapping[Path, InfluenceTable] = field(default_factory=dict)
+    """Checkpoint of a teacher -> its table, if a run has measured it; likewise."""
+
+
 class PlannedSweep(Result):
     """What a sweep does, and what that takes."""
 
+    asked: SweepRequest
     plan: SweepPlan
     """Its trials, as far as they are known."""
-    states: tuple[TrialState, ...]
-    """How far each is, and each model that is pretrained first."""
-    trainings: tuple[Estimate, ...]
-    """What is left to train of them."""
-    unknown: tuple[Estimate, ...]
-    """A bound of the trainings that are not known yet."""
-    said: tuple[str, ...]
+    said: list[str]
     """What is not prepared, trained, measured or known yet."""
-    asked: dict[str, Any]
-    """The arguments of `plan_sweep`."""
-    workspace: Workspace
-    new_token_bytes: int = 0
-    """Bytes of the tokens that are prepared first."""
     pretraining: TrainingPlan | None = None
     """The teacher and its baselines, if the sweep trains them itself."""
-    influence: InfluenceTable | None = None
-    """Of the teacher, of several the first, if it is measured."""
-    teachers_left: tuple[ModelConfig, ...] = ()
-    """Those whose influence is not measured."""
+    unknown: list[Estimate] = Field(default=[])
+    """A bound of the trainings that are not known yet."""
+    unmeasured: list[ModelConfig] = Field(default=[])
+    """Teachers whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
     @cached_property
-    def placed(self) -> Settings:
-        """The settings, with the GPUs of the trials."""
-        return assign_trial_gpus(self.asked["settings"], [*self.trainings, *self.unknown])
+    def states(self) -> list[plans.TrialState]:
+        """How far each trial is, and each model that is pretrained first."""
+        states = plans.trial_states(self.plan, self.asked.settings.sweep)
+        if self.pretraining and self.plan.teacher:  # Else these models are the plan's trials.
+            done = self.pretraining.finished
+            if left := [label for label in self.pretraining.jobs if label not in done]:
+                first = _pretraining_plan(self.pretraining, left)
+                states += plans.trial_states(first, self.asked.settings.sweep)
+        return states
 
     @cached_property
-    def _parts(self) -> tuple[list[Estimate], list[Estimate]]:
-        """The trainings before the trials, and those of the trials, on their devices."""
-        before = self.pretraining.left() if self.pretraining else []
-        return before, on_trial_devices([*self.trainings, *self.unknown], self.placed)
+    def _left(self) -> tuple[list[Estimate], list[Estimate], Settings]:
+        """The trainings before the trials; those of the trials, on their devices; the settings
+        with the GPUs of the trials."""
+        first = self.pretraining
+        before = {job.run_folder for job in first.jobs.values()} if first else set()
+        trials = [s.training for s in self.states if s.training and s.trial.folder not in before]
+        placed = assign_trial_gpus(self.asked.settings, [*trials, *self.unknown])
+        return (
+            first.left if first else [],
+            on_trial_devices([*trials, *self.unknown], placed),
+            placed,
+        )
+
+    @property
+    def placed(self) -> Settings:
+        """The settings, with the GPUs of the trials."""
+        return self._left[2]
 
     @cached_property
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
-        before, trials = self._parts
-        is_stored = self.placed.distillation.teacher_cache
+        before, trials, settings = self._left
+        space, unprepared = self.asked.workspace, not self.plan.tokens_folder
         left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
         models = [*left, *(each.config for each in self.unknown)]
-        influence, measuring = measuring_flops(self.placed, self.teachers_left, models)
+        influence, measuring = plans.measuring_flops(settings, self.unmeasured, models)
         return price_of(
             [*before, *trials],
-            self.workspace.root,
-            new_token_bytes=self.new_token_bytes,
+            space.root,
+            new_token_bytes=expected_tokens(settings.data, None).new_bytes if unprepared else 0,
             is_upper_bound=bool(self.unknown),
-            teachers=self.workspace.teachers if is_stored else None,
+            teachers=space.teachers if settings.distillation.teacher_cache else None,
             influence_flops=influence,
             measuring_flops=measuring,
         )
@@ -158,24 +160,24 @@ class PlannedSweep(Result):
     @cached_property
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
-        before, trials = self._parts
-        address = self.placed.cluster.ray_address
-        check = partial(check_devices, self.placed, pretrains=bool(before))
-        return find_problems(
-            [*before, *trials], self.price.disk, self.workspace.root, address, check
-        )
+        before, trials, settings = self._left
+        root, address = self.asked.workspace.root, settings.cluster.ray_address
+        check = partial(check_devices, settings, pretrains=bool(before))
+        return find_problems([*before, *trials], self.price.disk, root, address, check)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is reused, and what is not known yet."""
-        sweep, trials = self.placed.sweep, self._parts[1]
-        notes = [*plan_sentences(self.plan, sweep, self.states), *self.said]
+        sweep, trials, suite = self.placed.sweep, self._left[1], self.plan.trials[0].suite
+        notes = [*plans.plan_sentences(self.plan, sweep, self.states), *self.said]
+        if needs_lm_eval(self.placed.evaluation) and suite.tasks and not suite.fingerprints:
+            notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
         if sweep.gpus_per_trial and trials:
             gpus = format_count(sweep.num_workers_per_trial, "GPU")
             at_once = min(sweep.trials_at_once or 1, len(trials))
             notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
-        if competing_trials(self.plan, sweep):
-            notes.append(asha_rule(sweep).text)
+        if plans.competing_trials(self.plan, sweep):
+            notes.append(plans.asha_rule(sweep).text)
         return tuple(notes)
 
     @property
@@ -186,7 +188,7 @@ class PlannedSweep(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per trial: label, role, schedule, exact costs, state."""
-        full = full_trial(self.plan).model
+        full = plans.full_trial(self.plan).model
         return [
             {
                 "name": state.trial.label,
@@ -195,7 +197,7 @@ class PlannedSweep(Result):
                 "schedule": str(state.trial.model.corrections),
                 "state": state.name,
                 "steps_done": state.steps_done,
-                **exact_cost(state.trial.model, full),
+                **plans.exact_cost(state.trial.model, full),
             }
             for state in self.states
         ]
@@ -223,8 +225,7 @@ class PlannedSweep(Result):
         }
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the trials, what is finished, and what the rest takes."""
-        yield plan_table(self.plan, self.states)
+        yield plans.plan_table(self.plan, self.states)
         yield from (f"  {note}" for note in self.notes)
         yield two_column_table(None, [*price_rows(self.price, self.problems)])
 
@@ -242,7 +243,6 @@ class SweepResult(ReportResult):
     """Label to reason of the trials that a rule stopped early."""
 
     def raise_failures(self) -> None:
-        """Raise `RunFailed` with the names of the trials that failed, if there are any."""
         raise_failures(self.failures)
 
 
@@ -255,17 +255,18 @@ def raise_failures(failures: Mapping[str, str]) -> None:
         )
 
 
-def sweep(
+@offline(DRY_RUN)
+def plan_sweep(
     settings: Settings,
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
     baselines: Mapping[str, Path] | None = None,
-    models: Sequence[SweepModel] | None = None,
+    models: Sequence[plans.SweepModel] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
-) -> SweepResult:
-    """Run the sweep that `settings.sweep.kind` describes, and write its report.
+) -> PlannedSweep:
+    """Return what a sweep does, as far as it is known.
 
     `threshold` prunes a teacher by influence, and distills and evaluates each schedule; `search`
     continues with schedules that a sampler suggests; `iterations` pretrains methods and iteration
@@ -285,46 +286,6 @@ def sweep(
         RunFailed: If the teacher's training or every trial failed; single failures are in the
             result.
     """
-    pretrains = teacher is None and settings.sweep.kind != "iterations"
-    check_sweep(settings)
-    check_devices(settings, pretrains=pretrains)
-    context = open_context(workspace, progress)
-    if teacher not in (None, NEWEST):
-        teacher = local_model(teacher, context.workspace, progress)
-    plan = plan_sweep(
-        settings,
-        workspace=context.workspace,
-        teacher=teacher,
-        baselines=baselines,
-        models=models,
-        name=name,
-        progress=progress,
-    )
-    return run_sweep(plan, context)
-
-
-@offline(DRY_RUN)
-def plan_sweep(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    teacher: Path | str | None = None,
-    baselines: Mapping[str, Path] | None = None,
-    models: Sequence[SweepModel] | None = None,
-    name: str | None = None,
-    progress: Progress | None = None,
-    fingerprints: Mapping[str, str] | None = None,
-    influence: Mapping[str, InfluenceTable] | None = None,
-) -> PlannedSweep:
-    """Return what `sweep` does with the same arguments, as far as it is known.
-
-    Args:
-        fingerprints, influence: Hashes of lm-eval's tasks, and the influence of each teacher by its
-            checkpoint, if a run has loaded and measured them; else what is stored counts.
-
-    Raises:
-        UserError: If the settings do not go together.
-    """
     kind = settings.sweep.kind
     if kind == "iterations" and teacher is not None:
         raise UserError(
@@ -342,101 +303,98 @@ def plan_sweep(
             "leave it out, or give neither a teacher nor baselines"
         )
     check_sweep(settings)
-    space, progress = find_workspace(workspace), progress or Progress()
-    asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
-    asked |= {"models": models, "name": name}
-    said: list[str] = []
-    unknown: list[Estimate] = []
-    pretraining: TrainingPlan | None = None
-    search: ScheduleSearch | None = None
-    labels = teachers_by_label(settings) if kind != "iterations" else {}
-    teachers: dict[str, Path] = {}
-    new_token_bytes = 0
-
-    # What is trained first: models, or a teacher whose students follow.
+    space, given = find_workspace(workspace), None
     if teacher is not None:
-        asked["teacher"] = resolve_teacher(space, None if teacher == NEWEST else teacher)
-        teachers[TEACHER] = asked["teacher"]
-    else:
-        check_sweep_tasks(settings, tasks_of_source(settings.data))
-        if models is None:
-            check_models(settings)
-        tokens = find_prepared(settings.data, space.tokens)
-        if tokens is None:
-            said.append(UNPREPARED)
-            new_token_bytes = expected_tokens(settings.data, None).new_bytes
-        if kind == "iterations":
-            name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
-            plan = plan_iterations(settings, space, tokens, models, name=name, hashes=fingerprints)
-        else:
-            pretraining = plan_models(teacher_and_baselines(settings), space, tokens)
-            said += pretraining.damaged
-            baselines = {**pretraining.finished}
-            if labels.keys() <= baselines.keys():
-                teachers = {label: baselines.pop(label) for label in labels}
-            said.append(claims_answered(settings))
-
-    # The students of teachers that are trained; else a bound of them.
-    tables: dict[str, InfluenceTable] = {}
-    for label, checkpoint in teachers.items():
-        if influence and str(checkpoint) in influence:
-            tables[label] = influence[str(checkpoint)]
-            continue
-        measurement = plan_influence(settings, workspace=space, model=checkpoint)
-        if measurement.table:
-            tables[label] = measurement.table
-        for note in measurement.notes:
-            progress.note(note)
-    teachers_left = [load_config(path) for name, path in teachers.items() if name not in tables]
-    if teachers:
-        if len(tables) < len(teachers):  # The schedules follow from all of them.
-            tables = {}
-        options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        plan = plan_students(settings, space, teachers, tables, note=progress.note, **options)
-        if not tables:
-            models_of = {label: load_config(path) for label, path in teachers.items()}
-            unknown, sentences = _bounds(settings, models_of, "'s influence is not measured")
-            said += sentences
-        elif kind == "search":
-            search = schedule_search(settings, space, plan, teachers[TEACHER])
-            plan = plan.model_copy(update={"trials": (*plan.trials, *search.suggested_trials())})
-            unknown = [Estimate.of(job) for job in search.jobs_left()]
-            said.append(search.text)
-    elif pretraining:
-        plan = _models_plan(pretraining, pretraining.jobs)
-        models_of = {label: pretraining.jobs[label].model for label in labels}
-        teachers_left = [*models_of.values()]
-        unknown, sentences = _bounds(settings, models_of, " is not trained")
-        said += sentences
-
-    # How far it is.
-    states = trial_states(plan, settings.sweep)
-    trainings = [state.training for state in states if state.training]
-    if pretraining and not teachers:
-        trainings = []  # They are the models that are pretrained.
-    elif pretraining and pretraining.left():
-        left = [label for label in pretraining.jobs if label not in pretraining.finished]
-        states += trial_states(_models_plan(pretraining, left), settings.sweep)
-    suite = plan.trials[0].suite
-    is_loaded = fingerprints is not None or suite.fingerprints or not suite.tasks
-    if needs_lm_eval(settings.evaluation) and not is_loaded:
-        said.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
-    planned = PlannedSweep(
-        plan=plan,
-        states=tuple(states),
-        trainings=tuple(trainings),
-        unknown=tuple(unknown),
-        said=tuple(said),
-        asked=asked,
+        given = resolve_teacher(space, None if str(teacher) == NEWEST else teacher)
+    asked = SweepRequest(
+        settings=settings,
         workspace=space,
-        new_token_bytes=new_token_bytes,
-        pretraining=pretraining,
-        influence=next(iter(tables.values()), None),
-        teachers_left=tuple(teachers_left),
-        search=search,
+        teacher=given,
+        baselines=baselines,
+        models=models,
+        name=name,
     )
-    planned.price  # noqa: B018  # raises if the workers cannot share a step
-    return planned
+    found = _planned(asked, progress or Progress())
+    found.price  # noqa: B018  # raises if the workers cannot share a step
+    return found
+
+
+def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
+    settings, space = asked.settings, asked.workspace
+    if asked.teacher:
+        return _plan_students(asked, {TEACHER: asked.teacher}, asked.baselines, progress)
+
+    # Models are trained from scratch: all of the sweep, or those before its students.
+    check_sweep_tasks(settings, tasks_of_source(settings.data))
+    if asked.models is None:
+        check_models(settings)
+    tokens = find_prepared(settings.data, space.tokens)
+    said = [] if tokens else [UNPREPARED]
+    if settings.sweep.kind == "iterations":
+        name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
+        plan = plans.plan_iterations(
+            settings, space, tokens, asked.models, name=name, hashes=asked.hashes
+        )
+        return PlannedSweep(asked=asked, plan=plan, said=said)
+    first = plan_models(teacher_and_baselines(settings), space, tokens)
+    said += [*first.damaged, claims_answered(settings)]
+    labels, finished = teachers_by_label(settings), first.finished
+    if labels.keys() <= finished.keys():
+        teachers = {label: finished.pop(label) for label in labels}
+        found = _plan_students(asked, teachers, finished, progress)
+        return found.model_copy(update={"pretraining": first, "said": [*said, *found.said]})
+    models = {label: first.jobs[label].model for label in labels}
+    unknown, sentences = _bounds(settings, models, " is not trained")
+    return PlannedSweep(
+        asked=asked,
+        plan=_pretraining_plan(first, first.jobs),
+        said=[*said, *sentences],
+        pretraining=first,
+        unknown=unknown,
+        unmeasured=list(models.values()),
+    )
+
+
+def _plan_students(
+    asked: SweepRequest,
+    teachers: Mapping[str, Path],
+    baselines: Mapping[str, Path] | None,
+    progress: Progress,
+) -> PlannedSweep:
+    """Plan the students of trained teachers; a bound of them if influence is not measured."""
+    settings, space, tables = asked.settings, asked.workspace, dict[str, InfluenceTable]()
+    for label, checkpoint in teachers.items():
+        table = asked.influence.get(checkpoint)
+        if table is None:
+            measurement = plan_influence(settings, workspace=space, model=checkpoint)
+            table = measurement.table
+            for note in measurement.notes:
+                progress.note(note)
+        if table:
+            tables[label] = table
+    models = {label: load_config(path) for label, path in teachers.items()}
+    unmeasured = [models[label] for label in teachers if label not in tables]
+    plan = plans.plan_students(
+        settings,
+        space,
+        teachers,
+        {} if unmeasured else tables,  # The schedules follow from all of them.
+        note=progress.note,
+        baselines=baselines,
+        name=asked.name,
+        hashes=asked.hashes,
+    )
+    unknown, said, search = list[Estimate](), list[str](), None
+    if unmeasured:
+        unknown, said = _bounds(settings, models, "'s influence is not measured")
+    elif settings.sweep.kind == "search":
+        search = plans.schedule_search(settings, space, plan, teachers[TEACHER])
+        trials = (*plan.trials, *search.suggested_trials())
+        plan = plan.model_copy(update={"trials": trials})
+        unknown, said = [*map(Estimate.of, search.jobs_left())], [search.text]
+    return PlannedSweep(
+        asked=asked, plan=plan, said=said, unknown=unknown, unmeasured=unmeasured, search=search
+    )
 
 
 def _bounds(
@@ -454,15 +412,15 @@ def _bounds(
     return unknown, sentences
 
 
-def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
-    models = [SweepModel(label=label, settings=pretraining.models[label]) for label in labels]
+def _pretraining_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
+    models = [plans.SweepModel(label=label, settings=pretraining.models[label]) for label in labels]
     jobs = [pretraining.jobs[model.label] for model in models]
     suite = TrialSuite(tokens_folder=jobs[0].tokens_folder)
-    return iterations_plan(models, jobs, suite=suite, name="the teacher and its baselines")
+    return plans.iterations_plan(models, jobs, suite=suite, name="the teacher and its baselines")
 
 
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
-    """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
+    """Run the sweep that `settings.sweep.kind` describes, and write its report."""
     plan.check()
     if (found := _stored_results(plan, context.workspace)) is not None:
         context.progress.note("all trials are finished and found again")
@@ -470,12 +428,13 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     from orchestrator.cluster.ray import ray_cluster
     from orchestrator.sweeping.run import run_plan  # Imports Ray, MLflow and lm-eval.
 
-    settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace
-    pretrains, root = plan.pretraining is not None, workspace.root
+    asked, progress, workspace = plan.asked, context.progress, context.workspace
+    settings, pretrains, root = asked.settings, plan.pretraining is not None, workspace.root
 
-    def again(**made: Any) -> PlannedSweep:
+    def again() -> PlannedSweep:
         # Without the progress display: what is to be noted was noted with the first plan.
-        found = plan_sweep(workspace=workspace, **plan.asked, **made)
+        with offline(DRY_RUN):
+            found = _planned(asked, Progress())
         found.check()
         return found
 
@@ -483,7 +442,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
         check_sweep(settings, progress)
-        if "teacher" not in plan.asked:
+        if not asked.teacher:
             tokens = prepare_tokens(settings.data, workspace, progress)
             if str(tokens) != plan.plan.tokens_folder:
                 plan = again()
@@ -491,9 +450,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
         # Before pretraining: the held-out text may be too poor for the tasks.
         model = plan.plan.trials[0].model
-        made: dict[str, Any] = {
-            "fingerprints": load_tasks(settings.evaluation, tokens, model, progress)
-        }
+        hashes = plans.load_tasks(settings.evaluation, tokens, model, progress)
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
             progress.note(f"expected: {expected_time(plan.price)}")
@@ -502,13 +459,15 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
                 progress.expected = plan.price.seconds
-            made["influence"] = {}
+            tables: dict[Path, InfluenceTable] = {}
             on_device = trial_device(settings, root)
-            for teacher in [t.checkpoint for t in plan.plan.trials if t.role == "teacher"]:
-                planned = plan_influence(settings, workspace=workspace, model=Path(str(teacher)))
-                table = run_influence(planned, context, on_device=on_device).table
-                made["influence"][str(teacher)] = table
-            plan = again(**made)
+            for trial in plan.plan.trials:
+                if trial.role == "teacher":
+                    teacher = Path(str(trial.checkpoint))
+                    measured = plan_influence(settings, workspace=workspace, model=teacher)
+                    tables[teacher] = run_influence(measured, context, on_device=on_device).table
+            asked = replace(asked, hashes=hashes, influence=tables)
+            plan = again()
             progress.expected = plan.price.seconds
             outcome = run_plan(
                 plan.plan,
@@ -519,17 +478,20 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 progress=progress,
                 search=plan.search,
             )
-            found = _results_of(plan, outcome, workspace)
+            found = _results_of(plan, outcome)
             return _report_of(plan, found, context, outcome.failures)
 
 
-def _stored_results(planned: PlannedSweep, workspace: Workspace) -> StoredSweep | None:
+sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
+
+
+def _stored_results(planned: PlannedSweep, workspace: Workspace) -> results.StoredSweep | None:
     """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
     The tasks of lm-eval may have changed, which is known when they are loaded; and a logger that
     was not asked for before lacks the trainings.
     """
-    settings, plan = planned.asked["settings"], planned.plan
+    settings, plan = planned.asked.settings, planned.plan
     is_left = any(state.name in ("to measure", "to train") for state in planned.states)
     if is_left or planned.unknown or (planned.search and planned.search.num_left):
         return None
@@ -538,17 +500,16 @@ def _stored_results(planned: PlannedSweep, workspace: Workspace) -> StoredSweep 
     last = read_tail(workspace.sweeps / plan.name)[-1:]
     finished = {state.trial.key for state in planned.states if state.name == "finished"}
     with suppress(UserError):  # Else they are written again.
-        found = load_sweep_results(workspace, plan.name)
+        found = results.load_sweep_results(workspace, plan.name)
         if last and last[0].get("name") == "finished" and found.key == plan.key:
             return found if {result.key for result in found.results} == finished else None
     return None
 
 
-def _results_of(planned: PlannedSweep, outcome: SweepOutcome, workspace: Workspace) -> StoredSweep:
+def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredSweep:
     """Return what a report needs of a sweep that was run."""
-    settings = planned.asked["settings"]
     plan, finished = outcome.plan, {result.key for result in outcome.results}
-    suite = plan.trials[0].suite
+    suite, root = plan.trials[0].suite, planned.asked.workspace.root
     chances = heldout_chances(Path(suite.suite_folder) if suite.suite_folder else None)
     chances = {n: text for n, text in chances.items() if not suite.tasks or n in suite.tasks}
     ends: dict[str, str] = {}
@@ -562,21 +523,21 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome, workspace: Workspa
             ends[trial.label] = "not finished"
         elif trial.key in outcome.reused:
             ends[trial.label] = "reused: it was finished before"
-    return StoredSweep(
+    return results.StoredSweep(
         name=plan.name,
         key=plan.key,
         results=outcome.results,
-        influence=planned.influence,
+        influence=next(iter(planned.asked.influence.values()), None),
         facts={
-            **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
-            **({CHANCE_TITLE: chances} if chances else {}),
+            **({results.LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
+            **({results.CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
-            SETTINGS_TITLE: flatten(settings),
-            PROVENANCE_TITLE: {
+            results.SETTINGS_TITLE: flatten(planned.asked.settings),
+            results.PROVENANCE_TITLE: {
                 "sweep": plan.key,
                 "kind": plan.kind,
-                "teacher": portable_path(plan.teacher or "none", workspace.root),
-                "tokens": portable_path(plan.tokens_folder, workspace.root),
+                "teacher": portable_path(plan.teacher or "none", root),
+                "tokens": portable_path(plan.tokens_folder, root),
                 "schedules asked for": plan.num_requested,
                 "trials": len(plan.trials),
                 **environment(),
@@ -587,19 +548,19 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome, workspace: Workspa
 
 def _report_of(
     planned: PlannedSweep,
-    found: StoredSweep,
+    found: results.StoredSweep,
     context: Context,
     failures: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Write the report of a sweep that has ended."""
-    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     workspace, plan = context.workspace, planned.plan
     written = write_sweep_report(workspace, found, tracking=lambda: context.tracking)
     journal = Journal(workspace.sweeps / plan.name)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
-    stops = early_stops(plan, planned.placed.sweep)
+    stops = plans.early_stops(plan, planned.placed.sweep)
     return SweepResult.of(
         written,
         workspace,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.result import Result
+from orchestrator.records.status import is_in_use
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import SweepPlan
 from orchestrator.terminal.progress import Progress
@@ -20,7 +21,6 @@ from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import PLAN_FILE, Workspace
-from orchestrator.workspace.status import is_in_use
 
 MAX_NAMED = 20
 
@@ -40,7 +40,6 @@ class SyncResult(Result):
     """Registered models that were published, as NAME@ALIAS."""
 
     def shown(self) -> Iterator[str]:
-        """Return what was published."""
         yield (
             f"{format_count(len(self.trainings), 'pretraining')}, "
             f"{format_count(len(self.sweeps), 'sweep')}, "

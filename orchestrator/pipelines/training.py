@@ -109,48 +109,70 @@ class TrainingPlan(Result):
         return next(iter(self.models.values())).cluster
 
     @cached_property
-    def price(self) -> Price:
-        """Tokens, FLOPs, hours, memory and disk of what is left."""
-        return self._price_of(*self.jobs)
-
-    @cached_property
-    def problems(self) -> dict[str, str | None]:
-        """Place -> why the trainings do not fit there; None if they do. First this machine."""
-        return self._problems_of(*self.jobs)
-
-    @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Label -> what is left of it, on the devices of the settings."""
         devices = run_devices(self.cluster)
         return {label: replace(Estimate.of(j), devices=devices) for label, j in self.jobs.items()}
 
     @cached_property
-    def ends(self) -> dict[str, Path | list[str]]:
+    def ends(self) -> dict[str, tuple[Path | None, list[str]]]:
         """Label -> the checkpoint of a finished training; of others, what is damaged at its end."""
-        ends: dict[str, Path | list[str]] = {}
+        ends: dict[str, tuple[Path | None, list[str]]] = {}
         for label, job in self.jobs.items():
             damage: list[str] = []
             outcome = finished_outcome(job, damage.append) if job.tokens_folder else None
-            ends[label] = Path(str(outcome.checkpoint)) if outcome else damage
+            ends[label] = (Path(str(outcome.checkpoint)), []) if outcome else (None, damage)
         return ends
 
     @property
     def finished(self) -> dict[str, Path]:
         """Label of each finished training -> its checkpoint."""
-        return {label: end for label, end in self.ends.items() if isinstance(end, Path)}
+        return {label: end for label, (end, _) in self.ends.items() if end}
 
     @property
     def damaged(self) -> list[str]:
         """Which ends of trainings are damaged, so they are trained again."""
-        return [text for end in self.ends.values() if isinstance(end, list) for text in end]
+        return [text for _, damage in self.ends.values() for text in damage]
 
-    def state_of(self, label: str) -> str:
-        """Return whether a training is finished, or where it begins."""
-        end, job, done = self.ends[label], self.jobs[label], self.estimates[label].steps_done
-        if isinstance(end, Path):
-            return f"finished: {job.folder}"
+    @property
+    def left(self) -> list[Estimate]:
+        """What is left of all trainings that are not finished."""
+        return [each for label, each in self.estimates.items() if not self.ends[label][0]]
+
+    @cached_property
+    def price(self) -> Price:
+        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        new = self.tokens.new_bytes if self.tokens else 0
+        return price_of(self.left, self.workspace.root, new_token_bytes=new, mfu=self.mfu)
+
+    @cached_property
+    def problems(self) -> dict[str, str | None]:
+        """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        # The fewest GPUs of a job have the largest shares of a step.
+        fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
+        placed = [replace(each, devices=run_devices(fewest)) for each in self.left]
+        check = partial(check_run_resources, self.cluster, local=self.local)
+        root, address = self.workspace.root, self.cluster.ray_address
+        return find_problems(placed, self.price.disk, root, address, check)
+
+    @property
+    def each(self) -> dict[str, TrainingPlan]:
+        """Label -> the plan of this training alone."""
+        fields = {name: getattr(self, name) for name in TrainingPlan.model_fields}
+        return {
+            label: TrainingPlan(**fields | {"jobs": {label: job}})
+            for label, job in self.jobs.items()
+        }
+
+    @property
+    def state(self) -> str:
+        """Whether the only training is finished, or where it begins."""
+        [(label, job)] = self.jobs.items()
+        (end, damage), done = self.ends[label], self.estimates[label].steps_done
+        if not job.tokens_folder:
+            return UNPREPARED
         begin = f"from step {done:,}" if done else "not begun"
-        return "; ".join([*end, begin]) if job.tokens_folder else UNPREPARED
+        return f"finished: {job.folder}" if end else "; ".join([*damage, begin])
 
     def to_json(self) -> dict[str, Any]:
         """Return what there is to train; of a `distill`, an entry of `students` for each student.
@@ -164,46 +186,27 @@ class TrainingPlan(Result):
         """
         students = [
             {
-                "method": job.model.method,
-                "schedule": list(job.model.corrections),
-                "state": self.state_of(label),
-                "price": self._price_of(label).model_dump(mode="json"),
-                "problems": self._problems_of(label),
+                "method": self.jobs[label].model.method,
+                "schedule": list(self.jobs[label].model.corrections),
+                "state": plan.state,
+                "price": plan.price.model_dump(mode="json"),
+                "problems": plan.problems,
             }
-            for label, job in self.jobs.items()
+            for label, plan in self.each.items()
         ]
         return {"students": students} if self.kind == "distill" else students[0]
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return a table for each training."""
-        for label, training in self.estimates.items():
+        for label, plan in self.each.items():
+            training = self.estimates[label]
             devices = training.devices
-            workers = "GPU" if devices.on_gpus else "CPU worker"
+            workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
                 *training_rows(training, self.tokens),
-                ("state", self.state_of(label)),
-                *price_rows(self._price_of(label), self._problems_of(label)),
+                ("state", plan.state),
+                *price_rows(plan.price, plan.problems),
             ]
-            title = f"Plan: {training.config.method}, {format_count(devices.num_workers, workers)}"
-            yield two_column_table(title, rows)
-
-    def left(self, labels: Iterable[str] | None = None) -> list[Estimate]:
-        """Return what is left of all trainings, or of some, that are not finished."""
-        wanted = self.jobs if labels is None else labels
-        return [self.estimates[label] for label in wanted if label not in self.finished]
-
-    def _price_of(self, *labels: str) -> Price:
-        new = self.tokens.new_bytes if self.tokens else 0
-        return price_of(self.left(labels), self.workspace.root, new_token_bytes=new, mfu=self.mfu)
-
-    def _problems_of(self, *labels: str) -> dict[str, str | None]:
-        # The fewest GPUs of a job have the largest shares of a step.
-        fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
-        placed = [replace(each, devices=run_devices(fewest)) for each in self.left(labels)]
-        check = partial(check_run_resources, self.cluster, local=self.local)
-        disk = self._price_of(*labels).disk
-        root, address = self.workspace.root, self.cluster.ray_address
-        return find_problems(placed, disk, root, address, check)
+            yield two_column_table(f"Plan: {training.config.method}, {workers}", rows)
 
 
 class PretrainResult(Result):
@@ -224,7 +227,6 @@ class PretrainResult(Result):
         return [rows[step] for step in sorted(rows)]
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return where the weights are."""
         return [f"checkpoint: {self.checkpoint}"]
 
 
@@ -246,7 +248,6 @@ class StudentsResult(Result):
     """One entry per schedule."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return where the weights are."""
         return [line for student in self.students for line in student.shown()]
 
 
@@ -398,23 +399,14 @@ distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
 
 
 def distill(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    schedule: str | IterationSchedule,
-    teacher: Path | str | None = None,
-    local: bool = False,
-    progress: Progress | None = None,
+    settings: Settings, *, schedule: str | IterationSchedule, **options: Any
 ) -> DistillResult:
-    """Distill a teacher into itself under one schedule; arguments and errors as `plan_distill`."""
-    return distill_all(
-        settings,
-        workspace=workspace,
-        schedules=[schedule],
-        teacher=teacher,
-        local=local,
-        progress=progress,
-    ).students[0]
+    """Distill a teacher into itself under one schedule.
+
+    Args:
+        options: Arguments of `plan_distill`, which says what is raised, too.
+    """
+    return distill_all(settings, schedules=[schedule], **options).students[0]
 
 
 def run_trainings(

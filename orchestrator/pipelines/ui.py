@@ -18,8 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from orchestrator.reporting.results import newest_sweep
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
@@ -107,39 +105,25 @@ def overview() -> ChartView:
 
 
 def check_port(port: int) -> None:
-    """Raise `UserError` if a port is taken or out of range; it names a free one."""
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port takes a number from 1 to 65535, got {port}")
+    """Raise `UserError` if a port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            with socket.socket() as other:
-                other.bind((HOST, 0))
-                free = other.getsockname()[1]
             reason = error.strerror or str(error)
-            raise UserError(f"port {port} cannot be used ({reason}); try --port {free}") from None
+            raise UserError(
+                f"port {port} cannot be used ({reason}); try --port {port + 1}"
+            ) from None
 
 
 def stop_group(server: subprocess.Popen[bytes]) -> None:
-    """Stop the server and its children: SIGTERM first, SIGKILL if they do not end."""
+    """Stop the server and its children: SIGTERM first, then SIGKILL those that have not ended."""
     for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):  # All have ended.
             os.killpg(server.pid, how)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
-            living = set()
-            for process in psutil.process_iter(["status"]):
-                # A zombie still accepts signals, and in a container it may never be collected.
-                if process.info["status"] != psutil.STATUS_ZOMBIE:
-                    with suppress(ProcessLookupError):
-                        living.add(os.getpgid(process.pid))
-            if server.pid not in living:
-                return
-            time.sleep(0.05)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_TIMEOUT_SECONDS)
 
 
 # A child of the shell reads a pipe that this process alone holds open. The pipe ends with this

@@ -24,14 +24,7 @@ import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
-from orchestrator.reporting.sections import Column, Table, TableRow
-from orchestrator.terminal import render
-from orchestrator.workspace import files, layout
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
-from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
-from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
-from orchestrator.workspace.status import (
+from orchestrator.records.status import (
     Note,
     Sweep,
     Training,
@@ -42,6 +35,13 @@ from orchestrator.workspace.status import (
     training_folders,
     trials_by_folder,
 )
+from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.terminal import render
+from orchestrator.workspace import files, layout
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
+from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
+from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,7 +83,6 @@ class Listing(Result):
     ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
-        """Return a table for each kind; a narrow one leaves loss and model out."""
         for kind, entries in self.entries.items():
             total = render.format_bytes(sum(entry["bytes"] for entry in entries))
             title = "exported models" if kind == "models" else kind
@@ -148,7 +147,7 @@ def _find_entries(
             sweep = Sweep(folder, note)
             if not sweep.trials:
                 state = "damaged" if sweep.is_damaged else "without a plan"
-            elif any(is_in_use(sweep.run_of(trial)) for trial in sweep.left):
+            elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
             else:
                 state = "interrupted" if sweep.left else "finished"
@@ -166,8 +165,8 @@ def _find_entries(
                 state = "finished" if any(folder.glob("result-*.json")) else "to measure"
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
-                "method": job and job.method,
-                "schedule": job and job.schedule,
+                "method": job and job.model.method,
+                "schedule": job and list(job.model.corrections),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,
@@ -194,7 +193,6 @@ class WorkspaceStatus(Result):
     """Each sweep with a running trial: `name`, `finished`, `trials`, `seconds_left`."""
 
     def shown(self) -> Iterator[RenderableType]:
-        """Return a sentence for each sweep and each activity."""
         if not self.activities:
             yield f"nothing runs in {self.workspace}"
         for sweep in self.sweeps:
@@ -302,7 +300,6 @@ class CleanPlan(Result):
         return render.format_bytes(sum(item.bytes for item in self.found))
 
     def shown(self) -> Iterable[str]:
-        """Return how much is deleted; before that a line for each kind and each item."""
         if self.is_done:
             freed = render.format_bytes(sum(item.bytes for item in self.deleted))
             yield f"deleted {len(self.deleted)} of {len(self.found)}: {freed}"
@@ -331,7 +328,7 @@ def plan_clean(
     note, order = cache(note), tuple(RemovableKind)
     paths: dict[Path, Removable] = {}
     for kind in sorted(kinds or order, key=order.index):
-        found = sorted(_find_removable(kind, workspace, note), key=lambda each: each[0])
+        found = sorted(_FINDERS[kind](workspace, note), key=lambda each: each[0])
         for path, reason, *locks in found:
             # A damaged checkpoint may also be one that a finished run no longer needs.
             if not paths.keys() & {path, *path.parents}:
@@ -361,37 +358,49 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     return plan.model_copy(update={"deleted": tuple(deleted), "is_done": True})
 
 
-def _find_removable(kind: RemovableKind, workspace: Workspace, note: Note) -> Found:
-    if kind == RemovableKind.CHECKPOINTS:
-        yield from _intermediate_checkpoints(workspace, note)
-    elif kind == RemovableKind.DAMAGED:
-        yield from _damaged(workspace)
-    elif kind == RemovableKind.TEACHERS:
+# What can go of each kind; `note` is called with a sentence on each damaged file.
+
+
+def _temporary(workspace: Workspace, _: Note) -> Found:
+    for folder in files.leftovers(workspace.root, below=True):
+        yield folder, "half-written or half-deleted by a process that ended"
+    for file in workspace.root.rglob(".*.tmp"):
+        if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
+            yield file, "half-written by a process that ended"
+    for parent in (workspace.tokens, workspace.teachers):
+        for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
+            key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
+            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
+            if not is_locked(lock):
+                yield folder, "of an interrupted command, which would resume there", lock
+
+
+def _ray_folders(workspace: Workspace, _: Note) -> Found:
+    for folder in files.abandoned_folders():
+        yield folder, "Ray's temporary files of a command that ended"
+    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
+        if not _has_driver(folder):
+            yield folder, "Ray Tune's files of a command that ended"
+    for run in training_folders(workspace):
+        folder = run / layout.RAY_FOLDER
+        if folder.is_dir() and not is_in_use(run):
+            yield folder, "Ray Train's files of a command that ended", *run_locks(run)
+
+
+def _has_driver(folder: Path) -> bool:
+    """Return whether the command of a sweep's Ray folder may still run."""
+    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
+    return not process.isdecimal() or psutil.pid_exists(int(process))
+
+
+def _teacher_outputs(workspace: Workspace, _: Note) -> Found:
+    # Any command may read them; and a sweep between two trials holds no lock.
+    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"))
+    stored = folders_in(workspace.teachers)
+    if stored and not show_status(workspace).activities and not any(drivers):
         reason = "teacher outputs for distillation; they are computed again when needed"
-        for folder in _unused_teachers(workspace):
+        for folder in stored:
             yield folder, reason, folder.with_name(f".{folder.name}.lock")
-    elif kind == RemovableKind.RAY:
-        for folder in files.abandoned_folders():
-            yield folder, "Ray's temporary files of a command that ended"
-        for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
-            if not _has_driver(folder):
-                yield folder, "Ray Tune's files of a command that ended"
-        for run in training_folders(workspace):
-            folder = run / layout.RAY_FOLDER
-            if folder.is_dir() and not is_in_use(run):
-                yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-    else:
-        for folder in files.leftovers(workspace.root, below=True):
-            yield folder, "half-written or half-deleted by a process that ended"
-        for file in workspace.root.rglob(".*.tmp"):
-            if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
-                yield file, "half-written by a process that ended"
-        for parent in (workspace.tokens, workspace.teachers):
-            for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
-                key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
-                lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
-                if not is_locked(lock):
-                    yield folder, "of an interrupted command, which would resume there", lock
 
 
 def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
@@ -429,12 +438,10 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
-    stored = files.read_json(folder / layout.JOB_NAME)
-    if stored is None:
+    if (job := TrainingJob.of_folder(folder)) is None:
         if (folder / layout.DONE_NAME).exists():
             raise UserError(f"{folder / layout.JOB_NAME} is missing")
         return set()
-    job = TrainingJob.parse(stored.get("job", {}), folder / layout.JOB_NAME)
     outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))
     if outcome is None or not outcome.finished:
         return set()
@@ -442,7 +449,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
 
 
-def _damaged(workspace: Workspace) -> Found:
+def _damaged(workspace: Workspace, _: Note) -> Found:
     from orchestrator.models.folder import check_checkpoint
 
     for folder in training_folders(workspace):
@@ -460,17 +467,10 @@ def _damaged(workspace: Workspace) -> Found:
                 yield file, str(error).removeprefix(f"{file} ")
 
 
-def _has_driver(folder: Path) -> bool:
-    """Return whether the command of a sweep's Ray folder may still run."""
-    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
-    return not process.isdecimal() or psutil.pid_exists(int(process))
-
-
-def _unused_teachers(workspace: Workspace) -> list[Path]:
-    """Return the stored answers, which any command may read; none while one runs."""
-    folders = folders_in(workspace.teachers)
-    if not folders or show_status(workspace).activities:
-        return []
-    # A sweep between two trials holds no lock.
-    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"))
-    return [] if any(drivers) else folders
+_FINDERS = {
+    RemovableKind.TEMPORARY: _temporary,
+    RemovableKind.RAY: _ray_folders,
+    RemovableKind.TEACHERS: _teacher_outputs,
+    RemovableKind.CHECKPOINTS: _intermediate_checkpoints,
+    RemovableKind.DAMAGED: _damaged,
+}

@@ -169,6 +169,10 @@ class Estimate:
         steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
         return steps * self.recipe.num_tokens_per_step
 
+    def num_live_tokens(self, *, is_stored: bool) -> int:
+        """Return how many of them it reads meanwhile: none if its outputs are stored."""
+        return 0 if is_stored and self.cache else self.num_teacher_tokens
+
     @cached_property
     def stages(self) -> dict[IterationSchedule, int]:
         """Iteration schedule -> number of these steps under it."""
@@ -365,6 +369,55 @@ def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
     return list(groups.values())
 
 
+def _price_of_group(
+    group: Sequence[Estimate], answer_flops: float, *, is_stored: bool, mfu: float | None
+) -> Price:
+    """Return the price of trainings that share devices.
+
+    Args:
+        answer_flops: What computing the teachers' outputs takes, if they are stored.
+    """
+    devices, rate = group[0].devices, assumed_rate(group[0], mfu)
+    at_once, num_devices = min(devices.at_once, len(group)), machine.num_cpus()
+    if devices.on_gpus:
+        num_devices = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
+    # The longest training starts first, and each next one where one ends. A teacher that runs in a
+    # training slows it; its stored outputs are computed before, on one GPU or all CPUs.
+    live_tokens = [each.num_live_tokens(is_stored=is_stored) for each in group]
+    lives = [e.teacher_flops_per_token * n for e, n in zip(group, live_tokens, strict=True)]
+    works = [each.flops + live for each, live in zip(group, lives, strict=True)]
+    places = [0.0] * at_once
+    for work in sorted(works, reverse=True):
+        heapq.heapreplace(places, places[0] + work)
+    flops = max(places) * at_once / num_devices
+    answers = answer_flops / (1 if devices.on_gpus else num_devices)
+    longest = flops + answers * any(each.teacher for each in group)
+    least, most = (longest / (rate.peak_flops * share) / 3600 for share in rate.shares[::-1])
+
+    # Bounds are expected to take less.
+    flops *= (sum(e.expected_flops for e in group) + sum(lives)) / (sum(works) or 1.0)
+    stage, rounds = "sweep" if devices.are_trials else "pretrain", math.ceil(len(group) / at_once)
+    seconds = {stage: flops / rate.expected_flops + SECONDS[stage] * rounds}
+    if devices.are_trials:
+        seconds["teacher"] = answers / rate.expected_flops
+    kept, in_writing = zip(*(each.disk_bytes for each in group), strict=True)
+    saving = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
+    return Price(
+        num_trainings=len(group),
+        num_tokens=sum(each.num_tokens for each in group),
+        num_teacher_tokens=sum(live_tokens),
+        flops=sum(works),
+        hours=(least, most),
+        seconds=seconds,
+        num_devices=num_devices,
+        uses_gpus=devices.on_gpus,
+        rate=rate,
+        disk={"checkpoints": sum(kept) + sum(sorted(in_writing)[-at_once:])},
+        num_saving=at_once,
+        stop_seconds=LEAST_SECONDS + 2 * sum(saving[-at_once:]),
+    )
+
+
 def price_of(
     trainings: Sequence[Estimate],
     folder: Path,
@@ -390,47 +443,17 @@ def price_of(
     """
     groups = groups_by_devices(trainings)
     left = [*chain(*groups)]
-    new_caches, answer_flops = _new_answers(left, teachers)
-
-    def num_live(each: Estimate) -> int:
-        return 0 if teachers and each.cache else each.num_teacher_tokens
-
-    hours, rate, cpus = [0.0, 0.0], None, machine.num_cpus()
-    num_devices = num_saving = in_writing = 0
-    stop_seconds, live_flops = 0.0, 0.0
-    stages: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    measuring, speed = sum(measuring_flops), CPU_PEAK_FLOPS * sum(CPU_SHARES) / 2 * cpus
-    for group in groups:
-        devices = group[0].devices
-        at_once = min(devices.at_once, len(group))
-        gpus = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
-        num_used = gpus if devices.on_gpus else cpus
-        # The longest training starts first, and each next one where one ends. A teacher that runs
-        # in a training slows it; its stored outputs are computed before, on one GPU or all CPUs.
-        lives = [each.teacher_flops_per_token * num_live(each) for each in group]
-        live_flops += sum(lives)
-        works = [each.flops + live for each, live in zip(group, lives, strict=True)]
-        places = [0.0] * at_once
-        for work in sorted(works, reverse=True):
-            heapq.heapreplace(places, places[0] + work)
-        flops = max(places) * at_once / num_used
-        answers = answer_flops / (1 if devices.on_gpus else num_used)
-        rate = assumed_rate(group[0], mfu)
-        for number, share in enumerate(reversed(rate.shares)):
-            all_of_it = flops + answers * any(each.teacher for each in group)
-            hours[number] += all_of_it / (rate.peak_flops * share) / 3600
-
-        stage, speed = "sweep" if devices.are_trials else "pretrain", rate.expected_flops
-        # Bounds are expected to take less.
-        flops *= (sum(e.expected_flops for e in group) + sum(lives)) / (sum(works) or 1.0)
-        stages[stage] += flops / speed + SECONDS[stage] * math.ceil(len(group) / at_once)
-        stages["teacher"] += answers / speed if devices.are_trials else 0.0
-        speed *= num_used
-
-        in_writing += sum(sorted(each.disk_bytes[1] for each in group)[-at_once:])
-        seconds = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
-        stop_seconds = max(stop_seconds, LEAST_SECONDS + 2 * sum(seconds[-at_once:]))
-        num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
+    answers, answer_flops = _new_answers(left, teachers)
+    parts = [
+        _price_of_group(group, answer_flops, is_stored=teachers is not None, mfu=mfu)
+        for group in groups
+    ]
+    rate = parts[-1].rate if parts else None
+    measuring, speed = sum(measuring_flops), CPU_PEAK_FLOPS * sum(CPU_SHARES) / 2
+    speed *= machine.num_cpus()
+    if rate:
+        speed = rate.expected_flops * parts[-1].num_devices
+    stages = {name: sum(part.seconds.get(name, 0.0) for part in parts) for name in STAGES}
     stages["sweep"] += measuring / speed
     if influence_flops:
         stages["influence"] = influence_flops / speed + SECONDS["influence"]
@@ -440,33 +463,34 @@ def price_of(
         stages["start"] = SECONDS["start"]
 
     first_stages = {
-        each.first_stage.key: each.checkpoint_bytes
+        stage.key: each.checkpoint_bytes
         for each in trainings
-        if each.first_stage and not each.first_stage.exists
+        if (stage := each.first_stage) and not stage.exists
     }
     disk = {
         "tokens": new_token_bytes,
-        "checkpoints": sum(each.disk_bytes[0] for each in trainings) + in_writing,
+        "checkpoints": sum(part.disk["checkpoints"] for part in parts),
         "shared first stages": sum(first_stages.values()),
-        "teacher outputs": sum(plan.num_bytes for plan in new_caches),
+        "teacher outputs": sum(plan.num_bytes for plan in answers),
     }
+    answer_tokens = sum(plan.num_tokens for plan in answers)
     largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
     return Price(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
-        num_tokens=sum(each.num_tokens for each in left),
-        num_teacher_tokens=sum(p.num_tokens for p in new_caches) + sum(map(num_live, left)),
-        flops=sum(each.flops for each in left) + answer_flops + live_flops,
-        hours=(hours[0], hours[1]),
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_teacher_tokens=answer_tokens + sum(part.num_teacher_tokens for part in parts),
+        flops=sum(part.flops for part in parts) + answer_flops,
+        hours=(sum(part.hours[0] for part in parts), sum(part.hours[1] for part in parts)),
         seconds={stage: seconds for stage, seconds in stages.items() if seconds},
-        num_devices=num_devices,
-        uses_gpus=any(each.devices.on_gpus for each in trainings),
+        num_devices=max((part.num_devices for part in parts), default=0),
+        uses_gpus=any(part.uses_gpus for part in parts),
         rate=rate,
         memory=largest.worker_memory if largest else {},
         disk={name: value for name, value in disk.items() if value},
         free_disk=free_disk(folder),
-        num_saving=num_saving,
-        stop_seconds=stop_seconds,
+        num_saving=max((part.num_saving for part in parts), default=0),
+        stop_seconds=max((part.stop_seconds for part in parts), default=0.0),
     )
 
 

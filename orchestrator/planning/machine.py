@@ -207,9 +207,7 @@ def check_available(
     if num_gpus and not resources.gpus:
         import torch
 
-        is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
-        build = " (a build without GPU support)" * is_cpu_build
-        found += " and no GPU" + f" that PyTorch {torch.__version__}{build} can use" * is_here
+        found += " and no GPU" + f" that PyTorch {torch.__version__} can use" * is_here
         leave_out = "leave sweep.gpus_per_trial out and " * per_trial
         changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
     if num_gpus:

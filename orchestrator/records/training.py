@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ from iiet.config import DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.layout import JOB_NAME
 
 SIZES = (
     "num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "context_length",
@@ -67,6 +69,17 @@ class TrainingJob(Record):
     """Settings section of the recipe, named in errors."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self | None:
+        """Return the job of a run's folder; None if the folder has no such file.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        path = folder / JOB_NAME
+        stored = read_json(path)
+        return None if stored is None else cls.parse(stored.get("job", {}), path)
 
     @property
     def folder(self) -> Path:

@@ -1,26 +1,25 @@
-"""Charts of reports: Altair describes each once, for the page as well as for PNG and SVG.
+"""Charts of reports, described once for the page as well as for PNG and SVG.
 
-The front shows cost against quality with one standard error; on the page, menus choose other axes.
-Python finds the front of every pair of axes (`pareto`), so the chart only looks up who is on it.
-Colors are Okabe and Ito's, which color-blind readers can distinguish; all distinctions are shapes
-or dashes as well. The same results give the same bytes.
+A chart is JSON in the language of Vega-Lite, written here as it is documented there. The front
+shows cost against quality with one standard error; on the page, menus choose other axes. Python
+finds the front of every pair of axes (`pareto`), so the chart only looks up who is on it. Colors
+are Okabe and Ito's, which color-blind readers can distinguish; all distinctions are shapes or
+dashes as well. The same results give the same bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-import altair
 import numpy as np
 import vl_convert
-from altair import Axis, Chart, Color, InlineData, Legend, Scale, X, Y
 
 from orchestrator.records.evaluation import DepthCurve
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
@@ -46,9 +45,13 @@ PINK, SKY, INK, GRAY, GRID = "#CC79A7", "#56B4E9", "#1c1c1c", "#757575", "#e6e6e
 SERIES_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 DASHES = ([1, 0], [6, 4], [2, 2])
 """Of curves; the next one begins where the colors begin again."""
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.4.1.json"
 WIDTH, HEIGHT = 700, 400
 """Size of a picture; on the page, a chart is as wide as its place."""
+LOW_HEIGHT = HEIGHT * 3 // 4
 PIXELS_PER_UNIT = 2
+BELOW: dict[str, Any] = {"title": None, "orient": "bottom"}
+"""A legend below the chart."""
 COLUMNS = {"expr": "width < 500 ? 2 : 6"}
 """Of a legend; a phone is narrow."""
 CONFIG = {
@@ -89,7 +92,7 @@ TOOLTIP_METRICS = (
 )
 
 Spec = dict[str, Any]
-"""A chart in the JSON of Vega-Lite."""
+"""A chart, or a part of one, in the JSON of Vega-Lite."""
 
 
 def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
@@ -104,7 +107,12 @@ def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) ->
             return paths
     for path in paths:
         if path.suffix == ".svg":
-            content = _with_own_ids(vl_convert.vegalite_to_svg(spec)).encode() + mark
+            svg: str = vl_convert.vegalite_to_svg(spec)
+            # Ids must not depend on the charts that were drawn before.
+            ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
+            for number, name in enumerate(ids):
+                svg = re.sub(rf'(?<=[#"]){name}(?=["\)])', f"id_{number}", svg)
+            content = svg.encode() + mark
         else:
             content = vl_convert.vegalite_to_png(spec, scale=PIXELS_PER_UNIT)
         with new_file(path) as temporary:
@@ -112,23 +120,44 @@ def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) ->
     return paths
 
 
-def _with_own_ids(svg: str) -> str:
-    """Return an SVG whose ids do not depend on the charts that were drawn before."""
-    ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
-    names = {name: f"id_{number}" for number, name in enumerate(ids)}
-    return re.sub(
-        r'(?<=[#"])[a-z]+_?\d+(?=["\)])', lambda found: names.get(found[0], found[0]), svg
-    )
+def chart_spec(chart: Spec, *, title: str | Spec = "") -> Spec:
+    """Return a chart with the style of all charts."""
+    return {"$schema": SCHEMA, **({"title": title} if title else {}), **chart, "config": CONFIG}
 
 
-def chart_spec(chart: Any, *, title: str | altair.Title | None = None) -> Spec:
-    """Return the JSON of a chart with the style of all charts."""
-    if title:
-        chart = chart.properties(title=title)
-    text = chart.to_json(indent=None, sort_keys=False)  # Tooltips keep their order.
-    # Titles of axes that follow a menu are signals, which Altair's schema does not know.
-    text = re.sub(r'"title": "(titles\[\w+\])"', r'"title": {"signal": "\1"}', text)
-    return {**json.loads(text), "config": CONFIG}
+def number(field: str, **more: Any) -> Spec:
+    """Return the encoding of a field with numbers."""
+    return {"field": field, "type": "quantitative", **more}
+
+
+def word(field: str, **more: Any) -> Spec:
+    """Return the encoding of a field with names."""
+    return {"field": field, "type": "nominal", **more}
+
+
+def marks(
+    kind: str,
+    encoding: Mapping[str, Spec],
+    *,
+    values: Sequence[Any] | None = None,
+    where: Sequence[Spec] = (),
+    **look: Any,
+) -> Spec:
+    """Return a layer of marks of one kind.
+
+    Args:
+        kind: Such as `line` or `point`.
+        encoding: Channel -> field.
+        values: Its data, if they are not the chart's.
+        where: Transforms of the data.
+        look: Properties of the marks.
+    """
+    data = {} if values is None else {"data": {"values": values}}
+    transform = {"transform": [*where]} if where else {}
+    return {**data, **transform, "mark": {"type": kind, **look}, "encoding": {**encoding}}
+
+
+# The front
 
 
 def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> Spec:
@@ -154,149 +183,214 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
     # Places on other axes need the numbers alone.
     numbers = front.table[["key", "role", *(n for n in measured if n in front.table and "/" in n)]]
-    fronts = [find_front(numbers, FrontAxes(*p)) for p in itertools.product(costs, qualities)]
+    fronts = [find_front(numbers, FrontAxes(*pair)) for pair in product(costs, qualities)]
+    paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
+
     sweeps = front.sweeps
     groups = [*(sweeps or [TRIAL]), FULL_MODEL, BASELINE]
-    colors = [*itertools.islice(itertools.cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
-    shapes = [*itertools.islice(itertools.cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
-    paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
+    colors = [*islice(cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
+    shapes = [*islice(cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
     if mark_paper and is_accuracy(front.axes.quality):
         groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
+    key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
+    color = word("group", legend=key, scale={"domain": groups, "range": colors})
+    shape = word("group", legend=key, scale={"domain": groups, "range": shapes})
 
     # One layer has the axes; they all have the same scales.
-    x_scale = Scale(zero=False, nice=False, padding=PADDING_X)
-    y_scale = Scale(zero=False, nice=False, padding=PADDING_Y, reverse=altair.ExprRef("is_loss"))
+    free = {"zero": False, "nice": False}
+    upward = {**free, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
+    x = number("x", axis=None, scale={**free, "padding": PADDING_X})
+    y, low = (number(name, axis=None, scale=upward) for name in ("y", "low"))
+    x_axis = {"title": {"signal": "titles[cost]"}, "gridColor": GRID, "tickCount": 8}
+    x_axis["tickMinStep"] = {"expr": "cost == 'cost/evaluations' ? 1 : 0"}
+    y_axis = {"title": {"signal": "titles[quality]"}, "gridColor": GRID}
+    y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
 
-    def across(axis: Axis | None = None) -> X:
-        return X("x:Q", axis=axis, scale=x_scale)
-
-    def up(name: str = "y", axis: Axis | None = None) -> Y:
-        return Y(f"{name}:Q", axis=axis, scale=y_scale)
-
-    x, y = across(), up()
-    whole_steps = altair.ExprRef("cost == 'cost/evaluations' ? 1 : 0")
-    x_axis = Axis(title="titles[cost]", gridColor=GRID, tickCount=8, tickMinStep=whole_steps)
-    percent = "is_share ? format(datum.value, '.4~p') : datum.label"
-    y_axis = Axis(title="titles[quality]", gridColor=GRID, labelExpr=percent)
-    key = Legend(title=None, orient="bottom", columns=COLUMNS, labelLimit=260, symbolSize=100)
-    color = Color("group:N", scale=Scale(domain=groups, range=colors), legend=key)
-    shape = altair.Shape("group:N", scale=Scale(domain=groups, range=shapes), legend=key)
-    chart = Chart()
+    members = {"filter": "datum.is_member"}
+    last = {"joinaggregate": [{"op": "max", "field": "x", "as": "last"}]}
+    step = {"x": x, "y": y, "color": {"value": INK if sweeps else BLUE}}
+    bar = {"x": x, "y": low, "y2": {"field": "high"}, "color": color}
+    point = {"x": x, "y": y, "color": color, "shape": shape, "tooltip": word("tip")}
+    point |= {"fill": word("fill", scale=None), "size": number("size", scale=None)}
+    cross = [
+        {"group": PAPER_MARK, "number": pair, "x": place[0], "y": place[1]}
+        for pair, place in enumerate(paper)
+        if place
+    ]
+    name_look: Spec = {"fontSize": 12}
+    for place, each in zip(("align", "dx", "dy"), zip(*NAME_PLACES, strict=True), strict=True):
+        name_look[place] = {"expr": f"{json.dumps(each)}[datum.place]"}
     layers = [
-        chart.mark_point(opacity=0).encode(across(x_axis), up(axis=y_axis)),
-        *_steps(x, y, altair.value(INK if sweeps else BLUE)),
-        chart.transform_filter("datum.error > 0")
-        .mark_rule(strokeWidth=1.2)
-        .encode(
-            x=x,
-            y=up("low"),
-            y2="high:Q",
-            color=color,
-            opacity=_opacity(0.8, 0.3),
+        marks("point", {"x": {**x, "axis": x_axis}, "y": {**y, "axis": y_axis}}, opacity=0),
+        # The best quality at each cost; flat after the last member.
+        marks("line", step, where=[members], interpolate="step-after", strokeWidth=2),
+        marks(
+            "rule",
+            {**step, "x2": {"field": "most"}},
+            where=[members, last, {"filter": "datum.x == datum.last"}],
+            strokeWidth=2,
         ),
-        chart.mark_point(strokeWidth=1.6, opacity=1).encode(
-            *(x, y, color, shape),
-            fill=altair.Fill("fill:N", scale=None),
-            strokeOpacity=_opacity(1.0, 0.45),
-            size=altair.Size("size:Q", scale=None),
-            tooltip=altair.Tooltip("tip:N"),
+        marks(
+            "rule",
+            {**bar, "opacity": _bold_or_faint(0.8, 0.3)},
+            where=[{"filter": "datum.error > 0"}],
+            strokeWidth=1.2,
         ),
-        *(_paper_mark(paper, x, y, shape) if mark_paper else ()),
-        *_names(x, y),
+        marks(
+            "point",
+            {**point, "strokeOpacity": _bold_or_faint(1.0, 0.45)},
+            strokeWidth=1.6,
+            opacity=1,
+        ),
     ]
-    whole = (
-        altair.layer(*layers, data=InlineData(values=_front_data(front, fronts, rows, paper)))
-        .transform_calculate(x="datum[cost]", y="datum[quality]")
-        .transform_filter("isValid(datum.x) && isValid(datum.y)")
-        .transform_joinaggregate(most="max(x)")
-        .transform_calculate(error="datum[quality + '_stderr'] || 0")
-        .transform_calculate(
-            low="datum.y - datum.error",
-            high="datum.y + datum.error",
-            is_member="indexof(datum.members, pair) >= 0",
-            is_full=f"datum.group == '{FULL_MODEL}'",
-            is_baseline=f"datum.group == '{BASELINE}'",
-        )
-        .transform_calculate(
-            is_bold="datum.is_member || datum.is_full || datum.is_baseline",
-            fill=f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : 'white'",
-            size="datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
-        )
-        .transform_calculate(
-            name="datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
-            place=f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]",
-        )
-        .add_params(*_menus(front, costs, qualities))
-        .resolve_axis(x="independent", y="independent")
-        .properties(width=WIDTH, height=HEIGHT)
-    )
-    return chart_spec(whole, title=altair.Title(title, subtitle=LEGEND) if title else None)
+    if mark_paper:
+        for stroke, stroke_width in (("white", 8), (INK, 2.4)):
+            look: Spec = {"size": 90, "opacity": 1, "strokeCap": "round", "stroke": stroke}
+            here = [{"filter": "datum.number == pair"}]
+            shown = {"x": x, "y": y, "shape": shape}
+            layers.append(
+                marks("point", shown, values=cross, where=here, strokeWidth=stroke_width, **look)
+            )
+    halo: Spec = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
+    for behind in (halo, {}):
+        text = {"x": x, "y": y, "text": word("name")}
+        named = [{"filter": "datum.place >= 0"}]
+        layers.append(marks("text", text, where=named, **name_look, **behind))
+    place = f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]"
+    calculated = {
+        "error": "datum[quality + '_stderr'] || 0",
+        "low": "datum.y - datum.error",
+        "high": "datum.y + datum.error",
+        "is_member": "indexof(datum.members, pair) >= 0",
+        "is_full": f"datum.group == '{FULL_MODEL}'",
+        "is_baseline": f"datum.group == '{BASELINE}'",
+        "is_bold": "datum.is_member || datum.is_full || datum.is_baseline",
+        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : 'white'",
+        "size": "datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
+        "name": "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
+        "place": place,
+    }
+    chart = {
+        "data": {"values": _front_data(front, fronts, rows, paper)},
+        "transform": [
+            {"calculate": "datum[cost]", "as": "x"},
+            {"calculate": "datum[quality]", "as": "y"},
+            {"filter": "isValid(datum.x) && isValid(datum.y)"},
+            {"joinaggregate": [{"op": "max", "field": "x", "as": "most"}]},
+            *({"calculate": how, "as": name} for name, how in calculated.items()),
+        ],
+        "params": _params(front, costs, qualities),
+        "layer": layers,
+        "resolve": {"axis": {"x": "independent", "y": "independent"}},
+        "width": WIDTH,
+        "height": HEIGHT,
+    }
+    return chart_spec(chart, title={"text": title, "subtitle": LEGEND} if title else "")
 
 
-def _menus(front: Front, costs: list[str], qualities: list[str]) -> list[Any]:
+def _bold_or_faint(bold: float, faint: float) -> Spec:
+    return {"condition": {"test": "datum.is_bold", "value": bold}, "value": faint}
+
+
+def _params(front: Front, costs: list[str], qualities: list[str]) -> list[Spec]:
     """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
-
-    def menu(name: str, names: Sequence[str], value: str) -> altair.Parameter:
-        labels = [metric_title(metric) for metric in names]
-        bind = altair.binding_select(options=names, labels=labels, name=f"{name.title()} ")
-        return altair.param(name=name, value=value, bind=bind)
-
-    def is_one_of(name: str, names: Iterable[str]) -> str:
-        return f"indexof({json.dumps([*names])}, {name}) >= 0"
-
     losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
-    pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
-    pair += f" + indexof({json.dumps(qualities)}, quality)"
-    return [
-        menu("cost", costs, front.axes.cost),
-        menu("quality", qualities, front.axes.quality),
-        altair.param(name="pair", expr=pair),
-        altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
-        altair.param(name="is_loss", expr=is_one_of("quality", losses)),
-        altair.param(name="hovered", value=""),
-        altair.param(name="titles", value={n: metric_title(n) for n in (*costs, *qualities)}),
+    shares = [name for name in qualities if is_accuracy(name)]
+    first = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
+    titles = {name: metric_title(name) for name in (*costs, *qualities)}
+    menus = [
+        {
+            "name": name,
+            "bind": {
+                "input": "select",
+                "options": metrics,
+                "labels": [titles[metric] for metric in metrics],
+                "name": f"{name.title()} ",
+            },
+            "value": value,
+        }
+        for name, metrics, value in (
+            ("cost", costs, front.axes.cost),
+            ("quality", qualities, front.axes.quality),
+        )
     ]
-
-
-def _cost_of_vanilla(front: Front, placed: Front) -> float | None:
-    """Return what vanilla of the full model's shape costs on other axes; None if it is unknown."""
-    plain, cost = vanilla_of(front.table), placed.axes.cost
-    key = placed.full["key"] if placed.full else ""
-    if cost == COSTS["evaluations"] and key:
-        return int(front.table["num_layers"][key])
-    return known(front.table.loc[plain[key]].to_dict(), cost) if key in plain else None
+    return [
+        *menus,
+        {"name": "pair", "expr": f"{first} + indexof({json.dumps(qualities)}, quality)"},
+        {"name": "is_share", "expr": f"indexof({json.dumps(shares)}, quality) >= 0"},
+        {"name": "is_loss", "expr": f"indexof({json.dumps(losses)}, quality) >= 0"},
+        {"name": "hovered", "value": ""},
+        {"name": "titles", "value": titles},
+    ]
 
 
 def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
-    """Return where the paper's headline stands; None on axes where it means nothing."""
-    full, plain = placed.full, _cost_of_vanilla(front, placed)
-    if full is None or plain is None or not is_accuracy(placed.axes.quality):
+    """Return where the paper's headline stands; None on axes where it means nothing.
+
+    That is without a full model, on a loss, and on costs that vanilla of the full model's shape is
+    not known to have.
+    """
+    full, plain, cost = placed.full, vanilla_of(front.table), placed.axes.cost
+    if full is None or not is_accuracy(placed.axes.quality):
         return None
-    cost = plain + PAPER_OVERHEAD_SHARE * (full["cost"] - plain)
-    return cost, PAPER_KEPT_SHARE * full["quality"]
+    if cost == COSTS["evaluations"]:
+        least: float | None = int(front.table["num_layers"][full["key"]])
+    else:
+        vanilla = plain.get(full["key"])
+        least = known(front.table.loc[vanilla].to_dict(), cost) if vanilla else None
+    if least is None:
+        return None
+    place = least + PAPER_OVERHEAD_SHARE * (full["cost"] - least)
+    return place, PAPER_KEPT_SHARE * full["quality"]
 
 
-def _steps(x: X, y: Y, color: Any) -> list[Any]:
-    """Return the line of the best quality at each cost; flat after the last member."""
-    members = Chart().transform_filter("datum.is_member")
-    line = members.mark_line(interpolate="step-after", strokeWidth=2)
-    rest = members.transform_joinaggregate(last="max(x)")
-    rest = rest.transform_filter("datum.x == datum.last").mark_rule(strokeWidth=2)
-    return [
-        line.encode(x=x, y=y, color=color),
-        rest.encode(x=x, y=y, x2="most:Q", color=color),
-    ]
+def _front_data(
+    front: Front,
+    fronts: Sequence[Front],
+    rows: Sequence[Row],
+    paper: Sequence[tuple[float, float] | None],
+) -> list[Row]:
+    """Return the rows that are drawn.
 
-
-def _names(x: X, y: Y) -> list[Any]:
-    """Return the names of models on a white halo, each at its place."""
-    look: dict[str, Any] = {
-        name: altair.ExprRef(f"{json.dumps(values)}[datum.place]")
-        for name, values in zip(("align", "dx", "dy"), zip(*NAME_PLACES, strict=True), strict=True)
+    A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
+    """
+    labels = {row["key"]: _label(row) for row in (*front.rows, *front.unmeasured)}
+    marks: dict[str, dict[str, list[int]]] = {
+        key: {"members": [], "knees": [], "places": []} for key in labels
     }
-    named = Chart().transform_filter("datum.place >= 0").encode(x=x, y=y, text="name:N")
-    halo = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
-    return [named.mark_text(fontSize=12, **look, **halo), named.mark_text(fontSize=12, **look)]
+    for pair, placed in enumerate(fronts):
+        picks = [row["key"] for row in placed.picks.values()]
+        names: dict[str, str] = {}
+        named: set[tuple[float, float]] = set()
+        for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
+            key, point = row["key"], (row["cost"], row["quality"])
+            marks[key]["members"].append(pair)
+            if point not in named and (len(placed.members) <= MAX_NAMES or key in picks):
+                names[key] = labels[key]
+            named.add(point)
+        if knee := placed.picks.get("knee"):
+            marks[knee["key"]]["knees"].append(pair)
+            names[knee["key"]] += " (knee)"
+        others = [row for row in placed.rows if row["role"] != "trial" and row["key"] not in names]
+        for row in sorted(others, key=lambda row: row["role"] != "teacher"):
+            names[row["key"]] = labels[row["key"]]
+        for width in NAME_WIDTHS:
+            places = place_names(placed, names, width, paper[pair])
+            for key, own in marks.items():
+                own["places"].append(places.get(key, -1))
+    groups = {"teacher": FULL_MODEL, "baseline": BASELINE}
+    found = []
+    for row in rows:
+        key, sweep = row["key"], row.get("sweep")
+        color = SERIES_COLORS[(front.sweeps.index(sweep) if sweep else 0) % len(SERIES_COLORS)]
+        measured = {name: row[name] for name in row if name.startswith(("cost/", "quality/"))}
+        found.append(
+            {name: value for name, value in measured.items() if value is not None}
+            | {"label": labels[key], "group": groups.get(row["role"], sweep or TRIAL)}
+            | {"color": color, **marks[key], "tip": _tooltip(row), "key": key}
+        )
+    # Trials first, so that full models and baselines are drawn above them.
+    return sorted(found, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
 
 
 def place_names(
@@ -315,128 +409,53 @@ def place_names(
     rows = [row for row in placed.rows if math.isfinite(row["cost"] + row["quality"])]
     if not rows:
         return {}
-    errors = np.array([known(row, "error") or 0.0 for row in rows])
-    others = [mark] if mark else []
-    costs = np.array([*(row["cost"] for row in rows), *(cost for cost, _ in others)])
-    qualities = np.array([*(row["quality"] for row in rows), *(quality for _, quality in others)])
-    low, high = (qualities[: len(rows)] + side * errors for side in (-1, 1))
-
-    def pixels(values: Any, ends: Any, first: float, last: float) -> Any:
-        least, most = min(ends), max(ends)
-        share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
-        return first + (last - first) * share
-
-    def boxes(left: Any, top: Any, right: Any, bottom: Any) -> Any:
-        return np.stack(np.broadcast_arrays(left, top, right, bottom), axis=-1).reshape(-1, 4)
-
-    def covered(one: Any, other: Any) -> Any:
-        """Return the pixels of each box of the first kind that those of the other one cover."""
-        corners = np.minimum(one[:, None, 2:], other[None, :, 2:])
-        sides = corners - np.maximum(one[:, None, :2], other[None, :, :2])
-        return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
-
-    edges = (HEIGHT - PADDING_Y, PADDING_Y)[:: 1 if placed.axes.higher_is_better else -1]
-    heights = [*low, *high, *qualities]
-    x = pixels(costs, costs, PADDING_X, width - PADDING_X)
-    y, one_end, other_end = (pixels(each, heights, *edges) for each in (qualities, low, high))
-    points = boxes(x - 7, y - 7, x + 7, y + 7)
-    tops, bottoms = np.minimum(one_end, other_end), np.maximum(one_end, other_end)
-    bars = boxes(x[: len(rows)] - 1, tops, x[: len(rows)] + 1, bottoms)
-    inside = np.array([[2, 2, width - 2, HEIGHT - 2]])
-    taken = np.empty((0, 4))
-    found = {}
-    place_of = {row["key"]: number for number, row in enumerate(rows)}
+    points = [(row["cost"], row["quality"], known(row, "error") or 0.0) for row in rows]
+    costs, qualities, errors = np.array([*points, *([(*mark, 0.0)] if mark else [])]).T
+    ends = np.stack([qualities - errors, qualities + errors])
+    low, high = HEIGHT - PADDING_Y, PADDING_Y
+    edges = (low, high) if placed.axes.higher_is_better else (high, low)
+    x = _pixels(costs, costs, (PADDING_X, width - PADDING_X))
+    y, tops, bottoms = (
+        _pixels(each, ends, edges)
+        for each in (qualities, *(ends if edges[0] < edges[1] else ends[::-1]))
+    )
+    circles = _boxes(x - 7, y - 7, x + 7, y + 7)
+    bars = _boxes(x - 1, tops, x + 1, bottoms)[: len(rows)]
+    inside = _boxes(2, 2, width - 2, HEIGHT - 2)
+    place_of = {row["key"]: place for place, row in enumerate(rows)}
     shares = np.array([{"left": 0.0, "center": 0.5, "right": 1.0}[a] for a, _, _ in NAME_PLACES])
-    shifts = np.array([shift for _, *shift in NAME_PLACES], dtype=float)
+    right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
+    taken, found = np.empty((0, 4)), {}
     for key, name in names.items():
         if key not in place_of:
             continue
         own, size = place_of[key], LETTER_WIDTH * len(name)
-        left, middle = x[own] + shifts[:, 0] - shares * size, y[own] + shifts[:, 1]
-        reach = LINE_HEIGHT / 2
-        free = boxes(left, middle - reach, left + size, middle + reach)
-        over_names = covered(free, taken)
-        outside = size * LINE_HEIGHT - covered(free, inside)
-        costs_of = 100 * (over_names + outside) + 10 * covered(free, points) + covered(free, bars)
-        best = int(np.argmin(costs_of))
-        if over_names[best] + outside[best] < 1:
+        left, middle = x[own] + right - shares * size, y[own] + down
+        free = _boxes(left, middle - LINE_HEIGHT / 2, left + size, middle + LINE_HEIGHT / 2)
+        lost = _covered(free, taken) + size * LINE_HEIGHT - _covered(free, inside)
+        best = int(np.argmin(100 * lost + 10 * _covered(free, circles) + _covered(free, bars)))
+        if lost[best] < 1:
             found[key] = best
             taken = np.vstack([taken, free[best]])
     return found
 
 
-def _opacity(bold: float, faint: float) -> Any:
-    return altair.condition("datum.is_bold", altair.value(bold), altair.value(faint))
+def _pixels(values: Any, range_of: Any, edges: tuple[float, float]) -> Any:
+    """Return where values stand between two edges, which are the ends of a range."""
+    least, most = range_of.min(), range_of.max()
+    share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
+    return edges[0] + (edges[1] - edges[0]) * share
 
 
-def _paper_mark(places: Sequence[tuple[float, float] | None], x: X, y: Y, shape: Any) -> list[Any]:
-    values = [
-        {"group": PAPER_MARK, "number": number, "x": place[0], "y": place[1]}
-        for number, place in enumerate(places)
-        if place
-    ]
-    mark = Chart(InlineData(values=values)).transform_filter("datum.number == pair")
-    mark = mark.encode(x=x, y=y, shape=shape)
-    looks = ({"stroke": "white", "strokeWidth": 8}, {"stroke": INK, "strokeWidth": 2.4})
-    return [mark.mark_point(size=90, opacity=1, strokeCap="round", **look) for look in looks]
+def _boxes(left: Any, top: Any, right: Any, bottom: Any) -> Any:
+    return np.stack(np.broadcast_arrays(left, top, right, bottom), axis=-1).reshape(-1, 4)
 
 
-def _front_data(
-    front: Front,
-    fronts: Sequence[Front],
-    rows: Sequence[Row],
-    paper: Sequence[tuple[float, float] | None],
-) -> list[Row]:
-    """Return the rows that are drawn.
-
-    A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
-    """
-    all_rows = {row["key"]: row for row in (*front.rows, *front.unmeasured)}
-    marks: dict[str, dict[str, list[int]]] = {
-        key: {"members": [], "knees": [], "places": []} for key in all_rows
-    }
-    for number, placed in enumerate(fronts):
-        picks = [row["key"] for row in placed.picks.values()]
-        names: dict[str, str] = {}
-        named: set[tuple[float, float]] = set()
-        for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
-            marks[row["key"]]["members"].append(number)
-            point = row["cost"], row["quality"]
-            if point not in named and (len(placed.members) <= MAX_NAMES or row["key"] in picks):
-                names[row["key"]] = _label(all_rows[row["key"]])
-            named.add(point)
-        if placed.knee is not None:
-            marks[placed.knee["key"]]["knees"].append(number)
-            names[placed.knee["key"]] += " (knee)"
-        others = [row for row in placed.rows if row["role"] != "trial" and row["key"] not in names]
-        for row in sorted(others, key=lambda row: row["role"] != "teacher"):
-            names[row["key"]] = _label(all_rows[row["key"]])
-        for width in NAME_WIDTHS:
-            places = place_names(placed, names, width, paper[number])
-            for key, own in marks.items():
-                own["places"].append(places.get(key, -1))
-    found = []
-    for row in rows:
-        key, sweep = row["key"], row.get("sweep")
-        roles = {"teacher": FULL_MODEL, "baseline": BASELINE}
-        number = front.sweeps.index(sweep) if sweep else 0
-        found.append(
-            {
-                **{
-                    name: value
-                    for name, value in row.items()
-                    if name.startswith(("cost/", "quality/")) and value is not None
-                },
-                "label": _label(all_rows[key]),
-                "group": roles.get(row["role"], sweep or TRIAL),
-                "color": SERIES_COLORS[number % len(SERIES_COLORS)],
-                **marks[key],
-                "tip": _tooltip(row),
-                "key": key,
-            }
-        )
-    # Trials first, so that full models and baselines are drawn above them.
-    return sorted(found, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
+def _covered(one: Any, other: Any) -> Any:
+    """Return the pixels of each box of the first kind that those of the other one cover."""
+    corners = np.minimum(one[:, None, 2:], other[None, :, 2:])
+    sides = corners - np.maximum(one[:, None, :2], other[None, :, :2])
+    return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
 
 
 def _label(row: Row) -> str:
@@ -463,6 +482,9 @@ def _tooltip(row: Row) -> dict[str, str]:
         if row.get(name) is not None:
             found[metric_title(name)] = confidence_text(row[name])
     return found
+
+
+# Influence, curves and depth
 
 
 def influence_chart(
@@ -503,24 +525,34 @@ def influence_chart(
         cell["shown"] = max(cell["influence"], least)
         cell["ink"] = "white" if cell["shown"] ** 2 < least * most else "black"
     width = max(cell["correction"] for cell in cells)
-    columns, lines = _cells("Correction", width), _cells("Layer", len(rows), reverse=True)
-    x, y = X("from:Q", **columns), Y("top:Q", **lines)
-    edges = {"from": "datum.correction - 0.5", "to": "datum.correction + 0.5"}
-    edges |= {"top": "datum.layer - 0.5", "bottom": "datum.layer + 0.5"}
-    chart = Chart(InlineData(values=cells)).transform_calculate(**edges)
-    scale = Scale(type="log", scheme="viridis", domain=[least, most if most > least else 2 * least])
-    bar = Legend(title=f"Influence ({metric})", format=".1~g", orient="bottom", gradientLength=180)
-    bar.values = sorted({least, math.sqrt(least * most), most})
+    bare: Spec = {"grid": False, "ticks": False, "domain": False}
+    columns, lines = (
+        {
+            # The ticks are the middles of the cells.
+            "scale": {"domain": [0.5, count + 0.5], "nice": False, **more},
+            "axis": {"title": name, "values": [*range(1, count + 1)], "format": "d", **bare},
+        }
+        for name, count, more in (
+            ("Correction", width, {}),
+            ("Layer", len(rows), {"reverse": True}),
+        )
+    )
+    x, y = number("from", **columns), number("top", **lines)
+    domain = [least, most if most > least else 2 * least]
+    bar: Spec = {"title": f"Influence ({metric})", "format": ".1~g", "orient": "bottom"}
+    bar |= {"gradientLength": 180, "values": sorted({least, math.sqrt(least * most), most})}
+    color = number(
+        "shown", scale={"type": "log", "scheme": "viridis", "domain": domain}, legend=bar
+    )
+    edges = {"from": "correction - 0.5", "to": "correction + 0.5"}
+    edges |= {"top": "layer - 0.5", "bottom": "layer + 0.5"}
+    own = [{"calculate": f"datum.{how}", "as": name} for name, how in edges.items()]
+    area = {"x": x, "x2": {"field": "to"}, "y": y, "y2": {"field": "bottom"}, "color": color}
+    middle = {"x": number("correction", **columns), "y": number("layer", **lines)}
+    text = {**middle, "text": word("text"), "color": word("ink", scale=None)}
     layers = [
-        chart.mark_rect().encode(
-            x=x, x2="to:Q", y=y, y2="bottom:Q", color=Color("shown:Q", scale=scale, legend=bar)
-        ),
-        chart.mark_text(fontSize=12).encode(
-            x=X("correction:Q", **columns),
-            y=Y("layer:Q", **lines),
-            text="text:N",
-            color=Color("ink:N", scale=None),
-        ),
+        marks("rect", area, where=own),
+        marks("text", text, where=own, fontSize=12),
     ]
     if kept is not None:
         name = f"kept: {kept_name}" if kept_name else "kept"
@@ -529,20 +561,18 @@ def influence_chart(
             for layer, r in enumerate(kept, start=1)
             for edge in (-0.5, 0.5)
         ]
-        line = Chart(InlineData(values=corners)).mark_line(strokeWidth=3, clip=False)
-        legend = Legend(title=None, orient="bottom", symbolType="stroke", labelLimit=300)
-        stroke = altair.Stroke("name:N", scale=Scale(range=[RED]), legend=legend)
-        layers.append(line.encode(x=x, y=y, order="order:Q", stroke=stroke))
-    whole = altair.layer(*layers).resolve_scale(color="independent")
-    size = {"width": max(180, 90 * width), "height": max(60, 28 * len(rows))}
-    return chart_spec(whole.properties(**size), title=title)
-
-
-def _cells(title: str, count: int, **more: Any) -> dict[str, Any]:
-    """Return scale and axis of a heat map, whose ticks are the middles of `count` cells."""
-    values = [*range(1, count + 1)]
-    axis = Axis(title=title, values=values, format="d", grid=False, ticks=False, domain=False)
-    return {"scale": Scale(domain=[0.5, count + 0.5], nice=False, **more), "axis": axis}
+        legend = {**BELOW, "symbolType": "stroke", "labelLimit": 300}
+        stroke = word("name", scale={"range": [RED]}, legend=legend)
+        cut = {"x": x, "y": y, "order": number("order"), "stroke": stroke}
+        layers.append(marks("line", cut, values=corners, strokeWidth=3, clip=False))
+    chart = {
+        "data": {"values": cells},
+        "layer": layers,
+        "resolve": {"scale": {"color": "independent"}},
+        "width": max(180, 90 * width),
+        "height": max(60, 28 * len(rows)),
+    }
+    return chart_spec(chart, title=title)
 
 
 def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
@@ -557,47 +587,45 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
     names = list(dict.fromkeys(name for name, _ in curves))
     colors = [SERIES_COLORS[n % len(SERIES_COLORS)] for n in range(len(names))]
     dashes = [DASHES[n // len(SERIES_COLORS) % len(DASHES)] for n in range(len(names))]
-    legend = Legend(
-        title=None, orient="bottom", columns=COLUMNS, labelLimit=200, symbolType="stroke"
-    )
-    x = X("step:Q", title=against or "Step", scale=Scale(nice=False))
-    y = Y("value:Q", title=what, scale=Scale(zero=False))
-    dash = altair.StrokeDash("name:N", scale=Scale(domain=names, range=dashes), legend=legend)
-    chart = Chart(InlineData(values=points)).mark_line(strokeWidth=1.8, tooltip=True)
-    chart = chart.encode(
-        x=x,
-        y=y,
-        color=Color("name:N", scale=Scale(domain=names, range=colors), legend=legend),
-        strokeDash=dash,
-    )
-    return chart_spec(chart.properties(width=WIDTH, height=HEIGHT * 3 // 4))
+    legend = {**BELOW, "columns": COLUMNS, "labelLimit": 200, "symbolType": "stroke"}
+    encoding = {
+        "x": number("step", title=against or "Step", scale={"nice": False}),
+        "y": number("value", title=what, scale={"zero": False}),
+        "color": word("name", scale={"domain": names, "range": colors}, legend=legend),
+        "strokeDash": word("name", scale={"domain": names, "range": dashes}, legend=legend),
+    }
+    chart = marks("line", encoding, values=points, strokeWidth=1.8, tooltip=True)
+    return chart_spec({**chart, "width": WIDTH, "height": LOW_HEIGHT})
 
 
 def depth_chart(curve: DepthCurve) -> Spec:
     """Return the chart of the first of the qualities against the corrections of every layer."""
-    quality = curve.qualities[0]
+    quality, last = curve.qualities[0], curve.points[-1].corrections
     scale, unit = (100, " (%)") if is_accuracy(quality) else (1, "")
-    values: list[dict[str, float]] = []
+    values = []
     for point in curve.points:
-        value, error = (scale * (number or 0.0) for number in point.measured(quality))
-        ends = {"value": value, "low": value - error, "high": value + error}
-        values.append({"r": point.corrections, **ends})
-    last = curve.points[-1].corrections
-    axis = Axis(values=[*range(last + 1)], format="d", grid=False)
-    domain = Scale(domain=[-0.2, last + 0.2], nice=False)
-    x = X("r:Q", title="Corrections of every layer", axis=axis, scale=domain)
+        value, error = (scale * (each or 0.0) for each in point.measured(quality))
+        ends = {"low": value - error, "high": value + error}
+        values.append({"r": point.corrections, "value": value, **ends})
+    axis = {"values": [*range(last + 1)], "format": "d", "grid": False}
+    domain = {"domain": [-0.2, last + 0.2], "nice": False}
+    x = number("r", title="Corrections of every layer", axis=axis, scale=domain)
     title = metric_title(f"quality/{quality}") + unit
-    y = Y("value:Q", title=title, scale=Scale(zero=False))
-    chart = Chart(InlineData(values=values)).encode(x=x)
+    y = number("value", title=title, scale={"zero": False})
+    bar = {"x": x, "y": number("low"), "y2": {"field": "high"}}
+    dot: Spec = {"filled": True, "size": 70, "opacity": 1}
     layers = [
-        chart.mark_line(color=BLUE, strokeWidth=1.8).encode(y=y),
-        chart.mark_rule(color=BLUE, clip=False).encode(y=Y("low:Q"), y2="high:Q"),
-        chart.mark_point(color=BLUE, filled=True, size=70, opacity=1, clip=False).encode(y=y),
+        marks("line", {"x": x, "y": y}, values=values, color=BLUE, strokeWidth=1.8),
+        marks("rule", bar, values=values, color=BLUE, clip=False),
+        marks("point", {"x": x, "y": y}, values=values, color=BLUE, clip=False, **dot),
     ]
     if len(set(curve.trained)) == 1:
-        trained = Chart(InlineData(values=[{"r": curve.trained[0], "name": "trained"}]))
-        rule = trained.mark_rule(color=GRAY, strokeDash=[4, 4]).encode(x=x)
-        text = trained.mark_text(color=GRAY, align="left", dx=6, y=HEIGHT * 3 // 4 - 10)
-        layers = [rule, text.encode(x=x, text="name:N"), *layers]
-    whole = altair.layer(*layers).properties(width=WIDTH, height=HEIGHT * 3 // 4)
-    return chart_spec(whole, title=DEPTH_TITLE)
+        trained = [{"r": curve.trained[0], "name": "trained"}]
+        look: Spec = {"color": GRAY, "align": "left", "dx": 6, "y": LOW_HEIGHT - 10}
+        layers = [
+            marks("rule", {"x": x}, values=trained, color=GRAY, strokeDash=[4, 4]),
+            marks("text", {"x": x, "text": word("name")}, values=trained, **look),
+            *layers,
+        ]
+    chart = {"layer": layers, "width": WIDTH, "height": LOW_HEIGHT}
+    return chart_spec(chart, title=DEPTH_TITLE)

@@ -16,18 +16,18 @@ Source: arXiv 2509.22463, abstract.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import COSTS, Front, Row, evaluations, known
-from orchestrator.reporting.results import OVERHEADS, load_item_values, shape_of, teachers_of
+from orchestrator.reporting.front import COSTS, Front, Row, known
+from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
     NUM_RESAMPLES,
@@ -40,10 +40,6 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import difference_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
-from orchestrator.workspace.layout import Workspace
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 PAPER_OVERHEAD_SHARE, PAPER_KEPT_SHARE = 0.45, 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
@@ -124,20 +120,14 @@ class _Missing(Exception):
     """Why a claim is not measured."""
 
 
-def find_claims(
-    table: DataFrame,
-    items: Mapping[str, EvaluationResult],
-    *,
-    num_resamples: int = NUM_RESAMPLES,
-) -> list[Claim]:
-    """Return what a table of results shows of each claim.
+def find_claims(front: Front, *, num_resamples: int = NUM_RESAMPLES) -> list[Claim]:
+    """Return what the models of a front show of each claim.
 
     Args:
-        table: From `result_table`, of one sweep, or of several that were measured alike.
-        items: Values of single items, by key of a trial.
+        front: One sweep, or several that were measured alike, from `with_confidence`.
         num_resamples: Number of draws.
     """
-    evidence = _Evidence(table, evaluations(table, items), num_resamples)
+    evidence = _Evidence(front, num_resamples)
     judges: Sequence[Callable[[Claim], Claim]] = (
         *(partial(evidence.iiet_over, method) for method in (BASELINE_METHOD, PCFORMER)),
         *(partial(evidence.saved_overhead, cost) for cost in UNITS),
@@ -156,13 +146,13 @@ def find_claims(
 class _Evidence:
     """The models that claims compare, and their scores on the same items."""
 
-    def __init__(
-        self, table: DataFrame, runs: Mapping[str, Sequence[EvaluationResult]], num_resamples: int
-    ) -> None:
-        self._rows: list[Row] = table.to_dict("records")
-        self._runs, self._num_resamples = runs, num_resamples
+    def __init__(self, front: Front, num_resamples: int) -> None:
+        self._rows: list[Row] = [*front.rows, *front.unmeasured]
+        placed = {row["key"] for row in front.rows}
+        self._runs = {key: runs for key, runs in front.runs.items() if key in placed}
+        self._num_resamples = num_resamples
         self._paired: dict[tuple[tuple[str, ...], int | None], PairedScores | None] = {}
-        self._teachers = teachers_of(table)
+        self._teachers = teachers_of(front.table)
         iiets = self._trained(DEFAULT_METHOD)
         shape = shape_of(iiets[-1]["trial"].model) if iiets else None
         self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
@@ -402,8 +392,3 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
         numbers["_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
         found |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
-    """Return what the models of a front show of each of the paper's claims."""
-    return find_claims(front.table, load_item_values(workspace, front.seeds))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -102,45 +103,41 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
     # It imports PyTorch.
     from orchestrator.evaluation.decode_timing import DECODING, FIRST_TOKEN, PREDICTION, SIMPLEST
 
-    def table(title: str, columns: Mapping[Column, Callable[[MeasuredCost], str]]) -> Table:
+    tables: dict[str, tuple[list[str], Callable[[MeasuredCost], Sequence[str]]]] = {
+        "Milliseconds and MiB": (
+            ["first token", "per token", "tokens/s", "KV", "peak"],
+            lambda cost: (
+                f"{cost.first_token_ms:.2f} ± {cost.first_token_spread:.2f}",
+                f"{cost.decode_ms:.2f} ± {cost.decode_spread:.2f}",
+                f"{cost.tokens_per_second:,.0f}",
+                _mebibytes(cost.kv_bytes),
+                _mebibytes(cost.peak_bytes),
+            ),
+        )
+    }
+
+    def share(cost: MeasuredCost, phase: str) -> list[str]:
+        own = cost.shares[phase]
+        cells = [f"{100 * own.measured:.1f} ± {100 * own.spread:.1f}"]
+        for name in (PREDICTION, SIMPLEST):
+            cells += [f"{100 * own.predicted[name]:.1f}", f"{own.residual(name):+.1%}"]
+        return cells
+
+    heads = ["measured", f"by {PREDICTION}", f"{PREDICTION} off", "by NFE", "NFE off"]
+    for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
+        title = f"Share of the full model's time, {phase}, in percent"
+        tables[title] = heads, partial(share, phase=phase)
+    found = []
+    for title, (names, cells) in tables.items():
         rows: list[TableRow] = []
         for condition, group in groupby(costs, lambda cost: f"{cost.batch_size} x {cost.context}"):
             for number, cost in enumerate(group):
-                cells = (condition, cost.model, *(cell(cost) for cell in columns.values()))
-                rows.append(TableRow(cells, is_first=not number and bool(rows)))
-        texts = (Column("rows x\nprompt", is_text=True), Column("model", is_text=True))
-        return Table((*texts, *columns), rows, title)
-
-    def shares(phase: str) -> Table:
-        def measured(cost: MeasuredCost) -> str:
-            share = cost.shares[phase]
-            return f"{100 * share.measured:.1f} ± {100 * share.spread:.1f}"
-
-        def predicted(name: str) -> Callable[[MeasuredCost], str]:
-            return lambda cost: f"{100 * cost.shares[phase].predicted[name]:.1f}"
-
-        def residual(name: str) -> Callable[[MeasuredCost], str]:
-            return lambda cost: f"{cost.shares[phase].residual(name):+.1%}"
-
-        columns = {
-            Column("measured"): measured,
-            Column(f"by {PREDICTION}"): predicted(PREDICTION),
-            Column(f"{PREDICTION} off"): residual(PREDICTION),
-            Column("by NFE", 1): predicted(SIMPLEST),
-            Column("NFE off", 1): residual(SIMPLEST),
-        }
-        return table(f"Share of the full model's time, {phase}, in percent", columns)
-
-    times = {
-        Column("first token"): lambda c: f"{c.first_token_ms:.2f} ± {c.first_token_spread:.2f}",
-        Column("per token"): lambda c: f"{c.decode_ms:.2f} ± {c.decode_spread:.2f}",
-        Column("tokens/s"): lambda c: f"{c.tokens_per_second:,.0f}",
-        Column("KV"): lambda c: _mebibytes(c.kv_bytes),
-        Column("peak"): lambda c: _mebibytes(c.peak_bytes),
-    }
-    several = len({cost.model for cost in costs}) > 1
-    tables = [table("Milliseconds and MiB", times)]
-    return tables + [shares(phase) for phase in (DECODING, FIRST_TOKEN) if several]
+                is_first = not number and bool(rows)
+                rows.append(TableRow((condition, cost.model, *cells(cost)), is_first=is_first))
+        columns = [Column("rows x\nprompt", is_text=True), Column("model", is_text=True)]
+        columns += [Column(name, int("NFE" in name)) for name in names]
+        found.append(Table(columns, rows, title))
+    return found
 
 
 def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:

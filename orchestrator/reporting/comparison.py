@@ -11,7 +11,7 @@ tasks some differ by chance, so their p-values are corrected for their number.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     NUM_RESAMPLES,
-    Interval,
     adjust_by_holm,
     count_discordant,
     mcnemar_p_value,
@@ -35,54 +34,7 @@ AVERAGE = "average"
 SIGNIFICANT = 1 - INTERVAL_LEVEL
 """A p-value below it decides."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedScore:
-    """One score of two models on the items that both answered."""
-
-    task: str
-    """Name of the task, or `AVERAGE`."""
-    metric: str
-    first: float
-    second: float
-    num_items: int
-    """Items that both models answered."""
-    num_left_out: int
-    """Items that only one of them answered."""
-    difference: Interval
-    """The second minus the first, with its 95 % interval."""
-    only_first: int | None
-    """Items that only the first gets right; None unless all are right or wrong, as are the next."""
-    only_second: int | None
-    """Items that only the second gets right."""
-    p_value: float | None
-    """Of McNemar's test."""
-
-    @property
-    def is_accuracy(self) -> bool:
-        """Whether it is a share of right items; bits per byte otherwise."""
-        return self.metric != BITS_METRIC
-
-    @property
-    def better(self) -> int:
-        """The number of the better model, 0 or 1."""
-        return int((self.difference.value > 0) == self.is_accuracy)
-
-    def text(self, value: float, *, is_difference: bool = False) -> str:
-        """Write a score, or a difference with its sign; accuracies in percent without the mark."""
-        sign = "+" if is_difference else ""
-        return f"{100 * value:{sign}.2f}" if self.is_accuracy else f"{value:{sign}.4f}"
-
-    @property
-    def difference_texts(self) -> list[str]:
-        """The difference and the ends of its interval in words."""
-        ends = (self.difference.value, self.difference.low, self.difference.high)
-        return [self.text(number, is_difference=True) for number in ends]
-
-    def to_row(self) -> dict[str, Any]:
-        """Return plain values; `low` and `high` are the interval of `difference`."""
-        ends = {"low": self.difference.low, "high": self.difference.high}
-        return {**asdict(self), "difference": self.difference.value, **ends}
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +42,32 @@ class Comparison:
     """Two models on the same items."""
 
     names: tuple[str, str]
-    tasks: tuple[ComparedScore, ...]
-    averages: tuple[ComparedScore, ...]
-    """Of the accuracies and of the bits per byte, where there are several."""
-    notes: tuple[str, ...]
+    rows: list[Row]
+    """One for each task, then the averages of the accuracies and of the bits per byte where there
+    are several. `task` (or `AVERAGE`), `metric`; `first` and `second`, the scores on the
+    `num_items` that both models answered; `num_left_out`, the items that only one of them answered;
+    `difference`, with its 95 % interval `low` and `high`; `only_first` and `only_second`, the items
+    that only one of them gets right, and `p_value` of McNemar's test: None unless all are right or
+    wrong."""
+    notes: list[str]
     """What is not compared, and what else differs between the two evaluations."""
 
     @property
-    def overall(self) -> tuple[ComparedScore, ...]:
+    def tasks(self) -> list[Row]:
+        """The rows of single tasks."""
+        return [row for row in self.rows if row["task"] != AVERAGE]
+
+    @property
+    def overall(self) -> list[Row]:
         """The averages; the task itself where there is only one of its kind."""
-        averaged = {row.is_accuracy for row in self.averages}
-        return (*self.averages, *(row for row in self.tasks if row.is_accuracy not in averaged))
+        averages = [row for row in self.rows if row["task"] == AVERAGE]
+        averaged = {is_accuracy(row) for row in averages}
+        return [*averages, *(row for row in self.tasks if is_accuracy(row) not in averaged)]
+
+
+def is_accuracy(row: Row) -> bool:
+    """Return whether a row's score is a share of right items; bits per byte otherwise."""
+    return bool(row["metric"] != BITS_METRIC)
 
 
 def compare_evaluations(
@@ -109,14 +76,12 @@ def compare_evaluations(
     names: tuple[str, str],
     *,
     num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
 ) -> Comparison:
     """Compare two evaluations, item by item.
 
     Args:
         names: What to call the two models.
         num_resamples: Number of draws of the items for the intervals.
-        seed: Random seed of the draws.
 
     Raises:
         UserError: If no task can be compared; says why for each of them.
@@ -127,23 +92,22 @@ def compare_evaluations(
             notes.append(f"only {name} has {', '.join(more)}")
     shared = []
     for task in (task for task in first.results if task in second.results):
-        pair = first.results[task], second.results[task]
-        if reason := _reason_against(*pair, names):
+        one, two = first.results[task], second.results[task]
+        if reason := _reason_against(one, two, names):
             notes.append(f"{task} is not compared: {reason}")
             continue
         shared.append(task)
-        examples = [result.num_fewshot for result in pair]
-        if examples[0] != examples[1]:
+        if one.num_fewshot != two.num_fewshot:
             notes.append(
-                f"{task}: the prompts differ, with {examples[0]} solved examples for {names[0]} "
-                f"and {examples[1]} for {names[1]}"
+                f"{task}: the prompts differ, with {one.num_fewshot} solved examples for "
+                f"{names[0]} and {two.num_fewshot} for {names[1]}"
             )
 
     evaluations = {
         name: [EvaluationResult(results={t: run.results[t] for t in shared}, groups=run.groups)]
         for name, run in (("first", first), ("second", second))
     }
-    paired = pair_scores(evaluations, num_resamples=num_resamples, seed=seed)
+    paired = pair_scores(evaluations, num_resamples=num_resamples)
     if paired is None:
         raise UserError(f"nothing can be compared: {'; '.join(notes)}")
     metrics = paired.metrics
@@ -157,26 +121,24 @@ def compare_evaluations(
     for task, metric, members, scores in compared:
         values = np.hstack([paired.items[member].values for member in members])
         counts = None if metric == BITS_METRIC else count_discordant(values)
-        row = ComparedScore(
-            task=task,
-            metric=metric,
-            first=float(scores.observed[0]),
-            second=float(scores.observed[1]),
-            num_items=values.shape[1],
-            num_left_out=sum(paired.left_out[member] for member in members),
-            difference=scores.difference(1, 0),
-            only_first=counts and counts[0],
-            only_second=counts and counts[1],
-            p_value=counts and mcnemar_p_value(*counts),
+        difference = scores.difference(1, 0)
+        rows.append(
+            {
+                "task": task,
+                "metric": metric,
+                "first": float(scores.observed[0]),
+                "second": float(scores.observed[1]),
+                "num_items": values.shape[1],
+                "num_left_out": sum(paired.left_out[member] for member in members),
+                "difference": difference.value,
+                "only_first": counts and counts[0],
+                "only_second": counts and counts[1],
+                "p_value": counts and mcnemar_p_value(*counts),
+                "low": difference.low,
+                "high": difference.high,
+            }
         )
-        rows.append(row)
-    num_tasks = len(metrics)
-    return Comparison(
-        names=names,
-        tasks=tuple(rows[:num_tasks]),
-        averages=tuple(rows[num_tasks:]),
-        notes=tuple(notes),
-    )
+    return Comparison(names=names, rows=rows, notes=notes)
 
 
 def _reason_against(first: TaskResult, second: TaskResult, names: tuple[str, str]) -> str | None:
@@ -200,19 +162,19 @@ def _reason_against(first: TaskResult, second: TaskResult, names: tuple[str, str
 
 def comparison_findings(comparison: Comparison) -> list[str]:
     """Return the conclusions: overall, by task, and what they do not cover."""
-    sentences = [_conclusion(row, comparison.names) for row in comparison.overall]
-    if len(comparison.tasks) > 1:
-        tests = {row.task: row.p_value for row in comparison.tasks if row.p_value is not None}
+    names, tasks = comparison.names, comparison.tasks
+    sentences = [_conclusion(row, names) for row in comparison.overall]
+    if len(tasks) > 1:
+        tests = {row["task"]: row["p_value"] for row in tasks if row["p_value"] is not None}
         p_values = adjust_by_holm(tests)
-        better: tuple[list[str], list[str]] = ([], [])
-        for row in comparison.tasks:
-            if row.difference.excludes_zero and p_values.get(row.task, 0.0) < SIGNIFICANT:
-                better[row.better].append(row.task)
-        decided = zip(comparison.names, better, strict=True)
-        parts = [f"{name} is better on {', '.join(tasks)}" for name, tasks in decided if tasks]
+        better: dict[str, list[str]] = {name: [] for name in names}
+        for row in tasks:
+            if _excludes_zero(row) and p_values.get(row["task"], 0.0) < SIGNIFICANT:
+                better[names[_better(row)]].append(row["task"])
+        parts = [f"{name} is better on {', '.join(own)}" for name, own in better.items() if own]
         if not parts:
             parts = ["none is decided"]
-        elif sum(map(len, better)) < len(comparison.tasks):
+        elif sum(map(len, better.values())) < len(tasks):
             parts.append("the others are not decided")
         holm = f" (p-values by Holm for {format_count(len(tests), 'test')})"
         sentences.append(f"by task: {'; '.join(parts)}{holm if len(tests) > 1 else ''}")
@@ -223,27 +185,23 @@ def comparison_findings(comparison: Comparison) -> list[str]:
     ]
 
 
-def _conclusion(row: ComparedScore, names: tuple[str, str]) -> str:
-    quality = "accuracy" if row.is_accuracy else "bits per byte"
-    of_task = "" if row.task == row.metric else f" of {row.task}"
-    subject = f"average {quality}" if row.task == AVERAGE else f"{quality}{of_task}"
-    if (row.only_first, row.only_second) == (0, 0):
-        items = format_count(row.num_items, "item")
+def _conclusion(row: Row, names: tuple[str, str]) -> str:
+    task, p_value = row["task"], row["p_value"]
+    quality = "accuracy" if is_accuracy(row) else "bits per byte"
+    of_task = "" if task == row["metric"] else f" of {task}"
+    subject = f"average {quality}" if task == AVERAGE else f"{quality}{of_task}"
+    if (row["only_first"], row["only_second"]) == (0, 0):
+        items = format_count(row["num_items"], "item")
         return f"{subject}: no difference, both are right on the same of {items}"
-    interval = row.difference
-    value, low, high = row.difference_texts
-    unit = " points" if row.is_accuracy else ""
-    test = ""
-    if row.p_value is not None:
-        p_value = _p_value_text(row.p_value)
-        test = f", McNemar p {p_value if p_value.startswith('<') else f'= {p_value}'}"
-    is_significant = row.p_value is None or row.p_value < SIGNIFICANT
-    if interval.excludes_zero and is_significant:
-        verdict = f"{names[row.better]} is better"
-    elif interval.excludes_zero != is_significant and row.p_value is not None:
+    value, low, high = (_text(row, name, "+") for name in ("difference", "low", "high"))
+    unit = " points" if is_accuracy(row) else ""
+    is_significant = p_value is None or p_value < SIGNIFICANT
+    verdict = "not decided, as the interval contains zero"
+    if _excludes_zero(row) and is_significant:
+        verdict = f"{names[_better(row)]} is better"
+    elif _excludes_zero(row) != is_significant and p_value is not None:
         verdict = "not decided, as interval and test disagree"
-    else:
-        verdict = "not decided, as the interval contains zero"
+    test = "" if p_value is None else f", McNemar p {_p_value_text(p_value, '= ')}"
     return f"{subject}: {verdict} ({value}{unit}, 95 % interval {low} to {high}{test})"
 
 
@@ -258,22 +216,38 @@ def comparison_table(comparison: Comparison) -> Table:
         *(Column("B", 2), Column("B - A"), Column("95 % interval", 3), Column("items", 4)),
         *(Column("left out", 8), Column("b", 7), Column("c", 6), Column("p")),
     )
-    rows = []
-    for row in (*comparison.tasks, *comparison.averages):
-        value, low, high = row.difference_texts
-        counts = (row.num_items, row.num_left_out, row.only_first, row.only_second)
+    rows: list[TableRow] = []
+    for row in comparison.rows:
+        counts = [row[n] for n in ("num_items", "num_left_out", "only_first", "only_second")]
+        value, low, high = (_text(row, name, "+") for name in ("difference", "low", "high"))
         cells = (
-            *(row.task, f"{row.metric}, %" if row.is_accuracy else row.metric),
-            *(row.text(row.first), row.text(row.second), value, f"{low} to {high}"),
+            *(row["task"], f"{row['metric']}, %" if is_accuracy(row) else row["metric"]),
+            *(_text(row, "first"), _text(row, "second"), value, f"{low} to {high}"),
             *("" if count is None else f"{count:,}" for count in counts),
-            "" if row.p_value is None else _p_value_text(row.p_value),
+            "" if row["p_value"] is None else _p_value_text(row["p_value"]),
         )
-        rows.append(TableRow(cells, is_first=row in comparison.averages[:1]))
+        is_first = row["task"] == AVERAGE and rows[-1].cells[0] != AVERAGE
+        rows.append(TableRow(cells, is_first=is_first))
     return Table(columns, rows)
 
 
-def _p_value_text(p_value: float) -> str:
+def _excludes_zero(row: Row) -> bool:
+    return bool(row["low"] > 0 or row["high"] < 0)
+
+
+def _better(row: Row) -> int:
+    """Return the number of the better model, 0 or 1."""
+    return int((row["difference"] > 0) == is_accuracy(row))
+
+
+def _text(row: Row, name: str, sign: str = "") -> str:
+    """Write a score, or a difference with its sign; accuracies in percent without the mark."""
+    return f"{100 * row[name]:{sign}.2f}" if is_accuracy(row) else f"{row[name]:{sign}.4f}"
+
+
+def _p_value_text(p_value: float, equal: str = "") -> str:
     """Write a p-value with two digits that matter: `0.031`, or `< 0.0001`."""
     if p_value < 1e-4:
         return "< 0.0001"
-    return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2g}" if p_value < 1 else "1"
+    digits = f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2g}" if p_value < 1 else "1"
+    return equal + digits

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
@@ -45,14 +45,16 @@ def findings(front: Front) -> list[str]:
     sentences = [_headline(front, full, kept)]
     if kept is not None and (sure := front.keeps(kept)) is not None:
         sentences.append(_how_sure(front, full, kept, sure))
-    others = {"knee of the front": front.knee, "best model": front.best}
-    for name, row in others.items():
+    for name, pick in (("knee of the front", "knee"), ("best model", "best")):
+        row = front.picks.get(pick)
         if row is not None and row is not kept and row is not full:
             sentences.append(f"The {name} is {describe_model(front, row)}.")
     choice = kept or full
     baselines = [r for r in front.rows if r["role"] == "baseline" and r is not choice]
     sentences += [_comparison(front, baseline, choice) for baseline in baselines]
-    sentences += draft_sentences(front.trials)
+    for name, draft in best_drafts(front.trials).items():
+        clause = draft_sentence(draft, name)
+        sentences.append(f"{clause[0].upper()}{clause[1:]}.")
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -67,14 +69,12 @@ def _headline(front: Front, full: Row, kept: Row | None) -> str:
         keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
         return f"{keeps} {_at_cost(front, kept)}."
     cheaper = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
-    nearest = max(cheaper, key=lambda row: front.share(row) or 0.0, default=None)
     said = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
-    if nearest is None:
+    if not cheaper:
         return f"{said}."
-    return (
-        f"{said}; {nearest['label']} comes nearest, with {_share(front, nearest)} "
-        f"{_at_cost(front, nearest)}."
-    )
+    nearest = max(cheaper, key=lambda row: front.share(row) or 0.0)
+    share = f"with {_share(front, nearest)} {_at_cost(front, nearest)}"
+    return f"{said}; {nearest['label']} comes nearest, {share}."
 
 
 def _of(full: Row) -> str:
@@ -104,6 +104,8 @@ def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
     )
     if (on_front := known(kept, ON_FRONT_METRIC)) is not None:
         said += f", that it is on the front one of {confidence_text(on_front)}"
+    if sure >= HIGH_CONFIDENCE:
+        return f"{said}."
     surely = [
         row
         for row in front.rows
@@ -111,8 +113,6 @@ def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
         and row["cost"] < full["cost"]
         and (front.keeps(row) or 0.0) >= HIGH_CONFIDENCE
     ]
-    if sure >= HIGH_CONFIDENCE:
-        return f"{said}."
     at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
     if not surely:
         return f"{said}; no cheaper model than {full['label']} keeps it {at_least}."
@@ -193,7 +193,6 @@ def _quality(front: Front, row: Row) -> str:
 # are measured by `sweeping`.
 
 COST, SPEED_UP = "cost/evaluations", "decoding/speed_up"
-PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest", "draft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +203,8 @@ class PickRule:
         UserError: If no model can meet a number.
     """
 
-    name: PickRuleName
+    name: str
+    """`keep`, `budget`, `knee`, `best`, `cheapest` or `draft`."""
     share: float = KEPT_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
     confidence: float = 0.0
@@ -245,13 +245,13 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
         options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"pick takes one rule; got {options}")
     name, value = next(iter(given.items()), ("keep", KEPT_SHARE))
-    kind: Any = name.removesuffix("_for")
     if name == "keep":
-        return PickRule(name=kind, share=value, confidence=confidence)
+        return PickRule(name=name, share=value, confidence=confidence)
     if confidence:
         raise UserError("--confidence can be used with --keep only")
-    numbers: dict[str, Any] = {"budget": {"budget": value}, "draft": {"model": value}}
-    return PickRule(name=kind, **numbers.get(kind, {}))
+    if name == "draft_for":
+        return PickRule(name="draft", model=str(value))
+    return PickRule(name=name, budget=float(value) if name == "budget" else 0.0)
 
 
 def pick_from_front(front: Front, rule: PickRule) -> Row:
@@ -268,7 +268,7 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
     if rule.name == "budget":
         affordable = [row for row in front.members if row["cost"] <= rule.budget]
         if not affordable:
-            least = min(row["cost"] for row in front.members)
+            least = front.picks["cheapest"]["cost"]
             raise UserError(f"no model costs {rule.budget:g} or less; the cheapest costs {least:g}")
         return max(affordable, key=lambda row: (row["goodness"], -row["cost"]))
     if rule.name == "keep" and rule.confidence:
@@ -280,17 +280,14 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
             and (row is front.full or (front.keeps(row) or 0.0) >= rule.confidence)
         ]
         return min(confident, key=lambda row: (row["cost"], -row["goodness"]))
+    problem = "this front has no knee: no model lies above the line from the cheapest to the best"
+    picked = front.picks.get(rule.name)
     if rule.name == "keep":
         picked = front.cheapest_keeping(rule.share)
         best = front.share(front.picks["best"]) or 0.0
         problem = (
             f"no model keeps {rule.share:.4g} of the full model's quality; "
             f"the best keeps {best:.4g}"
-        )
-    else:
-        picked = front.picks.get(rule.name)
-        problem = (
-            "this front has no knee: no model lies above the line from the cheapest to the best"
         )
     if picked is None:
         raise UserError(problem)
@@ -302,34 +299,27 @@ def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:
 
     Baselines and the full models themselves draft for none.
     """
-    teacher = next((result for result in results if result.role == "teacher"), None)
-    costliest: dict[str, Trial] = {}
-    for result in results:
-        if result.checkpoint and result.role != "baseline":
-            most = costliest.setdefault(result.checkpoint, result)
-            if result.numbers[COST] > most.numbers[COST]:
-                costliest[result.checkpoint] = result
-    targets = {}
-    for result in results:
-        if result.role == "trial" and result.checkpoint:
-            for target in (costliest[result.checkpoint], teacher):
-                if target and result.numbers[COST] < target.numbers[COST]:
-                    targets[result.key] = target
-                    break
+    teachers = [result for result in results if result.role == "teacher"][:1]
+    own = [result for result in results if result.checkpoint and result.role != "baseline"]
+    targets: dict[str, Trial] = {}
+    for result in own:
+        same = [other for other in own if other.checkpoint == result.checkpoint]
+        for target in (max(same, key=lambda each: each.numbers[COST]), *teachers):
+            if result.role == "trial" and result.numbers[COST] < target.numbers[COST]:
+                targets.setdefault(result.key, target)
     return targets
 
 
 def best_drafts(results: Sequence[Trial]) -> dict[str, Trial]:
     """Return name of a full model -> its fastest measured draft."""
     best: dict[str, Trial] = {}
-    if not any(SPEED_UP in result.numbers for result in results):
-        return best
-    targets = draft_targets(results)
-    for result in results:
-        if result.key in targets and SPEED_UP in result.numbers:
-            fastest = best.setdefault(targets[result.key].name, result)
-            if result.numbers[SPEED_UP] > fastest.numbers[SPEED_UP]:
-                best[targets[result.key].name] = result
+    measured = [result for result in results if SPEED_UP in result.numbers]
+    targets = draft_targets(results) if measured else {}
+    for result in measured:
+        if target := targets.get(result.key):
+            fastest = best.get(target.name)
+            if not fastest or result.numbers[SPEED_UP] > fastest.numbers[SPEED_UP]:
+                best[target.name] = result
     return best
 
 
@@ -357,12 +347,6 @@ def pick_draft(results: Sequence[Trial], model: str) -> Trial:
             f"{1 / draft.numbers[SPEED_UP]:.2f} times as long as without"
         )
     return draft
-
-
-def draft_sentences(results: Sequence[Trial]) -> list[str]:
-    """Return a sentence on the best draft of each full model; none without measured ones."""
-    clauses = [draft_sentence(draft, full) for full, draft in best_drafts(results).items()]
-    return [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
 
 
 def draft_sentence(draft: Trial, full: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import moocore
 import numpy as np
@@ -149,16 +149,6 @@ class ConfidenceBasis:
     num_resamples: int
 
 
-class HypervolumeBox(NamedTuple):
-    """The hypervolume is a share of this box; one corner is the full model."""
-
-    cost: float
-    """The full model's cost; the other corner costs nothing."""
-    quality: float
-    """The other corner's quality: 0 for an accuracy, the worst measured for a loss."""
-    full_quality: float
-
-
 @dataclass(frozen=True, eq=False)
 class Front:
     """The table of results on two axes, the placed models first, the cheapest before all."""
@@ -174,18 +164,23 @@ class Front:
     with an empty name of the other, the quality itself."""
     basis: ConfidenceBasis | None = None
     """What the confidences are computed from; None if there are none."""
+    runs: Mapping[str, Sequence[EvaluationResult]] = field(default_factory=dict)
+    """Key of a model -> values of single items, for each of its seeds; without models that lack
+    those of a seed."""
     kept_share: float = KEPT_SHARE
     """Share of the full model's quality that the confidence of keeping it is about."""
 
     @cached_property
     def rows(self) -> list[Row]:
         """The placed models, cheapest first."""
-        return _rows(self.table[self.table["is_placed"]])
+        rows: list[Row] = self.table[self.table["is_placed"]].to_dict("records")
+        return rows
 
     @cached_property
     def unmeasured(self) -> list[Row]:
         """The models that lack one of both metrics."""
-        return _rows(self.table[~self.table["is_placed"]])
+        rows: list[Row] = self.table[~self.table["is_placed"]].to_dict("records")
+        return rows
 
     @property
     def trials(self) -> list[Trial]:
@@ -210,24 +205,19 @@ class Front:
         )
 
     @cached_property
-    def best(self) -> Row | None:
-        """The member of highest quality; of equal ones the cheapest."""
-        return max(self.members, key=lambda row: (row["goodness"], -row["cost"]), default=None)
+    def picks(self) -> dict[str, Row]:
+        """Knee, best and cheapest by name; without those that do not exist.
 
-    @cached_property
-    def cheapest(self) -> Row | None:
-        """The member of lowest cost; of equal ones the best."""
-        return min(self.members, key=lambda row: (row["cost"], -row["goodness"]), default=None)
-
-    @cached_property
-    def knee(self) -> Row | None:
-        """The member farthest above the chord from cheapest to best; None if none lies above it.
-
-        Both axes are scaled to one.
+        Of equal members, the best is the cheapest, and the cheapest the best. The knee lies
+        farthest above the chord from cheapest to best, with both axes scaled to one.
         """
-        cheapest, best = self.cheapest, self.best
-        if not cheapest or not best or best["goodness"] <= cheapest["goodness"]:
-            return None  # Of members, the best then costs more than the cheapest.
+        if not self.members:
+            return {}
+        best = max(self.members, key=lambda row: (row["goodness"], -row["cost"]))
+        cheapest = min(self.members, key=lambda row: (row["cost"], -row["goodness"]))
+        picks = {"best": best, "cheapest": cheapest}
+        if best["goodness"] <= cheapest["goodness"]:
+            return picks  # Otherwise, of members, the best costs more than the cheapest.
 
         def above_chord(row: Row) -> float:
             gain, dearer = (
@@ -237,13 +227,7 @@ class Front:
             return float((gain - dearer) / math.sqrt(2))
 
         knee = max(self.members, key=above_chord)
-        return knee if above_chord(knee) > 1e-12 else None
-
-    @cached_property
-    def picks(self) -> dict[str, Row]:
-        """Knee, best and cheapest by name; without those that do not exist."""
-        found = {"knee": self.knee, "best": self.best, "cheapest": self.cheapest}
-        return {name: row for name, row in found.items() if row is not None}
+        return {"knee": knee, **picks} if above_chord(knee) > 1e-12 else picks
 
     @cached_property
     def sweeps(self) -> list[str]:
@@ -251,13 +235,17 @@ class Front:
         return list(dict.fromkeys(self.table["sweep"])) if "sweep" in self.table else []
 
     @cached_property
-    def hypervolume_box(self) -> HypervolumeBox | None:
-        """The box that the hypervolume is a share of; None without a full model."""
+    def hypervolume_box(self) -> dict[str, Any] | None:
+        """The box that the hypervolume is a share of; None without a full model.
+
+        It has the full model's `cost`, and two ends of `quality`: 0 for an accuracy, or the worst
+        measured for a loss, and the full model's.
+        """
         full = self.full
         if full is None:
             return None
         worst = 0.0 if self.axes.higher_is_better else max(row["quality"] for row in self.rows)
-        return HypervolumeBox(full["cost"], worst, full["quality"])
+        return {"cost": full["cost"], "quality": [worst, full["quality"]]}
 
     @cached_property
     def hypervolume(self) -> float | None:
@@ -266,12 +254,15 @@ class Front:
         None if the box is empty, or no candidate is placed.
         """
         box = self.hypervolume_box
-        if not self.members or box is None or box.cost <= 0 or box.full_quality == box.quality:
+        if not self.members or box is None:
+            return None
+        cost, (worst, full) = box["cost"], box["quality"]
+        if cost <= 0 or full == worst:
             return None
         sign = -1.0 if self.axes.higher_is_better else 1.0
         points = np.array([[row["cost"], sign * row["quality"]] for row in self.members])
-        area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
-        return area / (box.cost * abs(box.full_quality - box.quality))
+        area = float(moocore.hypervolume(points, ref=[cost, sign * worst]))
+        return area / float(cost * abs(full - worst))
 
     def share(self, row: Row) -> float | None:
         """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
@@ -362,55 +353,41 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     return Front(axes, pandas.concat([placed, table[~is_placed]]))
 
 
-def evaluations(
-    table: DataFrame, items: Mapping[str, EvaluationResult]
-) -> dict[str, list[EvaluationResult]]:
-    """Return the evaluations of each model's seeds; without models that lack one of them."""
-    return {
-        str(key): [items[seed.key] for seed in seeds]
-        for key, seeds in table["seeds"].items()
-        if all(seed.key in items for seed in seeds)
-    }
-
-
 def with_confidence(
     front: Front,
-    evaluations: Mapping[str, EvaluationResult | Sequence[EvaluationResult]],
+    items: Mapping[str, EvaluationResult],
     *,
     kept_share: float = KEPT_SHARE,
     num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
 ) -> Front:
     """Return the front with the confidence of each place.
 
-    It has `intervals`, and columns `paired/...`: the share of the full model's quality and the
-    differences to the full model and to each baseline, on the front's quality and on each task,
+    It has `runs`, `intervals`, and columns `paired/...`: the share of the full model's quality and
+    the differences to the full model and to each baseline, on the front's quality and on each task,
     each with its `_low` and `_high`; and the shares of the draws in which the model keeps
     `kept_share`, and in which it is on the front. Without two models that answered the same items,
-    the front stays as it is.
+    only `runs` are added.
 
     Args:
         front: Placed results.
-        evaluations: Key of a result -> its evaluations, one for each seed. Results without
-            evaluations get no confidence.
+        items: Key of a trial -> its values of single items. Models that lack those of a seed get no
+            confidence.
         kept_share: Share of the full model's quality.
         num_resamples: Number of draws.
-        seed: Random seed of the draws.
     """
     from pandas import DataFrame
 
     rows, full, axes = front.rows, front.full, front.axes
-    found = {row["key"]: evaluations.get(row["key"], ()) for row in rows}
-    runs = {
-        key: [each] if isinstance(each, EvaluationResult) else each
-        for key, each in found.items()
-        if each
+    found = {
+        str(key): [items[seed.key] for seed in seeds]
+        for key, seeds in front.table["seeds"].items()
+        if all(seed.key in items for seed in seeds)
     }
-    paired = None
-    if full is not None and len(runs) > 1:
-        paired = pair_scores(runs, num_resamples=num_resamples, seed=seed)
+    front = replace(front, runs=found, kept_share=kept_share)
+    runs = {row["key"]: found[row["key"]] for row in rows if row["key"] in found}
+    paired = pair_scores(runs, num_resamples=num_resamples) if full and len(runs) > 1 else None
     if full is None or paired is None:
-        return replace(front, kept_share=kept_share)
+        return front
     scores, number_of = paired.quality(axes.quality), {key: n for n, key in enumerate(runs)}
     others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
@@ -441,8 +418,8 @@ def with_confidence(
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
     if scores is not None and costs and costs.keys() <= runs.keys():
-        drawn_qualities = scores.drawn[:, [number_of[key] for key in costs]]
-        goodness = drawn_qualities if axes.higher_is_better else -drawn_qualities
+        goodness = scores.drawn[:, [number_of[key] for key in costs]]
+        goodness = goodness if axes.higher_is_better else -goodness
         shares = front_shares(np.array(list(costs.values())), goodness)
         for key, share in zip(costs, shares, strict=True):
             columns[key][ON_FRONT_METRIC] = float(share)
@@ -453,14 +430,8 @@ def with_confidence(
         num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )
-    names = sorted({name for numbers in columns.values() for name in numbers})
-    table = front.table.join(DataFrame.from_dict(columns, orient="index", columns=None)[names])
-    return replace(front, table=table, intervals=intervals, basis=basis, kept_share=kept_share)
-
-
-def _rows(table: DataFrame) -> list[Row]:
-    rows: list[Row] = table.to_dict("records")
-    return rows
+    table = front.table.join(DataFrame.from_dict(columns, orient="index").sort_index(axis=1))
+    return replace(front, table=table, intervals=intervals, basis=basis)
 
 
 def sweep_front(
@@ -486,6 +457,6 @@ def sweep_front(
         is_shared = table["label"].duplicated(keep=False)
         table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
     front = find_front(table, axes)
-    items = load_item_values(workspace, front.seeds)
+    items = load_item_values(workspace, (seed for seeds in table["seeds"] for seed in seeds))
     notes = item_notes(front.seeds, items)
-    return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes
+    return with_confidence(front, items, kept_share=kept_share), notes

@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from orchestrator.records.tracked_run import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import front_chart, save_chart
-from orchestrator.reporting.claims import Claim, claim_metrics
+from orchestrator.reporting.claims import claim_metrics
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
@@ -46,6 +45,7 @@ from orchestrator.reporting.statistics import (
     ON_FRONT_METRIC,
     SUMMARY_METRICS,
 )
+from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.reporting.tables import interval_rows, model_rows, models_table
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.job import stored_job
@@ -94,8 +94,8 @@ def front_metrics(front: Front) -> dict[str, float]:
     }
     box = front.hypervolume_box
     if box is not None:
-        values["front/reference_cost"] = box.cost
-        values["front/reference_quality"] = box.quality
+        values["front/reference_cost"] = box["cost"]
+        values["front/reference_quality"] = box["quality"][0]
     kept = front.cheapest_keeping(KEPT_SHARE)
     for name, row in {**front.picks, **({"keeping_99": kept} if kept else {})}.items():
         values[f"front/{name}_cost"] = row["cost"]
@@ -133,7 +133,10 @@ def trial_run(
     status: Status = "FINISHED",
     reason: str = "",
 ) -> TrackedRun:
-    """Return what MLflow shows of a trial. Its run starts and ends when the training did.
+    """Return what MLflow shows of a trial.
+
+    Its run starts and ends when the training did; that of a model that was only measured, when its
+    result was written. Where neither is known it starts now.
 
     Args:
         sweep: Name of the sweep.
@@ -144,10 +147,28 @@ def trial_run(
         status: Of a FINISHED one, the model is shown, too.
         reason: Why it ended without a result.
     """
-    started_ms, ended_ms = _trial_times(result, journal)
+    times = recorded_times(journal) if journal else None
+    if not times:
+        with suppress(OSError):
+            times = (int(result.result_path.stat().st_mtime * 1000),) * 2
+    started_ms, ended_ms = times or (now_ms(), None)
     dataset: DataSummary | None = None
     with suppress(UserError):  # The tokens of an old sweep may be gone.
         dataset = describe_data(result.suite.tokens_folder)
+    # Teachers and baselines have the recipe of their own runs; a pruned student has the weights of
+    # its teacher, and no recipe.
+    is_pruned = result.role == "trial" and result.parent and not result.is_elastic
+    job = None
+    if result.checkpoint and not (result.job or is_pruned):
+        job = stored_job(Path(result.checkpoint).parent)
+    # MLflow's page that compares runs would begin with an axis of checkpoints. The standard errors
+    # of single tasks are in tables.
+    params = {name: text for name, text in result.params(job).items() if name != "checkpoint"}
+    metrics = {
+        name: value
+        for name, value in result.metrics().items()
+        if not (name.endswith("_stderr") and name.count("/") > 1)
+    }
     return TrackedRun(
         key=result.key,
         kind=result.role,
@@ -155,14 +176,14 @@ def trial_run(
         parent=sweep_key,
         folder=result.folder,
         journal=str(journal) if journal else None,
-        params=trial_parameters(result),
+        params=params,
         tags={
             SWEEP_TAG: sweep,
             "iiet.method": result.method,
             CHECKPOINT_TAG: result.checkpoint or "",
             **reason_tags(status, reason),
         },
-        points=without_step({**tracked_metrics(result), **(more or {})}),
+        points=without_step({**metrics, **(more or {})}),
         dataset=dataset,
         model=trial_model(result) if status == "FINISHED" else None,
         status=status,
@@ -171,92 +192,40 @@ def trial_run(
     )
 
 
-def _trial_times(result: Trial, journal: Path | None) -> tuple[int, int | None]:
-    """Return start and end in ms; of a model that was only measured, when its result was written.
-
-    Where neither is known it starts now.
-    """
-    if journal and (times := recorded_times(journal)):
-        return times
-    with suppress(OSError):
-        written_ms = int(result.result_path.stat().st_mtime * 1000)
-        return written_ms, written_ms
-    return now_ms(), None
-
-
 def run_name(result: Trial) -> str:
     """Return the name of a trial's run; those of several teachers can be told apart."""
     is_teacher = result.role == "teacher" and result.schedule
     return f"{result.name} {result.schedule_text}" if is_teacher else result.name
 
 
-def trial_parameters(result: Trial) -> dict[str, str]:
-    """Return a trial's parameters; teachers and baselines have the recipe of their own runs."""
-    # A pruned student has the weights of its teacher, and no recipe.
-    is_pruned = result.role == "trial" and result.parent and not result.is_elastic
-    job = None
-    if result.checkpoint and not (result.job or is_pruned):
-        job = stored_job(Path(result.checkpoint).parent)
-    # MLflow's page that compares runs would begin with an axis of checkpoints.
-    return {name: text for name, text in result.params(job).items() if name != "checkpoint"}
-
-
-def tracked_metrics(result: Trial) -> dict[str, float]:
-    """Return a trial's metrics without the standard errors of single tasks, which are in tables."""
-    return {
-        name: value
-        for name, value in result.metrics().items()
-        if not (name.endswith("_stderr") and name.count("/") > 1)
-    }
-
-
-def report_changes(
-    front: Front,
-    *,
-    name: str,
-    time_ms: int,
-    sentences: Sequence[str],
-    claims: Sequence[Claim],
-    charts: Collection[str],
-    files: Sequence[Path],
-) -> dict[str, Any]:
+def report_changes(report: SweepReport, time_ms: int) -> dict[str, Any]:
     """Return what a report changes of its sweep's run, for `TrackedRun.changed`.
 
-    A front on other axes only adds a folder of files.
-
-    Args:
-        name: Name of the sweep.
-        time_ms: When it began.
-        sentences: Notes and findings.
-        claims: What the sweep shows of the paper's claims.
-        charts: Titles of the report's curves.
-        files: Files of the report.
+    A front on other axes only adds a folder of files. `time_ms` is when the sweep began.
     """
+    front, files = report.front, report.files
     paths = [str(path) for path in files]
     if slug := front.axes.slug:
         return {"files": {f"{ARTIFACT_FOLDER}/{slug}": paths}}
     models = [  # Differences to other models have their own table.
         {n: v for n, v in row.items() if not n.startswith("paired/") or n in SUMMARY_METRICS}
-        for row in model_rows(front, files[0].parent)
+        for row in model_rows(front, report.folder)
     ]
     tables = {"table": models, "intervals": interval_rows(front)}
     found = {f"{ARTIFACT_FOLDER}/{table}.json": rows for table, rows in tables.items() if rows}
     shown = [{"path": path, "type": "table"} for path in found]
-    view = replace(front_chart_view(front, name, charts), time_ms=time_ms)
+    pictures = [path.stem for path in files if path.suffix == ".svg"]
+    changes = _on_page(front, report.name, report.curves, report.sentences, pictures, time_ms)
+    changes["tags"][REPORT_TAG] = f"{ARTIFACT_FOLDER}/front.html"
+    changes["tags"][TABLES_TAG] = json.dumps(shown) if shown else ""
     return {
-        "points": without_step({**front_metrics(front), **claim_metrics(claims)}),
+        **changes,
+        "points": without_step({**front_metrics(front), **claim_metrics(report.claims)}),
         "files": {ARTIFACT_FOLDER: paths},
         # MLflow's own `log_table` appends to an existing table; a new report must replace it.
         "texts": {
             path: json.dumps({"columns": [*rows[0]], "data": [[*row.values()] for row in rows]})
             for path, rows in found.items()
-        },
-        "views": dict([view.tag]),
-        "tags": {
-            NOTE_TAG: run_note(front, sentences, [p.stem for p in files if p.suffix == ".svg"]),
-            VIEW_TAG: view.key,
-            REPORT_TAG: f"{ARTIFACT_FOLDER}/front.html",
-            TABLES_TAG: json.dumps(shown) if shown else "",
         },
     }
 
@@ -271,13 +240,24 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
     """
     chart = front_chart(front, title=f"Sweep {name}", mark_paper=True)
     pictures = save_chart(chart, folder / "front", kinds=("svg",))
-    view = front_chart_view(front, name, STUDENT_CHARTS)  # The curves are in the trials' runs.
     sentences = [*notes, BEATEN_NOTE, *findings(front)]
-    return {
-        "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},
-        "views": dict([view.tag]),
-        "tags": {NOTE_TAG: run_note(front, sentences, ["front"]), VIEW_TAG: view.key},
-    }
+    # The curves are in the trials' runs.
+    changes = _on_page(front, name, STUDENT_CHARTS, sentences, ["front"], now_ms())
+    return {**changes, "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]}}
+
+
+def _on_page(
+    front: Front,
+    name: str,
+    charts: Collection[str],
+    sentences: Sequence[str],
+    pictures: Sequence[str],
+    time_ms: int,
+) -> dict[str, Any]:
+    """Return the chart view of a sweep, and the tags of its run that name it and hold the note."""
+    view = front_chart_view(front, name, charts, time_ms)
+    tags = {NOTE_TAG: run_note(front, sentences, pictures), VIEW_TAG: view.key}
+    return {"views": dict([view.tag]), "tags": tags}
 
 
 def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) -> str:
@@ -304,7 +284,7 @@ def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) ->
     return "\n\n".join(part for part in (*parts, table, *images.values()) if part)
 
 
-def front_chart_view(front: Front, name: str, charts: Collection[str]) -> ChartView:
+def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: int) -> ChartView:
     """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
     num_layers = max((len(row["trial"].schedule or ()) for row in front.rows), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
@@ -322,7 +302,8 @@ def front_chart_view(front: Front, name: str, charts: Collection[str]) -> ChartV
     if not set(ACCURACY_CHARTS).isdisjoint(charts):
         curves.insert(0, ACCURACY_METRIC)
     return ChartView(
-        key=chart_view_key(name),
+        # Letters, digits and dashes.
+        key="front-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in name),
         name=f"Front of {name}",
         # The sweep's own run has no cost and would be an empty row in the charts.
         run_filter=tag_filter({SWEEP_TAG: name}) + " and tags.`iiet.kind` != 'sweep'",
@@ -333,9 +314,5 @@ def front_chart_view(front: Front, name: str, charts: Collection[str]) -> ChartV
         parallel_metrics=[cost, quality],
         curves=curves,
         folded_groups=sorted({each.rpartition("/")[0] for each in [*measured, *curves]}),
+        time_ms=time_ms,
     )
-
-
-def chart_view_key(name: str) -> str:
-    """Return the key of a sweep's chart view: its name in letters, digits and dashes."""
-    return "front-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in name)

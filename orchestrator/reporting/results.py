@@ -120,8 +120,15 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     path = workspace.sweeps / name / RESULTS_FILE
     remedy = "delete it and run the sweep again, which finds its trials finished"
     found = StoredSweep.read(path, remedy=remedy)
+    if found is None and (workspace.sweeps / name).is_dir():
+        raise UserError(
+            f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
+        )
     if found is None:
-        raise UserError(_no_results(workspace, name))
+        known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
+        offer = ", ".join(known)
+        offer = f"there are: {offer}" if offer else "run `iiet-orch sweep-threshold` first"
+        raise UserError(f"no sweep is called {name!r} in {workspace.root}; {offer}")
     check_name(found.name, f"{path} is damaged: name")
     check_name(found.key, f"{path} is damaged: key")
     return found.model_copy(update={"name": name})
@@ -134,9 +141,11 @@ def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str
     return {key: evaluation for key, evaluation in found.items() if evaluation}
 
 
-def item_notes(results: Iterable[Trial], items: Mapping[str, EvaluationResult]) -> list[str]:
+def item_notes(results: Sequence[Trial], items: Mapping[str, EvaluationResult]) -> list[str]:
     """Return sentences on tasks that are in no average and on models without values of items."""
-    skipped = {name: reason for found in items.values() for name, reason in found.skipped.items()}
+    skipped: dict[str, str] = {}
+    for found in filter(None, (items.get(result.key) for result in results)):
+        skipped |= found.skipped
     notes = [f"Averages do not include {name}: {reason}." for name, reason in skipped.items()]
     lacking = [result.name for result in results if result.key not in items]
     if items and lacking:
@@ -145,14 +154,6 @@ def item_notes(results: Iterable[Trial], items: Mapping[str, EvaluationResult]) 
             f"missing or damaged: {', '.join(lacking)}."
         )
     return notes
-
-
-def _no_results(workspace: Workspace, name: str) -> str:
-    if (workspace.sweeps / name).is_dir():
-        return f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
-    known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
-    offer = f"there are: {', '.join(known)}" if known else "run `iiet-orch sweep-threshold` first"
-    return f"no sweep is called {name!r} in {workspace.root}; {offer}"
 
 
 def newest_sweep(workspace: Workspace) -> str:
@@ -219,19 +220,20 @@ def with_overhead(table: DataFrame) -> DataFrame:
     Milliseconds need a vanilla model of the same shape that was timed; its evaluations are known
     without it. A column of which no number is known is left out.
     """
-    trials, vanilla, teachers = table["trial"], vanilla_of(table), teachers_of(table)
-    changes = {}
+    keys = table["key"]
+    vanilla, teacher = keys.map(vanilla_of(table)), keys.map(teachers_of(table))
+    table = table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore")
     for cost, (overhead, share) in OVERHEADS.items():
-        known = table[cost].to_dict() if cost in table else {}
-        plain = {key: known.get(other, math.nan) for key, other in vanilla.items()}
+        if cost not in table:
+            continue
+        plain = vanilla.map(table[cost])
         if cost == "cost/evaluations":
-            plain = {key: trial.model.num_layers for key, trial in trials.items()}
-        beyond = {key: known.get(key, math.nan) - plain.get(key, math.nan) for key in table.index}
-        of_teacher = {key: beyond[other] for key, other in teachers.items() if beyond[other] > 0}
-        changes[overhead] = [beyond[key] for key in table.index]
-        changes[share] = [beyond[key] / of_teacher.get(key, math.nan) for key in table.index]
-    changes = {name: values for name, values in changes.items() if not all(map(math.isnan, values))}
-    return table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore").assign(**changes)
+            plain = table["num_layers"]
+        beyond = table[cost] - plain
+        of_teacher = teacher.map(beyond)
+        found = {overhead: beyond, share: beyond / of_teacher.where(of_teacher > 0)}
+        table = table.assign(**{name: each for name, each in found.items() if each.notna().any()})
+    return table
 
 
 def shape_of(config: ModelConfig) -> ModelConfig:
@@ -309,15 +311,13 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
 
 def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
     """Return the sentence on sweeps that were not measured alike; none if they were."""
-    # Folders and the size of a batch change no result.
-    suites = []
-    for sweep in sweeps:
-        suite = sweep.results[0].suite.model_dump(mode="json")
-        unlike = [n for n in suite if n.endswith("_folder") or n == "batch_size"]
-        suites.append({name: suite[name] for name in suite if name not in unlike})
-    names = dict.fromkeys(name for suite in suites for name in suite)
-    values = {name: [str(suite.get(name)) for suite in suites] for name in names}
-    parts = [f"{name} {' / '.join(v)}" for name, v in values.items() if len(set(v)) > 1]
+    suites = [sweep.results[0].suite.model_dump(mode="json") for sweep in sweeps]
+    parts = []
+    for name in dict.fromkeys(name for suite in suites for name in suite):
+        values = [str(suite.get(name)) for suite in suites]
+        # Folders and the size of a batch change no result.
+        if len(set(values)) > 1 and not name.endswith("_folder") and name != "batch_size":
+            parts.append(f"{name} {' / '.join(values)}")
     if not parts:
         return []
     return [
@@ -365,26 +365,21 @@ def read_training_curves(
     and the baselines have their own chart, because they start from random weights and would flatten
     the students' curves.
     """
+    own = {result.key for result in sweep.results}
     students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
-    own = {result.key for result in sweep.results}
     for row in rows:
         seeds = [seed for seed in row["seeds"] if seed.key in own]
         for result in seeds:
             name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
             if folder := sweep.journal_of(result):
                 (students if result.role == "trial" else others).append((name, folder))
-    charts: dict[str, Sequence[Curve]] = {}
-    for title, metric in STUDENT_CHARTS.items():
-        if curves := _read_curves(students, metric):
-            charts[title] = curves
-            break
-    if curves := _read_curves(others, VALIDATION_METRIC):
-        charts[BASELINE_CHART] = curves
+    losses = {title: _read_curves(students, metric) for title, metric in STUDENT_CHARTS.items()}
+    charts = dict([(title, curves) for title, curves in losses.items() if curves][:1])
+    charts[BASELINE_CHART] = _read_curves(others, VALIDATION_METRIC)
     for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
-        if curves := _read_curves(runs, ACCURACY_METRIC):
-            charts[title] = curves
-    return charts
+        charts[title] = _read_curves(runs, ACCURACY_METRIC)
+    return {title: curves for title, curves in charts.items() if curves}
 
 
 def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,7 @@ NUM_RESAMPLES = 10_000
 INTERVAL_LEVEL = 0.95
 """Share of the draws inside an interval; the rest lies outside in equal parts."""
 MAX_COUNTS_PER_BLOCK = 2_000_000
-"""Bounds the memory of `draw_item_counts`."""
+"""Bounds the memory of one block of `item_counts`."""
 MAX_KEPT_COUNTS = 25_000_000
 """Bounds the memory of the draws that are used again; a number takes two bytes."""
 KEPT_SHARE = 0.99
@@ -212,10 +211,8 @@ def pair_scores(
     seed_weights = draw_seed_weights(model_of_run, num_resamples, np.random.default_rng(seed))
     scores = {}
     for task, values in items.items():
-        # A generator for each task: adding a task does not change another one's draws.
-        drawn = (len(values.weights), num_resamples, (seed, *task.encode()))
-        is_small = drawn[0] * num_resamples <= MAX_KEPT_COUNTS
-        counts = _kept_counts(*drawn) if is_small else _item_counts(*drawn)
+        # A seed for each task: adding a task does not change another one's draws.
+        counts = item_counts(len(values.weights), num_resamples, (seed, *task.encode()))
         scores[task] = resample(values, seed_weights, model_of_run, counts)
     groups = {name: members for run in runs for name, members in run.groups.items()}
     return PairedScores(items, scores, groups, left_out)
@@ -242,7 +239,7 @@ def resample(
     items: ItemValues,
     seed_weights: Floats,
     model_of_run: NDArray[np.int64],
-    counts: Iterable[NDArray[Any]],
+    counts: Iterable[NDArray[np.uint16]],
 ) -> Scores:
     """Score every model on draws of one task's items.
 
@@ -250,7 +247,7 @@ def resample(
         items: The items under every run.
         seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
         model_of_run: (runs,): number of the model.
-        counts: How often each item is drawn; see `draw_item_counts`.
+        counts: How often each item is drawn; see `item_counts`.
     """
     num_models = int(model_of_run.max()) + 1
     is_of_model = (model_of_run[:, None] == np.arange(num_models)).astype(float)
@@ -266,29 +263,37 @@ def resample(
     return Scores(observed, (by_run * seed_weights) @ is_of_model)
 
 
-def draw_item_counts(
-    num_items: int, num_resamples: int, rng: np.random.Generator
-) -> Iterator[Floats]:
-    """Yield how often each item is drawn, in blocks of (resamples, items); rows sum to `items`."""
+def item_counts(
+    num_items: int, num_resamples: int, seed: tuple[int, ...]
+) -> Iterable[NDArray[np.uint16]]:
+    """Return how often each item is drawn, in blocks of (resamples, items).
+
+    A report compares models on the same draws several times, and drawing takes longest, so those of
+    few items are kept.
+    """
+    is_small = num_items * num_resamples <= MAX_KEPT_COUNTS
+    draw = _kept_item_counts if is_small else _draw_item_counts
+    return draw(num_items, num_resamples, seed)
+
+
+def _draw_item_counts(
+    num_items: int, num_resamples: int, seed: tuple[int, ...]
+) -> Iterator[NDArray[np.uint16]]:
+    random = np.random.default_rng(seed)
     block_size = max(1, MAX_COUNTS_PER_BLOCK // num_items)
     for start in range(0, num_resamples, block_size):
         num_rows = min(block_size, num_resamples - start)
-        drawn = rng.integers(num_items, size=(num_rows, num_items))
+        drawn = random.integers(num_items, size=(num_rows, num_items))
         drawn += num_items * np.arange(num_rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=num_rows * num_items)
-        yield counts.reshape(num_rows, num_items).astype(float)
-
-
-def _item_counts(num_items: int, num_resamples: int, seed: tuple[int, ...]) -> Iterator[Floats]:
-    return draw_item_counts(num_items, num_resamples, np.random.default_rng(seed))
+        yield counts.reshape(num_rows, num_items).astype(np.uint16)
 
 
 @lru_cache(maxsize=2)
-def _kept_counts(
+def _kept_item_counts(
     num_items: int, num_resamples: int, seed: tuple[int, ...]
 ) -> list[NDArray[np.uint16]]:
-    """A report compares models on the same draws several times; drawing takes longest."""
-    return [block.astype(np.uint16) for block in _item_counts(num_items, num_resamples, seed)]
+    return list(_draw_item_counts(num_items, num_resamples, seed))
 
 
 def draw_seed_weights(

@@ -101,110 +101,99 @@ def models_table(front: Front, title: str = "") -> Table:
     """
     quality, cost = front.axes.quality, front.axes.cost
     full = front.basis.full if front.basis else "full"
-    columns: list[tuple[Column, Callable[[Row], str]]] = []
-
-    def text(title: str, cell: Callable[[Row], str], priority: int = 0) -> None:
-        columns.append((Column(title, priority, is_text=not priority), cell))
+    columns: list[tuple[Column, Callable[[Row], str | None]]] = []
 
     def number(title: str, priority: int, name: str, form: Callable[[float], str]) -> None:
         column = Column(title, 0 if name in (quality, cost) else priority)
-        columns.append((column, lambda row: "" if (v := known(row, name)) is None else form(v)))
-
-    def computed(title: str, priority: int, cell: Callable[[Row], str | None]) -> None:
-        columns.append((Column(title, priority), lambda row: cell(row) or ""))
+        columns.append((column, lambda row: None if (v := known(row, name)) is None else form(v)))
 
     def threshold(row: Row) -> str:
         # The largest threshold that gives the schedule, which a user would type.
         shown = str(row["threshold"])
         return shown if shown.startswith(">") else shown.removeprefix("<=").rpartition(" to ")[2]
 
-    def kept(row: Row) -> str:
+    def kept(row: Row) -> str | None:
         share = front.share(row)
-        return "" if share is None else f"{share:.1%}"
+        return None if share is None else f"{share:.1%}"
 
-    def difference(row: Row) -> str:
+    def difference(row: Row) -> str | None:
         interval = front.intervals.get((row["key"], quality, full))
-        return difference_text(interval, is_percent=is_accuracy(quality)) if interval else ""
+        return difference_text(interval, is_percent=is_accuracy(quality)) if interval else None
 
-    text("schedule", lambda row: str(row["label"]))
+    def keeps(row: Row) -> str | None:
+        return None if row is front.full else confidence_text(front.keeps(row))
+
+    columns.append((Column("schedule", is_text=True), lambda row: row["label"]))
     if front.sweeps:
-        text("sweep", lambda row: str(row["sweep"]))
-    computed("threshold", 9, threshold)
+        columns.append((Column("sweep", is_text=True), lambda row: row["sweep"]))
+    columns.append((Column("threshold", 9), threshold))
     if cost not in COST_COLUMNS:
         number(SHORT_TITLES.get(cost, metric_title(cost)), 0, cost, "{:.4g}".format)
     for name, (head, priority, form) in COST_COLUMNS.items():
         number(head, priority, name, form)
     if len({row["num_layers"] for row in front.rows}) > 1:
-        computed("layers", 4, lambda row: str(row["num_layers"]))
+        columns.append((Column("layers", 4), lambda row: str(row["num_layers"])))
     counts = [count for row in front.rows if (count := known(row, "cost/num_parameters"))]
     if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
         number("parameters", 4, "cost/num_parameters", format_parameters)
     heading = SHORT_TITLES.get(quality, metric_title(quality))
-    computed(heading, 0, lambda row: quality_text(front, row))
+    columns.append((Column(heading), lambda row: quality_text(front, row)))
     if quality != "quality/bits_per_byte":
         number("bits/byte", 5, "quality/bits_per_byte", "{:.3f}".format)
-    computed("of full", 2, kept)
-    computed(f"vs {full}", 6, difference)
-    computed(
-        f"P({KEPT_SHARE:.0%})",
-        8,
-        lambda row: None if row is front.full else confidence_text(front.keeps(row)),
-    )
+    columns += [(Column("of full", 2), kept), (Column(f"vs {full}", 6), difference)]
+    columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
     number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
     number("accepted", 12, "decoding/acceptance", "{:.0%}".format)
     number("exact ms", 11, "decoding/exact_ms_per_token", "{:.2f}".format)
-    text("front", front.verdict)
+    columns.append((Column("front", is_text=True), front.verdict))
 
-    cells = [[cell(row) for row in front.rows] for _, cell in columns]
-    shown = [n for n, (column, _) in enumerate(columns) if not column.priority or any(cells[n])]
+    cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]
+    shown = [(column, own) for column, own in cells if not column.priority or any(own)]
     rows = [
-        TableRow(
-            [cells[n][number] for n in shown],
-            kind=row_kind(row),
-            key=row["key"],
-        )
+        TableRow([own[number] for _, own in shown], kind=row_kind(row), key=row["key"])
         for number, row in enumerate(front.rows)
     ]
-    return Table([columns[n][0] for n in shown], rows, title)
+    return Table([column for column, _ in shown], rows, title)
 
 
 def task_tables(front: Front) -> list[Table]:
     """Return the table of the average, then of every task; none without values of single items."""
     if front.basis is None:
         return []
-    quality, full = front.axes.quality, front.basis.full
-
-    def table(measured: str, title: str, *, is_percent: bool) -> Table:
-        others = dict.fromkeys(o for _, name, o in front.intervals if name == measured and o)
-        # The full model first; its own row comes without it.
-        names = sorted(others, key=lambda name: name != full)
-        rows = []
-        for row in front.rows:
-            own = front.intervals.get((row["key"], measured, ""))
-            if own is None:
-                continue
-            scale, digits = scale_and_digits(own.value, is_percent=is_percent)
-            interval = f"{scale * own.low:.{digits}f} to {scale * own.high:.{digits}f}"
-            found = (front.intervals.get((row["key"], measured, name)) for name in names)
-            differences = [
-                difference_text(each, is_percent=is_percent) if each else "" for each in found
-            ]
-            score = format_with_error(own.value, None, is_percent=is_percent)
-            cells = (row["label"], score, interval, *differences)
-            rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
-        score = "score %" if is_percent else "score"
-        columns = [Column("model", is_text=True), Column(score)]
-        columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
-        columns += [Column(f"vs {name}", priority) for priority, name in enumerate(names)]
-        return Table(columns, rows, title)
-
-    metrics = front.basis.metrics
-    tables = [table(quality, metric_title(quality), is_percent=is_accuracy(quality))]
-    if len(metrics) > 1 or not tables[0].rows:
-        for task, metric in metrics.items():
-            title = task if task == metric else f"{task} ({metric})"
-            tables.append(table(task, title, is_percent="bits" not in metric))
+    quality, metrics = front.axes.quality, front.basis.metrics
+    average = _task_table(front, quality, metric_title(quality), is_percent=is_accuracy(quality))
+    if len(metrics) == 1 and average.rows:
+        return [average]
+    tables = [average]
+    for task, metric in metrics.items():
+        title = task if task == metric else f"{task} ({metric})"
+        tables.append(_task_table(front, task, title, is_percent="bits" not in metric))
     return [each for each in tables if each.rows]
+
+
+def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) -> Table:
+    """Return scores, and their differences to other models, on a task or a quality."""
+    full = front.basis.full if front.basis else ""
+    others = dict.fromkeys(o for _, name, o in front.intervals if name == measured and o)
+    # The full model first; its own row comes without it.
+    names = sorted(others, key=lambda name: name != full)
+    rows = []
+    for row in front.rows:
+        own = front.intervals.get((row["key"], measured, ""))
+        if own is None:
+            continue
+        scale, digits = scale_and_digits(own.value, is_percent=is_percent)
+        found = (front.intervals.get((row["key"], measured, name)) for name in names)
+        cells = (
+            *(row["label"], format_with_error(own.value, None, is_percent=is_percent)),
+            f"{scale * own.low:.{digits}f} to {scale * own.high:.{digits}f}",
+            *(difference_text(each, is_percent=is_percent) if each else "" for each in found),
+        )
+        rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
+    columns = [Column("model", is_text=True), Column("score %" if is_percent else "score")]
+    columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
+    columns += [Column(f"vs {name}", priority) for priority, name in enumerate(names)]
+    return Table(columns, rows, title)
 
 
 def model_table(front: Front, folder: Path | None = None) -> DataFrame:
@@ -262,7 +251,6 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
 
     Paths are absolute; for files in a `folder`, those in its workspace are relative.
     """
-    box = front.hypervolume_box
     results = []
     for row, trial in zip(model_rows(front, folder), front.trials, strict=True):
         shown = Trial.model_validate(trial.stored_at(folder)) if folder else trial
@@ -272,7 +260,7 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     return {
         "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
         "hypervolume": front.hypervolume,
-        "hypervolume_box": box and {"cost": box.cost, "quality": [box.quality, box.full_quality]},
+        "hypervolume_box": front.hypervolume_box,
         "picks": {name: row and row["key"] for name, row in picks.items()},
         "front": [row["key"] for row in front.members],
         "confidence_basis": front.basis and asdict(front.basis),

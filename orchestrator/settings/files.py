@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from orchestrator.settings.resolve import (
     DEFAULTS,
@@ -28,7 +28,6 @@ COMMENT_WIDTH = 96
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 Size = Literal["tiny", "55m", "340m"]
-SIZES: tuple[Size, ...] = get_args(Size)
 _SWEEP_OF_SIZE = {"tiny": "toy", "55m": "paper-55m", "340m": "paper-340m"}
 _VOCABULARY_OF_PAPER = 32000
 _ALWAYS_WRITTEN = (
@@ -147,34 +146,20 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def starting_settings(
-    size: Size,
-    *,
-    files: Sequence[str] = (),
-    hub_name: str | None = None,
-    tokenizer: str = "train",
-    steps: int | None = None,
-    gpus: int | None = None,
-) -> Settings:
+def starting_settings(size: Size, options: Mapping[str, Any]) -> Settings:
     """Return the settings of a shipped sweep of a size, for other data.
+
+    Args:
+        options: What differs, by `section.key`; such as the data.
 
     Raises:
         UserError: If they are not valid.
     """
-    options: dict[str, Any] = {
-        "data.source": "hub" if hub_name else "files",
-        "data.files": list(files),
-        "data.hub_name": hub_name or "",
-        "data.tokenizer": tokenizer,
-        "data.max_documents": None,
-    }
+    usual: dict[str, Any] = {"data.files": [], "data.hub_name": "", "data.tokenizer": "train"}
+    usual["data.max_documents"] = None
     if size != "tiny":
-        options["data.vocab_size"] = _VOCABULARY_OF_PAPER
-    if steps is not None:
-        options["training.num_steps"] = steps
-    if gpus is not None:
-        options["cluster.num_gpus"] = gpus
-    return read_settings(shipped_sweeps()[_SWEEP_OF_SIZE[size]], (), options)
+        usual["data.vocab_size"] = _VOCABULARY_OF_PAPER
+    return read_settings(shipped_sweeps()[_SWEEP_OF_SIZE[size]], (), {**usual, **options})
 
 
 def starting_yaml(settings: Settings) -> str:

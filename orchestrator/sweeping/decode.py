@@ -8,7 +8,7 @@ output; sweeps on other data than text have none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from iiet.decoder import Decoder
@@ -117,21 +117,18 @@ def _measure_drafts(
     """Measure drafts of full models on held-out text; one that cannot draft is noted."""
     text, found = text_of(tokens_folder), dict[str, dict[str, float]]()
     load = partial(load_model, device=device, dtype=DTYPES[device_precision(device)], frozen=True)
-    loaded: tuple[str, Decoder] | None = None
+    load_full = lru_cache(maxsize=1)(load)
     for name, (trial, full) in sorted(pairs.items(), key=lambda pair: pair[1][1].key):
         try:
-            if loaded is None or loaded[0] != full.key:
-                schedule = full.model.corrections
-                loaded = full.key, load(Path(str(full.checkpoint)), schedule=schedule)
-            length = SWEEP_PROMPT_TOKENS + SWEEP_NEW_TOKENS
-            length = min(length, loaded[1].config.context_length)
+            model = load_full(Path(str(full.checkpoint)), schedule=full.model.corrections)
+            length = min(SWEEP_PROMPT_TOKENS + SWEEP_NEW_TOKENS, model.config.context_length)
             (batch,) = text.validation_batches(
                 context_length=length, num_tokens=NUM_TEXTS * length, batch_size=NUM_TEXTS
             )
             draft: Decoder | IterationSchedule = trial.model.corrections
             if trial.checkpoint != full.checkpoint:
                 draft = load(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
-            speed = measure_draft(loaded[1], draft, batch.input_ids)
+            speed = measure_draft(model, draft, batch.input_ids)
             found[name] = {
                 "acceptance": speed.acceptance,
                 "exact_ms_per_token": speed.ms_per_token,

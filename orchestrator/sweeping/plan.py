@@ -280,8 +280,8 @@ def load_tasks(
     Raises:
         UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
-    length, folder = config.context_length, tokens if needs_heldout(settings) else None
-    select_tasks(settings, folder, context_length=length, make=progress)
+    length = config.context_length
+    select_tasks(settings, tokens, context_length=length, make=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
 
@@ -300,8 +300,7 @@ def plan_suite(
         hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
-    folder = tokens if needs_heldout(settings) else None
-    asked = select_tasks(settings, folder, context_length=config.context_length)
+    asked = select_tasks(settings, tokens, context_length=config.context_length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     vocabulary = text_files_key(teacher) if teacher else None

@@ -46,6 +46,8 @@ class ChartView:
     """Metrics over steps, one chart each."""
     folded_groups: Sequence[str] = ()
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
+    unfolded: Sequence[str] = ()
+    """Ids of runs in the table that show the runs nested in them."""
     time_ms: int = field(default_factory=now_ms)
     """When it was made."""
 
@@ -89,7 +91,9 @@ class ChartView:
             "modelVersionFilter": "All Runs",
             "selectedColumns": [_column(name) for name in self.columns],
             **{key: [] for key in ("datasetsFilter", "columnOrder", "runsPinned", "runsHidden")},
-            **{key: {} for key in ("columnWidths", "runsExpanded", "runsVisibilityMap")},
+            "columnWidths": {},
+            "runsExpanded": dict.fromkeys(self.unfolded, True),
+            "runsVisibilityMap": {},
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [
                 {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}

@@ -290,10 +290,8 @@ def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
 
 def stored_job(folder: Path) -> TrainingJob | None:
     """Return the job of a run's folder; None if its file is missing, damaged or too old."""
-    path = folder / JOB_NAME
     try:
-        stored = read_json(path)
-        return TrainingJob.parse(stored.get("job", {}), path) if stored else None
+        return TrainingJob.of_folder(folder)
     except UserError:
         return None
 
@@ -419,9 +417,8 @@ def continued_settings(
             are missing.
     """
     folder = find_run_folder(workspace, run)
-    path = folder / JOB_NAME
-    stored = read_json(path)
-    if stored is None or not (folder / SETTINGS_NAME).is_file():
+    job = TrainingJob.of_folder(folder)
+    if job is None or not (folder / SETTINGS_NAME).is_file():
         raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
@@ -432,7 +429,6 @@ def continued_settings(
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
     tokens = tokens_folder_of(checkpoints[-1], workspace)
-    job = TrainingJob.parse(stored.get("job", {}), path)
     recipe = continued_recipe(job.recipe, settings.training)
     job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
     return settings.model_copy(update={"training": recipe}), job

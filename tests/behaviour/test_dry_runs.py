@@ -79,7 +79,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_every_command_with_a_dry_run_is_run_here():
-    commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(build_app()).commands
     with_option = {n for n, c in commands.items() if any("--dry-run" in p.opts for p in c.params)}
     # `clean` asks before it deletes; test_clean.py runs it.
     assert with_option - {"clean"} == {
@@ -118,7 +118,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
         return plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
 
     unknown = plan()
-    assert "the teacher's influence is not measured" in " ".join(unknown.sentences)
+    assert "the teacher's influence is not measured" in " ".join(unknown.notes)
     assert unknown.price.num_trainings == settings.sweep.num_schedules
     measure_influence(settings, workspace=workspace, model="full")
     planned = plan()

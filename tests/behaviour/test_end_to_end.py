@@ -210,18 +210,14 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_
     assert "checkpoint:" in distilled
 
 
-def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path, ray_session):
-    options = small(
-        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]",
-        "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
-    )  # fmt: skip
+def test_the_worse_of_two_learning_rates_is_stopped_early(tmp_path, ray_session):
+    rates = "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}"
+    options = small("sweep.methods=[vanilla]", rates, "sweep.trials_at_once=1")
     plan = run_here("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
     printed = run_here("sweep-iterations", "--asha", *options, workspace=tmp_path)
-    for label in ("vanilla, rate 0.01", "r = 1"):
-        assert label in printed
     assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
-    assert "3 trials, 1 stopped early" in printed
+    assert "2 trials, 1 stopped early" in printed
 
 
 def interrupted(process: Started) -> str:

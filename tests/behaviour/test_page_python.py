@@ -30,9 +30,9 @@ def test_the_python_of_models_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(blocks(PYTHON_PAGE, "python")[0], names)
-    assert names["tokens"].shape == (1, 24)  # type: ignore[attr-defined]
+    assert names["tokens"].shape == (1, 24)
     assert (tmp_path / "my-decoder" / "model.safetensors").is_file()
-    assert names["cheaper"].schedule.num_corrections == 0  # type: ignore[attr-defined]
+    assert names["cheaper"].schedule.num_corrections == 0
 
 
 def readme() -> str:
@@ -74,7 +74,7 @@ def test_python_that_drafts_runs():
     )
     names = {"decoder": decoder, "small_decoder": small_decoder, "ids": torch.ones(1, 4).long()}
     exec(blocks(ROOT / "docs" / "speculation.md", "python")[0], names)
-    assert names["tokens"].shape == (1, 104)  # type: ignore[attr-defined]
+    assert names["tokens"].shape == (1, 104)
 
 
 @pytest.mark.slow
@@ -91,12 +91,12 @@ def test_the_commands_in_python_run(tmp_path, monkeypatch, small_sweep, terminal
     shutil.copytree(small_sweep, "my-workspace")  # Its models are found again; students are added.
     names: dict[str, object] = {}
     exec(blocks(PYTHON_PAGE, "python")[1], names)
-    assert len(names["found"].evaluations) == 2  # type: ignore[attr-defined]
+    assert len(names["found"].evaluations) == 2
     exec(blocks(PYTHON_PAGE, "python")[2], names)
     assert names["text"]
     assert (tmp_path / "my-export" / "config.json").is_file()
-    assert not names["result"].failures  # type: ignore[attr-defined]
+    assert not names["result"].failures
     assert [*tmp_path.glob("my-workspace/sweeps/*/front.html")]
     # The README's lines: the same sweep in the same workspace, with fewer schedules.
     exec(blocks(ROOT / "README.md", "python")[1], names)
-    assert not names["result"].failures  # type: ignore[attr-defined]
+    assert not names["result"].failures

@@ -123,7 +123,6 @@ def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
         for name in ("parameters", "memory", "of it training", "a checkpoint"):
             [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
             found = FIRST.match(text)
-            assert found
             cells.append(found[0].strip())
         assert row.split(" | ") == cells, command
         assert re.search(r"on an H100 +it fits", output), command

@@ -77,7 +77,6 @@ def test_every_shipped_sweep_is_run_here():
 @pytest.mark.parametrize("name", FRONTS)
 def test_a_shipped_sweep_ends_with_its_front(name, workspace):
     result = run(workspace, name)
-    assert result.page is not None
     assert result.page.is_file()
     stored = json.loads((result.folder / "results.json").read_text())["results"]
     assert FRONTS[name] <= {each["label"] for each in stored}
@@ -91,7 +90,7 @@ def test_a_shipped_sweep_ends_with_its_front(name, workspace):
 def test_a_search_continues_from_the_family(workspace):
     def plan(*more: str) -> str:
         settings = settings_of("search", *more)
-        return "\n".join(plan_sweep(settings, workspace=workspace).sentences)
+        return "\n".join(plan_sweep(settings, workspace=workspace).notes)
 
     def trained() -> set[Path]:
         return set(workspace.trials.glob("*/done.json"))

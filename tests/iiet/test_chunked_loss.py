@@ -59,7 +59,7 @@ def some_batch(kind: str) -> Batch:
 
 def value_and_gradients(decoder: Decoder, loss: Tensor, scale: float = 3.0) -> list[Tensor]:
     decoder.zero_grad()
-    (scale * loss).backward()  # type: ignore[no-untyped-call]
+    (scale * loss).backward()
     return [loss.detach(), *(p.grad for p in decoder.parameters() if p.grad is not None)]
 
 
@@ -109,19 +109,17 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None
     config = DistillationConfig(**LOSSES[loss]) if loss else None
     objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
     with LargestTensor() as seen:
-        objective(decoder, batch, 0)[0].backward()  # type: ignore[no-untyped-call]
+        objective(decoder, batch, 0)[0].backward()
         validation_metrics(decoder, [batch], schedule, precision="fp32", world=World())
     assert seen.num_values < ELEMENTS / 2
 
 
 def adapted(decoder: Decoder) -> None:
-    assert decoder.head is not None
     adapter = nn.Sequential(decoder.head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
-    decoder.head = adapter  # type: ignore[assignment]
+    decoder.head = adapter
 
 
 def hooked(decoder: Decoder) -> None:
-    assert decoder.head is not None
     decoder.head.register_forward_hook(lambda *_: None)
 
 
@@ -143,7 +141,7 @@ def test_second_derivatives_exist_with_plain_formulas() -> None:
     with plain_formulas():
         loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
         slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-        sum(slope.square().sum() for slope in slopes if slope is not None).backward()  # type: ignore[union-attr]
+        sum(slope.square().sum() for slope in slopes if slope is not None).backward()
     assert decoder.embedding.weight.grad is not None
     loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
     with pytest.raises(RuntimeError, match="plain_formulas"):
@@ -154,7 +152,6 @@ def test_second_derivatives_exist_with_plain_formulas() -> None:
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
 def test_frozen_weights_get_no_gradient(frozen: str) -> None:
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    assert decoder.head is not None
     is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
     decoder.requires_grad_(False)
     is_trained.requires_grad_()

@@ -34,8 +34,7 @@ def member_gradients(
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     keeper = AnswerKeeper(decoder)
     keeper(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
-    assert keeper.answer is not None
-    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))  # type: ignore[arg-type]
+    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))
     value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), finish=finish)
     return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
 

@@ -5,13 +5,12 @@ The package is in a temporary folder, with the metadata that an installer would 
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Started
 from exported_folder import found_by
 from safetensors.torch import save_file
 
@@ -103,6 +102,17 @@ print(json.dumps([type(model.layers[0]).__name__, difference]))
 """
 
 
+SUITE = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import pytest
+
+ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # Of plugins imported before.
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *ignored, "-k", "relaxed", sys.argv[2]]))
+"""
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder on the path where a package with a method is installed."""
@@ -136,13 +146,10 @@ def test_an_entry_point_is_a_method_with_its_options(site):
 
 @pytest.mark.slow
 def test_the_shared_suite_tests_it(site):
-    suite = Path(__file__).with_name("test_laws.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "relaxed"]
-    paths = os.pathsep.join([str(site), str(suite.parents[2])])
-    variables = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([*command, str(suite)], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 12
+    run = Started(str(site), str(Path(__file__).with_name("test_laws.py")), code=SUITE)
+    printed, _ = run.communicate()
+    assert run.returncode == 0, printed
+    assert int(printed.split(" passed")[0].split()[-1]) > 12
 
 
 @pytest.mark.slow

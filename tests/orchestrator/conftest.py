@@ -59,11 +59,11 @@ def made_up(
         "checkpoint": f"/workspace/trials/{key}/step_00000150",
         "parent": "7e1c0ffee0000000" if role == "trial" else None,
     }
-    return sample_trial(**{**values, **more})  # type: ignore[arg-type]
+    return sample_trial(**{**values, **more})
 
 
 @pytest.fixture
-def sample_results(sample_influence: Influence) -> list[Trial]:
+def sample_results(sample_influence) -> list[Trial]:
     """Nine trials from all corrections to none, the teacher, vanilla and r = 0."""
     family = schedule_family(sample_influence)
     chosen = [0, 3, 6, 8, 10, 11, 12, 14, 16]
@@ -90,7 +90,7 @@ def sample_results(sample_influence: Influence) -> list[Trial]:
 
 
 @pytest.fixture
-def sample_evaluations(sample_results: list[Trial]) -> dict[str, EvaluationResult]:
+def sample_evaluations(sample_results) -> dict[str, EvaluationResult]:
     """What the models answered: 1,000 items of each of two tasks, that all find alike hard."""
     hardness = np.random.default_rng(0).permutation(1000) / 1000
     found = {}

@@ -168,10 +168,8 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
-    assert job
     store_answers([job], workspace.teachers, on_device=on_cpu, progress=notes)
     teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
-    assert teacher
     return teacher(sequences).tolist()
 
 
@@ -301,7 +299,7 @@ def _copy(source: str, target: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
+def copies(tmp_path_factory) -> Iterator[Copies]:
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -327,7 +325,6 @@ def _fill(workspace: Workspace) -> None:
     (workspace.runs / "stages").rename(workspace.runs / "first")  # Another run of that first stage.
     settings, context = read_settings(None, SETTINGS), Context(workspace)
     teacher = newest_checkpoint(workspace.runs / "full")
-    assert teacher
     with suppress(KeyboardInterrupt):
         schedule, stopped = IterationSchedule((0, 0)), Context(workspace, Notes(3))
         evaluate_model(open_model(teacher, schedule), settings.evaluation, stopped)
@@ -445,9 +442,7 @@ def _problem(
     "is_long",
     [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
 )
-def test_each_damage_is_harmless_or_named(
-    pattern: str, is_long: bool, copies: Copies, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_each_damage_is_harmless_or_named(pattern, is_long, copies, capfd):
     problems = []
     for number, name in enumerate(READERS[pattern]):
         if name not in copies.usual:

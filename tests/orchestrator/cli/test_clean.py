@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,12 +30,12 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path) -> Workspace:
     return open_workspace(tmp_path)
 
 
 @pytest.fixture
-def clean(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Clean:
+def clean(space, capsys) -> Clean:
     """Runs `clean --json` and returns the deleted paths (without `--yes` those that can go)."""
 
     def command(*words: str) -> list[str]:
@@ -51,7 +50,7 @@ def clean(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Clean:
 
 
 @pytest.fixture
-def whole(tiny_job: Callable[..., Any]) -> Path:
+def whole(tiny_job) -> Path:
     """The folder of a finished run of 6 steps with checkpoints after 2, 4 and 6."""
     job = tiny_job("runs/whole", num_steps=6, checkpoint_every_steps=2, num_checkpoints_kept=9)
     run_job(job)

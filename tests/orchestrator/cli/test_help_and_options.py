@@ -66,7 +66,7 @@ def test_the_list_of_commands_begins_with_quickstart(capsys):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+def asked(monkeypatch) -> Callable[..., Settings]:
     """Runs a command as far as its pipeline, and returns the settings that this would get."""
 
     def settings_of(*words: str) -> Settings:

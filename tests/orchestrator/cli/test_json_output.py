@@ -10,21 +10,16 @@ from typing import Any
 
 import generated_pages
 import pytest
-import torch
 from file_modes import only_readable
 from lm_eval_tasks import write_choices
 from sample_trials import sample_trial
 from typer.main import get_command
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
-from orchestrator.data.store import open_tokens
 from orchestrator.pipelines.reports import report
 from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 Keys = tuple[set[str], set[str]]
@@ -70,26 +65,11 @@ def test_every_command_with_json_has_its_keys_in_the_reference():
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Workspace:
+def space(tmp_path_factory, tiny_tokens, save_tiny) -> Workspace:
     """A workspace with a model, its tokens, and a sweep of two schedules."""
     workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
-    torch.manual_seed(0)
-    decoder = Decoder(
-        ModelConfig.from_dict(
-            {"vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
-            | {"ffn_dim": 32, "context_length": 48, "schedule": [2, 1], "method": "iiet"}
-        )
-    )
-    checkpoint = save_checkpoint(
-        workspace.runs / "full",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+    checkpoint = save_tiny(workspace.runs / "full", context_length=48)
     full, cheap = (
         sample_trial(
             key=name, role=role, label=name, schedule=schedule, cost={"evaluations": nfe},
@@ -107,7 +87,7 @@ Run = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.fixture
-def run(space: Workspace, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(space, capfd) -> Run:
     """Runs a command with --json; returns the value, and what went to standard error."""
 
     def command(*words: str) -> tuple[dict[str, Any], str]:
@@ -190,7 +170,7 @@ def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> list[str]:
+def tasks(tmp_path) -> list[str]:
     """The options of a task with 16 items."""
     words = [f"{a} {b}" for a in "abcd" for b in "efgh"]
     return ["--suite", "letters", "--include-path", str(write_choices(tmp_path, "letters", words))]

@@ -15,7 +15,7 @@ from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_se
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Some text.")
@@ -80,7 +80,13 @@ def test_init_writes_a_valid_commented_file(size, tmp_path, capsys):
     assert (settings.data.source, settings.data.files) == ("files", ("text",))
     assert (settings.model.preset, settings.training.num_steps) == (size, 2000)
     assert settings.cluster.num_gpus == 1
-    asked = starting_settings(size, files=["text"], steps=2000, gpus=1)
+    asked = starting_settings(
+        size,
+        {
+            "data.source": "files", "data.files": ["text"], "training.num_steps": 2000,
+            "cluster.num_gpus": 1,
+        },
+    )  # fmt: skip
     assert settings == asked, "the file says what was asked for"
     text = (tmp_path / "mine.yaml").read_text()
     assert "# Peak learning rate" in text

@@ -17,6 +17,7 @@ from orchestrator import cli
 from orchestrator.cli.session import open_session
 from orchestrator.records.trial import SweepPlan
 from orchestrator.training.trainer import run_job
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import (
     RUN_LOCK_NAME,
@@ -30,12 +31,12 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path) -> Workspace:
     return open_workspace(tmp_path)
 
 
 @pytest.fixture
-def run(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(space, capsys) -> Run:
     """Runs a command in the workspace and returns what it prints, in one line."""
 
     def command(*words: str, code: int = 0) -> str:
@@ -56,7 +57,7 @@ def _stop_after(num_steps: int) -> Callable[[], bool]:
 
 
 @pytest.fixture
-def two_runs(tiny_job: Callable[..., Any], space: Workspace) -> Path:
+def two_runs(tiny_job, space) -> Path:
     """A finished run, and one of 8 steps that was stopped after 3; returns the folder of that."""
     run_job(tiny_job("runs/whole", num_steps=2))
     run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))
@@ -110,7 +111,6 @@ def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
-    assert trial.job
     run_job(trial.job, should_stop=_stop_after(30))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
         found = json.loads(run("list", "running", "--json"))
@@ -186,35 +186,26 @@ def _replaced(value: Any) -> Iterator[Any]:
             yield from ({**value, key: other} for other in _replaced(part))
 
 
-OUTCOME = {"step": 2, "finished": True, "validation_loss": 5.5}
-MODEL = {"method": "iiet", "schedule": [2, 1]}
-RECIPE = {"num_steps": 2, "num_tokens_per_step": 64}
-TRIAL = {"key": "k", "folder": "runs/half", "label": "half"}
-
-
-@pytest.mark.parametrize(
-    ("path", "stored"),
-    [
-        ("runs/whole/done.json", OUTCOME),
-        ("runs/whole/job.json", {"job": {"model": MODEL, "recipe": RECIPE}}),
-        ("sweeps/my-sweep/plan.json", {"trials": [TRIAL]}),
-    ],
-)
 def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
-    path, stored, space, two_runs, capfd
+    space, two_runs, tiny_plan, capfd
 ):
-    file, name = space.root / path, Path(path).parent.name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for value in (stored, *_replaced(stored)):
-        file.write_text(json.dumps(value))
-        assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
-        printed = capfd.readouterr()
-        listed = json.loads(printed.out)
-        found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
-        assert found["half"] == "stopped at 3/8"
-        is_damaged = value is not stored
-        assert (found[name] == "damaged") == is_damaged, value
-        assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, value
+    _store_sweep(space, tiny_plan)
+    read = {"runs/whole/done.json": "step", "runs/whole/job.json": "job"}
+    for path, key in {**read, "sweeps/my-sweep/plan.json": "trials"}.items():
+        file, name = space.root / path, Path(path).parent.name
+        whole, stored = file.read_text(), read_json(file)
+        assert stored
+        for text in (whole, "[]", *(json.dumps({**stored, key: other}) for other in ("x", 1.5))):
+            file.write_text(text)
+            assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
+            printed = capfd.readouterr()
+            listed = json.loads(printed.out)
+            found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
+            assert found["half"] == "stopped at 3/8"
+            is_damaged = text is not whole
+            assert (found[name] == "damaged") == is_damaged, text
+            assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, text
+        file.write_text(whole)
 
 
 def test_records_of_other_types_are_skipped(two_runs, run):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,12 +11,12 @@ from orchestrator.models.tokenizer import ModelTokenizer
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens: Path) -> ModelTokenizer:
+def tokenizer(tiny_tokens) -> ModelTokenizer:
     return ModelTokenizer(open_tokens(tiny_tokens).tokenizer_path)
 
 
 @pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
+def decoder(tiny_model) -> Decoder:
     torch.manual_seed(0)
     config = {**tiny_model, "context_length": 48, "initializer_std": 0.4}
     return Decoder(ModelConfig.from_dict(config)).eval()

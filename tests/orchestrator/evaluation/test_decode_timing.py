@@ -36,7 +36,7 @@ from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
-def decoder(tiny_model: dict[str, Any]) -> Decoder:
+def decoder(tiny_model) -> Decoder:
     torch.manual_seed(0)
     return Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
 
@@ -87,7 +87,7 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
 
     def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         captured.append(len(replayed))
-        return lambda: replayed.append(1) or step()  # type: ignore[func-returns-value]
+        return lambda: replayed.append(1) or step()
 
     monkeypatch.setattr(decode_timing, "_graphs", lambda d: StaticSteps(d, capture=capture))
     decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
@@ -155,7 +155,7 @@ CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens
 
 
 @pytest.fixture
-def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
+def decoders(tiny_model) -> dict[str, Decoder]:
     decoder = Decoder(ModelConfig.from_dict(tiny_model))
     none = decoder.with_schedule(IterationSchedule.none(2))
     return {"none": none, "full": decoder}

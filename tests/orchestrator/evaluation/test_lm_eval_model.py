@@ -43,7 +43,7 @@ CONTEXT = 48
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Suite:
+def suite(tmp_path) -> Suite:
     folder = tmp_path / "tasks"
     for name, rows in ROWS.items():
         write_task(folder, name, rows)
@@ -51,7 +51,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def make_model(decoder: Decoder, tokenizer: ModelTokenizer) -> Callable[..., DecoderModel]:
+def make_model(decoder, tokenizer) -> Callable[..., DecoderModel]:
     """A function that makes a model for lm-eval; its arguments change the configuration."""
 
     def make(batch_size: int = 32, **changes: Any) -> DecoderModel:
@@ -213,7 +213,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
         shapes = limit_tokens(model._decoder, most)
         found = model._loglikelihood_tokens(pairs)
         assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
-        notes = model.progress.notes  # type: ignore[attr-defined]
+        notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
         assert "from here on, it has at most" in notes[0]
     limit_tokens(model._decoder, 10)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from lm_eval_tasks import write_task
 
-from iiet.decoder import Decoder
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.store import (
     ITEMS,
@@ -21,7 +20,6 @@ from orchestrator.evaluation.store import (
     top_groups,
 )
 from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
-from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.workspace.errors import RunFailed, UserError
 
@@ -34,7 +32,7 @@ ABOUT: dict[str, Any] = {"config": {"model": "iiet", "model_args": {"schedule": 
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Suite:
+def suite(tmp_path) -> Suite:
     folder = tmp_path / "tasks"
     rows = [{"context": w, "endings": ["bag", "fog"], "label": n % 2} for n, w in enumerate(WORDS)]
     write_task(folder, "choices", rows)
@@ -45,7 +43,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def output(suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path) -> Path:
+def output(suite, decoder, tokenizer, tmp_path) -> Path:
     """What `lm_eval --log_samples --output_path` writes for this decoder."""
     from lm_eval import evaluator
     from lm_eval.loggers import EvaluationTracker
@@ -69,7 +67,6 @@ def output(suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: 
 
 def read(path: Path) -> Any:
     run = find_logged_run(path)
-    assert run is not None
     return run.read()
 
 
@@ -192,7 +189,6 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     store = EvaluationStore(tmp_path)
     store.write("key", MeasuredTask(name="loss", run=run), {})
     found = store.read("key")
-    assert found is not None
     assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
 
 

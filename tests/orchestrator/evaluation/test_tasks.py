@@ -20,7 +20,7 @@ CHOICES = [{"context": f"a {a}", "endings": [a, "end"], "label": 0} for a in ("h
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     folder = write_task(tmp_path / "tasks", "lastword", LAST_WORDS)
     write_task(folder, "choices", CHOICES)
     (folder / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
     asked: list[str] = []
 
@@ -127,8 +127,6 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no lm-eval task files"):
         load(folder=tmp_path / "empty")
-    with pytest.raises(UserError, match="there is no folder"):
-        load(folder=tmp_path / "missing")
     with pytest.raises(UserError, match="no task was named"):
         load_suite(TaskSelection())
 

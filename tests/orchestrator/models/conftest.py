@@ -11,10 +11,10 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(tmp_path) -> Workspace:
     return open_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens: Path) -> Path:
+def tokenizer(tiny_tokens) -> Path:
     return open_tokens(tiny_tokens).tokenizer_path

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+def hub(monkeypatch, tmp_path) -> Iterator[LocalHub]:
     """A hub on this machine, an empty cache, and no token."""
     for name in ("HF_TOKEN", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -181,7 +181,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def space(tmp_path: Path, save_tiny: Callable[..., Path]) -> Workspace:
+def space(tmp_path, save_tiny) -> Workspace:
     """A workspace with one run, `tiny`."""
     workspace = open_workspace(tmp_path / "space")
     save_tiny(workspace.runs / "tiny")
@@ -199,12 +199,7 @@ def printed(capfd: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture
-def pushed(
-    hub: LocalHub,
-    space: Workspace,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> str:
+def pushed(hub, space, monkeypatch, capfd) -> str:
     """The model `hub:me/tiny`, which `export` has pushed; returns what it printed."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     options = ["--no-measure", "--push-to-hub", "me/tiny", "--private"]
@@ -326,7 +321,7 @@ def test_a_mistake_and_a_missing_network_are_one_sentence(hub, space, capfd, mon
 
 
 @pytest.fixture
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_environment(monkeypatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
 

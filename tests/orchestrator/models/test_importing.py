@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
 
 
 @pytest.fixture
-def llama(tmp_path: Path, tokenizer: Path) -> Path:
+def llama(tmp_path, tokenizer) -> Path:
     """A chat model whose tokenizer puts <s> before every text and whose texts end at <|end|>."""
     folder = tmp_path / "llama"
     torch.manual_seed(0)

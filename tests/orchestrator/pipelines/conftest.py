@@ -1,4 +1,4 @@
-"""Which tasks the pipelines' evaluations run, and folders of a Llama."""
+"""A workspace, which tasks the pipelines' evaluations run, and folders of a Llama."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from tokenizers import Tokenizer
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import lm_eval_model
 from orchestrator.evaluation.store import MeasuredTask
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def workspace(tmp_path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
     real = lm_eval_model.run_task
@@ -30,7 +36,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def save_llama(tmp_path: Path, tiny_tokens: Path) -> Callable[..., Path]:
+def save_llama(tmp_path, tiny_tokens) -> Callable[..., Path]:
     """A function that saves a Llama as transformers does: a name, and changes of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -17,13 +17,13 @@ import orchestrator
 HEAVY = {"torch", "ray", "mlflow", "lm_eval", "transformers", "datasets", "numpy", "pandas"}
 
 
-def test_the_import_loads_nothing_heavy() -> None:
+def test_the_import_loads_nothing_heavy():
     code = f"import sys, orchestrator; print(*{HEAVY!r} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_every_name_exists_and_editors_see_the_same_names() -> None:
+def test_every_name_exists_and_editors_see_the_same_names():
     assert set(orchestrator.__all__) <= set(dir(orchestrator))
     for name in orchestrator.__all__:
         assert getattr(orchestrator, name) is not None
@@ -55,20 +55,14 @@ def settings() -> orchestrator.Settings:
 
 
 @pytest.fixture(scope="module")
-def workspace(
-    tmp_path_factory: pytest.TempPathFactory, small_sweep: Path
-) -> orchestrator.Workspace:
+def workspace(tmp_path_factory, small_sweep) -> orchestrator.Workspace:
     """A workspace whose models were trained by a command, and are found again."""
     folder = tmp_path_factory.mktemp("api") / "workspace"
     return orchestrator.Workspace(shutil.copytree(small_sweep, folder))
 
 
 @pytest.mark.slow
-def test_a_project_runs_from_pretraining_to_a_picked_model(
-    settings: orchestrator.Settings,
-    workspace: orchestrator.Workspace,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, monkeypatch):
     end_trials(monkeypatch, trained)
     plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
     assert plan.price.num_tokens == sum(e.num_tokens for e in plan.estimates.values()) > 0
@@ -116,11 +110,3 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert picked.to_pandas()["method"].tolist() == ["iiet"]
     [text] = orchestrator.generate(["The"], workspace=workspace, model=full, max_new_tokens=4)
     assert isinstance(text, str)
-
-
-@pytest.mark.slow
-def test_a_mistake_is_a_user_error(workspace: orchestrator.Workspace) -> None:
-    with pytest.raises(orchestrator.UserError, match="no sweep is called"):
-        orchestrator.report(workspace=workspace, sweeps=["nothing"])
-    with pytest.raises(orchestrator.UserError, match="--cost"):
-        orchestrator.report(workspace=workspace, cost="dollars")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,17 @@ from orchestrator.pipelines.evaluating import (
 )
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
 
 DATE = "2026-01-01T00-00-00.000001"
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def checkpoint(workspace: Workspace, save_tiny: Callable[..., Path]) -> Path:
+def checkpoint(workspace, save_tiny) -> Path:
     return save_tiny(workspace.runs / "tiny", initializer_std=0.5)
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path) -> Settings:
     words = ["bag", "hen", "cab", "face", "dad", "pig"]
     rows = [
         {"context": f"{a} {b}", "endings": ["bag", "fog", "dad"], "label": (i + j) % 3}
@@ -85,9 +79,7 @@ def lm_eval_output(folder: Path, tasks: dict[str, dict[str, float]]) -> Path:
     return folder
 
 
-def test_one_model_under_two_schedules_is_measured_once(
-    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str]
-) -> None:
+def test_one_model_under_two_schedules_is_measured_once(checkpoint, settings, workspace, runs):
     def run() -> CompareResult:
         models = ("tiny", "tiny")
         return compare_models(settings, models, untracked(workspace), schedules=["2,1", "0"])
@@ -109,10 +101,10 @@ def test_one_model_under_two_schedules_is_measured_once(
 
 
 def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on(
-    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
-) -> None:
+    checkpoint, settings, workspace, runs, tmp_path
+):
     both = compare_models(settings, ("tiny", "tiny"), untracked(workspace))
-    assert {row.difference.value for row in both.comparison.tasks} == {0}
+    assert {row["difference"] for row in both.comparison.tasks} == {0}
     [path] = workspace.evaluations.glob("*/samples_blue_*")
     stored = json.loads((path.parent / ITEMS).read_text())
     # lm-eval's hashes are longer than the ones that are kept; one right answer becomes wrong.
@@ -127,13 +119,13 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     found = compare_models(default, (output, "tiny"), untracked(workspace))
     assert runs == ["red", "blue"]
     [row] = found.comparison.tasks
-    assert (row.task, row.num_items, row.only_second) == ("blue", 36, 1)
+    assert (row["task"], row["num_items"], row["only_second"]) == ("blue", 36, 1)
     assert found.models == (str(output), "tiny")
 
 
 def test_written_files_compare_as_the_stored_evaluations_do(
-    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
-) -> None:
+    checkpoint, settings, workspace, runs, tmp_path
+):
     context, both = untracked(workspace), ["2,1", "0"]
     stored = compare_models(settings, ("tiny", "tiny"), context, schedules=both)
     options: dict[str, Any] = {"workspace": workspace, "models": [checkpoint], "schedules": both}
@@ -150,9 +142,7 @@ def test_written_files_compare_as_the_stored_evaluations_do(
         run_evaluate(plan, context)
 
 
-def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keys = [f"{number:064x}" for number in range(40)]
     values = [{key: float(n < right) for n, key in enumerate(keys)} for right in (20, 32)]
@@ -176,12 +166,8 @@ def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
 
 
 def test_mistakes_are_one_sentence_and_exit_code_2(
-    checkpoint: Path,
-    workspace: Workspace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    checkpoint, workspace, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     lm_eval_output(tmp_path / "one", {"piqa": {"0" * 64: 1.0}})
     lm_eval_output(tmp_path / "two", {"sciq": {"0" * 64: 1.0}})

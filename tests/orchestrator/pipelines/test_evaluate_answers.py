@@ -29,7 +29,7 @@ SHORT = "{{ messages[-1]['content'] }}"
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def tasks(tmp_path) -> Path:
     """A task as a user writes it: a YAML file and two files of items."""
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -65,13 +65,13 @@ def tasks(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def llama(save_llama: Callable[..., Path]) -> Callable[..., Path]:
+def llama(save_llama) -> Callable[..., Path]:
     """Saves a Llama with a chat template and room for examples."""
     return partial(save_llama, chat_template=TEMPLATE, max_position_embeddings=96)
 
 
 @pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def prompts(monkeypatch) -> list[str]:
     """The prompts that the generator got."""
     seen: list[str] = []
     real = DecoderModel.generate_until
@@ -85,9 +85,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def evaluate(
-    tmp_path: Path, tasks: Path, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, list[Any]]]:
+def evaluate(tmp_path, tasks, capfd) -> Callable[..., tuple[int, str, list[Any]]]:
     def run(*arguments: Any) -> tuple[int, str, list[Any]]:
         """Return the exit code, what was printed, and all stored results."""
         command = ["evaluate", *map(str, arguments), "--suite", "questions"]
@@ -104,9 +102,7 @@ def evaluate(
 
 
 @pytest.mark.slow
-def test_answers_with_examples_and_a_template_from_the_command_line(
-    llama: Any, evaluate: Any, prompts: list[str]
-) -> None:
+def test_answers_with_examples_and_a_template_from_the_command_line(llama, evaluate, prompts):
     folder = llama()
     code, text, stored = evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
     assert code == 0, text
@@ -123,9 +119,7 @@ def test_answers_with_examples_and_a_template_from_the_command_line(
 
 
 @pytest.mark.slow
-def test_all_that_shapes_a_prompt_is_in_the_key(
-    llama: Any, evaluate: Any, prompts: list[str]
-) -> None:
+def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
     folder = llama()
     chat = ("--apply-chat-template", "--num-fewshot", 1)
     forms = [
@@ -159,8 +153,8 @@ def test_all_that_shapes_a_prompt_is_in_the_key(
 
 
 def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothing(
-    llama: Any, evaluate: Any, prompts: list[str]
-) -> None:
+    llama, evaluate, prompts
+):
     folder, plain = llama(), llama("plain")
     (plain / "chat_template.jinja").unlink()
     code, text, stored = evaluate(folder, plain, "--apply-chat-template")
@@ -177,7 +171,7 @@ def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothi
 
 
 @pytest.mark.slow
-def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evaluate: Any) -> None:
+def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
     scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
     models = [llama(), llama("scaled", rope_parameters=scaled)]
     code, text, stored = evaluate(*models, "--apply-chat-template", "--num-fewshot", 2)
@@ -189,9 +183,7 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evalu
 
 
 @pytest.mark.slow
-def test_models_of_one_command_share_the_loaded_tasks(
-    llama: Any, evaluate: Any, tasks: Path
-) -> None:
+def test_models_of_one_command_share_the_loaded_tasks(llama, evaluate, tasks):
     registry._load.cache_clear()
     models = [llama("one"), llama("two", tie_word_embeddings=True)]
     assert evaluate(*models, "--num-fewshot", 1)[0] == 0
@@ -209,13 +201,7 @@ def test_models_of_one_command_share_the_loaded_tasks(
 
 
 @pytest.mark.slow
-def test_the_task_of_the_documentation_runs(
-    llama: Any,
-    tmp_path: Path,
-    prompts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_the_task_of_the_documentation_runs(llama, tmp_path, prompts, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
     (text,) = re.findall(r"```yaml\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)

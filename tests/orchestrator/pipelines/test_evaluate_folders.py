@@ -14,10 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from fake_tracking import untracked
 from kept_progress import KeptProgress
 from lm_eval_tasks import KINDS, logged_responses, write_task
-from one_evaluation import evaluate_model
+from one_evaluation import evaluate_model as evaluate
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -27,14 +26,12 @@ from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import TaskSelection, load_suite, suppress_output
 from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
-from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 TASKS: dict[str, dict[str, Any]] = {
     "choices": {},
@@ -62,18 +59,6 @@ ROWS = [
 ]  # fmt: skip
 
 
-def evaluate(
-    model: Path | OpenedModel,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    *,
-    progress: Progress | None = None,
-    **options: Any,
-) -> EvaluationResult:
-    model = open_model(model) if isinstance(model, Path) else model
-    return evaluate_model(model, settings, untracked(workspace, progress), **options)
-
-
 def scored(
     model: Path | OpenedModel, settings: EvaluationSettings, workspace: Workspace, **options: Any
 ) -> dict[str, list[list[float]]]:
@@ -93,12 +78,7 @@ def assert_alike(
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> EvaluationSettings:
+def settings(tmp_path) -> EvaluationSettings:
     for name, changes in TASKS.items():
         kind = name if name in KINDS else "choices"
         folder = write_task(tmp_path / "tasks", name, ROWS, kind=kind, **changes)
@@ -106,7 +86,7 @@ def settings(tmp_path: Path) -> EvaluationSettings:
 
 
 @pytest.fixture
-def tokenizer_path(tiny_tokens: Path) -> Path:
+def tokenizer_path(tiny_tokens) -> Path:
     return open_tokens(tiny_tokens).tokenizer_path
 
 
@@ -128,7 +108,7 @@ SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta"
 
 
 @pytest.fixture
-def llama_of_kind(save_llama: Callable[..., Path]) -> Callable[[str], Path]:
+def llama_of_kind(save_llama) -> Callable[[str], Path]:
     """Saves a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
     return lambda kind: save_llama(**(SCALED if kind == "transformers" else {}))
 
@@ -156,12 +136,7 @@ def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "opening token", "transformers"])
-def test_a_folder_scores_as_with_lm_evals_own_class(
-    kind: str,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    llama_of_kind: Callable[[str], Path],
-) -> None:
+def test_a_folder_scores_as_with_lm_evals_own_class(kind, settings, workspace, llama_of_kind):
     folder = llama_of_kind(kind)
     if kind == "opening token":
         add_opening_token(folder)
@@ -175,13 +150,8 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opens every text", "names a first token"])
 def test_an_imported_llama_scores_as_with_lm_evals_own_class(
-    kind: str,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    tokenizer_path: Path,
-    save_llama: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+    kind, settings, workspace, tokenizer_path, save_llama, tmp_path
+):
     folder = save_llama()
     add_opening_token(folder)
     if kind == "names a first token":  # And puts it before texts without context only.
@@ -214,12 +184,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     assert quality["quality/bits_per_byte"] == expected
 
 
-def test_an_exported_folder_scores_as_its_checkpoint(
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+def test_an_exported_folder_scores_as_its_checkpoint(settings, workspace, save_tiny, tmp_path):
     checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3, context_length=32)
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
@@ -234,13 +199,13 @@ def test_an_exported_folder_scores_as_its_checkpoint(
 
 
 @pytest.fixture
-def folder(save_llama: Callable[..., Path]) -> Path:
+def folder(save_llama) -> Path:
     return save_llama()
 
 
 def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
-    folder: Path, workspace: Workspace, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder, workspace, tiny_tokens, monkeypatch
+):
     with pytest.raises(UserError, match="iiet-orch prepare"):
         evaluate(folder, EvaluationSettings(), workspace)
     shutil.copytree(tiny_tokens, workspace.tokens / "older")
@@ -269,9 +234,7 @@ def with_code(folder: Path, code: str = "raise SystemExit('code of the folder ra
     (folder / "own.py").write_text(code)
 
 
-def test_what_is_missing_is_named(
-    folder: Path, settings: EvaluationSettings, workspace: Workspace
-) -> None:
+def test_what_is_missing_is_named(folder, settings, workspace):
     weights = folder / "model.safetensors"
     whole, kept = weights.read_bytes(), load_file(weights)
 
@@ -301,12 +264,7 @@ def test_what_is_missing_is_named(
 
 
 @pytest.mark.parametrize("kind", ["decoder", "transformers"])
-def test_progress_is_told_within_a_task(
-    kind: str,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    llama_of_kind: Callable[[str], Path],
-) -> None:
+def test_progress_is_told_within_a_task(kind, settings, workspace, llama_of_kind):
     folder = llama_of_kind(kind)
     heard = KeptProgress()
     evaluate(folder, settings, workspace, progress=heard)
@@ -316,13 +274,7 @@ def test_progress_is_told_within_a_task(
     assert all(isinstance(done, int) for done in heard.done), heard.done
 
 
-def test_trusted_code_of_a_folder_runs(
-    folder: Path,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_trusted_code_of_a_folder_runs(folder, settings, workspace, monkeypatch, tmp_path):
     from transformers import dynamic_module_utils
 
     modules = tmp_path / "modules"

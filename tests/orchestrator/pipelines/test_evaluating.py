@@ -1,23 +1,27 @@
-"""An evaluation is run once for each task and model, and found again by its content alone."""
+"""An evaluation is run once for each task and model, and found again by its content alone; an
+interrupted one resumes where it was, and ends with the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from fake_tracking import FakeTracking, untracked
 from kept_progress import KeptProgress
-from lm_eval_tasks import logged_responses, write_choices
-from one_evaluation import evaluate_model
+from lm_eval_tasks import logged_responses, write_choices, write_task
+from one_evaluation import evaluate_model as evaluate
 
 from iiet.schedule import IterationSchedule
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
-from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.evaluating import (
     DepthEvaluations,
     EvaluatePlan,
@@ -26,7 +30,7 @@ from orchestrator.pipelines.evaluating import (
     run_evaluate,
 )
 from orchestrator.pipelines.models import export
-from orchestrator.records.evaluation import DepthCurve, EvaluationResult
+from orchestrator.records.evaluation import DepthCurve
 from orchestrator.records.trial import TrialSuite
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
@@ -39,34 +43,15 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
+def checkpoint(tmp_path, save_tiny) -> Path:
     return save_tiny(tmp_path / "run", initializer_std=0.3)
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> EvaluationSettings:
+def settings(tmp_path) -> EvaluationSettings:
     write_choices(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
     write_choices(tmp_path / "tasks", "second", ["g h", "i j"])
     return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
-
-
-def evaluate(
-    model: Path | OpenedModel,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    *,
-    schedule: IterationSchedule | None = None,
-    progress: Progress | None = None,
-    trust_remote_code: bool = False,
-) -> EvaluationResult:
-    subject = open_model(model, schedule) if isinstance(model, Path) else model
-    context = untracked(workspace, progress)
-    return evaluate_model(subject, settings, context, trust_remote_code=trust_remote_code)
 
 
 def scores(workspace: Workspace) -> list[list[list[float]]]:
@@ -78,9 +63,7 @@ def scores(workspace: Workspace) -> list[list[list[float]]]:
     return found
 
 
-def test_each_task_is_run_once(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
-) -> None:
+def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     evaluate(checkpoint, settings.model_copy(update={"suite": "first"}), workspace)
     fresh, lines = evaluate(checkpoint, settings, workspace), KeptProgress()
     assert evaluate(checkpoint, settings, workspace, progress=lines) == fresh
@@ -96,12 +79,8 @@ def test_each_task_is_run_once(
 
 
 def test_a_depth_curve_is_an_evaluation_for_each_uniform_schedule(
-    checkpoint: Path,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    save_tiny: Callable[..., Path],
-    runs: list[str],
-) -> None:
+    checkpoint, settings, workspace, save_tiny, runs
+):
     chosen = Settings(evaluation=settings.model_copy(update={"suite": "first"}))
 
     def plan(*models: Path, **options: Any) -> EvaluatePlan:
@@ -139,15 +118,8 @@ def test_a_depth_curve_is_an_evaluation_for_each_uniform_schedule(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
-    precision: str | None,
-    checkpoint: Path,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    tiny_tokens: Path,
-    runs: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    precision, checkpoint, settings, workspace, tiny_tokens, runs, tmp_path, monkeypatch
+):
     settings = settings.model_copy(update={"precision": precision})
     config = load_config(checkpoint)
 
@@ -191,8 +163,8 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
 
 
 def test_a_change_of_model_items_or_precision_is_another_evaluation(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
-) -> None:
+    checkpoint, settings, workspace, runs
+):
     settings = settings.model_copy(update={"suite": "first"})
     full = evaluate(checkpoint, settings, workspace)
     assert evaluate(checkpoint, settings, workspace, schedule=IterationSchedule((2, 1))) == full
@@ -212,12 +184,7 @@ def test_a_change_of_model_items_or_precision_is_another_evaluation(
     assert runs == ["first"] * 5
 
 
-def test_what_the_hub_does_not_give_is_said(
-    checkpoint: Path,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_the_hub_does_not_give_is_said(checkpoint, settings, workspace, monkeypatch):
     monkeypatch.setattr(loading, "hub_problem", lambda: "it is far away")
     lines = KeptProgress()
     both = settings.model_copy(update={"suite": "first,piqa"})
@@ -228,8 +195,8 @@ def test_what_the_hub_does_not_give_is_said(
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, tmp_path: Path
-) -> None:
+    checkpoint, settings, workspace, tmp_path
+):
     wrong = settings.model_copy(update={"suite": "first,secnd"})
     with pytest.raises(UserError, match=r"secnd: there is no such task; did you mean second\?"):
         evaluate(checkpoint, wrong, workspace)
@@ -242,3 +209,130 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     with pytest.raises(UserError, match=str(file)):
         evaluate(checkpoint, settings, workspace)
     assert not list(workspace.evaluations.glob("*"))
+
+
+# Interrupted evaluations
+
+
+WORDS = ["bag", "fog", "hen", "pig", "cab", "deed", "face", "bead"]
+SAMPLED = {"until": ["."], "max_gen_toks": 5, "do_sample": True, "temperature": 1.0}
+TASKS: dict[str, dict[str, Any]] = {
+    "choices": {},
+    "rolling": {},
+    "questions": {"generation_kwargs": SAMPLED},
+}
+
+
+@pytest.fixture
+def longer(tmp_path, save_tiny) -> Path:
+    return save_tiny(tmp_path / "run", initializer_std=0.3, context_length=32)
+
+
+@pytest.fixture
+def kinds(tmp_path) -> EvaluationSettings:
+    folder = tmp_path / "tasks"
+    rows = [
+        {"context": text, "question": text, "answer": "0", "text": text * 9,
+         "endings": ["end", f"{word} gone"], "label": 0}
+        for word in WORDS
+        for text in [f"a {word} and the {word} had"]
+    ]  # fmt: skip
+    for name, changes in TASKS.items():
+        write_task(folder, name, rows, **changes)
+    return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=2)
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """Count the tokens of each forward pass of any decoder."""
+    sizes: list[int] = []
+
+    def record(module: torch.nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            sizes.append(arguments[0].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(record)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> dict[str, str]:
+    """Return what a dry run says about each task."""
+    found = plan_evaluate(Settings(evaluation=settings), workspace=workspace, models=[model])
+    return {row["task"]: row["state"] for row in found.rows()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
+    settings = kinds.model_copy(update={"suite": name})
+    with counted_passes() as whole:
+        usual = evaluate(longer, settings, open_workspace(tmp_path / "other"))
+    workspace = open_workspace(tmp_path / "workspace")
+    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+        evaluate(longer, settings, workspace, progress=KeptProgress(1))
+    assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
+    states = [planned(longer, settings, workspace)]
+    progress = KeptProgress()
+    with counted_passes() as rest:
+        resumed = evaluate(longer, settings, workspace, progress=progress)
+    assert before
+    assert rest
+    assert sorted(before + rest) == sorted(whole), "each pass ran once"
+    assert resumed == usual
+    assert f"{name}: " in progress.notes[0]
+    assert "answers were stored before an interruption" in progress.notes[0]
+    assert progress.done == sorted(progress.done)
+    assert all(path.is_dir() for path in workspace.evaluations.iterdir())
+    states.append(planned(longer, settings, workspace))
+    assert re.fullmatch(r"8 items to measure; resumes after \d+ answers", states[0][name])
+    assert states[1] == {name: "8 items, stored"}
+
+
+def test_a_trial_uses_what_an_interrupted_command_measured(longer, kinds, tiny_tokens, tmp_path):
+    settings = kinds.model_copy(update={"suite": "choices"})
+    workspace, other = (open_workspace(tmp_path / name) for name in ("workspace", "other"))
+    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+        evaluate(longer, settings, workspace, progress=KeptProgress(1))
+    config, found = load_config(longer), []
+    fingerprints = load_tasks(settings, tiny_tokens, config, Progress())
+    suite = plan_suite(settings, tiny_tokens, config, fingerprints)
+    for place in (workspace, other):
+        trial = checkpoint_trial("trial", "x", longer, config, suite, place)
+        with counted_passes() as passes:
+            result = run_trial(trial)
+        assert result
+        found.append((result.numbers, passes))
+    (numbers, rest), (usual, whole) = found
+    assert numbers == usual
+    assert sorted(before + rest) == sorted(whole), "each pass ran once"
+    # Other batches may round otherwise, so they use no answer of these.
+    wider = settings.model_copy(update={"batch_size": 3, "limit": 7})
+    narrower = wider.model_copy(update={"batch_size": 2})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(longer, narrower, workspace, progress=KeptProgress(1))
+    found_here = evaluate(longer, wider, workspace)
+    assert found_here == evaluate(longer, wider, other)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_resumes_too(kinds, tiny_tokens, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, **sizes)).save_pretrained(tmp_path / "gpt2")
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "gpt2")
+    only = kinds.model_copy(update={"suite": "choices"})
+    usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"))
+    workspace = open_workspace(tmp_path / "workspace")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "gpt2", only, workspace, progress=KeptProgress(1))
+    assert list(workspace.evaluations.glob("*.answers"))
+    progress = KeptProgress()
+    assert evaluate(tmp_path / "gpt2", only, workspace, progress=progress) == usual
+    assert "choices: " in progress.notes[0]
+    assert not list(workspace.evaluations.glob("*.answers"))

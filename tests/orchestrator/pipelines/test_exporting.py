@@ -9,12 +9,10 @@ import random
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_tracking import untracked
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
 from transformers_server import served
@@ -25,7 +23,7 @@ from iiet.methods import METHODS
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
-from orchestrator.models.open import load_model, open_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult
@@ -33,7 +31,6 @@ from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
 
 STOCK = """
 import sys
@@ -49,12 +46,7 @@ cli_evaluate()
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
+def checkpoint(tmp_path, save_tiny) -> Path:
     return save_tiny(tmp_path / "run", initializer_std=0.3, context_length=64)
 
 
@@ -65,9 +57,7 @@ def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 
 
-def test_every_file_has_the_mode_of_the_umask(
-    tmp_path: Path, save_tiny: Callable[..., Path]
-) -> None:
+def test_every_file_has_the_mode_of_the_umask(tmp_path, save_tiny):
     before = os.umask(0o027)
     try:
         checkpoint = save_tiny(tmp_path / "run")
@@ -83,9 +73,7 @@ def test_every_file_has_the_mode_of_the_umask(
 
 
 @pytest.mark.slow
-def test_stock_lm_eval_gives_our_numbers(
-    checkpoint: Path, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_stock_lm_eval_gives_our_numbers(checkpoint, workspace, tmp_path):
     draw = random.Random(1)
 
     def words(count: int) -> str:
@@ -98,7 +86,7 @@ def test_stock_lm_eval_gives_our_numbers(
     tasks = write_task(tmp_path / "tasks", "choices", rows)
     write_task(tasks, "rolling", [{"text": words(30)} for _ in range(5)])
     settings = EvaluationSettings(suite="choices,rolling", include_path=str(tasks))
-    ours = evaluate_model(open_model(checkpoint), settings, untracked(workspace))
+    ours = evaluate_model(checkpoint, settings, workspace)
     folder = exported(checkpoint, tmp_path / "a model", ours)
     options = {
         "--model": "hf",
@@ -138,7 +126,7 @@ def test_stock_lm_eval_gives_our_numbers(
     assert f"| choices | acc | {ours.tasks['choices']['acc']:.4f} |" in card
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint, tmp_path):
     folder = exported(checkpoint, tmp_path / "out")
     # The manifest is one that sha256sum reads.
     lines = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
@@ -162,8 +150,8 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_pa
 
 
 def test_an_export_of_another_model_is_replaced_only_if_asked_to(
-    checkpoint: Path, save_tiny: Callable[..., Path], workspace: Workspace, tmp_path: Path
-) -> None:
+    checkpoint, save_tiny, workspace, tmp_path
+):
     other = save_tiny(tmp_path / "other", initializer_std=0.1)
     options: dict[str, Any] = {"workspace": workspace, "to": tmp_path / "out", "measure": False}
     for _ in range(2):
@@ -180,8 +168,8 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
-    checkpoint: Path, workspace: Workspace, tmp_path: Path
-) -> None:
+    checkpoint, workspace, tmp_path
+):
     class Silent(Progress):
         def note(self, text: str) -> None:
             pytest.fail(f"it was measured: {text}")
@@ -197,9 +185,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_method_without_code_for_transformers_is_refused(
-    tmp_path: Path, tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model, monkeypatch):
     class Local(METHODS["iiet"]):  # type: ignore[misc]
         pass
 
@@ -214,7 +200,7 @@ def test_a_method_without_code_for_transformers_is_refused(
 # The card
 
 
-def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any]) -> None:
+def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tiny_model):
     config = ModelConfig.from_dict(tiny_model)
     family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
     text = ModelCard(name="tiny", config=config, served=family).to_markdown()
@@ -233,34 +219,21 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
     assert set(REQUIREMENTS) <= set(declared)
     assert all(f'"{requirement}"' in text for requirement in REQUIREMENTS)
 
-
-def test_the_card_of_a_student_compares_it_with_its_teacher(tiny_model: dict[str, Any]) -> None:
-    full = ModelConfig.from_dict(tiny_model)
-    table = InfluenceTable(
-        metric="cosine",
-        value_rows=((0.3, 0.1), (0.2,)),
-        error_rows=((0.0, 0.0), (0.0,)),
-        num_tokens=64,
-    )
-    card = ModelCard(
+    text = ModelCard(
         name="student",
         config=ModelConfig.from_dict({**tiny_model, "schedule": [1, 0]}),
-        full=full,
-        influence=table,
+        full=config,
+        influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
         provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
-    )
-    text = card.to_markdown()
+    ).to_markdown()
     assert "3 field evaluations per token, 60% of the 5 of the full model" in text
     assert "| 1 | 0.3 | 0.1 |" in text
     assert "num_steps 7" in text
     assert "checksums" not in text
-    assert IterationSchedule((1, 0)) == card.config.corrections
 
 
 @pytest.mark.long
-def test_transformers_serves_an_exported_folder(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_transformers_serves_an_exported_folder(save_tiny, tmp_path):
     checkpoint = save_tiny(tmp_path / "run", seed=3, initializer_std=0.3, context_length=64)
     folder = exported(checkpoint, tmp_path / "model")
     sampling = Sampling(max_new_tokens=8)

@@ -65,14 +65,14 @@ BROKEN = "import iiet\nraise ImportError('libfoo.so is\\nmissing')\n"
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Path]:
+def site(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "site"
     install(folder, {"of_mine": SOURCE + "SOURCE = 1\n", "of_mine_broken": BROKEN}, NAMES)
     with on_path(folder):
         yield folder
 
 
-def test_the_tables_hold_this_projects_classes_first() -> None:
+def test_the_tables_hold_this_projects_classes_first():
     first = {group: next(iter(table)) for group, table in GROUPS.items()}
     assert first == {
         "iiet.methods": "vanilla",
@@ -88,7 +88,7 @@ def test_the_tables_hold_this_projects_classes_first() -> None:
     assert extension_packages() == {}
 
 
-def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) -> None:
+def test_names_of_packages_come_after_and_are_looked_up_when_used(site):
     assert list(INFLUENCE_METRICS) == [
         "cosine", "relative", "loss", "broken", "distance", "no_class",
     ]  # fmt: skip
@@ -103,11 +103,15 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) ->
     assert METHODS.get("no such") is None
     with pytest.raises(ExtensionError, match=r"^there is no method 'no such'; known: vanilla, "):
         METHODS["no such"]
+    # Of one name, the project's own class is used.
+    own = METHODS["iiet"]
+    install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
+    with on_path(site / "other"):
+        assert METHODS["iiet"] is own
+        assert METHODS.package("iiet") is None
 
 
-def test_what_cannot_be_used_is_one_sentence_before_the_work(
-    site: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_path):
     broken = "tracking.loggers=[mlflow, broken_logger]"
     options = "data={source: letters, source_options: {letters: {size: 1}}}"
     for command, change, words in (
@@ -144,7 +148,7 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(
         assert words in str(error.value)
 
 
-def test_settings_take_the_names_of_packages(site: Path) -> None:
+def test_settings_take_the_names_of_packages(site):
     settings = resolve_settings({}, ["influence.metric=distance", "data.source=letters"])
     assert settings.influence.metric == "distance"
     schema = Settings.model_json_schema()["$defs"]
@@ -158,9 +162,7 @@ def test_settings_take_the_names_of_packages(site: Path) -> None:
     assert data.tasks.tasks == ("phop_2",)
 
 
-def test_a_mixture_trains_on_a_source_of_a_package(
-    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mixture_trains_on_a_source_of_a_package(site, tmp_path, capsys):
     settings = [
         *SMALL,
         "data.source=mixture",
@@ -194,17 +196,7 @@ def test_a_mixture_trains_on_a_source_of_a_package(
             assert "Traceback" not in printed
 
 
-def test_of_one_name_the_projects_own_class_is_used(site: Path) -> None:
-    own = METHODS["iiet"]
-    install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
-    with on_path(site / "other"):
-        assert METHODS["iiet"] is own
-        assert METHODS.package("iiet") is None
-
-
-def test_doctor_lists_what_packages_add(
-    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_lists_what_packages_add(site, tmp_path, capsys):
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     found = [finding for finding in findings if finding["check"] == "extensions"]

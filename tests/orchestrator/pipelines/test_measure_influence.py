@@ -29,12 +29,12 @@ SETTINGS = InfluenceSettings(num_tokens=512)
 
 
 @pytest.fixture
-def make_checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+def make_checkpoint(tmp_path, save_tiny) -> Callable[..., Path]:
     return partial(save_tiny, tmp_path / "run")
 
 
 @pytest.fixture
-def context(tmp_path: Path, tiny_tokens: Path) -> Context:
+def context(tmp_path, tiny_tokens) -> Context:
     """A workspace with the tokens of the checkpoint."""
     workspace = Workspace(tmp_path)
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
@@ -51,7 +51,7 @@ def measured_or_stored(
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def measured(monkeypatch) -> list[str]:
     """Metric of each measurement that was really made."""
     metrics: list[str] = []
 
@@ -63,9 +63,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return metrics
 
 
-def test_the_table_is_the_cores_and_lies_beside_the_weights(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
-) -> None:
+def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tiny_tokens, context):
     checkpoint = make_checkpoint()
     found = measured_or_stored(checkpoint, context)
     batches = open_tokens(tiny_tokens).validation_batches(
@@ -84,9 +82,7 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(
     check_checkpoint(checkpoint)  # It is still whole.
 
 
-def test_it_is_found_again_until_something_changes(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context, measured: list[str]
-) -> None:
+def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens, context, measured):
     checkpoint = make_checkpoint()
     first = measured_or_stored(checkpoint, context)
     assert measured_or_stored(checkpoint, context) == first
@@ -101,15 +97,15 @@ def test_it_is_found_again_until_something_changes(
 
 
 def test_a_model_without_corrections_or_of_other_tokens_is_refused(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
-) -> None:
+    make_checkpoint, tiny_tokens, context
+):
     with pytest.raises(UserError, match="without corrections"):
         measured_or_stored(make_checkpoint(schedule=0), context)
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
 
 
-def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:
+def test_the_last_line_says_where_an_iteration_does_not_contract():
     rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
     growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
     assert influence.summary(growing).endswith("; layers that do not contract: 1 of 2")

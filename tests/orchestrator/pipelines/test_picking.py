@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+def context(tmp_path_factory) -> Context:
     # One store for all tests of the module: making a database takes seconds.
     return Context(open_workspace(tmp_path_factory.mktemp("workspace")))
 
@@ -45,7 +44,7 @@ def pick_from(context: Context, sweep: str | None, **options: Any) -> PickResult
 
 
 @pytest.fixture
-def sweep(context: Context, save_tiny: Callable[..., Path]) -> StoredSweep:
+def sweep(context, save_tiny) -> StoredSweep:
     teacher = save_tiny(context.workspace.runs / "teacher")
     student = save_tiny(context.workspace.runs / "student", seed=1, schedule=[1, 0])
     full = sample_trial(
@@ -82,7 +81,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
+def test_the_pick_is_exported_and_registered(context, sweep):
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
     assert "99.6% of the teacher's, at 60% of its evaluations (3 of 5 NFE)" in choice.sentence
@@ -111,9 +110,7 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSwee
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
 
 
-def test_nothing_of_a_model_runs_when_it_is_registered(
-    context: Context, sweep: StoredSweep, tmp_path: Path
-) -> None:
+def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
@@ -134,9 +131,7 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
-    context: Context, sweep: StoredSweep, tmp_path: Path
-) -> None:
+def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(context, sweep, tmp_path):
     full, student, pruned = sweep.results
 
     def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
@@ -162,12 +157,7 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
     assert schedule == IterationSchedule((1, 0))
 
 
-def test_generate_takes_the_pick_until_a_run_is_newer(
-    context: Context,
-    sweep: StoredSweep,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny, tmp_path):
     def used(model: Path | str | None = None) -> tuple[Path, tuple[int, ...]]:
         writer = open_generator(context.workspace, model)
         return writer.checkpoint, tuple(writer.decoder.schedule)
@@ -189,9 +179,7 @@ def test_generate_takes_the_pick_until_a_run_is_newer(
     assert used("two-models") == (teacher, (0, 0))
 
 
-def test_a_pick_replaces_another_model_only_if_asked_to(
-    context: Context, sweep: StoredSweep, tmp_path: Path
-) -> None:
+def test_a_pick_replaces_another_model_only_if_asked_to(context, sweep, tmp_path):
     rules: list[dict[str, Any]] = [{"best": True}, {"best": True}, {"keep": 1.0}]
     for rule in rules:
         choice = pick_from(context, "two-models", **rule, to=tmp_path / "mine")
@@ -213,12 +201,7 @@ def test_a_pick_replaces_another_model_only_if_asked_to(
     assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))
 
 
-def test_of_several_seeds_one_is_exported_with_its_own_numbers(
-    context: Context,
-    sweep: StoredSweep,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+def test_of_several_seeds_one_is_exported_with_its_own_numbers(context, sweep, save_tiny, tmp_path):
     full, student, _ = sweep.results
     seeds = []
     for seed, accuracy in ((1, 0.52), (0, 0.48)):
@@ -257,11 +240,8 @@ def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
 
 
 def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
-    context: Context,
-    sweep: StoredSweep,
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+    context, sweep, save_tiny, tmp_path
+):
     teacher = Path(str(sweep.results[0].checkpoint))
     provenance, runs = {"teacher": weights_key(teacher)}, context.workspace.runs
     student = save_tiny(runs / "taught", seed=1, schedule=[1, 0], provenance=provenance)
@@ -297,9 +277,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
 
 
-def test_an_influence_table_is_taken_only_if_one_can_be_meant(
-    context: Context, save_tiny: Callable[..., Path]
-) -> None:
+def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny):
     checkpoint = save_tiny(context.workspace.runs / "measured")
 
     def metric(wanted: str | None = None) -> str | None:

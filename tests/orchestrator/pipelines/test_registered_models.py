@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Picked:
 
 
 @pytest.fixture
-def picked(tmp_path: Path, save_tiny: Callable[..., Path]) -> Picked:
+def picked(tmp_path, save_tiny) -> Picked:
     workspace = open_workspace(tmp_path / "workspace")
 
     def checkpoint(name: str, **changed: Any) -> Path:
@@ -136,7 +136,7 @@ def log_probability(checkpoint: Path, text: str, schedule: str | None = None) ->
     return total
 
 
-def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_path: Path) -> None:
+def test_a_clean_process_loads_and_reads_registered_models(picked, tmp_path):
     asked: list[tuple[str, dict[str, Any], str]] = [
         ("a", {"max_new_tokens": 0}, "at least 1; got 0"),
         ("a", {"output": "loss"}, "text or logprob; got 'loss'"),
@@ -174,7 +174,7 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
 
 
 @pytest.mark.long
-def test_the_python_of_the_page_asks_nothing(picked: Picked, tmp_path: Path) -> None:
+def test_the_python_of_the_page_asks_nothing(picked, tmp_path):
     (snippet,) = blocks(ROOT / "docs" / "models.md", "python")
     for written, used in (
         ("iiet-tiny", "iiet-2x16"),
@@ -190,7 +190,7 @@ def test_the_python_of_the_page_asks_nothing(picked: Picked, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def server(picked: Picked, tmp_path: Path) -> Iterator[str]:
+def server(picked, tmp_path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +228,7 @@ def post(address: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.long
-def test_mlflow_serves_a_registered_model(picked: Picked, server: str) -> None:
+def test_mlflow_serves_a_registered_model(picked, server):
     expected = [{"text": text} for text in continuations(picked.full)]
     params = {"max_new_tokens": 5}
     assert post(server, {"inputs": TEXTS, "params": params}) == (200, {"predictions": expected})

@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from orchestrator.data.mixture import describe_data
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.tracked_run import NOTE_TAG, TrackedRun
-from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
@@ -65,12 +63,7 @@ def last_checkpoint(trial: Trial) -> str:
 
 
 @pytest.fixture
-def workspace(
-    tiny_plan: SweepPlan,
-    tiny_job: Callable[..., TrainingJob],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Workspace:
+def workspace(tiny_plan, tiny_job, tmp_path, monkeypatch) -> Workspace:
     """A pretraining, a student, a table, and a sweep in which one trial has failed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace, settings = open_workspace(tmp_path), resolve_settings({})
@@ -127,8 +120,8 @@ def workspace(
 
 @pytest.mark.slow
 def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
-    workspace: Workspace, tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    workspace, tiny_plan, tmp_path, monkeypatch
+):
     database = tmp_path / "other.db"
     before = stored_runs(workspace.database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
@@ -172,9 +165,7 @@ def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
     assert stored_runs(database).keys() == after.keys()
 
 
-def test_a_damaged_file_is_noted_and_the_others_are_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     (workspace.tracked / "sweep").mkdir(parents=True)
@@ -192,8 +183,8 @@ def test_a_damaged_file_is_noted_and_the_others_are_published(
 
 
 def test_what_was_killed_without_a_word_is_shown_as_killed_and_what_runs_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     for sweep, trial in (("dead", "killed"), ("live", "running"), ("live", "gone")):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from lm_eval_tasks import write_choices
@@ -13,7 +11,6 @@ from mlflow.entities import Run
 from one_evaluation import evaluate_model
 
 from orchestrator.evaluation.decode_timing import MeasurementSettings
-from orchestrator.models.open import open_model
 from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
@@ -24,9 +21,7 @@ from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.mark.slow
-def test_each_measurement_is_one_run(
-    tmp_path: Path, tiny_tokens: Path, save_tiny: Callable[..., Path]
-) -> None:
+def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
     context = Context(workspace := open_workspace(tmp_path / "workspace"))
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     model = save_tiny(workspace.runs / "run", initializer_std=0.3)
@@ -37,7 +32,7 @@ def test_each_measurement_is_one_run(
     settings = Settings(influence=InfluenceSettings(num_tokens=512))
     ends = []
     for _ in range(2):
-        evaluation = evaluate_model(open_model(model), suite, context)
+        evaluation = evaluate_model(model, suite, context)
         plan = plan_influence(settings, model=model, **place)
         table = run_influence(plan, context, on_device=on_cpu).table
         ends.append(now_ms())

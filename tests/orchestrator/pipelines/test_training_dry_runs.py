@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from sample_texts import help_texts, lines_of
+from small_size import SMALL
 
 from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
@@ -36,9 +36,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, st
     return lines
 
 
-def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     lines = printed(capsys, "--config", "paper-340m", "-w", str(tmp_path / "ws"))
     assert not (tmp_path / "ws").exists()
@@ -61,9 +59,7 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert longest == only
 
 
-def test_prepared_tokens_replace_assumptions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     rows = [
         {"text": f"A sentence about the number {n} and its square {n * n}."} for n in range(300)
@@ -84,9 +80,7 @@ def test_prepared_tokens_replace_assumptions(
     assert after["state"] == "not begun"
 
 
-def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys, monkeypatch):
     def refused(*words: str) -> str:
         assert cli.main(["pretrain", "-w", str(tmp_path), *words]) == 2
         return capsys.readouterr().err
@@ -106,8 +100,8 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
 
 @pytest.mark.slow
 def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the teacher is trained")
 
@@ -137,3 +131,16 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
         with pytest.raises(error, match=words):
             sweeps.sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
+
+
+@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
+def test_text_too_poor_for_its_tasks_ends_a_sweep_before_training(kind, tmp_path, capfd):
+    text, workspace = tmp_path / "codes.txt", tmp_path / "workspace"
+    text.write_text("<|endoftext|>".join(f"{i} " + f"0x{i:02x}; " * 40 for i in range(1, 60)))
+    settings = [*SMALL, "data.source=files", f"data.files=[{text}]", f"sweep.kind={kind}"]
+    changes = [part for setting in settings for part in ("--set", setting)]
+    assert cli.main(["sweep", "toy", *changes, "--workspace", str(workspace)]) == 2
+    printed = " ".join(capfd.readouterr().err.split())
+    assert "the held-out documents give no test items: they contain too little English" in printed
+    assert "Traceback" not in printed
+    assert not [*workspace.glob("runs/*/*"), *workspace.glob("trials/*/*")]

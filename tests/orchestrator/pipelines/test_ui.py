@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import psutil
 import pytest
@@ -24,7 +23,7 @@ from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspac
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def workspace(tmp_path, monkeypatch) -> Workspace:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return open_workspace(tmp_path / "ws")
 
@@ -47,7 +46,7 @@ def servers(port: int) -> list[psutil.Process]:
     ]
 
 
-def test_a_taken_port_is_named_with_a_free_one() -> None:
+def test_a_taken_port_is_named_with_another():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -55,13 +54,9 @@ def test_a_taken_port_is_named_with_a_free_one() -> None:
         with pytest.raises(UserError, match=rf"port {port} cannot be used.*try --port \d+"):
             check_port(port)
     check_port(port)
-    with pytest.raises(UserError, match="from 1 to 65535, got 70000"):
-        check_port(70000)
 
 
-def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
     said: list[str] = []
@@ -72,9 +67,7 @@ def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(
 
 
 @pytest.mark.slow
-def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, monkeypatch):
     tracking = open_tracking(workspace, warn=pytest.fail)
     tags = {VIEW_TAG: "front-toy", REPORT_TAG: "a.html"}
     run = TrackedRun(key="key", name="toy", kind="sweep", tags=tags)
@@ -120,7 +113,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> None:
+def test_the_server_ends_with_its_command(workspace, number):
     port = free_port()
     process = Started("ui", "--port", str(port), "--workspace", str(workspace.root))
     while "Ctrl-C stops the server" not in process.stdout.readline():
@@ -135,9 +128,7 @@ def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> 
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_names_its_last_line_and_its_log(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_ends_names_its_last_line_and_its_log(workspace, monkeypatch):
     def start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
         workspace.logs.mkdir(exist_ok=True)
         with (workspace.logs / LOG_NAME).open("wb") as log:

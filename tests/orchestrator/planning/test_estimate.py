@@ -3,10 +3,8 @@ the wait for a save follows from its bytes and the run's own journal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,30 +31,28 @@ from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import DONE_NAME
 
 
-def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot() -> None:
+def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot():
     recipe = TrainingSettings(
         num_steps=30000, num_tokens_per_step=524288, num_sequences_per_pass=12
     )
     estimate = Estimate(config=preset("340m"), recipe=recipe, devices=Devices(num_workers=8))
-    assert estimate.num_tokens == 15_728_640_000
-    assert estimate.sequences_per_worker == 32
+    assert (estimate.num_tokens, estimate.sequences_per_worker) == (15_728_640_000, 32)
     assert (estimate.num_passes, estimate.sequences_per_pass) == (3, 12)
     assert sum(estimate.stages.values()) == 30000
-    uneven = TrainingSettings(num_tokens_per_step=128 * 9)
-    training = Estimate(config=preset("tiny"), recipe=uneven, devices=Devices(num_workers=8))
-    with pytest.raises(UserError, match=r"9 sequences.*8 workers.*num_tokens_per_step=2048"):
-        assert training.worker_bytes
-    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
-    alone = Estimate(config=config, recipe=recipe)
-    shared = Estimate(config=config, recipe=recipe, devices=Devices(num_workers=2))
+    alone = Estimate(config=preset("tiny"), recipe=TrainingSettings(num_tokens_per_step=1024))
+    shared, on_gpus, uneven = (
+        replace(alone, devices=devices)
+        for devices in (Devices(num_workers=2), Devices(on_gpus=True), Devices(num_workers=3))
+    )
     name = "a copy for the checkpoint"
     assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
     assert sum(alone.worker_memory.values()) == alone.worker_bytes
-    on_gpus = Estimate(config=config, recipe=recipe, devices=Devices(on_gpus=True))
     assert name not in on_gpus.worker_memory
+    with pytest.raises(UserError, match=r"8 sequences.*3 workers.*num_tokens_per_step=1152"):
+        assert uneven.worker_bytes
 
 
-def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> None:
+def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule():
     config = preset("tiny", schedule=2)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
     estimate = Estimate(config=config, recipe=recipe)
@@ -80,9 +76,7 @@ def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> N
     assert half.worker_memory == whole.worker_memory
 
 
-def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
-) -> None:
+def test_flops_and_checkpoint_bytes_equal_those_of_a_run(tmp_path, tiny_tokens, tiny_model):
     recipe = TrainingSettings(
         num_steps=6,
         num_tokens_per_step=64,
@@ -110,7 +104,7 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     assert finished.disk_bytes[0] < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
 
 
-def test_all_kept_checkpoints_are_counted() -> None:
+def test_all_kept_checkpoints_are_counted():
     def kept(**recipe: object) -> float:
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
         own = TrainingSettings.model_validate(values)
@@ -131,19 +125,19 @@ def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[f
     return sweep.gpus_per_trial or 0, sweep.trials_at_once
 
 
-def test_trials_share_the_gpus_of_the_run() -> None:
-    assert assigned() == (0, None)
-    assert assigned("cluster.num_workers=4") == (0, None)
-    assert assigned("cluster.num_gpus=8") == (1, 8)
-    assert assigned("cluster.num_gpus=8", "sweep.trials_at_once=3") == (1, 3)
-    assert assigned("cluster.num_gpus=8", "sweep.gpus_per_trial=3") == (3, 2)
-    assert assigned("cluster.num_gpus=8", "sweep.workers_per_trial=4") == (4, 2)
-    assert assigned("cluster.num_gpus=2", "sweep.gpus_per_trial=0.25") == (0.25, 8)
-    assert assigned("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3") == (0.3, 3)
-    assert assigned("sweep.gpus_per_trial=2") == (2, None), "of a run on CPUs, as many as there are"
-
-
-def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
+def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
+    for assignments, found in {
+        (): (0, None),
+        ("cluster.num_workers=4",): (0, None),
+        ("cluster.num_gpus=8",): (1, 8),
+        ("cluster.num_gpus=8", "sweep.trials_at_once=3"): (1, 3),
+        ("cluster.num_gpus=8", "sweep.gpus_per_trial=3"): (3, 2),
+        ("cluster.num_gpus=8", "sweep.workers_per_trial=4"): (4, 2),
+        ("cluster.num_gpus=2", "sweep.gpus_per_trial=0.25"): (0.25, 8),
+        ("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3"): (0.3, 3),
+        ("sweep.gpus_per_trial=2",): (2, None),  # Of a run on CPUs, as many as there are.
+    }.items():
+        assert assigned(*assignments) == found
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = build_model_config(settings.model, vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
@@ -160,7 +154,7 @@ def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
 
 
 @pytest.fixture
-def large(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def large(tiny_job) -> TrainingJob:
     """A job of 340 million parameters: 4 GB for each checkpoint."""
     job = tiny_job("large", num_steps=100, num_tokens_per_step=2**19, num_validation_tokens=2**18)
     model = {
@@ -170,22 +164,13 @@ def large(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
     return TrainingJob.model_validate({**job.model_dump(), "model": model})
 
 
-def test_a_large_model_gets_more_time_than_a_small_one(
-    large: TrainingJob, tiny_job: Callable[..., TrainingJob]
-) -> None:
+def test_the_time_to_save_follows_from_sizes_and_from_what_the_run_has_measured(large, tiny_job):
     notes: list[str] = []
     assert seconds_to_save([tiny_job()], notes.append) < LEAST_SECONDS + 0.1
     seconds = seconds_to_save([large], notes.append)
     assert seconds > LEAST_SECONDS + 2 * 4e9 / WRITE_BYTES_PER_SECOND, "one more may be written"
     assert notes[-1] == "saving 3.76 GiB, at most 31 s"
     assert seconds_to_save([large, large]) == pytest.approx(2 * seconds - LEAST_SECONDS)
-    (large.folder / DONE_NAME).parent.mkdir()
-    (large.folder / DONE_NAME).touch()
-    assert seconds_to_save([large], notes.append) == LEAST_SECONDS
-    assert len(notes) == 2, "nothing is saved"
-
-
-def test_what_the_run_has_measured_counts(large: TrainingJob) -> None:
     stored = large.model_copy(update={"storage": "s3://bucket"})
     assert seconds_to_save([stored]) > 3 * seconds_to_save([large]), "an upload is slower"
     journal = Journal(large.folder)
@@ -195,11 +180,13 @@ def test_what_the_run_has_measured_counts(large: TrainingJob) -> None:
     journal.close()
     assert seconds_to_save([large]) == LEAST_SECONDS + 2 * 90.5 + 4 + 2
     assert seconds_to_save([stored]) == LEAST_SECONDS + 2 * (90.5 + 100.25) + 4 + 2
+    (large.folder / DONE_NAME).touch()
+    num_notes = len(notes)
+    assert seconds_to_save([large], notes.append) == LEAST_SECONDS
+    assert len(notes) == num_notes, "nothing is saved"
 
 
-def test_a_run_measures_its_checkpoints_and_their_uploads(
-    tiny_job: Callable[..., TrainingJob], tmp_path: Path
-) -> None:
+def test_a_run_measures_its_checkpoints_and_their_uploads(tiny_job, tmp_path):
     job = tiny_job(num_steps=4, checkpoint_every_steps=2)
     job = job.model_copy(update={"storage": str(tmp_path / "store")})
     run_job(job)

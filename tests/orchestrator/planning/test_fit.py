@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from orchestrator.planning.estimate import (
     reasons_not_to_fit,
 )
 from orchestrator.planning.machine import FreeBytes
-from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
@@ -69,7 +67,7 @@ def trials_of(plan: SweepPlan, **devices: Any) -> list[Estimate]:
     return [replace(each, devices=Devices(are_trials=True, **devices)) for each in found]
 
 
-def test_the_proposed_setting_fits_and_the_smallest_change_comes_first() -> None:
+def test_the_proposed_setting_fits_and_the_smallest_change_comes_first():
     assert refused(request()) == "", "what is unknown is not checked"
     for gigabytes in (160, 80, 40, 24, 12):
         message = refused(request(), memory=gigabytes * GIB)
@@ -102,9 +100,7 @@ def test_the_proposed_setting_fits_and_the_smallest_change_comes_first() -> None
         ("1.3b", (ONE_PER_PASS, RECOMPUTED), "cluster.parallel=fsdp"),
     ],
 )
-def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(
-    preset: str, assignments: tuple[str, ...], change: str
-) -> None:
+def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(preset, assignments, change):
     given = f"model.preset={preset}", *assignments
     failed = request(*given, num_workers=4, on_gpus=True)
     most = int(LARGEST_SHARE * failed.worker_bytes)
@@ -112,9 +108,7 @@ def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(
     assert request(*given, change, num_workers=4, on_gpus=True).worker_bytes <= most
 
 
-def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(
-    tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
+def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan, tmp_path):
     asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
     one = asked.checkpoint_bytes
     message = refused(asked, disk=3 * one)
@@ -145,7 +139,7 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(
     assert "1.16 MiB" in refused(*trials, disk=8 * one)
 
 
-def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan: SweepPlan) -> None:
+def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
     # Each takes little more memory than a process does.
     assert refused(*trials_of(tiny_plan, at_once=2), memory=1.3 * GIB) == ""
     message = refused(*trials_of(tiny_plan, at_once=4), memory=1.3 * GIB)
@@ -163,7 +157,7 @@ def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan: Sweep
     assert "for each of 4 workers" in on_gpus(4, 4)
 
 
-def test_a_teachers_weights_are_counted() -> None:
+def test_a_teachers_weights_are_counted():
     recipe = Settings().distillation.training
     config = preset("tiny")
     with_teacher = Estimate(config=config, recipe=recipe, teacher=config).worker_memory
@@ -171,7 +165,7 @@ def test_a_teachers_weights_are_counted() -> None:
     assert with_teacher["weights"] == 2 * without["weights"]
 
 
-def test_each_place_has_its_own_problems() -> None:
+def test_each_place_has_its_own_problems():
     def refuse() -> None:
         raise UserError("no GPU here")
 
@@ -191,9 +185,7 @@ CUDA_MESSAGE = (
 )
 
 
-def test_what_pytorch_saw_what_was_planned_and_what_to_type(
-    tiny_job: Callable[..., TrainingJob],
-) -> None:
+def test_what_pytorch_saw_what_was_planned_and_what_to_type(tiny_job):
     job = tiny_job(num_tokens_per_step=2**16)
     with pytest.raises(DeviceError) as caught, out_of_memory_explained(job, World()):
         raise torch.OutOfMemoryError(CUDA_MESSAGE)

@@ -43,15 +43,15 @@ TWO_GPUS = Resources((Node(16, 2),))
     ],
 )
 def test_a_job_that_does_not_fit_is_refused_with_what_would(
-    num_workers: int, num_gpus: int, resources: Resources, per_trial: bool, words: list[str]
-) -> None:
+    num_workers, num_gpus, resources, per_trial, words
+):
     with pytest.raises(UserError) as caught:
         check_available(num_workers, num_gpus, resources, per_trial=per_trial)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_job_that_fits_passes_and_nothing_is_known_of_a_cluster_elsewhere() -> None:
+def test_a_job_that_fits_passes_and_nothing_is_known_of_a_cluster_elsewhere():
     for num_workers, num_gpus, resources in (
         (1, 0, TWO_CPUS), (2, 0, TWO_CPUS), (1, 2, TWO_GPUS), (2, 2, TWO_GPUS), (4, 0, TWO_GPUS),
     ):  # fmt: skip
@@ -63,7 +63,7 @@ def test_a_job_that_fits_passes_and_nothing_is_known_of_a_cluster_elsewhere() ->
         check_run_resources(far, local=True)
 
 
-def test_asking_for_cpus_imports_neither_ray_nor_torch() -> None:
+def test_asking_for_cpus_imports_neither_ray_nor_torch():
     import subprocess
 
     if hasattr(os, "sched_getaffinity"):
@@ -89,7 +89,7 @@ def make_group(folder: Path, limit: str, used: int, inactive: int | None) -> Pat
     return folder
 
 
-def test_cached_files_of_a_container_are_free_memory(tmp_path: Path) -> None:
+def test_cached_files_of_a_container_are_free_memory(tmp_path):
     limit = str(100 * MIB)
     full_of_files = make_group(tmp_path / "files", limit, 95 * MIB, 60 * MIB)
     assert free_memory([full_of_files]) == 65 * MIB
@@ -119,36 +119,29 @@ class MachineWithTwoGpus:
         self.free_bytes = {FIRST: 10, SECOND: 20, PART: 5}
         self.users = 0
 
+        self.nvmlSystemGetDriverVersion = lambda: "570.1"
+        self.nvmlDeviceGetCount = lambda: 2
+        self.nvmlDeviceGetName = "NVIDIA {}".format
+
     def nvmlInit(self) -> None:  # noqa: N802
         self.users += 1
 
     def nvmlShutdown(self) -> None:  # noqa: N802
         self.users -= 1
 
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
-        return "570.1"
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 2
-
     def nvmlDeviceGetHandleByIndex(self, number: int) -> str:  # noqa: N802
-        if number > 1:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-        return (FIRST, SECOND)[number]
+        return self.nvmlDeviceGetHandleByUUID((FIRST, SECOND, *"?" * 9)[number])
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         if uuid not in self.free_bytes:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return uuid
 
-    def nvmlDeviceGetName(self, handle: str) -> str:  # noqa: N802
-        return f"NVIDIA {handle}"
-
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(free=self.free_bytes[handle], total=100)
 
 
-def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_visible_gpus_count(monkeypatch):
     for visible, found in (
         (None, [FIRST, SECOND]),
         ("1,0", [SECOND, FIRST]),
@@ -168,9 +161,7 @@ def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.users == 0
 
 
-def test_without_a_driver_or_the_extra_gpu_no_gpu_is_known(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_driver_or_the_extra_gpu_no_gpu_is_known(monkeypatch):
     class WithoutDriver(MachineWithTwoGpus):
         def nvmlInit(self) -> None:  # noqa: N802
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def distilled_bytes(**loss: Any) -> int:
     return live.peak
 
 
-def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak() -> None:
+def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
     alone = distilled_bytes(kl_weight=0.0)
     for divergence in ("forward", "reverse", "jensen_shannon"):
         assert distilled_bytes(divergence=divergence) < 1.4 * alone
@@ -86,9 +86,7 @@ SHAPES = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_matches_a_real_step(
-    shape: str, method: str, precision: Literal["fp32", "bf16"]
-) -> None:
+def test_the_estimate_matches_a_real_step(shape, method, precision):
     checkpoint = (precision == "bf16") != (shape == "wide")
     schedule = {"schedule": 2} if METHODS[method].has_corrections else {}
     sizes = {"num_heads": 4, "context_length": 64, **SHAPES[shape]}
@@ -107,7 +105,7 @@ def test_the_estimate_matches_a_real_step(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_truncated_backward_pass_takes_less(precision: Literal["fp32", "bf16"]) -> None:
+def test_a_truncated_backward_pass_takes_less(precision):
     sizes = {"num_heads": 4, "context_length": 64, **SHAPES["wide"], "schedule": 3}
 
     def estimate(**options: Any) -> tuple[ModelConfig, int]:
@@ -122,7 +120,7 @@ def test_a_truncated_backward_pass_takes_less(precision: Literal["fp32", "bf16"]
     assert truncated < 0.6 * full
 
 
-def test_parameter_memory_is_exact() -> None:
+def test_parameter_memory_is_exact():
     config = preset("55m")
     parameters = sum(p.numel() for p in Decoder(config).parameters())
     memory = training_memory(config, num_sequences=1)
@@ -130,7 +128,7 @@ def test_parameter_memory_is_exact() -> None:
     assert memory["AdamW"] == 8 * parameters
 
 
-def test_memory_saving_settings_save_memory() -> None:
+def test_memory_saving_settings_save_memory():
     config = preset("340m")
 
     def total(**options: Any) -> int:

@@ -93,7 +93,6 @@ def test_paths_of_nested_records_follow_the_workspace(tmp_path):
     assert SweepPlan.read(path) == plan
     moved = root.rename(tmp_path / "new")
     found = SweepPlan.read(moved / "sweeps" / "n" / "plan.json")
-    assert found is not None
     assert (found.tokens_folder, found.trials[0].folder) == (
         f"{moved}/tokens/f", f"{moved}/trials/t",
     )  # fmt: skip

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.claims import Claim, claim_metrics, claims_section, find_claims
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.front import with_confidence
 from orchestrator.reporting.sections import render_markdown, render_terminal
 
 HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
@@ -65,7 +65,8 @@ def answers(trial: Trial) -> EvaluationResult:
 
 def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
     items = {trial.key: answers(trial) for trial in trials}
-    found = find_claims(result_table(trials), items, num_resamples=400)
+    front = with_confidence(sample_front(trials), items, num_resamples=10)
+    found = find_claims(front, num_resamples=400)
     assert [claim.key for claim in found] == [*KEYS]
     return {claim.key: claim for claim in found}
 
@@ -99,14 +100,15 @@ def test_all_claims_hold_by_what_was_made_up() -> None:
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
 def test_equal_answers_to_few_items_decide_nothing(num_items: int, verdict: str) -> None:
-    trials = trials_with({"0,0": 0.9})
+    trials = trials_with({"0,0": 0.9, "1,1": None, "1,0": None})
     items = {}
     for trial in trials:
         task = answers(trial).results["hops"]
         values = {"acc": task.values["acc"][:num_items]}
         changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
         items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
-    found = find_claims(result_table(trials), items, num_resamples=400)
+    front = with_confidence(sample_front(trials), items, num_resamples=10)
+    found = find_claims(front, num_resamples=400)
     saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
     assert (saved.here, saved.verdict, saved.high) == (100, verdict, 100)
     assert saved.low is not None
@@ -187,7 +189,7 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
     # Two students of one share would be compared, if both were distilled alike.
     other = [t.model_copy(update={"is_elastic": True}) if t.key == "pc 1,0" else t for t in trials]
     assert "distilled alike" in found_of(other)["kept_over_pcformer"].about
-    found = {c.key: c for c in find_claims(result_table(trials), {}, num_resamples=10)}
+    found = {c.key: c for c in find_claims(sample_front(trials))}
     assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
 
 

@@ -54,17 +54,17 @@ def compared(first: Sequence[TaskResult], second: Sequence[TaskResult], **more: 
 def test_the_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_one() -> None:
     found = compared([task(answers(300, 200))], [task(answers(320, 180))])
     [row] = found.tasks
-    assert (row.first, row.second) == (0.6, 0.64)
-    assert row.difference.value == pytest.approx(0.04)
+    assert (row["first"], row["second"]) == (0.6, 0.64)
+    assert row["difference"] == pytest.approx(0.04)
     # Of 500 items 20 changed, all in one direction: a standard error of sqrt(0.04 * 0.96 / 500).
     error = math.sqrt(0.04 * 0.96 / 500)
-    assert row.difference.high - row.difference.low == pytest.approx(2 * 1.96 * error, rel=0.06)
-    assert (row.only_first, row.only_second) == (0, 20)
-    assert (row.num_items, row.num_left_out) == (500, 0)
-    assert (found.averages, found.overall) == ((), (row,))
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert (row["only_first"], row["only_second"]) == (0, 20)
+    assert (row["num_items"], row["num_left_out"]) == (500, 0)
+    assert (found.tasks, found.overall) == ([row], [row])
     # Items of one model only are left out and counted.
     [row] = compared([task(answers(6, 4))], [task([1.0] * 8, first=4)]).tasks
-    assert (row.num_items, row.num_left_out, row.first, row.second) == (6, 6, 2 / 6, 1)
+    assert [row[n] for n in ("num_items", "num_left_out", "first", "second")] == [6, 6, 2 / 6, 1]
 
 
 def test_the_average_counts_a_group_once_and_tests_all_items_together() -> None:
@@ -74,11 +74,11 @@ def test_the_average_counts_a_group_once_and_tests_all_items_together() -> None:
         for name, more in (("x", 10), ("y", -4), ("z", 20))
     ]
     found = compared(first, second, groups={"xy": ("x", "y")})
-    [average] = found.averages
-    assert average.difference.value == pytest.approx(((0.10 - 0.04) / 2 + 0.20) / 2)
-    assert (average.only_first, average.only_second) == (4, 30)
-    assert (average.num_items, average.metric) == (300, "accuracy")
-    assert found.overall == (average,)
+    average = found.rows[-1]
+    assert average["difference"] == pytest.approx(((0.10 - 0.04) / 2 + 0.20) / 2)
+    assert (average["only_first"], average["only_second"]) == (4, 30)
+    assert (average["num_items"], average["metric"]) == (300, "accuracy")
+    assert found.overall == [average]
 
 
 def test_bits_per_byte_have_an_interval_and_no_test() -> None:
@@ -88,8 +88,8 @@ def test_bits_per_byte_have_an_interval_and_no_test() -> None:
     texts = [task(values, name="text", metric="bits_per_byte") for values in pairs]
     found = compared(texts[:1], texts[1:])
     [row] = found.tasks
-    assert (row.only_first, row.p_value) == (None, None)
-    assert row.difference.value == pytest.approx(-0.05)
+    assert (row["only_first"], row["p_value"]) == (None, None)
+    assert row["difference"] == pytest.approx(-0.05)
     assert "bits per byte of text: new is better (-0.0500, 95 %" in comparison_findings(found)[0]
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_an_error_that_says_why(
     # Beside a task that can be compared, the same sentence is a note.
     good = task(answers(5, 5), name="good")
     found = compared([first, good], [second, good])
-    assert [row.task for row in found.tasks] == ["good"]
+    assert [row["task"] for row in found.tasks] == ["good"]
     assert reason in "; ".join(found.notes)
 
 

@@ -15,8 +15,8 @@ from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, with_confidence
-from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.sections import _scripts, render_page, sort_value
+from orchestrator.reporting.sweep_report import SweepReport
 
 
 @pytest.fixture

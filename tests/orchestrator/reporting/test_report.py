@@ -18,7 +18,7 @@ from orchestrator.records.evaluation import DepthCurve, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
-from orchestrator.reporting.mlflow_report import chart_view_key, run_note, trial_runs
+from orchestrator.reporting.mlflow_report import run_note, trial_runs
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
     HYPERVOLUME_BY_TRIALS,
@@ -101,7 +101,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
-    assert written.report.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
+    assert written.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
     # Only a search has a history worth a picture.
     facts = {**sweep.facts, PROVENANCE_TITLE: {"kind": "threshold"}}
     alone = write_sweep_report(workspace, changed(sweep, facts=facts))
@@ -112,7 +112,7 @@ def test_files_are_written_and_read_back_without_the_trials(
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == written.folder / "perplexity-ms"
     assert {path.name for path in other.files} == FILES
-    assert other.report.front.axes.quality == "quality/perplexity"
+    assert other.front.axes.quality == "quality/perplexity"
     assert other.page is not None
     assert "Hypervolume against" not in other.page.read_text(encoding="utf-8")
     assert {path.name: path.read_bytes() for path in written.files} == before
@@ -146,13 +146,13 @@ def test_the_depth_curve_of_the_teacher_is_a_section(
     larger = StoredSweep(**{**dict(sweep), "results": (*sweep.results, other)})
     two = write_sweep_report(workspace, larger)
     assert {path.name for path in two.files} > {"depth-curve.png", "depth-curve-2.png"}
-    assert [section.title.rpartition(": ")[2] for section in two.report.depths] == [
+    assert [section.title.rpartition(": ")[2] for section in two.depths] == [
         teacher.label, "other"
     ]  # fmt: skip
     path.write_bytes(path.read_bytes().replace(b"piqa", b"pipa"))
     damaged = write_sweep_report(workspace, sweep)
-    assert damaged.report.depths == []
-    assert "depth-curve.json is damaged" in damaged.report.notes[-1]
+    assert damaged.depths == []
+    assert "depth-curve.json is damaged" in damaged.notes[-1]
 
 
 @pytest.mark.slow
@@ -161,19 +161,19 @@ def test_paired_errors_come_from_the_stored_items(
 ) -> None:
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     written = write_sweep_report(workspace, sweep)
-    assert written.report.front.basis is not None
-    assert written.report.front.basis.num_items == 2000
+    assert written.front.basis is not None
+    assert written.front.basis.num_items == 2000
     assert "### lastword (acc)" in (written.folder / "front.md").read_text("utf-8")
     # A model with a damaged file has no confidence; the report is written all the same.
     lost = sweep.results[1]
     (workspace.evaluations / f"{lost.key}-lastword" / "items.json").write_text("{")
     again = write_sweep_report(workspace, sweep)
-    front = again.report.front
+    front = again.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
-    said = again.report.sentences[1]
+    said = again.sentences[1]
     assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {lost.name}.")
-    assert said in write_sweep_report(workspace, "toy", "toy").report.sentences
+    assert said in write_sweep_report(workspace, "toy", "toy").sentences
     # What is left out is said first.
     skipped = {"skipped": {"piqa": "it needs the hub"}}
     less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
@@ -182,7 +182,7 @@ def test_paired_errors_come_from_the_stored_items(
     results = with_items(workspace, sweep.results, less)
     written = write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
     sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
-    assert written.report.sentences[1:3] == sentences
+    assert written.sentences[1:3] == sentences
     for name in ("front.html", "front.md"):
         text = (written.folder / name).read_text(encoding="utf-8")
         assert all(sentence in text for sentence in sentences)
@@ -214,7 +214,7 @@ def test_seeds_have_curves_paired_errors_and_runs(
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
     both = changed(sweep, results=(teacher, pruned))
     assert [both.journal_of(each) is None for each in (teacher, pruned)] == [False, True]
-    alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
+    alone, several = (write_sweep_report(workspace, each).curves for each in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
     names = [f"{name}, seed {seed}" for name, _ in alone[title] for seed in (0, 1)]
@@ -290,7 +290,7 @@ def test_mlflow_holds_the_sweep_once(
     artifacts = {file.path for file in client.list_artifacts(run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "table.json", "intervals.json"}}
 
-    view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{chart_view_key('toy')}"]
+    view = client.get_experiment(experiment).tags["mlflow.sharedViewState.front-toy"]
     state = json.loads(json.loads(view)["state"])
     assert len(client.search_runs([experiment], state["searchFilter"])) == 12
     parallel = next(c for c in state["compareRunCharts"] if c["type"] == "PARALLEL")
@@ -310,7 +310,7 @@ def test_a_sweep_without_measured_results_has_a_report(
         bare.append(result.model_copy(update={"numbers": numbers}))
     written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
-    front, said = written.report.front, ["x" * 200] * 40
+    front, said = written.front, ["x" * 200] * 40
     note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
     assert "- More: `front/front.md` under Artifacts." in note
@@ -323,7 +323,7 @@ def test_a_sweep_without_measured_results_has_a_report(
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
     written = write_sweep_report(workspace, changed(sweep, results=placed))
-    assert not written.report.front.members
+    assert not written.front.members
     assert (written.folder / "front.md").is_file()
 
 
@@ -396,26 +396,26 @@ def test_several_sweeps_share_a_front_and_are_distinguished(
     written = write_sweep_report(workspace, "first", "second", "first")
     assert written.folder == workspace.overlays / "first+second"
     assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
-    front = written.report.front
+    front = written.front
     assert len(front.rows) == 3 + 9 + 5
     # A trial of the first sweep stays where the second one has none as cheap.
     assert {6.0, 10.0} <= {row["cost"] for row in front.members if row["sweep"] == "second"}
     assert "first" in {row["sweep"] for row in front.members}
-    assert written.report.notes == []
-    assert written.report.facts["Settings: second"] == {"n": "second"}
+    assert written.notes == []
+    assert written.facts["Settings: second"] == {"n": "second"}
     rows = json.loads((written.folder / "front.json").read_text("utf-8"))["results"]
     assert sum(row["role"] == "teacher" for row in rows) == 1
     # Only names that two sweeps share include the sweep.
-    said = " ".join(written.report.sentences)
+    said = " ".join(written.sentences)
     assert "vanilla (accuracy" in said
     assert "0,1,1,1,0,1 (second)" in said
 
     written = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms", "bits"))
     assert written.folder.name == "first+second-bits-ms"
-    [note] = written.report.notes
+    [note] = written.notes
     assert "measured separately for each sweep" in note
     store("second", better, "heldout-2")
     written = write_sweep_report(workspace, "first", "second")
-    [note] = written.report.notes
+    [note] = written.notes
     assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
-    assert written.report.sentences[1] == note
+    assert written.sentences[1] == note

@@ -97,7 +97,7 @@ def test_numbers_texts_and_lists_survive_yaml(tmp_path):
         path.write_text(to_yaml(settings))
         assert read_settings(path) == settings
     with pytest.raises(ValidationError):
-        settings.training.num_steps = 3  # type: ignore[misc]
+        settings.training.num_steps = 3
 
 
 def test_flatten_returns_every_leaf():

@@ -115,7 +115,7 @@ def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
 
 def test_every_setting_has_a_description_and_is_found_by_its_key():
     def walk(section: type) -> None:
-        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+        for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name} has no description"
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 walk(field.annotation)

@@ -16,13 +16,13 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
+def teacher(tmp_path_factory, trained_run) -> Path:
     copy = shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "teacher")
     return copy / "step_00000002"
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path) -> Workspace:
     return open_workspace(tmp_path)
 
 
@@ -39,7 +39,7 @@ def table() -> InfluenceTable:
 
 
 @pytest.fixture
-def students(space: Workspace, teacher: Path, tiny_tokens: Path) -> Callable[..., Students]:
+def students(space, teacher, tiny_tokens) -> Callable[..., Students]:
     """A function that returns the teacher's students under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> Students:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -17,16 +16,16 @@ from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
+from orchestrator.reporting.front import with_confidence
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
+from orchestrator.reporting.several_schedules import ELASTIC_TITLE, elastic_section
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import Workspace
 
 SMALL = [
@@ -67,7 +66,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
     waiting = [trial for trial in plan.trials if trial.key not in found]
     live = LiveSweep(
-        plan, resolve_settings({}), cast("Tracking", FakeTracking()), space.sweeps / "x",
+        plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
         num_trials=len(plan.trials),
     )  # fmt: skip
     queue = SweepQueue(waiting, found, {}, live, Progress(), num_all=len(plan.trials))
@@ -135,7 +134,7 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
         results.append(measured(trial, accuracy, 5.0, 6e9 if trial.is_elastic else 4e9))
     items = {result.key: evaluation(result.numbers["quality/accuracy"]) for result in results}
     front = sample_front(results)
-    section = elastic_section(front, items)
+    section = elastic_section(with_confidence(front, items, num_resamples=10))
     assert section is not None
     found = section.data["elastic"]["schedules"]
     assert [row["schedule"] for row in found] == [[2, 1], [1, 1], [1, 0], [0, 0]]
@@ -144,7 +143,7 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
     assert 0 < better["interval"][0] < better["difference"] == pytest.approx(0.2)
     assert "38% of the 1.6e+10" in section.notes[0]
     # Without single items, the difference has no interval.
-    alone = elastic_section(front, {})
+    alone = elastic_section(front)
     assert alone is not None
     assert alone.tables[0].rows[-1].cells[4] == "+20.0"
 
@@ -155,4 +154,4 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
     assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]
     assert stored["training_flops"] == [6e9, 16e9]
     # Elastic weights alone have nothing beside them.
-    assert elastic_section(sample_front(results[:5]), items) is None
+    assert elastic_section(sample_front(results[:5])) is None

@@ -69,7 +69,7 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Watched(tiny_plan, tmp_path)
 
@@ -193,7 +193,7 @@ class Past:
 
 
 @pytest.fixture
-def past(sample_results: list[Trial], tmp_path: Path) -> Past:
+def past(sample_results, tmp_path) -> Past:
     return Past(sample_results, tmp_path / "history")
 
 

@@ -181,7 +181,7 @@ REFUSED = [
     ("iterations", "sweep.asha=true", "no model has more than one"),
     ("iterations", "sweep.learning_rates={r = 7: 0.001}", "r = 7 is not swept; such models are v"),
     ("search", "sweep.num_layers={r = 2: 3}", "num_layers: r = 2 is not a baseline of this sweep"),
-    ("threshold", "sweep.gpus_per_trial=64", "sweep.gpus_per_trial=64"),
+    ("threshold", "sweep.gpus_per_trial=8", "sweep.gpus_per_trial=8"),
     ("iterations", "evaluation.suite=heldout,no_such_task", "no_such_task"),
     ("iterations", "evaluation.apply_chat_template=true", "have no chat template"),
 ]

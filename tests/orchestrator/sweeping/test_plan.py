@@ -81,7 +81,6 @@ def begin(trial: Trial, num_steps: int) -> float:
         done += 1
         return done > num_steps
 
-    assert trial.job
     outcome = run_job(trial.job, should_stop=should_stop)
     assert outcome.step == num_steps
     return outcome.training_flops
@@ -114,7 +113,6 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
     assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
     shortest, longest = price.hours
-    assert price.rate
     highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
     assert shortest == pytest.approx(price.flops / highest / 3600)
     assert longest == pytest.approx(4 * shortest), "a CPU reaches 20 to 80% of its peak"
@@ -152,7 +150,6 @@ def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan, tmp_path):
     assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert price.uses_gpus
     # The longest training starts first: one GPU trains 2,1 and 0,0, the other one 1,1 and 1,0.
-    assert price.rate
     seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
     assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 

@@ -7,7 +7,7 @@ import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from changed_trials import in_folder, stop_early, with_job
@@ -24,7 +24,6 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import read_journal
@@ -43,7 +42,7 @@ class Sweep:
     ) -> SweepOutcome:
         return run_plan(
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
-            progress=progress, tracking=cast("Tracking", self.tracking),
+            progress=progress, tracking=self.tracking,
         )  # fmt: skip
 
     @property
@@ -120,7 +119,6 @@ def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypat
     outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
     assert outcome.reused == frozenset()
     job = tiny_plan.trials[-1].job
-    assert job
     num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
     forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
     assert sweep.metrics["sweep/teacher_tokens"] == num_tokens

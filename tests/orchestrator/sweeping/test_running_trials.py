@@ -104,7 +104,6 @@ def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
-        assert holder.stdout
         assert holder.stdout.readline() == "held\n"
         assert is_run_locked(folder)
         assert run_trial(trial, wait=False) is None
@@ -207,7 +206,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
             return found
 
     def run(trial: Trial) -> Trial | None:
-        return run_trial(trial, UnderTune(trial))  # type: ignore[arg-type]
+        return run_trial(trial, UnderTune(trial))
 
     assert run(high) is not None, "the first continues"
     assert run(low) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import optuna
 import pytest
@@ -24,7 +24,6 @@ from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
 
@@ -144,7 +143,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
             shown.append(done)
 
     search, family = world.search(num_trials=24), world.family.trials
-    tracking = cast("Tracking", FakeTracking())
+    tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     live = LiveSweep(plan, resolve_settings({}), tracking, tmp_path / "s", num_trials=28)
     queue = SweepQueue(family, {}, {}, live, Shown(), search=search, num_all=len(family) + 24)
@@ -152,7 +151,6 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     running = [queue.take() for _ in range(len(family) + 1)]
     assert running.pop() is None, "the search waits for the last of the family"
     for trial in running:
-        assert trial
         world.finish(trial)
         queue.on_end(trial.key, trial.result(), "")
         queue.watch()

@@ -157,7 +157,7 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def parent(tmp_path, monkeypatch) -> Path:
     """The place of temporary files, for this test alone."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path

@@ -26,12 +26,12 @@ with lock_file(Path(sys.argv[1])) as is_ours:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path) -> Path:
     return tmp_path / "folder" / "lock"
 
 
 @pytest.fixture
-def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
@@ -39,7 +39,6 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout
         assert process.stdout.readline() == "True\n"
         yield process
         process.kill()

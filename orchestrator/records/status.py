@@ -1,8 +1,7 @@
 """What exists in a workspace, how far it is, and what runs: trainings, sweeps, locks that are held.
 
 Everything is read from small files, nothing is written, and PyTorch is not imported, so that an
-answer takes a moment also while trainings run. Anyone may have edited a file, so what is read is
-checked here, once: a damaged file is noted, and as good as missing.
+answer takes a moment also while trainings run. A damaged file is noted, and as good as missing.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
-from math import nan
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
-
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.workspace import layout
-from orchestrator.workspace.errors import UserError, first_problem
-from orchestrator.workspace.files import read_json
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import SPEED_METRIC, Record, read_tail
 from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.locks import is_locked
@@ -29,71 +25,24 @@ Note = Callable[[str], None]
 """Called with a sentence on each damaged file."""
 
 
-class _Stored(BaseModel, strict=True):
-    pass
-
-
-T = TypeVar("T", bound=_Stored)
-_PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-
-
-def _of_job(*names: str) -> Any:
-    return Field(validation_alias=AliasPath("job", *names))
-
-
-class _Job(_Stored):
-    method: str = _of_job("model", "method")
-    schedule: list[NonNegativeInt] = _of_job("model", "schedule")
-    num_steps: PositiveInt = _of_job("recipe", "num_steps")
-    num_tokens_per_step: PositiveInt = _of_job("recipe", "num_tokens_per_step")
-
-
-class _Outcome(_Stored):
-    step: NonNegativeInt
-    finished: bool
-    validation_loss: float = nan
-    train_seconds: float = 0.0
-
-
-class _Trial(_Stored):
-    key: _PathText
-    folder: _PathText
-    label: str = ""
-    job: dict[str, Any] | None = None
-
-
-class _Plan(_Stored):
-    kind: str | None = None
-    trials: list[_Trial] = []
-
-
-def _read(path: Path, kind: type[T], note: Note) -> T | None:
-    """Return the checked fields of a file; None if it is missing, or damaged, which is noted."""
-    try:
-        found = read_json(path)
-        return None if found is None else kind.model_validate(found)
-    except UserError as error:
-        note(str(error))
-    except ValidationError as error:
-        note(f"{path} is damaged ({first_problem(error)})")
-    return None
-
-
 class Training:
     """What the folder of a run or trial says about its training; the journal is read if needed."""
 
     def __init__(self, folder: Path, note: Note) -> None:
         """Read what was to be done, and how it ended; damaged files are noted."""
-        self.folder = folder
-        damage: list[str] = []
-        self.job = _read(folder / layout.JOB_NAME, _Job, damage.append)
-        self.outcome = end = _read(folder / layout.DONE_NAME, _Outcome, damage.append)
-        if end and not self.job and not damage:
-            damage.append(f"{folder / layout.JOB_NAME} is missing")
-        for sentence in damage:
-            note(sentence)
-        self.is_damaged = bool(damage)
-        self.num_steps = self.job.num_steps if self.job else 0
+        self.folder, self.is_damaged = folder, False
+        self.job: TrainingJob | None = None
+        self.outcome: TrainingOutcome | None = None
+        try:
+            self.job = TrainingJob.of_folder(folder)
+            self.outcome = TrainingOutcome.read(folder / layout.DONE_NAME)
+            if self.outcome and not self.job:
+                raise UserError(f"{folder / layout.JOB_NAME} is missing")
+        except UserError as error:
+            self.is_damaged = True
+            note(str(error))
+        end = self.outcome
+        self.num_steps = self.job.recipe.num_steps if self.job else 0
         self.is_finished = bool(
             end and end.finished and (folder / layout.checkpoint_name(end.step)).is_dir()
         )
@@ -156,7 +105,7 @@ class Training:
         """The steps that are left, as fast as the last ones; None before this process's first."""
         if not self.job or not (speed := self.metrics.get(SPEED_METRIC)):
             return None
-        return max(0, self.num_steps - self.step) * self.job.num_tokens_per_step / speed
+        return max(0, self.num_steps - self.step) * self.job.recipe.num_tokens_per_step / speed
 
 
 class Sweep:
@@ -164,43 +113,44 @@ class Sweep:
 
     def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
         """Read the plan; a damaged one is noted."""
-        damage: list[str] = []
-        plan = _read(folder / layout.PLAN_FILE, _Plan, damage.append) or _Plan()
-        for sentence in damage:
-            note(sentence)
-        self.folder, self.is_damaged = folder, bool(damage)
-        self.kind, self.trials = plan.kind, plan.trials
-
-    def run_of(self, trial: _Trial) -> Path:
-        """Return the folder of a trial."""
-        return self.folder.parents[1] / trial.folder
+        self.folder, self.is_damaged = folder, False
+        self.kind: str | None = None
+        self.trials: tuple[Trial, ...] = ()
+        try:
+            if plan := SweepPlan.read(folder / layout.PLAN_FILE):
+                self.kind, self.trials = plan.kind, plan.trials
+        except UserError as error:
+            self.is_damaged = True
+            note(str(error))
 
     @cached_property
-    def left(self) -> list[_Trial]:
+    def left(self) -> list[Trial]:
         """The trials that have not ended."""
-        ends = ("result-{}.json", layout.STOPPED_NAME)
         return [
             trial
             for trial in self.trials
-            if not any((self.run_of(trial) / name.format(trial.key)).exists() for name in ends)
+            if not trial.result_path.exists()
+            and not (Path(trial.folder) / layout.STOPPED_NAME).exists()
         ]
 
     def seconds_left(self, at_once: int) -> float | None:
         """Estimate the time of the trials that are left: as long as the finished ones took."""
-        left = {trial.key for trial in self.left}
-        ended = [self.run_of(t) for t in self.trials if t.job and t.key not in left]
-        ends = [_read(run / layout.DONE_NAME, _Outcome, lambda _: None) for run in ended]
-        seconds = [end.train_seconds for end in ends if end and end.train_seconds]
+        left, seconds = {trial.key for trial in self.left}, list[float]()
+        for trial in self.trials:
+            with suppress(UserError):
+                end = TrainingOutcome.read(Path(trial.folder) / layout.DONE_NAME)
+                if trial.job and trial.key not in left and end and end.train_seconds:
+                    seconds.append(end.train_seconds)
         mean = sum(seconds) / len(seconds) if seconds else None
         return mean and len(self.left) / max(1, at_once) * mean
 
 
-def trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, _Trial]]]:
+def trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, Trial]]]:
     """Return folder -> sweeps that plan a trial there, with the trial."""
-    found: dict[Path, list[tuple[str, _Trial]]] = {}
+    found: dict[Path, list[tuple[str, Trial]]] = {}
     for sweep in (Sweep(folder, note) for folder in folders_in(workspace.sweeps)):
         for trial in sweep.trials:
-            found.setdefault(sweep.run_of(trial), []).append((sweep.folder.name, trial))
+            found.setdefault(Path(trial.folder), []).append((sweep.folder.name, trial))
     return found
 
 
