@@ -154,8 +154,8 @@ class _Evidence:
         self._paired: dict[tuple[tuple[str, ...], int | None], PairedScores | None] = {}
         self._teachers = teachers_of(front.table)
         iiets = self._trained(DEFAULT_METHOD)
-        shape = shape_of(iiets[-1]["trial"].model) if iiets else None
-        self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
+        shape = shape_of(iiets[-1]["trial"].facts) if iiets else None
+        self._rows = [row for row in self._rows if shape_of(row["trial"].facts) == shape]
 
     def _trained(self, method: str) -> list[Row]:
         """Return the models of a method that were trained from scratch, the costliest last."""
