@@ -51,7 +51,12 @@ TYPES = {
 }
 SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
 RESULTS: dict[str, dict[str, type[Result]]] = {
-    **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
+    **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
+    "sweep": {
+        **SWEEPS,
+        "FILE (kind: depth)": reports.ReportResult,
+        "FILE (kind: depth) --dry-run": loops.DepthPlan,
+    },
     "doctor": {"": doctor.Findings},
     "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
     "distill": {"": training.StudentsResult},
@@ -65,7 +70,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
         "": evaluating.ModelEvaluations,
         "--dry-run": evaluating.EvaluatePlan,
         "--depth-curve": evaluating.DepthEvaluations,
-        "--front NAME": reports.ReportResult,
         "--compare": evaluating.CompareResult,
         "--compare --dry-run": evaluating.ComparePlan,
     },

@@ -1,5 +1,5 @@
-"""Tiny looped models of other projects, as folders of transformers: two whose code stands here, one
-like Ouro and one like Huginn, and random ones of transformers' own kinds.
+"""Tiny looped models of other projects, as folders of transformers: three whose code stands here,
+like Ouro, nanbeige and Huginn, and random ones of transformers' own kinds.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class TinyLoopModel(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, cache=None, use_cache=None, **_):
         x = self.embed(input_ids)
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        if use_cache and (cache is None or not cache.get_seq_length()):
+            cache = DynamicCache()  # `generate` makes one that has a slot per layer.
         past, time = (cache.get_seq_length() if cache is not None else 0), x.shape[1]
         mask = torch.ones(time, past + time, dtype=torch.bool).tril(past)[None, None]
         if attention_mask is not None:
@@ -102,12 +102,14 @@ class TinyHuginn(TinyLoopModel):
         )
         self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size)
 
+    def initialize_state(self, x, scale=1.0):
+        return torch.zeros_like(x) if self.config.state_init == "zero" else torch.randn_like(x)
+
     def loop(self, x, cache, mask):
         slots = iter(range(10_000))
         for layer in self.transformer.prelude:
             x = layer(x, next(slots), cache, mask)
-        start = torch.zeros_like if self.config.state_init == "zero" else torch.randn_like
-        state = start(x)
+        state = self.initialize_state(x)
         for _ in range(self.config.mean_recurrence):
             state = self.adapter(torch.cat([state, x], -1))
             for layer in self.transformer.core_block:
@@ -119,9 +121,11 @@ class TinyHuginn(TinyLoopModel):
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 300}
 MODELS: dict[str, dict[str, Any]] = {
     "ouro": {"num_hidden_layers": 3, "total_ut_steps": 4, **SIZES},
+    "nanbeige": {"num_hidden_layers": 3, "num_loops": 2, **SIZES},
     "huginn_raven": {
         "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 2, "n_layers_in_coda": 1,
-        "part_sizes": [1, 2, 1], "mean_recurrence": 4, "state_init": "zero", **SIZES,
+        "part_sizes": [1, 2, 1], "num_hidden_layers": 4, "mean_recurrence": 4, "state_init": "zero",
+        **SIZES,
     },
     "hrm_text": {
         "num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3, "intermediate_size": 48,
@@ -137,7 +141,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """By `model_type`: the configuration of a tiny model."""
-REMOTE = {"ouro": (OURO, "TinyOuro"), "huginn_raven": (HUGINN, "TinyHuginn")}
+REMOTE = {
+    "ouro": (OURO, "TinyOuro"),
+    "nanbeige": (OURO.replace("total_ut_steps", "num_loops"), "TinyOuro"),
+    "huginn_raven": (HUGINN, "TinyHuginn"),
+}
 
 
 def write_looped(folder: Path, kind: str, tokenizer: Path, **changes: Any) -> Path:

@@ -15,13 +15,13 @@ from orchestrator.cli.options import (
     QualityOption,
     SchedulesOption,
     TeacherArgument,
+    TrustOption,
     complete_sweeps,
     one_schedule,
     split_list,
 )
 from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError, quoted
-from orchestrator.workspace.layout import check_name_option
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
@@ -45,7 +45,7 @@ def influence(
     call: Call,
     model: TeacherArgument = None,
     schedule: SchedulesOption = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure how much each correction of each layer matters; or each loop of a looped model.
 
@@ -53,7 +53,6 @@ def influence(
 
     Args:
         schedule: Depth of a looped model of another project, such as 4.
-        trust_remote_code: Allow code in such a model's folder to run.
     """
     from orchestrator.pipelines.influence import plan_influence, run_influence
 
@@ -81,12 +80,11 @@ def evaluate(
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     compare: Annotated[bool, typer.Option("--compare")] = False,
-    front: Annotated[str | None, typer.Option(metavar="NAME", callback=check_name_option)] = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
     depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
     chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
@@ -98,13 +96,11 @@ def evaluate(
     Args:
         schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
             repeated.
-        front: Also write all models as a sweep of this name, with their front, for report and pick.
         compare: Compare two models; --schedule is of both, or given twice, of each.
         log_samples: Write results and samples in lm-eval's files, for other tools.
         depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
         apply_chat_template: Write prompts with the model's chat template.
         chat_template: The same, with one of its named templates.
-        trust_remote_code: Allow code in a model folder to run.
     """
     from orchestrator.pipelines import evaluating
 
@@ -114,8 +110,8 @@ def evaluate(
         if not models or len(models) != 2:
             named = ", ".join(map(str, models or ())) or "none"
             raise UserError(f"--compare takes two models; got {named}")
-        if log_samples or depth_curve or front:
-            option = "--log-samples" if log_samples else "--front" if front else "--depth-curve"
+        if log_samples or depth_curve:
+            option = "--log-samples" if log_samples else "--depth-curve"
             raise UserError(f"{option} is for models alone; use it without --compare")
         both = str(models[0]), str(models[1])
         comparison = evaluating.plan_compare(call.settings, models=both, **common)
@@ -127,10 +123,6 @@ def evaluate(
         depth_curve=depth_curve,
         **common,
     )
-    if front is not None:
-        from orchestrator.pipelines.loops import plan_front, run_front
-
-        return call.finish(plan_front(plan, front), run_front)
     return call.finish(plan, evaluating.run_evaluate)
 
 
@@ -145,13 +137,15 @@ def benchmark(
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
     drafts: str | None = None,
+    trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
 
     Example: iiet-orch benchmark my-run --batch-sizes 1,8
 
     Args:
-        schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
+        schedule: Iteration schedule, or a looped model's depth; may be repeated. One IIET without
+            it: from full to none.
         batch_sizes: Comma-separated numbers of rows that are decoded together.
         contexts: Tokens of the prompt (default: 32 and half the context).
         new_tokens: Tokens decoded after it.
@@ -181,6 +175,7 @@ def benchmark(
             num_threads=threads,
         ),
         cluster=call.settings.cluster,
+        trust_remote_code=trust_remote_code,
         **call.common,
     )
     return call.finish(plan, run_benchmark)

@@ -15,6 +15,7 @@ from orchestrator.cli.options import (
     NameOption,
     QualityOption,
     SchedulesOption,
+    TrustOption,
     complete_models,
     complete_sweeps,
     one_schedule,
@@ -56,6 +57,7 @@ def generate(
     kv: Literal["exact", "last"] = "exact",
     draft: str | None = None,
     draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    trust_remote_code: TrustOption = False,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -67,7 +69,7 @@ def generate(
     Args:
         checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
             or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
+        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
         system: With --chat: the system's message, before the user's.
@@ -83,7 +85,7 @@ def generate(
 
     Keys:
         model: folder of the model that was used
-        schedule: its schedule, or `null` without corrections
+        schedule: its schedule or depth, or `null` without corrections
         texts: one entry per prompt: `prompt`, and its continuation `text`
     """
     if draft is None and draft_tokens is not None:
@@ -112,13 +114,14 @@ def generate(
         one_schedule(schedule),
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
+        trust_remote_code=trust_remote_code,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
     asked = writer.as_asked(prompts, chat=chat, system=system)
-    own = writer.decoder.config.schedule
+    own = writer.schedule
     if not isinstance(call.session.progress, Warnings):
-        under = f"schedule {own}" if own else "no corrections"
+        under = f"schedule {','.join(map(str, own))}" if own else "no corrections"
         typer.echo(f"model: {writer.checkpoint}, {under}", file=terminal)
     if not call.as_json and len(prompts) == 1:
         pieces = writer.stream(asked[0], sampling)
@@ -131,7 +134,7 @@ def generate(
     texts = writer.continue_all(asked, sampling)
     values: dict[str, Any] = {
         "model": str(writer.checkpoint),
-        "schedule": None if own is None else list(own),
+        "schedule": list(own) or None,
         "texts": [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)],
     }
     between = ": " if chat else ""

@@ -69,6 +69,9 @@ NameOption = Annotated[
     str | None,
     typer.Option(help="Name (default: from the content).", callback=check_name_option),
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
+]
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]

@@ -13,6 +13,7 @@ from orchestrator.cli.options import (
     NameOption,
     SchedulesOption,
     TeacherArgument,
+    TrustOption,
     complete_models,
     one_schedule,
     read_schedules,
@@ -176,7 +177,11 @@ def distill(
 
 
 @Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
-def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")]) -> Result:
+def sweep_file(
+    call: Call,
+    file: Annotated[str, typer.Argument(metavar="FILE")],
+    trust_remote_code: TrustOption = False,
+) -> Result:
     """Run a whole sweep from its file, pretraining included.
 
     Example: iiet-orch sweep toy --set training.num_steps=300
@@ -185,6 +190,11 @@ def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")])
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    if call.settings.sweep.kind == "depth":
+        from orchestrator.pipelines.loops import plan_depths, run_depths
+
+        options = {"trust_remote_code": trust_remote_code, **call.common}
+        return call.finish(plan_depths(call.settings, **options), run_depths)
     return _sweep(call)
 
 

@@ -16,18 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost
+from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
-from orchestrator.models.open import DTYPES, device_precision, use_tf32
+from orchestrator.evaluation.looped import LoopedDecoder
+from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -45,6 +48,8 @@ SWEEP_NEW_TOKENS = 32
 SWEEP_REPETITIONS = 5
 NUM_TIMED_TEXTS = 6
 """Texts that are continued one by one with a draft, with the clock; acceptance takes all."""
+Timed = Decoder | LoopedDecoder
+"""What is timed: a decoder, or a looped model that transformers runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class Timing:
 
 
 def decode_milliseconds(
-    decoders: Mapping[str, Decoder],
+    decoders: Mapping[str, Timed],
     *,
     prompt_tokens: int = 32,
     new_tokens: int = 32,
@@ -90,7 +95,7 @@ def decode_milliseconds(
     def timed(name: str, tokens: int) -> tuple[float, float]:
         decoder = decoders[name]
         prompt = random_prompt(decoder, batch_size, prompt_tokens)
-        start = partial(stream, decoder, prompt, steps=graphs[name], max_new_tokens=tokens)
+        start = partial(_stream, decoder, prompt, tokens, graphs[name])
         return time_stream(start, tokens, decoder.device)
 
     for name in decoders:
@@ -109,13 +114,35 @@ def decode_milliseconds(
     return {n: Timing(first_tokens=firsts, steps=steps) for n, (firsts, steps) in columns.items()}
 
 
+def load_side_by_side(
+    models: Mapping[str, OpenedModel], device: str, *, trust_remote_code: bool = False
+) -> dict[str, Timed]:
+    """Load models, each under its schedule or at its depth; those of one folder share weights.
+
+    Raises:
+        UserError: If one is damaged, or neither a decoder nor a looped model of a known kind.
+    """
+    first: dict[Path, Any] = {}
+    decoders: dict[str, Timed] = {}
+    for name, model in models.items():
+        like = first.get(model.path)
+        if model.loops:
+            decoders[name] = LoopedDecoder(
+                model, trust_remote_code=trust_remote_code, device=device, like=like
+            )
+        else:
+            like = like or model.decoder(DTYPES[device_precision(device)], device=device)
+            assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
+            decoders[name] = like.with_schedule(model.config.corrections)
+        first.setdefault(model.path, decoders[name])
+    return decoders
+
+
 def time_per_token(
-    models: Mapping[str, ModelConfig], device: str, progress: Progress
+    decoders: Mapping[str, Timed], context_length: int, progress: Progress
 ) -> dict[str, Timing]:
-    """Time how the models of a sweep decode one row; their weights are random."""
-    progress.start("time per token", len(models) * SWEEP_REPETITIONS)
-    decoders = random_decoders(models, device)
-    context_length = min(decoder.config.context_length for decoder in decoders.values())
+    """Time how the models of a sweep decode one row, within a context that all of them read."""
+    progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
     prompt_tokens = sweep_prompt_length(context_length)
     # One row is too little work for several threads: they would wait for each other.
     with threads(1):
@@ -151,7 +178,7 @@ def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str,
     return decoders
 
 
-def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
+def random_prompt(decoder: Timed, batch_size: int, prompt_tokens: int) -> Tensor:
     """Return fixed random tokens of shape (batch_size, prompt_tokens), on the model's device."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, prompt_tokens)
@@ -242,8 +269,18 @@ def half_quartile_distance(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _graphs(decoder: Decoder) -> StaticSteps | None:
-    return StaticSteps(decoder) if decoder.device.type == "cuda" else None
+def _graphs(decoder: Timed) -> StaticSteps | None:
+    if isinstance(decoder, Decoder) and decoder.device.type == "cuda":
+        return StaticSteps(decoder)
+    return None
+
+
+def _stream(
+    decoder: Timed, prompt: Tensor, new_tokens: int, graphs: StaticSteps | None = None
+) -> Iterator[Tensor]:
+    if isinstance(decoder, Decoder):
+        return stream(decoder, prompt, steps=graphs, max_new_tokens=new_tokens)
+    return decoder.stream(prompt, new_tokens)
 
 
 def _now(device: torch.device) -> float:
@@ -253,6 +290,17 @@ def _now(device: torch.device) -> float:
 
 
 # Costs beside the cost model's prediction
+
+
+def cost_of(
+    decoder: Timed, context_length: int | None = None, bytes_per_value: int = 4
+) -> InferenceCost:
+    """Return what a model costs, by default in its whole context."""
+    if isinstance(decoder, Decoder):
+        return inference_cost(
+            decoder.config, context_length=context_length, bytes_per_value=bytes_per_value
+        )
+    return decoder.cost(context_length, bytes_per_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +387,7 @@ class MeasuredCost:
 
 
 def measure_costs(
-    decoders: Mapping[str, Decoder], conditions: MeasurementSettings, progress: Progress
+    decoders: Mapping[str, Timed], conditions: MeasurementSettings, progress: Progress
 ) -> list[MeasuredCost]:
     """Measure models side by side under each batch size and context.
 
@@ -375,9 +423,9 @@ def measure_costs(
                 peaks[name] = peak_bytes(work, decoder.device)
         predicted = {}
         for name, decoder in decoders.items():
-            first = inference_cost(decoder.config, context_length=context)
+            first = cost_of(decoder, context)
             # Each step attends to one token more than the last; the middle one represents all.
-            step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
+            step = cost_of(decoder, context + new_tokens // 2)
             evaluations = {SIMPLEST: float(step.evaluations_per_token)}
             predicted[name] = {
                 DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
@@ -402,7 +450,7 @@ def measure_costs(
                 )
             weights = sum(parameter.nbytes for parameter in decoder.parameters())
             size = next(decoder.parameters()).element_size()
-            cache = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
+            cache = cost_of(decoder, bytes_per_value=size).kv_bytes_per_token
             costs.append(
                 MeasuredCost(
                     model=name,
@@ -422,9 +470,9 @@ def measure_costs(
     return costs
 
 
-def _first_steps(decoder: Decoder, prompt: Tensor, new_tokens: int) -> None:
+def _first_steps(decoder: Timed, prompt: Tensor, new_tokens: int) -> None:
     # Memory does not grow after them: the cache is allocated as a whole.
-    steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+    steps = _stream(decoder, prompt, new_tokens)
     deque(islice(steps, STEPS_FOR_MEMORY), maxlen=0)
 
 

@@ -1,19 +1,26 @@
-"""Load a model of transformers, a looped one at a depth, and compare what runs with its class."""
+"""Load a model of transformers, a looped one at a depth; compare what runs with its class, count
+its FLOPs, and decode with it.
+"""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from pathlib import Path
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from iiet.cost import InferenceCost
 from orchestrator.evaluation.tasks import suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.loops import Depth, LoopedModel
+from orchestrator.models.open import OpenedModel
 from orchestrator.workspace.errors import UserError, first_line
 
 NUM_TOKENS = 8
@@ -63,14 +70,13 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
     tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device=model.device)
     with torch.no_grad(), watched(model, loops) as (ran, states):
         output = model(tokens, use_cache=True)
-    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
     own = {next(layer.parameters()).data_ptr() for layer in ran}
     pairs = {
         "layer runs of a token": (loops.layer_runs(depth), len(ran)),
         "layers with weights of their own": (loops.num_layers, len(own)),
         "loops": (depth[0], len(states)),
     }
-    if slots := getattr(cache, "layers", None):
+    if slots := getattr(_cache_of(output), "layers", None):
         stored = sum(slot.keys.numel() + slot.values.numel() for slot in slots) // NUM_TOKENS
         pairs["numbers that a token adds to the cache"] = (loops.kv_numbers(depth), stored)
     if wrong := [
@@ -82,15 +88,14 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
         )
 
 
+def _cache_of(output: Any) -> Any:
+    return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+
+
 def load_transformers(
-    folder: Path,
-    loops: LoopedModel | None = None,
-    depth: Depth | None = None,
-    *,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
+    opened: OpenedModel, *, trust_remote_code: bool = False, device: str = "cpu"
 ) -> Any:
-    """Load a model of transformers, a looped one at a depth, and check that it runs so.
+    """Load a model of transformers, a looped one at its depth, and check that it runs so.
 
     Missing weights are an error; transformers would fill them with random numbers and only warn.
 
@@ -100,6 +105,7 @@ def load_transformers(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder, loops, depth = opened.path, opened.loops, opened.depth
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -131,11 +137,117 @@ def load_transformers(
     return model
 
 
-def _seeded(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _seeded(forward: Callable[..., Any], seed: int = SEED) -> Callable[..., Any]:
     @wraps(forward)  # transformers reads its arguments.
     def seeded(*args: Any, **options: Any) -> Any:
         with torch.random.fork_rng():
-            torch.manual_seed(SEED)
+            torch.manual_seed(seed)
             return forward(*args, **options)
 
     return seeded
+
+
+def fix_start(model: Any, seed: int) -> None:
+    """Let the loops of every token start from one state that a seed draws, however it is read.
+
+    Raises:
+        UserError: If the model does not draw it by `initialize_state`, as Huginn's code does.
+    """
+    if not hasattr(type(model), "initialize_state"):
+        raise UserError("its code has no initialize_state, so a seed cannot fix its start state")
+    draw = _seeded(partial(type(model).initialize_state, model), seed)
+    model.initialize_state = lambda inputs, *args, **options: draw(
+        inputs[:1, :1], *args, **options
+    ).expand_as(inputs)
+
+
+class LoopedDecoder:
+    """A looped model at a depth, which decodes and costs as a decoder of this project does.
+
+    Args:
+        opened: The model.
+        like: The same model at another depth, whose weights it shares.
+
+    Raises:
+        UserError: As `load_transformers`.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        *,
+        trust_remote_code: bool = False,
+        device: str = "cpu",
+        like: LoopedDecoder | None = None,
+    ) -> None:
+        self.model = load_transformers(opened, trust_remote_code=trust_remote_code, device=device)
+        for own, other in zip(self.parameters(), like.parameters() if like else (), strict=False):
+            own.data = other.data
+        self.config, self.device, self._opened = self.model.config, self.model.device, opened
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights."""
+        yield from self.model.parameters()
+
+    def stream(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
+        """Yield the likeliest next token of each row, with the cache."""
+        names = inspect.signature(self.model.forward).parameters
+        name = "cache" if "cache" in names else "past_key_values"  # Before transformers 5.
+        tokens, cache = prompt, None
+        for _ in range(new_tokens):
+            with torch.inference_mode():
+                output = self.model(tokens, use_cache=True, **{name: cache})
+                tokens, cache = output.logits[:, -1:].argmax(-1), _cache_of(output)
+            yield tokens[:, 0]
+
+    @cached_property
+    def _flops(self) -> tuple[float, float]:
+        return count_flops(self.model)
+
+    def cost(self, context_length: int | None = None, bytes_per_value: int = 4) -> InferenceCost:
+        """Return its cost, as `iiet.cost.inference_cost` defines it; bytes of weights are unknown.
+
+        A layer that attends to a window is counted as one that sees the whole context.
+        """
+        loops, depth = self._opened.loops, self._opened.depth
+        assert loops is not None, "the plan takes no others"
+        assert depth is not None, "a looped model has one"
+        length = context_length or self._opened.context_length
+        head = 2 * loops.number("hidden_size", "n_embd") * loops.number("vocab_size")
+        alone, per_token_seen = self._flops
+        forward = alone + per_token_seen * (length + 1) / 2
+        kv_bytes = bytes_per_value * loops.kv_numbers(depth)
+        return InferenceCost(
+            evaluations_per_token=loops.layer_runs(depth),
+            forward_flops_per_token=forward,
+            prefill_flops_per_token=forward - head + head / length,
+            decode_flops_per_token=alone + per_token_seen * length,
+            kv_bytes_per_token=kv_bytes,
+            kv_bytes_read_per_token=kv_bytes * length,
+            weight_bytes_per_token=math.nan,
+            num_parameters=sum(parameter.numel() for parameter in self.parameters()),
+        )
+
+
+def count_flops(model: Any) -> tuple[float, float]:
+    """Return the FLOPs of a token's matrix products, and of attention to one token that it sees.
+
+    They are those of whole texts of three lengths, in which each token is compared with all.
+    """
+    counts = []
+    for time in (2, 4, 6):
+        tokens = torch.zeros(1, time, dtype=torch.long, device=model.device)
+        counter = FlopCounterMode(display=False, custom_mapping=_EXPERTS)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(tokens, use_cache=False)
+        counts.append(counter.get_total_flops())
+    few, more, most = counts
+    per_token_seen = (most - 2 * more + few) / 8
+    return (more - few) / 2 - 6 * per_token_seen, per_token_seen
+
+
+def _expert_flops(tokens: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(math.prod(tokens) * weights[-1])
+
+
+_EXPERTS: dict[Any, Any] = {torch.ops.aten._grouped_mm: _expert_flops}

@@ -176,9 +176,7 @@ class ModelMeasurer:
         if model.config is None:
             trusts = conditions.trust_remote_code
             text = model.tokenizer(trust_remote_code=trusts)
-            loaded: Any = load_transformers(
-                model.path, model.loops, model.depth, trust_remote_code=trusts, device=device
-            )
+            loaded: Any = load_transformers(model, trust_remote_code=trusts, device=device)
         else:
             kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()
             check_answer_settings(suite.tasks, model.config.context_length)

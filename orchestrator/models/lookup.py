@@ -119,11 +119,9 @@ def resolve_model(
     return checkpoint, schedule
 
 
-def resolve_teacher(
-    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
-) -> Path:
+def resolve_teacher(workspace: Workspace, path: Path | str | None = None) -> Path:
     """Return the checkpoint that the user means, or that of the newest IIET with corrections."""
-    return resolve_model(workspace, path, note, with_corrections=True)[0]
+    return resolve_model(workspace, path, with_corrections=True)[0]
 
 
 def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:

@@ -43,6 +43,7 @@ from orchestrator.models.hub import shown_name
 from orchestrator.models.lookup import find_model_folder, resolve_model
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.records.training import schedule_parameters
 from orchestrator.settings.training import Precision, default_precision
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.workspace.errors import UserError
@@ -161,6 +162,13 @@ class OpenedModel:
     """What a depth is and costs, if transformers runs it and it is a looped model."""
     depth: Depth | None = None
     """How often its loops run."""
+
+    def parameters(self) -> dict[str, str]:
+        """Return what is tracked of it: the method, and the iteration schedule or the depth."""
+        if self.config is not None:
+            return schedule_parameters(self.config)
+        depth = {"depth": ",".join(map(str, self.depth))} if self.depth else {}
+        return {"method": self.architecture, **depth}
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> ModelTokenizer:
         """Load its tokenizer.

@@ -7,7 +7,7 @@ and the machine, and tracked in MLflow as one run per model. Every call measures
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,25 +17,16 @@ import torch
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import (
-    DTYPES,
-    OpenedModel,
-    device_precision,
-    open_model,
-    open_models,
-    short_names,
-)
+from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
@@ -60,6 +51,7 @@ class BenchmarkPlan(Result):
     cluster: ClusterSettings = Field(exclude=True)
     conditions: decode_timing.MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
+    trust_remote_code: bool = Field(default=False, exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -121,6 +113,7 @@ def plan_benchmark(
     schedules: Sequence[str] = (),
     conditions: decode_timing.MeasurementSettings | None = None,
     cluster: ClusterSettings | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
     """Open the models, and choose schedules and contexts.
@@ -128,14 +121,15 @@ def plan_benchmark(
     Args:
         models: Checkpoints or runs, by path or name, or model folders; when empty, the
             newest of finished runs and the last pick.
-        schedules: Iteration schedules as typed. When empty, one IIET is measured under schedules
-            from full to none, and several models each under their own.
+        schedules: Iteration schedules or depths as typed. When empty, one IIET is measured under
+            schedules from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context.
         cluster: Where they are measured; see `command_device`.
+        trust_remote_code: Whether code in a model folder may run.
 
     Raises:
-        UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.
+        UserError: If a model is missing or damaged, or a condition does not fit it.
     """
     space, note = find_workspace(workspace), (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
@@ -148,7 +142,10 @@ def plan_benchmark(
     by_name = dict(zip(short_names(opened), opened, strict=True))
     conditions.check({name: model.context_length for name, model in by_name.items()})
     return BenchmarkPlan(
-        opened=by_name, conditions=conditions, cluster=cluster or ClusterSettings()
+        opened=by_name,
+        conditions=conditions,
+        cluster=cluster or ClusterSettings(),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -160,7 +157,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     on_device, started_ms = command_device(plan.cluster, context.workspace.root), now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
-    measure = partial(_measure, plan.opened, conditions)
+    measure = partial(_measure, plan)
     costs, device, dtype = on_device(measure, context.progress)
     keys = [list(model.key) for model in plan.opened.values()]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
@@ -176,7 +173,6 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     write_json(result.path, result.model_dump(mode="json", exclude={"path"}))
     context.progress.finish(f"{len(plan.models)} models, {len(costs)} measurements")
     for name, model in plan.opened.items():
-        assert model.config is not None, "what was measured is a decoder"
         own = [cost.metrics() for cost in costs if cost.model == name]
         context.log_measurement(
             TrackedRun.of(
@@ -184,7 +180,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
                 name=f"benchmark {model.name}"[:80],
                 kind="benchmark",
                 params={
-                    **schedule_parameters(model.config),
+                    **model.parameters(),
                     "checkpoint": model.path,
                     "device": device,
                     "dtype": dtype,
@@ -233,22 +229,14 @@ def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int,
 
 
 def _measure(
-    models: Mapping[str, OpenedModel],
-    conditions: decode_timing.MeasurementSettings,
-    device: str,
-    progress: Progress,
+    plan: BenchmarkPlan, device: str, progress: Progress
 ) -> tuple[list[decode_timing.MeasuredCost], str, str]:
     """Return the costs, the name of the device, and the dtype of the weights."""
-    loaded: dict[Path, Decoder] = {}
-    decoders: dict[str, Decoder] = {}
-    for name, model in models.items():
-        if model.path not in loaded:
-            dtype = DTYPES[device_precision(device)]
-            loaded[model.path] = model.decoder(dtype, device=device)
-        assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
-        decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
+    decoders = decode_timing.load_side_by_side(
+        plan.opened, device, trust_remote_code=plan.trust_remote_code
+    )
     some = next(iter(decoders.values()))
-    costs = decode_timing.measure_costs(decoders, conditions, progress)
+    costs = decode_timing.measure_costs(decoders, plan.conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
     on_gpu = some.device.type == "cuda"
     name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)

@@ -47,7 +47,6 @@ from orchestrator.records.evaluation import (
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
 from orchestrator.reporting import comparison as comparing
 from orchestrator.reporting.sections import render_terminal, two_column_table
@@ -319,15 +318,13 @@ def _evaluate_model(
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
     # A run of MLflow shows it.
-    params: dict[str, Any] = {"method": model.architecture, "checkpoint": model.path}
+    params: dict[str, Any] = {**model.parameters(), "checkpoint": model.path}
     tasks = {name: suite.fingerprint(name) for name in suite.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
     tracked = None
     if config is not None:
-        params |= {**schedule_parameters(config), "precision": measured.precision}
-    elif model.depth is not None:
-        params["depth"] = ",".join(map(str, model.depth))
+        params["precision"] = measured.precision
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(

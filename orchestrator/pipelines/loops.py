@@ -7,7 +7,8 @@ same store; nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,25 +20,25 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from iiet.config import ModelConfig
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens
+from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
 from orchestrator.evaluation.looped import load_transformers, watched
 from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate
+from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
 from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.results import StoredSweep
+from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.decode import text_of
-from orchestrator.sweeping.plan import exact_cost
+from orchestrator.sweeping.decode import TIMES_NAME, Measured, text_of, time_numbers
+from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, now_ms
@@ -47,53 +48,84 @@ from orchestrator.workspace.provenance import content_key, environment
 MOST_TOKENS = 256
 """Tokens of a row of text."""
 ROWS_AT_ONCE = 8
-BYTES_PER_NUMBER = 4
-"""Of keys and values, as the cost of our models counts them."""
 
 
 # A front
 
 
-class FrontPlan(EvaluatePlan):
-    """Models that are evaluated, and the name of the sweep that gets their front."""
+class DepthPlan(EvaluatePlan):
+    """Models that are evaluated at each depth, and the sweep that gets their front."""
 
     name: str
+    """Name of the sweep."""
 
 
-def plan_front(plan: EvaluatePlan, name: str) -> FrontPlan:
-    """Return the plan that also puts the models of an evaluation on one front.
+def plan_depths(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> DepthPlan:
+    """Open the models of a sweep of kind `depth`, each at each depth.
+
+    Args:
+        settings: `sweep.models` and `sweep.depths`, and section `evaluation`.
+        trust_remote_code: Whether code in a model folder may run.
 
     Raises:
-        UserError: If the cost of a model is not known.
+        UserError: As `evaluate`; or if the cost of a model is not known.
     """
+    plan = plan_evaluate(
+        settings,
+        workspace=workspace,
+        models=settings.sweep.models,
+        schedules=[str(depth) for depth in settings.sweep.depths],
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     for model in plan.opened:
         if model.config is None and model.loops is None:
             raise UserError(
                 f"{model.path} is a {model.architecture} model, whose cost is not known; a front "
                 "takes looped models of a known kind, Llamas, and those trained here"
             )
-    return FrontPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
+    asked = settings.evaluation.model_dump(mode="json")
+    name = f"depth-{content_key([list(m.key) for m in plan.opened], asked)[:8]}"
+    return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
 
 
-def run_front(plan: FrontPlan, context: Context) -> ReportResult:
-    """Evaluate models, and write a report with all of them on one front."""
+def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
+    """Evaluate models at each depth, and write a report with all of them on one front."""
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
     found, workspace = run_evaluate(plan, context), context.workspace
+    trials = []
     measured = zip(plan.opened, found.evaluations.items(), found.keys.values(), strict=True)
-    trials = [
-        _trial(model, name, workspace)
-        .with_numbers("quality", evaluation.quality())
-        .model_copy(update={"evaluation": keys})
-        for model, (name, evaluation), keys in measured
-    ]
+    for model, (label, evaluation), keys in measured:
+        key = content_key("loops", list(model.key), keys.tasks)
+        what: dict[str, Any] = {"model": model.config}
+        if model.loops:
+            facts = {"method": model.architecture, "num_layers": model.loops.num_layers}
+            what = {"architecture": {**facts, "depth": model.depth}}
+        trial = Trial(
+            key=key,
+            role="trial",
+            label=label,
+            folder=str(workspace.trials / key),
+            checkpoint=str(model.path),
+            suite=TrialSuite(tokens_folder=""),
+            evaluation=keys,
+            **what,
+        )
+        trials.append(trial.with_numbers("quality", evaluation.quality()))
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
-        results=tuple(trials),
+        results=tuple(_with_costs(trials, plan, context)),
         facts={
-            "Settings": flatten(plan.settings),
-            "Provenance": {"kind": "depth", "models": len(trials), **environment()},
+            SETTINGS_TITLE: flatten(plan.settings),
+            PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
         },
     )
     written = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
@@ -103,44 +135,33 @@ def run_front(plan: FrontPlan, context: Context) -> ReportResult:
     return ReportResult.of(written, workspace)
 
 
-def _trial(model: OpenedModel, name: str, workspace: Workspace) -> Trial:
-    """Return a model that was measured without training, with its exact cost."""
-    key = content_key("loops", list(model.key))
-    config, architecture = model.config, None
-    if config is not None:
-        cost = exact_cost(config, config)
-    else:
-        architecture, loops, depth = model.architecture, model.loops, model.depth
-        assert loops is not None, "the plan takes no others"
-        assert depth is not None, "a looped model has one"
-        dim = loops.number("hidden_size", "n_embd")
-        # Reports read the number of layers alone; the other sizes say what a decoder can.
-        config = ModelConfig(
-            method="vanilla",
-            vocab_size=loops.number("vocab_size"),
-            dim=dim,
-            num_layers=loops.num_layers,
-            num_heads=1,
-            num_kv_heads=1,
-            ffn_dim=4 * dim,
-            context_length=model.context_length,
-        )
-        cost = {
-            "evaluations": loops.layer_runs(depth),
-            "kv_bytes_per_token": BYTES_PER_NUMBER * loops.kv_numbers(depth),
-        }
-    trial = Trial(
-        key=key,
-        role="trial",
-        label=name,
-        model=config,
-        architecture=architecture,
-        folder=str(workspace.trials / key),
-        checkpoint=str(model.path),
-        suite=TrialSuite(tokens_folder=""),
-    )
-    known = {n: v for n, v in cost.items() if not n.startswith("relative_")}
-    return trial.with_numbers("cost", known)
+def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
+    """Add what each model costs: exact counts, and milliseconds, which are measured once."""
+    workspace, cluster = context.workspace, plan.settings.cluster
+    models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
+    path = workspace.sweeps / plan.name / TIMES_NAME
+    state = content_key([*models], environment(), cluster.device)
+    costs = Measured.read_measured(path, context.progress.note)
+    if costs is None or costs.state != state:
+        measure = partial(_measure_costs, models, plan.trust_remote_code)
+        by_name = command_device(cluster, workspace.root)(measure, context.progress)
+        costs = Measured(state=state, by_name=by_name)
+        costs.write(path)
+    return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
+
+
+def _measure_costs(
+    models: Mapping[str, OpenedModel], trust_remote_code: bool, device: str, progress: Progress
+) -> dict[str, dict[str, float]]:
+    progress.start("time per token")  # Models take their time to load.
+    decoders = load_side_by_side(models, device, trust_remote_code=trust_remote_code)
+    shortest = min(model.context_length for model in models.values())
+    times = time_per_token(decoders, shortest, progress)
+    counted = {name: cost_numbers(cost_of(decoder)) for name, decoder in decoders.items()}
+    return {
+        name: {n: v for n, v in numbers.items() if v == v} | time_numbers(times[name])
+        for name, numbers in counted.items()
+    }
 
 
 # What each loop changes
@@ -260,11 +281,7 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
             key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
             name=f"influence of the loops of {model.name}"[:80],
             kind="influence",
-            params={
-                "method": model.architecture,
-                "depth": ",".join(map(str, model.depth)),
-                "checkpoint": model.path,
-            },
+            params={**model.parameters(), "checkpoint": model.path},
             points=[
                 (f"loops/{name}", row[name], row["loop"])
                 for row in rows
@@ -299,9 +316,7 @@ def _measure_loops(
     likely: list[Tensor] = []
     for count in range(1, depth[0] + 1):  # The most likely tokens at each depth.
         loaded = load_transformers(
-            model.path,
-            loops,
-            (count, *depth[1:]),
+            replace(model, depth=(count, *depth[1:])),
             trust_remote_code=plan.trust_remote_code,
             device=device,
         )

@@ -30,12 +30,12 @@ from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
-from orchestrator.models.config import model_family
 from orchestrator.models.hub import download, is_hub_name, shown_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
+from orchestrator.records.training import model_family
 from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import FrontAxes, parse_axes

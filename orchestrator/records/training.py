@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from iiet.config import DistillationConfig, ModelConfig
+from iiet.config import PRESETS, DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
@@ -165,6 +165,18 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     if "teacher" in job.provenance:
         params["teacher"] = job.teacher_folder or job.initial_folder
     return model_parameters(job.model) | {n: str(v) for n, v in params.items() if v is not None}
+
+
+def model_family(config: ModelConfig) -> str:
+    """Return method and size: `iiet-tiny` for a preset's layers, else `iiet-2x64`, layers x width.
+
+    Vocabulary and context length, which follow the data, are not part of it.
+    """
+    sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
+    own = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
+    return f"{config.method}-{size}"
 
 
 def shared_parameters(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
+    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
+from iiet.config import ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.record import Config, Record, WorkspacePath
@@ -86,8 +88,26 @@ class TrialSuite(Record):
         return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
 
+class OtherModel(Record):
+    """What is known of a looped model that transformers runs."""
+
+    method: str
+    """Its `model_type`."""
+    num_layers: int
+    """Layers with weights of their own."""
+    depth: tuple[int, ...]
+    """How often its loops run."""
+
+    @property
+    def depth_text(self) -> str:
+        """The depth as `4`, or `2,3` of two kinds of loops."""
+        return ",".join(map(str, self.depth))
+
+
 class Trial(Record):
     """One model of a sweep: what is trained and measured, and what was measured."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
@@ -96,10 +116,10 @@ class Trial(Record):
     front)."""
     label: str = ""
     """Name in tables and figures."""
-    model: Config
-    """The model, with the schedule that is measured."""
-    architecture: str | None = None
-    """Kind of a model that transformers runs; of `model`, only sizes count then."""
+    config: Config | None = Field(default=None, alias="model")
+    """The model, with the schedule that is measured; None if transformers runs it."""
+    architecture: OtherModel | None = None
+    """The model, if transformers runs it."""
     folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
@@ -138,9 +158,20 @@ class Trial(Record):
     """MLflow run of the trial."""
 
     @property
+    def model(self) -> ModelConfig:
+        """The model, where a decoder runs it, as all models that a sweep trains."""
+        assert self.config is not None, "transformers runs it"
+        return self.config
+
+    @property
+    def facts(self) -> ModelConfig | OtherModel:
+        """The model, whatever runs it."""
+        return self.architecture or self.model
+
+    @property
     def method(self) -> str:
-        """Registry key of the method (iiet, vanilla, pcformer), or transformers' architecture."""
-        return self.architecture or self.model.method
+        """Registry key of the method (iiet, vanilla, pcformer), or transformers' `model_type`."""
+        return self.facts.method
 
     @property
     def is_distilled_baseline(self) -> bool:
@@ -150,7 +181,7 @@ class Trial(Record):
     @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
-        has_corrections = not self.architecture and facts_of(self.method).has_corrections
+        has_corrections = self.config is not None and facts_of(self.method).has_corrections
         return tuple(self.model.corrections) if has_corrections else None
 
     @property
@@ -219,7 +250,11 @@ class Trial(Record):
         trained = self.job or job
         params = {"role": self.role, **(job_parameters(trained) if trained else {})}
         # Elastic weights are trained under another schedule than they are measured under.
-        params |= model_parameters(self.model)
+        if self.architecture:
+            known = self.architecture.model_dump() | {"depth": self.architecture.depth_text}
+            params |= {name: str(value) for name, value in known.items()}
+        else:
+            params |= model_parameters(self.model)
         if self.threshold_text:
             up_to = self.threshold_up_to
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"

@@ -19,7 +19,7 @@ from pydantic import Field
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
@@ -199,7 +199,7 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
                 "label": shown_name(trial),
                 "role": trial.role,
                 "method": trial.method,
-                "num_layers": trial.model.num_layers,
+                "num_layers": trial.facts.num_layers,
                 "schedule": trial.schedule_text,
                 "threshold": trial.threshold_text,
                 "key": trial.key,
@@ -236,15 +236,17 @@ def with_overhead(table: DataFrame) -> DataFrame:
     return table
 
 
-def shape_of(config: ModelConfig) -> ModelConfig:
-    """Return the vanilla model of the same shape."""
-    return replace(config, method=BASELINE_METHOD, method_options=None, schedule=None)
+def shape_of(model: ModelConfig | OtherModel) -> ModelConfig | OtherModel:
+    """Return the vanilla model of the same shape; one that transformers runs has none."""
+    if isinstance(model, OtherModel):
+        return model
+    return replace(model, method=BASELINE_METHOD, method_options=None, schedule=None)
 
 
 def vanilla_of(table: DataFrame) -> dict[str, str]:
     """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-    found: dict[ModelConfig, str] = {}
-    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
+    found: dict[ModelConfig | OtherModel, str] = {}
+    shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
         # One that was trained from scratch comes before those that were distilled.
         is_new = trial.parent is None or shapes[key] not in found

@@ -6,8 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
+from iiet.config import PRESETS, ModelConfig, preset
 from iiet.extensions import METHODS
+from iiet.facts import facts_of
+from iiet.schedule import IterationSchedule
 from orchestrator.settings.section import OneOf, Section
+from orchestrator.workspace.errors import UserError
 
 DEFAULT_METHOD = "iiet"
 PCFORMER = "pcformer"
@@ -55,6 +59,39 @@ class ModelSettings(Section):
     """Longest sequence in tokens; also the length of the training sequences."""
     tie_embeddings: StrictBool | None = None
     """Whether the output head shares the embedding's weights."""
+
+    def build(self, *, vocab_size: int, context_length: int | None = None) -> ModelConfig:
+        """Return the configuration of the model for a tokenizer of `vocab_size` entries.
+
+        Args:
+            context_length: Length of the data's sequences, where they have one; the model gets it
+                unless another one is set.
+
+        Raises:
+            UserError: If the preset is unknown, or the sizes do not fit together.
+        """
+        if self.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UserError(f"model.preset: {self.preset!r} is unknown; known: {known}")
+        others = {"preset", "method", "corrections", "method_options"}
+        sizes = self.model_dump(exclude=others, exclude_none=True)
+        if context_length is not None:
+            sizes.setdefault("context_length", context_length)
+        if "num_heads" in sizes:
+            sizes.setdefault("num_kv_heads", sizes["num_heads"])
+        num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
+        corrections = self.corrections if facts_of(self.method).has_corrections else 0
+        try:
+            return preset(
+                self.preset,
+                method=self.method,
+                method_options=self.method_options or None,
+                vocab_size=vocab_size,
+                schedule=IterationSchedule.parse(corrections, num_layers=num_layers),
+                **sizes,
+            )
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
 
 
 class ElasticSettings(Section):

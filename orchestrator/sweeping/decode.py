@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
+from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import trial_device
@@ -19,7 +20,9 @@ from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,
+    Timing,
     measure_draft,
+    random_decoders,
     time_per_token,
 )
 from orchestrator.models.open import DTYPES, device_precision, load_model
@@ -40,13 +43,13 @@ NUM_TEXTS = 32
 """Beginnings of held-out text that are continued."""
 
 
-class _Measured(Record):
-    """What was measured on one machine, by shape or by draft."""
+class Measured(Record):
+    """What was measured on one machine, by model, shape or draft."""
 
     state: str
     """Hash of what else counts: shapes, the kind of device, this machine and its libraries."""
     by_name: dict[str, dict[str, float]]
-    """Shape or draft -> its numbers."""
+    """Model, shape or draft -> its numbers."""
 
 
 def with_costs(
@@ -59,18 +62,25 @@ def with_costs(
     on_gpu = ["GPU"] if settings.trials_use_gpus else []
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
-    times = _Measured.read_measured(path, progress.note)
+    times = Measured.read_measured(path, progress.note)
     if times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
-        measured = trial_device(settings, folder)(partial(time_per_token, models), progress)
-        by_shape = {
-            shape: {"decode_ms_per_token": time.median, "decode_ms_spread": time.spread}
-            for shape, time in measured.items()
-        }
-        times = _Measured(state=state, by_name=by_shape)
+        measured = trial_device(settings, folder)(partial(_time, models), progress)
+        by_shape = {shape: time_numbers(time) for shape, time in measured.items()}
+        times = Measured(state=state, by_name=by_shape)
         times.write(path)
     return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
+
+
+def time_numbers(time: Timing) -> dict[str, float]:
+    """Return the numbers of a model's time per token that are tracked, by name."""
+    return {"decode_ms_per_token": time.median, "decode_ms_spread": time.spread}
+
+
+def _time(models: Mapping[str, ModelConfig], device: str, progress: Progress) -> dict[str, Timing]:
+    context_length = min(config.context_length for config in models.values())
+    return time_per_token(random_decoders(models, device), context_length, progress)
 
 
 def with_drafts(
@@ -91,14 +101,14 @@ def with_drafts(
         if one.key in targets
     }
     path, state = folder / DRAFTS_NAME, content_key(environment(), SWEEP_NEW_TOKENS)
-    stored = _Measured.read_measured(path, progress.note)
+    stored = Measured.read_measured(path, progress.note)
     known = stored.by_name if stored and stored.state == state else {}
     missing = {name: pair for name, pair in pairs.items() if name not in known}
     if on_device and missing:
         progress.start("drafts", len(missing))
         measure = partial(_measure_drafts, missing, tokens_folder)
         known = {**known, **on_device(measure, progress)}
-        _Measured(state=state, by_name=known).write(path)
+        Measured(state=state, by_name=known).write(path)
     numbers = {pair[0].key: known[name] for name, pair in pairs.items() if name in known}
     return [result.with_numbers("decoding", numbers.get(result.key, {})) for result in results]
 

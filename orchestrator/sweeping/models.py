@@ -22,7 +22,6 @@ from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.tasks import lm_eval_task_fingerprints
-from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
 from orchestrator.models.lookup import run_folders
 from orchestrator.planning.estimate import assign_trial_gpus
@@ -385,24 +384,18 @@ def check_models(settings: Settings) -> None:
     problems, configs = [], []
     for own in each:
         try:
-            configs.append(
-                build_model_config(
-                    own.model, vocab_size=data.vocab_size, context_length=sequence_length(data)
-                )
-            )
+            length = sequence_length(data)
+            configs.append(own.model.build(vocab_size=data.vocab_size, context_length=length))
         except UserError as error:
             problems.append(str(error))
     known = {key for model in models for key in model.keys}
-    rates = {name for name in sweep.learning_rates if name not in {*METHODS, *known}}
-    if not is_scratch:
-        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
-        rates = {name for name in rates if has_layers(name)}
-    for name in [*sweep.learning_rates, *sweep.num_layers]:
-        if name in rates or (name in sweep.num_layers and name not in known):
-            setting = "learning_rates" if name in rates else "num_layers"
-            what = "swept" if is_scratch else "a baseline of this sweep"
-            names = ", ".join(dict.fromkeys(model.name for model in models))
-            problems.append(f"sweep.{setting}: {name} is not {what}; such models are {names}")
+    # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+    rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
+    unknown = [f"sweep.learning_rates: {name}" for name in sorted(rates - known - {*METHODS})]
+    unknown += [f"sweep.num_layers: {name}" for name in sweep.num_layers if name not in known]
+    what = "swept" if is_scratch else "a baseline of this sweep"
+    names = ", ".join(dict.fromkeys(model.name for model in models))
+    problems += [f"{name} is not {what}; such models are {names}" for name in unknown]
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     if is_scratch:

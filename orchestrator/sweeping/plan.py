@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost
+from iiet.cost import InferenceCost, inference_cost
 from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
@@ -34,7 +34,7 @@ from orchestrator.evaluation.tasks import (
 from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
 from orchestrator.records.trial import (
     AshaRule,
     EarlyStop,
@@ -66,6 +66,9 @@ from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
+
+SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
+"""Settings of which one decides how many students there are; a later one wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,10 +341,17 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
     cost, most = inference_cost(config), inference_cost(full)
     return {
-        "evaluations": cost.evaluations_per_token,
+        **cost_numbers(cost),
         "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
-        "flops_per_token": cost.decode_flops_per_token,
         "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+    }
+
+
+def cost_numbers(cost: InferenceCost) -> dict[str, float]:
+    """Return the numbers of a cost that are tracked, by name."""
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
         "prefill_flops_per_token": cost.prefill_flops_per_token,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
         "weight_bytes_per_token": cost.weight_bytes_per_token,
@@ -511,3 +521,44 @@ def plan_sentences(
     if num_begun := sum(bool(state.steps_done) for state in states):
         found += f", {num_begun:,} partly trained"
     return [first, found] if plan.num_distinct else [found]
+
+
+def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
+    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
+
+    A setting that is off, or an empty list, is left out.
+    """
+    sweep = settings.sweep
+    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
+    if plan.kind == "iterations":
+        names = ["methods", "iterations", "num_layers"]
+        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
+        params |= {name: getattr(sweep, name) for name in names}
+    else:
+        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
+        params |= {
+            "teacher": plan.teacher,
+            "influence_metric": settings.influence.metric,
+            choice: getattr(sweep, choice),
+            "selection": sweep.selection,
+            "control": settings.distillation.control,
+            "elastic": sweep.elastic or None,
+            "distilled_baselines": sweep.distilled_baselines,
+        }
+        if choice == "budgets" or sweep.budget_unit != "evaluations":
+            params["budget_unit"] = sweep.budget_unit
+    if plan.kind == "search":
+        params |= {f"search.{name}": value for name, value in settings.search}
+    params["seeds"] = sweep.seeds
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    shared = shared_parameters([job_parameters(job) for job in jobs])
+    return {
+        **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},
+        **{name: text(value) for name, value in params.items() if value not in (None, (), {})},
+    }

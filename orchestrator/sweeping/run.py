@@ -1,18 +1,11 @@
 """Run the unfinished trials of a sweep's plan with Ray Tune, then measure all times per token.
 
-Finished trials are read once, at the start, and are not run again; so the same command resumes
-after any interruption. Tune takes trials from a queue: one that measures the weights of another
-waits for it, and the suggestions of a search follow the plan's trials. A trial that another process
-runs stays in the queue until that process has ended or died, so two sweeps at the same time share
-the work and make no trial twice. Whoever waits holds no lock and no CPUs, so two processes cannot
-wait for each other.
-
-A trial's process stores its result while it holds the trial's lock, and returns it;
-`SweepQueue.on_end` gets it, and MLflow shows it with the front so far (`LiveSweep`). A journal in
-the sweep's folder holds the hypervolume of that front, of NFE and accuracy, against the number of
-finished models and against the FLOPs of the sweep's own training; it is a share of a box that the
-full model spans, so the curves start once that model is measured. Milliseconds are measured last,
-because trials that run at the same time would disturb the clock.
+Finished trials are read once, at the start, so the same command resumes after any interruption.
+Tune takes trials from a queue: one that measures the weights of another waits for it, and the
+suggestions of a search follow the plan's trials. One that another process runs stays in the queue
+until that process has ended or died, so two sweeps at the same time share the work. Whoever waits
+holds no lock and no CPUs, so two processes cannot wait for each other. MLflow shows each trial, and
+the front so far (`LiveSweep`). Milliseconds are measured last: trials would disturb the clock.
 """
 
 from __future__ import annotations
@@ -35,7 +28,6 @@ from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
-from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
@@ -54,6 +46,7 @@ from orchestrator.sweeping.plan import (
     early_stops,
     exact_cost,
     full_trial,
+    sweep_parameters,
 )
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
@@ -89,8 +82,6 @@ MAX_NAMED = 3
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
 FLOPS_PER_STEP = 1e9
-SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
-"""Settings of which one decides how many students there are; a later one wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +156,7 @@ def run_plan(
             work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
             if num_tokens:
                 live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
-        trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
+        trials = SweepQueue(waiting, found, stopped, live, progress, search=search)
         try:
             _run_queue(trials, plan, placed, folder)
         finally:
@@ -253,14 +244,13 @@ class SweepQueue:
         progress: Progress,
         *,
         search: ScheduleSearch | None = None,
-        num_all: int,
     ) -> None:
         """Queue the trials that wait, beside results by key and early stops by label from before.
 
-        All of these and what the search will suggest are `num_all`.
+        Their number, with those that the search will suggest, is that of the live sweep.
         """
         self.results, self.failures, self.search = dict(found), dict[str, str](), search
-        self.progress, self.num_all = progress, num_all
+        self.progress, self.num_all = progress, live.num_trials
         self.found, self.stopped = set(found), dict(stopped)
         """Keys of the results that were not made here; label -> reason of what was stopped."""
         self.failed_while_stopping: dict[str, str] = {}
@@ -462,7 +452,7 @@ class LiveSweep:
 
         Its `num_trials` include those that a search will suggest.
         """
-        self._name, self._num_trials, self._tracking = plan.name, num_trials, tracking
+        self._name, self.num_trials, self._tracking = plan.name, num_trials, tracking
         self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
         self._open: dict[str, Trial] = {}
         self._failures: dict[str, str] = {}
@@ -498,7 +488,7 @@ class LiveSweep:
         self._show(new, "RUNNING")
         if self._new_front and self._clock() >= self._next_front:
             num_measured, folder = self.history.num_measured, self.history.folder
-            notes = [f"{num_measured} of {self._num_trials} models are measured so far."]
+            notes = [f"{num_measured} of {self.num_trials} models are measured so far."]
             notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
             changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
             self.change(**changes)
@@ -545,7 +535,11 @@ class LiveSweep:
 
 
 class FrontHistory:
-    """The front of a sweep while it runs, and its journal."""
+    """The front of a sweep while it runs, and a journal of its hypervolume, of NFE and accuracy.
+
+    That is a share of a box that the full model spans, against the number of finished models and
+    against the FLOPs of the sweep's own training.
+    """
 
     def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
         """Read the journal in `folder`; `num_trials` will be finished at the end."""
@@ -599,44 +593,3 @@ class FrontHistory:
         journal.close()
         self._last, self.front = self.num_measured, front
         return True
-
-
-def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
-    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
-
-    A setting that is off, or an empty list, is left out.
-    """
-    sweep = settings.sweep
-    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
-    if plan.kind == "iterations":
-        names = ["methods", "iterations", "num_layers"]
-        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
-        params |= {name: getattr(sweep, name) for name in names}
-    else:
-        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
-        params |= {
-            "teacher": plan.teacher,
-            "influence_metric": settings.influence.metric,
-            choice: getattr(sweep, choice),
-            "selection": sweep.selection,
-            "control": settings.distillation.control,
-            "elastic": sweep.elastic or None,
-            "distilled_baselines": sweep.distilled_baselines,
-        }
-        if choice == "budgets" or sweep.budget_unit != "evaluations":
-            params["budget_unit"] = sweep.budget_unit
-    if plan.kind == "search":
-        params |= {f"search.{name}": value for name, value in settings.search}
-    params["seeds"] = sweep.seeds
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
-        return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
-    shared = shared_parameters([job_parameters(job) for job in jobs])
-    return {
-        **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},
-        **{name: text(value) for name, value in params.items() if value not in (None, (), {})},
-    }

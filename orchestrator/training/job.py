@@ -30,7 +30,6 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
 from orchestrator.data.preparation import check_context_length, expected_tokens, tokens_folder_of
 from orchestrator.data.store import verify_data
-from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import (
     FIRST_STAGE,
     check_checkpoint,
@@ -112,8 +111,8 @@ def pretraining_job(
         UserError: If the settings do not go together.
     """
     expected = expected_tokens(settings.data, tokens)
-    config = build_model_config(
-        settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
+    config = settings.model.build(
+        vocab_size=expected.vocab_size, context_length=expected.context_length
     )
     check_context_length(settings.data, config.context_length)
     recipe = checked_family(settings.training, config)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.config import model_family
 from orchestrator.models.folder import weights_key
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
@@ -35,6 +34,7 @@ from orchestrator.records.training import (
     TrainingOutcome,
     job_parameters,
     method_parameters,
+    model_family,
 )
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
@@ -338,8 +338,10 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
 
 def trial_model(trial: Trial) -> TrackedModel | None:
     """Describe the model of a measured trial, with its costs and qualities; None if its folder is
-    gone.
+    gone, or transformers runs it.
     """
+    if trial.config is None:
+        return None
     data, suite = _dataset(trial.suite.tokens_folder), trial.suite
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}

@@ -108,7 +108,8 @@ def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length
     monkeypatch.setattr(decode_timing, "time_stream", timed)
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
-    time_per_token({"long": long, "short": short}, "cpu", Progress())
+    decoders = random_decoders({"long": long, "short": short}, "cpu")
+    time_per_token(decoders, context_length, Progress())
     assert set(asked[2:]) == {lengths}, "after the warm-up"
 
 
@@ -168,7 +169,7 @@ def measure_by_flops(
     calls = iter(range(1000))
 
     def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
-        model, prompt = start.args
+        model, prompt, *_ = start.args
         context = prompt.size(1)
         first = inference_cost(model.config, context_length=context).prefill_flops_per_token
         step = inference_cost(model.config, context_length=context + new_tokens // 2)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from looped_models import MODELS, write_looped
 from transformers import AutoConfig, Inkling2LoopForConditionalGeneration
 
-from orchestrator.evaluation.looped import check_loops, load_transformers
+from orchestrator.evaluation.looped import LoopedDecoder, check_loops, fix_start, load_transformers
 from orchestrator.models.folder import TOKENIZER
 from orchestrator.models.loops import Ouro
 from orchestrator.models.open import OpenedModel, open_model
@@ -20,6 +23,7 @@ from orchestrator.workspace.errors import UserError
 COSTS: dict[str, dict[str, tuple[int, int]]] = {
     # A slot of a token has 2 x 32 numbers: 4 heads of 8.
     "ouro": {"1": (3, 3 * 64), "2": (6, 6 * 64), "4": (12, 12 * 64)},
+    "nanbeige": {"1": (3, 3 * 64), "2": (6, 6 * 64), "4": (12, 12 * 64)},
     "huginn_raven": {"1": (4, 4 * 64), "2": (6, 6 * 64), "5": (12, 12 * 64)},
     "hrm_text": {"2,3": (16, 16 * 64), "1,3": (8, 8 * 64), "2,1": (8, 8 * 64), "1": (8, 8 * 64)},
     # 2 heads of 16 where it attends to a window, 2 of 8 in the sixth layer, which is not looped.
@@ -29,21 +33,57 @@ COSTS: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 """Kind -> depth -> layer runs, and numbers in the cache, of a token."""
+Flops = Callable[[int, int, int], int]
+FLOPS: dict[str, Flops] = {
+    # Five square matrices and attention in each run, an adapter from 64 to 32, a head for 300.
+    "ouro": lambda runs, seen, _: runs * (2 * 5 * 32**2 + 4 * 32 * seen) + 2 * 32 * 300,
+    "huginn_raven": lambda runs, seen, loops: (
+        FLOPS["ouro"](runs, seen, loops) + loops * 2 * 64 * 32
+    ),
+}
+FLOPS["nanbeige"] = FLOPS["ouro"]
+"""Kind -> FLOPs of a decoded token, by its layer runs, the tokens that it sees, and its loops."""
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_costs_are_those_of_what_runs(kind: str, tmp_path: Path, tiny_tokens: Path) -> None:
-    folder, outputs = write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER), []
+    folder, outputs, counted = (
+        write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER),
+        [],
+        [],
+    )
+    tokens = torch.arange(12)[None]
     for depth, costs in COSTS[kind].items():
         model = open_model(folder, depth)
         assert model.loops is not None
         assert model.depth is not None
-        assert (model.loops.layer_runs(model.depth), model.loops.kv_numbers(model.depth)) == costs
         # Loading compares the class with what runs.
-        loaded = load_transformers(folder, model.loops, model.depth, trust_remote_code=True)
+        decoder = LoopedDecoder(model, trust_remote_code=True)
+        cost = decoder.cost()
+        assert (cost.evaluations_per_token, cost.kv_bytes_per_token) == (costs[0], 4 * costs[1])
+        counted.append((costs[0], cost.decode_flops_per_token))
+        if kind in FLOPS:
+            for seen in (1, 10, 64):
+                expected = FLOPS[kind](costs[0], seen, model.depth[0])
+                assert decoder.cost(seen).decode_flops_per_token == expected
         with torch.no_grad():
-            outputs.append(loaded(torch.arange(12)[None]).logits)
+            outputs.append(decoder.model(tokens).logits)
+            for found in decoder.stream(tokens, 3):  # Its cache changes nothing.
+                assert found == decoder.model(tokens).logits[0, -1].argmax()
+                tokens = torch.cat([tokens, found[None]], -1)
     assert all(not torch.equal(outputs[0], other) for other in outputs[1:3]), "depths differ"
+    per_run = {(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(counted) if a[0] != b[0]}
+    assert len(per_run) == 1, "each further layer run takes the same"
+
+
+def test_experts_are_counted_that_a_token_asks(tmp_path: Path, tiny_tokens: Path) -> None:
+    kind, tokenizer, found = "inkling2_loop_text", tiny_tokens / TOKENIZER, []
+    for number in (1, 2):
+        folder = write_looped(tmp_path / f"{number}", kind, tokenizer, num_experts_per_tok=number)
+        decoder = LoopedDecoder(open_model(folder, "1"))
+        layers = sum(name.endswith(".experts") for name, _ in decoder.model.named_modules())
+        found.append(decoder.cost().decode_flops_per_token)
+    assert found[1] - found[0] == layers * 2 * 3 * 32 * 16
 
 
 def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(
@@ -57,8 +97,7 @@ def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(
     Inkling2LoopForConditionalGeneration(config).save_pretrained(folder)
     model = open_model(folder, "3")
     assert (model.architecture, model.depth, model.context_length) == ("inkling2_loop", (3,), 64)
-    loaded = load_transformers(folder, model.loops, model.depth)
-    assert loaded.config.loop_num_passes == 3
+    assert load_transformers(model).config.loop_num_passes == 3
 
 
 class Wrong(Ouro):
@@ -77,7 +116,7 @@ def test_a_model_that_does_not_run_as_its_class_says_is_refused(
     assert model.key != open_model(folder, "3").key
     loops = model.loops
     assert loops is not None
-    loaded = load_transformers(folder, loops, (2,), trust_remote_code=True)
+    loaded = load_transformers(replace(model, depth=(2,)), trust_remote_code=True)
     with pytest.raises(UserError, match="6 layer runs of a token instead of 9, 2 loops"):
         check_loops(loaded, loops, (3,))
     with pytest.raises(UserError, match=r"384 numbers that .* cache instead of 192"):
@@ -94,10 +133,22 @@ def test_a_random_start_is_the_same_each_time(tmp_path: Path, tiny_tokens: Path)
     folder = write_looped(
         tmp_path / "model", "huginn_raven", tiny_tokens / TOKENIZER, state_init="normal"
     )
-    model, tokens = open_model(folder), torch.arange(12)[None]
-    loaded = load_transformers(folder, model.loops, model.depth, trust_remote_code=True)
+    tokens = torch.arange(12)[None]
+    loaded = load_transformers(open_model(folder), trust_remote_code=True)
     torch.manual_seed(1)
     first, drawn = loaded(tokens).logits, torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), drawn), "the numbers of the program are not touched"
     assert torch.equal(loaded(tokens).logits, first)
+    # A start that a seed fixes does not depend on what is read at once.
+    short = loaded(tokens[:, 5:6]).logits
+    fix_start(loaded, 3)
+    fixed = loaded.initialize_state(torch.zeros(2, 5, 32))
+    assert torch.equal(fixed, fixed[:1, :1].expand(2, 5, 32))
+    fix_start(loaded, 4)
+    assert not torch.equal(fixed, loaded.initialize_state(torch.zeros(2, 5, 32)))
+    fix_start(loaded, 3)
+    assert torch.equal(fixed[:1], loaded.initialize_state(torch.zeros(1, 5, 32)))
+    assert not torch.equal(loaded(tokens[:, 5:6]).logits, short)
+    with pytest.raises(UserError, match="no initialize_state"):
+        fix_start(torch.nn.Linear(1, 1), 3)

@@ -8,26 +8,35 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_tracking import untracked
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval_tasks import write_task
 from looped_models import MODELS, write_looped
+from safetensors.torch import load_file, save_file
 
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loops import LOOPED_MODELS
 from orchestrator.models.open import OpenedModel, load_model, open_model
-from orchestrator.pipelines.evaluating import EvaluatePlan
-from orchestrator.pipelines.loops import plan_front, run_front
+from orchestrator.pipelines.generating import generate
+from orchestrator.pipelines.loops import (
+    DepthPlan,
+    plan_loop_influence,
+    run_depths,
+    run_loop_influence,
+)
 from orchestrator.pipelines.models import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 ROWS = [
@@ -58,13 +67,14 @@ def tokenizer(tiny_tokens: Path) -> Path:
 
 def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> list[dict[str, Any]]:
     settings = EvaluationSettings(suite=SUITE, include_path=str(tasks), batch_size=4)
-    plan = EvaluatePlan(
+    plan = DepthPlan(
+        name="front",
         settings=Settings(evaluation=settings),
         workspace=workspace,
         opened=tuple(models),
         trust_remote_code=True,
     )
-    return run_front(plan_front(plan, "front"), untracked(workspace)).rows()
+    return run_depths(plan, untracked(workspace)).rows()
 
 
 @pytest.mark.slow
@@ -81,10 +91,11 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
         folder = write_looped(tmp_path / kind, kind, tokenizer)
         models += [open_model(folder, depth) for depth in ("1", "2")]
     rows = front_of(models, tasks, workspace)
-    assert [row["cost/evaluations"] for row in rows] == [3, 4, 4, 6, 6, 6, 8, 8, 16]
+    assert [row["cost/evaluations"] for row in rows] == [3, 3, 4, 4, 6, 6, 6, 6, 8, 8, 16]
     assert {row["method"] for row in rows} == {"looped", *MODELS}
     by_name = {row["name"]: row for row in rows}
     assert by_name["ouro depth=2"]["cost/kv_bytes_per_token"] == 4 * 6 * 64
+    assert all(row["cost/flops_per_token"] > 0 < row["cost/decode_ms_per_token"] for row in rows)
 
     for model in models[2::2]:
         assert model.loops is not None
@@ -132,10 +143,13 @@ def test_an_exported_model_has_the_same_front_through_its_class(
     ]  # fmt: skip
     native = front_of([open_model(run, str(r)) for r in (0, 1, 2)], tasks, workspace)
     through_class = front_of(exported, tasks, workspace)
-    shared = {"on_front", "cost/evaluations", "cost/kv_bytes_per_token"}
+    shared = {"on_front", *(name for name in native[0] if name.startswith("cost/"))}
+    shared -= {"cost/weight_bytes_per_token"}  # Of models of other projects they are unknown.
+    shared = {name for name in shared if "ms" not in name}
+    assert shared >= {"cost/flops_per_token", "cost/prefill_flops_per_token", "cost/num_parameters"}
     # An exponential of a sum would magnify the last digit.
     shared |= {name for name in native[0] if name[:8] == "quality/" and "perplexity" not in name}
-    assert len(shared) > 6
+    assert len(shared) > 12
     for one, other in zip(native, through_class, strict=True):
         for name in shared:
             assert one[name] == pytest.approx(other[name], rel=1e-6), name
@@ -154,6 +168,11 @@ def test_commands_take_a_depth(
     save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
     where = ["--workspace", str(workspace.root), "--quiet"]
     suite = ["--suite", SUITE, "--include-path", str(tasks)]
+    depths = tmp_path / "depths.yaml"
+    depths.write_text(
+        f"sweep: {{kind: depth, models: [{folder}, ours], depths: [1, 3]}}\n"
+        f"evaluation: {{suite: '{SUITE}', include_path: {tasks}}}\n"
+    )
     trusted = ["--trust-remote-code", *where]
 
     def run(*command: str) -> Any:
@@ -166,15 +185,32 @@ def test_commands_take_a_depth(
     assert cli.main(["evaluate", str(folder), "-r", "2", *suite, *where]) == 2
     assert "--trust-remote-code runs it" in capfd.readouterr().err
 
-    both = run("evaluate", str(folder), "ours", "-r1", "-r3", *suite, "--front", "both", *trusted)
+    planned = run("sweep", str(depths), "--dry-run", *trusted)
+    assert {row["state"] for row in planned["tasks"]} == {"6 items to measure"}
+    assert len(planned["tasks"]) == 4 * 2
+    both = run("sweep", str(depths), *trusted)
     assert len(both["results"]) == 4
+    [costs] = workspace.sweeps.glob("depth-*/times.json")
+    written = costs.stat().st_mtime_ns
+    again = run("sweep", str(depths), *trusted)
+    assert again["results"] == both["results"]
+    assert costs.stat().st_mtime_ns == written, "times are not measured again"
     (alone,) = run("evaluate", str(folder), "-r", "3", *suite, *trusted)["models"]
     (again,) = [row for row in both["results"] if row["name"] == "loops depth=3"]
     bits = "rolling/bits_per_byte"
     assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
-    assert len(run("report", "both", *where)["results"]) == 4
+    assert len(run("report", costs.parent.name, "--cost", "flops", *where)["front"]) > 1
     compared = run("evaluate", str(folder), "ours", "-r", "3", "--compare", *suite, *trusted)
     assert compared["models"] == ["loops depth=3", "ours r=3"]
+
+    timed = run("benchmark", str(folder), "ours", "-r1", "-r3", "--repetitions", "2",
+                "--batch-sizes", "1", "--contexts", "8", "--new-tokens", "4", *trusted)  # fmt: skip
+    assert [cost["model"] for cost in timed["costs"]] == [
+        "loops depth=1", "loops depth=3", "ours r=1", "ours r=3",
+    ]  # fmt: skip
+    assert all(cost["decode_ms"] > 0 < cost["peak_bytes"] for cost in timed["costs"])
+    shares = {cost["model"]: cost["shares"]["decoding"]["predicted"] for cost in timed["costs"]}
+    assert shares["loops depth=1"]["evaluations"] == 4 / 8
 
     measured = run(
         "influence", str(folder), "-r", "4", "--set", "influence.num_tokens=512", *trusted
@@ -182,3 +218,57 @@ def test_commands_take_a_depth(
     assert [row["loop"] for row in measured["loops"]] == [2, 3, 4]
     assert all(0 <= row["changed_tokens"] <= 1 for row in measured["loops"])
     assert all(row["turned"] > 0 < row["step"] for row in measured["loops"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "first"), [(0.5, None), (2.0, 3)])
+def test_influence_says_where_steps_stop_shrinking(
+    factor: float, first: int | None, workspace: Workspace, tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if "core_block" in name:  # The layers change nothing.
+            weight.zero_()
+    # A loop adds the same to `factor` of the state, so each step is `factor` times the last.
+    weights["adapter.weight"].copy_(torch.cat([factor * torch.eye(32), torch.eye(32)], 1))
+    weights["adapter.bias"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = Settings().model_copy(
+        update={"influence": Settings().influence.model_copy(update={"num_tokens": 256})}
+    )
+    plan = plan_loop_influence(
+        settings, workspace=workspace, model=folder, schedule="5", trust_remote_code=True
+    )
+    found = run_loop_influence(plan, untracked(workspace))
+    steps = [row["step"] for row in found.loops]
+    assert [b / a for a, b in pairwise(steps)] == pytest.approx([factor] * 3, rel=1e-4)
+    assert all(row["turned"] == pytest.approx(0, abs=1e-6) for row in found.loops)
+    assert len(found.notes) == (first is not None)
+    assert first is None or f"do not shrink from loop {first} on" in found.notes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_draft_changes_no_token(
+    kind: str, workspace: Workspace, tokenizer: Path, tmp_path: Path
+) -> None:
+    changes = {"state_init": "normal"} if kind == "huginn_raven" else {}
+    folder = write_looped(tmp_path / "loops", kind, tokenizer, **changes)
+    asked: dict[str, Any] = {"workspace": workspace, "model": folder, "schedule": "3"}
+    asked |= {"trust_remote_code": True, "max_new_tokens": 12}
+    prompts = ["a bag and", "the fog"]
+    if changes:
+        with pytest.raises(UserError, match=r"random state.*--seed N"):
+            generate(prompts, draft="1", **asked)
+        asked["seed"] = 5
+    plain = generate(prompts, **asked)
+    assert generate(prompts, draft="1", **asked) == plain
+    assert generate(prompts[0], draft="1", **asked) == plain[0]
+    assert generate(prompts[0], **{**asked, "schedule": "1"}) != plain[0]
+    for wrong, sentence in (
+        ({"draft": "0"}, "each 1 or more"),
+        ({"max_new_tokens": 64}, "do not fit the context_length of 64"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            generate(prompts, **{**asked, **wrong})

@@ -14,7 +14,6 @@ from small_size import SMALL
 
 from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
-from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
@@ -119,7 +118,7 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
     )  # fmt: skip
     monkeypatch.setattr(sweeps, "run_trainings", never)
     monkeypatch.setattr("orchestrator.cluster.task.ray_cluster", lambda *_, **__: nullcontext())
-    config = build_model_config(settings.model, vocab_size=300)
+    config = settings.model.build(vocab_size=300)
     new_tokens = expected_tokens(settings.data, None).new_bytes
     checkpoint = Estimate(config=config, recipe=settings.training).checkpoint_bytes
     # Three models are pretrained, and at most five students follow. Two share a first stage.

@@ -12,7 +12,6 @@ from iiet.config import preset
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
-from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,
@@ -139,7 +138,7 @@ def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
     }.items():
         assert assigned(*assignments) == found
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
-    config = build_model_config(settings.model, vocab_size=32_000)
+    config = settings.model.build(vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
     training = Estimate(config=config, recipe=recipe)
     # All sequences of a worker go through one pass: 32 on one GPU, 16 on each of two, 8, 4.

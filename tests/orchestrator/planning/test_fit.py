@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from iiet.config import preset
-from orchestrator.models.config import build_model_config
 from orchestrator.planning.estimate import (
     LARGEST_SHARE,
     Devices,
@@ -40,7 +39,7 @@ def request(*assignments: str, **devices: Any) -> Estimate:
     given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
     settings = resolve_settings({}, given)
     return Estimate(
-        config=build_model_config(settings.model, vocab_size=32000),
+        config=settings.model.build(vocab_size=32000),
         recipe=settings.training,
         devices=Devices(**{"parallel": settings.cluster.parallel, **devices}),
     )

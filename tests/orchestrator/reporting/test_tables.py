@@ -116,7 +116,7 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(
     assert " layers" not in "\n".join(lines(front, 160))
     last = sample_results[-1]
     deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
-    results = [*sample_results[:-1], last.model_copy(update={"model": deep})]
+    results = [*sample_results[:-1], last.model_copy(update={"config": deep})]
     head, _, *found = lines(sample_front(results), 160)
     assert " layers " in head
     assert sum(" 99 " in row for row in found) == 1

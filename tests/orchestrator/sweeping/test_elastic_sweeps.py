@@ -69,7 +69,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
         plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
         num_trials=len(plan.trials),
     )  # fmt: skip
-    queue = SweepQueue(waiting, found, {}, live, Progress(), num_all=len(plan.trials))
+    queue = SweepQueue(waiting, found, {}, live, Progress())
     order, running = list[str](), list[Trial]()
     while not queue.is_over:
         while trial := queue.take():

@@ -12,7 +12,6 @@ from sample_texts import tokens_of
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
-from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweeps import sweep
 from orchestrator.records.training import TrainingJob
@@ -56,7 +55,7 @@ def models_of(*assignments: str) -> dict[str, tuple[Any, ...]]:
         chosen = teacher_and_baselines(settings)
     found = {}
     for label, own in chosen.items():
-        config = build_model_config(own.model, vocab_size=300)
+        config = own.model.build(vocab_size=300)
         recipe = own.training
         shape = (config.method, max(config.corrections), config.num_layers)
         found[label] = (*shape, recipe.learning_rate, recipe.seed)
@@ -164,7 +163,7 @@ def test_options_are_of_the_models_own_method(other):
     methods = "sweep.methods=[vanilla, iiet, other]"
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
     options = {
-        own.name: build_model_config(settings_of(settings, own).model, vocab_size=300).to_dict()
+        own.name: settings_of(settings, own).model.build(vocab_size=300).to_dict()
         for own in swept_variants(settings)
     }
     damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}

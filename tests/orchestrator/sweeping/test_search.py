@@ -146,7 +146,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     live = LiveSweep(plan, resolve_settings({}), tracking, tmp_path / "s", num_trials=28)
-    queue = SweepQueue(family, {}, {}, live, Shown(), search=search, num_all=len(family) + 24)
+    queue = SweepQueue(family, {}, {}, live, Shown(), search=search)
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]
     assert running.pop() is None, "the search waits for the last of the family"
