@@ -59,9 +59,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     ray_session: None, make_job: MakeJob
 ) -> None:
     long = {"num_steps": 60, "checkpoint_every_steps": 20, "validate_every_steps": 60}
-    job, whole, alone = (
-        make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole", "alone")
-    )
+    job, whole = (make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole"))
     listening, killed = dict[int, set[str]](), list[int]()
 
     def watch() -> None:
@@ -85,12 +83,6 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     workers(2, "fsdp")(whole)  # Without Ray.
     assert curve(job) == curve(whole)
     assert state_of(outcome) == state_of(run_job(whole))
-    expected = run_job(alone)
-    assert curve(job) == pytest.approx(curve(alone), abs=1e-4)
-    assert outcome.validation_loss == pytest.approx(expected.validation_loss, abs=1e-4)
-    assert (outcome.num_tokens, outcome.training_flops) == (
-        *(expected.num_tokens, expected.training_flops),
-    )
 
 
 @pytest.mark.parametrize(
