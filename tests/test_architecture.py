@@ -71,11 +71,11 @@ LINES = {
     "orchestrator/data": 2_408,
     "orchestrator/tracking": 1_409,
     "orchestrator/training": 3_344,
-    "orchestrator/evaluation": 2_743,
+    "orchestrator/evaluation": 2_739,
     "orchestrator/planning": 1_184,
     "orchestrator/cluster": 1_796,
     "orchestrator/reporting": 4_773,
-    "orchestrator/sweeping": 2_672,
+    "orchestrator/sweeping": 2_665,
     "orchestrator/pipelines": 4_961,
     "orchestrator/cli": 1_713,
 }

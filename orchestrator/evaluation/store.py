@@ -1,16 +1,12 @@
 """The store of evaluations, shared by all commands: each task is measured once for each model.
 
-A folder holds lm-eval's files of one task under the hash of all that determines it: weights and
-precision, configuration with its schedule, tokenizer, the task's items and metrics, limit. They are
-`results_DATE.json` and `samples_TASK_DATE.jsonl`: one line per item and filter, with the document,
-the prompt, what the model said and the value of each metric. Beside them, `items.json` has hashes
-and values of the items in one compact array, so that a report parses no samples. The loss over
-held-out tokens is an entry like a task. So a further task costs only that task, and sweeps,
-`evaluate`, `export` and `pick` share what was measured.
-
-While a task runs, its answers are stored beside, so that an interrupted evaluation resumes. Outputs
-of stock lm-eval (`--log_samples`) are read here, too: its hash of a document matches items between
-evaluations, whoever measured them.
+A folder holds lm-eval's files of one task, `results_DATE.json` and `samples_TASK_DATE.jsonl`, under
+the hash of all that determines it: weights and precision, configuration with its schedule,
+tokenizer, the task's items and metrics, limit. Beside them, `items.json` has hashes and values of
+the items, so that a report parses no samples. The loss over held-out tokens is an entry like a
+task. While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
+Outputs of stock lm-eval (`--log_samples`) are read here, too: its hash of a document matches items
+between evaluations, whoever measured them.
 """
 
 from __future__ import annotations

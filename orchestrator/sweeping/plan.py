@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
@@ -34,7 +34,7 @@ from orchestrator.evaluation.tasks import (
 from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
 from orchestrator.records.trial import (
     AshaRule,
     EarlyStop,
@@ -66,6 +66,9 @@ from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
+
+SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
+"""Settings of which one decides how many students there are; a later one wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,3 +521,44 @@ def plan_sentences(
     if num_begun := sum(bool(state.steps_done) for state in states):
         found += f", {num_begun:,} partly trained"
     return [first, found] if plan.num_distinct else [found]
+
+
+def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
+    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
+
+    A setting that is off, or an empty list, is left out.
+    """
+    sweep = settings.sweep
+    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
+    if plan.kind == "iterations":
+        names = ["methods", "iterations", "num_layers"]
+        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
+        params |= {name: getattr(sweep, name) for name in names}
+    else:
+        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
+        params |= {
+            "teacher": plan.teacher,
+            "influence_metric": settings.influence.metric,
+            choice: getattr(sweep, choice),
+            "selection": sweep.selection,
+            "control": settings.distillation.control,
+            "elastic": sweep.elastic or None,
+            "distilled_baselines": sweep.distilled_baselines,
+        }
+        if choice == "budgets" or sweep.budget_unit != "evaluations":
+            params["budget_unit"] = sweep.budget_unit
+    if plan.kind == "search":
+        params |= {f"search.{name}": value for name, value in settings.search}
+    params["seeds"] = sweep.seeds
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    shared = shared_parameters([job_parameters(job) for job in jobs])
+    return {
+        **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},
+        **{name: text(value) for name, value in params.items() if value not in (None, (), {})},
+    }

@@ -28,7 +28,6 @@ from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
-from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
@@ -47,6 +46,7 @@ from orchestrator.sweeping.plan import (
     early_stops,
     exact_cost,
     full_trial,
+    sweep_parameters,
 )
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
@@ -82,8 +82,6 @@ MAX_NAMED = 3
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
 FLOPS_PER_STEP = 1e9
-SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
-"""Settings of which one decides how many students there are; a later one wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -595,44 +593,3 @@ class FrontHistory:
         journal.close()
         self._last, self.front = self.num_measured, front
         return True
-
-
-def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
-    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
-
-    A setting that is off, or an empty list, is left out.
-    """
-    sweep = settings.sweep
-    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
-    if plan.kind == "iterations":
-        names = ["methods", "iterations", "num_layers"]
-        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
-        params |= {name: getattr(sweep, name) for name in names}
-    else:
-        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
-        params |= {
-            "teacher": plan.teacher,
-            "influence_metric": settings.influence.metric,
-            choice: getattr(sweep, choice),
-            "selection": sweep.selection,
-            "control": settings.distillation.control,
-            "elastic": sweep.elastic or None,
-            "distilled_baselines": sweep.distilled_baselines,
-        }
-        if choice == "budgets" or sweep.budget_unit != "evaluations":
-            params["budget_unit"] = sweep.budget_unit
-    if plan.kind == "search":
-        params |= {f"search.{name}": value for name, value in settings.search}
-    params["seeds"] = sweep.seeds
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
-        return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
-    shared = shared_parameters([job_parameters(job) for job in jobs])
-    return {
-        **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},
-        **{name: text(value) for name, value in params.items() if value not in (None, (), {})},
-    }

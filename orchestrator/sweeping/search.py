@@ -68,7 +68,6 @@ class ScheduleSearch:
         self._asked: dict[str, int] = {}
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
-        self._num_read = 0
         if self._path.exists():
             with self._damage():
                 storage = JournalStorage(JournalFileBackend(str(self._path)))
@@ -217,13 +216,10 @@ class ScheduleSearch:
 
     def _read(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
-        for stored in study.get_trials(deepcopy=False)[self._num_read :]:
+        for stored in study.get_trials(deepcopy=False):
             schedule = self._schedule(stored)
             if self._is_whole(stored) and schedule not in self._trials:
                 self._trials[schedule] = self._make_trial(schedule)
-            # One that runs may still get the rest of its schedule.
-            if stored.number == self._num_read and stored.state.is_finished():
-                self._num_read += 1
 
     def _is_whole(self, stored: FrozenTrial) -> bool:
         # A process that is killed while it asks leaves a part of a schedule.

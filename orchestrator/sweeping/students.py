@@ -2,12 +2,8 @@
 
 A trial's key is the hash of all that determines its result, and its folder is named by the hash of
 all that determines its weights. So any sweep or restart finds finished trials, and other tasks are
-measured with the same weights.
-
-Elastic weights are one training, and a trial for each schedule: that of the full schedule trains
-them, and the others wait for its checkpoint. Distilled baselines are other ways to save FLOPs:
-`vanilla`, a plain decoder with as many layers as a student has evaluations, and `fewer_layers`, the
-teacher without its least important layers.
+measured with the same weights. Of elastic weights, the trial of the full schedule trains them, and
+those of the others wait for its checkpoint. Distilled baselines are other ways to save FLOPs.
 """
 
 from __future__ import annotations

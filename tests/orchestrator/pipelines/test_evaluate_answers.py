@@ -15,7 +15,6 @@ import yaml
 from lm_eval_tasks import logged_responses
 
 from orchestrator import cli
-from orchestrator.evaluation import tasks as registry
 from orchestrator.evaluation.lm_eval_model import DecoderModel
 from orchestrator.evaluation.store import EvaluationStore
 
@@ -180,24 +179,6 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
     (first, answers), (second, others) = stored
     assert answers == others
     assert first.metrics == second.metrics
-
-
-@pytest.mark.slow
-def test_models_of_one_command_share_the_loaded_tasks(llama, evaluate, tasks):
-    registry._load.cache_clear()
-    models = [llama("one"), llama("two", tie_word_embeddings=True)]
-    assert evaluate(*models, "--num-fewshot", 1)[0] == 0
-    assert registry._load.cache_info().misses == 1
-    again = evaluate(*models, "--num-fewshot", 1, "--limit", 2)[2]
-    assert registry._load.cache_info().misses == 1
-    # The same examples are drawn for each model and each time.
-    assert again[0][1][:2] in [answers[:2] for _, answers in again[1:]]
-    evaluate(*models)
-    assert registry._load.cache_info().misses == 2
-    (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    changed = evaluate(models[0])[2]
-    assert registry._load.cache_info().misses == 3
-    assert 5 in {result.num_items for result, _ in changed}
 
 
 @pytest.mark.slow

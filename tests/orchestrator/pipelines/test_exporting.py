@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
-from transformers_server import served
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -24,7 +23,6 @@ from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.open import load_model
-from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
@@ -230,15 +228,3 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
     assert "| 1 | 0.3 | 0.1 |" in text
     assert "num_steps 7" in text
     assert "checksums" not in text
-
-
-@pytest.mark.long
-def test_transformers_serves_an_exported_folder(save_tiny, tmp_path):
-    checkpoint = save_tiny(tmp_path / "run", seed=3, initializer_std=0.3, context_length=64)
-    folder = exported(checkpoint, tmp_path / "model")
-    sampling = Sampling(max_new_tokens=8)
-    expected = "".join(TextGenerator(checkpoint).stream("a bag", sampling))
-    with served(folder, tmp_path) as ask:
-        # As `generate` reads it: a document begins after the end of another.
-        answer = ask("v1/completions", prompt="<|endoftext|>a bag", max_tokens=8, temperature=0)
-        assert answer["choices"][0]["text"] == expected != ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,57 +23,59 @@ FACTOR = 1.2
 """How far estimate and measurement may lie apart, either way."""
 
 
+def peak_of(module: torch.nn.Module, *steps: Callable[[], torch.Tensor]) -> int:
+    """Return the peak of all tensors that losses and their backward passes make, without weights
+    and gradients."""
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveTensors(module) as live:
+        for step in steps:
+            torch.autograd.backward(step())
+    return live.peak
+
+
 def measured_bytes(
     config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
 ) -> int:
-    """Return the peak of all tensors that a step makes, without weights and gradients."""
+    """Return the peak of a pretraining step."""
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
-    for parameter in decoder.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     input_ids = torch.randint(config.vocab_size, (num_sequences, config.context_length))
-    is_half = precision == "bf16"
-    with LiveTensors(decoder) as live:
+
+    def step() -> torch.Tensor:
+        is_half = precision == "bf16"
         with torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext():
-            loss = decoder(input_ids, finish=partial(next_token_loss, input_ids=input_ids))
-        torch.autograd.backward(loss)
-    return live.peak
+            return decoder(input_ids, finish=partial(next_token_loss, input_ids=input_ids))
 
-
-def distilled_bytes(**loss: Any) -> int:
-    """Return the peak of a distillation step of 256 tokens whose logits dominate the memory."""
-    config = preset("tiny", vocab_size=12_000, num_layers=2, context_length=64, schedule=1)
-    student = Decoder(config)
-    teacher = frozen_teacher(student)
-    for parameter in [*student.parameters(), *teacher.parameters()]:
-        parameter.grad = torch.zeros_like(parameter)
-    input_ids = torch.randint(config.vocab_size, (4, config.context_length))
-    with LiveTensors(torch.nn.ModuleList([student, teacher])) as live:
-        value, _ = distillation_loss(student, teacher, input_ids, config=DistillationConfig(**loss))
-        torch.autograd.backward(value)
-    return live.peak
+    return peak_of(decoder, step)
 
 
 def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
-    alone = distilled_bytes(kl_weight=0.0)
-    for divergence in ("forward", "reverse", "jensen_shannon"):
-        assert distilled_bytes(divergence=divergence) < 1.4 * alone
-    # Members learn from what the full schedule predicted, which is kept in little memory.
+    # Steps of 256 tokens whose logits dominate the memory.
     config = preset("tiny", vocab_size=12_000, num_layers=2, context_length=64, schedule=1)
     decoder = Decoder(config)
-    for parameter in decoder.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    batch = Batch.of_text(torch.randint(config.vocab_size, (4, config.context_length)))
-    with LiveTensors(decoder) as live:
-        full = AnswerKeeper(decoder)
-        loss = full(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
-        torch.autograd.backward(loss)
+    teacher, batch = frozen_teacher(decoder), Batch.of_text(torch.randint(12_000, (4, 64)))
+
+    def distilled(**loss: Any) -> int:
+        options = {"config": DistillationConfig(**loss)}
+        return peak_of(
+            torch.nn.ModuleList([decoder, teacher]),
+            lambda: distillation_loss(decoder, teacher, batch.input_ids, **options)[0],
+        )
+
+    alone = distilled(kl_weight=0.0)
+    for divergence in ("forward", "reverse", "jensen_shannon"):
+        assert distilled(divergence=divergence) < 1.4 * alone
+    # Members learn from what the full schedule predicted, which is kept in little memory.
+    full, none = AnswerKeeper(decoder), config.corrections.none(2)
+
+    def member() -> torch.Tensor:
         assert full.answer is not None
         finish = member_loss(full.answer, batch, DistillationConfig())
-        none = config.corrections.none(2)
-        loss, _ = decoder(batch.input_ids, schedule=none, finish=finish)
-        torch.autograd.backward(loss)
-    assert live.peak < 1.4 * alone
+        return decoder(batch.input_ids, schedule=none, finish=finish)[0]
+
+    first = partial(full, batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    assert peak_of(decoder, first, member) < 1.4 * alone
 
 
 SHAPES = {
