@@ -46,9 +46,8 @@ def watched(model: nn.Module, loops: LoopedModel) -> Iterator[tuple[list[nn.Modu
         states.append(call[2][0] if isinstance(call[2], tuple) else call[2])
 
     try:
-        for layer in (
-            layer for path in loops.layers for layer in model.get_submodule(path).children()
-        ):
+        stacks = [model.get_submodule(path) for path in loops.layers]
+        for layer in (layer for stack in stacks for layer in stack.children()):
             hooks.append(layer.register_forward_hook(lambda layer, *_: ran.append(layer)))
         hooks.append(model.get_submodule(loops.loop_end()).register_forward_hook(add_state))
     except AttributeError as error:
@@ -225,7 +224,7 @@ class LoopedDecoder:
                 f"a prompt of {prompts.size(1)} tokens and max_new_tokens={most} do not fit the "
                 f"context_length of {room}"
             )
-        ends, options = [*stop_tokens], {"do_sample": False}
+        ends, options = [*stop_tokens], dict[str, Any](do_sample=False)
         if chosen["temperature"]:
             options = {"do_sample": True, "temperature": chosen["temperature"]}
             options |= {"top_k": chosen["top_k"] or 0, "top_p": chosen["top_p"] or 1.0}
