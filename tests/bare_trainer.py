@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class BareTrainer(Trainer):
         self.objective, self.recipe, self.drawn_at = objective, recipe, lambda _: tuple(members)
         self.teacher, self.distillation = teacher, distillation
         self.world, self.position = world or World(), Position(step=step)
-        self.batch = batch
+        self.batch, self.profiler = batch, None
+        self.writer: Any = SimpleNamespace(save=lambda *_: None)
+        self.meter: Any = SimpleNamespace(measure=lambda _: {})
         self.flops_per_token = lambda _: 0.0
         self.reported: list[Mapping[str, float]] = []
 
@@ -58,20 +61,11 @@ class BareTrainer(Trainer):
     def wishes(self, step: int) -> dict[str, float]:
         return {"stop": 0.0, "save": 0.0}
 
-    def save(self) -> None:
-        pass
-
     def validate(self) -> dict[str, float]:
         return {VALIDATION_METRIC: 0.0}
-
-    def throughput(self) -> dict[str, float]:
-        return {}
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         self.reported.append(numbers)
 
     def event(self, name: str, **details: Any) -> None:
-        pass
-
-    def end_step(self) -> None:
         pass

@@ -100,10 +100,9 @@ class Placement:
         """
         return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
-    def num_places(self, workers: int | None = None) -> int:
-        """Return how many jobs, of their fewest or of this many workers, the nodes hold now."""
-        workers = workers or self.min_workers or self.workers
-        alive = alive_nodes()
+    def num_places(self) -> int:
+        """Return how many jobs, of their fewest workers, the nodes hold now."""
+        workers, alive = self.min_workers or self.workers, alive_nodes()
         return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
 
 

@@ -87,7 +87,7 @@ _LOCAL_ENVIRONMENT = {
     WATCHER_SWITCH: "0",
 }
 _JOINING_ENVIRONMENT = {
-    "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
+    "RAY_gcs_server_port_wait_time_s": "8"  # tries to reach the head node, about one a second
 }
 
 

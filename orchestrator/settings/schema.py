@@ -32,6 +32,15 @@ from orchestrator.settings.training import (
 )
 from orchestrator.workspace.errors import quoted
 
+_READ_BY_KINDS = {
+    "models, depths": ("depth",),
+    "asha": ("iterations",),
+    "teachers, elastic": ("threshold",),
+    "seeds": ("threshold", "iterations"),
+    "baselines, distilled_baselines": ("threshold", "search"),
+}
+"""Settings of a sweep -> the kinds of sweeps that read them."""
+
 
 class Settings(Section):
     """The whole tree."""
@@ -178,11 +187,14 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
     sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
-    gpus, num_gpus, workers = (
-        sweep.gpus_per_trial,
-        settings.cluster.num_gpus,
-        sweep.workers_per_trial,
-    )
+    gpus, workers, num_gpus = (
+        sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
+    )  # fmt: skip
+    for names, kinds in _READ_BY_KINDS.items():
+        advice = f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out"
+        for name in names.split(", ") if kind not in kinds else ():
+            if getattr(sweep, name):
+                yield f"sweep.{name}, sweep.kind: {advice}"
     if num_gpus and gpus == 0:
         yield (
             "sweep.gpus_per_trial, cluster.num_gpus: the first trains trials on CPUs, and the "
@@ -200,27 +212,12 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
     may_be_negative = metric_facts_of(settings.influence.metric).may_be_negative
     if kind != "iterations" and min(sweep.thresholds, default=0) < 0 and not may_be_negative:
         yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
-    if sweep.asha and kind != "iterations":
-        yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
     if sweep.asha and sweep.seeds:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
-    if kind != "depth" and (sweep.models or sweep.depths):
-        yield "sweep.kind, sweep.models, sweep.depths: only a depth sweep measures such models"
-    if kind != "threshold" and sweep.teachers:
-        yield "sweep.kind, sweep.teachers: only a threshold sweep has several; leave the second out"
-    if kind == "iterations" and sweep.baselines:
-        yield (
-            "sweep.kind, sweep.baselines: such a sweep has no teacher beside which they stand; "
-            "name all its models in sweep.methods"
-        )
-    if kind == "search" and sweep.seeds:
-        yield "sweep.kind, sweep.seeds: a search distills each schedule once; leave sweep.seeds out"
     if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
         yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
     if not sweep.distilled_baselines:
         return
-    if kind == "iterations":
-        yield "sweep.distilled_baselines, sweep.kind: such a sweep has no teacher; leave them out"
     if distillation.control != "distill":
         yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
     if distillation.hidden_weight:
@@ -239,8 +236,6 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
             names = "sweep.elastic, distillation.training.elastic"
             yield f"{names}: a student has one schedule; leave the second out, or set the first"
         return
-    if sweep.kind != "threshold":
-        yield "sweep.elastic, sweep.kind: only a threshold sweep knows its schedules beforehand"
     if settings.distillation.control != "distill":
         yield "sweep.elastic, distillation.control: a control is about students of one schedule"
     if elastic and (elastic.schedules or not elastic.weight):

@@ -114,10 +114,11 @@ class StepProfiler:
         self, run_folder: Path, num_steps: int, device: str, event: Callable[..., None]
     ) -> None:
         """Start to count steps; `event` is called with a name and details at the end."""
-        self._folder, self._num_steps, self._event = run_folder / PROFILE_NAME, num_steps, event
-        self._memory_history: Any = torch.cuda.memory if device.startswith("cuda") else None
-        self._num_done = 0
-        self._profiler: profile | None = profile(
+        self._folder, self._event, self._is_written = run_folder / PROFILE_NAME, event, False
+        self._memory: Any = torch.cuda.memory if device.startswith("cuda") else None
+        if self._memory:
+            self._memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+        self._profiler = profile(
             schedule=schedule(wait=STEPS_BEFORE - 1, warmup=1, active=num_steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
@@ -127,34 +128,27 @@ class StepProfiler:
 
     def end_step(self) -> None:
         """Count a step; the last one of the profile writes it."""
-        if self._profiler is None:
-            return
-        self._num_done += 1
-        if self._memory_history and self._num_done == STEPS_BEFORE:
-            self._memory_history._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
-        self._profiler.step()
-        if self._num_done == STEPS_BEFORE + self._num_steps:
-            self.close()
+        if not self._is_written:
+            self._profiler.step()
 
     def close(self) -> None:
         """End the profile; if the run ended before its last step, it holds fewer steps."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        if self._num_done <= STEPS_BEFORE:
+        self._profiler.stop()
+        if not self._is_written:
+            if self._memory:
+                self._memory._record_memory_history(enabled=None)
             text = f"no profile: it begins after {STEPS_BEFORE} steps, and the run ended before"
             self._event("not profiled", text=text)
-        profiler.stop()
-        if self._memory_history:
-            self._memory_history._record_memory_history(enabled=None)
 
     def _write(self, profiler: Any) -> None:
         with new_folder(self._folder) as folder:
             profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-            if self._memory_history:
-                self._memory_history._dump_snapshot(str(folder / "memory.pickle"))
+            if self._memory:
+                self._memory._dump_snapshot(str(folder / "memory.pickle"))
+                self._memory._record_memory_history(enabled=None)
             else:
                 averages = profiler.key_averages()
                 table = averages.table(sort_by="self_cpu_memory_usage", row_limit=MAX_TABLE_ROWS)
                 (folder / "memory.txt").write_text(table, encoding="utf-8")
-        self._event("profiled", text=f"profile of {self._num_done - STEPS_BEFORE} steps")
+        self._is_written = True
+        self._event("profiled", text=f"profile of {profiler.step_num - STEPS_BEFORE} steps")

@@ -124,10 +124,10 @@ def run_job(
     world = world or World()
     # Replicas may have unequal shares of a step. Shards make the same number of passes.
     num_workers = world.size if world.is_sharded else 1
-    run_on_first(lambda: check_job(job, num_workers=num_workers), world)
     with ExitStack() as stack:
 
         def open_folder() -> TrainingOutcome | None:
+            check_job(job, num_workers=num_workers)
             # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the
             # node. Two commands on one folder do not meet here: `watching.py` lets the second wait.
             lock = lock_file(job.folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)
@@ -188,15 +188,15 @@ class Trainer:
         self._should_stop, self._should_save, self._report = should_stop, should_save, report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Batch]] = {}
-        self._profiler: StepProfiler | None = None
+        self.profiler: StepProfiler | None = None
         if job.recipe.profile_steps and world.is_first:
             steps = job.recipe.profile_steps
-            self._profiler = StepProfiler(job.folder, steps, world.device, self.event)
+            self.profiler = StepProfiler(job.folder, steps, world.device, self.event)
 
     def close(self) -> None:
         """End the threads, and close the journal."""
         self._pool.shutdown(cancel_futures=True)
-        for part in (self._profiler, self.writer, self.journal):
+        for part in (self.profiler, self.writer, self.journal):
             if part:
                 part.close()
 
@@ -237,7 +237,7 @@ class Trainer:
             self.schedule_at, self.teacher, self.distillation, self.data.source_names
         )
         self.model = replicate(self.decoder, world)
-        self._meter = ThroughputMeter(self.position, world, recipe.precision)
+        self.meter = ThroughputMeter(self.position, world, recipe.precision)
 
     def _find_start(self) -> Path | None:
         # The checkpoint to continue: the run's own, one of its storage, or that of another run with
@@ -280,7 +280,7 @@ class Trainer:
         with _rare_garbage_collections() as collect_garbage:
             while True:
                 if agreed["stop"] or agreed["save"]:
-                    self.save()
+                    self.writer.save(position, self.decoder, self.optimizer)
                 if agreed["stop"]:
                     return False
 
@@ -321,15 +321,16 @@ class Trainer:
                 elif is_last or step % record_every == 0:
                     numbers |= {"tokens": position.num_tokens, "flops": position.flops}
                     named = {f"train/{name}": number for name, number in numbers.items()}
-                    self.report(step, {**named, **self.throughput()})
+                    self.report(step, {**named, **self.meter.measure(position)})
                 if validates:
                     metrics = self.validate()
                     position.validation_loss = metrics[VALIDATION_METRIC]
                     position.validated_step = step
                     self.report(step, metrics)
                 if is_last or step % recipe.checkpoint_every_steps == 0:
-                    self.save()
-                self.end_step()
+                    self.writer.save(position, self.decoder, self.optimizer)
+                if self.profiler:
+                    self.profiler.end_step()
                 if is_last:
                     return True
                 if validates:  # Its result may be a reason to stop.
@@ -459,15 +460,11 @@ class Trainer:
     def wishes(self, step: int) -> dict[str, float]:
         """Return whether the first worker wants to stop or to save after a step; asked once for
         each."""
-        if not self.world.is_first:
-            return {"stop": 0.0, "save": 0.0}
-        asked = self._should_save is not None and self._should_save()
-        saves = asked or self.writer.is_due(step)
-        return {"stop": float(self._should_stop()), "save": float(saves)}
-
-    def save(self) -> None:
-        """Start to write a checkpoint."""
-        self.writer.save(self.position, self.decoder, self.optimizer)
+        saves = stops = False
+        if self.world.is_first:
+            is_noticed = self._should_save is not None and self._should_save()
+            saves, stops = is_noticed or self.writer.is_due(step), self._should_stop()
+        return {"stop": float(stops), "save": float(saves)}
 
     def validate(self) -> dict[str, float]:
         """Return the validation metrics under the schedule of the latest step, the same on all
@@ -495,10 +492,6 @@ class Trainer:
             metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
         return metrics
 
-    def throughput(self) -> dict[str, float]:
-        """Return speed since the last call, and memory; called on every worker."""
-        return self._meter.measure(self.position)
-
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record the metrics of a step; only the first worker writes them."""
         if self.journal:
@@ -510,11 +503,6 @@ class Trainer:
         """Record an unusual event; only the first worker writes it."""
         if self.journal:
             self.journal.event(name, **details)
-
-    def end_step(self) -> None:
-        """End a step, for the profile."""
-        if self._profiler:
-            self._profiler.end_step()
 
 
 def _counts(batch: Batch) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.terminal.progress import Progress
 
@@ -18,17 +18,9 @@ DeviceWork = Callable[[str, Progress], T]
 pickled."""
 
 
-class OnDevice(Protocol):
-    """Runs work on some device; see `orchestrator.cluster.task`."""
-
-    def __call__(self, work: DeviceWork[T], progress: Progress) -> T:
-        """Return what the work returns, and raise what it raises.
-
-        Raises:
-            UserError: If there is no GPU although some are named.
-            RunFailed: If the work's process died too often.
-            Interrupted: After Ctrl-C or SIGTERM.
-        """
+OnDevice = Callable[[DeviceWork[Any], Progress], Any]
+"""Runs work on some device, returns what it returns, and raises what it raises; also a `UserError`
+if there is no GPU although some are named; see `orchestrator.cluster.task`."""
 
 
 def on_cpu(work: DeviceWork[T], progress: Progress) -> T:

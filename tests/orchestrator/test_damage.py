@@ -415,7 +415,8 @@ def _problem(
     copies.restore(exports=name == "import")
     path = min(copies.root.glob(pattern))
     HARMS[harm](path)
-    gc.collect()
+    if harm == "nested":
+        gc.collect()
     gc.disable()  # A finalizer that ran deep inside a parser's recursion would fail by it.
     try:
         code, answer, words = _ask(copies, name, capfd)

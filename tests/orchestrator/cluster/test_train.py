@@ -22,7 +22,7 @@ from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.trainer import Diverged, run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import checkpoint_name, find_checkpoints, step_of
@@ -301,19 +301,3 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
             run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
     finally:
         remove_placement_group(others)
-
-
-@pytest.mark.long
-def test_what_trying_again_cannot_help_is_not_tried_again(
-    ray_session: None, make_job: MakeJob
-) -> None:
-    diverging, fine = make_job("diverging", learning_rate=1e30), make_job("fine")
-    listeners = Listeners(fine)
-    with pytest.raises(Diverged, match="diverged at step"):
-        run_train_jobs([diverging, fine], ClusterSettings(max_failures=5), watch=listeners.watch)
-    assert events(fine, "finished"), "one job's end must not take the others along"
-    assert listeners.are_local(), listeners.found
-    for job in (diverging, fine):
-        (started,) = events(job, "started")
-        assert started["num_threads"] == 1, "they run side by side"
-        assert not (job.folder / "ray").exists()

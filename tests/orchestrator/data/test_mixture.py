@@ -182,9 +182,7 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
         prepare(settings, workspace)
     assert written == ["files"]
     monkeypatch.setattr(
-        preparation,
-        "write_text",
-        lambda s, *o: (written.append(s.source), write_text(s, *o))[1],
+        preparation, "write_text", lambda s, *o: (written.append(s.source), write_text(s, *o))[1]
     )
     folder = prepare(settings, workspace)
     assert written == ["files", "hub"]

@@ -11,12 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.order import (
-    WindowOrder,
-    check_even_split,
-    permute,
-    positions_of_step,
-)
+from orchestrator.data.order import WindowOrder, check_even_split, permute, positions_of_step
 from orchestrator.data.store import TokenStore, gather
 from orchestrator.workspace.errors import UserError
 

@@ -1,9 +1,8 @@
-"""One trial, several processes: made once, waited for, taken over from the dead, and stopped early
+"""One trial, several processes: waited for, made once, taken over from the dead, and stopped early
 where another learning rate is better."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
-from commands import Started
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
@@ -32,26 +30,6 @@ from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
-
-WORKER = """
-import json, sys
-from pathlib import Path
-from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.sweeping import trial as module
-from orchestrator.models.open import (load_model)
-
-def measure(trial, device):
-    with (Path(trial.folder) / "measured").open("a") as file:
-        file.write("once\\n")
-    decoder = load_model(Path(trial.checkpoint), schedule=trial.model.corrections)
-    loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
-    return trial.with_numbers("quality", {"validation_loss": loss})
-
-module.measure_trial = measure
-for line in sys.stdin:
-    result = module.run_trial(module.Trial.model_validate_json(line))
-    print(json.dumps(result.model_dump(mode="json")), flush=True)
-"""
 
 HOLDER = """
 import sys
@@ -78,22 +56,6 @@ def measured(monkeypatch) -> None:
 
 def starts(trial: Trial) -> int:
     return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
-
-
-@pytest.mark.slow
-def test_two_processes_make_a_trial_once(trials):
-    processes = [Started(code=WORKER) for _ in range(2)]
-    for trial in trials[:2]:
-        for process in processes:
-            process.stdin.write(json.dumps(trial.model_dump(mode="json")) + "\n")
-            process.stdin.flush()
-        answers = [json.loads(process.stdout.readline()) for process in processes]
-        assert answers[0] == answers[1]
-        assert starts(trial) == (1 if trial.job else 0)
-        assert (Path(trial.folder) / "measured").read_text() == "once\n"
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
 
 
 def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):

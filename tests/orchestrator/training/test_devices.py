@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, preset
+from iiet import METHODS, Decoder, next_token_loss, preset
 from orchestrator.models.open import device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
@@ -123,36 +122,6 @@ def test_every_training_of_a_process_compiles() -> None:
             decoder(torch.zeros(2, 8, dtype=torch.long))
             assert graphs.frame_count
     assert found == ["compiled"] * 3
-
-
-@pytest.mark.slow
-def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
-    """At 24 layers and at 30: one graph of a training step."""
-    graphs = CompileCounter()
-    ids = torch.randint(13, (2, 8))
-
-    def train(decoder: Decoder, schedule: IterationSchedule, **mask: torch.Tensor) -> None:
-        next_token_loss(decoder(ids, schedule=schedule, **mask), ids).backward()
-
-    deep, deeper = (tiny_decoder(num_layers) for num_layers in (24, 30))
-    both: Any = SimpleNamespace(fields=[*deep.fields, *deeper.fields])
-    compile_fields(both, lambda *_, **__: None, graphs)
-    train(deep, IterationSchedule.none(24))
-    assert graphs.frame_count == 1
-    train(deep, IterationSchedule.ramp(24, 3, 0))
-    train(deeper, IterationSchedule.uniform(30, 1))
-    with torch.inference_mode():
-        deep(ids, schedule=IterationSchedule.uniform(24, 1))
-    assert graphs.frame_count == 1
-    deep.activation_checkpointing = True
-    train(deep, IterationSchedule.uniform(24, 1))
-    assert graphs.frame_count == 1
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, 0] = False
-    train(deep, IterationSchedule.uniform(24, 1), attention_mask=mask)
-    train(deep, IterationSchedule.none(24), attention_mask=mask)
-    assert graphs.frame_count == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def tiny_decoder(num_layers: int) -> Decoder:
@@ -282,8 +251,7 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "num_passes", "checkpointing"),
-    [("fp32", 2, True), ("bf16", 1, False)],
+    ("precision", "num_passes", "checkpointing"), [("fp32", 2, True), ("bf16", 1, False)]
 )
 def test_the_planned_memory_is_that_of_a_step(
     precision: Literal["fp32", "bf16"], num_passes: int, checkpointing: bool

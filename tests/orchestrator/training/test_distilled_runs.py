@@ -11,7 +11,7 @@ import pytest
 import torch
 from same_run import curve
 
-from iiet.config import DistillationConfig, ModelConfig
+from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.open import load_model
@@ -123,35 +123,6 @@ def test_the_teacher_contributes_only_within_its_window(student: MakeJob) -> Non
     for window in ("teacher_until_step=0", "teacher_from_step=-1"):
         with pytest.raises(UserError, match=rf"distillation\.{window.partition('=')[0]}"):
             resolve_settings({}, [f"distillation.{window}"])
-
-
-def test_distillation_in_stages_trains_the_schedule_of_each_step(student: MakeJob) -> None:
-    staged = student(schedule=(2, 1), recipe={"iterate_from_fraction": 0.5})
-    none = student("none", schedule=(0, 0))
-    at_once = student("at once", schedule=(2, 1))
-    flops = [run_job(job).training_flops for job in (staged, none, at_once)]
-    for metric in ("train/kl", "train/loss"):
-        found, without, full = (curve(job, metric) for job in (staged, none, at_once))
-        assert [found[step] for step in (1, 2, 3)] == [without[step] for step in (1, 2, 3)]
-        assert found[4] != without[4]
-        assert found[1] != full[1]
-    # The student starts as its teacher: under the full schedule they agree.
-    assert curve(at_once, "train/kl")[1] == pytest.approx(0, abs=1e-6)
-    assert flops[0] == pytest.approx((flops[1] + flops[2]) / 2)
-
-
-def test_hidden_states_are_a_term_of_a_run(student: MakeJob) -> None:
-    job = student(hidden_weight=0.5, kl_weight=2.0)
-    without = DistillationConfig(kl_weight=2.0)
-    assert job_key(job) != job_key(job.model_copy(update={"distillation": without}))
-    run_job(job)
-    names = ("loss", "cross_entropy", "kl", "hidden")
-    loss, entropy, kl, hidden = (curve(job, f"train/{name}") for name in names)
-    assert len(hidden) == RECIPE["num_steps"]
-    for step, error in hidden.items():
-        assert error > 0
-        total = entropy[step] + 2 * kl[step] + 0.5 * error
-        assert loss[step] == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("control", ["cross_entropy", "scratch"])

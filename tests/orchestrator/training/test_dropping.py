@@ -7,13 +7,7 @@ import torch
 from model_cases import schedule_for
 from torch import nn
 
-from iiet import (
-    METHODS,
-    Decoder,
-    ModelConfig,
-    next_token_loss,
-    plain_formulas,
-)
+from iiet import METHODS, Decoder, ModelConfig, next_token_loss, plain_formulas
 from iiet.methods import Advance
 from iiet.mix import PlainHistory
 from orchestrator.training.dropping import drop_layers, kept_config
@@ -76,24 +70,6 @@ def check_dropping(decoder, kept):
         torch.testing.assert_close(smaller(TOKENS), expected(TOKENS), rtol=0, atol=1e-12)
         assert (smaller(TOKENS) - decoder(TOKENS)).abs().max() > 1e-3
     assert smaller.config == kept_config(decoder.config, kept)
-
-
-@torch.no_grad()
-def test_the_weight_of_a_dropped_estimate_moves_to_the_kept_one_before_it():
-    decoder = decoder_of("iiet")
-    row = decoder.layers[3].mix.inner  # Columns: embeddings, layers 1 to 4.
-    a, b, c, d, e = row.tolist()
-    for kept, expected in {
-        (0, 3): [a, b + c + d, e],
-        (2, 3): [a + b + c, d, e],
-        (1, 3): [a + b, c + d, e],
-        (3,): [a + b + c + d, e],
-    }.items():
-        smaller = drop_layers(decoder, kept)
-        assert smaller.layers[-1].mix.inner.tolist() == pytest.approx(expected)
-    fresh = drop_layers(Decoder(decoder.config), (1, 3))
-    for layer in fresh.layers:
-        assert layer.mix.outer.sum().item() == pytest.approx(1.0)
 
 
 def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():

@@ -87,10 +87,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
 def test_mistakes_are_found_before_anything_is_written(
-    changes: dict[str, Any],
-    sentence: str,
-    make: MakeJob,
-    tiny_model: dict[str, Any],
+    changes: dict[str, Any], sentence: str, make: MakeJob, tiny_model: dict[str, Any]
 ) -> None:
     given = {**changes}
     if "model" in given:

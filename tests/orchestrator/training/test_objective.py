@@ -28,11 +28,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
 from orchestrator.training.job import first_stage_of, job_key, key_fields, pretraining_job
-from orchestrator.training.objective import (
-    Objective,
-    make_objective,
-    validation_metrics,
-)
+from orchestrator.training.objective import Objective, make_objective, validation_metrics
 from orchestrator.training.schedules import drawn_by_step
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 import pytest
-from same_run import curve
 
-from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
-from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.schedules import drawn_by_step, learning_rate_at, schedule_by_step
-from orchestrator.training.trainer import run_job
 
 RATE = {"num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0,
         "final_learning_rate_fraction": 0.1}  # fmt: skip
@@ -67,17 +62,6 @@ def test_corrections_come_at_once_or_over_a_ramp(
     schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
     schedules = [schedule_at(step).corrections for step in range(100)]
     assert [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)] == stages
-
-
-def test_flops_follow_the_schedule_of_each_step(tiny_job: Callable[..., TrainingJob]) -> None:
-    job = tiny_job(num_steps=4, iterate_from_fraction=0.25, iterate_ramp_fraction=0.5)
-    outcome = run_job(job)
-    schedules = map(IterationSchedule, ((0, 0), (1, 1), (2, 1), (2, 1)))
-    costs = [64 * training_flops_per_token(job.model, schedule) for schedule in schedules]
-    assert outcome.training_flops == pytest.approx(sum(costs))
-    assert curve(job, "train/flops") == pytest.approx(
-        dict(enumerate(itertools.accumulate(costs), start=1))
-    )
 
 
 def drawn(
