@@ -69,14 +69,14 @@ LINES = {
     "orchestrator/records": 1_284,
     "orchestrator/models": 1_888,
     "orchestrator/data": 2_408,
-    "orchestrator/tracking": 1_409,
+    "orchestrator/tracking": 1_401,
     "orchestrator/training": 3_318,
     "orchestrator/evaluation": 2_739,
-    "orchestrator/planning": 1_184,
+    "orchestrator/planning": 1_164,
     "orchestrator/cluster": 1_795,
-    "orchestrator/reporting": 4_773,
+    "orchestrator/reporting": 4_793,
     "orchestrator/sweeping": 2_665,
-    "orchestrator/pipelines": 4_961,
+    "orchestrator/pipelines": 4_931,
     "orchestrator/cli": 1_713,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

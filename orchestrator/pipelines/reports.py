@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from orchestrator.cluster.task import command_device
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.reporting.claims import claims_section
@@ -224,6 +223,7 @@ def plan_drafts(
 
 def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
     """Measure the drafts that are not measured yet, and write the sweep's report with them."""
+    from orchestrator.cluster.task import command_device
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
     from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
 
