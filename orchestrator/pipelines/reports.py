@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from orchestrator.cluster.task import command_device
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.reporting.claims import claims_section
@@ -53,17 +52,9 @@ class ReportResult(Result):
     @classmethod
     def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
-        return cls(
-            title=report.title,
-            front=report.front,
-            sentences=tuple(report.sentences),
-            elastic=report.elastic,
-            sections=tuple(report.brief()),
-            folder=report.folder,
-            page=report.page,
-            workspace=workspace.root,
-            **more,
-        )
+        names = ("title", "front", "sentences", "elastic", "folder", "page")
+        own = {name: getattr(report, name) for name in names}
+        return cls(**own, sections=tuple(report.brief()), workspace=workspace.root, **more)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model: cost, quality, place on the front, checkpoint."""
@@ -232,6 +223,7 @@ def plan_drafts(
 
 def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
     """Measure the drafts that are not measured yet, and write the sweep's report with them."""
+    from orchestrator.cluster.task import command_device
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
     from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
 

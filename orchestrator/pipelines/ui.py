@@ -22,6 +22,7 @@ from orchestrator.reporting.results import newest_sweep
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
 from orchestrator.tracking.chart_view import ChartView
+from orchestrator.tracking.store import MEASUREMENTS
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
@@ -88,7 +89,10 @@ def serve(
 
 
 def overview() -> ChartView:
-    """Return a view of all runs, the newest first: what they are, their quality and cost."""
+    """Return a view of all trainings, the newest first: what they are, their quality and cost.
+
+    Those of sweeps stand in it as the others do.
+    """
     metrics = (
         "quality/accuracy", "quality/bits_per_byte", "validation/loss",
         "cost/evaluations", "cost/decode_ms_per_token",
@@ -96,9 +100,9 @@ def overview() -> ChartView:
     params = ("method", "schedule", "learning_rate", "seed")
     return ChartView(
         key="runs",
-        name="All runs",
-        run_filter="",
-        order_by="attributes.start_time",  # In quotes, MLflow would not fold trials into a sweep.
+        name="Training runs",
+        run_filter=" and ".join(f"tags.`iiet.kind` != '{k}'" for k in ("sweep", *MEASUREMENTS)),
+        order_by="attributes.start_time",
         is_ascending=False,
         columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
     )

@@ -105,18 +105,16 @@ def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) ->
     with suppress(OSError):
         if all(map(Path.is_file, paths)) and paths[-1].read_bytes().endswith(mark):
             return paths
+    svg: str = vl_convert.vegalite_to_svg(spec)
+    # Ids must not depend on the charts that were drawn before.
+    ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
+    for number, name in enumerate(ids):
+        svg = re.sub(rf'(?<=[#"]){name}(?=["\)])', f"id_{number}", svg)
     for path in paths:
-        if path.suffix == ".svg":
-            svg: str = vl_convert.vegalite_to_svg(spec)
-            # Ids must not depend on the charts that were drawn before.
-            ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
-            for number, name in enumerate(ids):
-                svg = re.sub(rf'(?<=[#"]){name}(?=["\)])', f"id_{number}", svg)
-            content = svg.encode() + mark
-        else:
-            content = vl_convert.vegalite_to_png(spec, scale=PIXELS_PER_UNIT)
+        is_svg = path.suffix == ".svg"
+        png = b"" if is_svg else vl_convert.svg_to_png(svg, scale=PIXELS_PER_UNIT)
         with new_file(path) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(svg.encode() + mark if is_svg else png)
     return paths
 
 

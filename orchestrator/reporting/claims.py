@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 from zlib import crc32
 
@@ -30,7 +30,6 @@ from orchestrator.reporting.front import COSTS, Front, Row, known
 from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
-    NUM_RESAMPLES,
     Floats,
     Interval,
     PairedScores,
@@ -120,14 +119,13 @@ class _Missing(Exception):
     """Why a claim is not measured."""
 
 
-def find_claims(front: Front, *, num_resamples: int = NUM_RESAMPLES) -> list[Claim]:
+def find_claims(front: Front) -> list[Claim]:
     """Return what the models of a front show of each claim.
 
     Args:
         front: One sweep, or several that were measured alike, from `with_confidence`.
-        num_resamples: Number of draws.
     """
-    evidence = _Evidence(front, num_resamples)
+    evidence = _Evidence(front)
     judges: Sequence[Callable[[Claim], Claim]] = (
         *(partial(evidence.iiet_over, method) for method in (BASELINE_METHOD, PCFORMER)),
         *(partial(evidence.saved_overhead, cost) for cost in UNITS),
@@ -146,13 +144,9 @@ def find_claims(front: Front, *, num_resamples: int = NUM_RESAMPLES) -> list[Cla
 class _Evidence:
     """The models that claims compare, and their scores on the same items."""
 
-    def __init__(self, front: Front, num_resamples: int) -> None:
+    def __init__(self, front: Front) -> None:
+        self._front, self._teachers = front, teachers_of(front.table)
         self._rows: list[Row] = [*front.rows, *front.unmeasured]
-        placed = {row["key"] for row in front.rows}
-        self._runs = {key: runs for key, runs in front.runs.items() if key in placed}
-        self._num_resamples = num_resamples
-        self._paired: dict[tuple[tuple[str, ...], int | None], PairedScores | None] = {}
-        self._teachers = teachers_of(front.table)
         iiets = self._trained(DEFAULT_METHOD)
         shape = shape_of(iiets[-1]["trial"].facts) if iiets else None
         self._rows = [row for row in self._rows if shape_of(row["trial"].facts) == shape]
@@ -175,26 +169,40 @@ class _Evidence:
             raise _Missing(f"no students of {teacher['label']} on this front")
         return own
 
-    def _scores(self, rows: Iterable[Row], half: int | None = None) -> tuple[Scores, int]:
-        """Return the accuracies of these models on the items that all answered, and their number.
+    def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
+        """Return the accuracies of all models on the items that all answered, and the places of
+        these ones.
 
         Args:
             half: 0 or 1 counts only one half of the items.
         """
-        named = {row["key"]: row["label"] for row in rows}
-        if lacking := [label for key, label in named.items() if key not in self._runs]:
+        paired = self._front.paired if half is None else self._halves[half]
+        places = paired.places if paired else {}
+        if lacking := dict.fromkeys(row["label"] for row in rows if row["key"] not in places):
             raise _Missing(f"no values of single items of {', '.join(lacking)}")
-        asked = tuple(named), half
-        if asked not in self._paired:  # Costs are judged of the same models, by the same draws.
-            runs = {key: self._runs[key] for key in named}
-            if half is not None:
-                runs = {key: [_half_of(run, half) for run in seeds] for key, seeds in runs.items()}
-            self._paired[asked] = pair_scores(runs, num_resamples=self._num_resamples)
-        paired = self._paired[asked]
         scores = paired and paired.quality(ACCURACY)
-        if not paired or not scores:
+        if not scores:
             raise _Missing("no task with an accuracy that all models answered")
-        return scores, paired.num_items
+        return scores, [places[row["key"]] for row in rows]
+
+    @cached_property
+    def _halves(self) -> list[PairedScores | None]:
+        """The scores on those items whose hash is even, and on those whose hash is odd."""
+        own = {row["key"] for row in self._rows}
+        paired, basis = self._front.paired, self._front.basis
+        if paired is None or basis is None:
+            return [None, None]
+        return [
+            pair_scores(
+                {
+                    key: [_half_of(run, half) for run in runs]
+                    for key, runs in paired.evaluations.items()
+                    if key in own
+                },
+                num_resamples=basis.num_resamples,
+            )
+            for half in (0, 1)
+        ]
 
     def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
@@ -206,18 +214,18 @@ class _Evidence:
         Args:
             pairs: Student and teacher.
         """
-        rows = {row["key"]: row for pair in pairs for row in pair}
-        scores, num_items = self._scores(rows.values())
-        place, random = {key: n for n, key in enumerate(rows)}, np.random.default_rng(0)
+        random = np.random.default_rng(0)
         kept = []
         for student, teacher in pairs:
-            ratio = scores.ratio(place[student["key"]], place[teacher["key"]])
+            scores, (mine, whole) = self._scores(student, teacher)
+            ratio = scores.ratio(mine, whole)
             if ratio is None:
                 raise _Missing("a teacher that answers more than nothing in every draw")
             interval, draws = ratio
             if np.ptp(draws) == 0:
+                num_items = self._front.paired.num_items if self._front.paired else 0
                 unlike = random.beta(1, num_items + 1, len(draws))
-                draws = draws - unlike / scores.observed[place[teacher["key"]]]
+                draws = draws - unlike / scores.observed[whole]
                 interval = replace(interval_of(interval.value, draws), high=interval.value)
             kept.append((interval, draws))
         return kept
@@ -225,8 +233,10 @@ class _Evidence:
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""
         full, other = self._model(DEFAULT_METHOD), self._model(method)
-        scores, _ = self._scores([full, other])
-        return claim.judged(scores.difference(0, 1), f"{_described(full)}; {_described(other)}")
+        scores, (mine, theirs) = self._scores(full, other)
+        return claim.judged(
+            scores.difference(mine, theirs), f"{_described(full)}; {_described(other)}"
+        )
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
@@ -274,16 +284,15 @@ class _Evidence:
         near = [row for row in students if row[cost] <= COMPARABLE * least]
         if not near:
             raise _Missing(f"no student costs at most {COMPARABLE} times vanilla's {UNITS[cost]}")
-        (choice, num_before), (judge, num_after) = (
-            self._scores([vanilla, *near], half=half) for half in (0, 1)
-        )
-        best = int(np.argmax(choice.observed[1:]))
+        (choice, places), (judge, _) = (self._scores(*near, vanilla, half=half) for half in (0, 1))
+        best = int(np.argmax(choice.observed[places[:-1]]))
+        num_items = [half.num_items if half else 0 for half in self._halves]
         time, least_time = known(near[best], TIME), known(vanilla, TIME)
         ratio = f" takes {time / least_time:.2f} times its time" if time and least_time else ""
         return claim.judged(
-            judge.difference(1 + best, 0),
+            judge.difference(places[best], places[-1]),
             f"{_described(near[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
-            f"{len(near)} on {num_before:,} items, and judged on {num_after:,} others",
+            f"{len(near)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:

@@ -34,6 +34,7 @@ from orchestrator.reporting.statistics import (
     ON_FRONT_METRIC,
     SHARE_METRIC,
     Interval,
+    PairedScores,
     difference_metric,
     front_shares,
     keeps_metric,
@@ -164,9 +165,9 @@ class Front:
     with an empty name of the other, the quality itself."""
     basis: ConfidenceBasis | None = None
     """What the confidences are computed from; None if there are none."""
-    runs: Mapping[str, Sequence[EvaluationResult]] = field(default_factory=dict)
-    """Key of a model -> values of single items, for each of its seeds; without models that lack
-    those of a seed."""
+    paired: PairedScores | None = None
+    """The scores in each draw, of the placed models with values of single items; None if there are
+    not two."""
     kept_share: float = KEPT_SHARE
     """Share of the full model's quality that the confidence of keeping it is about."""
 
@@ -362,11 +363,11 @@ def with_confidence(
 ) -> Front:
     """Return the front with the confidence of each place.
 
-    It has `runs`, `intervals`, and columns `paired/...`: the share of the full model's quality and
-    the differences to the full model and to each baseline, on the front's quality and on each task,
-    each with its `_low` and `_high`; and the shares of the draws in which the model keeps
+    It has `paired`, `intervals`, and columns `paired/...`: the share of the full model's quality,
+    and the differences to the full model and to each baseline, on the front's quality and on each
+    task, each with its `_low` and `_high`; and the shares of the draws in which the model keeps
     `kept_share`, and in which it is on the front. Without two models that answered the same items,
-    only `runs` are added.
+    the front stays as it is.
 
     Args:
         front: Placed results.
@@ -378,17 +379,15 @@ def with_confidence(
     from pandas import DataFrame
 
     rows, full, axes = front.rows, front.full, front.axes
-    found = {
-        str(key): [items[seed.key] for seed in seeds]
-        for key, seeds in front.table["seeds"].items()
-        if all(seed.key in items for seed in seeds)
+    runs = {
+        row["key"]: [items[seed.key] for seed in row["seeds"]]
+        for row in rows
+        if all(seed.key in items for seed in row["seeds"])
     }
-    front = replace(front, runs=found, kept_share=kept_share)
-    runs = {row["key"]: found[row["key"]] for row in rows if row["key"] in found}
     paired = pair_scores(runs, num_resamples=num_resamples) if full and len(runs) > 1 else None
     if full is None or paired is None:
-        return front
-    scores, number_of = paired.quality(axes.quality), {key: n for n, key in enumerate(runs)}
+        return replace(front, kept_share=kept_share)
+    scores, number_of = paired.quality(axes.quality), paired.places
     others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
@@ -431,7 +430,14 @@ def with_confidence(
         num_resamples=num_resamples,
     )
     table = front.table.join(DataFrame.from_dict(columns, orient="index").sort_index(axis=1))
-    return replace(front, table=table, intervals=intervals, basis=basis)
+    return replace(
+        front,
+        table=table,
+        intervals=intervals,
+        basis=basis,
+        paired=paired,
+        kept_share=kept_share,
+    )
 
 
 def sweep_front(
@@ -457,6 +463,6 @@ def sweep_front(
         is_shared = table["label"].duplicated(keep=False)
         table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
     front = find_front(table, axes)
-    items = load_item_values(workspace, (seed for seeds in table["seeds"] for seed in seeds))
+    items = load_item_values(workspace, front.seeds)
     notes = item_notes(front.seeds, items)
     return with_confidence(front, items, kept_share=kept_share), notes

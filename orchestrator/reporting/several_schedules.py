@@ -19,7 +19,7 @@ from orchestrator.records.trial import LOSS, Trial
 from orchestrator.reporting.charts import DEPTH_TITLE, depth_chart
 from orchestrator.reporting.front import Front, is_accuracy, metric_title
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
-from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval, pair_scores
+from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval
 from orchestrator.reporting.tables import difference_text
 from orchestrator.terminal.render import format_with_error, shortest_schedule
 from orchestrator.workspace.errors import UserError
@@ -40,15 +40,15 @@ def elastic_section(front: Front) -> Section | None:
         return None
     quality = front.axes.quality
     name, is_percent = metric_title(quality).lower(), is_accuracy(quality)
+    scores = front.paired and front.paired.quality(quality)
+    places = front.paired.places if front.paired else {}
     rows, data = [], []
     for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):
         pair = (elastic[schedule], students[schedule])
         (first, second), losses = ([m.value(n) for m in pair] for n in (quality, LOSS))
         interval, difference = None, ""
-        if all(model.key in front.runs for model in pair):
-            paired = pair_scores({model.key: front.runs[model.key] for model in pair})
-            scores = paired and paired.quality(quality)
-            interval = scores.difference(0, 1) if scores else None
+        if scores and all(model.key in places for model in pair):
+            interval = scores.difference(*(places[model.key] for model in pair))
         if interval:
             difference = difference_text(interval, is_percent=is_percent)
         elif first is not None and second is not None:

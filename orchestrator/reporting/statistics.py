@@ -129,6 +129,8 @@ class ItemValues:
 class PairedScores:
     """Scores of all models on the items that all of them answered."""
 
+    evaluations: Mapping[str, Sequence[EvaluationResult]]
+    """Key of a model -> its evaluations, one for each seed."""
     items: Mapping[str, ItemValues]
     """Task -> its items."""
     scores: Mapping[str, Scores]
@@ -142,6 +144,11 @@ class PairedScores:
     def metrics(self) -> dict[str, str]:
         """Task -> the metric that is compared."""
         return {task: items.metric for task, items in self.items.items()}
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Key of a model -> its number in the scores."""
+        return {key: number for number, key in enumerate(self.evaluations)}
 
     @property
     def num_items(self) -> int:
@@ -215,7 +222,7 @@ def pair_scores(
         counts = item_counts(len(values.weights), num_resamples, (seed, *task.encode()))
         scores[task] = resample(values, seed_weights, model_of_run, counts)
     groups = {name: members for run in runs for name, members in run.groups.items()}
-    return PairedScores(items, scores, groups, left_out)
+    return PairedScores(evaluations, items, scores, groups, left_out)
 
 
 def shared_metric(results: Sequence[TaskResult]) -> str | None:

@@ -46,8 +46,6 @@ class ChartView:
     """Metrics over steps, one chart each."""
     folded_groups: Sequence[str] = ()
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
-    unfolded: Sequence[str] = ()
-    """Ids of runs in the table that show the runs nested in them."""
     time_ms: int = field(default_factory=now_ms)
     """When it was made."""
 
@@ -74,7 +72,6 @@ class ChartView:
 
     def state(self) -> dict[str, Any]:
         """Return the state of MLflow's page: filter, table and charts."""
-        is_attribute = self.order_by.startswith("attributes.")
         own = {"name": self.name, "display": True, "isGenerated": False}
         own |= {"columns": 2, "cardHeight": CARD_HEIGHT_PIXELS}
         # MLflow adds a section for each group of metrics; listing it here keeps it folded.
@@ -84,16 +81,14 @@ class ChartView:
         shared |= {"deleted": False, "isGenerated": False}
         return {
             "searchFilter": self.run_filter,
-            "orderByKey": self.order_by if is_attribute else _column(self.order_by),
+            "orderByKey": _column(self.order_by),
             "orderByAsc": self.is_ascending,
             "startTime": "ALL",
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "selectedColumns": [_column(name) for name in self.columns],
             **{key: [] for key in ("datasetsFilter", "columnOrder", "runsPinned", "runsHidden")},
-            "columnWidths": {},
-            "runsExpanded": dict.fromkeys(self.unfolded, True),
-            "runsVisibilityMap": {},
+            **{key: {} for key in ("columnWidths", "runsExpanded", "runsVisibilityMap")},
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [
                 {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}

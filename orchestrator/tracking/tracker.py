@@ -13,7 +13,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -304,20 +303,18 @@ class Tracking:
     def links(self, base_url: str, overview: ChartView, max_sweeps: int) -> list[str]:
         """Return links to all runs and, for each new sweep, to its charts, table, report and run.
 
-        The `overview` of all runs is saved first, because a link cannot choose columns. It shows
-        the trials of the newest sweep, of which all trainings may be. There are none while the
-        store does not respond.
+        The `overview` of all runs is saved first, because a link cannot choose columns. There are
+        none while the store does not respond.
         """
         try:
             client, experiment_id = self.store.connect(), str(self.store.experiment_id)
+            client.set_experiment_tag(experiment_id, *overview.tag)
             sweeps = client.search_runs(
                 [experiment_id],
                 tag_filter({KIND_TAG: "sweep"}),
                 max_results=max_sweeps,
                 order_by=["attributes.start_time DESC"],
             )
-            newest = [run.info.run_id for run in sweeps[:1]]
-            client.set_experiment_tag(experiment_id, *replace(overview, unfolded=newest).tag)
         except FAILURES as error:
             self.pause(error)
             return []

@@ -65,8 +65,8 @@ def answers(trial: Trial) -> EvaluationResult:
 
 def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
     items = {trial.key: answers(trial) for trial in trials}
-    front = with_confidence(sample_front(trials), items, num_resamples=10)
-    found = find_claims(front, num_resamples=400)
+    front = with_confidence(sample_front(trials), items, num_resamples=400)
+    found = find_claims(front)
     assert [claim.key for claim in found] == [*KEYS]
     return {claim.key: claim for claim in found}
 
@@ -107,8 +107,8 @@ def test_equal_answers_to_few_items_decide_nothing(num_items: int, verdict: str)
         values = {"acc": task.values["acc"][:num_items]}
         changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
         items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
-    front = with_confidence(sample_front(trials), items, num_resamples=10)
-    found = find_claims(front, num_resamples=400)
+    front = with_confidence(sample_front(trials), items, num_resamples=400)
+    found = find_claims(front)
     saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
     assert (saved.here, saved.verdict, saved.high) == (100, verdict, 100)
     assert saved.low is not None

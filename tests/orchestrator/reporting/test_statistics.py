@@ -20,7 +20,6 @@ from orchestrator.reporting.statistics import (
     interval_of,
     item_counts,
     mcnemar_p_value,
-    mean_scores,
     resample,
 )
 
@@ -122,15 +121,6 @@ def test_the_variances_of_seeds_and_items_add_up() -> None:
     scores = resample(ItemValues("acc", values, np.ones(80)), weights, model_of_run, counts)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
-
-
-def test_a_mean_over_tasks_has_the_error_of_independent_parts() -> None:
-    rng = np.random.default_rng(8)
-    parts = [drawn(rng.random((1, 300)), seed=n) for n in range(3)]
-    whole = mean_scores(parts)
-    errors = [part.drawn.std() for part in parts]
-    assert whole.observed[0] == pytest.approx(np.mean([part.observed[0] for part in parts]))
-    assert whole.drawn.std() == pytest.approx(math.hypot(*errors) / 3, rel=0.05)
 
 
 def test_front_shares_follow_the_definition_of_a_front() -> None:
