@@ -443,27 +443,17 @@ def _summary(evaluation: EvaluationResult) -> str:
 # Two models on the same items
 
 
-class ComparePlan(Result):
-    """Two sides of a comparison: outputs of lm-eval, or models to evaluate."""
-
-    row_key = "tasks"
+class ComparePlan(EvaluatePlan):
+    """Two sides of a comparison: outputs of lm-eval, and models to evaluate."""
 
     models: tuple[str, str]
     """What to call them: outputs of lm-eval as typed."""
     logged: tuple[LoggedRun | None, LoggedRun | None] = Field(exclude=True)
     """The outputs of lm-eval; None for a side that is evaluated."""
-    evaluated: EvaluatePlan = Field(exclude=True)
-    """The other sides."""
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def tasks(self) -> list[dict[str, str]]:
-        """The tasks of the sides that are evaluated, and how far they are."""
-        return self.evaluated.tasks
 
     def shown(self) -> Iterable[RenderableType]:
         yield f"A: {self.models[0]}\nB: {self.models[1]}"
-        yield from self.evaluated.shown()
+        yield from super().shown()
 
 
 class CompareResult(Result):
@@ -544,19 +534,17 @@ def plan_compare(
     return ComparePlan(
         models=(f"{a} (A)", f"{b} (B)") if a == b else (a, b),
         logged=(first, second),
-        evaluated=EvaluatePlan(
-            settings=settings,
-            workspace=space,
-            opened=tuple(opened),
-            trust_remote_code=trust_remote_code,
-        ),
+        settings=settings,
+        workspace=space,
+        opened=tuple(opened),
+        trust_remote_code=trust_remote_code,
     )
 
 
 def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
     """Compare two models on the same items; stored results are read, others are measured."""
     sides = [run and run.read() for run in plan.logged]
-    evaluated = iter(run_evaluate(plan.evaluated, context).evaluations.values())
+    evaluated = iter(run_evaluate(plan, context).evaluations.values())
     first, second = (side or next(evaluated) for side in sides)
     found = comparing.compare_evaluations(first, second, plan.models)
     return CompareResult(

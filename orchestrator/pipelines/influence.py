@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,14 @@ class InfluenceResult(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual."""
-        residual_rows = self.table.residual_rows or [()] * len(self.table.rows())
+        table = self.table
+        residuals = table.residual_rows or [()] * len(table.value_rows)
         return [
-            {
-                "layer": layer,
-                "correction": number,
-                "influence": value,
-                "stderr": error,
-                "residual": residuals[number - 1] if number <= len(residuals) else math.nan,
-            }
-            for layer, (values, errors, residuals) in enumerate(
-                zip(self.table.rows(), self.table.error_rows, residual_rows, strict=True), start=1
+            {"layer": layer, "correction": number, "influence": v, "stderr": e, "residual": r}
+            for layer, rows in enumerate(
+                zip(table.value_rows, table.error_rows, residuals, strict=True), start=1
             )
-            for number, (value, error) in enumerate(zip(values, errors, strict=True), start=1)
+            for number, (v, e, r) in enumerate(zip_longest(*rows, fillvalue=math.nan), start=1)
         ]
 
     def shown(self) -> Iterable[RenderableType]:
@@ -213,10 +209,7 @@ def run_influence(
         progress.note(note)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
     if table is None:
-        measure = partial(
-            _measure, plan.checkpoint, plan.tokens_folder, plan.metric, plan.num_tokens
-        )
-        table = on_device(measure, progress)
+        table = on_device(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
@@ -260,30 +253,23 @@ def run_influence(
 measure_influence = in_one_call(plan_influence, run_influence, model=local_model)
 
 
-def _measure(
-    checkpoint: Path,
-    tokens_folder: Path,
-    metric: str,
-    num_tokens: int,
-    device: str,
-    progress: Progress,
-) -> InfluenceTable:
+def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceTable:
     from iiet.influence import influence_table  # Both import PyTorch.
     from orchestrator.models.open import load_model
 
-    decoder = load_model(checkpoint, device=device)
+    decoder = load_model(plan.checkpoint, device=device)
     context_length = decoder.config.context_length
-    batches = open_data(tokens_folder).validation_batches(
+    batches = open_data(plan.tokens_folder).validation_batches(
         context_length=context_length,
-        num_tokens=num_tokens,
+        num_tokens=plan.num_tokens,
         batch_size=SEQUENCES_PER_BATCH,
     )
     per_batch = SEQUENCES_PER_BATCH * context_length
     return influence_table(
         decoder,
         batches,
-        metric=metric,
-        progress=lambda done: progress.advance(min(done * per_batch, num_tokens)),
+        metric=plan.metric,
+        progress=lambda done: progress.advance(min(done * per_batch, plan.num_tokens)),
     )
 
 

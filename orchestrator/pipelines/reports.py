@@ -52,17 +52,9 @@ class ReportResult(Result):
     @classmethod
     def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
-        return cls(
-            title=report.title,
-            front=report.front,
-            sentences=tuple(report.sentences),
-            elastic=report.elastic,
-            sections=tuple(report.brief()),
-            folder=report.folder,
-            page=report.page,
-            workspace=workspace.root,
-            **more,
-        )
+        names = ("title", "front", "sentences", "elastic", "folder", "page")
+        own = {name: getattr(report, name) for name in names}
+        return cls(**own, sections=tuple(report.brief()), workspace=workspace.root, **more)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model: cost, quality, place on the front, checkpoint."""

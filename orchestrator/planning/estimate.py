@@ -169,10 +169,6 @@ class Estimate:
         steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
         return steps * self.recipe.num_tokens_per_step
 
-    def num_live_tokens(self, *, is_stored: bool) -> int:
-        """Return how many of them it reads meanwhile: none if its outputs are stored."""
-        return 0 if is_stored and self.cache else self.num_teacher_tokens
-
     @cached_property
     def stages(self) -> dict[IterationSchedule, int]:
         """Iteration schedule -> number of these steps under it."""
@@ -372,18 +368,14 @@ def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
 def _price_of_group(
     group: Sequence[Estimate], answer_flops: float, *, is_stored: bool, mfu: float | None
 ) -> Price:
-    """Return the price of trainings that share devices.
-
-    Args:
-        answer_flops: What computing the teachers' outputs takes, if they are stored.
-    """
+    """Return the price of trainings that share devices; `answer_flops` is of outputs to store."""
     devices, rate = group[0].devices, assumed_rate(group[0], mfu)
     at_once, num_devices = min(devices.at_once, len(group)), machine.num_cpus()
     if devices.on_gpus:
         num_devices = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
     # The longest training starts first, and each next one where one ends. A teacher that runs in a
     # training slows it; its stored outputs are computed before, on one GPU or all CPUs.
-    live_tokens = [each.num_live_tokens(is_stored=is_stored) for each in group]
+    live_tokens = [0 if is_stored and e.cache else e.num_teacher_tokens for e in group]
     lives = [e.teacher_flops_per_token * n for e, n in zip(group, live_tokens, strict=True)]
     works = [each.flops + live for each, live in zip(group, lives, strict=True)]
     places = [0.0] * at_once
@@ -443,7 +435,13 @@ def price_of(
     """
     groups = groups_by_devices(trainings)
     left = [*chain(*groups)]
-    answers, answer_flops = _new_answers(left, teachers)
+    answers: list[CachePlan] = []
+    if teachers and left:
+        from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
+
+        answers = missing_caches([each.cache for each in left], teachers)
+    per_token = {each.cache.key: each.teacher_flops_per_token for each in left if each.cache}
+    answer_flops = sum(plan.num_tokens * per_token[plan.key] for plan in answers)
     parts = [
         _price_of_group(group, answer_flops, is_stored=teachers is not None, mfu=mfu)
         for group in groups
@@ -492,19 +490,6 @@ def price_of(
         num_saving=max((part.num_saving for part in parts), default=0),
         stop_seconds=max((part.stop_seconds for part in parts), default=0.0),
     )
-
-
-def _new_answers(
-    trainings: Sequence[Estimate], teachers: Path | None
-) -> tuple[list[CachePlan], float]:
-    """Return what is to be stored of the teachers' outputs, and the FLOPs of it."""
-    if not teachers or not trainings:
-        return [], 0.0
-    from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
-
-    new = missing_caches([each.cache for each in trainings], teachers)
-    per_token = {each.cache.key: each.teacher_flops_per_token for each in trainings if each.cache}
-    return new, sum(plan.num_tokens * per_token[plan.key] for plan in new)
 
 
 def run_devices(cluster: ClusterSettings) -> Devices:
@@ -632,7 +617,9 @@ def find_problems(
     """
     is_far = address != LOCAL
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
-    free, found = machine.local_free_bytes(folder), []
+    gpus = tuple(gpu.free_bytes for gpu in machine.installed_gpus())
+    free = machine.FreeBytes(memory=machine.free_memory(), gpus=gpus, disk=free_disk(folder))
+    found = []
     for check in checks:
         try:
             check()

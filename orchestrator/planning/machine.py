@@ -23,7 +23,6 @@ import psutil
 from orchestrator.settings.cluster import LOCAL, ClusterSettings, device_problem
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError, quoted
-from orchestrator.workspace.files import free_disk
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 THIS_MACHINE = "this machine"
@@ -236,12 +235,6 @@ def check_device(device: str) -> None:
         raise UserError(
             f"--device {device}: this machine has {found}; leave it out to use the best device"
         )
-
-
-def local_free_bytes(folder: Path) -> FreeBytes:
-    """Return what is free on this machine, and on the disk of a folder, which need not exist."""
-    gpus = tuple(gpu.free_bytes for gpu in installed_gpus())
-    return FreeBytes(memory=free_memory(), gpus=gpus, disk=free_disk(folder))
 
 
 def free_memory(groups: Iterable[Path] | None = None) -> int:

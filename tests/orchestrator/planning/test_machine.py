@@ -18,7 +18,6 @@ from orchestrator.planning.machine import (
     check_run_resources,
     free_memory,
     installed_gpus,
-    local_free_bytes,
     local_resources,
     read_nvml,
 )
@@ -101,9 +100,6 @@ def test_cached_files_of_a_container_are_free_memory(tmp_path):
     no_limit = make_group(tmp_path / "no limit", "max", 5 * MIB, 0)
     for groups in ([], [no_limit], [tmp_path / "nothing"], None):
         assert free_memory(groups) > 100 * MIB
-    free = local_free_bytes(tmp_path / "not" / "there")
-    assert free.memory == pytest.approx(free_memory(), rel=0.2)
-    assert free.disk
 
 
 FIRST, SECOND = "GPU-1a2b", "GPU-1a9c"
