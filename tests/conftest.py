@@ -79,7 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     with_ray = {
         item.path.stem
         for item in items
-        if "ray_session" in _fixtures(item) and not item.get_closest_marker(left_out)
+        if "ray_session" in getattr(item, "fixturenames", ())
+        and not item.get_closest_marker(left_out)
     }
     for item in items:
         group = "ray" if item.path.stem in with_ray else item.path.stem
@@ -91,11 +92,6 @@ def pytest_collection_finish() -> None:
     """Look for garbage again, but not among the modules."""
     gc.freeze()
     gc.enable()
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    names: list[str] = getattr(item, "fixturenames", [])
-    return names
 
 
 def _stored_seconds(config: pytest.Config) -> dict[str, float]:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_cases import make_model
 
 from examples import spectral_radius as example
 from examples import train_distill_export
-from iiet import Decoder, influence_table, preset
-
-SHAPE = {"vocab_size": 31, "dim": 8, "ffn_dim": 16, "num_heads": 2, "context_length": 16}
-"""Of a model whose whole Jacobian is quickly built."""
+from iiet import Decoder, influence_table
 
 
 def small_decoder(**options: object) -> Decoder:
-    """Return a model of three layers, of which the second makes no corrections."""
-    torch.manual_seed(1)
-    config = preset(
-        "tiny", num_layers=3, schedule=[3, 0, 2], initializer_std=0.2, method_options=options,
-        **SHAPE,
-    )  # fmt: skip
-    return Decoder(config).double().requires_grad_(False)
+    """Return a model whose whole Jacobian is quickly built; its second layer has no corrections."""
+    sizes = {"dim": 8, "ffn_dim": 16, "num_heads": 2, "context_length": 16, "initializer_std": 0.2}
+    decoder = make_model(schedule=(3, 0, 2), method_options=options or None, **sizes)
+    return decoder.requires_grad_(False)
 
 
 @pytest.mark.parametrize(

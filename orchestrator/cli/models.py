@@ -115,6 +115,7 @@ def generate(
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
         trust_remote_code=trust_remote_code,
+        seed=seed,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )

@@ -139,10 +139,11 @@ def load_side_by_side(
 
 
 def time_per_token(
-    decoders: Mapping[str, Timed], context_length: int, progress: Progress
-) -> dict[str, Timing]:
-    """Time how the models of a sweep decode one row, within a context that all of them read."""
+    decoders: Mapping[str, Timed], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Return how long the models of a sweep take to decode one row, by tracked name."""
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
+    context_length = min(decoder.config.context_length for decoder in decoders.values())
     prompt_tokens = sweep_prompt_length(context_length)
     # One row is too little work for several threads: they would wait for each other.
     with threads(1):
@@ -155,7 +156,10 @@ def time_per_token(
         )
     slowest = max(timing.median for timing in timings.values())
     progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
-    return timings
+    return {
+        name: {"decode_ms_per_token": timing.median, "decode_ms_spread": timing.spread}
+        for name, timing in timings.items()
+    }
 
 
 def sweep_prompt_length(context_length: int) -> int:
@@ -292,15 +296,9 @@ def _now(device: torch.device) -> float:
 # Costs beside the cost model's prediction
 
 
-def cost_of(
-    decoder: Timed, context_length: int | None = None, bytes_per_value: int = 4
-) -> InferenceCost:
-    """Return what a model costs, by default in its whole context."""
-    if isinstance(decoder, Decoder):
-        return inference_cost(
-            decoder.config, context_length=context_length, bytes_per_value=bytes_per_value
-        )
-    return decoder.cost(context_length, bytes_per_value)
+def cost_of(decoder: Timed) -> Callable[..., InferenceCost]:
+    """Return what counts a model's cost, as `inference_cost` does."""
+    return partial(inference_cost, decoder.config) if isinstance(decoder, Decoder) else decoder.cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,9 +421,9 @@ def measure_costs(
                 peaks[name] = peak_bytes(work, decoder.device)
         predicted = {}
         for name, decoder in decoders.items():
-            first = cost_of(decoder, context)
+            first = cost_of(decoder)(context_length=context)
             # Each step attends to one token more than the last; the middle one represents all.
-            step = cost_of(decoder, context + new_tokens // 2)
+            step = cost_of(decoder)(context_length=context + new_tokens // 2)
             evaluations = {SIMPLEST: float(step.evaluations_per_token)}
             predicted[name] = {
                 DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
@@ -450,7 +448,7 @@ def measure_costs(
                 )
             weights = sum(parameter.nbytes for parameter in decoder.parameters())
             size = next(decoder.parameters()).element_size()
-            cache = cost_of(decoder, bytes_per_value=size).kv_bytes_per_token
+            cache = cost_of(decoder)(bytes_per_value=size).kv_bytes_per_token
             costs.append(
                 MeasuredCost(
                     model=name,

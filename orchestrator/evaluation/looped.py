@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial, wraps
+from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,22 +40,19 @@ def watched(model: nn.Module, loops: LoopedModel) -> Iterator[tuple[list[nn.Modu
     """
     ran: list[nn.Module] = []
     states: list[Tensor] = []
-
-    def add_layer(layer: nn.Module, *_: Any) -> None:
-        ran.append(layer)
-
-    def add_state(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
-        states.append(output[0] if isinstance(output, tuple) else output)
-
     hooks: list[Any] = []
+
+    def add_state(*call: Any) -> None:
+        states.append(call[2][0] if isinstance(call[2], tuple) else call[2])
+
     try:
-        try:
-            for path in loops.layers:
-                for layer in model.get_submodule(path).children():
-                    hooks.append(layer.register_forward_hook(add_layer))
-            hooks.append(model.get_submodule(loops.loop_end()).register_forward_hook(add_state))
-        except AttributeError as error:
-            raise UserError(f"it is not built as {type(loops).__name__} says: {error}") from None
+        stacks = [model.get_submodule(path) for path in loops.layers]
+        for layer in (layer for stack in stacks for layer in stack.children()):
+            hooks.append(layer.register_forward_hook(lambda layer, *_: ran.append(layer)))
+        hooks.append(model.get_submodule(loops.loop_end()).register_forward_hook(add_state))
+    except AttributeError as error:
+        raise UserError(f"it is not built as {type(loops).__name__} says: {error}") from None
+    try:
         yield ran, states
     finally:
         for hook in hooks:
@@ -180,14 +179,13 @@ class LoopedDecoder:
         device: str = "cpu",
         like: LoopedDecoder | None = None,
     ) -> None:
+        self.loops, self.depth = opened.looped()
         self.model = load_transformers(opened, trust_remote_code=trust_remote_code, device=device)
+        self.device, self.parameters = self.model.device, self.model.parameters
         for own, other in zip(self.parameters(), like.parameters() if like else (), strict=False):
             own.data = other.data
-        self.config, self.device, self._opened = self.model.config, self.model.device, opened
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the weights."""
-        yield from self.model.parameters()
+        sizes = {"vocab_size": self.loops.number("vocab_size"), "schedule": opened.depth}
+        self.config = SimpleNamespace(context_length=opened.context_length, **sizes)
 
     def stream(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         """Yield the likeliest next token of each row, with the cache."""
@@ -200,25 +198,71 @@ class LoopedDecoder:
                 tokens, cache = output.logits[:, -1:].argmax(-1), _cache_of(output)
             yield tokens[:, 0]
 
+    def generate(
+        self,
+        prompts: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        stop_tokens: Iterable[int],
+        draft: LoopedDecoder | None = None,
+        draft_tokens: int | str = "auto",
+        **chosen: Any,
+    ) -> Iterator[Tensor]:
+        """Yield the next token of each row, as `iiet.generation.stream`, by transformers.
+
+        Args:
+            draft: The model at a lower depth, which drafts; no token changes.
+            chosen: Fields of `Sampling`, with a seed or one for each row.
+
+        Raises:
+            ValueError: If prompt and new tokens do not fit the context.
+            UserError: If transformers cannot generate with the model.
+        """
+        most, room, rows = chosen["max_new_tokens"], self.config.context_length, []
+        if prompts.size(1) + most > room:
+            raise ValueError(
+                f"a prompt of {prompts.size(1)} tokens and max_new_tokens={most} do not fit the "
+                f"context_length of {room}"
+            )
+        ends, options = [*stop_tokens], dict[str, Any](do_sample=False)
+        if chosen["temperature"]:
+            options = {"do_sample": True, "temperature": chosen["temperature"]}
+            options |= {"top_k": chosen["top_k"] or 0, "top_p": chosen["top_p"] or 1.0}
+        if draft:
+            options["assistant_model"] = draft.model
+            if draft_tokens != "auto":
+                settings = draft.model.generation_config
+                settings.num_assistant_tokens_schedule = "constant"
+                settings.num_assistant_tokens = draft_tokens
+        options |= {"max_new_tokens": most, "eos_token_id": ends, "use_cache": True}
+        for number, row in enumerate(prompts):
+            ids = (row if attention_mask is None else row[attention_mask[number].bool()])[None]
+            if (seed := chosen["seed"]) is not None:
+                torch.manual_seed(seed if isinstance(seed, int) else seed[number])
+            try:
+                with suppress_output():
+                    found = self.model.generate(ids, attention_mask=ids * 0 + 1, **options)
+            except Exception as error:  # Code that comes with a model fails in many ways.
+                line = first_line(error, with_type=True)
+                raise UserError(f"transformers cannot generate with the model: {line}") from None
+            rows.append(found[0, ids.size(1) :].tolist())
+        return map(torch.tensor, zip_longest(*rows, fillvalue=ends[0]))
+
     @cached_property
     def _flops(self) -> tuple[float, float]:
         return count_flops(self.model)
 
-    def cost(self, context_length: int | None = None, bytes_per_value: int = 4) -> InferenceCost:
+    def cost(self, *, context_length: int | None = None, bytes_per_value: int = 4) -> InferenceCost:
         """Return its cost, as `iiet.cost.inference_cost` defines it; bytes of weights are unknown.
 
         A layer that attends to a window is counted as one that sees the whole context.
         """
-        loops, depth = self._opened.loops, self._opened.depth
-        assert loops is not None, "the plan takes no others"
-        assert depth is not None, "a looped model has one"
-        length = context_length or self._opened.context_length
-        head = 2 * loops.number("hidden_size", "n_embd") * loops.number("vocab_size")
-        alone, per_token_seen = self._flops
+        length, (alone, per_token_seen) = context_length or self.config.context_length, self._flops
+        head = 2 * self.loops.number("hidden_size", "n_embd") * self.config.vocab_size
         forward = alone + per_token_seen * (length + 1) / 2
-        kv_bytes = bytes_per_value * loops.kv_numbers(depth)
+        kv_bytes = bytes_per_value * self.loops.kv_numbers(self.depth)
         return InferenceCost(
-            evaluations_per_token=loops.layer_runs(depth),
+            evaluations_per_token=self.loops.layer_runs(self.depth),
             forward_flops_per_token=forward,
             prefill_flops_per_token=forward - head + head / length,
             decode_flops_per_token=alone + per_token_seen * length,

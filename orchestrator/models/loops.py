@@ -212,20 +212,6 @@ class Inkling(LoopedModel):
         return f"model.layers.{self.number('loop_layer_index_end') - 1}"
 
 
-class Exported(LoopedModel):
-    """A looped model that was trained here and exported: the stack runs `1 + r` times."""
-
-    settings = ("corrections",)
-    layers = ("layers",)
-
-    @property
-    def own(self) -> Depth:
-        return (1 + max(self.config["corrections"]),)
-
-    def changes(self, depth: Depth) -> dict[str, Any]:
-        return {"corrections": [depth[0] - 1] * self.num_layers}
-
-
 LOOPED_MODELS: ExtensionTable[type[LoopedModel]] = ExtensionTable(
     "iiet_orch.depth",
     "looped model",
@@ -236,7 +222,6 @@ LOOPED_MODELS: ExtensionTable[type[LoopedModel]] = ExtensionTable(
         "hrm_text": HrmText,
         "inkling2_loop": Inkling,
         "inkling2_loop_text": Inkling,
-        "iiet": Exported,
     },
     "orchestrator.models.loops.LoopedModel",
 )

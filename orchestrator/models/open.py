@@ -163,6 +163,12 @@ class OpenedModel:
     depth: Depth | None = None
     """How often its loops run."""
 
+    def looped(self) -> tuple[LoopedModel, Depth]:
+        """Return what its loops are and how often they run; it is a looped model."""
+        assert self.loops is not None, "it is a looped model"
+        assert self.depth is not None, "which has a depth"
+        return self.loops, self.depth
+
     def parameters(self) -> dict[str, str]:
         """Return what is tracked of it: the method, and the iteration schedule or the depth."""
         if self.config is not None:

@@ -25,7 +25,6 @@ from iiet.speculative import DraftRecord
 from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
 from orchestrator.evaluation.looped import LoopedDecoder, fix_start
-from orchestrator.evaluation.tasks import suppress_output
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
 from orchestrator.models.hub import download, is_hub_name
@@ -43,7 +42,7 @@ from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import RunFailed, UserError, first_line, quoted
+from orchestrator.workspace.errors import RunFailed, UserError, quoted
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace
 
@@ -102,6 +101,7 @@ def generate(
         drafting,
         device=device,
         trust_remote_code=trust_remote_code,
+        seed=sampling.get("seed"),
         progress=progress,
     )
     asked = [prompts] if isinstance(prompts, str) else prompts
@@ -135,6 +135,7 @@ def open_generator(
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> TextGenerator:
     """Load the model that generates; arguments and errors as `generate`."""
@@ -144,7 +145,8 @@ def open_generator(
     space, note = context.workspace, context.progress.note
     if model is not None and (looped := _looped_folder(Path(model))):
         opened = open_model(looped, schedule)
-        return LoopedGenerator(opened, drafting, trust_remote_code=trust_remote_code, device=device)
+        options: Any = {"trust_remote_code": trust_remote_code, "device": device, "seed": seed}
+        return LoopedGenerator(opened, drafting, **options)
     path, own = local_model(model, space, context.progress), None
     folder = None
     if path is None:
@@ -167,12 +169,9 @@ def open_generator(
 def _looped_folder(model: Path) -> Path | None:
     """Return the folder of a looped model of another project; None for any other model."""
     folder = download(model) if is_hub_name(model) else expand_user(model)
-    kind = model_folders.read_config(folder).get("model_type") if _has_config(folder) else None
-    return folder if kind in LOOPED_MODELS and kind != MODEL_TYPE else None
-
-
-def _has_config(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+    if not (folder / CONFIG).is_file():
+        return None
+    return folder if model_folders.read_config(folder).get("model_type") in LOOPED_MODELS else None
 
 
 class TextGenerator:
@@ -259,7 +258,13 @@ class TextGenerator:
             raise UserError("there is nothing to continue; give at least one prompt")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
-        _checked_options(sampling, max(map(len, contexts)), self.decoder.config.context_length)
+        longest, room = max(map(len, contexts)), self.decoder.config.context_length
+        most = sampling.options(room - longest)["max_new_tokens"]
+        if longest + most > room:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={most} do not fit the "
+                f"context_length of {room}"
+            )
         seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(
@@ -299,10 +304,12 @@ class TextGenerator:
 class LoopedGenerator(TextGenerator):
     """A looped model of another project at a depth, for which a lower one may draft.
 
-    transformers generates, each prompt by itself.
+    Args:
+        seed: Gives all tokens one start state, where the loops start from random ones.
 
     Raises:
-        UserError: If the model cannot be loaded, or the draft is not a depth of it.
+        UserError: If the model cannot be loaded, the draft is not a depth of it, or the draft needs
+            a start state that no seed fixes.
     """
 
     def __init__(
@@ -312,81 +319,25 @@ class LoopedGenerator(TextGenerator):
         *,
         trust_remote_code: bool = False,
         device: str | None = None,
+        seed: int | None = None,
     ) -> None:
         assert opened.loops is not None, "it is a looped model"
-        self.checkpoint, self.schedule, self._opened = opened.path, opened.depth or (), opened
+        self.checkpoint, self.schedule, self.record = opened.path, opened.depth or (), None
         self.text = opened.tokenizer(trust_remote_code=trust_remote_code)
         where = str(device or best_device())
         load = partial(LoopedDecoder, trust_remote_code=trust_remote_code, device=where)
-        self._models, self._assistant = [load(opened)], {}
+        decoder: Any = load(opened)
+        self.decoder, draft = decoder, None
         if drafting is not None:
             depth = opened.loops.parse(drafting.draft)
-            self._models.append(load(replace(opened, depth=depth), like=self._models[0]))
-            assistant = self._models[1].model
-            self._assistant["assistant_model"] = assistant
-            if drafting.num_tokens != "auto":
-                assistant.generation_config.num_assistant_tokens = drafting.num_tokens
-                assistant.generation_config.num_assistant_tokens_schedule = "constant"
-
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        """Yield the continuation of a prompt as one piece; raises as `continue_all`."""
-        return iter(self.continue_all([prompt], sampling))
-
-    def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        """Return the continuation of each prompt.
-
-        Raises:
-            UserError: If a setting is out of range, prompt and new tokens do not fit the context,
-                transformers cannot generate with the model, or a draft needs a start state that
-                no seed fixes.
-        """
-        loops, seed = self._opened.loops, sampling.seed
-        if loops is not None and loops.starts_at_random:
-            if seed is None and self._assistant:
+            draft = load(replace(opened, depth=depth), like=decoder)
+        if opened.loops.starts_at_random and (draft or seed is not None):
+            if seed is None:
                 raise UserError(
-                    f"the loops of {self.checkpoint} start from a random state, so a draft would "
+                    f"the loops of {opened.path} start from a random state, so a draft would "
                     "change the text; --seed N gives all tokens one start state"
                 )
-            for each in self._models if seed is not None else ():
-                fix_start(each.model, seed or 0)
-        texts = []
-        for row, prompt in enumerate(prompts):
-            ids = torch.tensor([self.text.encode_document(prompt)], device=self._models[0].device)
-            options = _checked_options(sampling, ids.size(1), self._opened.context_length)
-            chosen: dict[str, Any] = {"do_sample": False}
-            if sampling.temperature:
-                torch.manual_seed((secrets.randbits(32) if seed is None else seed) + row)
-                chosen = {"do_sample": True, "temperature": sampling.temperature}
-                chosen |= {"top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
-            try:
-                with suppress_output():
-                    found = self._models[0].model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=options["max_new_tokens"],
-                        eos_token_id=sorted(self.text.end_ids),
-                        use_cache=True,
-                        **self._assistant,
-                        **chosen,
-                    )
-            except Exception as error:  # Code that comes with a model fails in many ways.
-                raise UserError(
-                    f"transformers cannot generate with {self.checkpoint}: "
-                    f"{first_line(error, with_type=True)}"
-                ) from None
-            text = self.text.decode(found[0, ids.size(1) :].tolist())
-            for stop in filter(None, sampling.stop):
-                text = text.partition(stop)[0]
-            texts.append(text.rstrip(INCOMPLETE))
-        return texts
-
-
-def _checked_options(sampling: Sampling, longest: int, room: int) -> dict[str, Any]:
-    """Return the options of the longest prompt, whose new tokens fit the context."""
-    options = sampling.options(room - longest)
-    if longest + options["max_new_tokens"] > room:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_new_tokens={options['max_new_tokens']} do not "
-            f"fit the context_length of {room}"
-        )
-    return options
+            for each in filter(None, (decoder, draft)):
+                fix_start(each.model, seed)
+        number = drafting.num_tokens if drafting else "auto"
+        self._stream = partial(LoopedDecoder.generate, draft=draft, draft_tokens=number)

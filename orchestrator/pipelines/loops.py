@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, computed_field
+from pydantic import Field
 from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -37,7 +37,7 @@ from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.decode import TIMES_NAME, Measured, text_of, time_numbers
+from orchestrator.sweeping.decode import TIMES_NAME, Measured, text_of
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -48,6 +48,7 @@ from orchestrator.workspace.provenance import content_key, environment
 MOST_TOKENS = 256
 """Tokens of a row of text."""
 ROWS_AT_ONCE = 8
+LOOP_NUMBERS = ("turned", "step", "changed_tokens")
 
 
 # A front
@@ -106,8 +107,8 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
         key = content_key("loops", list(model.key), keys.tasks)
         what: dict[str, Any] = {"model": model.config}
         if model.loops:
-            facts = {"method": model.architecture, "num_layers": model.loops.num_layers}
-            what = {"architecture": {**facts, "depth": model.depth}}
+            facts = {"num_layers": model.loops.num_layers, **model.parameters()}
+            what = {"architecture": facts}
         trial = Trial(
             key=key,
             role="trial",
@@ -155,11 +156,10 @@ def _measure_costs(
 ) -> dict[str, dict[str, float]]:
     progress.start("time per token")  # Models take their time to load.
     decoders = load_side_by_side(models, device, trust_remote_code=trust_remote_code)
-    shortest = min(model.context_length for model in models.values())
-    times = time_per_token(decoders, shortest, progress)
-    counted = {name: cost_numbers(cost_of(decoder)) for name, decoder in decoders.items()}
+    times = time_per_token(decoders, progress)
+    counted = {name: cost_numbers(cost_of(decoder)()) for name, decoder in decoders.items()}
     return {
-        name: {n: v for n, v in numbers.items() if v == v} | time_numbers(times[name])
+        name: {n: v for n, v in numbers.items() if v == v} | times[name]
         for name, numbers in counted.items()
     }
 
@@ -188,17 +188,8 @@ class LoopInfluence(Result):
     def shown(self) -> Iterable[RenderableType]:
         """Return the table, and the notes."""
         columns = [Column(name) for name in ("loop", "1 - cos", "step", "token changes")]
-        rows = [
-            TableRow(
-                (
-                    str(row["loop"]),
-                    f"{row['turned']:.3g}",
-                    f"{row['step']:.3g}",
-                    f"{row['changed_tokens']:.1%}",
-                )
-            )
-            for row in self.loops
-        ]
+        formats = {"loop": "", "turned": ".3g", "step": ".3g", "changed_tokens": ".1%"}
+        rows = [TableRow([format(row[n], how) for n, how in formats.items()]) for row in self.loops]
         shown = ",".join(map(str, self.depth))
         yield Table(columns, rows, f"Loops of {self.model.name} at depth {shown}")
         yield from (f"  {note}" for note in self.notes)
@@ -208,6 +199,8 @@ class LoopInfluencePlan(Result):
     """A looped model, and the text that its loops are measured on."""
 
     opened: OpenedModel = Field(exclude=True)
+    model: str
+    """Its name."""
     tokens_folder: Path
     """The text."""
     num_tokens: int
@@ -215,12 +208,6 @@ class LoopInfluencePlan(Result):
     trust_remote_code: bool
     """Whether code in its folder may run."""
     cluster: ClusterSettings = Field(exclude=True)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def model(self) -> str:
-        """Its name."""
-        return self.opened.name
 
     def shown(self) -> Iterable[RenderableType]:
         """Return what is measured."""
@@ -236,11 +223,10 @@ def plan_loop_influence(
     trust_remote_code: bool = False,
     progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> LoopInfluencePlan:
-    """Open a looped model of another project; the workspace's newest tokens are the text.
+    """Open a looped model of another project at a depth, by default its own.
 
     Args:
         settings: `influence.num_tokens`, and section `cluster`.
-        schedule: Depth; the model's own when unset.
         trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
@@ -254,6 +240,7 @@ def plan_loop_influence(
         )
     return LoopInfluencePlan(
         opened=opened,
+        model=opened.name,
         tokens_folder=newest_tokens(space),
         num_tokens=settings.influence.num_tokens,
         trust_remote_code=trust_remote_code,
@@ -263,35 +250,27 @@ def plan_loop_influence(
 
 def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluence:
     """Measure how much each loop of a model changes."""
-    started_ms, model = now_ms(), plan.opened
+    started_ms, model, (_, depth) = now_ms(), plan.opened, plan.opened.looped()
+    context.progress.start("influence of loops", depth[0])
     on_device = command_device(plan.cluster, context.workspace.root)
-    assert model.depth is not None, "the plan takes looped models only"
-    context.progress.start("influence of loops", model.depth[0])
     rows, num_tokens = on_device(partial(_measure_loops, plan), context.progress)
     growing = [b["loop"] for a, b in pairwise(rows) if b["step"] >= a["step"]]
-    notes = []
-    if growing:
-        notes.append(
-            f"the steps do not shrink from loop {growing[0]} on: perhaps more loops than the model "
-            "was trained for"
-        )
-    context.progress.finish(f"{len(rows)} loops over {num_tokens:,} tokens")
-    context.log_measurement(
-        TrackedRun.of(
-            key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
-            name=f"influence of the loops of {model.name}"[:80],
-            kind="influence",
-            params={**model.parameters(), "checkpoint": model.path},
-            points=[
-                (f"loops/{name}", row[name], row["loop"])
-                for row in rows
-                for name in ("turned", "step", "changed_tokens")
-            ],
-        ),
-        started_ms,
+    notes = tuple(
+        f"the steps do not shrink from loop {loop} on: perhaps more loops than the model was "
+        "trained for"
+        for loop in growing[:1]
     )
+    context.progress.finish(f"{len(rows)} loops over {num_tokens:,} tokens")
+    measured = TrackedRun.of(
+        key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
+        name=f"influence of the loops of {model.name}"[:80],
+        kind="influence",
+        params={**model.parameters(), "checkpoint": model.path},
+        points=[(f"loops/{name}", row[name], row["loop"]) for row in rows for name in LOOP_NUMBERS],
+    )
+    context.log_measurement(measured, started_ms)
     return LoopInfluence(
-        model=model.path, depth=model.depth, num_tokens=num_tokens, loops=rows, notes=tuple(notes)
+        model=model.path, depth=depth, num_tokens=num_tokens, loops=rows, notes=notes
     )
 
 
@@ -299,27 +278,20 @@ def _measure_loops(
     plan: LoopInfluencePlan, device: str, progress: Progress
 ) -> tuple[list[dict[str, Any]], int]:
     """Return a row for each loop from the second on, and the number of tokens."""
-    model = plan.opened
-    loops, depth = model.loops, model.depth
-    assert loops is not None, "the plan takes looped models only"
-    assert depth is not None, "a looped model has one"
+    model, trusts, (loops, depth) = plan.opened, plan.trust_remote_code, plan.opened.looped()
 
     # Held-out text, as the model reads it.
     data = text_of(plan.tokens_folder)
     text = load_tokenizer(data.tokenizer_path).decode(data.validation[: plan.num_tokens].tolist())
-    reads = model.tokenizer(trust_remote_code=plan.trust_remote_code)
-    ids = reads.encode(text, add_special_tokens=False)
+    ids = model.tokenizer(trust_remote_code=trusts).encode(text, add_special_tokens=False)
     length = min(MOST_TOKENS, model.context_length, len(ids))
     rows = torch.tensor(ids[: len(ids) // length * length], device=device).view(-1, length)
 
     sums = torch.zeros(depth[0], 3, dtype=torch.float64)
     likely: list[Tensor] = []
     for count in range(1, depth[0] + 1):  # The most likely tokens at each depth.
-        loaded = load_transformers(
-            replace(model, depth=(count, *depth[1:])),
-            trust_remote_code=plan.trust_remote_code,
-            device=device,
-        )
+        opened = replace(model, depth=(count, *depth[1:]))
+        loaded = load_transformers(opened, trust_remote_code=trusts, device=device)
         before, likely = likely, []
         with torch.no_grad(), watched(loaded, loops) as (_, states):
             for batch_rows in torch.split(rows, ROWS_AT_ONCE):
@@ -333,6 +305,8 @@ def _measure_loops(
             sums[count - 1, 2] += (old != new).sum().cpu()
         progress.advance(count)
     means = (sums / rows.numel()).tolist()
-    names = ("turned", "step", "changed_tokens")
-    found = [{"loop": n, **dict(zip(names, row, strict=True))} for n, row in enumerate(means, 1)]
+    found = [
+        {"loop": loop, **dict(zip(LOOP_NUMBERS, row, strict=True))}
+        for loop, row in enumerate(means, start=1)
+    ]
     return found[1:], rows.numel()

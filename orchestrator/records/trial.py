@@ -95,13 +95,8 @@ class OtherModel(Record):
     """Its `model_type`."""
     num_layers: int
     """Layers with weights of their own."""
-    depth: tuple[int, ...]
-    """How often its loops run."""
-
-    @property
-    def depth_text(self) -> str:
-        """The depth as `4`, or `2,3` of two kinds of loops."""
-        return ",".join(map(str, self.depth))
+    depth: str
+    """How often its loops run: `4`, or `2,3` of two kinds."""
 
 
 class Trial(Record):
@@ -251,8 +246,7 @@ class Trial(Record):
         params = {"role": self.role, **(job_parameters(trained) if trained else {})}
         # Elastic weights are trained under another schedule than they are measured under.
         if self.architecture:
-            known = self.architecture.model_dump() | {"depth": self.architecture.depth_text}
-            params |= {name: str(value) for name, value in known.items()}
+            params |= {name: str(value) for name, value in self.architecture}
         else:
             params |= model_parameters(self.model)
         if self.threshold_text:

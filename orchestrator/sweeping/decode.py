@@ -20,7 +20,6 @@ from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,
-    Timing,
     measure_draft,
     random_decoders,
     time_per_token,
@@ -66,21 +65,16 @@ def with_costs(
     if times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
-        measured = trial_device(settings, folder)(partial(_time, models), progress)
-        by_shape = {shape: time_numbers(time) for shape, time in measured.items()}
+        by_shape = trial_device(settings, folder)(partial(_time, models), progress)
         times = Measured(state=state, by_name=by_shape)
         times.write(path)
     return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
 
 
-def time_numbers(time: Timing) -> dict[str, float]:
-    """Return the numbers of a model's time per token that are tracked, by name."""
-    return {"decode_ms_per_token": time.median, "decode_ms_spread": time.spread}
-
-
-def _time(models: Mapping[str, ModelConfig], device: str, progress: Progress) -> dict[str, Timing]:
-    context_length = min(config.context_length for config in models.values())
-    return time_per_token(random_decoders(models, device), context_length, progress)
+def _time(
+    models: Mapping[str, ModelConfig], device: str, progress: Progress
+) -> dict[str, dict[str, float]]:
+    return time_per_token(random_decoders(models, device), progress)
 
 
 def with_drafts(

@@ -38,7 +38,8 @@ MISTAKES = {
     "pretrain --set training.num_steps=many": "got 'many'",
     "pretrain --set training.num_steps=-1": "greater than 0",
     "pretrain --set data.files=[a.txt]": "only source files",
-    "pretrain --set evaluation.include_path=nowhere": "there is no folder nowhere",
+    "sweep toy --set evaluation.suite=a --set evaluation.include_path=nowhere":
+        "there is no folder nowhere",
     "pretrain --config toi": "did you mean toy?",
     "pretrain --config ~no-such-user/a.yaml": "there is no settings file",
     "sweep nothing": "shipped",

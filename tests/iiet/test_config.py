@@ -69,19 +69,17 @@ def test_settings_that_do_not_fit_together(changes, message):
         dataclasses.replace(preset("tiny"), **changes)
 
 
-def test_unknown_and_missing_keys():
+def test_plain_values_that_make_no_config():
     values = preset("tiny").to_dict()
+    for changes, message in (
+        ({"num_layers": "six"}, "num_layers must be a positive integer, got 'six'"),
+        ({"schedule": "1,1"}, "is for 2 layers, the model has 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_dict({**values, **changes})
     del values["dim"]
     with pytest.raises(ValueError, match="unknown key 'hidden'; missing key 'dim'; known keys"):
         ModelConfig.from_dict({**values, "hidden": 3})
-
-
-def test_plain_values_with_a_schedule_that_cannot_be_read():
-    values = preset("tiny").to_dict()
-    with pytest.raises(ValueError, match="num_layers must be a positive integer, got 'six'"):
-        ModelConfig.from_dict({**values, "num_layers": "six"})
-    with pytest.raises(ValueError, match="is for 2 layers, the model has 6"):
-        ModelConfig.from_dict({**values, "schedule": "1,1"})
 
 
 def test_weights_start_as_configured():

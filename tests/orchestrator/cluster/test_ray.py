@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pretended_cluster import LOOPBACK, listening_addresses
 
 from orchestrator import cli
 from orchestrator.cluster import prepare_environment, ray
@@ -32,15 +33,9 @@ PACKAGE = Path(ray.__file__).parent
 def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session: None) -> None:
     import ray
 
-    me, addresses = psutil.Process(), set()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            connections = process.net_connections(kind="inet")
-        except psutil.NoSuchProcess:
-            continue
-        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    addresses = set().union(*listening_addresses().values())
     assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert addresses <= LOOPBACK
 
     (path,) = {node["ObjectStoreSocketName"] for node in ray.nodes()}
     (outer,) = (path for path in Path(path).parents if path.name.startswith(f".{SCRATCH_NAME}."))

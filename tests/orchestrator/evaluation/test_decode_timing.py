@@ -109,7 +109,7 @@ def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
     decoders = random_decoders({"long": long, "short": short}, "cpu")
-    time_per_token(decoders, context_length, Progress())
+    time_per_token(decoders, Progress())
     assert set(asked[2:]) == {lengths}, "after the warm-up"
 
 

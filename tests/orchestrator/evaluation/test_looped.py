@@ -65,7 +65,7 @@ def test_costs_are_those_of_what_runs(kind: str, tmp_path: Path, tiny_tokens: Pa
         if kind in FLOPS:
             for seen in (1, 10, 64):
                 expected = FLOPS[kind](costs[0], seen, model.depth[0])
-                assert decoder.cost(seen).decode_flops_per_token == expected
+                assert decoder.cost(context_length=seen).decode_flops_per_token == expected
         with torch.no_grad():
             outputs.append(decoder.model(tokens).logits)
             for found in decoder.stream(tokens, 3):  # Its cache changes nothing.
