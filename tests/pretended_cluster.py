@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
+
+import psutil
 
 Variables = Mapping[str, str]
 NONE: Variables = MappingProxyType({})
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 NODES = """
 import sys
@@ -27,6 +30,16 @@ print(nodes.address, flush=True)
 sys.stdin.read()
 nodes.shutdown()
 """
+
+
+def listening_addresses() -> dict[int, set[str]]:
+    """Return the addresses that this process and its children listen on, by process."""
+    found = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections(kind="inet")
+            found[process.pid] = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    return found
 
 
 def environment_without_ray() -> dict[str, str]:

@@ -1,13 +1,13 @@
 """The only imports of Ray: start or join it, place workers, run Ray Train and Ray Tune.
 
 `task.py` chooses between Ray and this process. Ray reads its environment when it is imported, and
-importing it takes two seconds. So `ray.py`, `train.py` and `task.py` import it within functions.
+importing it takes two seconds. So all modules but `tune.py` import it within functions.
 """
 
 import os
 
 PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
-"""Variable that lets work that reserved a GPU run on the CPU; see `ray.py`."""
+"""Variable that lets work that reserved a GPU run on the CPU; see `places.py`."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Names of the options of PyTorch's allocator; all versions read the first, newer ones both."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import run_workers
+from pretended_cluster import LOOPBACK, listening_addresses
 
 from orchestrator import cli
 from orchestrator.cluster import prepare_environment, ray
@@ -32,15 +34,9 @@ PACKAGE = Path(ray.__file__).parent
 def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session: None) -> None:
     import ray
 
-    me, addresses = psutil.Process(), set()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            connections = process.net_connections(kind="inet")
-        except psutil.NoSuchProcess:
-            continue
-        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    addresses = set().union(*listening_addresses().values())
     assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert addresses <= LOOPBACK
 
     (path,) = {node["ObjectStoreSocketName"] for node in ray.nodes()}
     (outer,) = (path for path in Path(path).parents if path.name.startswith(f".{SCRATCH_NAME}."))
@@ -101,6 +97,26 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
         **given, "RAY_AUTH_TOKEN": None,
     }  # fmt: skip
+
+
+IMPORTED_BEFORE = """
+import os
+os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+import ray
+from orchestrator.cluster.ray import ray_environment
+from orchestrator.workspace.errors import UserError
+try:
+    with ray_environment("local"):
+        raise SystemExit("its sockets would be open to others")
+except UserError as error:
+    assert "start another process" in str(error)
+with ray_environment("head:6379"):
+    pass
+"""
+
+
+def test_a_ray_that_was_imported_with_open_sockets_is_not_used_as_a_local_one() -> None:
+    run_workers(IMPORTED_BEFORE, 1)
 
 
 def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
     tracking = open_tracking(workspace, warn=pytest.fail)
     tags = {VIEW_TAG: "front-toy", REPORT_TAG: "a.html"}
     run = TrackedRun(key="key", name="toy", kind="sweep", tags=tags)
-    tracking.publish(run)
+    trial = TrackedRun(key="trial", name="toy student", kind="trial", parent="key")
+    tracking.publish(run, trial)
     run_id = tracking.run_id(run)
     page = workspace.sweeps / "toy" / "front.html"
     for path in (page, page.with_name(RESULTS_FILE)):
@@ -106,7 +107,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
     assert linked[1:] == [line for line in said if "http://" in line][1:]
     if BROWSER is not None:
         assert "Model training" in seen[1]
-        assert "toy" in seen[1]
+        assert "toy student" in seen[1]
     assert servers(port) == []
     check_port(port)
 

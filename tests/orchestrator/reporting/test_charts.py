@@ -6,15 +6,12 @@ import itertools
 import math
 import re
 from html import unescape
-from pathlib import Path
 from typing import Any
 
 import pytest
 import vl_convert
 from sample_trials import sample_front, sample_trial
 
-from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
     BASELINE,
     FULL_MODEL,
@@ -63,7 +60,7 @@ def drawn(chart: Spec) -> str:
     return str(vl_convert.vegalite_to_svg(chart))
 
 
-def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial], tmp_path: Path) -> None:
+def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     front = sample_front(sample_results)
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
     assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= texts_in(svg)
@@ -101,7 +98,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial], tmp_
         front_chart(sample_front([]))
 
 
-def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
+def test_every_pair_of_axes_has_its_front(sample_results):
     results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
     chart = front_chart(sample_front(results))
     costs, qualities = menu(chart, "cost"), menu(chart, "quality")
@@ -115,9 +112,7 @@ def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
 
 
 @pytest.mark.parametrize("cost", ["cost/evaluations", "cost/decode_ms_per_token"])
-def test_the_papers_mark_stands_between_vanilla_and_the_full_model(
-    sample_results: list[Trial], cost: str
-) -> None:
+def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_results, cost):
     def place(pattern: str) -> float:
         found = re.search(r'<path transform="translate\(([\d.]+),[\d.]+\)" ' + pattern, svg)
         assert found
@@ -134,9 +129,7 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(
 
 
 @pytest.mark.parametrize("quality", ["accuracy", "bits_per_byte"])
-def test_the_better_model_is_higher_also_on_a_loss(
-    sample_results: list[Trial], quality: str
-) -> None:
+def test_the_better_model_is_higher_also_on_a_loss(sample_results, quality):
     axes = FrontAxes("cost/decode_ms_per_token", f"quality/{quality}")
     svg = drawn(front_chart(sample_front(sample_results, axes), mark_paper=True))
     # The paper's headline is about accuracy and means nothing on a loss.
@@ -145,7 +138,7 @@ def test_the_better_model_is_higher_also_on_a_loss(
     assert names["teacher"][-1][1] < names["000000"][-1][1]
 
 
-def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results: list[Trial]) -> None:
+def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results):
     half = [result for result in sample_results if result.role == "trial"][::2]
     sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
     svg = drawn(front_chart(sample_front(sample_results, sweep_of=sweep_of)))
@@ -154,9 +147,7 @@ def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results: list[
     assert steps == ["2"], "one line: the front of all"
 
 
-def test_tooltips_say_how_certain_a_place_is(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations):
     front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
     tips: list[dict[str, str]] = [row["tip"] for row in front_chart(front)["data"]["values"]]
     tip = next(tip for tip in tips if tip["title"].startswith("0,1,1,1,1,1"))
@@ -165,9 +156,7 @@ def test_tooltips_say_how_certain_a_place_is(
     assert 0 < float(tip["Confidence: on the front"].lstrip("<>")) < 1
 
 
-def test_the_heat_map_has_every_number_and_the_cut(
-    sample_influence: tuple[tuple[float, ...], ...],
-) -> None:
+def test_the_heat_map_has_every_number_and_the_cut(sample_influence):
     kept = (0, 1, 1, 1, 1, 1)
     chart = influence_chart(sample_influence, metric="cosine", kept=kept, kept_name="knee")
     texts = {f"{value:.2g}" for row in sample_influence for value in row}
@@ -183,7 +172,7 @@ def test_the_heat_map_has_every_number_and_the_cut(
         influence_chart([[], [math.nan]], metric="loss")
 
 
-def test_curves_are_named_and_have_titles() -> None:
+def test_curves_are_named_and_have_titles():
     curves = [("a", [(0, 3.0), (10, 2.0), (20, math.inf)]), ("b", [(0, 3.0), (10, 1.0)])]
     svg = drawn(curves_chart("Hypervolume against trials finished", curves))
     assert {"a", "b", "Hypervolume", "trials finished"} <= texts_in(svg)

@@ -76,7 +76,7 @@ def trials_with(changes: dict[str, float | None]) -> list[Trial]:
     return [model(name, each) for name, each in accuracies.items() if each is not None]
 
 
-def test_all_claims_hold_by_what_was_made_up() -> None:
+def test_all_claims_hold_by_what_was_made_up():
     found = found_of(trials_with({}))
     assert {claim.verdict for claim in found.values()} == {"holds"}
     kept = (0.899 / 0.9 + 0.81 / 0.9) / 2 - (0.72 / 0.8 + 0.60 / 0.8) / 2
@@ -99,7 +99,7 @@ def test_all_claims_hold_by_what_was_made_up() -> None:
 
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
-def test_equal_answers_to_few_items_decide_nothing(num_items: int, verdict: str) -> None:
+def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
     trials = trials_with({"0,0": 0.9, "1,1": None, "1,0": None})
     items = {}
     for trial in trials:
@@ -156,7 +156,7 @@ OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_each_verdict_follows_from_the_interval_or_names_what_is_missing(case: str) -> None:
+def test_each_verdict_follows_from_the_interval_or_names_what_is_missing(case):
     changes, expected = OTHERS[case]
     found = found_of(trials_with(changes))
     for key, verdict in expected.items():
@@ -169,7 +169,7 @@ def test_each_verdict_follows_from_the_interval_or_names_what_is_missing(case: s
             assert claim.verdict == verdict, claim
 
 
-def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured() -> None:
+def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured():
     trials = trials_with({})
     slow = [
         t.with_numbers("cost", {"decode_ms_per_token": 1.3}) if t.key == "0,0" else t
@@ -193,7 +193,7 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
     assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
 
 
-def test_seeds_of_a_student_are_compared_with_their_own_teachers() -> None:
+def test_seeds_of_a_student_are_compared_with_their_own_teachers():
     trials = []
     for seed, share in enumerate((1.0, 0.9, 0.8)):
         for name in ("vanilla", "r = 2", "1,1"):
@@ -217,7 +217,7 @@ def test_seeds_of_a_student_are_compared_with_their_own_teachers() -> None:
     assert (over.low, over.high) == pytest.approx((15.6, 20.4), abs=1)
 
 
-def test_the_table_fits_a_terminal_and_says_why() -> None:
+def test_the_table_fits_a_terminal_and_says_why():
     found = [*found_of(trials_with(dict.fromkeys(["pcformer", "pc 1,1", "pc 1,0"]))).values()]
     section = claims_section(found, "Claims")
     console = Console(width=80, record=True, file=io.StringIO())

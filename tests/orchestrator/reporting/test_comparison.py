@@ -51,7 +51,7 @@ def compared(first: Sequence[TaskResult], second: Sequence[TaskResult], **more: 
     return compare_evaluations(evaluations[0], evaluations[1], NAMES, num_resamples=2_000)
 
 
-def test_the_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_one() -> None:
+def test_the_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_one():
     found = compared([task(answers(300, 200))], [task(answers(320, 180))])
     [row] = found.tasks
     assert (row["first"], row["second"]) == (0.6, 0.64)
@@ -67,7 +67,7 @@ def test_the_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_
     assert [row[n] for n in ("num_items", "num_left_out", "first", "second")] == [6, 6, 2 / 6, 1]
 
 
-def test_the_average_counts_a_group_once_and_tests_all_items_together() -> None:
+def test_the_average_counts_a_group_once_and_tests_all_items_together():
     first = [task(answers(50, 50), name=name) for name in ("x", "y", "z")]
     second = [
         task(answers(50 + more, 50 - more), name=name)
@@ -81,7 +81,7 @@ def test_the_average_counts_a_group_once_and_tests_all_items_together() -> None:
     assert found.overall == [average]
 
 
-def test_bits_per_byte_have_an_interval_and_no_test() -> None:
+def test_bits_per_byte_have_an_interval_and_no_test():
     rng = np.random.default_rng(0)
     bits = 2 + rng.normal(size=60) / 10
     pairs = [[[-value * math.log(2) * 100, 100.0] for value in bits - less] for less in (0.0, 0.05)]
@@ -102,9 +102,7 @@ def test_bits_per_byte_have_an_interval_and_no_test() -> None:
         ({"name": "other"}, "only base has task; only new has other"),
     ],
 )
-def test_what_cannot_be_compared_is_an_error_that_says_why(
-    changes: dict[str, Any], reason: str
-) -> None:
+def test_what_cannot_be_compared_is_an_error_that_says_why(changes, reason):
     first, second = task(answers(5, 5)), task(answers(6, 4), **changes)
     with pytest.raises(UserError, match="nothing can be compared") as error:
         compared([first], [second])
@@ -126,14 +124,12 @@ def test_what_cannot_be_compared_is_an_error_that_says_why(
         (50, 0, "no difference, both are right on the same of 100 items"),
     ],
 )
-def test_a_difference_is_decided_only_if_interval_and_test_agree(
-    right: int, offset: int, conclusion: str
-) -> None:
+def test_a_difference_is_decided_only_if_interval_and_test_agree(right, offset, conclusion):
     found = compared([task(answers(50, 50))], [task(answers(right, 100 - right, offset=offset))])
     assert conclusion in comparison_findings(found)[0]
 
 
-def test_tasks_are_decided_by_p_values_for_all_of_them_together() -> None:
+def test_tasks_are_decided_by_p_values_for_all_of_them_together():
     # McNemar's p of 6 changes in one direction is 0.031; for three tests that is 0.094.
     first = [task(answers(50, 50), name=name) for name in ("x", "y", "z")]
     second = [
@@ -146,7 +142,7 @@ def test_tasks_are_decided_by_p_values_for_all_of_them_together() -> None:
     assert "by task: none is decided" in fewer
 
 
-def test_the_table_breaks_no_number_and_a_note_says_what_differs() -> None:
+def test_the_table_breaks_no_number_and_a_note_says_what_differs():
     tasks = [task(answers(500, 500), name=name) for name in ("arc_challenge", "lambada_openai")]
     better = [task(answers(530, 470), name=t.name, num_fewshot=5) for t in tasks]
     found = compared(tasks, better)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from sample_trials import sample_front, sample_trial
 
-from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
@@ -27,7 +26,7 @@ from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
-def front(sample_results: list[Trial]) -> Front:
+def front(sample_results) -> Front:
     return sample_front(sample_results)
 
 
@@ -41,7 +40,7 @@ def keeping(front: Front, keeps: dict[str, float]) -> Front:
     return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
 
 
-def test_sentences_of_a_front_without_items(sample_results: list[Trial], front: Front) -> None:
+def test_sentences_of_a_front_without_items(sample_results, front):
     assert findings(front)[0] == (
         "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its evaluations "
         "(11 of 24 NFE)."
@@ -58,7 +57,7 @@ def test_sentences_of_a_front_without_items(sample_results: list[Trial], front: 
     assert findings(sample_front([])) == [nothing]
 
 
-def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results: list[Trial]) -> None:
+def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
     def about_vanilla(accuracy: float) -> str:
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
@@ -75,9 +74,7 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results: list[T
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
-def test_claims_have_their_confidence(
-    sample_results: list[Trial], front: Front, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_claims_have_their_confidence(sample_results, front, sample_evaluations):
     unsure, front = front, with_confidence(front, sample_evaluations, num_resamples=1000)
     said, kept = findings(front), front.cheapest_keeping(0.99)
     assert kept is not None
@@ -115,7 +112,7 @@ def test_claims_have_their_confidence(
 # Rules
 
 
-def test_rules_pick_the_model_they_say(front: Front) -> None:
+def test_rules_pick_the_model_they_say(front):
     for name in ("best", "cheapest", "knee"):
         assert pick_from_front(front, PickRule(name=name)) is front.picks[name]
     costs = []
@@ -146,7 +143,7 @@ def test_rules_pick_the_model_they_say(front: Front) -> None:
     assert pick_from_front(judged, PickRule(name="keep", confidence=0.999))["cost"] == 24
 
 
-def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
+def test_a_rule_that_no_model_meets_names_the_nearest(front):
     for rule, message in (
         (PickRule(name="keep", share=1.5), r"the best keeps 1\.00"),
         (PickRule(name="budget", budget=1), "the cheapest costs"),
@@ -185,7 +182,7 @@ TEACHER = trial("teacher", 8, "t", role="teacher")
 ELASTIC = trial("elastic 3,3", 8, "e")
 
 
-def test_a_trial_drafts_for_the_costliest_schedule_of_its_weights_or_for_the_teacher() -> None:
+def test_a_trial_drafts_for_the_costliest_schedule_of_its_weights_or_for_the_teacher():
     results = [
         TEACHER,
         ELASTIC,
@@ -206,7 +203,7 @@ def test_a_trial_drafts_for_the_costliest_schedule_of_its_weights_or_for_the_tea
     assert draft_targets([ELASTIC, trial("vanilla", 2, "v", role="baseline")]) == {}
 
 
-def test_the_fastest_draft_of_each_full_model_is_picked() -> None:
+def test_the_fastest_draft_of_each_full_model_is_picked():
     results = [
         TEACHER,
         ELASTIC,

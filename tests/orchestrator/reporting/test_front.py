@@ -55,7 +55,7 @@ numbers = st.integers(0, 6).map(float)
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
-def test_the_front_equals_its_definition_also_on_a_loss(points: list[tuple[float, float]]) -> None:
+def test_the_front_equals_its_definition_also_on_a_loss(points):
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
         return a != b and a[0] <= b[0] and a[1] >= b[1]
 
@@ -67,7 +67,7 @@ def test_the_front_equals_its_definition_also_on_a_loss(points: list[tuple[float
     assert {row["key"] for row in by_loss.members} == {row["key"] for row in front.members}
 
 
-def test_baselines_compete_only_where_there_is_no_teacher() -> None:
+def test_baselines_compete_only_where_there_is_no_teacher():
     vanilla = result(6, 0.40, "baseline", key="vanilla")
     front = sample_front(
         [result(6, 0.30, key="none"), result(24, 0.50, "teacher", key="full"), vanilla]
@@ -90,7 +90,7 @@ def test_baselines_compete_only_where_there_is_no_teacher() -> None:
     assert "is worse than rk2" in " ".join(findings(front))
 
 
-def test_picks() -> None:
+def test_picks():
     front = front_of((6, 0.30), (8, 0.46), (12, 0.49), (24, 0.50), teacher=(24, 0.495))
     assert {n: row["cost"] for n, row in front.picks.items()} == {
         "knee": 8, "best": 24, "cheapest": 6,
@@ -110,7 +110,7 @@ def test_picks() -> None:
     assert places(front) == [(6, 0.5)]
 
 
-def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
+def test_hypervolume_is_the_kept_share_averaged_over_budgets():
     # Half of the accuracy from a quarter of the cost on, all of it from three quarters on.
     front = front_of((6, 0.25), (18, 0.5), teacher=(24, 0.5))
     box, volume = front.hypervolume_box, front.hypervolume
@@ -143,7 +143,7 @@ def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
     )
 
 
-def test_the_error_of_seeds_combines_their_spread_and_that_over_items() -> None:
+def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
     table = result_table([seed_of(0, 0.30), seed_of(1, 0.32), seed_of(2, 0.37)])
     (one,) = table["trial"]
     assert (one.label, one.numbers["train/seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
@@ -159,7 +159,7 @@ def test_the_error_of_seeds_combines_their_spread_and_that_over_items() -> None:
     assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
 
 
-def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape() -> None:
+def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
     def costing(ms: float | None, schedule: tuple[int, ...], **more: Any) -> Trial:
         cost = {"evaluations": 2 + sum(schedule), "decode_ms_per_token": ms}
         return sample_trial(schedule=schedule, cost=cost, **more)
@@ -254,7 +254,7 @@ def front() -> Front:
     )
 
 
-def test_scores_equal_those_of_the_evaluation() -> None:
+def test_scores_equal_those_of_the_evaluation():
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
     found = evaluation(*tasks, bits_task(2.2), both=("a", "b"))
     paired = pair_scores({"one": [found], "two": [found]}, num_resamples=50)
@@ -268,7 +268,7 @@ def test_scores_equal_those_of_the_evaluation() -> None:
     assert paired.quality("quality/validation_loss") is None
 
 
-def test_items_are_matched_by_hash_and_unmatched_ones_counted() -> None:
+def test_items_are_matched_by_hash_and_unmatched_ones_counted():
     one = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
     other = evaluation(
         task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
@@ -281,7 +281,7 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted() -> None:
     assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
 
 
-def test_draws_depend_on_no_other_task_and_include_the_seeds() -> None:
+def test_draws_depend_on_no_other_task_and_include_the_seeds():
     def drawn(*tasks: TaskResult) -> list[float]:
         paired = pair_scores({"one": [evaluation(*tasks)]}, num_resamples=20)
         assert paired is not None
@@ -310,7 +310,7 @@ def test_draws_depend_on_no_other_task_and_include_the_seeds() -> None:
     assert width(0.2, 0.6) > 1.5 * width(0.4, 0.4)
 
 
-def test_confidences_follow_the_answers(front: Front) -> None:
+def test_confidences_follow_the_answers(front):
     for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):
         assert at(front, name, "confidence_on_front") == share
     assert at(front, "poor", "confidence_keeps_99") == 0.0
@@ -333,7 +333,7 @@ def test_confidences_follow_the_answers(front: Front) -> None:
     assert at(front, "close", "bits_per_byte/vs_vanilla") == pytest.approx(-0.39)
 
 
-def test_the_share_of_a_loss_is_inverted_and_a_twin_keeps_all() -> None:
+def test_the_share_of_a_loss_is_inverted_and_a_twin_keeps_all():
     points: Points = {
         "teacher": ("teacher", 24.0, evaluation(bits_task(2.0))),
         "close": ("trial", 12.0, evaluation(bits_task(2.01))),
@@ -349,7 +349,7 @@ def test_the_share_of_a_loss_is_inverted_and_a_twin_keeps_all() -> None:
     assert at(sure_front(points, share=1.0), "twin", "confidence_keeps_100") == 1.0
 
 
-def test_a_result_without_items_has_no_confidence() -> None:
+def test_a_result_without_items_has_no_confidence():
     words = {name: evaluation(task("words", answers(s))) for name, s in (("a", 0.5), ("b", 0.4))}
     results = [
         sample_trial(key=name, cost={"evaluations": n}, quality={"accuracy": 0.4})

@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import quote, unquote
 
 import pytest
 from browser import BROWSER, page_text
 
 from orchestrator.pipelines.ui import serve
-from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.tracking.tracker import open_tracking
@@ -106,9 +104,7 @@ def curve_heights(page: str) -> list[list[float]]:
 
 @pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_pages_behind_a_path_and_a_password_show_the_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_results: list[Trial]
-) -> None:
+def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch, sample_results):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     at_home, workspace = open_workspace(tmp_path / "server"), open_workspace(tmp_path / "ws")
     placed = []

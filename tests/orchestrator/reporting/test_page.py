@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +11,13 @@ from browser import BROWSER, page_text
 from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
-from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, with_confidence
 from orchestrator.reporting.sections import _scripts, render_page, sort_value
 from orchestrator.reporting.sweep_report import SweepReport
 
 
 @pytest.fixture
-def front(sample_results: list[Trial]) -> Front:
+def front(sample_results) -> Front:
     return sample_front(sample_results)
 
 
@@ -36,7 +33,7 @@ def charts_in(page: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_page_needs_no_network(front: Front) -> None:
+def test_the_page_needs_no_network(front):
     page = page_of(front)
     assert len(page) < 1_500_000
     own = page.replace(_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
@@ -45,7 +42,7 @@ def test_the_page_needs_no_network(front: Front) -> None:
     assert page == page_of(front), "the same results give the same bytes"
 
 
-def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> None:
+def test_text_from_outside_cannot_become_markup(sample_results):
     bad = "</script><script>alert(1)</script>"
     renamed = sample_results[1].model_copy(update={"label": bad})
     metric: Any = bad
@@ -64,9 +61,7 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> 
     assert bad in json.dumps(charts_in(page))
 
 
-def test_a_page_folds_details_and_a_phone_shows_what_matters(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sample_evaluations):
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = sample_front(sample_results, sweep_of=sweep_of)
     page = page_of(with_confidence(front, sample_evaluations, num_resamples=100))
@@ -85,7 +80,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_a_browser_draws_front_and_curves(sample_results: list[Trial], tmp_path: Path) -> None:
+def test_a_browser_draws_front_and_curves(sample_results, tmp_path):
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = sample_front(sample_results, sweep_of=sweep_of)
     curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from sample_trials import sample_front, with_items
 
 from iiet.pruning import InfluenceTable
-from orchestrator.records.evaluation import DepthCurve, EvaluationResult
+from orchestrator.records.evaluation import DepthCurve
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
@@ -42,17 +42,13 @@ FILES |= {"influence.png", "influence.svg"}
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def workspace(tmp_path, monkeypatch) -> Workspace:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return open_workspace(tmp_path / "ws")
 
 
 @pytest.fixture
-def sweep(
-    workspace: Workspace,
-    sample_results: list[Trial],
-    sample_influence: tuple[tuple[float, ...], ...],
-) -> StoredSweep:
+def sweep(workspace, sample_results, sample_influence) -> StoredSweep:
     placed = []
     for result in sample_results:
         folder = workspace.trials / result.key
@@ -82,9 +78,7 @@ def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
 
 
 @pytest.mark.slow
-def test_files_are_written_and_read_back_without_the_trials(
-    workspace: Workspace, sweep: StoredSweep
-) -> None:
+def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
     for step in (1, 2, 3):
         journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
@@ -119,9 +113,7 @@ def test_files_are_written_and_read_back_without_the_trials(
 
 
 @pytest.mark.slow
-def test_the_depth_curve_of_the_teacher_is_a_section(
-    workspace: Workspace, sweep: StoredSweep
-) -> None:
+def test_the_depth_curve_of_the_teacher_is_a_section(workspace, sweep):
     [teacher] = [result for result in sweep.results if result.role == "teacher"]
     points = [
         {"corrections": r, "evaluations": 2 + 2 * r, "quality": quality}
@@ -156,9 +148,7 @@ def test_the_depth_curve_of_the_teacher_is_a_section(
 
 
 @pytest.mark.slow
-def test_paired_errors_come_from_the_stored_items(
-    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evaluations):
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     written = write_sweep_report(workspace, sweep)
     assert written.front.basis is not None
@@ -189,9 +179,7 @@ def test_paired_errors_come_from_the_stored_items(
 
 
 @pytest.mark.slow
-def test_seeds_have_curves_paired_errors_and_runs(
-    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evaluations):
     results: list[Trial] = []
     for result in sweep.results:
         if result.role != "trial":
@@ -242,9 +230,7 @@ def num_points(workspace: Workspace) -> int:
 
 
 @pytest.mark.slow
-def test_mlflow_holds_the_sweep_once(
-    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
+def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     tracking = open_tracking(workspace, warn=pytest.fail)
     first = write_sweep_report(workspace, sweep, tracking=lambda: tracking)
@@ -300,9 +286,7 @@ def test_mlflow_holds_the_sweep_once(
 
 
 @pytest.mark.slow
-def test_a_sweep_without_measured_results_has_a_report(
-    workspace: Workspace, sweep: StoredSweep
-) -> None:
+def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     """Also where a baseline was."""
     bare = []
     for result in sweep.results:
@@ -328,9 +312,7 @@ def test_a_sweep_without_measured_results_has_a_report(
 
 
 @pytest.mark.slow
-def test_missing_and_damaged_sweeps_are_user_errors(
-    workspace: Workspace, sweep: StoredSweep
-) -> None:
+def test_missing_and_damaged_sweeps_are_user_errors(workspace, sweep):
     with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
         write_sweep_report(workspace, "tyo")
     write_sweep_report(workspace, sweep)
@@ -352,9 +334,7 @@ def test_missing_and_damaged_sweeps_are_user_errors(
     assert stored.read_bytes() == before
 
 
-def test_a_name_cannot_lead_out_of_the_sweeps_folder(
-    workspace: Workspace, sweep: StoredSweep, tmp_path: Path
-) -> None:
+def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path):
     write_json(tmp_path / "outside" / RESULTS_FILE, sweep.model_dump(mode="json"))
     sweep.store(workspace)
     before = sorted(tmp_path.rglob("*"))
@@ -371,9 +351,7 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
 
 
 @pytest.mark.slow
-def test_several_sweeps_share_a_front_and_are_distinguished(
-    workspace: Workspace, sample_results: list[Trial]
-) -> None:
+def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_results):
     """They share the teacher and the baselines; the second one's trials are better."""
     trials = [result for result in sample_results if result.role == "trial"]
     others = [result for result in sample_results if result.role != "trial"]

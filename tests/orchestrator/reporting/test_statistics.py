@@ -33,7 +33,7 @@ def drawn(values: Floats, weights: Floats | None = None, seed: int = 0, num: int
     return resample(ItemValues("acc", values, weights), seed_weights, model_of_run, counts)
 
 
-def test_each_draw_has_the_number_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_draw_has_the_number_of_items(monkeypatch):
     monkeypatch.setattr("orchestrator.reporting.statistics.MAX_COUNTS_PER_BLOCK", 50)
     blocks = list(item_counts(7, 40, (0,)))
     assert len(blocks) > 1
@@ -43,7 +43,7 @@ def test_each_draw_has_the_number_of_items(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(np.unique(counts, axis=0)) > 30
 
 
-def test_the_error_of_a_mean_difference_matches_the_formula() -> None:
+def test_the_error_of_a_mean_difference_matches_the_formula():
     rng = np.random.default_rng(1)
     ability = rng.random(500)
     pair = (rng.random((2, 500)) < ability + np.array([[0.0], [0.05]])).astype(float)
@@ -56,7 +56,7 @@ def test_the_error_of_a_mean_difference_matches_the_formula() -> None:
     assert scores.difference(1, 0).value == pytest.approx(difference.mean())
 
 
-def test_the_error_of_a_ratio_of_sums_matches_the_delta_method() -> None:
+def test_the_error_of_a_ratio_of_sums_matches_the_delta_method():
     rng = np.random.default_rng(2)
     weights = rng.integers(500, 5000, size=200).astype(float)
     values = (2.0 + 0.3 * rng.standard_normal((1, 200))) * weights
@@ -67,7 +67,7 @@ def test_the_error_of_a_ratio_of_sums_matches_the_delta_method() -> None:
     assert scores.drawn.std() == pytest.approx(residual.std(ddof=1) / math.sqrt(200), rel=0.06)
 
 
-def test_equal_models_differ_by_exactly_zero() -> None:
+def test_equal_models_differ_by_exactly_zero():
     row = np.random.default_rng(3).standard_normal(301) + 9
     scores = drawn(np.stack([row, row - 1, row]))
     same = scores.difference(0, 2)
@@ -78,7 +78,7 @@ def test_equal_models_differ_by_exactly_zero() -> None:
     assert drawn(np.array([[1.0, 1.0], [0.0, 0.0]])).ratio(0, 1) is None
 
 
-def test_an_interval_covers_the_truth_at_its_level() -> None:
+def test_an_interval_covers_the_truth_at_its_level():
     rng = np.random.default_rng(4)
     truth, num_trials, covered = 0.04, 200, 0
     for trial in range(num_trials):
@@ -90,7 +90,7 @@ def test_an_interval_covers_the_truth_at_its_level() -> None:
     assert 0.88 <= covered / num_trials <= 0.99
 
 
-def test_seeds_are_drawn_before_items() -> None:
+def test_seeds_are_drawn_before_items():
     # Items without spread leave the error of the seeds: s / sqrt(n).
     seeds = np.array([0.2, 0.3, 0.5, 0.4])
     values = np.repeat(seeds[:, None], 50, axis=1)
@@ -110,7 +110,7 @@ def test_seeds_are_drawn_before_items() -> None:
     assert scores.drawn[:, 1].std() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_variances_of_seeds_and_items_add_up() -> None:
+def test_the_variances_of_seeds_and_items_add_up():
     rng = np.random.default_rng(7)
     seeds = 0.5 + 0.05 * rng.standard_normal(6)
     items = 0.3 * rng.standard_normal(80)
@@ -123,7 +123,7 @@ def test_the_variances_of_seeds_and_items_add_up() -> None:
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
 
 
-def test_front_shares_follow_the_definition_of_a_front() -> None:
+def test_front_shares_follow_the_definition_of_a_front():
     rng = np.random.default_rng(9)
     costs = np.array([2.0, 1.0, 2.0, 3.0, 1.0])
     goodness = rng.integers(0, 4, size=(300, 5)).astype(float)
@@ -138,13 +138,13 @@ def test_front_shares_follow_the_definition_of_a_front() -> None:
     assert front_shares(costs, goodness) == pytest.approx(expected)
 
 
-def test_an_interval_contains_its_share_of_the_draws() -> None:
+def test_an_interval_contains_its_share_of_the_draws():
     interval = interval_of(0.5, np.linspace(0.0, 1.0, 1001), level=0.9)
     assert (interval.low, interval.high) == pytest.approx((0.05, 0.95))
     assert interval.excludes_zero
 
 
-def test_the_p_value_is_that_of_the_binomial_distribution() -> None:
+def test_the_p_value_is_that_of_the_binomial_distribution():
     for counts in ((0, 0), (0, 1), (5, 0), (6, 6), (3, 14), (120, 171)):
         num_items = sum(counts)
         tail = sum(comb(num_items, k) for k in range(min(counts) + 1))
@@ -155,7 +155,7 @@ def test_the_p_value_is_that_of_the_binomial_distribution() -> None:
     assert mcnemar_p_value(99_553, 100_447) == pytest.approx(0.0456, abs=3e-4)
 
 
-def test_items_are_counted_and_p_values_adjusted_by_the_number_of_tests() -> None:
+def test_items_are_counted_and_p_values_adjusted_by_the_number_of_tests():
     values = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=float)
     assert count_discordant(values) == (2, 1)
     assert count_discordant(values * 0.5) is None, "items are neither right nor wrong"

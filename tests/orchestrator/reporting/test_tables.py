@@ -21,7 +21,6 @@ from orchestrator.evaluation.decode_timing import (
     RelativeTime,
 )
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import Trial
 from orchestrator.reporting.command_tables import (
     average_notes,
     cost_and_share_tables,
@@ -65,18 +64,16 @@ def rows(*shown: RenderableType) -> list[list[str]]:
 
 
 @pytest.fixture
-def front(sample_results: list[Trial]) -> Front:
+def front(sample_results) -> Front:
     return sample_front(sample_results)
 
 
 @pytest.fixture
-def sure_front(front: Front, sample_evaluations: dict[str, EvaluationResult]) -> Front:
+def sure_front(front, sample_evaluations) -> Front:
     return with_confidence(front, sample_evaluations, num_resamples=500)
 
 
-def test_the_terminal_table_fits_and_keeps_what_matters(
-    sample_results: list[Trial], front: Front, sure_front: Front
-) -> None:
+def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, sure_front):
     for width, titles in (
         (110, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
         (100, "schedule NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
@@ -110,9 +107,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     assert "vs teacher" in models_table(sure_front).to_markdown()
 
 
-def test_sizes_and_sweeps_have_columns_if_they_differ(
-    sample_results: list[Trial], front: Front
-) -> None:
+def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
     assert " layers" not in "\n".join(lines(front, 160))
     last = sample_results[-1]
     deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
@@ -140,9 +135,7 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(
     assert {row["sweep"] for row in model_rows(several)} == {"first", "second"}
 
 
-def test_csv_and_json_hold_every_number(
-    front: Front, sure_front: Front, sample_results: list[Trial]
-) -> None:
+def test_csv_and_json_hold_every_number(front, sure_front, sample_results):
     found = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
     values = json.loads(json.dumps(front_values(front), allow_nan=False))
     by_key = {row["key"]: row for row in found}
@@ -173,9 +166,7 @@ def test_csv_and_json_hold_every_number(
     assert "paired/lastword/vs_r_0_from_scratch_high" in model_table(sure_front)
 
 
-def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(
-    front: Front, sure_front: Front
-) -> None:
+def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(front, sure_front):
     text = models_table(front).to_markdown().splitlines()
     assert len(text) == 2 + len(front.rows)
     assert len({line.count("|") for line in text}) == 1
@@ -191,7 +182,7 @@ def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(
     assert (knee[1], knee[3].startswith("-0.3 (-0.7 to ")) == ("32.4", True)
 
 
-def test_numbers_are_written_with_the_digits_that_matter() -> None:
+def test_numbers_are_written_with_the_digits_that_matter():
     assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
     costs = {11.0: "11", 6.2745: "6.274", 16384.0: "16,384", 8.94e6: "8,940,000", 2.5e9: "2.5e+09"}
     assert [cost_text(cost) for cost in costs] == list(costs.values())
@@ -216,7 +207,7 @@ def evaluation(*tasks: TaskResult) -> EvaluationResult:
 CHOICES = {"acc": 0.25, "acc_stderr": 0.125, "acc_norm": 0.5, "perplexity": 123456.0}
 
 
-def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model() -> None:
+def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
     one = evaluation(task("choices", **CHOICES))
     other = evaluation(task("choices", acc=0.75), task("more", **CHOICES))
     found = rows(evaluation_table({"model0": one, "model1": other}))
@@ -242,7 +233,7 @@ def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model() -
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_width_breaks_a_name_or_a_number(width: int) -> None:
+def test_no_width_breaks_a_name_or_a_number(width):
     measured = evaluation(
         task("lambada_openai", 5153, perplexity=6.2e7, perplexity_stderr=1.2e6, acc=0.37),
         task("heldout_continuation", 1028, acc=0.4432, acc_stderr=0.0155, bits_per_byte=2.2),
@@ -282,7 +273,7 @@ def test_no_width_breaks_a_name_or_a_number(width: int) -> None:
     assert text.count("Influence (cosine") == 1
 
 
-def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers() -> None:
+def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers():
     values, errors = ((0.05234, 3e-5), (0.5, 0.0123)), ((0.00021, 2e-6), (0.0, math.nan))
     found = rows(*influence_tables(InfluenceTable("loss", values, errors, 64)))
     assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in found

@@ -9,13 +9,13 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def workspace(tmp_path_factory) -> Workspace:
     # One store for all tests of the module: making a database takes seconds.
     return open_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture
-def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+def tracking(workspace, monkeypatch) -> Tracking:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return open_tracking(workspace, warn=pytest.fail)

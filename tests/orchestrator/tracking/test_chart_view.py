@@ -10,7 +10,7 @@ import pytest
 from orchestrator.tracking.chart_view import ChartView
 
 
-def test_a_view_holds_filter_axes_and_every_layer() -> None:
+def test_a_view_holds_filter_axes_and_every_layer():
     view = ChartView(
         key="front-toy",
         name="Front of toy",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(monkeypatch) -> Iterator[None]:
     from mlflow.tracking.context import registry
 
     for provider in registry._run_context_provider_registry:
@@ -26,7 +26,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     context_tags.cache_clear()
 
 
-def test_the_command_is_named_without_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_named_without_its_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/env/bin/iiet-orch", "pretrain", "--set", "a=secret"])
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sesame")
@@ -40,9 +40,7 @@ def test_the_command_is_named_without_its_arguments(monkeypatch: pytest.MonkeyPa
         assert tags["mlflow.source.git.commit"] == commit.strip()
 
 
-def test_a_script_in_a_repository_has_its_commit_and_no_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_in_a_repository_has_its_commit_and_no_password(tmp_path, monkeypatch):
     (tmp_path / "study.py").write_text("pass\n", encoding="utf-8")
     identity = "git -c user.name=a -c user.email=a@b"
     commands = (

@@ -21,7 +21,6 @@ from orchestrator.models.tokenizer import END_OF_TEXT
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.tracking import served_model
 from orchestrator.tracking.tracker import Tracking, open_tracking
-from orchestrator.workspace.layout import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
 
@@ -72,9 +71,7 @@ def folder_of(path: Path, **config: object) -> Path:
     return path
 
 
-def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(
-    tracking: Tracking, workspace: Workspace
-) -> None:
+def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking, workspace):
     datasets = {"quality/loss": TOKENS, "quality/accuracy": TASKS, "cost/nfe": None}
     model = TrackedModel(
         key="shared weights", name="iiet-1.3b 1,0", params={"checkpoint": "runs/x"},
@@ -103,9 +100,7 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
-def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(
-    tracking: Tracking,
-) -> None:
+def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(tracking):
     model = model_of("later", **{"quality/loss": TOKENS, "cost/ms": None})
     show(tracking, "later", model, quality_loss=2.5)
     show(tracking, "later", model, quality_loss=2.5, cost_ms=1.5)
@@ -122,9 +117,7 @@ def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(
         mlflow.pyfunc.load_model(found.artifact_location)
 
 
-def test_a_model_has_one_version_for_each_key_and_aliases_move(
-    tracking: Tracking, tmp_path: Path
-) -> None:
+def test_a_model_has_one_version_for_each_key_and_aliases_move(tracking, tmp_path):
     small, large = folder_of(tmp_path / "small", size="small"), folder_of(tmp_path / "large")
     register(tracking, "front", small, key="s", alias="knee", tags={"sweep": "a"})
     register(tracking, "front", large, key="l", alias="best", note="the full model")
@@ -138,9 +131,7 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(
     assert json.loads((place / "config.json").read_text()) == {"size": "small"}
 
 
-def test_the_signature_names_what_a_model_takes_and_returns(
-    tracking: Tracking, tmp_path: Path
-) -> None:
+def test_the_signature_names_what_a_model_takes_and_returns(tracking, tmp_path):
     for key, corrections in (("iiet", [2, 1]), ("vanilla", None)):
         folder = folder_of(tmp_path / key, corrections=corrections)
         register(tracking, "signed", folder, key=key, alias="best", example="Once")
@@ -171,9 +162,7 @@ def _load_pyfunc(data_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
-def test_two_models_in_one_process_share_no_module(
-    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_models_in_one_process_share_no_module(tracking, tmp_path, monkeypatch):
     """They may have been registered by two versions of this package."""
     sources = []
     for answer in ("old", "new"):
@@ -188,7 +177,7 @@ def test_two_models_in_one_process_share_no_module(
     assert answers == ["old", "new"]
 
 
-def test_a_text_outside_the_vocabulary_is_one_sentence() -> None:
+def test_a_text_outside_the_vocabulary_is_one_sentence():
     """Such as one for a model of a depth task, whose tokenizer knows its symbols only."""
     symbols = symbol_tokenizer(["s1 ", "s2 ", "s3 "])
     model = object.__new__(served_model.TextModel)

@@ -39,7 +39,7 @@ def shown() -> Shown:
     return Shown()
 
 
-def test_runs_are_published_in_order_by_a_thread_that_ends(shown: Shown) -> None:
+def test_runs_are_published_in_order_by_a_thread_that_ends(shown):
     publisher = Publisher(shown.publish)
     for start in (0, 100):
         for number in range(100):
@@ -52,7 +52,7 @@ def test_runs_are_published_in_order_by_a_thread_that_ends(shown: Shown) -> None
         assert not thread.is_alive()
 
 
-def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown: Shown) -> None:
+def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown):
     has_begun, may_end = threading.Event(), threading.Event()
 
     def wait(each: TrackedRun) -> None:
@@ -72,9 +72,7 @@ def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown: Shown) -> N
     assert shown.names == ["slow", "a4", "b"]
 
 
-def test_running_ones_are_published_again_until_they_end(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_ones_are_published_again_until_they_end(shown, monkeypatch):
     assert SECONDS_BETWEEN_COPIES < 5.0, "what is shown is at most 5 s old"
     monkeypatch.setattr(publishing, "SECONDS_BETWEEN_COPIES", 0.01)
     publisher, again = Publisher(shown.publish), threading.Event()
@@ -89,7 +87,7 @@ def test_running_ones_are_published_again_until_they_end(
     assert shown.names[-1] == "end"
 
 
-def test_what_a_dead_server_missed_is_published_when_it_is_back(shown: Shown) -> None:
+def test_what_a_dead_server_missed_is_published_when_it_is_back(shown):
     shown.is_down = True
     publisher = Publisher(shown.publish)
     for runs in ((run("a"), run("b", name="old")), (run("b", name="new"), run("c"))):

@@ -19,7 +19,7 @@ SWEEP = TrackedRun(key="sweep", kind="sweep", name="sweep", status="RUNNING")
 
 
 @pytest.fixture
-def tracking(tmp_path: Path, silent_server: str, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+def tracking(tmp_path, silent_server, monkeypatch) -> Tracking:
     """MLflow at the address of a silent server."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
     return open_tracking(open_workspace(tmp_path), warn=lambda text: None)
@@ -32,7 +32,7 @@ def trial(number: int, status: Status, folder: Path) -> TrackedRun:
     )  # fmt: skip
 
 
-def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking: Tracking, tmp_path: Path) -> None:
+def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking, tmp_path):
     journal = Journal(tmp_path / "trial")
     journal.metrics(1, {"train/loss": 1.0})
     journal.close()
@@ -60,7 +60,7 @@ def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking: Tracking, tmp_p
     assert time.monotonic() - started < MOST_SECONDS
 
 
-def test_a_wait_for_the_last_records_can_be_interrupted(tracking: Tracking) -> None:
+def test_a_wait_for_the_last_records_can_be_interrupted(tracking):
     tracking.publish(SWEEP.changed(status="FINISHED"))
 
     def interrupt(number: int, frame: object) -> None:

@@ -39,7 +39,7 @@ def write(journal: Path, steps: range, **more: float) -> None:
     file.close()
 
 
-def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
+def test_every_point_is_there_at_its_time(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path / "run", range(1, 4))
@@ -56,7 +56,7 @@ def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
     assert read.Scalars("train/loss")[-1].wall_time == pytest.approx(written, abs=60)
 
 
-def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
+def test_a_resumed_training_has_each_point_once(tmp_path):
     journal, folder = tmp_path / "run", tmp_path / "tensorboard" / "toy" / "2,1"
     log = LoggedRuns("tensorboard", tmp_path)
     write(journal, range(1, 4))
@@ -73,7 +73,7 @@ def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
-def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
+def test_metrics_after_the_end_are_added(tmp_path):
     log = LoggedRuns("tensorboard", tmp_path)
     write(tmp_path / "run", range(1, 2))
     log.log(run_of(tmp_path / "run", "FINISHED"))
@@ -84,9 +84,7 @@ def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
     assert math.isnan(found["train/kl"][0][1])
 
 
-def test_results_follow_once_and_measurements_without_a_training_are_left_out(
-    tmp_path: Path,
-) -> None:
+def test_results_follow_once_and_measurements_without_a_training_are_left_out(tmp_path):
     log, name = LoggedRuns("tensorboard", tmp_path), "a/b: c"
     write(tmp_path / "run", range(1, 3))
     alone = {"key": "a", "name": name, "parent": None}
@@ -102,9 +100,7 @@ def test_results_follow_once_and_measurements_without_a_training_are_left_out(
 
 
 @pytest.mark.slow
-def test_tracked_runs_are_mirrored_if_the_setting_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracked_runs_are_mirrored_if_the_setting_says_so(tmp_path, monkeypatch):
     """A folder that cannot be written is one warning."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = Workspace(tmp_path / "ws")

@@ -27,11 +27,11 @@ from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def requests(monkeypatch) -> Counter[str]:
     """Count the calls of the store; a client of a server makes a request for each."""
     counts: Counter[str] = Counter()
     reading = ("search_runs", "get_run")
@@ -67,7 +67,7 @@ def client(tracking: Tracking) -> MlflowClient:
     return tracking.store.connect()
 
 
-def test_a_key_has_one_run_under_each_parent(tracking: Tracking) -> None:
+def test_a_key_has_one_run_under_each_parent(tracking):
     sweep = show(tracking, run_of("one-run", kind="sweep", name="sweep"))
     show(tracking, run_of("another", kind="sweep", name="sweep"))
     trial = show(tracking, run_of("t", parent="one-run"))
@@ -81,7 +81,7 @@ def test_a_key_has_one_run_under_each_parent(tracking: Tracking) -> None:
     assert trial.data.tags["iiet.kind"] == "trial"
 
 
-def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> None:
+def test_the_same_values_at_the_same_step_add_no_points(tracking):
     values = {"a": 0.1, "b,none": math.inf, "c": math.nan, "d": -math.inf, "e": 1e-300}
     points = [(name, value, 0) for name, value in values.items()]
     run = run_of("points", points=[*points, ("f", 2.0, 0), ("g", 1.0, 1), ("g", 1.0, 2)])
@@ -97,9 +97,7 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> N
     assert history(tracking, found, "g") == [(1, 1.0), (2, 1.0)]
 
 
-def test_a_resumed_training_repeats_no_step(
-    tracking: Tracking, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_resumed_training_repeats_no_step(tracking, workspace, tmp_path):
     run, journal = run_of("resumed", journal=str(tmp_path)), Journal(tmp_path)
     for step in (1, 2, 3):
         journal.metrics(step, {"train/loss": 5.0 - step, "train/acc,none": step})
@@ -117,9 +115,7 @@ def test_a_resumed_training_repeats_no_step(
     assert history(tracking, first, "train/loss") == [(1, 4), (2, 3), (3, 2), (4, 1)]
 
 
-def test_a_copy_after_a_lost_answer_adds_no_point(
-    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_after_a_lost_answer_adds_no_point(tracking, tmp_path, monkeypatch):
     run, journal = run_of("lost answer", journal=str(tmp_path)), Journal(tmp_path)
     for step in range(1000):  # More than fit into one request.
         journal.metrics(step, {"train/loss": float(step)})
@@ -145,7 +141,7 @@ def test_a_copy_after_a_lost_answer_adds_no_point(
     assert [step for step, _ in history(tracking, found, "train/loss")] == list(range(1001))
 
 
-def test_a_run_has_the_times_of_its_training(tracking: Tracking) -> None:
+def test_a_run_has_the_times_of_its_training(tracking):
     show(tracking, run_of("times", kind="sweep", started_ms=1_000))
     trial = run_of("timed", parent="times", points=[("loss", 1.0, 0)], started_ms=2_000)
     found = show(tracking, trial)
@@ -171,9 +167,7 @@ def test_a_run_has_the_times_of_its_training(tracking: Tracking) -> None:
     assert info.end_time == info.start_time > 1
 
 
-def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
-    tracking: Tracking, workspace: Workspace, requests: Counter[str]
-) -> None:
+def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(tracking, workspace, requests):
     sweep = run_of("counted", kind="sweep", params={"seed": "1"}, tags={"a": "b"})
     trials = [
         run_of(
@@ -200,7 +194,7 @@ def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
     assert requests == {"search_runs": 1}
 
 
-def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -> None:
+def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking):
     run = run_of("deleted", kind="pretrain")
     client(tracking).delete_run(show(tracking, run).info.run_id)
     found = show(tracking, run.changed(points=[("loss", 1.0, 0)]))
@@ -216,9 +210,7 @@ def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -
     assert (parent.info.lifecycle_stage, parent.info.run_name) == ("active", "all")
 
 
-def test_artifacts_and_texts_replace_earlier_ones(
-    tracking: Tracking, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_artifacts_and_texts_replace_earlier_ones(tracking, workspace, tmp_path):
     file = tmp_path / "front.csv"
     run = run_of(
         "artifacts", tags={NOTE_TAG: f"**hello** {RUN_ID}"},
@@ -238,7 +230,7 @@ def test_artifacts_and_texts_replace_earlier_ones(
     assert list(workspace.artifacts.rglob("table.json"))
 
 
-def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace: Workspace) -> None:
+def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace):
     warnings: list[str] = []
     tracking = open_tracking(workspace, warn=warnings.append)
     refused = run_of("refused", params={"a name": "x", "": "no name"})
@@ -249,8 +241,8 @@ def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace: Workspace)
 
 
 def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    workspace, monkeypatch, tmp_path
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     warnings: list[str] = []
@@ -292,9 +284,7 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     assert show(back, sweep_there).data.params == {"seed": "3"}
 
 
-def test_a_store_that_cannot_be_opened_is_a_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("MLflow would retry for minutes")
 
@@ -321,9 +311,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(
         assert "geh3im" not in str(caught.value)
 
 
-def test_a_copy_shows_nothing_new_and_names_what_people_have_added(
-    tracking: Tracking, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, workspace, tmp_path):
     at = {"at": f"{workspace.root}/runs/x"}
     run = run_of("copied", kind="sweep", status="FINISHED", params=at, tags={**at, NOTE_TAG: "a"})
     found = show(tracking, run)
@@ -357,9 +345,7 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(
     assert after == before
 
 
-def test_no_tracked_file_names_the_place_of_the_workspace(
-    tracking: Tracking, workspace: Workspace
-) -> None:
+def test_no_tracked_file_names_the_place_of_the_workspace(tracking, workspace):
     place = str(workspace.root / "runs" / "x")
     model = TrackedModel(key="k", name="m", params={"checkpoint": place}, datasets={})
     run = run_of(
@@ -374,9 +360,7 @@ def test_no_tracked_file_names_the_place_of_the_workspace(
     assert (stored.folder, stored.files) == (run.folder, run.files)
 
 
-def test_a_dataset_is_logged_once_and_a_parameter_keeps_its_first_value(
-    tracking: Tracking,
-) -> None:
+def test_a_dataset_is_logged_once_and_a_parameter_keeps_its_first_value(tracking):
     data = ("tokens", "0123456789abcdef", {"train_tokens": 7})
     many = {f"setting.{n}": str(n) for n in range(150)}
     for kind, context in (("pretrain", "training"), ("influence", "evaluation")):
@@ -389,9 +373,7 @@ def test_a_dataset_is_logged_once_and_a_parameter_keeps_its_first_value(
         assert run.data.params == {"seed": "1", **many}
 
 
-def test_links_open_the_training_pages_also_of_a_server_below_a_path(
-    tracking: Tracking, workspace: Workspace
-) -> None:
+def test_links_open_the_training_pages_also_of_a_server_below_a_path(tracking, workspace):
     tags = {VIEW_TAG: "front-toy", REPORT_TAG: "front/front.html"}
     plain = show(tracking, run_of("plain", kind="sweep", started_ms=10**14))
     linked = show(tracking, run_of("linked", kind="sweep", tags=tags, started_ms=10**14 + 1))
