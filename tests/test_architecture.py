@@ -73,10 +73,10 @@ LINES = {
     "orchestrator/training": 3_318,
     "orchestrator/evaluation": 2_781,
     "orchestrator/planning": 1_164,
-    "orchestrator/cluster": 1_795,
-    "orchestrator/reporting": 4_793,
+    "orchestrator/cluster": 1_813,
+    "orchestrator/reporting": 4_772,
     "orchestrator/sweeping": 2_659,
-    "orchestrator/pipelines": 4_856,
+    "orchestrator/pipelines": 4_849,
     "orchestrator/cli": 1_714,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

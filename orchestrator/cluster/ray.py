@@ -73,13 +73,15 @@ INSTALL_THE_SAME = "install the same on all nodes"
 
 # Environment of Ray and its processes
 
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Variable that Ray reads when it is imported; 0 keeps its sockets on loopback, on Linux too."""
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Variable for Ray Train's process that hears of nodes that will be taken away."""
 _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     # One token for this process and its children; Ray would write one into the home folder.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too, this keeps sockets on loopback
+    LOOPBACK_SWITCH: "0",
     "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
     "RAY_enable_worker_prestart": "0",
     # Its only node cannot be lost alone: a busy or sleeping machine must not end a run.
@@ -89,6 +91,8 @@ _LOCAL_ENVIRONMENT = {
 _JOINING_ENVIRONMENT = {
     "RAY_gcs_server_port_wait_time_s": "8"  # tries to reach the head node, about one a second
 }
+_imported_for_local: bool | None = None
+"""Whether Ray was imported in the environment of a local one; None: it was not imported."""
 
 
 def address_variables(address: str) -> dict[str, str | None]:
@@ -111,7 +115,19 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
 
     Args:
         folder: Where a local Ray writes; it opens its folder to every user, so one inside ours.
+
+    Raises:
+        UserError: If Ray was imported before, in the environment of the other kind.
     """
+    global _imported_for_local
+    if _imported_for_local is None and "ray" in sys.modules:
+        _imported_for_local = os.environ.get(LOOPBACK_SWITCH) == "0"
+    if _imported_for_local not in (None, address == LOCAL):
+        raise UserError(
+            "this process has imported Ray in another environment: a local one is kept on loopback "
+            f"by {LOOPBACK_SWITCH}=0, with which no cluster can be joined; start another process, "
+            "in which orchestrator is imported before Ray"
+        )
     variables = address_variables(address)
     if folder:
         variables["RAY_TMPDIR"] = str(folder)
@@ -127,6 +143,8 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        if "ray" in sys.modules:
+            _imported_for_local = address == LOCAL
         set_all(before)
 
 

@@ -26,7 +26,7 @@ from iiet.config import ModelConfig
 from iiet.cost import num_parameters
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, MODEL_TYPE
+from iiet.weights import CONFIG
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
@@ -131,7 +131,6 @@ def import_model(
             raise UserError(
                 f"the workspace has another run named {run.name}; choose one with --name"
             )
-        about = {"from": found.name, "read as": found.kind, "source": key}
         checkpoint = (
             folders.resolve_checkpoint(run)
             if saved
@@ -147,7 +146,7 @@ def import_model(
                 ),
                 provenance={
                     "objective": "import",
-                    "imported": about,
+                    "imported": {"from": found.name, "source": key},
                     "environment": environment(),
                 },
             )
@@ -156,18 +155,19 @@ def import_model(
     journal.event("imported")  # Commands without a path take the newest run.
     journal.close()
     count = format_parameters(num_parameters(config))
-    progress.finish(f"{found.kind}: {config.method}, {count} parameters")
+    progress.finish(f"{config.method}, {count} parameters")
     return checkpoint
 
 
 class _Source(NamedTuple):
-    """A model that is imported: what it is, the name of a run for it, and its files' key."""
+    """A model that is imported."""
 
     decoder: Decoder
-    kind: str
     name: str
     run_name: str
+    """Name of its run, unless another is given."""
     key: str
+    """Hash of its files."""
     texts: Path
     """Folder of its tokenizer and chat files."""
 
@@ -178,21 +178,14 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
-        return _Source(decoder, "a GGUF file", path.name, path.stem, file_key(path), scratch)
+        return _Source(decoder, path.name, path.stem, file_key(path), scratch)
     if find_checkpoints(path):
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
-    decoder, name = load_model(path), shown_name(path)
+    name = shown_name(path)
     run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
-    if folders.is_checkpoint(path):
-        kind = "a checkpoint"
-    elif folders.read_config(path).get("model_type") == MODEL_TYPE:
-        kind = "an exported folder"
-    else:
-        is_llama = decoder.config.method == "vanilla"
-        kind = "a Llama folder" if is_llama else "the published naming"
-    return _Source(decoder, kind, name, run_name, folders.model_files_key(path), path)
+    return _Source(load_model(path), name, run_name, folders.model_files_key(path), path)
 
 
 # Export

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import run_workers
 from pretended_cluster import LOOPBACK, listening_addresses
 
 from orchestrator import cli
@@ -96,6 +97,26 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
         **given, "RAY_AUTH_TOKEN": None,
     }  # fmt: skip
+
+
+IMPORTED_BEFORE = """
+import os
+os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+import ray
+from orchestrator.cluster.ray import ray_environment
+from orchestrator.workspace.errors import UserError
+try:
+    with ray_environment("local"):
+        raise SystemExit("its sockets would be open to others")
+except UserError as error:
+    assert "start another process" in str(error)
+with ray_environment("head:6379"):
+    pass
+"""
+
+
+def test_a_ray_that_was_imported_with_open_sockets_is_not_used_as_a_local_one() -> None:
+    run_workers(IMPORTED_BEFORE, 1)
 
 
 def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:
