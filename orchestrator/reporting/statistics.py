@@ -22,7 +22,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +37,7 @@ NUM_RESAMPLES = 10_000
 INTERVAL_LEVEL = 0.95
 """Share of the draws inside an interval; the rest lies outside in equal parts."""
 MAX_COUNTS_PER_BLOCK = 2_000_000
-"""Bounds the memory of one block of `item_counts`."""
-MAX_KEPT_COUNTS = 25_000_000
-"""Bounds the memory of the draws that are used again; a number takes two bytes."""
+"""Bounds the memory of `draw_item_counts`."""
 KEPT_SHARE = 0.99
 """A model keeps the full model's quality if it reaches this share of it."""
 ON_FRONT_METRIC = "paired/confidence_on_front"
@@ -219,7 +216,7 @@ def pair_scores(
     scores = {}
     for task, values in items.items():
         # A seed for each task: adding a task does not change another one's draws.
-        counts = item_counts(len(values.weights), num_resamples, (seed, *task.encode()))
+        counts = draw_item_counts(len(values.weights), num_resamples, (seed, *task.encode()))
         scores[task] = resample(values, seed_weights, model_of_run, counts)
     groups = {name: members for run in runs for name, members in run.groups.items()}
     return PairedScores(evaluations, items, scores, groups, left_out)
@@ -246,7 +243,7 @@ def resample(
     items: ItemValues,
     seed_weights: Floats,
     model_of_run: NDArray[np.int64],
-    counts: Iterable[NDArray[np.uint16]],
+    counts: Iterable[Floats],
 ) -> Scores:
     """Score every model on draws of one task's items.
 
@@ -254,7 +251,7 @@ def resample(
         items: The items under every run.
         seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
         model_of_run: (runs,): number of the model.
-        counts: How often each item is drawn; see `item_counts`.
+        counts: How often each item is drawn; see `draw_item_counts`.
     """
     num_models = int(model_of_run.max()) + 1
     is_of_model = (model_of_run[:, None] == np.arange(num_models)).astype(float)
@@ -262,7 +259,7 @@ def resample(
     distinct, row_of_run = np.unique(items.values, axis=0, return_inverse=True)
     row_of_run = row_of_run.reshape(-1)
     columns = np.vstack([distinct, items.weights]).T
-    sums = np.vstack([block.astype(float) @ columns for block in counts])
+    sums = np.vstack([block @ columns for block in counts])
     by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of_run]
     total = columns.sum(axis=0)
     measured = (total[:-1] / total[-1])[row_of_run]
@@ -270,22 +267,8 @@ def resample(
     return Scores(observed, (by_run * seed_weights) @ is_of_model)
 
 
-def item_counts(
-    num_items: int, num_resamples: int, seed: tuple[int, ...]
-) -> Iterable[NDArray[np.uint16]]:
-    """Return how often each item is drawn, in blocks of (resamples, items).
-
-    A report compares models on the same draws several times, and drawing takes longest, so those of
-    few items are kept.
-    """
-    is_small = num_items * num_resamples <= MAX_KEPT_COUNTS
-    draw = _kept_item_counts if is_small else _draw_item_counts
-    return draw(num_items, num_resamples, seed)
-
-
-def _draw_item_counts(
-    num_items: int, num_resamples: int, seed: tuple[int, ...]
-) -> Iterator[NDArray[np.uint16]]:
+def draw_item_counts(num_items: int, num_resamples: int, seed: tuple[int, ...]) -> Iterator[Floats]:
+    """Yield how often each item is drawn, in blocks of (resamples, items); rows sum to `items`."""
     random = np.random.default_rng(seed)
     block_size = max(1, MAX_COUNTS_PER_BLOCK // num_items)
     for start in range(0, num_resamples, block_size):
@@ -293,14 +276,7 @@ def _draw_item_counts(
         drawn = random.integers(num_items, size=(num_rows, num_items))
         drawn += num_items * np.arange(num_rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=num_rows * num_items)
-        yield counts.reshape(num_rows, num_items).astype(np.uint16)
-
-
-@lru_cache(maxsize=2)
-def _kept_item_counts(
-    num_items: int, num_resamples: int, seed: tuple[int, ...]
-) -> list[NDArray[np.uint16]]:
-    return list(_draw_item_counts(num_items, num_resamples, seed))
+        yield counts.reshape(num_rows, num_items).astype(float)
 
 
 def draw_seed_weights(

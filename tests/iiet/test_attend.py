@@ -20,9 +20,7 @@ def heads(time: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_shared_heads_are_repeated_heads_and_no_scores_are_kept(
-    dtype: torch.dtype, masked: bool
-) -> None:
+def test_shared_heads_are_repeated_heads_and_no_scores_are_kept(dtype, masked):
     queries, keys, values = heads(TOKENS, dtype)
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() if masked else None
     with LargestTensor() as largest:
@@ -36,7 +34,7 @@ def test_shared_heads_are_repeated_heads_and_no_scores_are_kept(
 @pytest.mark.skipif(not _CPU_SHARES_HEADS, reason="before torch 2.9 a CPU repeats shared heads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_a_decoded_token_copies_no_keys(dtype: torch.dtype) -> None:
+def test_a_decoded_token_copies_no_keys(dtype):
     queries, keys, values = heads(1, dtype)
     with LargestTensor() as largest:
         attend(queries, keys, values, mask=None, is_causal=False)

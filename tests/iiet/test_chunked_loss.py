@@ -25,7 +25,7 @@ ELEMENTS = SEQUENCES * TIME * VOCAB
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch) -> None:
     """Cut 36 positions into chunks of 8, the last one smaller."""
     monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", 8 * VOCAB)
 
@@ -82,7 +82,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["text", "masked text", "few targets", "nothing"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool, kind: str) -> None:
+def test_values_and_gradients_equal_those_of_whole_logits(loss, tied, kind):
     decoder, batch, config = fresh_decoder(tied=tied), some_batch(kind), LOSSES[loss]
     teacher = some_teacher(decoder)
     results = []
@@ -92,7 +92,7 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool,
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-14)
 
 
-def test_logits_of_one_chunk_give_bitwise_the_same() -> None:
+def test_logits_of_one_chunk_give_bitwise_the_same():
     decoder, batch = fresh_decoder().float(), some_batch("text")
     teacher, results = some_teacher(decoder), []
     for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
@@ -103,7 +103,7 @@ def test_logits_of_one_chunk_give_bitwise_the_same() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("loss", [None, *LOSSES])
-def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None) -> None:
+def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss):
     decoder, batch = fresh_decoder(), some_batch("masked text")
     schedule = decoder.schedule
     config = DistillationConfig(**LOSSES[loss]) if loss else None
@@ -125,7 +125,7 @@ def hooked(decoder: Decoder) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("change", [adapted, hooked, nn.Module.half])
-def test_a_head_that_must_be_called_gets_whole_logits(change: Callable[[Decoder], None]) -> None:
+def test_a_head_that_must_be_called_gets_whole_logits(change):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
     assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), LazyLogits)
     change(decoder)
@@ -135,7 +135,7 @@ def test_a_head_that_must_be_called_gets_whole_logits(change: Callable[[Decoder]
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_second_derivatives_exist_with_plain_formulas() -> None:
+def test_second_derivatives_exist_with_plain_formulas():
     decoder, ids = fresh_decoder(), some_batch("text").input_ids
     weights = list(decoder.parameters())
     with plain_formulas():
@@ -150,7 +150,7 @@ def test_second_derivatives_exist_with_plain_formulas() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
-def test_frozen_weights_get_no_gradient(frozen: str) -> None:
+def test_frozen_weights_get_no_gradient(frozen):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
     is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
     decoder.requires_grad_(False)
@@ -161,12 +161,12 @@ def test_frozen_weights_get_no_gradient(frozen: str) -> None:
 
 
 @pytest.fixture(params=[8 * VOCAB, 1 << 25], ids=["chunks", "whole"])
-def chunk_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def chunk_elements(request, monkeypatch) -> None:
     monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk_elements")
-def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits() -> None:
+def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
     exact, batch = fresh_decoder(tied=False), some_batch("text")
     decoder = copy.deepcopy(exact).float()
     expected = value_and_gradients(exact, batch_cross_entropy(exact(batch.input_ids), batch))
@@ -182,7 +182,7 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits() -> N
     assert error(partial(batch_cross_entropy, batch=batch)) < 1.1 * error(None) < 0.05
 
 
-def test_a_batch_of_another_shape_is_refused() -> None:
+def test_a_batch_of_another_shape_is_refused():
     decoder, batch = fresh_decoder(), some_batch("text")
     other = Batch.of_text(batch.input_ids.T)
     with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):

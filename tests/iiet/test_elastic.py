@@ -19,13 +19,13 @@ from iiet.schedule import IterationSchedule
 
 
 @pytest.fixture
-def decoder(tiny_model: dict[str, object]) -> Decoder:
+def decoder(tiny_model) -> Decoder:
     torch.manual_seed(0)
     return Decoder(ModelConfig.from_dict({**tiny_model, "schedule": [2, 1]})).double()
 
 
 @pytest.fixture
-def batch(decoder: Decoder) -> Batch:
+def batch(decoder) -> Batch:
     return Batch.of_text(torch.randint(decoder.config.vocab_size, (3, 12)))
 
 
@@ -39,7 +39,7 @@ def member_gradients(
     return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
 
 
-def test_the_full_schedule_teaches_itself_nothing(decoder: Decoder, batch: Batch) -> None:
+def test_the_full_schedule_teaches_itself_nothing(decoder, batch):
     parts, found = member_gradients(decoder, batch, (2, 1), kl_weight=5.0)
     assert parts["kl"] == 0
     loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
@@ -48,9 +48,7 @@ def test_the_full_schedule_teaches_itself_nothing(decoder: Decoder, batch: Batch
 
 
 @pytest.mark.parametrize("chunk", [losses.CHUNK_ELEMENTS, 64])
-def test_a_member_learns_as_from_a_frozen_copy(
-    decoder: Decoder, batch: Batch, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_learns_as_from_a_frozen_copy(decoder, batch, chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
     parts, found = member_gradients(decoder, batch, (0, 1), kl_weight=0.7, temperature=2.0)
 
@@ -67,9 +65,7 @@ def test_a_member_learns_as_from_a_frozen_copy(
     torch.testing.assert_close(found, list(expected), rtol=1e-8, atol=1e-13)
 
 
-def test_whole_logits_are_kept_where_there_are_no_hidden_states(
-    decoder: Decoder, batch: Batch
-) -> None:
+def test_whole_logits_are_kept_where_there_are_no_hidden_states(decoder, batch):
     parts, found = member_gradients(decoder, batch, (0, 0))
     with plain_formulas():
         plain_parts, expected = member_gradients(decoder, batch, (0, 0))

@@ -22,9 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_values_and_the_random_state_afterwards_are_the_constructors(
-    options: dict[str, Any],
-) -> None:
+def test_the_values_and_the_random_state_afterwards_are_the_constructors(options):
     config = preset("tiny", num_layers=2, dim=20, num_heads=2, ffn_dim=24, **options)
     torch.manual_seed(3)
     expected = Decoder(config).state_dict()

@@ -31,9 +31,7 @@ def distributions_of(name: str, seen: set[str]) -> Iterator[metadata.Distributio
 
 
 @pytest.mark.slow
-def test_the_core_works_with_pytorch_alone_and_names_the_library_that_files_need(
-    tmp_path: Path,
-) -> None:
+def test_the_core_works_with_pytorch_alone_and_names_the_library_that_files_need(tmp_path):
     # Links to PyTorch, what PyTorch needs, and the metadata of this project.
     for distribution in [*distributions_of("torch", set()), metadata.distribution("iiet-orch")]:
         tops = {file.parts[0] for file in distribution.files or ()}

@@ -15,10 +15,10 @@ from orchestrator.reporting.statistics import (
     Scores,
     adjust_by_holm,
     count_discordant,
+    draw_item_counts,
     draw_seed_weights,
     front_shares,
     interval_of,
-    item_counts,
     mcnemar_p_value,
     resample,
 )
@@ -29,13 +29,13 @@ def drawn(values: Floats, weights: Floats | None = None, seed: int = 0, num: int
     model_of_run = np.arange(len(values))
     weights = np.ones(values.shape[1]) if weights is None else weights
     seed_weights = np.ones((num, len(values)))
-    counts = item_counts(values.shape[1], num, (seed,))
+    counts = draw_item_counts(values.shape[1], num, (seed,))
     return resample(ItemValues("acc", values, weights), seed_weights, model_of_run, counts)
 
 
 def test_each_draw_has_the_number_of_items(monkeypatch):
     monkeypatch.setattr("orchestrator.reporting.statistics.MAX_COUNTS_PER_BLOCK", 50)
-    blocks = list(item_counts(7, 40, (0,)))
+    blocks = list(draw_item_counts(7, 40, (0,)))
     assert len(blocks) > 1
     counts = np.vstack(blocks)
     assert counts.shape == (40, 7)
@@ -103,7 +103,7 @@ def test_seeds_are_drawn_before_items():
     both = draw_seed_weights(np.array([0, 0, 1, 1]), 100, np.random.default_rng(5))
     assert np.array_equal(both[:, :2], both[:, 2:])
     assert len(np.unique(both[:, 0])) == 3
-    counts = item_counts(50, 8000, (6,))
+    counts = draw_item_counts(50, 8000, (6,))
     scores = resample(ItemValues("acc", values, np.ones(50)), weights, model_of_run, counts)
     assert scores.observed == pytest.approx([seeds.mean(), 0.3])
     assert scores.drawn[:, 0].std() == pytest.approx(seeds.std() / 2, rel=0.05)
@@ -117,7 +117,7 @@ def test_the_variances_of_seeds_and_items_add_up():
     values = seeds[:, None] + items[None, :]
     model_of_run = np.zeros(6, dtype=np.int64)
     weights = draw_seed_weights(model_of_run, 8000, rng)
-    counts = item_counts(80, 8000, (7,))
+    counts = draw_item_counts(80, 8000, (7,))
     scores = resample(ItemValues("acc", values, np.ones(80)), weights, model_of_run, counts)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
