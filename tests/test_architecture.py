@@ -66,7 +66,7 @@ LINES = {
     "orchestrator/workspace": 1_058,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_618,
-    "orchestrator/records": 1_278,
+    "orchestrator/records": 1_283,
     "orchestrator/models": 1_879,
     "orchestrator/data": 2_408,
     "orchestrator/tracking": 1_401,
@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 1_813,
     "orchestrator/reporting": 4_772,
     "orchestrator/sweeping": 2_659,
-    "orchestrator/pipelines": 4_849,
+    "orchestrator/pipelines": 4_850,
     "orchestrator/cli": 1_714,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -555,7 +555,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     sweep, result, workspace = plan.sweep, plan.model, context.workspace
     model = trial_model(result)
     if result.checkpoint is None or model is None:
-        raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
+        raise UserError(f"the sweep {sweep.name} has no weights of {result.name} to export")
     checkpoint = folders.resolve_checkpoint(Path(result.checkpoint))
     schedule = None if result.schedule is None else IterationSchedule(result.schedule)
     decoder = load_model(checkpoint, schedule=schedule)

@@ -32,6 +32,7 @@ from orchestrator.records.status import (
     is_in_use,
     run_locks,
     size_of,
+    sweeps_of,
     training_folders,
     trials_by_folder,
 )
@@ -118,9 +119,10 @@ def list_workspace(
     """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
     kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
     found, note = dict[Kind, list[dict[str, Any]]](), cache(note)
+    sweeps = sweeps_of(workspace, note) if {"sweeps", "trials"} & {*kinds} else []
     for each in kinds:
         entries = []
-        for name, folder, state, details in _find_entries(workspace, each, note):
+        for name, folder, state, details in _find_entries(workspace, each, sweeps, note):
             known = {key: value for key, value in details.items() if value is not None}
             size, changed = size_of(folder), round(last_recorded(folder), 3)
             entry = {"name": name, "state": state, "bytes": size, "changed": changed}
@@ -130,7 +132,7 @@ def list_workspace(
 
 
 def _find_entries(
-    workspace: Workspace, kind: Kind, note: Note
+    workspace: Workspace, kind: Kind, sweeps: Sequence[Sweep], note: Note
 ) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
     """Yield name, folder, state and details of everything of a kind."""
     if kind == "models":
@@ -143,8 +145,7 @@ def _find_entries(
                 state = "complete" if is_complete else "damaged"
                 yield str(saved.relative_to(workspace.root)), saved, state, {}
     elif kind == "sweeps":
-        for folder in folders_in(workspace.sweeps):
-            sweep = Sweep(folder, note)
+        for sweep in sweeps:
             if not sweep.trials:
                 state = "damaged" if sweep.is_damaged else "without a plan"
             elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
@@ -152,11 +153,11 @@ def _find_entries(
             else:
                 state = "interrupted" if sweep.left else "finished"
             finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
-            has_report = (folder / layout.RESULTS_FILE).is_file()
+            has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
             counts = {"finished": finished, "trials": trials, "has_report": has_report}
-            yield folder.name, folder, state, {"kind": sweep.kind, **counts}
+            yield sweep.folder.name, sweep.folder, state, {"kind": sweep.kind, **counts}
     else:
-        planned = trials_by_folder(workspace, note) if kind == "trials" else {}
+        planned = trials_by_folder(sweeps) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
             training = Training(folder, note)
             job, end, state = training.job, training.outcome, training.state()
@@ -233,7 +234,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             activities.append({**who, "sweeps": [], **unknown})
 
     running = [Training(folder, note) for folder in filter(is_in_use, training_folders(workspace))]
-    planned = trials_by_folder(workspace, note) if running else {}
+    planned = trials_by_folder(sweeps_of(workspace, note)) if running else {}
     for run in running:
         if not run.lock:  # It has ended meanwhile.
             continue

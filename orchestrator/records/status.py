@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -145,10 +145,15 @@ class Sweep:
         return mean and len(self.left) / max(1, at_once) * mean
 
 
-def trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, Trial]]]:
+def sweeps_of(workspace: Workspace, note: Note) -> list[Sweep]:
+    """Return all sweeps of a workspace by name."""
+    return [Sweep(folder, note) for folder in folders_in(workspace.sweeps)]
+
+
+def trials_by_folder(sweeps: Iterable[Sweep]) -> dict[Path, list[tuple[str, Trial]]]:
     """Return folder -> sweeps that plan a trial there, with the trial."""
     found: dict[Path, list[tuple[str, Trial]]] = {}
-    for sweep in (Sweep(folder, note) for folder in folders_in(workspace.sweeps)):
+    for sweep in sweeps:
         for trial in sweep.trials:
             found.setdefault(Path(trial.folder), []).append((sweep.folder.name, trial))
     return found
