@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,9 +81,8 @@ class Race:
 @settings(max_examples=25)
 @given(CURVES, st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_best_at_a_rung_continues_whoever_came_first(
-    tmp_path_factory: pytest.TempPathFactory,
-    losses: list[list[float]], reduction_factor: int, gap: int, seed: int,
-) -> None:  # fmt: skip
+    tmp_path_factory,
+    losses, reduction_factor, gap, seed):  # fmt: skip
     curves = {f"iiet {n}": curve for n, curve in enumerate(losses)}
     race = Race(tmp_path_factory.mktemp("race"), curves, reduction_factor)
     race.run(seed, gap)
@@ -96,7 +94,7 @@ def test_the_best_at_a_rung_continues_whoever_came_first(
     assert len(race.stopped) < len(curves), "one is trained to its end"
 
 
-def test_models_never_compete_and_the_reason_names_the_best_rival(tmp_path: Path) -> None:
+def test_models_never_compete_and_the_reason_names_the_best_rival(tmp_path):
     curves = {"vanilla low": [5.0] * 8, "vanilla lower": [4.0] * 8, "vanilla high": [6.0] * 8}
     curves |= {"iiet": [9.0] * 8, "other nan": [math.nan] * 8, "other infinite": [math.inf] * 8}
     race = Race(tmp_path, curves)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from installed_package import PACKAGE, install, on_path
 
 from orchestrator.cluster import ray
 from orchestrator.cluster.ray import CODE, locked_file, problem_of_node, versions
 
 
-def test_a_workspace_is_shared_if_its_files_and_locks_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_workspace_is_shared_if_its_files_and_locks_are(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "SEEN_SECONDS", 0.0)
     with locked_file(tmp_path) as path:
         assert problem_of_node(path, versions()) == ""
@@ -28,7 +25,7 @@ def test_a_workspace_is_shared_if_its_files_and_locks_are(
     assert "gets locks" in problem_of_node(tmp_path / "free", {})
 
 
-def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path: Path) -> None:
+def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path):
     """The node and this machine are one process, with and without the package on its path."""
     without = versions()
     assert {"python", "torch", "ray", CODE} <= set(without)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from small_size import SMALL
 
@@ -43,7 +42,7 @@ def arguments(command: str, workspace: Path, *options: str) -> list[str]:
     return [command, "--workspace", str(workspace), *options, *sets]
 
 
-def test_the_path_of_a_sweep_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     from orchestrator.cluster import ray, tune
     from orchestrator.sweeping import run
 

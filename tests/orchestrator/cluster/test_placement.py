@@ -71,7 +71,7 @@ def fits(nodes: tuple[Node, ...], found: Placement) -> bool:
 
 
 @pytest.mark.parametrize("nodes", CLUSTERS)
-def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes: tuple[Node, ...]) -> None:
+def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
     for asked, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
         for num_workers, num_gpus in ((asked, 0), (1, asked), (1, 1 / asked)):
             try:
@@ -100,13 +100,13 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes: tuple[
     ],
 )
 def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
-    nodes: tuple[Node, ...], num_gpus: float, at_once: int, cpus: int, on_one_node: bool
-) -> None:
+    nodes, num_gpus, at_once, cpus, on_one_node
+):
     found = job_placement(100, 1, num_gpus, Resources(nodes))
     assert (found.jobs_at_once, found.cpus, found.on_one_node) == (at_once, cpus, on_one_node)
 
 
-def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> None:
+def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
         found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
         assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
@@ -126,9 +126,7 @@ def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> No
         ((Node(0, 4), HEAD), {"gpus_per_trial": 1}, ["needs a CPU and a GPU; set cluster.wait"]),
     ],
 )  # fmt: skip
-def test_what_never_fits_says_what_the_nodes_have_and_what_would(
-    nodes: tuple[Node, ...], sweep: dict[str, float], words: list[str]
-) -> None:
+def test_what_never_fits_says_what_the_nodes_have_and_what_would(nodes, sweep, words):
     chosen, place = SweepSettings.model_validate(sweep), "the cluster at x"
     with pytest.raises(UserError) as error:
         trial_placement(chosen, 1, nodes, place)

@@ -31,7 +31,7 @@ PACKAGE = Path(ray.__file__).parent
 
 
 @pytest.mark.slow
-def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session: None) -> None:
+def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session):
     import ray
 
     addresses = set().union(*listening_addresses().values())
@@ -51,7 +51,7 @@ def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session: None) 
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_session: None) -> None:
+def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_session):
     import ray
 
     def wait(sent: Signal) -> bool:
@@ -67,7 +67,7 @@ def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_sessi
     assert [sent.is_sent(), other.is_sent()] == [True, False]
 
 
-def test_only_one_function_uses_what_is_private_in_ray() -> None:
+def test_only_one_function_uses_what_is_private_in_ray():
     """A version of Ray may change it; that function works without it, too."""
     found = []
     for path in PACKAGE.glob("*.py"):
@@ -82,8 +82,8 @@ def test_only_one_function_uses_what_is_private_in_ray() -> None:
     [("local", None, True), ("auto", None, False), ("head:6379", "head:6379", False)],
 )
 def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
-    address: str, variable: str | None, own_token: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    address, variable, own_token, monkeypatch
+):
     monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "of.the.shell:6379"})
     found = address_variables(address)
     assert found["RAY_ADDRESS"] == variable
@@ -115,11 +115,11 @@ with ray_environment("head:6379"):
 """
 
 
-def test_a_ray_that_was_imported_with_open_sockets_is_not_used_as_a_local_one() -> None:
+def test_a_ray_that_was_imported_with_open_sockets_is_not_used_as_a_local_one():
     run_workers(IMPORTED_BEFORE, 1)
 
 
-def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_a_cluster_get_named_variables(monkeypatch):
     named = {"HF_TOKEN": "secret", "AWS_A": "1", "IIET_PRETENDED_GPUS": "1"}
     monkeypatch.setattr(os, "environ", {**named, "AWS_B": "2", "PATH": "/"})
     entries = ("HF_TOKEN", "AWS_*", "NCCL_*", "AWS_B=3", "EMPTY=")
@@ -136,9 +136,8 @@ def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("command", ["pretrain", "quickstart"])
 def test_an_address_where_nothing_answers_is_refused_before_anything_is_prepared(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    command, tmp_path, capsys,
+    monkeypatch):  # fmt: skip
     monkeypatch.setattr(ray, "_running", None)  # Other tests' Ray may run here.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -153,7 +152,7 @@ def test_an_address_where_nothing_answers_is_refused_before_anything_is_prepared
         check_ray_can_run("no-such-host.invalid:6379")
 
 
-def test_a_command_must_run_on_a_node_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_must_run_on_a_node_of_the_cluster(monkeypatch):
     monkeypatch.setattr(psutil, "process_iter", lambda _: [])  # As on another machine.
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"

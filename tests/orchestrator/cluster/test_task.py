@@ -119,7 +119,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.long
-def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_path: Path) -> None:
+def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_path):
     with pretended_cluster() as environment:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, str(tmp_path / "died")],
@@ -141,13 +141,13 @@ def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_pa
     assert found["free GPUs"] == 2
 
 
-def test_a_sweep_on_cpus_measures_in_this_process() -> None:
+def test_a_sweep_on_cpus_measures_in_this_process():
     on_device = trial_device(resolve_settings({}, []), Path())
     assert on_device(lambda device, _: device, Progress()) == "cpu"
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def two_gpus(monkeypatch) -> list[str]:
     """A machine with two GPUs; returns those that were made the current one."""
     current: list[str] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -161,9 +161,7 @@ def _device_of(folder: Path, **cluster: object) -> str:
     return found(lambda device, _: device, Progress())
 
 
-def test_work_runs_on_the_device_that_the_settings_name(
-    two_gpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monkeypatch):
     assert _device_of(tmp_path) == "cuda"
     assert _device_of(tmp_path, device="cuda:1") == "cuda:1"
     assert _device_of(tmp_path, device="cuda:1", num_gpus=2) == "cuda:1"
@@ -187,7 +185,7 @@ def test_work_runs_on_the_device_that_the_settings_name(
 
 
 @pytest.fixture
-def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def job(tiny_job) -> TrainingJob:
     return tiny_job(
         num_steps=30, validate_every_steps=15, checkpoint_every_steps=10, iterate_from_fraction=0.5
     )
@@ -221,9 +219,7 @@ def at_step(job: TrainingJob, step: int, act: Callable[[], None]) -> Callable[[]
 
 
 @pytest.mark.long
-def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
-    ray_session: None, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_and_weights_are_those_of_ray_to_the_last_bit(ray_session, job, monkeypatch):
     # As many threads as the one worker of the session's Ray.
     monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(2),)))
     under_ray = job.model_copy(update={"run_folder": f"{job.run_folder}-ray"})
@@ -235,9 +231,7 @@ def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_call_goes_on(
-    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_and_the_same_call_goes_on(job, monkeypatch):
     monkeypatch.setattr(task, "POLL_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGINT)
     interrupt = at_step(job, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -270,11 +264,8 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(
     ("num_saved", "saved"), [(0, "nothing was saved"), (1, "saved at step [36]0")]
 )
 def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
-    num_saved: int,
-    saved: str,
-    tiny_job: Callable[..., TrainingJob],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    num_saved, saved, tiny_job, monkeypatch
+):
     # The second checkpoint is so late that the first is seen before it, also on a busy machine.
     job = tiny_job(num_steps=90, validate_every_steps=90, checkpoint_every_steps=30)
     monkeypatch.setattr(task, "POLL_SECONDS", 0.0)

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,7 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make_job(tiny_job: MakeJob) -> MakeJob:
+def make_job(tiny_job) -> MakeJob:
     def make(name: str, **recipe: Any) -> TrainingJob:
         values = {
             "num_steps": 12,
@@ -48,7 +47,7 @@ def make_job(tiny_job: MakeJob) -> MakeJob:
     return make
 
 
-def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_jobs_start_nothing(make_job, monkeypatch):
     outcome = run_job(make_job("done"))
     monkeypatch.setattr(train, "ray_cluster", None)
     assert run_train_jobs([make_job("done")]) == [outcome]
@@ -56,8 +55,8 @@ def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
-    ray_session: None, make_job: MakeJob
-) -> None:
+    ray_session, make_job
+):
     long = {"num_steps": 60, "checkpoint_every_steps": 20, "validate_every_steps": 60}
     job, whole = (make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole"))
     listening, killed = dict[int, set[str]](), list[int]()
@@ -97,9 +96,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
         ("controller", 1),
     ],
 )
-def test_when_a_job_is_started_again(
-    ends: str, num_starts: int, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
     import ray.exceptions
     import ray.train
 
@@ -153,9 +150,8 @@ def test_when_a_job_is_started_again(
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
-    fault: str, retries: int, error: type[Exception], sentence: str,
-    ray_session: None, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    fault, retries, error, sentence,
+    ray_session, make_job, monkeypatch):  # fmt: skip
     train_worker = train._train_worker
 
     def train_with_fault(config: dict[str, Any]) -> Any:
@@ -189,9 +185,7 @@ def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
 
 
 @pytest.mark.slow
-def test_sigterm_waits_for_a_slow_writer(
-    ray_session: None, tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
     train_worker, gate = train._train_worker, tmp_path / "gate"
 
     def train_and_save_slowly(config: dict[str, Any]) -> None:
@@ -244,8 +238,8 @@ def start_and_lose(job: TrainingJob) -> None:
 
 @pytest.mark.slow
 def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
-    ray_session: None, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ray_session, make_job, monkeypatch
+):
     from ray.util.placement_group import placement_group, remove_placement_group
 
     job, notes = make_job("run"), list[str]()

@@ -90,8 +90,8 @@ def named(plan: SweepPlan, *names: str) -> list[Trial]:
 
 
 def test_failures_are_tried_again_then_reported_while_the_rest_continues(
-    ray_session: None, tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
+    ray_session, tiny_plan, tmp_path
+):
     folder = str(tmp_path)
 
     def function(trial: Trial, place: TrialPlace) -> Trial | None:
@@ -130,9 +130,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
     assert queue.threads == {threading.get_ident()}
 
 
-def test_a_stop_waits_for_running_trials_and_starts_no_other(
-    ray_session: None, tiny_plan: SweepPlan, tmp_path: Path
-) -> None:
+def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_plan, tmp_path):
     folder = str(tmp_path)
 
     def function(trial: Trial, place: TrialPlace) -> Trial | None:
@@ -189,9 +187,7 @@ def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **more: A
 
 
 @pytest.mark.long
-def test_two_workers_make_what_one_makes_also_through_a_stop(
-    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
-) -> None:
+def test_two_workers_make_what_one_makes_also_through_a_stop(tiny_plan, ray_session, tmp_path):
     trial = shared(tiny_plan.trials[1], tmp_path / "trial", num_steps=300)
     assert trial.job is not None
     folder = Path(trial.folder)
@@ -231,8 +227,8 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
 
 @pytest.mark.long
 def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
-    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
-) -> None:
+    tiny_plan, ray_session, tmp_path
+):
     import ray
 
     good, bad = (

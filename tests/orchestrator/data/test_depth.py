@@ -47,7 +47,7 @@ def hop(sequence: list[str], place: int | None) -> int | None:
 
 
 @pytest.mark.parametrize(("depth", "num_symbols"), [(1, 2), (3, 4), (6, 7)])
-def test_hops_are_those_of_a_search(depth: int, num_symbols: int) -> None:
+def test_hops_are_those_of_a_search(depth, num_symbols):
     for sequence, answers in texts(PHopInduction(depth, num_symbols=num_symbols, length=48), 50):
         for start, answer in enumerate(answers):
             place: int | None = start
@@ -57,7 +57,7 @@ def test_hops_are_those_of_a_search(depth: int, num_symbols: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "num_chains"), [(1, 2), (4, 3), (8, 2)])
-def test_chains_are_followed_pointer_by_pointer(depth: int, num_chains: int) -> None:
+def test_chains_are_followed_pointer_by_pointer(depth, num_chains):
     task = PointerChains(depth, num_chains=num_chains)
     for sequence, answers in texts(task):
         *listed, question = sequence
@@ -76,7 +76,7 @@ def test_chains_are_followed_pointer_by_pointer(depth: int, num_chains: int) -> 
         assert steps == depth
 
 
-def test_products_are_those_of_moving_things() -> None:
+def test_products_are_those_of_moving_things():
     for word, answers in texts(PermutationWords(16), 60):
         things = [1, 2, 3, 4, 5]
         for permutation, answer in zip(word, answers, strict=True):
@@ -94,7 +94,7 @@ def test_products_are_those_of_moving_things() -> None:
     ],
     ids=lambda task: task.name,
 )
-def test_chance_is_the_accuracy_of_the_best_guess_where_a_test_asks(task: DepthTask) -> None:
+def test_chance_is_the_accuracy_of_the_best_guess_where_a_test_asks(task):
     symbols, answers = task.generate(random_bits(5, np.arange(20_000), task.num_random))
     places = task.asked_positions(answers, random_bits(6, np.arange(20_000), 1)[:, 0])
     asked = places != NO_ANSWER
@@ -128,7 +128,7 @@ def opened(folder: Path, *tasks: str, **changes: int) -> DepthStore:
     return data
 
 
-def test_sequences_depend_on_seed_and_position_alone(tmp_path: Path) -> None:
+def test_sequences_depend_on_seed_and_position_alone(tmp_path):
     data = opened(tmp_path, "phop_3", "chain_2", "s5_6", length=16)
     several = data.sequences(np.arange(40), context_length=20, seed=3)
     for place in (0, 7, 39):
@@ -143,7 +143,7 @@ def test_sequences_depend_on_seed_and_position_alone(tmp_path: Path) -> None:
     assert not rows & {tuple(row.tolist()) for row in held_out.input_ids}
 
 
-def test_targets_are_answers_and_padding_has_none(tmp_path: Path) -> None:
+def test_targets_are_answers_and_padding_has_none(tmp_path):
     data = opened(tmp_path, "s5_4")
     batch = data.sequences(np.arange(8), context_length=10, seed=0)
     assert (batch.targets[:, :4] != NO_TARGET).all()
@@ -153,7 +153,7 @@ def test_targets_are_answers_and_padding_has_none(tmp_path: Path) -> None:
     assert batch.num_targets == batch.num_positions == 32
 
 
-def test_each_of_several_tasks_begins_with_its_name(tmp_path: Path) -> None:
+def test_each_of_several_tasks_begins_with_its_name(tmp_path):
     data = opened(tmp_path, "phop_2", "s5_4", length=16)
     tokenizer = load_tokenizer(data.tokenizer_path)
     batch = data.sequences(np.arange(1000), context_length=17, seed=0)
@@ -172,7 +172,7 @@ def test_each_of_several_tasks_begins_with_its_name(tmp_path: Path) -> None:
             assert item.answer in task.symbols
 
 
-def test_items_go_on_after_sequences_without_an_answer(tmp_path: Path) -> None:
+def test_items_go_on_after_sequences_without_an_answer(tmp_path):
     # One sequence in 416 has no symbol twice.
     data = opened(tmp_path, "phop_1", num_symbols=8, length=8)
     (task,) = data.tasks
@@ -192,7 +192,7 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, int], str]] = [
 ]
 
 
-def test_tasks_that_cannot_be_are_errors(tmp_path: Path) -> None:
+def test_tasks_that_cannot_be_are_errors(tmp_path):
     for tasks, changes, reason in MISTAKES:
         with pytest.raises(UserError, match=reason):
             opened(tmp_path, *tasks, **changes).check_length(32)

@@ -24,7 +24,7 @@ LENGTH = 20
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path) -> Path:
     path = tmp_path / "a.txt"
     texts = [f"Text {i} says that {SYMBOL} has {i * 13} kinds of fish." for i in range(300)]
     path.write_text("<|endoftext|>".join(texts))
@@ -32,7 +32,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(tmp_path) -> Workspace:
     return Workspace(tmp_path / "workspace")
 
 
@@ -57,18 +57,18 @@ def two_texts(text: Path, shares: dict[str, float]) -> DataSettings:
 
 
 @pytest.fixture
-def settings(text: Path) -> DataSettings:
+def settings(text) -> DataSettings:
     return data_settings(text, SHARES)
 
 
 @pytest.fixture
-def mixture(settings: DataSettings, workspace: Workspace) -> MixtureStore:
+def mixture(settings, workspace) -> MixtureStore:
     data = open_data(prepare(settings, workspace))
     assert isinstance(data, MixtureStore)
     return data
 
 
-def test_shares_are_exact_in_each_block_of_a_thousand(mixture: MixtureStore) -> None:
+def test_shares_are_exact_in_each_block_of_a_thousand(mixture):
     batch = mixture.sequences(np.arange(2000), context_length=LENGTH, seed=0)
     assert batch.sources is not None
     numbers = batch.sources[:, 0]
@@ -79,7 +79,7 @@ def test_shares_are_exact_in_each_block_of_a_thousand(mixture: MixtureStore) -> 
     assert not torch.equal(numbers[:1000], numbers[1000:])
 
 
-def test_a_position_alone_decides_its_sequence(mixture: MixtureStore) -> None:
+def test_a_position_alone_decides_its_sequence(mixture):
     options = {"context_length": LENGTH, "seed": 3}
     whole = mixture.batch(7, **options, global_batch=24)
     for world_size in (2, 3):
@@ -93,9 +93,7 @@ def test_a_position_alone_decides_its_sequence(mixture: MixtureStore) -> None:
     assert torch.equal(one.input_ids[0], whole.input_ids[5])
 
 
-def test_each_source_gives_the_sequences_that_it_gives_alone(
-    mixture: MixtureStore, text: Path, workspace: Workspace
-) -> None:
+def test_each_source_gives_the_sequences_that_it_gives_alone(mixture, text, workspace):
     alone = DataSettings(source="files", files=(str(text),), vocab_size=300)
     folder = prepare(alone, workspace)
     assert folder in mixture.manifest.text_folders(mixture.folder).values()  # stored once
@@ -114,7 +112,7 @@ def _rows(
     return list(zip(ids[chosen].tolist(), targets[chosen].tolist(), strict=True))
 
 
-def test_text_never_becomes_a_symbol(mixture: MixtureStore) -> None:
+def test_text_never_becomes_a_symbol(mixture):
     tokenizer = load_tokenizer(mixture.tokenizer_path)
     (texts,) = mixture.texts
     first_symbol = texts.vocab_size
@@ -131,7 +129,7 @@ def test_text_never_becomes_a_symbol(mixture: MixtureStore) -> None:
     assert torch.equal(batch.taught, has_target)
 
 
-def test_validation_has_the_shares_of_training(mixture: MixtureStore) -> None:
+def test_validation_has_the_shares_of_training(mixture):
     options = {"context_length": LENGTH, "num_tokens": 30 * LENGTH, "batch_size": 8}
     batches = list(mixture.validation_batches(**options))
     again = list(mixture.validation_batches(**options))
@@ -146,9 +144,7 @@ def test_validation_has_the_shares_of_training(mixture: MixtureStore) -> None:
     assert sum(map(len, large)) == pytest.approx(mixture.num_validation_tokens / LENGTH, abs=3)
 
 
-def test_prepared_once_and_found_again_also_elsewhere(
-    settings: DataSettings, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_prepared_once_and_found_again_also_elsewhere(settings, workspace, tmp_path):
     assert find_prepared(settings, workspace.tokens) is None
     expected = expected_tokens(settings, None)
     folder = prepare(settings, workspace)
@@ -165,8 +161,8 @@ def test_prepared_once_and_found_again_also_elsewhere(
 
 
 def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
-    text: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    text, workspace, monkeypatch
+):
     settings = two_texts(text, {"files": 0.5, "hub": 0.25, "s5_4": 0.25})
     write_text = preparation.write_text
     written: list[str] = []

@@ -17,12 +17,12 @@ from orchestrator.workspace.errors import UserError
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**70))
-def test_permute_is_a_permutation(size: int, key: int) -> None:
+def test_permute_is_a_permutation(size, key):
     images = permute(np.arange(size), size, key)
     assert sorted(images.tolist()) == list(range(size))
 
 
-def test_permutations_depend_on_the_key_and_mix() -> None:
+def test_permutations_depend_on_the_key_and_mix():
     first, second = (permute(np.arange(1000), 1000, key) for key in (1, 2))
     assert (first == second).mean() < 0.02
     assert abs(np.corrcoef(np.arange(1000), first)[0, 1]) < 0.15
@@ -31,7 +31,7 @@ def test_permutations_depend_on_the_key_and_mix() -> None:
 
 
 @given(st.integers(10, 60), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
-def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, batch: int) -> None:
+def test_an_epoch_visits_each_window_once(tokens, context, seed, batch):
     order = WindowOrder(tokens, context, seed)
     steps = range(3 * order.num_windows)
     starts = np.concatenate(
@@ -45,7 +45,7 @@ def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, 
         assert visited[-1] + context <= tokens
 
 
-def test_epochs_and_seeds_differ_in_order_and_offset() -> None:
+def test_epochs_and_seeds_differ_in_order_and_offset():
     order = WindowOrder(10_000, 64)
     epochs = np.split(order.starts(np.arange(6 * order.num_windows)), 6)
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -54,7 +54,7 @@ def test_epochs_and_seeds_differ_in_order_and_offset() -> None:
     assert (other != epochs[0][:50]).mean() > 0.9
 
 
-def test_sequences_are_slices_of_the_tokens() -> None:
+def test_sequences_are_slices_of_the_tokens():
     tokens = np.arange(2000, dtype=np.uint16)
     rows = gather(tokens, WindowOrder(2000, 16).starts(np.arange(15, 20)), 16)
     assert rows.shape == (5, 16)
@@ -64,7 +64,7 @@ def test_sequences_are_slices_of_the_tokens() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 99))
-def test_workers_share_a_step_as_evenly_as_possible(batch: int, workers: int, step: int) -> None:
+def test_workers_share_a_step_as_evenly_as_possible(batch, workers, step):
     batch = max(batch, workers)
     shares = [
         positions_of_step(step, global_batch=batch, rank=rank, world_size=workers)
@@ -77,7 +77,7 @@ def test_workers_share_a_step_as_evenly_as_possible(batch: int, workers: int, st
             check_even_split(batch, workers)
 
 
-def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error() -> None:
+def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error():
     def batches(tokens: np.ndarray, **options: int) -> list[Any]:
         manifest: Any = None
         return list(TokenStore(Path(), manifest, tokens, tokens).validation_batches(**options))

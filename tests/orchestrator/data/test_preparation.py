@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -21,20 +20,18 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(tmp_path) -> Workspace:
     return open_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> DataSettings:
+def settings(tmp_path) -> DataSettings:
     texts = [f"Text {i} says that the sea has {i * 13} kinds of fish." for i in range(200)]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
     return DataSettings(source="files", files=(str(tmp_path / "*.txt"),), vocab_size=300)
 
 
-def test_finished_work_is_reused(
-    workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_work_is_reused(workspace, settings, monkeypatch):
     expected = expected_tokens(settings, None)
     folder = prepare(settings, workspace)
     verify_data(folder, always=True)
@@ -50,9 +47,7 @@ def test_finished_work_is_reused(
 
 
 @pytest.mark.slow
-def test_a_changed_local_data_set_is_prepared_again(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_local_data_set_is_prepared_again(workspace, tmp_path, monkeypatch):
     settings = DataSettings(source="hub", hub_name=str(tmp_path / "set"), vocab_size=300)
     (tmp_path / "set").mkdir()
     for name, number in (("a", 50), ("b", 100)):
@@ -66,7 +61,7 @@ def test_a_changed_local_data_set_is_prepared_again(
         plan_pretrain(Settings(data=settings), workspace=workspace)
 
 
-def test_damaged_tokens_and_records_are_named(workspace: Workspace, settings: DataSettings) -> None:
+def test_damaged_tokens_and_records_are_named(workspace, settings):
     folder = prepare(settings, workspace)
     [record] = (workspace.tokens / "sources").iterdir()
     for content in ('{"fingerprint": "../../elsewhere"}', "{}", "[]"):

@@ -44,7 +44,7 @@ def texts(settings: DataSettings) -> list[str]:
     return [document.text for document in chain.from_iterable(shards)]
 
 
-def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     rows = [{"body": f"Document {i} has its own words."} for i in range(3)]
     expected = [row["body"] for row in rows]
     lines = "\ufeff" + "\n".join(map(json.dumps, rows))  # Windows starts files with such a mark.
@@ -60,9 +60,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     assert texts(files(tmp_path / "b.jsonl")) == ["bad ? half"]
 
 
-def test_shards_of_any_size_hold_the_same_documents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
     expected = [f"Text {i} says {'fish ' * (i % 7)}." for i in range(40)]
     rows = [{"text": line} for line in expected]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:20])) + "\n")
@@ -79,7 +77,7 @@ def test_shards_of_any_size_hold_the_same_documents(
         texts(settings)
 
 
-def test_titled_blocks_are_documents_and_a_book_is_split_at_paragraph_ends() -> None:
+def test_titled_blocks_are_documents_and_a_book_is_split_at_paragraph_ends():
     titled = "\n\n".join(f"Title {i}\n{'A long line of text about it. ' * 4}" for i in range(5))
     assert len(split_text_file(titled)) == 5
     wrapped = "\n\n".join("This line is as long\nas all of the others\nin it" for _ in range(5))
@@ -94,7 +92,7 @@ def test_titled_blocks_are_documents_and_a_book_is_split_at_paragraph_ends() -> 
     assert list(split_long("short")) == ["short"]
 
 
-def test_names_folders_and_patterns(tmp_path: Path) -> None:
+def test_names_folders_and_patterns(tmp_path):
     (tmp_path / "corpus" / "deeper").mkdir(parents=True)
     for name in ("a[1].txt", "deeper/b.jsonl", "notes.md"):
         (tmp_path / "corpus" / name).write_text(f'{{"text": "{name}"}}')
@@ -133,9 +131,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
 ]
 
 
-def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for pattern, message in WRONG_PATHS.items():
         with pytest.raises(UserError, match=message):
@@ -151,7 +147,7 @@ def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_data_set_is_streamed_file_by_file(tmp_path: Path, kind: str) -> None:
+def test_a_data_set_is_streamed_file_by_file(tmp_path, kind):
     for part in range(3):
         rows = [{"text": f"Document {number} of {part}. {WORDS}"} for number in range(50)]
         file = tmp_path / f"{part}.{kind}"
@@ -163,9 +159,7 @@ def test_a_data_set_is_streamed_file_by_file(tmp_path: Path, kind: str) -> None:
     assert texts(hub(tmp_path)) == texts(files(tmp_path / f"*.{kind}"))
 
 
-def test_a_data_set_that_cannot_be_read_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
     with pytest.raises(UserError, match=r"set, record 1 of shard 0: there is no field 'body' but"):
@@ -182,7 +176,7 @@ def test_a_data_set_that_cannot_be_read_is_one_sentence(
         texts(files())
 
 
-def test_help_topics_need_no_network() -> None:
+def test_help_topics_need_no_network():
     found = texts(DataSettings(source="python"))
     assert len(found) > 50
     assert sum(map(len, found)) > 300_000

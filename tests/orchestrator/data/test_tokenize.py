@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+def several(tmp_path, monkeypatch) -> DataSettings:
     """Settings of three files in many shards, with texts that come again in others."""
     for number in range(3):
         some = TEXTS[number * 80 : number * 80 + 120]
@@ -54,7 +54,7 @@ def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
 
 
-def test_the_tokens_are_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "DOCUMENTS_PER_BATCH", 7)
     monkeypatch.setattr(tokenize, "DOCUMENTS_COPIED_TOGETHER", 11)
     store = open_tokens(tokens_of([*TEXTS, *TEXTS[:50]], tmp_path, **OPTIONS))
@@ -76,14 +76,14 @@ def test_the_tokens_are_the_documents(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @given(st.lists(st.integers(0, 30)), st.integers(1, 10))
-def test_first_occurrences_are_those_of_a_set(keys: list[int], together: int) -> None:
+def test_first_occurrences_are_those_of_a_set(keys, together):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize, "HASHES_SORTED_TOGETHER", together)
         found = first_occurrences(np.array(keys, np.uint64))
     assert found.tolist() == [key not in keys[:place] for place, key in enumerate(keys)]
 
 
-def test_the_fingerprint_says_what_the_tokens_hold(tmp_path: Path) -> None:
+def test_the_fingerprint_says_what_the_tokens_hold(tmp_path):
     first = tokens_of(TEXTS, tmp_path / "a", **OPTIONS)
     assert tokens_of(TEXTS, tmp_path / "b", **OPTIONS).name == first.name
     others = [
@@ -99,7 +99,7 @@ def test_the_fingerprint_says_what_the_tokens_hold(tmp_path: Path) -> None:
     verify_data(first, always=True)
 
 
-def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path: Path) -> None:
+def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path):
     folder = tokens_of(TEXTS, tmp_path, **OPTIONS)
     (folder / VERIFIED_NAME).write_text("{")
     (folder / "train.bin").unlink()
@@ -110,7 +110,7 @@ def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path: P
         verify_data(folder)
 
 
-def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path: Path) -> None:
+def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path):
     marked = [each + (" zqzqzqzq" * 50 if is_validation(each, 0.2) else "") for each in TEXTS]
     # The mark changes the hashes; keep the documents whose side is the same.
     marked = [each for each in marked if is_validation(each, 0.2) == ("zq" in each)]
@@ -120,7 +120,7 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path: Path) -> None:
     assert not [token for token in vocabulary if "zq" in token]
 
 
-def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path: Path) -> None:
+def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
     for number in range(2, 8):
         some = TEXTS[number : 2 * number]
         store = open_tokens(tokens_of(some, tmp_path / str(number), **OPTIONS))
@@ -131,7 +131,7 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path: Path)
         assert not list((tmp_path / "none").glob("*/*.bin"))
 
 
-def test_several_threads_give_the_same_bytes_as_one(several: DataSettings, tmp_path: Path) -> None:
+def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
     whole = tokens_of(TEXTS[:280], tmp_path / "whole", **OPTIONS)
     for number in (1, 3):
         parent = tmp_path / f"by {number}"
@@ -169,8 +169,8 @@ tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), num_threads=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_an_interrupted_preparation_resumes_to_identical_bytes(
-    several: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    several, tmp_path, monkeypatch, name
+):
     parent = tmp_path / "tokens"
     arguments = [name, several.model_dump_json(), str(parent)]
     done = subprocess.run(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ FLOPS["nanbeige"] = FLOPS["ouro"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_costs_are_those_of_what_runs(kind: str, tmp_path: Path, tiny_tokens: Path) -> None:
+def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
     folder, outputs, counted = (
         write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER),
         [],
@@ -76,7 +75,7 @@ def test_costs_are_those_of_what_runs(kind: str, tmp_path: Path, tiny_tokens: Pa
     assert len(per_run) == 1, "each further layer run takes the same"
 
 
-def test_experts_are_counted_that_a_token_asks(tmp_path: Path, tiny_tokens: Path) -> None:
+def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
     kind, tokenizer, found = "inkling2_loop_text", tiny_tokens / TOKENIZER, []
     for number in (1, 2):
         folder = write_looped(tmp_path / f"{number}", kind, tokenizer, num_experts_per_tok=number)
@@ -86,9 +85,7 @@ def test_experts_are_counted_that_a_token_asks(tmp_path: Path, tiny_tokens: Path
     assert found[1] - found[0] == layers * 2 * 3 * 32 * 16
 
 
-def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(
-    tmp_path: Path, tiny_tokens: Path
-) -> None:
+def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(tmp_path, tiny_tokens):
     folder = write_looped(tmp_path / "model", "inkling2_loop_text", tiny_tokens / TOKENIZER)
     text = json.loads((folder / "config.json").read_text())
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -107,9 +104,7 @@ class Wrong(Ouro):
         return super().kv_numbers(depth) // 2
 
 
-def test_a_model_that_does_not_run_as_its_class_says_is_refused(
-    tmp_path: Path, tiny_tokens: Path
-) -> None:
+def test_a_model_that_does_not_run_as_its_class_says_is_refused(tmp_path, tiny_tokens):
     folder = write_looped(tmp_path / "model", "ouro", tiny_tokens / TOKENIZER)
     model: OpenedModel = open_model(folder)
     assert (model.depth, model.key) == ((4,), open_model(folder, "4").key)
@@ -129,7 +124,7 @@ def test_a_model_that_does_not_run_as_its_class_says_is_refused(
         check_loops(loaded, loops, (2,))
 
 
-def test_a_random_start_is_the_same_each_time(tmp_path: Path, tiny_tokens: Path) -> None:
+def test_a_random_start_is_the_same_each_time(tmp_path, tiny_tokens):
     folder = write_looped(
         tmp_path / "model", "huginn_raven", tiny_tokens / TOKENIZER, state_init="normal"
     )

@@ -29,14 +29,13 @@ from orchestrator.pipelines import generating
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace
 
 TOKENS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"
 
 
 @pytest.fixture
-def file(tmp_path: Path, tokenizer: Path) -> Path:
+def file(tmp_path, tokenizer) -> Path:
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" / "Tiny-Chat.Q8_0.gguf"
     return write_llama(path, tiny_llama(), kind="Q8_0", tokenizer=tokenizer)
@@ -49,7 +48,7 @@ LEFT_OUT = {"rope.freq_base": None, "expert_count": 0, "rope.scaling.type": "non
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_unquantized_weights_are_those_of_the_llama(tied: bool, tmp_path: Path) -> None:
+def test_unquantized_weights_are_those_of_the_llama(tied, tmp_path):
     # Settings that are left out have the format's defaults.
     rope = {} if tied else {"rope_parameters": {"rope_theta": 10000.0}}
     metadata = {} if tied else {f"llama.{name}": value for name, value in LEFT_OUT.items()}
@@ -86,18 +85,14 @@ ROPE = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
         ({"kind": "I8", **SQUARE}, "cannot use .*tiny.gguf: NotImplementedError"),
     ],
 )
-def test_what_the_decoder_does_not_do_is_named(
-    changes: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_what_the_decoder_does_not_do_is_named(changes, words, tmp_path):
     sizes = {name: changes.pop(name) for name in SQUARE if name in changes}
     path = write_llama(tmp_path / "tiny.gguf", tiny_llama(**sizes), **changes)
     with pytest.raises(UserError, match=words):
         read_gguf(path)
 
 
-def test_what_is_not_a_whole_file_is_refused(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_a_whole_file_is_refused(file, tmp_path, monkeypatch):
     content, bad = file.read_bytes(), tmp_path / "bad.gguf"
     for share in (0.0001, 0.001, 0.01, 0.5, 0.9999):
         bad.write_bytes(content[: max(8, int(share * len(content)))])
@@ -131,7 +126,7 @@ def read_with(path: Path, tokenizer: Path, **changes: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer: Path, tmp_path: Path) -> None:
+def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
     path = tmp_path / "tiny.gguf"
     words, digits = read_with(path, tokenizer, pre="gpt-2"), read_with(path, tokenizer)
     # The rule of the original.
@@ -147,7 +142,7 @@ def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer: Path, tmp_path: 
     assert cut(digits) == ["a", "ĊĊ", "1", "2", "Ġ", "Ġb"], "smollm"
 
 
-def test_control_tokens_and_those_around_a_text(tokenizer: Path, tmp_path: Path) -> None:
+def test_control_tokens_and_those_around_a_text(tokenizer, tmp_path):
     path = tmp_path / "tiny.gguf"
     found = read_with(path, tokenizer)
     ids = found.encode("<|im_start|>a<|im_end|>")
@@ -166,9 +161,7 @@ def test_control_tokens_and_those_around_a_text(tokenizer: Path, tmp_path: Path)
     assert token_ids(folder, "eos_token_id") == [found.eos_token_id, 7]
 
 
-def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(
-    tmp_path: Path, workspace: Workspace
-) -> None:
+def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(tmp_path, workspace):
     tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab"]
     values = {
         "model": "llama",
@@ -200,9 +193,7 @@ def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(
         ({"eos_token_id": 320}, "cannot build the tokenizer"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_built_is_named(
-    changes: dict[str, Any], words: str, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_cannot_be_built_is_named(changes, words, tokenizer, tmp_path):
     with pytest.raises(UserError, match=words):
         read_with(tmp_path / "tiny.gguf", tokenizer, **changes)
 
@@ -210,9 +201,7 @@ def test_a_tokenizer_that_cannot_be_built_is_named(
 # The imported model
 
 
-def test_it_becomes_a_run_that_is_found_again(
-    file: Path, workspace: Workspace, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_becomes_a_run_that_is_found_again(file, workspace, capfd):
     where = ["--workspace", str(workspace.root)]
     for command in (["evaluate"], ["benchmark"], ["generate", "--prompt", "a"]):
         assert cli.main([*command, str(file), *where]) == 2
@@ -235,9 +224,7 @@ def test_it_becomes_a_run_that_is_found_again(
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_transformers(
-    file: Path, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_answers_are_those_of_transformers(file, workspace, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
     checkpoint = import_model(file, workspace=workspace)
     folder = export_checkpoint(

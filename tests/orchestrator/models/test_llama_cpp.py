@@ -5,7 +5,6 @@ the same tokens in llama.cpp; what llama.cpp cannot compute is refused.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,7 @@ def written(checkpoint: Path, file: Path, *options: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_vanilla_model_that_was_written_is_read_back(
-    tied: bool, tmp_path: Path, save_tiny: Callable[..., Path]
-) -> None:
+def test_a_vanilla_model_that_was_written_is_read_back(tied, tmp_path, save_tiny):
     checkpoint = save_tiny(
         tmp_path / "run", method="vanilla", schedule=None, tie_embeddings=tied, **SIZES
     )
@@ -58,9 +55,7 @@ def test_a_vanilla_model_that_was_written_is_read_back(
     assert (reads.prefix_id, reads.end_ids) == (own.prefix_id, own.end_ids)
 
 
-def test_the_file_of_a_looped_model_says_how_often_its_layers_run(
-    tmp_path: Path, save_tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_of_a_looped_model_says_how_often_its_layers_run(tmp_path, save_tiny, capfd):
     checkpoint = save_tiny(tmp_path / "run", method="looped", schedule=[2] * 3, **SIZES)
     file = tmp_path / "model.gguf"
     for options, architecture, loops in (([], "nanbeige", 3), (["--schedule", "0"], "llama", None)):
@@ -77,9 +72,7 @@ def test_the_file_of_a_looped_model_says_how_often_its_layers_run(
     assert "not a GGUF file" in capfd.readouterr().err
 
 
-def test_what_llama_cpp_cannot_compute_is_refused(
-    tmp_path: Path, save_tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_llama_cpp_cannot_compute_is_refused(tmp_path, save_tiny, capfd):
     iiet = save_tiny(tmp_path / "iiet")
     words = save_tiny(tmp_path / "words", method="vanilla", schedule=None)
     folder = tmp_path / "symbols"
@@ -100,9 +93,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(
 @pytest.mark.parametrize(
     ("method", "schedule"), [("vanilla", None), ("looped", [1] * 3), ("looped", [3] * 3)]
 )
-def test_llama_cpp_gives_the_same_tokens(
-    method: str, schedule: list[int] | None, tmp_path: Path, save_tiny: Callable[..., Path]
-) -> None:
+def test_llama_cpp_gives_the_same_tokens(method, schedule, tmp_path, save_tiny):
     llama_cpp = pytest.importorskip("xllamacpp")
     checkpoint = save_tiny(tmp_path / "run", method=method, schedule=schedule, **SIZES)
     parameters = llama_cpp.CommonParams()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,13 @@ CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, 
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(tmp_path) -> Workspace:
     return open_workspace(tmp_path / "workspace")
 
 
 def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(
-    tmp_path: Path, tiny_tokens: Path, save_tiny: Callable[..., Path]
-) -> None:
+    tmp_path, tiny_tokens, save_tiny
+):
     def family(checkpoint: Path) -> list[str]:
         return short_names(family_of(open_model(checkpoint)))
 
@@ -58,8 +58,8 @@ def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(
 
 
 def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
-    tmp_path: Path, save_tiny: Callable[..., Path], workspace: Workspace
-) -> None:
+    tmp_path, save_tiny, workspace
+):
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
         return short_names(open_models(workspace, paths, schedules))
 
@@ -92,13 +92,13 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     ("schedule", "text"),
     [((3, 3, 3), "3"), ((2, 1, 0), "2,1,0"), ((2, 2, 2, 2, 0, 0), "2*4,0*2"), ((1, 1, 0), "1,1,0")],
 )
-def test_typed_schedules_can_be_typed_again(schedule: tuple[int, ...], text: str) -> None:
+def test_typed_schedules_can_be_typed_again(schedule, text):
     assert shortest_schedule(schedule) == text
     parsed = IterationSchedule.parse(text, num_layers=len(schedule))
     assert parsed == IterationSchedule(schedule)
 
 
-def test_usual_contexts_fit(tmp_path: Path, save_tiny: Callable[..., Path]) -> None:
+def test_usual_contexts_fit(tmp_path, save_tiny):
     small = [open_model(save_tiny(tmp_path / "run"))]
     assert usual_contexts(small, new_tokens=8) == (8,)
     assert usual_contexts(small, new_tokens=12) == (4,)

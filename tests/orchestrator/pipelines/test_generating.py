@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +26,7 @@ FEW = Sampling(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> TextGenerator:
+def writer(tmp_path_factory, tiny_tokens) -> TextGenerator:
     config = ModelConfig(
         vocab_size=300,
         dim=16,
@@ -53,7 +51,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> TextG
     return TextGenerator(checkpoint)
 
 
-def test_the_pieces_are_the_decoded_tokens(writer: TextGenerator) -> None:
+def test_the_pieces_are_the_decoded_tokens(writer):
     ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
     tokens = generate(
         writer.decoder,
@@ -66,13 +64,13 @@ def test_the_pieces_are_the_decoded_tokens(writer: TextGenerator) -> None:
     assert text == writer.text.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
 
 
-def test_a_batch_of_different_lengths_says_what_each_says_alone(writer: TextGenerator) -> None:
+def test_a_batch_of_different_lengths_says_what_each_says_alone(writer):
     prompts = ["a", "abc def ghi", "lmno pa"]
     alone = ["".join(writer.stream(prompt, FEW)) for prompt in prompts]
     assert writer.continue_all(prompts, FEW) == alone
 
 
-def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
+def test_a_seed_decides_and_no_seed_does_not(writer):
     sampled = replace(FEW, temperature=1.5, top_k=50, seed=3)
     first = "".join(writer.stream("abc", sampled))
     assert "".join(writer.stream("abc", sampled)) == first
@@ -84,7 +82,7 @@ def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
 
 
 @pytest.mark.parametrize("draft", ["0", "2,0", "3,1", "auto"])
-def test_drafts_change_no_text(writer: TextGenerator, draft: str) -> None:
+def test_drafts_change_no_text(writer, draft):
     """Neither of one prompt nor of a batch, greedy or sampled, with a stop text."""
     notes: list[str] = []
     drafting = TextGenerator(
@@ -102,9 +100,7 @@ def test_drafts_change_no_text(writer: TextGenerator, draft: str) -> None:
     assert re.search(r"^\d+\.\d% of \d+ drafted tokens accepted, \d\.\d\d tokens per ver", notes[0])
 
 
-def test_elastic_weights_draft_under_the_schedules_that_they_learned(
-    save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, tmp_path):
     folder = save_tiny(tmp_path, context_length=32, provenance={"elastic": ["1,1", "1,0"]})
     drafting = TextGenerator(folder, drafting=Drafting(draft="auto", num_tokens=2))
     assert "".join(drafting.stream("abc", FEW)) is not None
@@ -113,7 +109,7 @@ def test_elastic_weights_draft_under_the_schedules_that_they_learned(
     assert set(drafting.record.rounds_by_draft) <= {"1,1", "1,0"}
 
 
-def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
+def test_text_ends_before_the_stop_token(writer):
     ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
     tokens = generate(writer.decoder, torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
     stop = next(
@@ -124,7 +120,7 @@ def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
     assert "".join(writer.stream("abc def", sampling)) == expected
 
 
-def test_a_stop_text_may_span_tokens(writer: TextGenerator) -> None:
+def test_a_stop_text_may_span_tokens(writer):
     sampled = replace(FEW, temperature=1.0, seed=5)
     whole = "".join(writer.stream("abc def", sampled))
     for size in (2, 3, 4):
@@ -136,9 +132,7 @@ def test_a_stop_text_may_span_tokens(writer: TextGenerator) -> None:
         assert writer.continue_all(["abc def"], sampling) == ["".join(pieces)]
 
 
-def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(
-    writer: TextGenerator,
-) -> None:
+def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(writer):
     ids = writer.text.tokenizer.encode("a b c").ids
     text = [writer.text.decode([token]) for token in ids]
     assert list(writer._pieces(ids, [f"{text[-1]}d"])) == [*text[:-1], text[-1]]
@@ -150,9 +144,7 @@ def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(
 
 
 @pytest.mark.parametrize("prompt", ["abc", "a long prompt, it is, and no end of it"])
-def test_without_a_number_the_continuation_fills_the_context(
-    writer: TextGenerator, prompt: str
-) -> None:
+def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
     place = writer.decoder.config.context_length - len(writer.text.encode_document(prompt))
     assert 0 < place < 64
     given = Sampling(max_new_tokens=place)
@@ -164,7 +156,7 @@ def test_without_a_number_the_continuation_fills_the_context(
     assert Sampling().options(500)["max_new_tokens"] == 64
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_written(writer: TextGenerator) -> None:
+def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
     long = "xq " * writer.decoder.config.context_length
     last = TextGenerator(writer.checkpoint, drafting=Drafting(draft="0"))
     for do, words in (
@@ -188,9 +180,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer: TextGene
 
 
 @pytest.mark.slow
-def test_the_function_takes_a_schedule_and_loads_neither_mlflow_nor_lm_eval(
-    writer: TextGenerator, tmp_path: Path
-) -> None:
+def test_the_function_takes_a_schedule_and_loads_neither_mlflow_nor_lm_eval(writer, tmp_path):
     none = IterationSchedule((0, 0))
     options: dict[str, Any] = {"workspace": tmp_path, "model": writer.checkpoint}
     options["max_new_tokens"] = FEW.max_new_tokens

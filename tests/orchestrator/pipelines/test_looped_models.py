@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,20 +61,20 @@ class Exported(LoopedModel):
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, tiny_tokens: Path) -> Workspace:
+def workspace(tmp_path, tiny_tokens) -> Workspace:
     workspace = open_workspace(tmp_path / "workspace")
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     return workspace
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def tasks(tmp_path) -> Path:
     write_task(tmp_path / "tasks", "rolling", ROWS)
     return write_task(tmp_path / "tasks", "choices", ROWS)
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens: Path) -> Path:
+def tokenizer(tiny_tokens) -> Path:
     return open_tokens(tiny_tokens).tokenizer_path
 
 
@@ -93,12 +92,8 @@ def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> li
 
 @pytest.mark.slow
 def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
-    workspace: Workspace,
-    tasks: Path,
-    tokenizer: Path,
-    tmp_path: Path,
-    save_tiny: Callable[..., Path],
-) -> None:
+    workspace, tasks, tokenizer, tmp_path, save_tiny
+):
     ours = save_tiny(workspace.runs / "ours", method="looped", schedule=[0, 0], context_length=64)
     models = [open_model(ours, "1")]
     for kind in MODELS:
@@ -136,8 +131,8 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
 
 @pytest.mark.slow
 def test_an_exported_model_has_the_same_front_through_its_class(
-    workspace: Workspace, tasks: Path, tmp_path: Path, save_tiny: Callable[..., Path]
-) -> None:
+    workspace, tasks, tmp_path, save_tiny
+):
     run = save_tiny(
         workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64,
         initializer_std=0.3,
@@ -170,14 +165,7 @@ def test_an_exported_model_has_the_same_front_through_its_class(
 
 
 @pytest.mark.slow
-def test_commands_take_a_depth(
-    workspace: Workspace,
-    tasks: Path,
-    tokenizer: Path,
-    tmp_path: Path,
-    save_tiny: Callable[..., Path],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny, capfd):
     folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer, state_init="normal")
     save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
     where = ["--workspace", str(workspace.root), "--quiet"]
@@ -236,9 +224,7 @@ def test_commands_take_a_depth(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "first"), [(0.5, None), (2.0, 3)])
-def test_influence_says_where_steps_stop_shrinking(
-    factor: float, first: int | None, workspace: Workspace, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_influence_says_where_steps_stop_shrinking(factor, first, workspace, tokenizer, tmp_path):
     folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
@@ -264,9 +250,7 @@ def test_influence_says_where_steps_stop_shrinking(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_draft_changes_no_token(
-    kind: str, workspace: Workspace, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_a_draft_changes_no_token(kind, workspace, tokenizer, tmp_path):
     changes = {"state_init": "normal"} if kind == "huginn_raven" else {}
     folder = write_looped(tmp_path / "loops", kind, tokenizer, **changes)
     asked: dict[str, Any] = {"workspace": workspace, "model": folder, "schedule": "3"}

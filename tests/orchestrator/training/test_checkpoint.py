@@ -31,16 +31,14 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make_job(tiny_job: MakeJob) -> MakeJob:
+def make_job(tiny_job) -> MakeJob:
     return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
 
 
 # The thread that writes
 
 
-def test_training_continues_while_a_checkpoint_is_written(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch):
     run_job(make_job("plain"))
     write, may_write = checkpoint_module.save_checkpoint, threading.Event()
     job, steps = make_job("slow"), list[int]()
@@ -67,9 +65,7 @@ def test_training_continues_while_a_checkpoint_is_written(
         assert state_of(here) == state_of(there), "a checkpoint holds the state of its own step"
 
 
-def test_a_checkpoint_is_also_written_after_some_minutes(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):
     seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
     clock = iter(range(0, 10**6, 45))  # Seconds; read once for each step and when saving.
     # Of this module alone: threads of other tests may read the time, too.
@@ -81,9 +77,7 @@ def test_a_checkpoint_is_also_written_after_some_minutes(
     assert steps_of(make_job("timed")) == [1, 3, 5, 7, 8]
 
 
-def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(make_job, monkeypatch):
     validation = {2: math.nan, 4: 1.0, 6: 2.0, 8: 1.5}  # NaN: there was no target.
     monkeypatch.setattr(
         trainer_module.Trainer,
@@ -121,7 +115,7 @@ def store_of(job: TrainingJob) -> Path:
     return Path(str(job.storage)) / f"run-{job_key(job)}"
 
 
-def test_another_machine_resumes_from_whole_copies(make_job: MakeJob, tmp_path: Path) -> None:
+def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
     storage = tmp_path / "store"
     plain = make_job(num_checkpoints_kept=2)
     lost, new, third = (on_machine(plain, name, storage) for name in ("lost", "new", "third"))
@@ -142,9 +136,7 @@ def test_another_machine_resumes_from_whole_copies(make_job: MakeJob, tmp_path: 
     assert "earlier copy" in events(third, "damaged")[0]["text"]
 
 
-def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_job, tmp_path):
     storage = tmp_path / "store"
     one, other = (on_machine(make_job(seed=n), f"seed {n}", storage) for n in (0, 1))
     run_job(one)
@@ -160,7 +152,7 @@ def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(
     assert "belongs to another training" in events(again, "damaged")[0]["text"]
 
 
-def test_a_storage_that_refuses_does_not_stop_training(make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):
     job = on_machine(make_job(), "one", tmp_path / "store")
     store = store_of(job)
     store.parent.mkdir()
@@ -194,9 +186,7 @@ address["timeout"] = timedelta(seconds=5)  # Less than an upload takes.
 
 
 @pytest.mark.slow
-def test_uploads_may_take_longer_than_workers_wait_for_each_other(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_uploads_may_take_longer_than_workers_wait_for_each_other(make_job, tmp_path):
     job = on_machine(make_job(num_steps=4), "slow", tmp_path / "store")
     workers(2, before=SLOW_UPLOADS)(job)
     assert len(find_checkpoints(store_of(job))) == 2

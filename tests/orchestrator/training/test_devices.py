@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ from orchestrator.workspace.errors import DeviceError
 # Precision
 
 
-def test_bf16_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_for_gpus_that_have_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert device_precision("cuda:1") == "bf16"
     check_precision("bf16", "cuda", section="training")
@@ -54,7 +53,7 @@ def test_bf16_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
         check_precision("bf16", "cuda:3", section="training")
 
 
-def test_tf32_is_for_gpus_only(tiny_job: Callable[..., TrainingJob]) -> None:
+def test_tf32_is_for_gpus_only(tiny_job):
     run_job(tiny_job(num_steps=1))
     assert torch.get_float32_matmul_precision() == "highest", "CPUs compute as before"
     try:
@@ -77,7 +76,7 @@ pytestmark = pytest.mark.usefixtures("_nothing_compiled")
 
 
 @pytest.fixture
-def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def job(tiny_job) -> TrainingJob:
     """One step without corrections, then a ramp to all."""
     return tiny_job(num_steps=6, iterate_from_fraction=0.2, iterate_ramp_fraction=0.5)
 
@@ -85,7 +84,7 @@ def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
-def test_compiled_fields_give_the_losses_of_plain_ones(job: TrainingJob) -> None:
+def test_compiled_fields_give_the_losses_of_plain_ones(job):
     compiled = same_run(job, recipe(compile=True), rel=1e-5)
     assert job_key(compiled) == job_key(job)
     # It serves every layer, evaluation and schedule; validation runs as it is.
@@ -101,9 +100,7 @@ def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     raise OSError("no space\nleft for the compiler")
 
 
-def test_a_broken_compiler_is_one_warning_and_changes_nothing(
-    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_compiler_is_one_warning_and_changes_nothing(job, monkeypatch):
     def compile_badly(decoder: Decoder, event: Callable[..., None]) -> None:
         compile_fields(decoder, event, backend=broken_compiler)
 
@@ -112,7 +109,7 @@ def test_a_broken_compiler_is_one_warning_and_changes_nothing(
     assert event["text"].endswith("OSError: no space left for the compiler")
 
 
-def test_every_training_of_a_process_compiles() -> None:
+def test_every_training_of_a_process_compiles():
     """Tune reuses a process for its trials; Dynamo keeps graphs for 8 backends, here for 2."""
     found: list[str] = []
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -188,9 +185,7 @@ def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) ->
     ("method", "precision", "checkpointing"),
     [("iiet", "bf16", False), *((method, "fp32", True) for method in METHODS)],
 )
-def test_a_layer_is_gathered_once_for_all_its_evaluations(
-    world: World, method: str, precision: str, checkpointing: bool
-) -> None:
+def test_a_layer_is_gathered_once_for_all_its_evaluations(world, method, precision, checkpointing):
     decoder = make_decoder(method)
     decoder.activation_checkpointing = checkpointing
     shard(decoder, world, precision=precision)
@@ -202,7 +197,7 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_passes_of_a_step_gather_once_together(world: World, precision: str) -> None:
+def test_the_passes_of_a_step_gather_once_together(world, precision):
     decoder = make_decoder()
     shard(decoder, world, precision=precision)
     for _ in range(2):
@@ -217,7 +212,7 @@ def test_the_passes_of_a_step_gather_once_together(world: World, precision: str)
     assert step(decoder, world, precision)["allgather"] == 2 * LAYERS
 
 
-def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
+def test_replicas_of_shards_average_gradients_in_the_last_pass_only():
     with fake_workers(4, shards=2) as world:
         decoder = make_decoder()
         shard(decoder, world, precision="fp32")
@@ -231,7 +226,7 @@ def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method: str) -> None:
+def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world, method):
     decoder = make_decoder(method)
     shard(decoder, world, precision="bf16")
     seen: dict[str, torch.dtype] = {}
@@ -253,9 +248,7 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
 @pytest.mark.parametrize(
     ("precision", "num_passes", "checkpointing"), [("fp32", 2, True), ("bf16", 1, False)]
 )
-def test_the_planned_memory_is_that_of_a_step(
-    precision: Literal["fp32", "bf16"], num_passes: int, checkpointing: bool
-) -> None:
+def test_the_planned_memory_is_that_of_a_step(precision, num_passes, checkpointing):
     with fake_workers(8) as world:
         decoder = make_decoder(num_layers=6, dim=256, ffn_dim=700, vocab_size=2048,
                                context_length=64, schedule=1)  # fmt: skip
@@ -275,7 +268,7 @@ def test_the_planned_memory_is_that_of_a_step(
     assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
 
 
-def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path: Path) -> None:
+def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):
     num_shards = 3
     config = preset("tiny", vocab_size=7, num_layers=2, dim=20, num_heads=2, ffn_dim=24)
     new = TrainingJob(

@@ -35,14 +35,12 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def teacher(save_tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def teacher(save_tiny, tmp_path) -> Path:
     return save_tiny(tmp_path / "runs" / "teacher")
 
 
 @pytest.fixture
-def student(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], teacher: Path
-) -> MakeJob:
+def student(tmp_path, tiny_tokens, tiny_model, teacher) -> MakeJob:
     """Make the job of a student from the settings `distillation`, in a folder of its own."""
 
     def make(name: str = "student", schedule: tuple[int, ...] = (1, 0), **more: Any) -> TrainingJob:
@@ -59,9 +57,7 @@ def student(
     return make
 
 
-def test_a_student_starts_from_its_teacher_and_leaves_it_alone(
-    student: MakeJob, teacher: Path
-) -> None:
+def test_a_student_starts_from_its_teacher_and_leaves_it_alone(student, teacher):
     before = {path.name: path.read_bytes() for path in teacher.iterdir()}
     job = student(schedule=(0, 1), recipe={"learning_rate": 1e-9})
     outcome = run_job(job)
@@ -81,9 +77,7 @@ def test_a_student_starts_from_its_teacher_and_leaves_it_alone(
     assert taught == pytest.approx(plain * 4 / 3)
 
 
-def test_a_student_has_the_text_files_of_its_imported_teacher(
-    student: MakeJob, teacher: Path, tmp_path: Path
-) -> None:
+def test_a_student_has_the_text_files_of_its_imported_teacher(student, teacher, tmp_path):
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
     (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
@@ -94,9 +88,7 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(
     assert read_text_files(checkpoint) == read_text_files(imported)
 
 
-def test_a_student_of_fewer_layers_starts_from_the_kept_ones(
-    student: MakeJob, teacher: Path
-) -> None:
+def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
     job = student()
     config = kept_config(load_config(teacher), (1,))
     smaller = job.model_copy(update={"model": config, "kept_layers": (1,)})
@@ -109,7 +101,7 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(
     assert all(value > 0 for value in curve(smaller, "train/kl").values())
 
 
-def test_the_teacher_contributes_only_within_its_window(student: MakeJob) -> None:
+def test_the_teacher_contributes_only_within_its_window(student):
     job, always = student(teacher_from_step=2, teacher_until_step=4), student("always")
     assert job_key(job) != job_key(always)
     outcome, usual = run_job(job), run_job(always)
@@ -126,9 +118,7 @@ def test_the_teacher_contributes_only_within_its_window(student: MakeJob) -> Non
 
 
 @pytest.mark.parametrize("control", ["cross_entropy", "scratch"])
-def test_a_control_is_trained_without_a_teacher(
-    control: str, student: MakeJob, teacher: Path
-) -> None:
+def test_a_control_is_trained_without_a_teacher(control, student, teacher):
     job = student(control=control, recipe={"seed": 1})
     assert load_teacher(job, World()) is None
     assert (job.initial_folder is None) == (control == "scratch")

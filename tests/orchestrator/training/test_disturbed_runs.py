@@ -4,7 +4,6 @@ rounding differs, closely."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -158,12 +157,7 @@ SEVERAL = {
 
 
 @pytest.fixture(scope="module")
-def make_job(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_tokens: Path,
-    tiny_model: dict[str, Any],
-    save_tiny: Callable[..., Path],
-) -> Callable[[str], TrainingJob]:
+def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[str], TrainingJob]:
     """A function that returns a job by name; what disturbs it differs, the folder is one."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = str(save_tiny(folder / "teacher"))
@@ -189,7 +183,7 @@ Make = Callable[[str], TrainingJob]
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
-def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job: Make, name: str) -> None:
+def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job, name):
     row = {**QUICK, **SLOW}[name]
     job = same_run(make_job(row.job), *row.disturbances, rel=row.rel)
     assert [event["step"] for event in events(job, "resumed")] == row.resumed
@@ -200,9 +194,7 @@ def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job: Make, name:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
-def test_several_workers_train_what_one_trains(
-    make_job: Make, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
     row = SEVERAL[name]
     for owner, attribute in ((TokenStore, "batch"), (trainer, "make_objective")):
         monkeypatch.setattr(owner, attribute, getattr(owner, attribute))  # So that it comes back.
@@ -214,5 +206,5 @@ def test_several_workers_train_what_one_trains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", KILLED)
-def test_a_killed_run_ends_like_one_that_was_left_alone(make_job: Make, place: str) -> None:
+def test_a_killed_run_ends_like_one_that_was_left_alone(make_job, place):
     assert steps_of(same_run(make_job("one kept"), kill(*KILLED[place]))) == [12]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make(tiny_job: MakeJob) -> MakeJob:
+def make(tiny_job) -> MakeJob:
     def make(name: str = "run", *, changes: dict[str, Any] | None = None, **more: Any):
         job = tiny_job(name, **{"num_steps": 2, "learning_rate": 1e-2, **(changes or {})})
         return TrainingJob(**{**dict(job), **more})
@@ -29,9 +28,7 @@ def make(tiny_job: MakeJob) -> MakeJob:
     return make
 
 
-def test_the_key_depends_on_what_determines_the_result(
-    make: MakeJob, tiny_model: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_key_depends_on_what_determines_the_result(make, tiny_model, save_tiny, tmp_path):
     teacher = str(save_tiny(tmp_path / "teacher"))
     taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
     same = [
@@ -57,7 +54,7 @@ def test_the_key_depends_on_what_determines_the_result(
     assert job_key(make(**taught, teacher_cache=str(tmp_path))) == job_key(make(**taught))
 
 
-def test_a_folder_holds_one_job_of_one_version(make: MakeJob) -> None:
+def test_a_folder_holds_one_job_of_one_version(make):
     job = make(distillation=DistillationConfig(kl_weight=0.5), provenance={"a": [1]})
     assert TrainingJob.model_validate(json.loads(json.dumps(job.model_dump(mode="json")))) == job
     run_job(job)
@@ -86,9 +83,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
-def test_mistakes_are_found_before_anything_is_written(
-    changes: dict[str, Any], sentence: str, make: MakeJob, tiny_model: dict[str, Any]
-) -> None:
+def test_mistakes_are_found_before_anything_is_written(changes, sentence, make, tiny_model):
     given = {**changes}
     if "model" in given:
         given["model"] = {**tiny_model, **given["model"]}

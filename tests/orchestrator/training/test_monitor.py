@@ -37,16 +37,14 @@ PEAKS: dict[str, tuple[float | None, float | None]] = {
 }
 
 
-def test_peaks_are_found_by_full_name() -> None:
+def test_peaks_are_found_by_full_name():
     for name, (bf16, fp32) in PEAKS.items():
         assert gpu_peak_flops(name, "bf16") == (bf16 and bf16 * 1e12)
         assert gpu_peak_flops(name, "fp32") == (fp32 and fp32 * 1e12)
     assert gpu_peak_flops(ASSUMED_GPU, "bf16") == 989e12
 
 
-def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(monkeypatch):
     def gather(own: dict[str, float], world: World) -> list[dict[str, float]]:
         assert world.rank == 1
         return [{"power_usage_watts": 310.0, "utilization_percentage": 97.0}, own]
@@ -65,7 +63,7 @@ def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(
     assert gpu_loads(World()) == {}
 
 
-def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch):
     peak = {"bytes": 9 * 10**9}  # Of the trial before.
     for name, answer in {
         "get_device_name": lambda _: "NVIDIA H100 80GB HBM3",
@@ -85,7 +83,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     assert found.items() >= loads.items()
 
 
-def test_a_run_records_its_speed_memory_and_machine(tiny_job: MakeJob) -> None:
+def test_a_run_records_its_speed_memory_and_machine(tiny_job):
     job = tiny_job(num_steps=2, num_tokens_per_step=32)
     outcome = run_job(job)
     records = [r["values"] for r in read_journal(job.folder)[0] if "values" in r]
@@ -99,7 +97,7 @@ def test_a_run_records_its_speed_memory_and_machine(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.slow
-def test_a_profile_holds_its_steps(tiny_job: MakeJob) -> None:
+def test_a_profile_holds_its_steps(tiny_job):
     profiled = tiny_job(num_steps=8, profile_steps=2)
     run_job(profiled)
     folder = profiled.folder / "profile"

@@ -24,7 +24,6 @@ from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
 from orchestrator.training.job import first_stage_of, job_key, key_fields, pretraining_job
@@ -103,7 +102,7 @@ def trained(
 
 @pytest.mark.parametrize("source", [completions, answers])
 @pytest.mark.parametrize("distills", [False, True])
-def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> None:
+def test_passes_of_any_size_equal_one_pass(source, distills):
     teacher = frozen_teacher(fresh_decoder(seed=1)) if distills else None
     objective = make_objective(
         lambda _: SCHEDULE, teacher, DistillationConfig(hidden_weight=0.5 * distills)
@@ -118,7 +117,7 @@ def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> No
             torch.testing.assert_close(parameter, same, rtol=1e-9, atol=1e-13)
 
 
-def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes() -> None:
+def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes():
     _, numbers = trained(answers, make_objective(lambda _: SCHEDULE), per_pass=4)
     batch, terms = answers(0), []
     log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
@@ -137,7 +136,7 @@ def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes()
 
 
 @pytest.mark.parametrize("source", [completions, answers])
-def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
+def test_validation_weighs_batches_by_their_targets(source):
     decoder, batches = fresh_decoder(), [*source(0).split(4), nothing(0), *source(1).split(5)]
     found = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
     both = [source(0), source(1)]
@@ -153,7 +152,7 @@ def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
     assert math.isnan(empty[VALIDATION_METRIC])
 
 
-def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total() -> None:
+def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
     names = ("files", "phop_2")
     objective = make_objective(lambda _: SCHEDULE, source_names=names)
     decoder, numbers = trained(of_two_sources, objective, per_pass=3)
@@ -172,7 +171,7 @@ def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total() -
         torch.testing.assert_close(found, same, rtol=1e-9, atol=1e-13)
 
 
-def test_validation_by_source_weighs_up_to_the_total() -> None:
+def test_validation_by_source_weighs_up_to_the_total():
     decoder, names = fresh_decoder(), ("files", "phop_2", "chain_2")
     batches = [
         replace(batch, sources=torch.full_like(batch.input_ids, number))
@@ -202,9 +201,7 @@ FULL, NONE = IterationSchedule((2, 2)), IterationSchedule((0, 0))
 
 
 @pytest.mark.parametrize(("num_drawn", "per_pass"), [(1, None), (2, 1)])
-def test_the_gradients_are_those_of_the_sum_written_plainly(
-    num_drawn: int, per_pass: int | None
-) -> None:
+def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass):
     decoder = fresh_decoder(schedule=FULL)
     tokens = torch.randint(decoder.config.vocab_size, (2, LENGTH))
     cheaper = [NONE, IterationSchedule((1, 1))][:num_drawn]
@@ -239,7 +236,7 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.4])
-def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight: float) -> None:
+def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight):
     decoder = fresh_decoder(schedule=FULL)
     teacher, read = frozen_teacher(decoder), list[int]()
     with torch.no_grad():
@@ -289,9 +286,7 @@ ELASTIC: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_the_flops_of_an_elastic_run_are_planned(
-    tiny_job: Callable[..., TrainingJob], tmp_path: Path
-) -> None:
+def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     family = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=2)
     job = tiny_job("elastic", **ELASTIC, elastic=family)
     outcome = run_job(job)
@@ -331,9 +326,7 @@ def test_the_flops_of_an_elastic_run_are_planned(
         assert rounded.validation_loss == pytest.approx(outcome.validation_loss, abs=tolerance)
 
 
-def test_a_family_has_one_key_however_it_is_written_and_models_without_corrections_none(
-    tmp_path: Path,
-) -> None:
+def test_a_family_has_one_key_however_it_is_written_and_models_without_corrections_none(tmp_path):
     def key(schedules: str) -> str:
         changes = ["model.corrections=2", f"training.elastic.schedules={schedules}"]
         return pretraining_job(resolve_settings({}, changes), Workspace(tmp_path), None).run_folder

@@ -6,7 +6,7 @@ Tests that compare two runs of the same loop cannot see a fault that both have. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,8 @@ def plain_loop(
 
 @pytest.mark.parametrize("objective", ["pretrain", "distill"])
 def test_a_plain_loop_ends_with_the_same_weights(
-    tmp_path: Path,
-    tiny_tokens: Path,
-    tiny_model: dict[str, Any],
-    save_tiny: Callable[..., Path],
-    objective: Any,
-) -> None:
+    tmp_path, tiny_tokens, tiny_model, save_tiny, objective
+):
     torch.manual_seed(SEED)
     model, teacher, more = Decoder(ModelConfig.from_dict(tiny_model)), None, {}
     schedules = [NONE] * 2 + [FULL] * 3

@@ -24,14 +24,14 @@ def rates(**changes: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
-def test_the_rate_rises_linearly_to_the_peak_and_then_only_falls(decay: str) -> None:
+def test_the_rate_rises_linearly_to_the_peak_and_then_only_falls(decay):
     found = rates(decay=decay)
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert all(later <= earlier for earlier, later in itertools.pairwise(found[10:]))
     assert found[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
 
 
-def test_each_decay_has_its_shape_and_short_runs_have_a_rate() -> None:
+def test_each_decay_has_its_shape_and_short_runs_have_a_rate():
     assert rates(warmup_steps=0, num_steps=101)[50] == pytest.approx(0.55)
     values = rates(decay="wsd", decay_fraction=0.3)
     assert values[10:70] == [1.0] * 60
@@ -53,9 +53,7 @@ def test_each_decay_has_its_shape_and_short_runs_have_a_rate() -> None:
         ((0, 0), 0.0, 0.2, [((0, 0), 100)]),
     ],
 )  # fmt: skip
-def test_corrections_come_at_once_or_over_a_ramp(
-    corrections: tuple[int, ...], first: float, ramp: float, stages: list[Any]
-) -> None:
+def test_corrections_come_at_once_or_over_a_ramp(corrections, first, ramp, stages):
     recipe = TrainingSettings(
         num_steps=100, iterate_from_fraction=first, iterate_ramp_fraction=ramp
     )
@@ -76,7 +74,7 @@ def drawn(
     return [tuple(member.corrections for member in drawn_at(step)) for step in range(400)]
 
 
-def test_members_are_drawn_from_seed_and_step_alone() -> None:
+def test_members_are_drawn_from_seed_and_step_alone():
     two = ElasticSettings(schedules=NESTED, num_drawn=2)
     found = drawn(3, 3, elastic=two)
     assert found[:100] == [()] * 100
@@ -89,7 +87,7 @@ def test_members_are_drawn_from_seed_and_step_alone() -> None:
     assert drawn(3, 3, elastic=backwards) == found
 
 
-def test_members_are_drawn_in_proportion_to_what_they_leave_out() -> None:
+def test_members_are_drawn_in_proportion_to_what_they_leave_out():
     family = ElasticSettings(schedules=NESTED, num_drawn=1)
     recipe = TrainingSettings(num_steps=8000, iterate_from_fraction=0.0, elastic=family)
     drawn_at = drawn_by_step(IterationSchedule((3, 3)), recipe)
@@ -99,7 +97,7 @@ def test_members_are_drawn_in_proportion_to_what_they_leave_out() -> None:
     assert counts == {member: pytest.approx(count, abs=180) for member, count in expected.items()}
 
 
-def test_a_family_follows_from_the_schedule_of_the_step() -> None:
+def test_a_family_follows_from_the_schedule_of_the_step():
     of_step = drawn(3, 1)[100:]
     assert {one for step in of_step for one in step} == {(0, 0), (1, 1), (2, 1)}
     few = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ SWITCH = 6
 
 
 @pytest.fixture
-def staged(tiny_job: MakeJob, tiny_model: dict[str, Any], tmp_path: Path) -> MakeJob:
+def staged(tiny_job, tiny_model, tmp_path) -> MakeJob:
     """Make a job of a schedule that shares its first stage."""
 
     def make(schedule: tuple[int, int], name: str = "run", **recipe: Any) -> TrainingJob:
@@ -73,9 +72,7 @@ def after_stage(of: TrainingJob) -> Callable[[TrainingJob], TrainingJob]:
 
 
 @pytest.mark.parametrize("schedule", [(0, 0), (3, 0)])
-def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(
-    staged: MakeJob, schedule: tuple[int, int]
-) -> None:
+def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(staged, schedule):
     job = staged(schedule).model_copy(update={"first_stages": None})
     found = same_run(job, after_stage(staged((2, 1), "first")))
     assert starts(found) == [SWITCH]
@@ -89,14 +86,14 @@ def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(
         assert starts(again) == [SWITCH]
 
 
-def test_only_a_run_before_the_end_of_the_stage_continues_it(staged: MakeJob) -> None:
+def test_only_a_run_before_the_end_of_the_stage_continues_it(staged):
     job = staged((1, 1)).model_copy(update={"first_stages": None})
     first = after_stage(staged((2, 1), "first"))
     assert starts(same_run(job, stop(2), first)) == [0, SWITCH]
     assert starts(same_run(job, stop(SWITCH + 1), first)) == [0, SWITCH + 1]
 
 
-def test_a_damaged_first_stage_is_reported_and_trained_again(staged: MakeJob) -> None:
+def test_a_damaged_first_stage_is_reported_and_trained_again(staged):
     def spoil(job: TrainingJob) -> TrainingJob:
         job = after_stage(staged((2, 1), "first"))(job)
         [checkpoint] = stage_of(job).checkpoints()
@@ -117,7 +114,7 @@ def test_a_damaged_first_stage_is_reported_and_trained_again(staged: MakeJob) ->
     assert not stage_of(third).exists
 
 
-def test_only_models_with_the_same_first_stage_share_it(staged: MakeJob) -> None:
+def test_only_models_with_the_same_first_stage_share_it(staged):
     vanilla = staged((0, 0), "vanilla")
     jobs = [
         staged((2, 1), "1"),
@@ -149,7 +146,7 @@ LONG = {"num_steps": 60}
 
 
 @pytest.fixture
-def make(tiny_job: MakeJob) -> MakeJob:
+def make(tiny_job) -> MakeJob:
     return lambda name, **recipe: tiny_job(name, **{**SHORT, **recipe})
 
 
@@ -170,9 +167,7 @@ def longer(earlier: TrainingJob, make: MakeJob, **changes: Any) -> TrainingJob:
         ({"decay_fraction": 1.0}, 3),
     ],
 )
-def test_a_continued_run_equals_one_longer_training(
-    make: MakeJob, recipe: dict[str, Any], start: int
-) -> None:
+def test_a_continued_run_equals_one_longer_training(make, recipe, start):
     short, notes = make("short", **recipe), list[str]()
     first = run_job(short)
     before = {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")}
@@ -193,7 +188,7 @@ def test_a_continued_run_equals_one_longer_training(
     assert {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")} == before
 
 
-def test_a_constant_run_can_get_a_decay_and_be_continued_again(make: MakeJob) -> None:
+def test_a_constant_run_can_get_a_decay_and_be_continued_again(make):
     short = make("short", decay="constant", iterate_from_fraction=0.0)
     run_job(short)
     assert steps_of(short) == [20]
@@ -209,7 +204,7 @@ def test_a_constant_run_can_get_a_decay_and_be_continued_again(make: MakeJob) ->
     assert rates[16] < rates[15]
 
 
-def test_what_cannot_be_continued_exactly_is_refused(make: MakeJob) -> None:
+def test_what_cannot_be_continued_exactly_is_refused(make):
     short, cosine = make("short"), make("cosine", decay="cosine")
     with pytest.raises(UserError, match="--steps takes a larger number, got 20"):
         longer(short, make, num_steps=20)

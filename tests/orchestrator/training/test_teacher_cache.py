@@ -50,12 +50,7 @@ MakeStudent = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def student(
-    tiny_job: Callable[..., TrainingJob],
-    tiny_model: dict[str, Any],
-    save_tiny: Callable[..., Path],
-    tmp_path: Path,
-) -> MakeStudent:
+def student(tiny_job, tiny_model, save_tiny, tmp_path) -> MakeStudent:
     """Make the job of a student of one teacher: its name, then changes of recipe and job."""
     teacher = str(save_tiny(tmp_path / "teacher"))
 
@@ -94,12 +89,8 @@ def store(parent: Path, *jobs: TrainingJob, on_device: OnDevice = on_cpu) -> int
     ],
 )
 def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
-    student: MakeStudent,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    recipe: dict[str, Any],
-    distillation: dict[str, Any],
-) -> None:
+    student, tmp_path, monkeypatch, recipe, distillation
+):
     more = {"distillation": DistillationConfig(**distillation)}
     live, reading = (student(name, recipe, **more) for name in ("live", "reading"))
     expected, reading = run_job(live), stored(reading, tmp_path / "t")
@@ -116,9 +107,7 @@ def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
     assert isinstance(load_teacher(reading, World()), Decoder)
 
 
-def test_any_part_of_a_step_in_any_order_finds_its_answers(
-    student: MakeStudent, tmp_path: Path
-) -> None:
+def test_any_part_of_a_step_in_any_order_finds_its_answers(student, tmp_path):
     job = stored(student(), tmp_path / "t")
     cache, decoder = load_teacher(job, World()), load_model(Path(str(job.teacher_folder)))
     assert isinstance(cache, CachedTeacher)
@@ -141,9 +130,7 @@ def test_any_part_of_a_step_in_any_order_finds_its_answers(
     assert loss.item() == read.item()
 
 
-def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
-    student: MakeStudent, tiny_model: dict[str, Any]
-) -> None:
+def test_the_key_of_a_cache_depends_on_what_changes_the_answers(student, tiny_model):
     same = [
         student(),
         student(recipe={"learning_rate": 0.5}),
@@ -166,9 +153,7 @@ def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
         assert cache_plan(student(**without)) is None
 
 
-def test_a_damaged_cache_is_written_again_and_never_read(
-    student: MakeStudent, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_written_again_and_never_read(student, tmp_path):
     job, devices = stored(student(), tmp_path / "t"), list[str]()
     plan = plan_of(job)
     folder = tmp_path / "t" / plan.key
@@ -193,8 +178,8 @@ def test_a_damaged_cache_is_written_again_and_never_read(
 
 
 def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
-    student: MakeStudent, tmp_path: Path, tiny_model: dict[str, Any]
-) -> None:
+    student, tmp_path, tiny_model
+):
     jobs = [
         student("a"),
         student("plain", objective="cross_entropy", teacher_folder=None),
@@ -218,7 +203,7 @@ def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
     assert price(teachers=folder).num_teacher_tokens == num_tokens
 
 
-def test_a_full_disk_leaves_nothing(student: MakeStudent, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(student, tmp_path):
     job = student()
     plan = plan_of(job)
 
@@ -237,9 +222,7 @@ def test_a_full_disk_leaves_nothing(student: MakeStudent, tmp_path: Path) -> Non
         store(tmp_path / "t", job, on_device=full)  # type: ignore[arg-type]
 
 
-def test_the_logits_of_one_pass_only_are_computed_at_once(
-    student: MakeStudent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_logits_of_one_pass_only_are_computed_at_once(student, monkeypatch):
     sizes: list[int] = []
     forward = Decoder.forward
 

@@ -31,13 +31,11 @@ MakeJob = Callable[..., TrainingJob]
 
 
 @pytest.fixture
-def make_job(tiny_job: MakeJob) -> MakeJob:
+def make_job(tiny_job) -> MakeJob:
     return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
 
 
-def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_job, monkeypatch):
     job = make_job(num_steps=40, learning_rate=2e-2, iterate_from_fraction=0.0)
     reported: list[int] = []
     outcome = run_job(job, report=lambda step, numbers: reported.append(step))
@@ -58,14 +56,14 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(
     assert run_job(job) == finished_outcome(job) == outcome
 
 
-def test_two_seeds_are_two_initial_models(make_job: MakeJob) -> None:
+def test_two_seeds_are_two_initial_models(make_job):
     still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     outcomes = [run_job(make_job(str(seed), **still, seed=seed)) for seed in (0, 1)]
     first, second = (load_model(Path(outcome.checkpoint or "")) for outcome in outcomes)
     assert not torch.equal(first.embedding.weight, second.embedding.weight)
 
 
-def test_a_folder_in_use_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_in_use_is_refused(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "LOCK_SECONDS", 0.0)
     with pytest.raises(RunFailed, match="another process trained in"):
         run_job(make_job(), report=lambda *_: run_job(make_job()) and None)
@@ -97,9 +95,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") 
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient"])
-def test_divergence_names_step_checkpoint_and_settings(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, name):
     spoil(monkeypatch, 6, name=name)
     for section in ("training", "distillation.training"):
         job = make_job(section).model_copy(update={"section": section})
@@ -115,9 +111,7 @@ def test_divergence_names_step_checkpoint_and_settings(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "gradient"])
-def test_a_skipped_step_changes_nothing_and_is_recorded(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_skipped_step_changes_nothing_and_is_recorded(make_job, monkeypatch, name):
     spoil(monkeypatch, 3, 4, 8, name=name)
     job = make_job(skip_bad_steps=2, checkpoint_every_steps=1, num_checkpoints_kept=9)
     outcome = run_job(job)
@@ -144,18 +138,14 @@ def diverging(match: str, **changes: Any) -> Callable[[TrainingJob], None]:
     return disturb
 
 
-def test_too_many_bad_steps_end_a_run_that_a_higher_limit_resumes(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_bad_steps_end_a_run_that_a_higher_limit_resumes(make_job, monkeypatch):
     spoil(monkeypatch, 2, 4, 5, 6)
     words = r"step 7: loss nan, .*, after 2 skipped in a row"
     ended = diverging(words, skip_bad_steps=2, checkpoint_every_steps=1)
     same_run(make_job(skip_bad_steps=3), ended)
 
 
-def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 16)  # Four steps are enough to start.
     spoil(monkeypatch, 6, name="spike")
     assert run_job(make_job("blind")).finished
@@ -165,9 +155,7 @@ def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(
     assert [event["step"] for event in events(job, "skipped")] == [7]
 
 
-def test_a_spike_is_measured_by_the_latest_norms(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spike_is_measured_by_the_latest_norms(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 4)
     job = make_job(spike_factor=1e9)
     state = load_training_state(Path(run_job(job).checkpoint or ""))

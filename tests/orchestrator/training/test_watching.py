@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -34,11 +32,11 @@ class RecordingProgress(Progress):
 
 
 @pytest.fixture
-def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=100, iterate_from_fraction=0.5)
 
 
-def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
+def test_the_time_left_accounts_for_corrections(job):
     progress, journal = RecordingProgress(), Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
@@ -73,7 +71,7 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.close()
 
 
-def test_the_time_left_counts_jobs_that_wait(tiny_job: Callable[..., TrainingJob]) -> None:
+def test_the_time_left_counts_jobs_that_wait(tiny_job):
     jobs = {
         name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
         for name in ("first", "second")
@@ -87,9 +85,7 @@ def test_the_time_left_counts_jobs_that_wait(tiny_job: Callable[..., TrainingJob
     assert progress.shown == [(4, "loss first 2.00, 32 tokens/s", pytest.approx(32.0))]
 
 
-def test_a_trained_and_a_measured_model_are_one(
-    tiny_job: Callable[..., TrainingJob], tiny_tokens: Path
-) -> None:
+def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
     job = tiny_job(num_steps=1, seed=5)
     assert job_model(job) is None
     checkpoint = str(run_job(job).checkpoint)
