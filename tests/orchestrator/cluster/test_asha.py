@@ -81,8 +81,8 @@ class Race:
 @settings(max_examples=25)
 @given(CURVES, st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_best_at_a_rung_continues_whoever_came_first(
-    tmp_path_factory,
-    losses, reduction_factor, gap, seed):  # fmt: skip
+    tmp_path_factory, losses, reduction_factor, gap, seed
+):
     curves = {f"iiet {n}": curve for n, curve in enumerate(losses)}
     race = Race(tmp_path_factory.mktemp("race"), curves, reduction_factor)
     race.run(seed, gap)

@@ -136,8 +136,8 @@ def test_workers_of_a_cluster_get_named_variables(monkeypatch):
 
 @pytest.mark.parametrize("command", ["pretrain", "quickstart"])
 def test_an_address_where_nothing_answers_is_refused_before_anything_is_prepared(
-    command, tmp_path, capsys,
-    monkeypatch):  # fmt: skip
+    command, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(ray, "_running", None)  # Other tests' Ray may run here.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

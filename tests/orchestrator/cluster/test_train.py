@@ -150,8 +150,8 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
-    fault, retries, error, sentence,
-    ray_session, make_job, monkeypatch):  # fmt: skip
+    fault, retries, error, sentence, ray_session, make_job, monkeypatch
+):
     train_worker = train._train_worker
 
     def train_with_fault(config: dict[str, Any]) -> Any:
