@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_772,
     "orchestrator/sweeping": 2_659,
     "orchestrator/pipelines": 4_850,
-    "orchestrator/cli": 1_714,
+    "orchestrator/cli": 1_719,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -119,11 +119,16 @@ class Call:
         """The keyword arguments that every function of pipelines takes."""
         return {"workspace": self.session.workspace, "progress": self.session.progress}
 
-    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
-        """Return a plan for a dry run, else what it gives."""
+    @property
+    def context(self) -> Context:
+        """What a plan runs in."""
         from orchestrator.pipelines.context import Context
 
-        return plan if self.dry_run else run(plan, Context(**self.common))
+        return Context(**self.common)
+
+    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
+        """Return a plan for a dry run, else what it gives."""
+        return plan if self.dry_run else run(plan, self.context)
 
     def imported(self, model: Path | None) -> Path | None:
         """Return a model as it is named in the workspace; one of the hub is imported first."""

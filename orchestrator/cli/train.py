@@ -228,7 +228,7 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
     call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
-    return _sweep(call, teacher or "newest", name)
+    return _sweep(call, teacher or Path("newest"), name)
 
 
 @Command(
@@ -269,8 +269,8 @@ def sweep_iterations(
     return _sweep(call, None, name)
 
 
-def _sweep(call: Call, teacher: Path | str | None = None, name: str | None = None) -> Result:
-    from orchestrator.pipelines.sweeps import plan_sweep, sweep
+def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> Result:
+    from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
 
-    function = plan_sweep if call.dry_run else sweep
-    return function(call.settings, teacher=teacher, name=name, **call.common)
+    plan = plan_sweep(call.settings, teacher=call.imported(teacher), name=name, **call.common)
+    return plan if call.dry_run else run_sweep(plan, call.context)

@@ -76,7 +76,7 @@ def asked(monkeypatch) -> Callable[..., Settings]:
             found.append(settings)
             raise UserError("that is enough")
 
-        for pipeline in ("training.plan_pretrain", "training.plan_distill", "sweeps.sweep"):
+        for pipeline in ("training.plan_pretrain", "training.plan_distill", "sweeps.plan_sweep"):
             monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}", stop)
         assert cli.main([*words]) == 2
         return found[0]
