@@ -151,9 +151,9 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
     [
         ("quickstart --config s.yaml", "iterations", None),
         ("sweep s.yaml", "iterations", None),
-        ("sweep-threshold --config s.yaml", "threshold", "newest"),
+        ("sweep-threshold --config s.yaml", "threshold", Path("newest")),
         ("sweep-threshold run --config s.yaml", "threshold", Path("run")),
-        ("sweep-threshold --search 2 --config s.yaml", "search", "newest"),
+        ("sweep-threshold --search 2 --config s.yaml", "search", Path("newest")),
         ("sweep-iterations --config s.yaml", "iterations", None),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
         run.append((settings.sweep.kind, teacher))
         raise UserError("that is enough")
 
-    monkeypatch.setattr("orchestrator.pipelines.sweeps.sweep", sweep)
+    monkeypatch.setattr("orchestrator.pipelines.sweeps.plan_sweep", sweep)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(FILES["s.yaml"])
     code, printed = _run(capfd, *command.split(), "--workspace", str(tmp_path / "space"))
