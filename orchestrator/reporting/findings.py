@@ -134,7 +134,7 @@ def describe_model(front: Front, row: Row) -> str:
 def confidence_note(front: Front) -> list[str]:
     """Return the sentence on what confidences mean; none without any."""
     basis = front.basis
-    if basis is None:
+    if basis is None or not basis.num_items:
         return []
     left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
     covered = (
