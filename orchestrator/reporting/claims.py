@@ -107,8 +107,15 @@ class Claim:
 CLAIMS = (
     Claim(number=1, key="iiet_over_vanilla", text="IIET beats vanilla", paper=2.65),
     Claim(number=2, key="iiet_over_pcformer", text="IIET beats PCformer", paper=0.8),
-    Claim(number=3, key="saved_overhead_nfe", text=f"keeps {PAPER_KEPT_SHARE:.1%} at less NFE", paper=55),
-    Claim(number=3, key="saved_overhead_ms", text=f"keeps {PAPER_KEPT_SHARE:.1%} at less ms", paper=55),
+    Claim(
+        number=3,
+        key="saved_overhead_nfe",
+        text=f"keeps {PAPER_KEPT_SHARE:.1%} at less NFE",
+        paper=55,
+    ),
+    Claim(
+        number=3, key="saved_overhead_ms", text=f"keeps {PAPER_KEPT_SHARE:.1%} at less ms", paper=55
+    ),
     Claim(number=4, key="student_over_vanilla_nfe", text="beats vanilla at its NFE", paper=1.6),
     Claim(number=4, key="student_over_vanilla_ms", text="beats vanilla at its ms", paper=1.6),
     Claim(number=5, key="kept_over_pcformer", text="keeps more than PCformer", paper=None),
