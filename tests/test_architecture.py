@@ -74,7 +74,7 @@ LINES = {
     "orchestrator/evaluation": 2_781,
     "orchestrator/planning": 1_164,
     "orchestrator/cluster": 1_813,
-    "orchestrator/reporting": 4_781,
+    "orchestrator/reporting": 4_788,
     "orchestrator/sweeping": 2_659,
     "orchestrator/pipelines": 4_850,
     "orchestrator/cli": 1_719,
