@@ -43,6 +43,7 @@ from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import (
+    check_folder,
     check_job,
     continue_job,
     continued_settings,
@@ -310,6 +311,8 @@ def plan_models(
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
+    for job in jobs if tokens else ():
+        check_folder(job)
     plan = TrainingPlan(
         kind="pretrain",
         models=dict(models),
