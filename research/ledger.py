@@ -65,7 +65,7 @@ def claims_table(report: Report) -> list[str]:
     """Return the lines of the paper's claims."""
     lines = ["| claim | paper | here | verdict |", "| --- | ---: | --- | --- |"]
     for claim in report["claims"]:
-        unit = " %" if claim["number"] == 3 else " points"
+        unit = " % less overhead" if claim["number"] == 3 else " points"
         paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
         here = claim["about"] if claim["here"] is None else f"{claim['here']:.1f}{unit}"
         if claim["here"] is not None:

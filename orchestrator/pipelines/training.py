@@ -43,6 +43,7 @@ from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import (
+    check_folder,
     check_job,
     continue_job,
     continued_settings,
@@ -108,11 +109,9 @@ class TrainingPlan(Result):
         """Where the trainings run."""
         return next(iter(self.models.values())).cluster
 
-    @cached_property
-    def estimates(self) -> dict[str, Estimate]:
-        """Label -> what is left of it, on the devices of the settings."""
-        devices = run_devices(self.cluster)
-        return {label: replace(Estimate.of(j), devices=devices) for label, j in self.jobs.items()}
+    def estimate(self, label: str) -> Estimate:
+        """Return what is left of a training, on the devices of the settings; imports PyTorch."""
+        return replace(Estimate.of(self.jobs[label]), devices=run_devices(self.cluster))
 
     @cached_property
     def ends(self) -> dict[str, tuple[Path | None, list[str]]]:
@@ -134,10 +133,10 @@ class TrainingPlan(Result):
         """Which ends of trainings are damaged, so they are trained again."""
         return [text for _, damage in self.ends.values() for text in damage]
 
-    @property
+    @cached_property
     def left(self) -> list[Estimate]:
         """What is left of all trainings that are not finished."""
-        return [each for label, each in self.estimates.items() if not self.ends[label][0]]
+        return [self.estimate(label) for label in self.jobs if label not in self.finished]
 
     @cached_property
     def price(self) -> Price:
@@ -168,11 +167,13 @@ class TrainingPlan(Result):
     def state(self) -> str:
         """Whether the only training is finished, or where it begins."""
         [(label, job)] = self.jobs.items()
-        (end, damage), done = self.ends[label], self.estimates[label].steps_done
+        end, damage = self.ends[label]
         if not job.tokens_folder:
             return UNPREPARED
-        begin = f"from step {done:,}" if done else "not begun"
-        return f"finished: {job.folder}" if end else "; ".join([*damage, begin])
+        if end:
+            return f"finished: {job.folder}"
+        done = self.estimate(label).steps_done
+        return "; ".join([*damage, f"from step {done:,}" if done else "not begun"])
 
     def to_json(self) -> dict[str, Any]:
         """Return what there is to train; of a `distill`, an entry of `students` for each student.
@@ -198,7 +199,7 @@ class TrainingPlan(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         for label, plan in self.each.items():
-            training = self.estimates[label]
+            training = self.estimate(label)
             devices = training.devices
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
@@ -310,6 +311,8 @@ def plan_models(
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
+    for job in jobs if tokens else ():
+        check_folder(job)
     plan = TrainingPlan(
         kind="pretrain",
         models=dict(models),

@@ -67,7 +67,11 @@ def _headline(front: Front, full: Row, kept: Row | None) -> str:
     quality = name if is_accuracy(front.axes.quality) else f"quality ({name})"
     if kept is not None:
         keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
-        return f"{keeps} {_at_cost(front, kept)}."
+        said = f"{keeps} {_at_cost(front, kept)}"
+        sure = front.keeps(kept)
+        if front.basis and sure is not None and sure < HIGH_CONFIDENCE:
+            said += f", as far as {front.basis.num_items:,} items can tell"
+        return f"{said}."
     cheaper = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
     said = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
     if not cheaper:
@@ -134,7 +138,7 @@ def describe_model(front: Front, row: Row) -> str:
 def confidence_note(front: Front) -> list[str]:
     """Return the sentence on what confidences mean; none without any."""
     basis = front.basis
-    if basis is None:
+    if basis is None or not basis.num_items:
         return []
     left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
     covered = (

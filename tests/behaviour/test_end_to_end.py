@@ -168,7 +168,7 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
         f"    assert main(words) == 0 and not (found := {heavy} & {{*sys.modules}}), (words, found)"
     )
     printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     assert "all trials are finished and found again" in printed
     assert printed.count(f"report: {workspace}/sweeps/{name}/front.html") == 2

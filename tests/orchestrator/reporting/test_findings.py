@@ -81,6 +81,8 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     keeps = front.keeps(kept)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
+    few = ", as far as 2,000 items can tell."
+    assert said[0].endswith(few)
     assert said[1].startswith(f"That {kept['label']} keeps 99% has a confidence of {keeps:.2f}")
     # The cheapest is not certain enough; a costlier one is.
     sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
@@ -95,7 +97,9 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
 
     # A confidence of exactly 0.95 is enough.
     dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > kept["cost"])
-    assert sure not in " ".join(findings(keeping(front, {kept["key"]: 0.95})))
+    said = findings(keeping(front, {kept["key"]: 0.95}))
+    assert sure not in " ".join(said)
+    assert not said[0].endswith(few)
     said = findings(keeping(front, {kept["key"]: 0.94, dearer["key"]: 0.95}))
     assert sure + dearer["label"] in " ".join(said)
 

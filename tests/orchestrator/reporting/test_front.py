@@ -264,6 +264,9 @@ def test_scores_equal_those_of_the_evaluation():
         scores = paired.quality(name)
         assert scores is not None
         assert scores.observed == pytest.approx([value] * 2)
+    of_words, of_bits = (len(tasks[0].items), 40)
+    counts = [paired.num_items(name) for name in expected]
+    assert counts == [3 * of_words, of_bits, of_words]
     assert found.accuracy == pytest.approx(0.65)
     assert paired.quality("quality/validation_loss") is None
 
@@ -277,7 +280,10 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted():
     assert paired is not None
     # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
     assert paired.items["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
-    assert (paired.num_items, dict(paired.left_out)) == (2, {"words": 3, "more": 2})
+    assert (paired.num_items("quality/accuracy"), dict(paired.left_out)) == (
+        2,
+        {"words": 3, "more": 2},
+    )
     assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
 
 
