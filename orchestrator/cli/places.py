@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Size = Literal["tiny", "55m", "340m"]
 
 
-@Command("ui", group="See results", workspace="named")
+@Command("ui", group="See results", workspace="existing")
 def ui(
     call: Call,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
@@ -39,7 +39,7 @@ def ui(
     if sync:
         from orchestrator.pipelines import syncing
 
-        call.place = "made"
+        call.place = "kept"
         return syncing.sync(replace=replace, **call.common)
     if replace or call.as_json:
         raise UserError(f"{'--replace' if replace else '--json'} is for --sync; add it")

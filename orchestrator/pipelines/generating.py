@@ -159,7 +159,7 @@ def open_generator(
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
-        folder = lookup.find_model_folder(space, Path(str(path)), model_folders=True)
+        folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
         is_export = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
         if not is_export or model_folders.read_config(folder).get("model_type") != MODEL_TYPE:
             folder = model_folders.resolve_checkpoint(folder)

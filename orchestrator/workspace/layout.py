@@ -11,6 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -159,6 +162,28 @@ def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Work
             f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
         ) from None
     return workspace
+
+
+@contextmanager
+def unmade_by_mistakes(root: Path) -> Iterator[bool]:
+    """Delete the file and the logs of a new workspace if the block raises a `UserError`.
+
+    So a mistyped path makes none. Results that the block stored stay, and so does the workspace.
+    Yields whether the folder holds other files, but no workspace.
+    """
+    is_missing, before = not root.is_dir(), set[Path]()
+    if not is_missing:
+        before.update(root.iterdir())
+    try:
+        yield bool(before) and root / WORKSPACE_FILE_NAME not in before
+    except UserError:
+        made = {*root.iterdir()} - before if root.is_dir() else set()
+        if root / WORKSPACE_FILE_NAME in made <= {root / WORKSPACE_FILE_NAME, root / "logs"}:
+            for path in made:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if is_missing:
+                root.rmdir()
+        raise
 
 
 # Names that a user chooses

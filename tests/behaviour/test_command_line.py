@@ -59,6 +59,7 @@ MISTAKES = {
     "pretrain --continue a --config toy": "use it without --config",
     "generate --temperature -1": "--temperature",
     "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
+    "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
     "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",

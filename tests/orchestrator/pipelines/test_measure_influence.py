@@ -20,6 +20,7 @@ from orchestrator.models.open import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
+from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import UserError
@@ -103,6 +104,9 @@ def test_a_model_without_corrections_or_of_other_tokens_is_refused(
         measured_or_stored(make_checkpoint(schedule=0), context)
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
+    asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}
+    with pytest.raises(UserError, match=r"no looped model .*; leave them out$"):
+        plan_loop_influence(Settings(), **asked)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

@@ -56,6 +56,10 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, caps
     training = [re.findall(r"[\d.]+", text["of it training"])[:2] for text in (lines, slow)]
     (_, longest), (only, _) = training
     assert longest == only
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["pretrain", "--dry-run", "--config", "paper-340m", "--address", "10.0.0.1:1"]
+    assert cli.main([*words, "-w", str(tmp_path)]) == 0
+    assert re.search(r"\n  parameters {2,24}341", capsys.readouterr().out), "room for the texts"
 
 
 def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
