@@ -68,8 +68,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     path = tokenizer_path(name)
     if not path.is_file():
         raise UserError(
-            f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a "
-            "tokenizer.json, or hub:NAME"
+            f"there is no tokenizer at {path}; give the path of a tokenizer.json, or hub:NAME"
         )
     try:
         return Tokenizer.from_file(str(path))

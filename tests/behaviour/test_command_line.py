@@ -53,6 +53,8 @@ MISTAKES = {
     "distill 1": "--schedule says how many corrections",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
+    "pretrain --method vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
+    "prepare a.txt --set data.source=python": "--set data.source: another option or argument",
     "pretrain --name a/b": "--name 'a/b'",
     "pretrain --continue a --config toy": "use it without --config",
     "generate --temperature -1": "--temperature",
@@ -60,7 +62,7 @@ MISTAKES = {
     "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
-    "report --cost time": "'evaluations', 'flops', 'ms', 'kv'",
+    "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
     "pick --knee --best": "--knee and --best",
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds
@@ -68,6 +70,10 @@ MISTAKES = {
     "pretrain --method looped -r 2..0": "repeats the whole stack",
     "sweep-threshold --thresholds a,b": "sweep.thresholds",
     "sweep-iterations --rates fast": "sweep.learning_rates",
+    "sweep-iterations --rates -1": "settings: sweep.learning_rates: input should be greater than 0",
+    "sweep-iterations --methods foo": "settings: sweep.methods: input should be 'vanilla',",
+    "sweep-iterations --methods vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
+    "sweep-threshold --thresholds 0.1 --schedules 3": "--schedules and --thresholds exclude each",
     "sweep-iterations --asha": "no model has more than one; name several",
     # Devices
     "pretrain --gpus 8": "GPU",
