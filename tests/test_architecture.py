@@ -62,7 +62,7 @@ LINES = {
     "iiet": 7_542,
     "benchmarks": 2_683,
     "examples": 452,
-    "research": 2_142,
+    "research": 2_145,
     "orchestrator/workspace": 1_083,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_630,
@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 1_813,
     "orchestrator/reporting": 4_805,
     "orchestrator/sweeping": 2_659,
-    "orchestrator/pipelines": 4_868,
+    "orchestrator/pipelines": 4_869,
     "orchestrator/cli": 1_779,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

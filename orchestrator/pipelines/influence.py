@@ -119,6 +119,7 @@ class InfluenceResult(Result):
         ]
 
     def shown(self) -> Iterable[RenderableType]:
+        yield f"model: {self.checkpoint}"
         yield from influence_tables(self.table)
 
 

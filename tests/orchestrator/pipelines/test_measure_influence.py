@@ -72,7 +72,9 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     )
     assert found == influence_table(load_model(checkpoint), batches)
     assert found.num_tokens == 512
-    table = InfluenceResult(checkpoint=checkpoint, table=found).to_pandas()
+    result = InfluenceResult(checkpoint=checkpoint, table=found)
+    assert next(iter(result.shown())) == f"model: {checkpoint}"
+    table = result.to_pandas()
     assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
     assert table["influence"].tolist() == [value for row in found.rows() for value in row]
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
