@@ -62,6 +62,8 @@ class Call:
         """Closes the workspace."""
         self.config: str | None = shared.get("config")
         """The settings file; a command may name another."""
+        self.changes: list[str] = shared.get("set_") or []
+        """The values of `--set`."""
         self.path: Path | None = shared.get("workspace")
         """The workspace, if the user named one."""
         self.dry_run: bool = shared.get("dry_run", False)
@@ -86,12 +88,6 @@ class Call:
         if file in shipped_sweeps() and Path(file).is_file():
             path = Path(file).absolute()
             print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
-        changes = self._shared.get("set_") or []
-        for change in changes:
-            if (key := change.partition("=")[0].strip()) in options:
-                raise UserError(
-                    f"--set {key}: another option or argument sets it, too; leave one out"
-                )
         if device == "cpu":
             gpus = {"--gpus": "cluster.num_gpus", "--gpus-per-trial": "sweep.gpus_per_trial"}
             for option, key in gpus.items():
@@ -99,9 +95,9 @@ class Call:
                     raise UserError(f"--device cpu and {option} {number:g}: leave one out")
             options |= {**dict.fromkeys(gpus.values()), "cluster.num_gpus": 0}
             options["cluster.min_gpus"] = None
-        settings = read_settings(file or None, changes, options)
+        settings = read_settings(file or None, self.changes, options)
         if device == "cuda" and not settings.cluster.num_gpus:
-            settings = read_settings(file or None, changes, options | {"cluster.num_gpus": 1})
+            settings = read_settings(file or None, self.changes, options | {"cluster.num_gpus": 1})
         return settings
 
     @cached_property

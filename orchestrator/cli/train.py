@@ -67,6 +67,9 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
     from orchestrator.pipelines import training
 
     if files:
+        for change in call.changes:
+            if change.partition("=")[0].strip() in ("data.source", "data.files"):
+                raise UserError(f"--set {change} and FILES name different sources; leave one out")
         call.set("data.source", "files")
         call.set("data.files", files)
     folder = training.prepare(call.settings, **call.common)

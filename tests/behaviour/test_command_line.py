@@ -54,7 +54,7 @@ MISTAKES = {
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
     "pretrain --method vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
-    "prepare a.txt --set data.source=python": "--set data.source: another option or argument",
+    "prepare a.txt --set data.source=python": "data.source=python and FILES name different sources",
     "pretrain --name a/b": "--name 'a/b'",
     "pretrain --continue a --config toy": "use it without --config",
     "generate --temperature -1": "--temperature",
