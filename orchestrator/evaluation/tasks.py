@@ -19,11 +19,12 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -208,6 +209,17 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
             f"evaluation.suite names {', '.join(missing)}, which the data cannot make; they can "
             f"make {', '.join(offered)}"
         )
+
+
+def check_task_names(settings: EvaluationSettings) -> None:
+    """Raise `UserError` if a task is neither this program's nor lm-eval's own; loads none.
+
+    Which tasks a folder of the user has, only lm-eval can say.
+    """
+    others = [name for name in _lm_eval_names(settings) if name not in {*TASKS, *Paper.names}]
+    if others and not user_task_folders(settings):
+        known = _builtin_folders()
+        _refuse({name: _no_such_task(name, known) for name in others if name not in known})
 
 
 def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
@@ -406,7 +418,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     builtin: dict[str, set[Path]] = {}
     if any(name not in configs and name not in manager.task_index for name in names):
         # Of lm-eval's own tasks, only the folders that define these names are read.
-        builtin = _builtin_folders(Path(lm_eval.tasks.__file__).parent)
+        builtin = _builtin_folders()
         having: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
         manager = manager_of(*sorted(having), *asked.folders)
 
@@ -417,9 +429,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     without_hub = cache(hub_problem)
     for name in names:
         if name not in configs and name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*manager.task_index, *builtin], 1, 0.75)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems[name] = f"there is no such task{hint}"
+            problems[name] = _no_such_task(name, [*manager.task_index, *builtin])
             continue
         try:
             with suppress_output(), offline():
@@ -447,11 +457,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
         tasks |= loaded
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
-    if problems:
-        raise UserError(
-            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
-            "cannot be evaluated (an average over the rest alone would be another number)"
-        )
+    _refuse(problems)
     if not tasks:
         raise RunFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
     for task in tasks.values():
@@ -460,6 +466,19 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _no_such_task(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.75)
+    return "there is no such task" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _refuse(problems: dict[str, str]) -> None:
+    if problems:
+        raise UserError(
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
+            "cannot be evaluated (an average over the rest alone would be another number)"
+        )
 
 
 def _expanded(names: Sequence[str], configs: dict[str, dict[str, Any]]) -> list[str]:
@@ -513,9 +532,13 @@ _ITEM = re.compile(rb"-[ \t]*([\w.:+-]+)")
 
 
 @cache
-def _builtin_folders(root: Path) -> dict[str, set[Path]]:
-    # Each name of a task, group or tag -> the folders to load it from. A task needs its own folder.
-    # A group may use tasks elsewhere in its family, so it needs the whole family: the top folder.
+def _builtin_folders() -> dict[str, set[Path]]:
+    # Each name of a task, group or tag of lm-eval, which is not imported -> the folders to load it
+    # from. A task needs its own folder. A group may use tasks elsewhere in its family, so it needs
+    # the whole family: the top folder.
+    spec = find_spec("lm_eval")
+    assert spec, "this program depends on it"
+    root = Path(str(spec.origin)).parent / "tasks"
     folders: defaultdict[str, set[Path]] = defaultdict(set)
     for file in root.rglob("*.yaml"):
         text = file.read_bytes()
