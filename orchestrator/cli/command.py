@@ -101,7 +101,7 @@ class Command:
                 else:
                     call.show(result)
                 result.raise_failures()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):  # The latter at a prompt.
             raise Interrupted from None
 
 

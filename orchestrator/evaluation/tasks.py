@@ -262,9 +262,8 @@ def lm_eval_task_fingerprints(
         context_length: Tokens that the models read, if answers to the tasks must fit into them.
 
     Raises:
-        UserError: If a task does not exist, cannot be read or not be answered, or none reports an
-            accuracy although one is needed.
-        RunFailed: If the hub provides none of the tasks.
+        UserError: If a task does not exist, cannot be read or not be answered, the hub provides
+            none of them, or none reports an accuracy although one is needed.
     """
     folders, names = user_task_folders(settings), named_tasks(settings)
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
@@ -371,8 +370,9 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
             gets exactly these, so that all models have an average over the same tasks.
 
     Raises:
-        UserError: If a name has no task, or a local task cannot be loaded or scored.
-        RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
+        UserError: If a name has no task, a local task cannot be loaded or scored, or the hub
+            provides none of the tasks.
+        RunFailed: If a planned task cannot be loaded.
     """
     folders = [*asked.folders, *([asked.heldout] if asked.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -381,6 +381,8 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
     if suite.skipped:
         _load.cache_clear()  # The hub may provide them later.
     if planned is None:
+        if not suite.tasks:
+            raise UserError(f"nothing is left to evaluate: {_as_text(suite.skipped)}")
         return suite
     own = heldout_configs(asked.heldout) if asked.heldout else {}
     wanted = {*planned, *(name for name in own if not asked.names or name in asked.names)}
@@ -458,8 +460,6 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
     _refuse(problems)
-    if not tasks:
-        raise RunFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
     for task in tasks.values():
         if asked.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", asked.num_fewshot)
