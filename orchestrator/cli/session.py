@@ -86,6 +86,12 @@ class Call:
         if file in shipped_sweeps() and Path(file).is_file():
             path = Path(file).absolute()
             print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
+        changes = self._shared.get("set_") or []
+        for change in changes:
+            if (key := change.partition("=")[0].strip()) in options:
+                raise UserError(
+                    f"--set {key}: another option or argument sets it, too; leave one out"
+                )
         if device == "cpu":
             gpus = {"--gpus": "cluster.num_gpus", "--gpus-per-trial": "sweep.gpus_per_trial"}
             for option, key in gpus.items():
@@ -93,7 +99,6 @@ class Call:
                     raise UserError(f"--device cpu and {option} {number:g}: leave one out")
             options |= {**dict.fromkeys(gpus.values()), "cluster.num_gpus": 0}
             options["cluster.min_gpus"] = None
-        changes = self._shared.get("set_") or []
         settings = read_settings(file or None, changes, options)
         if device == "cuda" and not settings.cluster.num_gpus:
             settings = read_settings(file or None, changes, options | {"cluster.num_gpus": 1})

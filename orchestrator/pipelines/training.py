@@ -356,7 +356,7 @@ def plan_distill(
     schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
     local: bool = False,
-    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
+    progress: Progress | None = None,
 ) -> TrainingPlan:
     """Return what is distilled under each schedule; equal schedules give one student.
 
@@ -374,7 +374,7 @@ def plan_distill(
         RunFailed: If the run failed or diverged.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, teacher)
+    checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
     tokens = tokens_folder_of(checkpoint, space)
     students = [
         distillation_job(settings, space, checkpoint, str(schedule), tokens)

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
 COSTS = {
-    "evaluations": "cost/evaluations",
+    "nfe": "cost/evaluations",
+    "evaluations": "cost/evaluations",  # Of one cost, the last name stands in folders' names.
     "flops": "cost/flops_per_token",
     "ms": "cost/decode_ms_per_token",
     "kv": "cost/kv_bytes_per_token",

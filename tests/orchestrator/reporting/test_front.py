@@ -153,6 +153,8 @@ def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
     assert one.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
     assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
     assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
+    (tie,) = result_table([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])["trial"]
+    assert tie.numbers["quality/accuracy"] == 0.7395, "not 0.7394999999999999"
     alone, other = seed_of(0, 0.3), seed_of(0, 0.4, None).model_copy(update={"key": "other"})
     table = result_table([alone, other])
     assert [*table["trial"]] == [alone, other]
