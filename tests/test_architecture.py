@@ -62,7 +62,7 @@ LINES = {
     "iiet": 7_542,
     "benchmarks": 2_683,
     "examples": 452,
-    "research": 2_142,
+    "research": 2_145,
     "orchestrator/workspace": 1_092,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_630,

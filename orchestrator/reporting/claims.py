@@ -377,7 +377,7 @@ def _described(row: Row) -> str:
 def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     """Return the section on claims; the title is that of the table, for a terminal."""
     columns = (
-        *(Column("claim", is_text=True), Column("verdict", is_text=True)),
+        *(Column("claim (3 to 5: students)", is_text=True), Column("verdict", is_text=True)),
         *(Column("paper"), Column("here", is_text=True)),
     )
     rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
