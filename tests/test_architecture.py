@@ -63,7 +63,7 @@ LINES = {
     "benchmarks": 2_683,
     "examples": 452,
     "research": 2_145,
-    "orchestrator/workspace": 1_083,
+    "orchestrator/workspace": 1_092,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_630,
     "orchestrator/records": 1_283,
@@ -71,13 +71,13 @@ LINES = {
     "orchestrator/data": 2_408,
     "orchestrator/tracking": 1_407,
     "orchestrator/training": 3_322,
-    "orchestrator/evaluation": 2_779,
+    "orchestrator/evaluation": 2_802,
     "orchestrator/planning": 1_166,
     "orchestrator/cluster": 1_813,
     "orchestrator/reporting": 4_805,
-    "orchestrator/sweeping": 2_659,
+    "orchestrator/sweeping": 2_660,
     "orchestrator/pipelines": 4_869,
-    "orchestrator/cli": 1_779,
+    "orchestrator/cli": 1_785,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -113,7 +113,7 @@ class Command:
                 else:
                     call.show(result)
                 result.raise_failures()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):  # The latter at a prompt.
             raise Interrupted from None
 
 

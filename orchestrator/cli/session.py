@@ -187,8 +187,7 @@ def open_session(
     output, terminal, log = sys.stdout, sys.stderr, None
     console = Console(file=output, highlight=False)
     space: Any = layout.locate_workspace(path) if place else None
-    is_missing = space and not (space.root / layout.WORKSPACE_FILE_NAME).is_file()
-    if place in ("kept", "existing") and is_missing:
+    if place in ("kept", "existing") and not space.is_made:
         raise UserError(
             f"there is no workspace {space.root}; name one with --workspace, or "
             "`iiet-orch quickstart` makes one"
@@ -206,7 +205,7 @@ def open_session(
                 stack.enter_context(offline(DRY_RUN))
                 space, is_other = layout.find_workspace(path), False
             else:
-                is_other = stack.enter_context(layout.unmade_by_mistakes(space.root))
+                is_other = stack.enter_context(layout.unmade_by_mistakes(space))
                 space = layout.open_workspace(path, must_write=place != "read")
             without_log = bool(verbose) or dry_run or not space.is_writable
             log, terminal = stack.enter_context(

@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 UNPREPARED = (
-    "the tokens are not prepared, so no finished training can be found; their number is that of "
-    "the settings"
+    "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
+    "the tokens of texts that were copied or moved); their number is that of the settings"
 )
 
 

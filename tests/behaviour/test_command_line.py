@@ -23,6 +23,7 @@ from orchestrator import cli
 from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.layout import open_workspace
 
 FILES = {
     "a.txt": "A text.\n",
@@ -144,6 +145,7 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
         raise error
 
     monkeypatch.setattr(training, "prepare", fail)
+    open_workspace(tmp_path)  # A mistake would leave nothing of a new one.
     found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert found == code
     assert (str(error) or "interrupted") in printed

@@ -157,6 +157,8 @@ def test_it_asks_first(space, whole, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert cli.main(command) == 2
     assert "--yes deletes without asking" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    assert cli.main(command) == 130, "an end of the input, or Ctrl-C"
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     assert cli.main(command) == 0
     assert len(find_checkpoints(whole)) == 3

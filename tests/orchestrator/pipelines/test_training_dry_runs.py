@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -75,7 +76,10 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "epochs" not in before["tokens"]
     assert "tokens " in before["disk"]
     assert "tokens are not prepared" in before["state"]
-    prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    os.utime(text, (0, 0))  # As of a copy.
+    assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder
     after = printed(capsys, *options, "-w", str(tmp_path))
     assert "of the prepared tokens" in after["vocabulary"]
     assert "epochs of the prepared ones" in after["tokens"]
