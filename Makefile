@@ -26,7 +26,7 @@ help: ## List the targets
 demo: $(INSTALLED) ## Install, then run everything on a generated task (CPU, minutes)
 	$(BIN)/iiet-orch quickstart
 
-test: $(INSTALLED) ## Install, then run the whole test suite
+test: $(INSTALLED) ## Install, then run all tests but those of test-long and test-wheel
 	$(BIN)/python -m pytest --numprocesses 3 $(PARALLEL) $(TESTS)
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds

@@ -27,7 +27,7 @@ from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord, draft_models, drafted_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
-__all__ = ["STOP_INTERVAL", "generate", "stream"]
+__all__ = ["STOP_INTERVAL", "does_not_fit", "generate", "stream"]
 
 STOP_INTERVAL: Final = 8
 """Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
@@ -114,9 +114,9 @@ def stream(
         problems.append(str(error))
     if draft is not None and kv_strategy != "exact":
         problems.append(
-            f"drafts need kv_strategy='exact', got {kv_strategy!r}: with one slot per layer, "
-            "tokens that are read together see other keys than tokens read one by one, so the "
-            "output would differ"
+            f"drafts need the cache 'exact', got {kv_strategy!r}: with one slot per layer, tokens "
+            "that are read together see other keys than tokens read one by one, so the output "
+            "would differ"
         )
     if draft_tokens != "auto" and (not isinstance(draft_tokens, int) or draft_tokens < 0):
         problems.append(f"draft_tokens must be 'auto' or at least 0, got {draft_tokens!r}")
@@ -193,6 +193,14 @@ def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Ite
         num_steps = interval
 
 
+def does_not_fit(num_read: int, num_new: int, context_length: int) -> str:
+    """Return a sentence that says how many new tokens fit the context after a prompt."""
+    return (
+        f"a prompt of {num_read} tokens and {num_new} new ones do not fit the context_length of "
+        f"{context_length}; at most {max(0, context_length - num_read)} new ones do"
+    )
+
+
 def _problems(
     decoder: Decoder, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
 ) -> list[str]:
@@ -203,8 +211,7 @@ def _problems(
         )
     elif input_ids.size(1) + max_new_tokens > decoder.config.context_length:
         problems.append(
-            f"a prompt of {input_ids.size(1)} tokens and max_new_tokens={max_new_tokens} do not "
-            f"fit the context_length of {decoder.config.context_length}"
+            does_not_fit(input_ids.size(1), max_new_tokens, decoder.config.context_length)
         )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -44,7 +44,7 @@ def _front(report: Report, title: str, quality: str, text: Callable[[float], str
     kept = {row["name"]: row["share_of_full"] for row in report["results"]}
     marks = {report["picks"][name]: name for name in ("best", "knee", "cheapest")}
     lines = [
-        f"| model | NFE | ms/token | {title} | of the teacher's | front |",
+        f"| model | NFE | ms/token | {title} | of full | front |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in report["results"]:
@@ -63,9 +63,12 @@ def _front(report: Report, title: str, quality: str, text: Callable[[float], str
 
 def claims_table(report: Report) -> list[str]:
     """Return the lines of the paper's claims."""
-    lines = ["| claim | paper | here | verdict |", "| --- | ---: | --- | --- |"]
+    lines = [
+        "| claim (3 to 5: of students) | paper | here | verdict |",
+        "| --- | ---: | --- | --- |",
+    ]
     for claim in report["claims"]:
-        unit = " %" if claim["number"] == 3 else " points"
+        unit = " % less overhead" if claim["number"] == 3 else " points"
         paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
         here = claim["about"] if claim["here"] is None else f"{claim['here']:.1f}{unit}"
         if claim["here"] is not None:

@@ -59,25 +59,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_535,
+    "iiet": 7_542,
     "benchmarks": 2_683,
     "examples": 452,
-    "research": 2_142,
-    "orchestrator/workspace": 1_058,
+    "research": 2_145,
+    "orchestrator/workspace": 1_092,
     "orchestrator/terminal": 591,
-    "orchestrator/settings": 1_618,
+    "orchestrator/settings": 1_630,
     "orchestrator/records": 1_283,
-    "orchestrator/models": 1_879,
+    "orchestrator/models": 1_891,
     "orchestrator/data": 2_408,
-    "orchestrator/tracking": 1_401,
-    "orchestrator/training": 3_318,
-    "orchestrator/evaluation": 2_781,
-    "orchestrator/planning": 1_164,
+    "orchestrator/tracking": 1_407,
+    "orchestrator/training": 3_322,
+    "orchestrator/evaluation": 2_802,
+    "orchestrator/planning": 1_166,
     "orchestrator/cluster": 1_813,
-    "orchestrator/reporting": 4_776,
-    "orchestrator/sweeping": 2_659,
-    "orchestrator/pipelines": 4_850,
-    "orchestrator/cli": 1_719,
+    "orchestrator/reporting": 4_805,
+    "orchestrator/sweeping": 2_660,
+    "orchestrator/pipelines": 4_869,
+    "orchestrator/cli": 1_785,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
 from orchestrator.cli.options import split_list
@@ -33,6 +34,17 @@ Group = Literal["Start", "Train", "Sweep", "Measure", "See results", "Use models
 """Panels of `--help`: what a person wants to do, in this order."""
 COMMANDS: dict[str, Command] = {}
 """All commands by name."""
+
+
+class _Words(TyperCommand):
+    """Says what is wrong with an option's value without naming Python's exception."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
 
 @dataclass
@@ -101,7 +113,7 @@ class Command:
                 else:
                     call.show(result)
                 result.raise_failures()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):  # The latter at a prompt.
             raise Interrupted from None
 
 
@@ -157,7 +169,10 @@ def build_app(word: str | None = None) -> typer.Typer:
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
         (config if group else app).command(
-            last, help=command.text, rich_help_panel=None if group else command.group
+            last,
+            cls=_Words,
+            help=command.text,
+            rich_help_panel=None if group else command.group,
         )(command.build() if is_built else lambda: None)
     app.add_typer(config, name="config", rich_help_panel="Start")
     return app

@@ -133,7 +133,7 @@ def benchmark(
     schedule: SchedulesOption = None,
     batch_sizes: str = "1,8",
     contexts: str | None = None,
-    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32,
+    new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
     drafts: str | None = None,
@@ -148,7 +148,7 @@ def benchmark(
             it: from full to none.
         batch_sizes: Comma-separated numbers of rows that are decoded together.
         contexts: Tokens of the prompt (default: 32 and half the context).
-        new_tokens: Tokens decoded after it.
+        new_tokens: Tokens decoded after it (default: 32, or what fits the context).
         repetitions: Measurements of each model, in turns.
         threads: Threads of PyTorch on a CPU.
         drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
@@ -170,7 +170,7 @@ def benchmark(
         conditions=MeasurementSettings(
             batch_sizes=batches,
             contexts=prompts,
-            new_tokens=new_tokens,
+            new_tokens=new_tokens or 0,
             repetitions=repetitions,
             num_threads=threads,
         ),

@@ -90,6 +90,10 @@ def generate(
     """
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
+    if temperature == 0 and (top_k or top_p is not None):
+        raise UserError(
+            "--top-k and --top-p limit what is sampled; add a --temperature above 0, such as 0.8"
+        )
     prompts = prompt or []
     if prompt is None:
         prompts = ["" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")]
@@ -151,7 +155,7 @@ def import_folder(
 ) -> Result:
     """Import a published, Llama, GGUF or exported model, or a checkpoint of another workspace.
 
-    Example: iiet-orch import Llama-3.2-1B --name llama
+    Example: iiet-orch import hub:HuggingFaceTB/SmolLM2-135M --name smollm2
 
     Args:
         folder: Model folder, GGUF file, a checkpoint or run of another workspace, or

@@ -59,7 +59,8 @@ ModelsArgument = Annotated[
 ]
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
-    Literal["evaluations", "flops", "ms", "kv"] | None, typer.Option(help="Cost of the front.")
+    Literal["nfe", "flops", "ms", "kv", "evaluations"] | None,
+    typer.Option(help="Cost of the front."),
 ]
 QualityOption = Annotated[
     Literal["accuracy", "bits", "perplexity", "loss"] | None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Size = Literal["tiny", "55m", "340m"]
 
 
-@Command("ui", group="See results", workspace="named")
+@Command("ui", group="See results", workspace="existing")
 def ui(
     call: Call,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
@@ -39,7 +39,7 @@ def ui(
     if sync:
         from orchestrator.pipelines import syncing
 
-        call.place = "made"
+        call.place = "kept"
         return syncing.sync(replace=replace, **call.common)
     if replace or call.as_json:
         raise UserError(f"{'--replace' if replace else '--json'} is for --sync; add it")
@@ -224,13 +224,11 @@ def init(
         file, text = file or Path(f"{copied.stem}.yaml"), copied.read_text(encoding="utf-8")
     else:
         file = file or Path("my-sweep.yaml")
-        if not data and not hub:
+        is_asked = not data and not hub
+        if is_asked:
             if not sys.stdin.isatty():
                 raise UserError("name your text with --data PATH, or a data set with --hub NAME")
             data = [typer.prompt("Your text (a file, folder or pattern)")]
-            size = size or typer.prompt("Size: tiny, 55m or 340m", default="tiny")
-            if size not in get_args(Size):
-                raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
         call.set("data.source", "hub" if hub else "files")
         call.set("data.files", data)
         settings = starting_settings(size or "tiny", call.options)
@@ -240,6 +238,16 @@ def init(
             for path in find_files(settings.data):
                 if path.suffix == ".txt":  # Raises if it is not text.
                     next(read_file(path, settings.data.text_field), None)
+        tokenizer = settings.data.tokenizer
+        if tokenizer != "train" and not tokenizer.startswith("hub:"):
+            from orchestrator.models.tokenizer import load_tokenizer
+
+            load_tokenizer(tokenizer)
+        if is_asked and size is None:
+            size = typer.prompt("Size: tiny, 55m or 340m", default="tiny")
+            if size not in get_args(Size):
+                raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
+            settings = starting_settings(size, call.options)
         text = starting_yaml(settings)
     if file.exists() and not (force and file.is_file()):
         raise UserError(f"{file} exists; give another name, or replace a file with --force")

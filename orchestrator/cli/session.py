@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
     from orchestrator.pipelines.result import Result
 
-Place = Literal["made", "read", "existing", "named"]
+Place = Literal["made", "read", "kept", "existing", "named"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Call:
         """Closes the workspace."""
         self.config: str | None = shared.get("config")
         """The settings file; a command may name another."""
+        self.changes: list[str] = shared.get("set_") or []
+        """The values of `--set`."""
         self.path: Path | None = shared.get("workspace")
         """The workspace, if the user named one."""
         self.dry_run: bool = shared.get("dry_run", False)
@@ -93,10 +95,9 @@ class Call:
                     raise UserError(f"--device cpu and {option} {number:g}: leave one out")
             options |= {**dict.fromkeys(gpus.values()), "cluster.num_gpus": 0}
             options["cluster.min_gpus"] = None
-        changes = self._shared.get("set_") or []
-        settings = read_settings(file or None, changes, options)
+        settings = read_settings(file or None, self.changes, options)
         if device == "cuda" and not settings.cluster.num_gpus:
-            settings = read_settings(file or None, changes, options | {"cluster.num_gpus": 1})
+            settings = read_settings(file or None, self.changes, options | {"cluster.num_gpus": 1})
         return settings
 
     @cached_property
@@ -174,25 +175,25 @@ def open_session(
 
     Args:
         place: `made`: the workspace is made if it is missing; `read`: likewise, but it may be one
-            that cannot be written. Commands that only look need no log: `existing`, the workspace
-            must exist; `named`, it need not; None, there is none.
+            that cannot be written; `kept`: it must exist. Commands that only look need no log:
+            `existing`, the workspace must exist; `named`, it need not; None, there is none.
         verbose: True shows the libraries' output, too; False shows no progress.
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
     """
-    from orchestrator.workspace.layout import find_workspace, locate_workspace, open_workspace
+    from orchestrator.workspace import layout
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     output, terminal, log = sys.stdout, sys.stderr, None
     console = Console(file=output, highlight=False)
-    space: Any = locate_workspace(path) if place else None
-    if place == "existing" and not space.root.is_dir():
+    space: Any = layout.locate_workspace(path) if place else None
+    if place in ("kept", "existing") and not space.is_made:
         raise UserError(
             f"there is no workspace {space.root}; name one with --workspace, or "
             "`iiet-orch quickstart` makes one"
         )
     streams: dict[str, Any] = {"terminal": terminal, "output": output}
-    if place not in ("made", "read"):
+    if place not in ("made", "read", "kept"):
         notes = Warnings(terminal)
         yield Session(workspace=space, progress=notes, console=console, **streams)
         return
@@ -202,13 +203,17 @@ def open_session(
                 from orchestrator.models.hub import DRY_RUN, offline
 
                 stack.enter_context(offline(DRY_RUN))
-                space = find_workspace(path)
+                space, is_other = layout.find_workspace(path), False
             else:
-                space = open_workspace(path, must_write=place == "made")
+                is_other = stack.enter_context(layout.unmade_by_mistakes(space))
+                space = layout.open_workspace(path, must_write=place != "read")
             without_log = bool(verbose) or dry_run or not space.is_writable
             log, terminal = stack.enter_context(
                 command_log(space.logs, command, verbose=without_log)
             )
+            if is_other:
+                text = f"{space.root} holds other files, and becomes a workspace beside them"
+                Warnings(terminal).note(text)
             if not space.is_writable:
                 Warnings(terminal).note(f"{space.root} cannot be written, so nothing is stored")
             if as_json:

@@ -59,14 +59,30 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
 
     Keys:
         tokens: folder of the prepared tokens
+        num_documents: documents of the text, with those held out; `null` without a text
+        num_tokens: their tokens, likewise
+        vocab_size: entries of the vocabulary
     """
+    from orchestrator.data.mixture import open_data
     from orchestrator.pipelines import training
 
     if files:
+        for change in call.changes:
+            if change.partition("=")[0].strip() in ("data.source", "data.files"):
+                raise UserError(f"--set {change} and FILES name different sources; leave one out")
         call.set("data.source", "files")
         call.set("data.files", files)
     folder = training.prepare(call.settings, **call.common)
-    return call.answer({"tokens": str(folder)}, [f"tokens: {folder}"])
+    data = open_data(folder)
+    texts = {part.folder: part.manifest for part in data.parts}.values()
+    sides = [side for text in texts for side in (text.train, text.validation)]
+    values = {
+        "tokens": str(folder),
+        "num_documents": sum(side.documents for side in sides) or None,
+        "num_tokens": sum(side.tokens for side in sides) or None,
+        "vocab_size": data.vocab_size,
+    }
+    return call.answer(values, [f"tokens: {folder}"])
 
 
 @Command(
@@ -124,6 +140,10 @@ def pretrain(
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
+    from iiet.facts import facts_of
+
+    method = call.settings.model.method
+    _check_schedule(schedule, [method] * facts_of(method).has_corrections, method)
     plan = plan_pretrain(
         call.settings, continued=continue_, name=name, local=local, mfu=mfu, **call.common
     )
@@ -228,6 +248,9 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
     call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
+    for name in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
+        if getattr(call.settings.sweep, name):
+            raise UserError(f"--schedules and --{name} exclude each other; leave one out")
     return _sweep(call, teacher or Path("newest"), name)
 
 
@@ -266,7 +289,17 @@ def sweep_iterations(
         from iiet.extensions import METHODS
 
         call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
+    from orchestrator.sweeping.models import has_counts
+
+    methods = call.settings.sweep.methods
+    _check_schedule(schedule, [*filter(has_counts, methods)], ", ".join(methods))
     return _sweep(call, None, name)
+
+
+def _check_schedule(schedule: list[str] | None, readers: list[str], asked: str) -> None:
+    """Refuse `--schedule` if no method that was asked for reads it."""
+    if schedule and not readers:
+        raise UserError(f"--schedule {schedule[0]} is read by no method of: {asked}; leave it out")
 
 
 def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> Result:

@@ -328,7 +328,7 @@ class MeasurementSettings:
         if max(self.contexts) + self.new_tokens > length:
             raise UserError(
                 f"benchmark: {short} reads {length} tokens, not the {max(self.contexts)} + "
-                f"{self.new_tokens} of prompt and new tokens"
+                f"{self.new_tokens} of prompt and new tokens; lower --contexts or --new-tokens"
             )
 
 

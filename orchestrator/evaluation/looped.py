@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.cost import InferenceCost
+from iiet.generation import does_not_fit
 from orchestrator.evaluation.tasks import suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.loops import Depth, LoopedModel
@@ -220,10 +221,7 @@ class LoopedDecoder:
         """
         most, room, rows = chosen["max_new_tokens"], self.config.context_length, []
         if prompts.size(1) + most > room:
-            raise ValueError(
-                f"a prompt of {prompts.size(1)} tokens and max_new_tokens={most} do not fit the "
-                f"context_length of {room}"
-            )
+            raise ValueError(does_not_fit(prompts.size(1), most, room))
         ends, options = [*stop_tokens], dict[str, Any](do_sample=False)
         if chosen["temperature"]:
             options = {"do_sample": True, "temperature": chosen["temperature"]}

@@ -19,11 +19,12 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -210,6 +211,17 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
         )
 
 
+def check_task_names(settings: EvaluationSettings) -> None:
+    """Raise `UserError` if a task is neither this program's nor lm-eval's own; loads none.
+
+    Which tasks a folder of the user has, only lm-eval can say.
+    """
+    others = [name for name in _lm_eval_names(settings) if name not in {*TASKS, *Paper.names}]
+    if others and not user_task_folders(settings):
+        known = _builtin_folders()
+        _refuse({name: _no_such_task(name, known) for name in others if name not in known})
+
+
 def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
     """Check the tasks of a sweep before it begins.
 
@@ -250,9 +262,8 @@ def lm_eval_task_fingerprints(
         context_length: Tokens that the models read, if answers to the tasks must fit into them.
 
     Raises:
-        UserError: If a task does not exist, cannot be read or not be answered, or none reports an
-            accuracy although one is needed.
-        RunFailed: If the hub provides none of the tasks.
+        UserError: If a task does not exist, cannot be read or not be answered, the hub provides
+            none of them, or none reports an accuracy although one is needed.
     """
     folders, names = user_task_folders(settings), named_tasks(settings)
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
@@ -359,8 +370,9 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
             gets exactly these, so that all models have an average over the same tasks.
 
     Raises:
-        UserError: If a name has no task, or a local task cannot be loaded or scored.
-        RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
+        UserError: If a name has no task, a local task cannot be loaded or scored, or the hub
+            provides none of the tasks.
+        RunFailed: If a planned task cannot be loaded.
     """
     folders = [*asked.folders, *([asked.heldout] if asked.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -369,6 +381,8 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
     if suite.skipped:
         _load.cache_clear()  # The hub may provide them later.
     if planned is None:
+        if not suite.tasks:
+            raise UserError(f"nothing is left to evaluate: {_as_text(suite.skipped)}")
         return suite
     own = heldout_configs(asked.heldout) if asked.heldout else {}
     wanted = {*planned, *(name for name in own if not asked.names or name in asked.names)}
@@ -406,7 +420,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     builtin: dict[str, set[Path]] = {}
     if any(name not in configs and name not in manager.task_index for name in names):
         # Of lm-eval's own tasks, only the folders that define these names are read.
-        builtin = _builtin_folders(Path(lm_eval.tasks.__file__).parent)
+        builtin = _builtin_folders()
         having: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
         manager = manager_of(*sorted(having), *asked.folders)
 
@@ -417,9 +431,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     without_hub = cache(hub_problem)
     for name in names:
         if name not in configs and name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*manager.task_index, *builtin], 1, 0.75)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems[name] = f"there is no such task{hint}"
+            problems[name] = _no_such_task(name, [*manager.task_index, *builtin])
             continue
         try:
             with suppress_output(), offline():
@@ -447,19 +459,26 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
         tasks |= loaded
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
-    if problems:
-        raise UserError(
-            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
-            "cannot be evaluated (an average over the rest alone would be another number)"
-        )
-    if not tasks:
-        raise RunFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
+    _refuse(problems)
     for task in tasks.values():
         if asked.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", asked.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _no_such_task(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.75)
+    return "there is no such task" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _refuse(problems: dict[str, str]) -> None:
+    if problems:
+        raise UserError(
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
+            "cannot be evaluated (an average over the rest alone would be another number)"
+        )
 
 
 def _expanded(names: Sequence[str], configs: dict[str, dict[str, Any]]) -> list[str]:
@@ -513,9 +532,13 @@ _ITEM = re.compile(rb"-[ \t]*([\w.:+-]+)")
 
 
 @cache
-def _builtin_folders(root: Path) -> dict[str, set[Path]]:
-    # Each name of a task, group or tag -> the folders to load it from. A task needs its own folder.
-    # A group may use tasks elsewhere in its family, so it needs the whole family: the top folder.
+def _builtin_folders() -> dict[str, set[Path]]:
+    # Each name of a task, group or tag of lm-eval, which is not imported -> the folders to load it
+    # from. A task needs its own folder. A group may use tasks elsewhere in its family, so it needs
+    # the whole family: the top folder.
+    spec = find_spec("lm_eval")
+    assert spec, "this program depends on it"
+    root = Path(str(spec.origin)).parent / "tasks"
     folders: defaultdict[str, set[Path]] = defaultdict(set)
     for file in root.rglob("*.yaml"):
         text = file.read_bytes()

@@ -6,23 +6,24 @@ A model that nobody named is announced, and it is never replaced by another one:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from iiet.facts import facts_of
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.models.folder import (
     is_checkpoint,
     load_config,
+    read_config,
     resolve_checkpoint,
     weights_key,
 )
 from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
 from orchestrator.records.record import Record, WorkspacePath
-from orchestrator.settings import InfluenceSettings
+from orchestrator.settings import DEFAULT_METHOD, InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
 from orchestrator.workspace.journal import last_recorded
@@ -98,7 +99,7 @@ def resolve_model(
         missing, what = "no IIET checkpoint with corrections", f"{what} with corrections"
         while runs:
             config = load_config(find_checkpoints(runs[0])[-1])
-            if config.corrections.num_corrections and not facts_of(config.method).repeats_stack:
+            if config.method == DEFAULT_METHOD and config.corrections.num_corrections:
                 break
             others.append(f"{runs.pop(0).name} ({config.method})")
     schedule = None
@@ -119,19 +120,21 @@ def resolve_model(
     return checkpoint, schedule
 
 
-def resolve_teacher(workspace: Workspace, path: Path | str | None = None) -> Path:
+def resolve_teacher(workspace: Workspace, path: Path | str | None, note: Note | None) -> Path:
     """Return the checkpoint that the user means, or that of the newest IIET with corrections."""
-    return resolve_model(workspace, path, with_corrections=True)[0]
+    return resolve_model(workspace, path, note, with_corrections=True)[0]
 
 
-def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
+def find_model_folder(
+    workspace: Workspace, path: Path, *, model_types: Container[Any] | None = ()
+) -> Path:
     """Return the folder that a user names.
 
     Args:
         workspace: Where relative paths are looked up after the working folder.
         path: As typed: a path, or a name in the workspace such as `NAME` of a run, `runs/NAME` or
             `runs/NAME/step_00000100`; or `hub:OWNER/NAME`, which is downloaded.
-        model_folders: Whether a folder of transformers is accepted.
+        model_types: Types of the model folders that are accepted beside checkpoints; None: all.
 
     Raises:
         UserError: If there is no such folder; names the runs of the workspace. Or if the hub does
@@ -142,9 +145,12 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
     path = expand_user(path)
     places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
     for place in places:
-        # A folder without a model must not hide a run: an imported run has the name of its source.
-        has_model = is_checkpoint(place) or bool(find_checkpoints(place))
-        if has_model or (model_folders and (place / CONFIG).is_file()):
+        # A folder of no use must not hide a run: an imported run has the name of its source.
+        if is_checkpoint(place) or find_checkpoints(place):
+            return place.resolve()
+        if (place / CONFIG).is_file() and (
+            model_types is None or read_config(place).get("model_type") in model_types
+        ):
             return place.resolve()
     if places:
         if places[0].is_file():

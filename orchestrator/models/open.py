@@ -284,7 +284,7 @@ def open_models(
         UserError: If one is missing or damaged, or a schedule does not fit it.
     """
     if paths:
-        folders = [find_model_folder(workspace, path, model_folders=True) for path in paths]
+        folders = [find_model_folder(workspace, path, model_types=None) for path in paths]
         picked = None
     else:
         folder, picked = resolve_model(workspace, note=note)

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,8 +68,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     path = tokenizer_path(name)
     if not path.is_file():
         raise UserError(
-            f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a "
-            "tokenizer.json, or hub:NAME"
+            f"there is no tokenizer at {path}; give the path of a tokenizer.json, or hub:NAME"
         )
     try:
         return Tokenizer.from_file(str(path))
@@ -127,17 +127,11 @@ class ModelTokenizer:
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self._folder = path if path.is_dir() else path.parent
-        self._symbols: dict[str, int] = {}
         self._follows_a_text = True
         if not path.is_dir() or _has_tokenizer_alone(path):
             self.tokenizer = load_tokenizer(tokenizer_file(path) if path.is_dir() else path)
             self.prefix_id = end_of_text_id(self.tokenizer)
             self.end_ids = frozenset({self.prefix_id})
-            self._symbols = {
-                token.content: number
-                for number, token in self.tokenizer.get_added_tokens_decoder().items()
-                if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-            }
             return
         self.loaded = _load(path, trust_remote_code=trust_remote_code)
         self.tokenizer = getattr(self.loaded, "backend_tokenizer", None)
@@ -163,7 +157,7 @@ class ModelTokenizer:
             return self._plain(text, add_special_tokens=False)
         opening = self.loaded.decode([self.prefix_id])
         wanted = add_special_tokens and not text.startswith(opening)
-        return tuple(self.loaded.encode(text, **({} if wanted else {"add_special_tokens": False})))
+        return self._plain(text, add_special_tokens=wanted)
 
     def encode_document(self, text: str) -> tuple[int, ...]:
         """Return the tokens of the beginning of a document; at least one.
@@ -181,12 +175,24 @@ class ModelTokenizer:
         # Spaces between symbols mean nothing; a tokenizer that reads text reads them, too.
         for readable in (text, "".join(text.split())):
             with suppress(Exception):  # tokenizers raises plain Exception
-                found = self.tokenizer.encode(readable, add_special_tokens=add_special_tokens)
-                return tuple(found.ids)
+                if self.loaded is None:
+                    found = self.tokenizer.encode(readable, add_special_tokens=add_special_tokens)
+                    return tuple(found.ids)
+                asked = {} if add_special_tokens else {"add_special_tokens": False}
+                return tuple(self.loaded.encode(readable, **asked))
         raise UserError(
             f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
             f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
         )
+
+    @cached_property
+    def _symbols(self) -> dict[str, int]:
+        added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer else {}
+        return {
+            token.content: number
+            for number, token in added.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
 
     @property
     def symbols(self) -> list[str]:

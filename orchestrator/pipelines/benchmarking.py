@@ -39,6 +39,8 @@ from orchestrator.workspace.provenance import content_key, environment
 
 NUM_SCHEDULES = 5
 """How many schedules of one IIET are measured by default: full, none, and some between."""
+USUAL_NEW_TOKENS = 32
+"""Tokens decoded by default."""
 SHORT_CONTEXT = 32
 """Tokens of the shorter default prompt; the longer one is half the model's context."""
 
@@ -124,7 +126,7 @@ def plan_benchmark(
         schedules: Iteration schedules or depths as typed. When empty, one IIET is measured under
             schedules from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
-            prompt and half the models' context.
+            prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
         cluster: Where they are measured; see `command_device`.
         trust_remote_code: Whether code in a model folder may run.
 
@@ -135,10 +137,13 @@ def plan_benchmark(
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
-    conditions = conditions or decode_timing.MeasurementSettings(contexts=())
+    conditions = conditions or decode_timing.MeasurementSettings(contexts=(), new_tokens=0)
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
+    if not conditions.new_tokens:
+        room = min(model.context_length for model in opened) - max(conditions.contexts)
+        conditions = replace(conditions, new_tokens=max(2, min(USUAL_NEW_TOKENS, room)))
     by_name = dict(zip(short_names(opened), opened, strict=True))
     conditions.check({name: model.context_length for name, model in by_name.items()})
     return BenchmarkPlan(

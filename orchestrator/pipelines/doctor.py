@@ -161,12 +161,13 @@ def _ray(_: Workspace) -> Found:
 
 
 def _workspace(workspace: Workspace) -> Found:
-    if not workspace.root.exists():
-        yield True, f"{workspace.root} does not exist yet; the first command makes it", ""
+    root = find_workspace(workspace.root).root
+    place = next(path for path in (root, *root.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK, effective_ids=True)):
+        raise UserError(f"{place} cannot be written; choose another place with --workspace")
+    if place != root:
+        yield True, f"{root} does not exist yet; the first command makes it", ""
         return
-    find_workspace(workspace.root)
-    if not os.access(workspace.root, os.W_OK):
-        raise UserError(f"{workspace.root} cannot be written; choose another with --workspace")
     damage: list[str] = []
     list_workspace(workspace, note=damage.append)
     names = ", ".join(activity["name"] for activity in show_status(workspace).activities)

@@ -18,6 +18,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
+from iiet.generation import does_not_fit
 from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
@@ -158,7 +159,7 @@ def open_generator(
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
-        folder = lookup.find_model_folder(space, Path(str(path)), model_folders=True)
+        folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
         is_export = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
         if not is_export or model_folders.read_config(folder).get("model_type") != MODEL_TYPE:
             folder = model_folders.resolve_checkpoint(folder)
@@ -261,10 +262,7 @@ class TextGenerator:
         longest, room = max(map(len, contexts)), self.decoder.config.context_length
         most = sampling.options(room - longest)["max_new_tokens"]
         if longest + most > room:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={most} do not fit the "
-                f"context_length of {room}"
-            )
+            raise UserError(does_not_fit(longest, most, room))
         seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(

@@ -119,6 +119,7 @@ class InfluenceResult(Result):
         ]
 
     def shown(self) -> Iterable[RenderableType]:
+        yield f"model: {self.checkpoint}"
         yield from influence_tables(self.table)
 
 
@@ -127,7 +128,7 @@ def plan_influence(
     *,
     workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
-    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
+    progress: Progress | None = None,
 ) -> InfluencePlan:
     """Return the stored influence of a checkpoint, or what is to measure.
 
@@ -141,7 +142,7 @@ def plan_influence(
             workspace, or the checkpoint or the tokens are damaged, or do not go together.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, model)
+    checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
     tokens_folder = tokens_folder_of(checkpoint, space)
     config, data = load_config(checkpoint), open_data(tokens_folder)
     if not config.corrections.num_corrections:

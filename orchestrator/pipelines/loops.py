@@ -233,10 +233,11 @@ def plan_loop_influence(
         UserError: If it is not such a model, or the workspace has no text.
     """
     space = find_workspace(workspace)
-    opened = open_model(find_model_folder(space, Path(model), model_folders=True), schedule)
+    opened = open_model(find_model_folder(space, Path(model), model_types=None), schedule)
     if opened.loops is None:
         raise UserError(
-            f"{opened.path} is a {opened.architecture} model, whose loops are not known"
+            f"{opened.path} ({opened.architecture}) is no looped model of another project, and "
+            "--schedule and --trust-remote-code are for these; leave them out"
         )
     return LoopInfluencePlan(
         opened=opened,

@@ -435,7 +435,7 @@ class PickResult(Result):
     folder: Path | None = None
     """Where it was exported to; None if it was not."""
     version: str | None = None
-    """Its address in MLflow's registry, as `models:/iiet-tiny@knee`; None if it was not exported.
+    """Its address in MLflow's registry, as `models:/iiet-tiny@knee`; None if it is not there.
 
     The name is that of method and preset, and the alias that of the rule. So another pick by the
     same rule, also from another sweep, moves the alias to its own version.
@@ -463,6 +463,7 @@ class PickResult(Result):
             yield f"checkpoint: {self.checkpoint}"
         else:
             yield f"exported: {self.folder}"
+        if self.version:
             yield f"registered: {self.version}"
 
 
@@ -590,14 +591,14 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         tags={tag: text for tag, text in tags.items() if text},
         example=card.prompt,
     )
-    context.tracking.register(registered)
+    is_registered = context.tracking.register(registered)
     lookup.Picked(
         sweep=sweep.name,
         checkpoint=str(checkpoint),
         schedule=result.schedule,
         time=time.time(),
     ).write(workspace.picked)
-    version = f"models:/{name}@{plan.alias}"
+    version = f"models:/{name}@{plan.alias}" if is_registered else None
     return plan.model_copy(update={"folder": folder, "version": version})
 
 

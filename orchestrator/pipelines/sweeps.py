@@ -305,9 +305,10 @@ def plan_sweep(
             "leave it out, or give neither a teacher nor baselines"
         )
     check_sweep(settings)
-    space, given = find_workspace(workspace), None
+    space, given, progress = find_workspace(workspace), None, progress or Progress()
     if teacher is not None:
-        given = resolve_teacher(space, None if str(teacher) == NEWEST else teacher)
+        named = None if str(teacher) == NEWEST else teacher
+        given = resolve_teacher(space, named, progress.note)
     asked = SweepRequest(
         settings=settings,
         workspace=space,
@@ -316,7 +317,7 @@ def plan_sweep(
         models=models,
         name=name,
     )
-    found = _planned(asked, progress or Progress())
+    found = _planned(asked, progress)
     found.price  # noqa: B018  # raises if the workers cannot share a step
     return found
 

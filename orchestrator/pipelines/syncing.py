@@ -79,10 +79,7 @@ def sync(
         added = tracking.added_by_people()
         lost = ", ".join(added[:MAX_NAMED]) or "no note, tag or alias of a person"
         lost += " and more" if len(added) > MAX_NAMED else ""
-        raise UserError(
-            f"{tracking.copied}; `iiet-orch ui --sync --replace` makes it anew from the "
-            f"workspace's files. Lost with it: {lost}"
-        )
+        raise UserError(f"{tracking.copied}: {lost}")
 
     runs: list[TrackedRun] = []
     for path in sorted(place.tracked.glob("*.json")) + sorted(place.tracked.glob("*/*-*.json")):
@@ -113,8 +110,8 @@ def sync(
         except UserError as error:
             progress.note(f"{path.stem} is not published: {error}")
             continue
-        if model and Path(model.folder).is_dir() and not tracking.is_store_down:
-            tracking.register(model, moves_alias=False)
+        has_folder = model and Path(model.folder).is_dir()
+        if model and has_folder and tracking.register(model, moves_alias=False):
             models.append(path.stem)
     progress.finish(format_count(len(left), "run"))
     measured = ("evaluation", "benchmark", "influence")

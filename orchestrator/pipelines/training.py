@@ -43,6 +43,7 @@ from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import (
+    check_folder,
     check_job,
     continue_job,
     continued_settings,
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 UNPREPARED = (
-    "the tokens are not prepared, so no finished training can be found; their number is that of "
-    "the settings"
+    "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
+    "the tokens of texts that were copied or moved); their number is that of the settings"
 )
 
 
@@ -310,6 +311,8 @@ def plan_models(
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
+    for job in jobs if tokens else ():
+        check_folder(job)
     plan = TrainingPlan(
         kind="pretrain",
         models=dict(models),
@@ -353,7 +356,7 @@ def plan_distill(
     schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
     local: bool = False,
-    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
+    progress: Progress | None = None,
 ) -> TrainingPlan:
     """Return what is distilled under each schedule; equal schedules give one student.
 
@@ -371,7 +374,7 @@ def plan_distill(
         RunFailed: If the run failed or diverged.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, teacher)
+    checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
     tokens = tokens_folder_of(checkpoint, space)
     students = [
         distillation_job(settings, space, checkpoint, str(schedule), tokens)

@@ -57,7 +57,7 @@ def serve(
             say(f"newest sweep: {page.as_uri()}")
     tracking = open_tracking(workspace, warn=say)
     if tracking.copied:
-        raise UserError(f"{tracking.copied}; `iiet-orch ui --sync` says how to make it anew")
+        raise UserError(str(tracking.copied))
     if tracking.store.is_remote:
         lines = tracking.links(tracking.store.public_uri, overview(), MAX_SWEEPS_SHOWN)
         if not lines:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import datetime
 from functools import cache
 from itertools import groupby
@@ -39,7 +39,7 @@ from orchestrator.records.status import (
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal import render
 from orchestrator.workspace import files, layout
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
 from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
 from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
@@ -294,11 +294,17 @@ class CleanPlan(Result):
     """What is deleted; nothing without `--yes`."""
     is_done: bool = Field(default=False, exclude=True)
     """Whether something has been deleted, and not only looked for."""
+    refused: str = Field(default="", exclude=True)
+    """Why something could not be deleted."""
 
     @property
     def size(self) -> str:
         """The disk space that all of it takes."""
         return render.format_bytes(sum(item.bytes for item in self.found))
+
+    def raise_failures(self) -> None:
+        if self.refused:
+            raise RunFailed(self.refused)
 
     def shown(self) -> Iterable[str]:
         if self.is_done:
@@ -343,20 +349,25 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     """Delete what can still go: it is looked for again; what a process has taken stays."""
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
     still = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
-    deleted = []
+    deleted, refused = [], ""
     for item in plan.found:
-        with ExitStack() as stack, suppress(OSError):
-            free = all(stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks)
-            if item.path not in still or not free:
-                continue
-            if not item.path.is_dir():
-                item.path.unlink()
-            elif item.kind in (RemovableKind.TEMPORARY, RemovableKind.RAY):
-                shutil.rmtree(item.path)
-            else:
-                files.delete_folder(item.path)  # For readers it is gone at once.
-            deleted.append(item)
-    return plan.model_copy(update={"deleted": tuple(deleted), "is_done": True})
+        try:
+            with ExitStack() as stack:
+                free = all(stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks)
+                if item.path not in still or not free:
+                    continue
+                if not item.path.is_dir():
+                    item.path.unlink()
+                elif item.kind in (RemovableKind.TEMPORARY, RemovableKind.RAY):
+                    shutil.rmtree(item.path)
+                else:
+                    files.delete_folder(item.path)  # For readers it is gone at once.
+                deleted.append(item)
+        except OSError as error:
+            if item.path.exists():
+                refused = f"{item.path} cannot be deleted ({error.strerror})"
+    found = {"deleted": tuple(deleted), "refused": refused, "is_done": True}
+    return plan.model_copy(update=found)
 
 
 # What can go of each kind; `note` is called with a sentence on each damaged file.

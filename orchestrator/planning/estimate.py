@@ -62,9 +62,10 @@ CPU_HALF_WIDTH = 90
 width 64 reach 40 %, of width 128 63 %."""
 CPU_PEAK_FLOPS = 1e11
 """Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
-STAGES = ("start", "pretrain", "influence", "teacher", "sweep", "report")
+STAGES = ("start", "pretrain", "influence", "teacher", "distill", "sweep", "report")
 """What a command does, in this order; `teacher` stores outputs, `sweep` also measures."""
-SECONDS = {"start": 20.0, "pretrain": 9.0, "influence": 2.0, "sweep": 2.0, "report": 5.0}
+SECONDS = {"start": 20.0, "pretrain": 9.0, "distill": 9.0, "influence": 2.0, "sweep": 2.0,
+           "report": 5.0}  # fmt: skip
 """Assumed time before the first training, of each worker until its first step, of a report."""
 LEAST_SECONDS = 4.0
 """Enough to save small models, with a message to the workers and the end of their processes."""
@@ -388,7 +389,8 @@ def _price_of_group(
 
     # Bounds are expected to take less.
     flops *= (sum(e.expected_flops for e in group) + sum(lives)) / (sum(works) or 1.0)
-    stage, rounds = "sweep" if devices.are_trials else "pretrain", math.ceil(len(group) / at_once)
+    alone = "pretrain" if group[0].section == "training" else "distill"
+    stage, rounds = "sweep" if devices.are_trials else alone, math.ceil(len(group) / at_once)
     seconds = {stage: flops / rate.expected_flops + SECONDS[stage] * rounds}
     if devices.are_trials:
         seconds["teacher"] = answers / rate.expected_flops

@@ -321,8 +321,8 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"
-    disk = format_bytes(sum(price.disk.values()))
+    disk = f"at most {format_bytes(sum(price.disk.values()))}: {format_byte_parts(price.disk)}"
     free = "" if price.free_disk is None else f"; {format_bytes(price.free_disk)} are free"
-    yield "disk", f"at most {disk}: {format_byte_parts(price.disk)}{free}"
+    yield "disk", f"{disk if price.disk else 'nothing more'}{free}"
     for place, problem in problems.items():
         yield f"on {place}", problem or "it fits"

@@ -14,7 +14,14 @@ from statistics import NormalDist
 from typing import Any
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
+from orchestrator.reporting.front import (
+    QUALITIES,
+    Front,
+    Row,
+    is_accuracy,
+    known,
+    metric_title,
+)
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     KEPT_SHARE,
@@ -40,7 +47,8 @@ def findings(front: Front) -> list[str]:
     it."""
     full, kept = front.full, front.cheapest_keeping(KEPT_SHARE)
     if full is None:
-        return [f"No trial has been measured in {front.axes.in_words} yet."]
+        text = _nothing_placed(front)
+        return [f"{text[0].upper()}{text[1:]}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
     if kept is not None and (sure := front.keeps(kept)) is not None:
@@ -138,7 +146,7 @@ def describe_model(front: Front, row: Row) -> str:
 def confidence_note(front: Front) -> list[str]:
     """Return the sentence on what confidences mean; none without any."""
     basis = front.basis
-    if basis is None:
+    if basis is None or not basis.num_items:
         return []
     left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
     covered = (
@@ -258,6 +266,12 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
     return PickRule(name=name, budget=float(value) if name == "budget" else 0.0)
 
 
+def _nothing_placed(front: Front) -> str:
+    has = [name for name, key in QUALITIES.items() if any(known(r, key) for r in front.unmeasured)]
+    measured = f"it has {join_names(has)}" if has else "nothing of it is measured yet"
+    return f"no trial of this sweep has {front.axes.in_words}; {measured}"
+
+
 def pick_from_front(front: Front, rule: PickRule) -> Row:
     """Return the model of a front that a rule picks; confidences must relate to the rule's share.
 
@@ -268,7 +282,7 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
         draft = pick_draft(front.trials, rule.model)
         return next(row for row in front.rows if row["key"] == draft.key)
     if not front.members:
-        raise UserError(f"no trial of this sweep has been measured in {front.axes.in_words} yet")
+        raise UserError(_nothing_placed(front))
     if rule.name == "budget":
         affordable = [row for row in front.members if row["cost"] <= rule.budget]
         if not affordable:

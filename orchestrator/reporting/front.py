@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
 COSTS = {
-    "evaluations": "cost/evaluations",
+    "nfe": "cost/evaluations",
+    "evaluations": "cost/evaluations",  # Of one cost, the last name stands in folders' names.
     "flops": "cost/flops_per_token",
     "ms": "cost/decode_ms_per_token",
     "kv": "cost/kv_bytes_per_token",
@@ -144,7 +145,7 @@ class ConfidenceBasis:
     metrics: Mapping[str, str]
     """Task -> the metric that is compared."""
     num_items: int
-    """Items that all models answered."""
+    """Items of the front's quality that all models answered."""
     num_left_out: int
     """Items that only some of them answered."""
     num_resamples: int
@@ -425,7 +426,7 @@ def with_confidence(
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
-        num_items=paired.num_items,
+        num_items=paired.num_items(axes.quality),
         num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )

@@ -292,7 +292,9 @@ def lowest_seed(seeds: Sequence[Trial]) -> Trial:
 def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
     known = [seed.numbers for seed in seeds]
     names = [name for name in known[0] if all(name in numbers for numbers in known)]
-    mean = {name: math.fsum(numbers[name] for numbers in known) / len(known) for name in names}
+    sums = {name: math.fsum(numbers[name] for numbers in known) for name in names}
+    # With the digits that files have, so that a table and a page round alike.
+    mean = {name: float(f"{total / len(known):.12g}") for name, total in sums.items()}
     averages = {name: value for name, value in mean.items() if not name.endswith(STDERR_SUFFIX)}
     for name in [name for name in averages if name.startswith("quality/")]:
         variance = math.fsum((n[name] - mean[name]) ** 2 for n in known) / (len(known) - 1)

@@ -137,7 +137,7 @@ class Table:
 def two_column_table(title: str | None, rows: Iterable[tuple[str, str]]) -> RichTable:
     """Return names and texts, which may be long, for a terminal."""
     table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(no_wrap=True)
+    table.add_column(max_width=30)
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)

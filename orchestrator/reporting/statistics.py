@@ -147,10 +147,10 @@ class PairedScores:
         """Key of a model -> its number in the scores."""
         return {key: number for number, key in enumerate(self.evaluations)}
 
-    @property
-    def num_items(self) -> int:
-        """Items of all tasks together."""
-        return sum(len(items.weights) for items in self.items.values())
+    def num_items(self, quality: str) -> int:
+        """Return the number of the items that a quality is computed from."""
+        tasks = [task for unit in self._units(quality) for task in unit]
+        return sum(len(self.items[task].weights) for task in tasks)
 
     def quality(self, name: str) -> Scores | None:
         """Return the scores of a tracked quality; None if it has no values by item.
@@ -160,19 +160,22 @@ class PairedScores:
                 counts as one task), `quality/bits_per_byte`, or a task's compared metric as
                 `quality/TASK/METRIC`.
         """
-        key, metrics = name.removeprefix("quality/"), self.metrics
-        if key == BITS_METRIC:
-            units = [[task] for task in metrics if metrics[task] == BITS_METRIC]
-        elif key == "accuracy":
-            tasks = [task for task in metrics if metrics[task] != BITS_METRIC]
-            grouped = {task for members in self.groups.values() for task in members}
-            units = [[task] for task in tasks if task not in grouped]
-            units += [[task for task in m if task in tasks] for m in self.groups.values()]
-        else:
-            task, _, metric = key.rpartition("/")
-            return self.scores[task] if metrics.get(task) == metric else None
-        means = [mean_scores([self.scores[task] for task in unit]) for unit in units if unit]
+        means = [mean_scores([self.scores[task] for task in unit]) for unit in self._units(name)]
         return mean_scores(means) if means else None
+
+    def _units(self, quality: str) -> list[list[str]]:
+        """Return the tasks of a quality; those of one list count as one task."""
+        key, metrics = quality.removeprefix("quality/"), self.metrics
+        if key == BITS_METRIC:
+            return [[task] for task in metrics if metrics[task] == BITS_METRIC]
+        if key != "accuracy":
+            task, _, metric = key.rpartition("/")
+            return [[task]] if metrics.get(task) == metric else []
+        tasks = [task for task in metrics if metrics[task] != BITS_METRIC]
+        grouped = {task for members in self.groups.values() for task in members}
+        units = [[task] for task in tasks if task not in grouped]
+        units += [[task for task in m if task in tasks] for m in self.groups.values()]
+        return [unit for unit in units if unit]
 
 
 def pair_scores(

@@ -48,7 +48,7 @@ class ClusterSettings(Section):
     """GPUs of a training job; 0 trains on CPUs."""
     device: str | None = None
     """Device of a command that only measures: `cpu`, `cuda`, or `cuda:1` for the second GPU of this
-    machine (default: as `num_gpus` says, else a GPU if this machine has one)."""
+    machine (default: the settings' GPUs, else a GPU if this machine has one)."""
     min_gpus: StrictInt | None = Field(default=None, gt=0)
     """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
     takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""

@@ -56,7 +56,9 @@ def resolve_settings(
         # Merged here, not by pydantic: both recipes have one type, but different defaults.
         settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
     except ValidationError as error:
-        problems += [text for problem in error.errors() for text in _described(problem)]
+        found = error.errors()
+        causes = [each for each in found if not any(_causes(other, each) for other in found)]
+        problems += [text for problem in causes for text in _described(problem)]
     if not problems:
         return _fill_precisions(settings, merged)
     if assignments or options:
@@ -121,6 +123,13 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         elif value is not None or not isinstance(default, Mapping):
             merged[name] = value  # An empty section keeps its defaults.
     return merged
+
+
+def _causes(problem: Any, other: Any) -> bool:
+    """Return whether the value of one problem is an item of the list that the other is about."""
+    place, value = other["loc"], other["input"]
+    is_inside = len(problem["loc"]) > len(place) and problem["loc"][: len(place) - 1] == place[:-1]
+    return is_inside and isinstance(value, list | tuple) and problem["input"] in value
 
 
 def _described(problem: Any) -> list[str]:

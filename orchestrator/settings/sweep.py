@@ -96,9 +96,12 @@ class SweepSettings(Section):
     """Thresholds to use instead; those that give the same schedule are one trial."""
     budgets: tuple[StrictFloat, ...] = ()
     """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
-    budget_unit: Literal["evaluations", "flops", "kv"] = "evaluations"
-    """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations, FLOPs or
-    KV bytes per token."""
+    budget_unit: Annotated[
+        Literal["nfe", "evaluations", "flops", "kv"],
+        AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
+    ] = "evaluations"
+    """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
+    FLOPs or KV bytes per token."""
     selection: Literal["threshold", "knapsack"] = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""

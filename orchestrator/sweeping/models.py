@@ -21,7 +21,7 @@ from iiet.facts import facts_of
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
-from orchestrator.evaluation.tasks import lm_eval_task_fingerprints
+from orchestrator.evaluation.tasks import check_task_names, lm_eval_task_fingerprints
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
 from orchestrator.models.lookup import run_folders
 from orchestrator.planning.estimate import assign_trial_gpus
@@ -325,6 +325,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
         )
+    check_task_names(settings.evaluation)
     if progress:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 

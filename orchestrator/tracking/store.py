@@ -195,7 +195,9 @@ class Store:
                 ):
                     raise CopiedStoreError(
                         f"{self._workspace.database} was copied or moved with the workspace, and "
-                        f"names files in {found.artifact_location}"
+                        f"names files in {found.artifact_location}, so it shows nothing new; "
+                        "`iiet-orch ui --sync --replace` makes it anew, without what people have "
+                        "added there, which `iiet-orch ui --sync` names"
                     )
                 else:
                     self.experiment_id = found.experiment_id

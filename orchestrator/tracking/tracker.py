@@ -175,6 +175,9 @@ class Tracking:
                     "work continues, and running the same command again stores it"
                 )
             self._has_lost = True
+        if self.copied and not self._pause_seconds:
+            self._pause_seconds = MAX_PAUSE_SECONDS
+            self._warn(str(self.copied))
         self._publisher.put(*runs)
 
     def withdraw(self, kind: str, key: str) -> None:
@@ -232,8 +235,10 @@ class Tracking:
         self._pause_seconds = 0.0
         return True
 
-    def register(self, model: RegisteredModel, *, moves_alias: bool = True) -> None:
+    def register(self, model: RegisteredModel, *, moves_alias: bool = True) -> bool:
         """Store an exported model as a version of a registered one; its run is published before.
+
+        Returns whether the store has it now.
 
         `moves_alias` says whether an alias that another version has moves to this one.
         """
@@ -241,15 +246,17 @@ class Tracking:
             model.write(model.path(self._workspace))
         self.wait()
         if self.is_store_down or (run := self.store.known(model.run)) is None:
-            return
+            return False
         try:
             with self.store.lock():
                 models.register(self.store.connect(), run, model, moves_alias=moves_alias)
         except FAILURES as error:
             if not is_refusal(error):
                 self.pause(error)
-                return
+                return False
             self._warn(f"MLflow refused {model.name}@{model.alias}: {first_line(error)[:200]}")
+            return False
+        return True
 
     def wait(self, *, briefly: bool = False) -> None:
         """Wait until the store has everything, as long as it responds; or for two seconds."""
@@ -276,10 +283,7 @@ class Tracking:
     def pause(self, error: Exception) -> None:
         """Make no attempts for a while; warn the first time."""
         if isinstance(error, CopiedStoreError):
-            self.copied, self._paused_until = error, math.inf
-            self._warn(
-                f"{error}; it shows nothing new until `iiet-orch ui --sync` has made it anew"
-            )
+            self.copied, self._paused_until = error, math.inf  # Publishing says so.
             return
         if not self._pause_seconds:
             self._warn(

@@ -239,7 +239,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     check_even_split(global_batch, num_workers, section=job.section)
     for origin in filter(None, (job.teacher_folder, job.initial_folder)):
         check_checkpoint(Path(origin), remember=True)
-    essence = _check_job_file(job)
+    essence = check_folder(job)
     if job.storage:
         RemoteCopy(job.storage, job.folder, content_key(essence))
 
@@ -250,15 +250,19 @@ def write_job_file(job: TrainingJob) -> None:
     Raises:
         UserError: If the folder holds another job.
     """
-    essence = _check_job_file(job)
+    essence = check_folder(job)
     path = job.folder / JOB_NAME
     if not path.exists():
         record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
         write_json(path, {**record, "essence": essence, "job": job.stored_at(path)})
 
 
-def _check_job_file(job: TrainingJob) -> dict[str, Any]:
-    # Compares the fields of the key with those in `job.json`, and returns them.
+def check_folder(job: TrainingJob) -> dict[str, Any]:
+    """Return the fields of a job's key, if its folder holds no other job.
+
+    Raises:
+        UserError: If it does; says what differs.
+    """
     earlier = read_json(job.folder / JOB_NAME)
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(

@@ -11,6 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -101,6 +104,12 @@ class Workspace:
         self.logs = root / "logs"
 
     @property
+    def is_made(self) -> bool:
+        """Whether a command has made it; its own file may be lost."""
+        marks = (self.root / WORKSPACE_FILE_NAME, self.tokens, self.runs, self.trials)
+        return any(path.exists() for path in marks)
+
+    @property
     def tracking_uri(self) -> str:
         """MLflow's store: `MLFLOW_TRACKING_URI`, or a sqlite file in the workspace."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.database}"
@@ -159,6 +168,28 @@ def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Work
             f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
         ) from None
     return workspace
+
+
+@contextmanager
+def unmade_by_mistakes(workspace: Workspace) -> Iterator[bool]:
+    """Delete the file and the logs of a new workspace if the block raises a `UserError`.
+
+    So a mistyped path makes none. Results that the block stored stay, and so does the workspace.
+    Yields whether the folder holds other files, but no workspace.
+    """
+    root, before = workspace.root, set[Path]()
+    if is_folder := root.is_dir():
+        before.update(root.iterdir())
+    try:
+        yield bool(before) and not workspace.is_made
+    except UserError:
+        made = {*root.iterdir()} - before if root.is_dir() else set()
+        if root / WORKSPACE_FILE_NAME in made <= {root / WORKSPACE_FILE_NAME, root / "logs"}:
+            for path in made:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not is_folder:
+                root.rmdir()
+        raise
 
 
 # Names that a user chooses

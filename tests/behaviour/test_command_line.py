@@ -23,6 +23,7 @@ from orchestrator import cli
 from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.layout import open_workspace
 
 FILES = {
     "a.txt": "A text.\n",
@@ -53,13 +54,16 @@ MISTAKES = {
     "distill 1": "--schedule says how many corrections",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
+    "pretrain --method vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
+    "prepare a.txt --set data.source=python": "data.source=python and FILES name different sources",
     "pretrain --name a/b": "--name 'a/b'",
     "pretrain --continue a --config toy": "use it without --config",
     "generate --temperature -1": "--temperature",
     "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
+    "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
-    "report --cost time": "'evaluations', 'flops', 'ms', 'kv'",
+    "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
     "pick --knee --best": "--knee and --best",
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds
@@ -67,6 +71,10 @@ MISTAKES = {
     "pretrain --method looped -r 2..0": "repeats the whole stack",
     "sweep-threshold --thresholds a,b": "sweep.thresholds",
     "sweep-iterations --rates fast": "sweep.learning_rates",
+    "sweep-iterations --rates -1": "settings: sweep.learning_rates: input should be greater than 0",
+    "sweep-iterations --methods foo": "settings: sweep.methods: input should be 'vanilla',",
+    "sweep-iterations --methods vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
+    "sweep-threshold --thresholds 0.1 --schedules 3": "--schedules and --thresholds exclude each",
     "sweep-iterations --asha": "no model has more than one; name several",
     # Devices
     "pretrain --gpus 8": "GPU",
@@ -137,6 +145,7 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
         raise error
 
     monkeypatch.setattr(training, "prepare", fail)
+    open_workspace(tmp_path)  # A mistake would leave nothing of a new one.
     found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert found == code
     assert (str(error) or "interrupted") in printed

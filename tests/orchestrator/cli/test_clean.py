@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.training.trainer import run_job
@@ -133,13 +134,16 @@ def test_ray_folders_of_dead_processes_go(space, clean):
     assert clean("teachers", "--yes") == [], "the sweep may be between two trials"
 
 
-def test_damaged_files_go(space, whole, clean):
+def test_damaged_files_go(space, whole, clean, capsys):
     weights = whole / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     good, bad = space.evaluations / "good.json", space.evaluations / "bad.json"
     write_json(good, {"a": 1})
     write_json(bad, {"a": 1})
     bad.write_text(bad.read_text().replace("1", "2", 1))
+    with only_readable(space.root):
+        assert cli.main(["clean", "damaged", "--yes", "-w", str(space.root)]) == 1
+    assert "cannot be deleted (Permission denied)" in capsys.readouterr().err
     assert clean("damaged", "--yes") == ["evaluations/bad.json", "runs/whole/step_00000004"]
     assert good.exists()
 
@@ -153,6 +157,8 @@ def test_it_asks_first(space, whole, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert cli.main(command) == 2
     assert "--yes deletes without asking" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    assert cli.main(command) == 130, "an end of the input, or Ctrl-C"
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     assert cli.main(command) == 0
     assert len(find_checkpoints(whole)) == 3

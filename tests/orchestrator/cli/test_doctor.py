@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.workspace.files import write_json
@@ -56,6 +57,10 @@ def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch)
     [finding] = _broken(tmp_path / "old", capsys)
     assert "another version" in finding["text"]
     space = open_workspace(tmp_path / "space")
+    with only_readable(space.root):
+        for root in (space.root, space.root / "new" / "below"):
+            [finding] = _broken(root, capsys)
+            assert f"{space.root} cannot be written" in finding["text"]
     (space.runs / "iiet").mkdir(parents=True)
     (space.runs / "iiet" / "job.json").write_text("{")
     [finding] = _broken(space.root, capsys)

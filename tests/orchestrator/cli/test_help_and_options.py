@@ -105,6 +105,9 @@ def test_options_change_their_settings(asked, tmp_path):
     assert objectives < set(QUALITIES.values())
     assert asked("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"
     assert set(allowed(SweepSettings, "budget_unit")) < set(COSTS)
+    for unit in ("nfe", "evaluations"):
+        sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", unit, *where).sweep
+        assert sweep.budget_unit == "evaluations"
     sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", "flops", *where).sweep
     assert sweep.budget_unit == "flops"
 

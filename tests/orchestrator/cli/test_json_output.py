@@ -234,7 +234,10 @@ def test_trainings_have_the_keys_of_the_page(tmp_path, capfd):
         "--set=model.dim=16", "--set=model.num_layers=2", "--set=model.num_heads=2",
         "--set=model.num_kv_heads=2", "--set=model.ffn_dim=32", "--set=model.context_length=48",
     ]  # fmt: skip
-    _check("prepare", result("prepare", *data))
+    prepared = result("prepare", *data)
+    _check("prepare", prepared)
+    assert prepared["vocab_size"] == 300
+    assert prepared["num_tokens"] > prepared["num_documents"] > 1
     _check("pretrain", result("pretrain", "-r", "2,1", "--local", *data, *SHORT))
     found = result("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local", *SHORT)
     _check("distill", found)

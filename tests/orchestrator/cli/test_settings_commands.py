@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.settings import Settings, read_settings
@@ -105,9 +106,17 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
         (["config", "init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
         (["config", "init", "--data", "text", "--hub", "a/b"], "leave all but one out"),
         (["config", "init", "--data", "text", "--size", "9m"], "--size"),
+        (["config", "init", "--data", "text", "--tokenizer", "text/a.txt"], "is not a tokenizer"),
         (["config", "init", "text", "--data", "text"], "exists"),
         (["config", "show", "nothing"], "there is no settings file"),
         (["config", "show", "--set", "training.num_step=1"], "did you mean training.num_steps"),
     ):
         assert said in " ".join(_printed(capsys, *words, code=2).split())
+    with only_readable(tmp_path / "text"):
+        refused = _printed(capsys, "config", "init", "text/x.yaml", "--from", "toy", code=2)
+    assert "cannot use text/x.yaml (Permission denied)" in refused
+    typed = io.StringIO("nowhere\n")
+    typed.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", typed)
+    assert "no file matches 'nowhere'" in _printed(capsys, "config", "init", code=2)
     assert sorted(tmp_path.rglob("*")) == before

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,20 @@ def test_runs_are_listed_with_their_states_and_nothing_is_written(
     assert "stopped at 3/8" in "".join(lines)
     assert _files(space.root) == before
     assert "'trials', 'sweeps', 'models'" in run("list", "trails", code=2)
-    for words in (["list"], ["list", "running"]):
-        assert cli.main([*words, "--workspace", str(space.root / "none")]) == 2
-        assert "there is no workspace" in capsys.readouterr().err
+
+
+def test_a_mistyped_workspace_is_not_made(tmp_path, capfd):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a")
+    for root, words in product(
+        (tmp_path / "none", texts), ("list", "list running", "ui", "ui --sync", "clean", "report")
+    ):
+        assert cli.main([*words.split(), "--workspace", str(root)]) == 2
+        error = capfd.readouterr().err
+        assert (f"there is no workspace {root}" in error) == (words != "report")
+        assert ("holds other files" in error) == (words == "report" and root == texts)
+        assert {*tmp_path.rglob("*")} == {texts, texts / "a.txt"}
 
 
 def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):

@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 from sample_texts import tokens_of
 
 from iiet import Decoder, ModelConfig
+from iiet.exporting import export
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
@@ -315,9 +316,11 @@ def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
         chosen("phop_4", prepared(tmp_path, "phop_2"))
 
 
-def test_a_text_that_is_no_symbol_is_an_error(tmp_path):
-    tokenizer = ModelTokenizer(prepared(tmp_path, "phop_2") / "tokenizer.json")
-    for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):
-        assert tokenizer.encode_document(prompt) == (0, 1, 4)
-    with pytest.raises(UserError, match=r"cannot read .*; it reads symbols such as <\|0"):
-        tokenizer.encode_document("<|0|>?")
+def test_a_text_that_is_no_symbol_is_an_error(tmp_path, tiny_model):
+    file = prepared(tmp_path, "phop_2") / "tokenizer.json"
+    exported = export(Decoder(ModelConfig.from_dict(tiny_model)), tmp_path / "exported", file)
+    for tokenizer in (ModelTokenizer(file), ModelTokenizer(exported)):
+        for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):
+            assert tokenizer.encode_document(prompt) == (0, 1, 4)
+        with pytest.raises(UserError, match=r"cannot read .*; it reads symbols such as <\|0"):
+            tokenizer.encode_document("<|0|>?")

@@ -138,7 +138,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(folder, asked):
         ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
     )
     assert asked == ["hub"]
-    with pytest.raises(RunFailed, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
+    with pytest.raises(UserError, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
         load("paper", folder=folder)
 
 
@@ -149,3 +149,5 @@ def test_exactly_the_planned_tasks_are_run(folder):
     assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
     with pytest.raises(RunFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
         load(*names, folder=folder, planned=list(names))
+    with pytest.raises(RunFailed, match=r"piqa could be loaded when "):
+        load("piqa", folder=folder, planned=["piqa"])

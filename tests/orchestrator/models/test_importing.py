@@ -23,7 +23,7 @@ from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.lookup import resolve_model
 from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import token_ids
-from orchestrator.pipelines.generating import TextGenerator
+from orchestrator.pipelines.generating import TextGenerator, open_generator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError
@@ -232,9 +232,12 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     assert TextGenerator(import_model(llama, workspace=workspace)).text.encode_document("") == (0,)
 
 
-def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace):
+def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     change(llama / "tokenizer_config.json", **own)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(import_model(llama, workspace=workspace))
     assert writer.text.encode_document("a bag")[0] == 300
+    # Beside the folder, its name means the run, as `generate` cannot use the folder.
+    monkeypatch.chdir(llama.parent)
+    assert open_generator(workspace, llama.name).checkpoint == writer.checkpoint

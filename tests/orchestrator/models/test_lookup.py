@@ -48,17 +48,19 @@ def test_a_name_means_a_run_or_a_path_inside_the_workspace(
     checkpoint = save_run("teacher")
     for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
         assert resolve_model(workspace, typed) == (checkpoint, None)
-        assert resolve_teacher(workspace, typed) == checkpoint
+        assert resolve_teacher(workspace, typed, None) == checkpoint
         assert [model.path for model in open_models(workspace, [Path(typed)], None)] == [checkpoint]
     # The source of an imported model does not hide its run; what can read both takes the nearer.
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.chdir(tmp_path)
-    assert resolve_teacher(workspace, "teacher") == checkpoint
-    nearer = find_model_folder(workspace, Path("teacher"), model_folders=True)
+    assert resolve_teacher(workspace, "teacher", None) == checkpoint
+    found = find_model_folder(workspace, Path("teacher"), model_types={"iiet"})
+    assert found == checkpoint.parent
+    nearer = find_model_folder(workspace, Path("teacher"), model_types={"llama"})
     assert nearer == tmp_path / "teacher"
     with pytest.raises(UserError, match="is a model folder, not a checkpoint; `iiet-orch import`"):
-        resolve_teacher(workspace, nearer)
+        resolve_teacher(workspace, nearer, None)
     for number in range(3):
         save_run(f"run{number:02}")
     with pytest.raises(UserError, match=r"no folder other.* its runs are run00, .*, teacher$"):
@@ -91,8 +93,12 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
     assert newest() == (teacher, None)
     plain = save_run("plain", method="vanilla")
     assert newest() == (plain, None)
-    # What needs corrections passes over a model without them.
-    assert resolve_teacher(workspace) == teacher
+    # What needs an IIET with corrections passes over other models, which can be named.
+    levels = save_run("levels", method="pcformer")
+    assert resolve_teacher(workspace, "levels", None) == levels
+    assert resolve_teacher(workspace, None, said.append) == teacher
+    assert str(teacher) in said.pop()
+    assert newest() == (levels, None)
     picked = Picked(sweep="s", checkpoint=str(teacher), schedule=(1, 0), time=50.0)
     picked.write(workspace.picked)
     assert newest() == (teacher, IterationSchedule((1, 0)))
@@ -104,7 +110,7 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
 def test_a_workspace_without_corrections_lists_its_other_models(workspace, save_run):
     save_run("plain", method="vanilla")
     with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
-        resolve_teacher(workspace)
+        resolve_teacher(workspace, None, None)
 
 
 @pytest.mark.parametrize("with_path", [True, False])

@@ -163,11 +163,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
         (lambda: writer.continue_all([], FEW), "nothing to continue"),
         (lambda: writer.stream(long, Sampling()), "do not fit the context_length of 32"),
         (lambda: writer.continue_all([long, "abc"], Sampling()), "fit the context_length of 32"),
-        (lambda: writer.stream("abc", replace(FEW, max_new_tokens=500)), "context_length of 32"),
+        (lambda: writer.stream("abc", replace(FEW, max_new_tokens=500)), "at most 29 new ones"),
         (lambda: writer.stream("abc", replace(FEW, temperature=1.0, top_p=1.5)), "top_p"),
         (
             lambda: last.stream("abc", replace(FEW, kv_strategy="last")),
-            "drafts need kv_strategy='exact', got 'last'",
+            "drafts need the cache 'exact', got 'last'",
         ),
         (
             lambda: TextGenerator(writer.checkpoint, drafting=Drafting(draft="1,2,3")),

@@ -20,6 +20,7 @@ from orchestrator.models.open import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
+from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import UserError
@@ -71,7 +72,9 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     )
     assert found == influence_table(load_model(checkpoint), batches)
     assert found.num_tokens == 512
-    table = InfluenceResult(checkpoint=checkpoint, table=found).to_pandas()
+    result = InfluenceResult(checkpoint=checkpoint, table=found)
+    assert next(iter(result.shown())) == f"model: {checkpoint}"
+    table = result.to_pandas()
     assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
     assert table["influence"].tolist() == [value for row in found.rows() for value in row]
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
@@ -103,6 +106,9 @@ def test_a_model_without_corrections_or_of_other_tokens_is_refused(
         measured_or_stored(make_checkpoint(schedule=0), context)
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
+    asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}
+    with pytest.raises(UserError, match=r"no looped model .*; leave them out$"):
+        plan_loop_influence(Settings(), **asked)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_pick_is_exported_and_registered(context, sweep):
+def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
     assert "99.6% of the teacher's, at 60% of its evaluations (3 of 5 NFE)" in choice.sentence
@@ -108,6 +109,12 @@ def test_the_pick_is_exported_and_registered(context, sweep):
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
+    # The database of a copied workspace gets nothing.
+    copied = shutil.copytree(context.workspace.root, tmp_path / "copied")
+    own = pick(workspace=copied, cheapest=True)
+    assert own.version is None
+    assert own.folder == copied / "exports" / "two-models" / "cheapest"
+    assert [*own.shown()][1:] == [f"exported: {own.folder}"]
 
 
 def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path):

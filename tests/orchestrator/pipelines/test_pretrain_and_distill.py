@@ -132,7 +132,7 @@ def test_several_models_are_trained_and_found_again(context, tiny_tokens, tracki
     stored = context.workspace.runs / "mine" / "settings.yaml"
     before = stored.read_text()
     with pytest.raises(UserError, match=r"recipe\.learning_rate was 0\.\d+, is 0\.5"):
-        train({"a": settings(learning_rate=0.5)}, context, tiny_tokens, name="mine")
+        plan_models({"a": settings(learning_rate=0.5)}, context.workspace, tiny_tokens, name="mine")
     assert stored.read_text() == before
 
 
@@ -244,3 +244,6 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
+    options = {"workspace": context.workspace, "teacher": teacher}
+    plan = plan_distill(settings(), schedules=["0,0"], **options)
+    assert list(plan.price.seconds) == ["start", "distill"]

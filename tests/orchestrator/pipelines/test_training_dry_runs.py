@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -56,6 +57,10 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, caps
     training = [re.findall(r"[\d.]+", text["of it training"])[:2] for text in (lines, slow)]
     (_, longest), (only, _) = training
     assert longest == only
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["pretrain", "--dry-run", "--config", "paper-340m", "--address", "10.0.0.1:1"]
+    assert cli.main([*words, "-w", str(tmp_path)]) == 0
+    assert re.search(r"\n  parameters {2,24}341", capsys.readouterr().out), "room for the texts"
 
 
 def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
@@ -71,7 +76,10 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "epochs" not in before["tokens"]
     assert "tokens " in before["disk"]
     assert "tokens are not prepared" in before["state"]
-    prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
+    os.utime(text, (0, 0))  # As of a copy.
+    assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder
     after = printed(capsys, *options, "-w", str(tmp_path))
     assert "of the prepared tokens" in after["vocabulary"]
     assert "epochs of the prepared ones" in after["tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,11 @@ def answers(trial: Trial) -> EvaluationResult:
         name="hops", version="1", num_items=len(right), metrics={"acc": float(right.mean())},
         items=[f"item {n}" for n in range(len(right))], values={"acc": right.tolist()},
     )  # fmt: skip
-    return EvaluationResult(results={"hops": task})
+    bits = TaskResult(  # Of no accuracy.
+        name="bits_per_byte", version="1", num_items=50, metrics={"bits_per_byte": 1.0},
+        items=[f"text {n}" for n in range(50)], values={"bits_per_byte": [(-7.0, 10.0)] * 50},
+    )  # fmt: skip
+    return EvaluationResult(results={"hops": task, "bits_per_byte": bits})
 
 
 def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
@@ -93,6 +98,9 @@ def test_all_claims_hold_by_what_was_made_up():
     assert (saved.low, saved.high) == pytest.approx((99.7, 100), abs=0.2)
     assert "1,1 (89.9%, 4 NFE) has 2 of 4 NFE beyond vanilla" in saved.about
     assert "takes 1.04 times its time" in found["student_over_vanilla_ms"].about
+    judged = found["student_over_vanilla_nfe"].about
+    counts = re.findall("on ([0-9,]+) items, and judged on ([0-9,]+) others", judged)[0]
+    assert sum(int(count.replace(",", "")) for count in counts) == len(HARDNESS)
     metrics = claim_metrics(found.values())
     assert metrics["claims/iiet_over_vanilla"] == pytest.approx(20)
     assert metrics["claims/iiet_over_vanilla_verdict"] == 1
@@ -227,8 +235,8 @@ def test_the_table_fits_a_terminal_and_says_why():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("claim " in line for line in lines) == 1, "one table"
-    (row,) = (line for line in lines if line.startswith(" 3 overhead saved, NFE"))
-    assert " ".join(row.split()).endswith("NFE holds 55% 50% (99.7 to 100.0% kept)")
+    (row,) = (line for line in lines if line.startswith(" 3 keeps 99.4% at less NFE"))
+    assert " ".join(row.split()).endswith("NFE holds -55% -50% (99.7 to 100.0% kept)")
     (row,) = (line for line in lines if line.startswith(" 2 IIET"))
     assert "+0.8  no PCformer on this front" in row
     assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in render_markdown("", [section])

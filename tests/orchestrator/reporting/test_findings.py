@@ -18,7 +18,7 @@ from orchestrator.reporting.findings import (
     pick_draft,
     pick_from_front,
 )
-from orchestrator.reporting.front import Front, with_confidence
+from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import KEEPS_METRIC
 from orchestrator.reporting.tables import models_table
@@ -53,8 +53,13 @@ def test_sentences_of_a_front_without_items(sample_results, front):
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
     none = "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
     assert findings(sample_front(results))[0].startswith(none)
-    nothing = "No trial has been measured in accuracy and NFE per token yet."
-    assert findings(sample_front([])) == [nothing]
+    other = sample_front(sample_results, FrontAxes(quality="quality/other"))
+    none = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
+    with pytest.raises(UserError, match=none):
+        pick_from_front(other, PickRule(name="knee"))
+    assert findings(sample_front([])) == [
+        "No trial of this sweep has accuracy and NFE per token; nothing of it is measured yet."
+    ]
 
 
 def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
@@ -154,7 +159,7 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front):
     ):
         with pytest.raises(UserError, match=message):
             pick_from_front(front, rule)
-    with pytest.raises(UserError, match="measured in accuracy"):
+    with pytest.raises(UserError, match="no trial of this sweep has accuracy"):
         pick_from_front(sample_front([]), PickRule(name="best"))
     wrong: list[dict[str, Any]] = [
         {"share": 0.0}, {"share": 99.0}, {"confidence": 1.0}, {"confidence": -0.1},

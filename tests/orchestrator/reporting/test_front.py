@@ -153,6 +153,8 @@ def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
     assert one.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
     assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
     assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
+    (tie,) = result_table([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])["trial"]
+    assert tie.numbers["quality/accuracy"] == 0.7395, "not 0.7394999999999999"
     alone, other = seed_of(0, 0.3), seed_of(0, 0.4, None).model_copy(update={"key": "other"})
     table = result_table([alone, other])
     assert [*table["trial"]] == [alone, other]
@@ -264,6 +266,9 @@ def test_scores_equal_those_of_the_evaluation():
         scores = paired.quality(name)
         assert scores is not None
         assert scores.observed == pytest.approx([value] * 2)
+    of_words, of_bits = (len(tasks[0].items), 40)
+    counts = [paired.num_items(name) for name in expected]
+    assert counts == [3 * of_words, of_bits, of_words]
     assert found.accuracy == pytest.approx(0.65)
     assert paired.quality("quality/validation_loss") is None
 
@@ -277,7 +282,10 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted():
     assert paired is not None
     # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
     assert paired.items["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
-    assert (paired.num_items, dict(paired.left_out)) == (2, {"words": 3, "more": 2})
+    assert (paired.num_items("quality/accuracy"), dict(paired.left_out)) == (
+        2,
+        {"words": 3, "more": 2},
+    )
     assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
 
 

@@ -13,7 +13,7 @@ from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
 from orchestrator.pipelines import sweeps
-from orchestrator.pipelines.sweeps import sweep
+from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import TrainingSettings, resolve_settings
@@ -191,6 +191,8 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, m
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
             sweep(resolve_settings({}, [f"sweep.kind={kind}", setting]), workspace=tmp_path / "w")
+    with pytest.raises(UserError, match="hellaswagg: there is no such task; did you mean hellas"):
+        plan_sweep(resolve_settings({}, ["evaluation.suite=hellaswagg,piqa"]))
 
 
 # Baselines of a given teacher

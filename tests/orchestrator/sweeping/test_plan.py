@@ -130,6 +130,8 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     assert words["disk"].startswith(
         "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
     )
+    resumed = dict(price_rows(price.model_copy(update={"disk": {}}), {}))
+    assert resumed["disk"].startswith("nothing more; ")
     assert words["on this machine"] == "it fits"
     assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
     # Two that are stopped at the same time write on the same disk.

@@ -319,12 +319,11 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, wor
     noted = show(tracking, run_of("noted", name="noted", status="FINISHED"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    tracking.register(
-        RegisteredModel(
-            name="copied", alias="best", run=run.place, folder=str(tmp_path / "model"),
-            model=TrackedModel(key="k", name="copied", params={}, datasets={}),
-        )
+    model = RegisteredModel(
+        name="copied", alias="best", run=run.place, folder=str(tmp_path / "model"),
+        model=TrackedModel(key="k", name="copied", params={}, datasets={}),
     )  # fmt: skip
+    assert tracking.register(model)
     client(tracking).set_tag(noted.info.run_id, NOTE_TAG, "interesting")
     client(tracking).set_tag(noted.info.run_id, "reviewer", "ann")
     client(tracking).set_registered_model_alias("copied", "production", "1")
@@ -333,9 +332,13 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, wor
 
     warnings: list[str] = []
     copy = open_tracking(open_workspace(root), warn=warnings.append)
-    copy.publish(run.changed(points=[("loss", 1.0, 0)]))
+    assert not warnings, "a command that cannot go on says it itself"
+    for number in range(2):
+        copy.publish(run.changed(points=[("loss", 1.0, number)]))
     assert copy.run_id(run) is None
+    assert not copy.register(model)
     [warning] = warnings
+    assert "; `iiet-orch ui --sync --replace` makes it anew" in warning
     assert warning.startswith(f"{root}/mlflow.db was copied or moved with the workspace, and names")
     added = copy.added_by_people()
     assert {"the note of noted", "the tag reviewer of noted"} <= set(added)

@@ -24,6 +24,7 @@ from orchestrator.workspace.errors import (
     quoted,
     strip_credentials,
 )
+from orchestrator.workspace.layout import open_workspace
 
 SECRET = "geh3im"
 ADDRESSES = {
@@ -109,7 +110,7 @@ def test_an_unreachable_server_is_named_without_its_password(
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9/mlflow")
-    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
+    monkeypatch.setenv("IIET_WORKSPACE", str(open_workspace(tmp_path).root))
     code = cli.main(command.split())
     printed = "".join(capfd.readouterr())
     assert code == expected_code, printed
