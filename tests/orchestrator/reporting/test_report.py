@@ -302,7 +302,7 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     note = run_note(sample_front(many), [], ["front"])
     assert len(note) <= 8000
     assert "front/table.json" in note
-    assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
+    assert "No trial of this sweep has" in (written.folder / "front.md").read_text("utf-8")
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
