@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_805,
     "orchestrator/sweeping": 2_660,
     "orchestrator/pipelines": 4_869,
-    "orchestrator/cli": 1_785,
+    "orchestrator/cli": 1_788,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
