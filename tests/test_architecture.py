@@ -63,7 +63,7 @@ LINES = {
     "benchmarks": 2_683,
     "examples": 452,
     "research": 2_145,
-    "orchestrator/workspace": 1_092,
+    "orchestrator/workspace": 1_093,
     "orchestrator/terminal": 591,
     "orchestrator/settings": 1_630,
     "orchestrator/records": 1_283,

@@ -257,4 +257,5 @@ def portable_path(path: str, root: Path | None) -> str:
 
 def absolute_path(path: str, root: Path | None) -> str:
     """Return the absolute form of a stored path; an empty one stays empty."""
-    return str(root / path) if root and path else path
+    # Without `Path`: a listing of thousands of trials asks for tens of thousands.
+    return f"{root}/{path}" if root and path and not path.startswith("/") else path
