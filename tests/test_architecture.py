@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 1_813,
     "orchestrator/reporting": 4_805,
     "orchestrator/sweeping": 2_660,
-    "orchestrator/pipelines": 4_869,
+    "orchestrator/pipelines": 4_870,
     "orchestrator/cli": 1_788,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -248,9 +248,9 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
     call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
-    for name in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
-        if getattr(call.settings.sweep, name):
-            raise UserError(f"--schedules and --{name} exclude each other; leave one out")
+    for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
+        if getattr(call.settings.sweep, other):
+            raise UserError(f"--schedules and --{other} exclude each other; leave one out")
     return _sweep(call, teacher or Path("newest"), name)
 
 

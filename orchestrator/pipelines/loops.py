@@ -7,6 +7,7 @@ same store; nothing is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -159,7 +160,7 @@ def _measure_costs(
     times = time_per_token(decoders, progress)
     counted = {name: cost_numbers(cost_of(decoder)()) for name, decoder in decoders.items()}
     return {
-        name: {n: v for n, v in numbers.items() if v == v} | times[name]
+        name: {n: v for n, v in numbers.items() if not math.isnan(v)} | times[name]
         for name, numbers in counted.items()
     }
 

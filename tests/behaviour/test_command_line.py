@@ -162,6 +162,7 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
         ("sweep s.yaml", "iterations", None),
         ("sweep-threshold --config s.yaml", "threshold", Path("newest")),
         ("sweep-threshold run --config s.yaml", "threshold", Path("run")),
+        ("sweep-threshold --schedules 3 --config s.yaml", "threshold", Path("newest")),
         ("sweep-threshold --search 2 --config s.yaml", "search", Path("newest")),
         ("sweep-iterations --config s.yaml", "iterations", None),
     ],
@@ -169,10 +170,10 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
 def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
     command, kind, teacher, tmp_path, monkeypatch, capfd
 ):
-    run: list[tuple[str, Path | str | None]] = []
+    run: list[tuple[str, Path | None, str | None]] = []
 
-    def sweep(settings: Settings, *, teacher: Path | str | None = None, **_: object) -> None:
-        run.append((settings.sweep.kind, teacher))
+    def sweep(settings: Settings, *, teacher: Path | None, name: str | None, **_: object) -> None:
+        run.append((settings.sweep.kind, teacher, name))
         raise UserError("that is enough")
 
     monkeypatch.setattr("orchestrator.pipelines.sweeps.plan_sweep", sweep)
@@ -180,7 +181,7 @@ def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
     (tmp_path / "s.yaml").write_text(FILES["s.yaml"])
     code, printed = _run(capfd, *command.split(), "--workspace", str(tmp_path / "space"))
     assert (code, "that is enough" in printed) == (2, True), printed
-    assert run == [(kind, teacher)]
+    assert run == [(kind, teacher, None)]
 
 
 def test_there_is_one_version(capsys):
