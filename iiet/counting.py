@@ -77,13 +77,13 @@ def counted_layers(
         layers = [method(_NoField(), number, **sizes) for number in range(num_layers)]
         shared = method.make_shared(**sizes)
         hidden = torch.zeros(1, _NUM_TOKENS, dim, requires_grad=True)
-        # One layer more, so that the last one, too, leaves its estimate for a later one.
-        state = method.start(hidden, num_layers + 1)
+        state = method.start(hidden)
+        counter.keep(hidden)
         for layer in layers:
             counter.start()
             call: Any = LayerCall(num_corrections, counter, shared=shared)  # type: ignore[arg-type]
             hidden, state = layer(hidden, state, call)
-            counts.append(counter.counts())
+            counts.append(counter.counts(method.num_left))
     # A method that repeats the stack runs each layer once for each correction more.
     times = 1 + num_corrections if method.repeats_stack else 1
     return tuple(LayerCounts(*(times * value for value in each)) for each in counts)
@@ -110,17 +110,21 @@ class _Counter(TorchFunctionMode):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self._num_values = _NUM_TOKENS * dim
+        self._kept: dict[int, Tensor] = {}
         self.start()
 
     def start(self) -> None:
         """Begin with another layer."""
         self.num_differentiated = self._flops = 0
-        self._kept: dict[int, Tensor] = {}
+        self._kept_before = self._num_kept()
 
-    def counts(self) -> LayerCounts:
-        """Return the counts since the start."""
-        kept = sum(tensor.numel() // self._num_values for tensor in self._kept.values())
-        return LayerCounts(self.num_differentiated, self._flops // _NUM_TOKENS, kept)
+    def counts(self, num_left: int) -> LayerCounts:
+        """Return the counts since the start, without what the layer leaves for later ones."""
+        num_kept = self._num_kept() - self._kept_before - num_left
+        return LayerCounts(self.num_differentiated, self._flops // _NUM_TOKENS, num_kept)
+
+    def _num_kept(self) -> int:
+        return sum(tensor.numel() // self._num_values for tensor in self._kept.values())
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Take a tensor that autograd saves, which may be another's memory."""
@@ -135,6 +139,6 @@ class _Counter(TorchFunctionMode):
         match function.__name__:
             case "matmul" | "mm" | "linear":
                 self._flops += 2 * args[0].size(-1) * result.numel()
-            case "addcmul":
+            case "addcmul" | "mul":  # The first term of a weighted sum is added to nothing.
                 self._flops += 2 * result.numel()
         return result

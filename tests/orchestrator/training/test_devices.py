@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet.methods import Layer
 from orchestrator.models.open import device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
@@ -232,7 +233,8 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world, method):
     seen: dict[str, torch.dtype] = {}
 
     def note(module: nn.Module, prefix: str) -> None:
-        for name, parameter in module.named_parameters(prefix, recurse=False):
+        # A layer reads its mix without calling it as a module.
+        for name, parameter in module.named_parameters(prefix, recurse=isinstance(module, Layer)):
             seen[name] = parameter.dtype
 
     for prefix, module in decoder.named_modules():
