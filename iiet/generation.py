@@ -2,7 +2,8 @@
 
 Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
 generation ends when all rows have ended. The seed alone determines what is sampled
-(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows.
+(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows. Where
+none is given, PyTorch's generator draws one.
 
 On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
 all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what was
@@ -100,7 +101,8 @@ def stream(
         temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
-        seed: one, or one for each row; None: a random one.
+        seed: one, or one for each row; None: one that PyTorch's generator draws, so that
+            `torch.manual_seed` controls what is sampled.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not

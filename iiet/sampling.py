@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 Seed = SupportsIndex | Sequence[SupportsIndex] | None
-"""A random seed, or one for each row; None: a random one."""
+"""A random seed, or one for each row; None: one that PyTorch's generator draws, which
+`torch.manual_seed` controls."""
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR: Final = 0x94D049BB133111EB
@@ -167,7 +168,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
 
     Args:
         seed: one for each row, or one from which those of all rows follow; the first row's is the
-            seed itself. None: a random one.
+            seed itself. None: the next random number of PyTorch's generator.
         batch_size: the number of rows.
         device: of the result.
 
@@ -175,7 +176,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
         ValueError: another number of seeds.
     """
     if seed is None:
-        seed = torch.Generator().seed()
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
     if not isinstance(seed, Sized):
         first = index(seed)
         seeds = [first, *(_mix(first + row * _STEP) for row in range(1, batch_size))]
