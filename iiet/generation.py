@@ -15,6 +15,7 @@ With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -110,8 +111,10 @@ def stream(
     """
     problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
     try:
-        keys = row_keys(seed, len(input_ids), input_ids.device) if temperature > 0 else None
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, row_keys=keys)
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        if temperature > 0:
+            keys = row_keys(seed, len(input_ids), input_ids.device)
+            sampler = replace(sampler, row_keys=keys)
     except ValueError as error:
         problems.append(str(error))
     if draft is not None and kv_strategy != "exact":
