@@ -10,7 +10,7 @@
 They read weights instead of calling modules, so a module that was replaced, wrapped or hooked since
 then gets the plain formula (`is_bare`); so do other devices, `torch.compile`, and passes that need
 other derivatives than a first backward pass. Tests hold all equal to the plain formulas.
-`IIET_CPU_KERNELS=0` leaves them out.
+`IIET_CPU_KERNELS=0` turns them off, and nothing else.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
+"""Whether the forms of this file are used. It is read at each call, and decides nothing else."""
 MAX_ROWS: Final = 8  # Of a decoding step; for more tokens `F.linear` is as fast.
 _GLOBAL_HOOKS = (
     _global_backward_hooks,
@@ -86,13 +87,16 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def may_read_weights() -> bool:
-    """Return whether formulas may read weights now instead of calling modules."""
-    return ENABLED and fast_forms_allowed() and not any(_GLOBAL_HOOKS)
+    """Return whether formulas may read weights now instead of calling modules.
+
+    Losses in chunks and CUDA graphs ask this, too; they need no form of this file.
+    """
+    return fast_forms_allowed() and not any(_GLOBAL_HOOKS)
 
 
 def can_use_fast_linear(linear: nn.Module, x: Tensor) -> bool:
     """Return whether `project_heads` or `gated_product` may replace the formula of this layer."""
-    return x.is_cpu and may_read_weights() and is_bare(linear, nn.Linear)
+    return ENABLED and x.is_cpu and may_read_weights() and is_bare(linear, nn.Linear)
 
 
 # Training and reading a prompt: each form is a function of tensors, and a module that calls it.
@@ -105,7 +109,8 @@ class FastRMSNorm(RMSNorm):
         """Normalize (..., dim)."""
         weight = self.weight
         if (
-            x.is_cpu
+            ENABLED
+            and x.is_cpu
             and x.dtype == weight.dtype
             and x.itemsize >= 4
             and not hasattr(weight, "__tensor_flatten__")
@@ -294,7 +299,8 @@ def can_step(hidden: Tensor, fields: Iterable[nn.Module]) -> bool:
     """Return whether all fields may compute a cached pass over (batch, time, dim) by the form for
     one token per row; so may `few_rows_product`, for the head."""
     return (
-        hidden.is_cpu
+        ENABLED
+        and hidden.is_cpu
         and hidden.size(1) == 1
         and hidden.size(0) <= MAX_ROWS
         and hidden.dtype in (torch.float32, torch.float64)

@@ -12,6 +12,7 @@ from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas
 from iiet.context import Rope, make_context, rotate
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
+from iiet.losses import LazyLogits
 
 IDS = tokens(2, 8)
 
@@ -126,6 +127,18 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
     assert any(not torch.equal(off[name], value) for name, value in found.items())
+
+
+def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
+    """Also those of a decoder that was made before."""
+    decoder = make_model()
+    monkeypatch.setattr(fast, "ENABLED", False)
+    for form in ("rms_norm", "project_heads", "gated_product", "few_rows_product"):
+        monkeypatch.setattr(fast, form, None)
+    monkeypatch.setattr("iiet.decoder.few_rows_product", None)
+    everything(decoder)
+    for model in (decoder, make_model()):
+        assert isinstance(model(IDS, finish=lambda logits: logits), LazyLogits)
 
 
 class Wrapped(torch.Tensor):
