@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,17 +86,32 @@ class Mix(KeepsFloat32):
 
         A layer that makes no corrections needs no points: its first sum is None.
         """
-        points = partial_sum(self.inner, estimates) if corrects else None
-        return points, partial_sum(self.outer, estimates)
+        rows = [self.inner, self.outer] if corrects else [self.outer]
+        weights = [at_least_float32(row).unbind() for row in rows]
+        totals = [row[0] * estimates[0] for row in weights]
+        for start in range(1, len(estimates), TERMS_AT_ONCE):
+            block = slice(start, min(start + TERMS_AT_ONCE, len(estimates)))
+            totals = self.add_terms(totals, [row[block] for row in weights], estimates[block])
+        *points, hidden = map(PartialSum, totals, [row[-1] for row in weights])
+        return (points[0] if corrects else None), hidden
+
+    @staticmethod
+    def add_terms(
+        totals: list[Tensor], weights: Sequence[Sequence[Tensor]], estimates: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Add a few estimates to each sum, by a weight of its own for each."""
+        for number, estimate in enumerate(estimates):
+            totals = [
+                torch.addcmul(total, row[number], estimate)
+                for total, row in zip(totals, weights, strict=True)
+            ]
+        return totals
 
 
-def partial_sum(row: Tensor, estimates: Sequence[Tensor]) -> PartialSum:
-    """Sum estimates, each (batch, time, dim), by all but the last weight of a row."""
-    *weights, own_weight = at_least_float32(row).unbind()
-    total = weights[0] * estimates[0]
-    for weight, estimate in zip(weights[1:], estimates[1:], strict=True):
-        total = torch.addcmul(total, weight, estimate)
-    return PartialSum(total, own_weight)
+TERMS_AT_ONCE: Final = 3
+"""Terms of one call of `Mix.add_terms`, which training on GPUs compiles. A compiler makes a graph
+for each number of tensors, and gives up after eight: so there are three for layers that correct and
+three for others, however many layers there are."""
 
 
 class EstimateNorm(KeepsFloat32, nn.LayerNorm):
