@@ -222,7 +222,7 @@ def _method_problems(config: ModelConfig) -> list[str]:
     return problems
 
 
-DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
+DivergenceKind = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class DistillationConfig:
     temperature: float = 1.0
     """Softens both distributions of the divergence; from 0.001 to 1000."""
     divergence: DivergenceKind = "forward"
-    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    """`forward`, KL(teacher || student), is mean-seeking; `reverse` is mode-seeking."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0

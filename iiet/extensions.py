@@ -129,10 +129,10 @@ INFLUENCE_METRICS: ExtensionTable[Any] = ExtensionTable(
     "iiet.influence_metrics",
     "influence metric",
     {
-        "cosine": "iiet.influence_metrics:Cosine",
-        "relative": "iiet.influence_metrics:Relative",
-        "loss": "iiet.influence_metrics:LossRise",
+        "cosine": "iiet.influence:Cosine",
+        "relative": "iiet.influence:Relative",
+        "loss": "iiet.influence:LossRise",
     },
-    "iiet.influence_metrics:InfluenceMetric",
+    "iiet.influence:InfluenceMetric",
 )
 """Influence metrics; the names are the values of the setting `influence.metric`."""

@@ -201,8 +201,8 @@ class DistillationSettings(Section):
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
     temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the loss is scaled by its square."""
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    """KL(teacher || student), its reverse, or Jensen-Shannon."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """KL(teacher || student), or its reverse."""
     hidden_weight: StrictFloat = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
     teacher_from_step: StrictInt = Field(default=0, ge=0)
