@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.context import PassContext
 from iiet.facts import MethodFacts
+from iiet.layers import PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
