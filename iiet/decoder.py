@@ -285,7 +285,7 @@ class Decoder(nn.Module):
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
         state = self.method.start(embeddings, self.config.num_layers)
-        num_runs = self.method.num_runs(schedule)
+        num_runs = self.method.facts.num_runs(schedule)
         for run in range(num_runs):
             for number, layer in enumerate(self.layers):
                 call = LayerCall(

@@ -20,17 +20,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from iiet import extensions
+from iiet import facts
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
-from iiet.facts import LossRiseFacts, MetricFacts
+from iiet.facts import MetricFacts
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
 from iiet.pruning import InfluenceTable, Rows
@@ -122,8 +122,11 @@ class MeasuredBatch:
         return torch.stack(sums).sum() / self.num_tokens
 
 
-class InfluenceMetric(MetricFacts, ABC):
+class InfluenceMetric(ABC):
     """Base of all metrics."""
+
+    facts: ClassVar[MetricFacts] = MetricFacts()
+    """What is known of the metric beside its formula."""
 
     @abstractmethod
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
@@ -158,8 +161,10 @@ class Relative(Comparison):
         return _relative_size(after - before, after)
 
 
-class LossRise(LossRiseFacts, InfluenceMetric):
+class LossRise(InfluenceMetric):
     """Rise of the loss when a layer stops before the correction, all other layers full."""
+
+    facts = facts.metric_facts_of("loss")
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         decoder, batch, full = measured.decoder, measured.batch, measured.decoder.schedule
@@ -190,7 +195,7 @@ class LossRise(LossRiseFacts, InfluenceMetric):
         return BatchInfluence(tuple(rises), tuple(lost))
 
 
-INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = extensions.INFLUENCE_METRICS
+INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = facts.INFLUENCE_METRICS
 """All influence metrics by name."""
 
 
@@ -231,7 +236,7 @@ def influence_table(
     """
     if metric not in INFLUENCE_METRICS:
         raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {metric!r}")
-    if decoder.method.repeats_stack:
+    if decoder.method.facts.repeats_stack:
         raise ValueError(
             f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
             "corrections of its own whose influence could be measured"
@@ -261,7 +266,7 @@ def influence_table(
 def _measure(decoder: Decoder, given: BatchLike, name: str) -> tuple[MeasuredBatch, BatchInfluence]:
     metric = INFLUENCE_METRICS[name]()
     batch = (given if isinstance(given, Batch) else Batch.of_text(given)).to(decoder.device)
-    measured = MeasuredBatch(decoder, batch, needs_targets=metric.needs_targets)
+    measured = MeasuredBatch(decoder, batch, needs_targets=metric.facts.needs_targets)
     if measured.num_tokens == 0:
         shape = tuple(batch.input_ids.shape)
         raise ValueError(f"a batch of shape {shape} holds nothing to measure")

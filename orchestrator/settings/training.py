@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
-from iiet.extensions import METHODS
-from iiet.facts import facts_of
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError

@@ -312,9 +312,7 @@ def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
         pass
 
     monkeypatch.setitem(METHODS.own, "local", Local)
-    with pytest.raises(
-        ValueError, match=r"'local' of another package .* does not set modeling_file"
-    ):
+    with pytest.raises(ValueError, match=r"'local' of another package .* have no modeling_file"):
         export(make_model("local"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)

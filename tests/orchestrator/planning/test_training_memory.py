@@ -91,7 +91,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_estimate_matches_a_real_step(shape, method, precision):
     checkpoint = (precision == "bf16") != (shape == "wide")
-    schedule = {"schedule": 2} if METHODS[method].has_corrections else {}
+    schedule = {"schedule": 2} if METHODS[method].facts.has_corrections else {}
     sizes = {"num_heads": 4, "context_length": 64, **SHAPES[shape]}
     config = preset("tiny", method=method, **sizes, **schedule)
     memory = training_memory(
