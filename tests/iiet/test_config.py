@@ -116,6 +116,6 @@ def test_plain_values_hold_only_options_that_differ_from_the_defaults():
 
 def test_classes_and_tables_state_the_same_facts():
     for method in METHODS.own:
-        assert METHODS[method].facts is facts_of(method)
+        assert METHODS[method].facts == facts_of(method)
     for metric in INFLUENCE_METRICS.own:
-        assert INFLUENCE_METRICS[metric].facts is metric_facts_of(metric)
+        assert INFLUENCE_METRICS[metric].facts == metric_facts_of(metric)
