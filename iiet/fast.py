@@ -33,8 +33,15 @@ from torch.nn.modules.module import (
 )
 
 from iiet.arithmetic import fast_forms_allowed
-from iiet.context import PassContext, RopeTables
-from iiet.layers import Attention, FeedForward, Field, RMSNorm, attend
+from iiet.layers import (
+    Attention,
+    FeedForward,
+    Field,
+    PassContext,
+    RMSNorm,
+    RopeTables,
+    attend,
+)
 
 __all__ = [
     "accelerate",
@@ -203,7 +210,7 @@ def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
 
 
 def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Do `iiet.context.rotate` in place."""
+    """Do `iiet.layers.rotate` in place."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     if heads.dtype == cos.dtype:
         heads.mul_(cos).addcmul_(swapped, sin)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.methods import METHODS
+from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from iiet.weights import non_finite
 
@@ -225,7 +225,7 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     order, has_mix = _ORDER_OF_METHOD.get(config.method), config.method != "vanilla"
     if order is None and config.method not in ("vanilla", "iiet"):
         raise ValueError(f"there is no published naming for method {config.method!r}")
-    if config.options != METHODS[config.method].Options():
+    if config.options != facts_of(config.method).Options():
         raise ValueError(f"there is no published naming for the options {config.options}")
     names: dict[str, tuple[str, ...]] = {
         "embedding.weight": ("model.embed_tokens.weight",),

@@ -2,7 +2,7 @@
 
 A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
 passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. Its class states its evaluations (`iiet.facts`); other costs are counted.
+for the next one. What it costs beside its field is stated, not measured (`iiet.facts`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.context import PassContext
 from iiet.facts import MethodFacts
+from iiet.layers import PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
@@ -114,7 +114,7 @@ class Evaluate:
         return output
 
 
-class Layer(MethodFacts, nn.Module, ABC):
+class Layer(nn.Module, ABC):
     """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
@@ -124,6 +124,9 @@ class Layer(MethodFacts, nn.Module, ABC):
         layer_norm_eps: epsilon of the method's LayerNorms.
         options: an instance of the method's `Options`.
     """
+
+    facts: ClassVar[MethodFacts] = MethodFacts()
+    """What is known of the method beside its formula."""
 
     def __init__(
         self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
@@ -174,7 +177,7 @@ class Layer(MethodFacts, nn.Module, ABC):
 
         if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
             return advance(hidden, state)
-        keep = self.is_random
+        keep = self.facts.is_random
         recomputed: Any = checkpoint(
             advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
         )

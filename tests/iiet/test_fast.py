@@ -9,9 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas
-from iiet.context import Rope, make_context, rotate
+from iiet.context import make_context
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
-from iiet.layers import Attention, FeedForward, RMSNorm
+from iiet.layers import Attention, FeedForward, RMSNorm, Rope, rotate
 from iiet.losses import LazyLogits
 
 IDS = tokens(2, 8)

@@ -26,7 +26,7 @@ class FieldOf(torch.nn.Module):
 
 def layer_of(method, function):
     """The first layer of a model of one layer, in float64."""
-    options = method.Options()
+    options = method.facts.Options()
     field = FieldOf(function)
     return method(field, 0, dim=DIM, layer_norm_eps=1e-5, options=options).double()
 

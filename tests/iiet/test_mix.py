@@ -16,6 +16,18 @@ def test_starting_rows_are_means():
             assert row.tolist() == pytest.approx([1 / (layer + 2)] * (layer + 2))
 
 
+@pytest.mark.parametrize("num_estimates", range(1, 9))
+def test_sums_are_those_of_all_estimates(num_estimates):
+    torch.manual_seed(0)
+    mix = Mix(num_estimates - 1).double()
+    for row in (mix.inner, mix.outer):
+        torch.nn.init.normal_(row)
+    *estimates, own = torch.randn(num_estimates + 1, 1, 2, 3, dtype=torch.float64)
+    for row, total in zip((mix.inner, mix.outer), mix.sums(estimates, corrects=True), strict=True):
+        expected = torch.tensordot(row, torch.stack([*estimates, own]), dims=1)
+        torch.testing.assert_close(total.plus(own, torch.float64), expected)
+
+
 class SameField(torch.nn.Module):
     """Stands for a field; it makes no operations."""
 
