@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -49,7 +49,8 @@ def sizes_of(config: ModelConfig) -> Sizes:
     """Count the parameters of a decoder."""
     with torch.device("meta"):
         decoder = Decoder(config)
-    field = list(decoder.fields[0].parameters())
+    first: Any = decoder.model.layers[0]
+    field = list(first.field_parameters())
     return Sizes(
         sum(p.numel() for p in decoder.parameters()),
         sum(p.numel() for p in decoder.method_parameters().values()),
@@ -64,7 +65,19 @@ def counted_layers(
 ) -> tuple[LayerCounts, ...]:
     """Run layers without fields, each with as many corrections; count what each one does."""
     method = METHODS[name]
-    sizes: dict[str, Any] = {"dim": dim, "layer_norm_eps": 1e-5, "options": options}
+    schedule: Any = num_corrections if method.has_corrections else None
+    config = ModelConfig(
+        method=name,
+        method_options=options,
+        dim=dim,
+        num_layers=num_layers,
+        vocab_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        ffn_dim=1,
+        context_length=1,
+        schedule=schedule,
+    )
     counter, counts = _Counter(dim), []
     with (
         torch.random.fork_rng(devices=[]),  # Whoever asks for a cost keeps the random numbers.
@@ -74,8 +87,8 @@ def counted_layers(
         saved_tensors_hooks(counter.keep, lambda tensor: tensor),
         counter,
     ):
-        layers = [method(_NoField(), number, **sizes) for number in range(num_layers)]
-        shared = method.make_shared(**sizes)
+        layers = [_without_field(method, config, number) for number in range(num_layers)]
+        shared = method.make_shared(config)
         hidden = torch.zeros(1, _NUM_TOKENS, dim, requires_grad=True)
         # One layer more, so that the last one, too, leaves its estimate for a later one.
         state = method.start(hidden, num_layers + 1)
@@ -92,16 +105,20 @@ def counted_layers(
 _NUM_TOKENS = 16  # So that hidden states are larger than all else that a layer keeps.
 
 
-class _NoField(nn.Module):
-    """Stands for a field: its output has a gradient, and needs nothing for it."""
+def _without_field(method: Any, config: ModelConfig, number: int) -> Any:
+    """Return a layer whose field needs nothing for its gradient, and which has no block."""
+    with torch.device("meta"):
+        layer = method(config, number)
+    for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+        delattr(layer, name)
+    layer.to_empty(device="cpu")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, counter: _Counter, _: int | None) -> Tensor:
+    def field(x: Tensor, counter: _Counter, _: int | None) -> Tensor:
         counter.num_differentiated += torch.is_grad_enabled()
-        return x + self.weight
+        return x + torch.zeros((), requires_grad=True)
+
+    layer.field = field
+    return layer
 
 
 class _Counter(TorchFunctionMode):
