@@ -16,10 +16,16 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from iiet.checks import is_number_from
+
 __all__ = ["NO_TARGET", "Batch", "Count"]
 
 NO_TARGET = -100
 """The value in `targets` where there is nothing to predict."""
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 Count = float | Tensor | None
@@ -29,7 +35,12 @@ GPU."""
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences with their targets. All tensors are (batch, time); else a ValueError."""
+    """Sequences with their targets. All tensors are (batch, time).
+
+    Raises:
+        ValueError: tensors of other shapes, tokens or sources that are no integers, or negative
+            counts.
+    """
 
     input_ids: Tensor
     targets: Tensor
@@ -56,6 +67,16 @@ class Batch:
                 raise ValueError(
                     f"{name} must be (batch, time), here {tuple(shape)}, got {tuple(values.shape)}"
                 )
+        numbers = {"input_ids": self.input_ids, "targets": self.targets, "sources": self.sources}
+        for name, values in numbers.items():
+            if values is not None and values.dtype not in _INTEGERS:
+                raise ValueError(f"{name} must be integers, got {values.dtype}")
+        counts = {"target_count": self.target_count, "position_count": self.position_count}
+        for name, count in counts.items():
+            # A tensor is not read, because that would wait for a GPU.
+            is_allowed = count.dim() == 0 if isinstance(count, Tensor) else is_number_from(0, count)
+            if count is not None and not is_allowed:
+                raise ValueError(f"{name} must be a number from 0, a scalar or None, got {count!r}")
 
     @classmethod
     def of_text(cls, input_ids: Tensor, mask: Tensor | None = None) -> Batch:

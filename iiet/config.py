@@ -1,7 +1,7 @@
 """Configs of a decoder (method, sizes, iteration schedule) and of distillation: frozen values.
 
-That of a decoder is validated, and holds all that determines the weights' shapes and the forward
-pass, and nothing about training. A checkpoint folder stores it as JSON beside the weights.
+Both check their values. That of a decoder holds all that determines the weights' shapes and the
+forward pass, and nothing about training. A checkpoint folder stores it as JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import METHODS, ExtensionError
 from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
@@ -60,6 +61,8 @@ class ModelConfig:
     """Standard deviation of freshly made linear and embedding weights."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ValueError(f"invalid model config: method must be a name, got {self.method!r}")
         given: Any = self.schedule
         if given is None and self.method in METHODS:
             given = facts_of(self.method).full_level
@@ -224,7 +227,11 @@ DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student learns from its teacher."""
+    """What the student learns from its teacher.
+
+    Raises:
+        ValueError: naming every value that is out of range.
+    """
 
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
@@ -238,6 +245,28 @@ class DistillationConfig:
     """First step with a teacher."""
     end_step: int | None = None
     """First step after those with a teacher; None: all later steps have one."""
+
+    def __post_init__(self) -> None:
+        starts = is_integer_from(0, self.start_step)
+        first_end = self.start_step + 1 if starts else 1
+        check_rules(
+            "distillation config",
+            self,
+            {
+                "kl_weight must be a number from 0": is_number_from(0, self.kl_weight),
+                "temperature must be a number from 0.001 to 1000": is_number_from(
+                    1e-3, self.temperature, 1e3
+                ),
+                f"divergence must be one of {get_args(DivergenceKind)}": (
+                    self.divergence in get_args(DivergenceKind)
+                ),
+                "hidden_weight must be a number from 0": is_number_from(0, self.hidden_weight),
+                "start_step must be an integer from 0": starts,
+                "end_step must be an integer above start_step, or None": (
+                    self.end_step is None or is_integer_from(first_end, self.end_step)
+                ),
+            },
+        )
 
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""

@@ -13,9 +13,10 @@ when the first cost is asked for. Source: this project.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from iiet.checks import check_rules, is_nan, is_number_from
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
 from iiet.schedule import ScheduleLike
@@ -37,7 +38,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceCost:
-    """The cost of one schedule at one context length and batch size."""
+    """The cost of one schedule at one context length and batch size.
+
+    Raises:
+        ValueError: naming every value that is negative or no number.
+    """
 
     evaluations_per_token: int
     """Field evaluations, over all layers."""
@@ -58,6 +63,14 @@ class InferenceCost:
     (norms, mix, gates) are left out: under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, including the method's own."""
+
+    def __post_init__(self) -> None:
+        rules = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            rule = f"{field.name} must be a number from 0, or NaN where it is unknown"
+            rules[rule] = is_number_from(0, value) or is_nan(value)
+        check_rules("inference cost", self, rules)
 
 
 def inference_cost(

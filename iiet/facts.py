@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import INFLUENCE_METRICS, METHODS
 from iiet.schedule import IterationSchedule
 
@@ -100,24 +101,24 @@ class ImplicitEulerOptions:
     starts at 0."""
 
     def __post_init__(self) -> None:
-        damping, last = self.damping, self.differentiated_corrections
-        in_range = {
-            "learn_damping must be true or false": type(self.learn_damping) is bool,
-            "reinject_prediction must be true or false": type(self.reinject_prediction) is bool,
-            "damping must be a number from 0 to 1 (0: with learn_damping=true)": (
-                type(damping) in (int, float)
-                and (0 < damping <= 1 or (damping == 0 and self.learn_damping))
-            ),
-            "differentiated_corrections must be at least 1 or None": last is None
-            or (type(last) is int and last >= 1),
-        }
-        problems = [
-            f"{rule}, got {getattr(self, rule.split()[0])!r}"
-            for rule, holds in in_range.items()
-            if not holds
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
+        last = self.differentiated_corrections
+        check_rules(
+            "options of iiet",
+            self,
+            {
+                "learn_damping must be true or false": isinstance(self.learn_damping, bool),
+                "reinject_prediction must be true or false": isinstance(
+                    self.reinject_prediction, bool
+                ),
+                "damping must be a number from 0 to 1 (0: with learn_damping=true)": (
+                    is_number_from(0, self.damping, 1)
+                    and (self.damping > 0 or self.learn_damping is True)
+                ),
+                "differentiated_corrections must be at least 1 or None": (
+                    last is None or is_integer_from(1, last)
+                ),
+            },
+        )
 
 
 class ImplicitEulerFacts(MethodFacts):

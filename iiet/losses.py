@@ -54,12 +54,23 @@ them."""
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    """Logits that are not computed yet: `hidden @ weight.T`."""
+    """Logits that are not computed yet: `hidden @ weight.T`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
 
     hidden: Tensor
     """(batch, time, dim), after the final norm."""
     weight: Tensor
     """(vocab, dim), of the head."""
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.hidden.size(-1) != self.weight.size(1):
+            raise ValueError(
+                f"weight must be (vocab, dim) for hidden of {tuple(self.hidden.shape)}, got "
+                f"{tuple(self.weight.shape)}"
+            )
 
     def detach(self) -> LazyLogits:
         """Return the same without gradients, and with the weight in the precision of products."""

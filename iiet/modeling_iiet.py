@@ -109,6 +109,17 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError(f"method {self.method!r} has levels 0 to {layer.full_level}")
         if layer.repeats_stack and len(set(self.schedule)) > 1:
             raise ValueError(f"all layers of method {self.method!r} make the same corrections")
+        check_attention(self._attn_implementation, self.output_attentions)
+
+
+def check_attention(implementation: Any, output_attentions: bool | None) -> None:
+    """Raise a ValueError for kinds and outputs of attention that this file does not compute."""
+    if output_attentions:
+        raise ValueError(
+            "output_attentions must be false, got True: sdpa computes no attention weights"
+        )
+    if implementation not in (None, "sdpa"):
+        raise ValueError(f"attn_implementation must be 'sdpa', got {implementation!r}")
 
 
 def parse_schedule(written: str | int | Iterable[int], num_layers: int) -> tuple[int, ...]:
@@ -549,6 +560,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -558,8 +570,11 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         a cache is made only if `use_cache` is true, because scoring would fill a slot per
         evaluation and throw them away; and it must be used under the schedule that filled it.
         `past_key_values` is the older name of `cache`, `kwargs` go to the loss. More tokens than
-        the context, or a cache of another schedule, are a ValueError.
+        the context, a cache of another schedule, or `output_attentions`, are a ValueError.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        check_attention(self.config._attn_implementation, output_attentions)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         hidden: Any = inputs_embeds
@@ -652,6 +667,13 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         twin.config.check()
         twin.generation_config = copy.deepcopy(self.generation_config)
         return twin
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Do nothing for sdpa, which is in use; anything else is a ValueError."""
+        check_attention(attn_implementation, output_attentions=False)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.cache import KeyValueCache
+from iiet.checks import check_rules, is_integer_from
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
@@ -63,7 +64,11 @@ _GPU_FLOPS_PER_BYTE: Final = 100.0
 
 @dataclass
 class DraftRecord:
-    """What drafting did. In a batch, each row counts by itself."""
+    """What drafting did. In a batch, each row counts by itself.
+
+    Raises:
+        ValueError: naming every count that is negative or no integer.
+    """
 
     drafted: int = 0
     """Drafted tokens."""
@@ -78,6 +83,17 @@ class DraftRecord:
     """Passes without drafted tokens, after the prompt's."""
     rounds_by_draft: dict[str, int] = field(default_factory=dict)
     """Rounds of the batch by the name of the draft."""
+
+    def __post_init__(self) -> None:
+        counts = ("drafted", "accepted", "verifications", "verified", "plain_steps")
+        rules = {
+            f"{name} must be an integer from 0": is_integer_from(0, getattr(self, name))
+            for name in counts
+        }
+        rules["rounds_by_draft must hold integers from 0"] = all(
+            is_integer_from(0, rounds) for rounds in self.rounds_by_draft.values()
+        )
+        check_rules("draft record", self, rules)
 
     @property
     def acceptance(self) -> float | None:

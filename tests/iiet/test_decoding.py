@@ -158,6 +158,22 @@ def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
         assert torch.equal(together[row], alone[0])
 
 
+@pytest.mark.parametrize("draft", [None, "0"])
+def test_without_a_seed_the_generator_of_pytorch_decides(draft):
+    decoder = decoder_of()
+    options = {"max_new_tokens": 12, "temperature": 1.5, "draft": draft}
+    torch.manual_seed(5)
+    first = generate(decoder, PROMPT, **options)
+    second = generate(decoder, PROMPT, **options)
+    torch.manual_seed(5)
+    assert torch.equal(generate(decoder, PROMPT, **options), first)
+    assert torch.equal(generate(decoder, PROMPT, **options), second)
+    assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    generate(decoder, PROMPT, max_new_tokens=12, draft=draft)
+    assert torch.equal(torch.get_rng_state(), state), "the likeliest token needs no noise"
+
+
 def test_stop_tokens_end_rows_and_then_the_batch():
     decoder = decoder_of()
     free = generate(decoder, PROMPT, max_new_tokens=10)

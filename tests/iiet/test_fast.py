@@ -19,6 +19,7 @@ from iiet.fast import (
     rotate_in_place,
 )
 from iiet.layers import FeedForward, RMSNorm
+from iiet.losses import LazyLogits
 
 IDS = tokens(2, 8)
 
@@ -117,6 +118,17 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
     assert not calls
+
+
+def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
+    """Also those of a decoder that was made before."""
+    decoder = make_model()
+    monkeypatch.setattr(fast, "ENABLED", False)
+    for form in ("layers.gated_product", "layers.few_rows_product", "decoder.few_rows_product"):
+        monkeypatch.setattr(f"iiet.{form}", None)
+    everything(decoder)
+    for model in (decoder, make_model()):
+        assert isinstance(model(IDS, finish=lambda logits: logits), LazyLogits)
 
 
 class Wrapped(torch.Tensor):

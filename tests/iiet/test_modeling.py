@@ -134,6 +134,30 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
         model(tokens(1, 49))
 
 
+@torch.no_grad()
+def test_other_attention_than_sdpa_and_attention_weights_are_refused(tmp_path):
+    """They were ignored in silence, and the caller got the numbers of sdpa."""
+    decoder, ids = make_model(dtype=torch.float32), tokens(1, 5)
+    model = transformers_model(decoder)
+    decoder.save(tmp_path)
+    for options in ({"attn_implementation": "eager"}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert torch.equal(loaded(ids, output_attentions=False).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=1)
+    for other in ("eager", "flash_attention_2", {"": "eager"}):
+        with pytest.raises(ValueError, match="attn_implementation"):
+            model.set_attn_implementation(other)
+    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="attn_implementation"):
+        model(ids)
+
+
 MODES = {
     "sample": {"do_sample": True, "temperature": 0.8, "top_k": 9},
     "beam": {"num_beams": 3},

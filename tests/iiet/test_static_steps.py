@@ -190,6 +190,12 @@ def test_no_graph_where_it_would_not_pay_or_not_be_right():
     assert capture.num_captured == 1
 
 
+def test_graphs_do_not_depend_on_the_forms_for_cpus(gpu_forms):
+    decoder, capture = decoder_of(), Recorder()
+    both(decoder, steps=StaticSteps(decoder, capture=capture))
+    assert capture.num_captured == 1
+
+
 def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, small_windows):
     monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
     decoder, capture = decoder_of(), Recorder(RuntimeError("operation not permitted"))
