@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoder.requires_grad_(False)
     config = decoder.config
     method = METHODS[config.method]
-    if method.repeats_stack or not decoder.schedule.num_corrections:
+    if method.facts.repeats_stack or not decoder.schedule.num_corrections:
         parser.error(
             f"the model ({config.method}) makes no corrections of single layers; take an IIET with "
             "r >= 1"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from iiet.exporting import export as export
     from iiet.generation import generate as generate
     from iiet.generation import stream as stream
+    from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.influence import influence_table as influence_table
-    from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.losses import cross_entropy as cross_entropy
     from iiet.losses import hidden_state_error as hidden_state_error
     from iiet.losses import kl_divergence as kl_divergence
@@ -60,8 +60,7 @@ _NAMES_OF_MODULE = {
     "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
     "generation": "generate stream",
-    "influence": "influence_table",
-    "influence_metrics": "INFLUENCE_METRICS",
+    "influence": "INFLUENCE_METRICS influence_table",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (

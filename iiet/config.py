@@ -12,8 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from iiet.checks import check_rules, is_integer_from, is_number_from
-from iiet.extensions import METHODS, ExtensionError
-from iiet.facts import facts_of
+from iiet.extensions import ExtensionError
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["PRESETS", "DistillationConfig", "DivergenceKind", "ModelConfig", "preset"]
@@ -48,7 +48,7 @@ class ModelConfig:
     """Corrections per layer, in any form that `IterationSchedule.parse` reads. Required where the
     method makes corrections, else None or zeros. Of PCformer, levels; None gives the full one."""
     method_options: Any = None
-    """Options of the method, an instance of `METHODS[method].Options`; None for its defaults."""
+    """Options of the method, an instance of `facts_of(method).Options`; None for its defaults."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
@@ -222,7 +222,7 @@ def _method_problems(config: ModelConfig) -> list[str]:
     return problems
 
 
-DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
+DivergenceKind = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class DistillationConfig:
     temperature: float = 1.0
     """Softens both distributions of the divergence; from 0.001 to 1000."""
     divergence: DivergenceKind = "forward"
-    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    """`forward`, KL(teacher || student), is mean-seeking; `reverse` is mode-seeking."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0

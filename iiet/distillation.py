@@ -4,7 +4,7 @@ In: student, teacher and a batch. Out: the loss and its parts, for any training 
 starts from the teacher's weights; the teacher is a frozen copy of its own, because the optimizer
 changes weights in place. A step costs the student's forward and backward and the teacher's forward.
 Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code;
-reverse and Jensen-Shannon divergence and the hidden-state term: this project.
+reverse divergence and hidden-state term: this project.
 
 Elastic training makes one set of weights learn every schedule of a family:
 

@@ -93,12 +93,12 @@ def modeling_file(method: str) -> Path:
     layer = METHODS[method]
     if METHODS.package(method) is None and layer.__module__.startswith("iiet."):
         return Path(__file__).with_name(CODE)
-    if layer.modeling_file is None:
+    if layer.facts.modeling_file is None:
         raise ValueError(
-            f"method {method!r} of another package cannot be exported: its class does not set "
+            f"method {method!r} of another package cannot be exported: its facts have no "
             "modeling_file, a file like iiet/modeling_iiet.py that also computes this method"
         )
-    return Path(inspect.getfile(layer)).parent / layer.modeling_file
+    return Path(inspect.getfile(layer)).parent / layer.facts.modeling_file
 
 
 def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -> IIETForCausalLM:

@@ -141,7 +141,7 @@ def normalize_few_rows(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Do `iiet.context.rotate` in place, for tables of the same dtype."""
+    """Do `iiet.layers.rotate` in place, for tables of the same dtype."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     heads.mul_(cos).addcmul_(swapped, sin)
 

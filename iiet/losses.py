@@ -346,11 +346,10 @@ def kl_divergence(
 ) -> Tensor:
     """Compute the mean divergence between next-token distributions, times T^2.
 
-    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`:
+    With `p = softmax(teacher / T)` and `q = softmax(student / T)`:
 
-        forward          KL(p || q) = sum p log(p / q)
-        reverse          KL(q || p)
-        jensen_shannon   (KL(p || m) + KL(q || m)) / 2
+        forward   KL(p || q) = sum p log(p / q)
+        reverse   KL(q || p)
 
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
 
@@ -415,22 +414,9 @@ def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, _product(q, log_ratio - value.unsqueeze(-1))
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(p || m) + KL(q || m)) / 2; slope q (log(q/m) - KL(q || m)) / 2."""
-    p, q = log_p.exp(), log_q.exp()
-    difference = log_q - log_p
-    # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
-    half = torch.log1p(torch.expm1(-difference.abs()) / 2)
-    log_ratio = difference.clamp(max=0) - half
-    student_value = _product(q, log_ratio).sum(-1)
-    teacher_value = _product(p, (-difference).clamp(max=0) - half).sum(-1)
-    slope = _product(q, log_ratio - student_value.unsqueeze(-1)) / 2
-    return (teacher_value + student_value) / 2, slope
-
-
 def _product(probability: Tensor, value: Tensor) -> Tensor:
     """`probability * value`, and 0 where the probability is 0 and the value infinite."""
     return torch.where(probability > 0, probability * value, 0)
 
 
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse}

@@ -13,8 +13,7 @@ them through learned rows, the *mix*.
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar, NamedTuple
@@ -63,9 +62,9 @@ class IIETConfig(PreTrainedConfig):
     """How a layer advances the hidden state: a key of `LAYERS`."""
     method_options: dict[str, Any] | None = None
     """Options of the method that are not at their defaults; see `ImplicitEuler`."""
-    corrections: list[int] | tuple[int, ...] | str | int | None = None
-    """The iteration schedule: corrections per layer (PCformer: levels, None for the full one), text
-    ("1,0,0", "3..0"), or one number for all layers; None for methods without corrections."""
+    corrections: list[int] | tuple[int, ...] | int | None = None
+    """The iteration schedule: corrections per layer (PCformer: levels, None for the full one), or
+    one number for all layers; None for methods without corrections."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -88,7 +87,7 @@ class IIETConfig(PreTrainedConfig):
     def schedule(self) -> tuple[int, ...]:
         """Corrections per layer, zeros for methods without corrections."""
         full = LAYERS[self.method].full_level if self.corrections is None else self.corrections
-        return parse_schedule(full or 0, self.num_hidden_layers)
+        return full_schedule(full or 0, self.num_hidden_layers)
 
     def check(self) -> None:
         """Raise a ValueError for values that do not fit together."""
@@ -122,29 +121,20 @@ def check_attention(implementation: Any, output_attentions: bool | None) -> None
         raise ValueError(f"attn_implementation must be 'sdpa', got {implementation!r}")
 
 
-def parse_schedule(written: str | int | Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """Read "2", "2,0,1", "2*4,0*2", the ramp "3..0", one number, or one number for each layer.
+def full_schedule(
+    corrections: int | list[int] | tuple[int, ...], num_layers: int
+) -> tuple[int, ...]:
+    """Return the corrections of each layer, from one number for all layers or one for each.
 
-    What is not a schedule for so many layers is a ValueError.
+    Anything else is a ValueError.
     """
-    if isinstance(written, str) and (ramp := re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", written)):
-        first, last, steps = int(ramp[1]), int(ramp[2]), max(1, num_layers - 1)
-        line = [first * (steps - layer) + last * layer for layer in range(num_layers)]
-        return tuple((2 * height + steps) // (2 * steps) for height in line)
-    try:
-        if isinstance(written, str):
-            parts = [part.partition("*") for part in written.strip(" ()[],").split(",")]
-            numbers = [int(part[0]) for part in parts for _ in range(int(part[2] or 1))]
-        else:
-            numbers = [int(n) for n in written] if isinstance(written, Iterable) else [written]
-    except ValueError:
-        raise ValueError(f"{written!r} is not an iteration schedule") from None
-    if re.fullmatch(r"\s*\d+\s*", str(written)):
-        numbers *= num_layers
-    if len(numbers) != num_layers or min(numbers) < 0:
+    is_for_each = isinstance(corrections, list | tuple)
+    numbers = list(corrections) if is_for_each else [corrections] * num_layers
+    are_counts = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if len(numbers) != num_layers or not are_counts:
         raise ValueError(
-            f"the iteration schedule {written} is for {len(numbers)} layers, the model has "
-            f"{num_layers}; each makes 0 or more corrections"
+            f"corrections must be one number from 0, or one for each of {num_layers} layers, got "
+            f"{corrections!r}"
         )
     return tuple(numbers)
 
@@ -654,16 +644,16 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
             missing = range(num_slots - len(cache.layers))
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in missing]
 
-    def with_schedule(self, schedule: str | int | Iterable[int]) -> "IIETForCausalLM":
+    def with_schedule(self, schedule: int | list[int] | tuple[int, ...]) -> "IIETForCausalLM":
         """Return a model with the same weights, shared, under another iteration schedule.
 
-        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule("0"))`.
+        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule(0))`.
         """
         twin = copy.copy(self)
         for name, value in self.__dict__.items():  # A hook or module set on one is not the other's.
             twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
         twin.config = copy.deepcopy(self.config)
-        twin.config.corrections = list(parse_schedule(schedule, self.config.num_hidden_layers))
+        twin.config.corrections = list(full_schedule(schedule, self.config.num_hidden_layers))
         twin.config.check()
         twin.generation_config = copy.deepcopy(self.generation_config)
         return twin

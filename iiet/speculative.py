@@ -147,9 +147,9 @@ def draft_models(
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
         found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
-        if decoder.method.repeats_stack:  # All layers make as many corrections.
+        if decoder.method.facts.repeats_stack:  # All layers make as many corrections.
             found = [s for s in found if len(set(s)) == 1]
-    elif decoder.method.has_corrections:
+    elif decoder.method.facts.has_corrections:
         found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 A layer is a Llama block, whose field it evaluates, and what the method learns for it (norms, rows
 of the mix, gates). State is passed, never kept: a layer gets the hidden state and what earlier
-layers left, and returns both for the next one. Its class states its evaluations (`iiet.facts`);
-other costs are counted.
+layers left, and returns both for the next one. What it costs beside its field is stated, not
+measured (`iiet.facts`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -14,16 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iiet.config import ModelConfig
-from iiet.context import PassContext
 from iiet.facts import MethodFacts
-from iiet.layers import Block
+from iiet.layers import Block, PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
@@ -117,13 +116,16 @@ class Evaluate:
         return output
 
 
-class Layer(MethodFacts, Block, ABC):
+class Layer(Block, ABC):
     """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
         config: sizes, and the options of the method.
         index: the layer, the first being 0.
     """
+
+    facts: ClassVar[MethodFacts] = MethodFacts()
+    """What is known of the method beside its formula."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__(config)
@@ -171,7 +173,7 @@ class Layer(MethodFacts, Block, ABC):
 
         if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
             return advance(hidden, state)
-        keep = self.is_random
+        keep = self.facts.is_random
         recomputed: Any = checkpoint(
             advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
         )

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 
 from iiet.arithmetic import KeepsFloat32, at_least_float32
 from iiet.config import ModelConfig
-from iiet.facts import (
-    ImplicitEulerFacts,
-    PredictorCorrectorRK2Facts,
-    PredictorCorrectorRK4Facts,
-)
+from iiet.facts import facts_of
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix, start
@@ -83,7 +79,7 @@ def fixed_point(
     return iterate(value, num_steps - num_constant)
 
 
-class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
+class ImplicitEuler(MixedLayer):
     """Predict once, then correct `r_l` times towards the fixed point.
 
         e   = P_l(F_l(h_{l-1}))                                        prediction
@@ -99,6 +95,8 @@ class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
     Not to be confused with: looping a block (`h = F(F(h))`), where each evaluation reads
     only the one before it; here each correction also reads the earlier layers' estimates.
     """
+
+    facts = facts_of("iiet")
 
     def build(self, config: ModelConfig) -> None:
         super().build(config)
@@ -179,7 +177,7 @@ class MovingAverageRungeKutta(KeepsFloat32):
         return prediction
 
 
-class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
+class PredictorCorrectorRK2(MixedLayer):
     """Predict with a Runge-Kutta step of order 2, correct once.
 
         k1  = R_1(F_l(h_{l-1}));   k2 = R_2(F_l(h_{l-1} + k1))
@@ -196,6 +194,7 @@ class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
     Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
     """
 
+    facts = facts_of("pcformer")
     order: ClassVar[int] = 2
     """Order of the predictor at the full level, and the number of its evaluations."""
 
@@ -213,7 +212,7 @@ class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
         shared: Any,
         **_: Any,
     ) -> Advance:
-        level = num_corrections if self.has_corrections else 2
+        level = num_corrections if self.facts.has_corrections else 2
         make_mix = partial(self.mix, state, dtype=hidden.dtype, corrects=level > 0)
         stages: list[Tensor] = []
 
@@ -243,7 +242,7 @@ class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
         return Advance(*mix.leave(estimate))
 
 
-class PredictorCorrectorRK4(PredictorCorrectorRK4Facts, PredictorCorrectorRK2):
+class PredictorCorrectorRK4(PredictorCorrectorRK2):
     """Predict with a Runge-Kutta step of order 4, correct once.
 
     Cost: 5 evaluations per layer; there are no levels.
@@ -251,4 +250,5 @@ class PredictorCorrectorRK4(PredictorCorrectorRK4Facts, PredictorCorrectorRK2):
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
+    facts = facts_of("pcformer_rk4")
     order: ClassVar[int] = 4

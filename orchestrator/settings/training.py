@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
-from iiet.extensions import METHODS
-from iiet.facts import facts_of
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError
@@ -201,8 +200,8 @@ class DistillationSettings(Section):
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
     temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the loss is scaled by its square."""
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    """KL(teacher || student), its reverse, or Jensen-Shannon."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """KL(teacher || student), or its reverse."""
     hidden_weight: StrictFloat = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
     teacher_from_step: StrictInt = Field(default=0, ge=0)

@@ -109,7 +109,7 @@ def replicate(decoder: Decoder, world: World) -> nn.Module:
         return decoder
     # Correction norms of layers without corrections get no gradient. Finding them costs a walk over
     # the graph per step.
-    has_idle_parameters = decoder.method.has_corrections
+    has_idle_parameters = decoder.method.facts.has_corrections
     return DistributedDataParallel(
         decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
     )

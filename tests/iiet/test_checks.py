@@ -18,13 +18,14 @@ from iiet import (
     IterationSchedule,
     ModelConfig,
 )
+from iiet.facts import MethodFacts, MetricFacts
 from iiet.losses import LazyLogits
 from iiet.methods import METHODS
 from iiet.sampling import Sampler
 
 IDS = tokens(2, 4)
 ROWS = ((0.3, 0.1), (0.2,))
-ImplicitEulerOptions = METHODS["iiet"].Options
+ImplicitEulerOptions = METHODS["iiet"].facts.Options
 
 CORRECT = {
     Batch: {"input_ids": IDS, "targets": IDS},
@@ -45,6 +46,8 @@ CORRECT = {
     },
     IterationSchedule: {"corrections": (1, 0)},
     LazyLogits: {"hidden": torch.zeros(2, 4, 3), "weight": torch.zeros(5, 3)},
+    MethodFacts: {},
+    MetricFacts: {},
     ModelConfig: {**iiet.PRESETS["tiny"], "num_kv_heads": 4, "schedule": 3},
     Sampler: {},
 }
@@ -82,6 +85,9 @@ WRONG = [
     (InfluenceTable, {"accuracy_lost_rows": ((0.1,), (0.1,))}),
     (IterationSchedule, {"corrections": (-1,)}),
     (LazyLogits, {"weight": torch.zeros(3, 5)}),
+    (MethodFacts, {"Options": dict, "num_evaluations": 0, "full_level": 0, "is_random": 1}),
+    (MethodFacts, {"version": 0, "num_left": -1, "has_corrections": None, "repeats_stack": "no"}),
+    (MetricFacts, {"version": 0, "needs_targets": 1}),
     (ModelConfig, {"method": ["iiet"]}),
     (ModelConfig, {"dim": 0, "rope_theta": "far"}),
     (Sampler, {"temperature": math.nan, "top_k": 1.5, "top_p": 0.0}),

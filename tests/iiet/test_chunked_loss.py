@@ -72,7 +72,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "cross-entropy": {"kl_weight": 0.0},
     "forward": {"kl_weight": 0.7, "temperature": 2.0},
     "reverse": {"divergence": "reverse"},
-    "Jensen-Shannon": {"divergence": "jensen_shannon", "temperature": 0.8},
     "hidden": {"kl_weight": 0.7, "hidden_weight": 0.3},
     "hidden alone": {"kl_weight": 0.0, "hidden_weight": 0.3},
 }

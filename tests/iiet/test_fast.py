@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
-from iiet.context import Rope, make_context, rotate
+from iiet.context import make_context
 from iiet.fast import (
     add_few_rows_product,
     can_use_fast_linear,
@@ -18,7 +18,7 @@ from iiet.fast import (
     normalize_few_rows,
     rotate_in_place,
 )
-from iiet.layers import FeedForward, RMSNorm
+from iiet.layers import FeedForward, RMSNorm, Rope, rotate
 from iiet.losses import LazyLogits
 
 IDS = tokens(2, 8)

@@ -21,8 +21,7 @@ from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionError
-from iiet.influence import influence_table
-from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric
+from iiet.influence import BatchInfluence, Comparison, InfluenceMetric, influence_table
 from iiet.losses import next_token_loss
 from iiet.pruning import InfluenceTable, schedule_family
 from iiet.published import decoder_from_published

@@ -97,9 +97,9 @@ def test_save_and_load(method, tmp_path):
 @of_every_method(paddings(), st.sampled_from(["0", "1", "3"]), st.integers(1, 4), max_examples=4)
 def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, draft_tokens):
     """Greedy and sampled; under cheaper and costlier drafts."""
-    if (most := decoder.method.full_level) is not None:
+    if (most := decoder.method.facts.full_level) is not None:
         schedule = str(min(most, int(schedule)))
-    drafted = {"draft": schedule if decoder.method.has_corrections else "auto"}
+    drafted = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
         expected = generate(decoder, tokens(2, TIME), **options)
@@ -174,7 +174,7 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
     used = {name: gradient for name, gradient in found.items() if gradient is not None}
     of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection", "shared.norms.1")
     for name in found.keys() - used.keys():
-        assert decoder.method.has_corrections, name
+        assert decoder.method.facts.has_corrections, name
         assert any(part in name for part in of_corrections), name
     torch.manual_seed(2)
     direction = {name: torch.randn_like(gradient) for name, gradient in used.items()}
@@ -210,7 +210,7 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
 @of_every_method()
 def test_a_schedule_of_a_call_is_that_of_a_twin_with_the_same_weights(decoder):
     ids, other = tokens(2, TIME), cheaper(decoder)
-    if not decoder.method.has_corrections:
+    if not decoder.method.facts.has_corrections:
         with pytest.raises(ValueError, match="makes no corrections"):
             decoder(ids, schedule=IterationSchedule.uniform(decoder.config.num_layers, 3))
         return

@@ -87,7 +87,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
             cached, iiet.generate(decoder, ids, attention_mask=mask, max_new_tokens=10)
         )
     if cheaper(decoder):
-        draft = model.with_schedule("0")
+        draft = model.with_schedule(0)
         assert draft.model.embed_tokens is model.model.embed_tokens
         assert draft.config is not model.config
         plain = model.generate(ids[:1])
@@ -125,7 +125,7 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
     whole = torch.cat([model(part, cache=cache).logits for part in parts], 1)
     torch.testing.assert_close(whole, decoder(ids), rtol=1e-11, atol=1e-11)
     assert len(cache.layers) == 3 + 2 + 0 + 3
-    student = model.with_schedule("0,5,0")  # It makes as many evaluations.
+    student = model.with_schedule((0, 5, 0))  # It makes as many evaluations.
     with pytest.raises(ValueError, match="filled by another model or iteration schedule"):
         student(ids[:, :1], cache=cache)
     cache.reset()
@@ -214,11 +214,14 @@ def test_a_llama_and_its_copies_answer_alike(tied):
 def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     decoder, ids = make_model(tie_embeddings=tied, dtype=torch.float32), tokens(2, 9) % 10
     decoder.save(tmp_path / "first")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections="1,0*2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
     assert torch.equal(model(ids).logits, model.with_schedule((1, 0, 0))(ids).logits)
     torch.testing.assert_close(
         model(ids).logits, decoder(ids, schedule=IterationSchedule((1, 0, 0)))
     )
+    for wrong in ((1, 0), (1, 0, -1), "1,0,0", 0.5):
+        with pytest.raises(ValueError, match="corrections must be"):
+            model.with_schedule(wrong)
     before = model(ids).logits
     model.resize_token_embeddings(20, mean_resizing=False)
     torch.testing.assert_close(model(ids).logits, before[..., :20])
@@ -257,7 +260,7 @@ with torch.no_grad():
     again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
     options = dict(max_new_tokens=9, do_sample=False, min_new_tokens=9)
     cached = model.generate(ids[:1], **options)
-    drafted = model.generate(ids[:1], assistant_model=model.with_schedule("0"), **options)
+    drafted = model.generate(ids[:1], assistant_model=model.with_schedule(0), **options)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 lm = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", logits_cache=False)
 request = Instance(
@@ -310,9 +313,7 @@ def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
         pass
 
     monkeypatch.setitem(METHODS.own, "local", Local)
-    with pytest.raises(
-        ValueError, match=r"'local' of another package .* does not set modeling_file"
-    ):
+    with pytest.raises(ValueError, match=r"'local' of another package .* have no modeling_file"):
         export(make_model("local"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)

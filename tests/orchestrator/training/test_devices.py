@@ -189,7 +189,7 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(world, method, precisi
     decoder = make_decoder(method)
     decoder.activation_checkpointing = checkpointing
     shard(decoder, world, precision=precision)
-    num_runs = decoder.method.num_runs(decoder.schedule)
+    num_runs = decoder.method.facts.num_runs(decoder.schedule)
     for _ in range(2):
         # Each layer forward and backward, in each run of the stack, and once what belongs to none.
         counts = step(decoder, world, precision)
