@@ -182,7 +182,7 @@ def step_costs(
     A pass takes as long as its bytes and, at the device's rate, its FLOPs together. The step has
     `batch_size` rows and sees `num_tokens` tokens.
     """
-    weight = model.embedding.weight
+    weight = model.model.embed_tokens.weight
     rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
     def counted(config: ModelConfig) -> tuple[float, float]:
@@ -211,7 +211,7 @@ class _Draft:
         self.name, self._decoder = name, decoder
         self.num_tried = self._num_kept = self._num_held = 0
         rows, num_tokens = cache.batch_size, cache.max_tokens
-        is_own = decoder.layers is model.layers
+        is_own = decoder.model is model.model
         self._is_view = is_own and decoder.schedule.is_within(model.schedule)
         if self._is_view:
             self._cache = cache.view(decoder.config)

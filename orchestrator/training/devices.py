@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.layers import initial_weights
-from iiet.mix import Mix
+from iiet.methods.implicit_euler import MixedLayer
 from orchestrator.models.open import has_bf16, load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.dropping import drop_layers
@@ -149,10 +149,11 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         )
     # FSDP warns that views of outputs may be modified in place; ours never are.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    matrices = {p for field in decoder.fields for p in field.parameters() if p.ndim > 1}
+    layers: Any = decoder.model.layers
+    matrices = {p for layer in layers for p in layer.field_parameters() if p.ndim > 1}
     # A unit has one dtype. The root comes first: it would not look into layers that are units.
     fully_shard(decoder, mesh=mesh, ignored_params=matrices)
-    for layer in decoder.layers:
+    for layer in layers:
         others = set(layer.parameters()) - matrices
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=others)
 
@@ -178,7 +179,7 @@ def pass_of_several(
 def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
     def keep_weights(*, forward: bool, backward: bool) -> None:
         model.set_reshard_after_backward(not backward)
-        for layer in model.layers:  # The root never gives up its own after a forward pass.
+        for layer in model.model.layers:  # The root never gives up its own after a forward pass.
             layer.set_reshard_after_forward(not forward, recurse=False)
 
     keep_weights(forward=True, backward=not is_last)
@@ -379,9 +380,8 @@ def compile_layers(
 
         return run
 
-    for field in decoder.fields:
-        # Compile the method, not the module: the hooks of sharding stay outside the graph.
-        field.forward = compiled(field.forward)
-    for module in decoder.modules():
-        if isinstance(module, Mix):
-            module.add_terms = compiled(module.add_terms)  # type: ignore[method-assign]
+    layers: Any = decoder.model.layers
+    for layer in layers:
+        layer.field = compiled(layer.field)
+        if isinstance(layer, MixedLayer):
+            layer.mix.add_terms = compiled(layer.mix.add_terms)  # type: ignore[method-assign]

@@ -28,20 +28,13 @@ def test_sums_are_those_of_all_estimates(num_estimates):
         torch.testing.assert_close(total.plus(own, torch.float64), expected)
 
 
-class SameField(torch.nn.Module):
-    """Stands for a field; it makes no operations."""
-
-    def forward(self, x, context, slot):
-        return x
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("num_corrections", [0, 1, 3])
 def test_sums_over_earlier_estimates_are_computed_once_per_layer(num_corrections):
     """Each further correction adds one term; a layer without corrections computes no points."""
     decoder = Decoder(preset("tiny", num_layers=4, schedule=num_corrections))
-    for layer in decoder.layers:
-        layer.field = SameField()
+    for layer in decoder.model.layers:
+        layer.field = lambda x, _context, _slot: x  # A field that makes no operations.
     with SeenOperations() as seen:
         for _ in decoder.hidden_states(torch.randn(1, 2, 128)):
             pass
