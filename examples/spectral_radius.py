@@ -50,7 +50,7 @@ def correction_maps(decoder: Decoder, input_ids: Tensor) -> dict[int, tuple[Step
                 seen.estimate - seen.residual
             )  # What the last correction starts from.
 
-    hooks = [layer.register_forward_pre_hook(note_inputs) for layer in decoder.layers]
+    hooks = [layer.register_forward_pre_hook(note_inputs) for layer in decoder.model.layers]
     maps = {}
     with torch.no_grad(), plain_formulas():
         decoder(input_ids, observe=observe, last_only=True)

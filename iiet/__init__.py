@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from iiet.pruning import schedule_family as schedule_family
     from iiet.pruning import spread_over_cost as spread_over_cost
     from iiet.published import decoder_from_published as decoder_from_published
-    from iiet.published import published_from_decoder as published_from_decoder
     from iiet.schedule import IterationSchedule as IterationSchedule
     from iiet.speculative import DraftRecord as DraftRecord
     from iiet.static_steps import StaticSteps as StaticSteps
@@ -68,7 +67,7 @@ _NAMES_OF_MODULE = {
         "FamilyMember InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
         "schedule_family spread_over_cost"
     ),
-    "published": "decoder_from_published published_from_decoder",
+    "published": "decoder_from_published",
     "schedule": "IterationSchedule",
     "speculative": "DraftRecord",
     "static_steps": "StaticSteps",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iiet.checks import check_rules, is_nan, is_number_from
 from iiet.config import ModelConfig
@@ -198,7 +198,8 @@ def _counted_sizes(config: ModelConfig) -> _Sizes:
 
     with torch.device("meta"):
         decoder = Decoder(config)
-    field = list(decoder.fields[0].parameters())
+    first_layer: Any = decoder.model.layers[0]
+    field = list(first_layer.field_parameters())
     return _Sizes(
         all=sum(p.numel() for p in decoder.parameters()),
         of_method=sum(p.numel() for p in decoder.method_parameters().values()),

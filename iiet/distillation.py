@@ -61,16 +61,17 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """Copy a model for teaching: own storage, eval mode, no gradients.
 
-    A `forward` that was compiled or wrapped on the original is dropped; the copy may be compiled
-    again.
+    A `forward`, or a layer's `field`, that was compiled or wrapped on the original is dropped; the
+    copy may be compiled again.
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
         # A copied function still calls the original module; a copied bound method calls the copy.
         # The result of `torch.compile(module)` builds its function again when copied.
-        is_function = isinstance(vars(module).get("forward"), FunctionType)
-        if is_function and "_orig_mod" not in module._modules:
-            del module.forward
+        for name in ("forward", "field"):
+            is_function = isinstance(vars(module).get(name), FunctionType)
+            if is_function and "_orig_mod" not in module._modules:
+                delattr(module, name)
     return teacher.requires_grad_(False).eval()
 
 

@@ -71,7 +71,7 @@ def export(
         )
         end = tokenizer.eos_token_id
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
-    dtype = str(decoder.embedding.weight.dtype).removeprefix("torch.")
+    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
     decoder.save(folder, dtype=dtype, **names, **(token_ids or {}))
     shutil.copyfile(code, folder / CODE)

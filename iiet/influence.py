@@ -104,7 +104,7 @@ class MeasuredBatch:
                 size = self.mean(_relative_size, seen.residual, seen.estimate)
                 residuals[seen.layer].append(size)
 
-        before: Tensor = self.decoder.embedding(self.batch.input_ids)
+        before: Tensor = self.decoder.model.embed_tokens(self.batch.input_ids)
         for after in self.decoder.hidden_states(before, observe=observe):
             layers.append(self.mean(_cosine_distance, before, after))
             before = after

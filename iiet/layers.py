@@ -1,11 +1,15 @@
 """The field of a layer: one pre-norm Llama block, a function from hidden states to hidden states.
 
-    u    = x + attention(norm1(x))
-    F(x) = u + feed_forward(norm2(u))
+    u    = x + self_attn(input_layernorm(x))
+    F(x) = u + mlp(post_attention_layernorm(u))
 
 Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other
 method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
-of cost. These are the plain formulas; `iiet.fast` replaces some of them on CPUs.
+of cost. Modules have the names that they have in transformers' Llama, so weights do, too.
+
+A decoding step on a CPU has a form of its own, `Block.field_of_one_token`. Each weight is read once
+there, which evicts the interpreter from the processor's cache, so each operation, view and module
+call costs several times as much: it makes few of them, and its products run at memory's speed.
 
 Source: Touvron et al. 2023 (Llama); rotary embedding, Su et al. 2021 (RoFormer, section 3.2);
 grouped key/value heads as in Ainslie et al. 2023; SwiGLU, Shazeer 2020.
@@ -25,11 +29,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from iiet.arithmetic import HALF, needs_all_derivatives
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
+from iiet.fast import (
+    add_few_rows_product,
+    can_use_fast_linear,
+    few_rows_product,
+    gated_product,
+    is_bare,
+    normalize_few_rows,
+    rotate_in_place,
+)
 
 __all__ = [
     "Attention",
+    "Block",
     "FeedForward",
-    "Field",
     "PassContext",
     "RMSNorm",
     "Rope",
@@ -134,67 +147,62 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions.
-
-    One matrix makes queries, keys and values.
-    """
-
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, dim + 2 * num_kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
-        """Attend within `x` and to the tokens in the cache's `slot`."""
-        queries, keys, values = self.heads(x, context.rope)
-        if slot is not None and context.cache is not None:
-            keys, values = context.cache.update(keys, values, slot)
-        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
-
-    def heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
-        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        heads = self.qkv(x).view(x.size(0), x.size(1), -1, self.head_dim)
-        turned, values = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 2)
-        queries, keys = rotate(turned, *rope).split_with_sizes([num_heads, num_kv_heads], 2)
-        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """Map (batch, time, dim) to (batch, time, dim), each token by itself: `down(silu(gate) * up)`.
-
-    One matrix makes gate and up.
-    """
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
-        self.down = nn.Linear(ffn_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the network."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        result: Tensor = self.down(F.silu(gate) * up)
-        return result
-
-
-class Field(nn.Module):
-    """One layer's block."""
+    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        dim, eps = config.dim, config.rms_norm_eps
-        self.attention_norm = RMSNorm(dim, eps=eps)
-        self.attention = Attention(dim, config.num_heads, config.num_kv_heads)
-        self.feed_forward_norm = RMSNorm(dim, eps=eps)
-        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+        """Attend within `x` and to the tokens in the cache's `slot`."""
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        queries = rotate(self.q_proj(x).view(by_head), *context.rope).transpose(1, 2)
+        keys = rotate(self.k_proj(x).view(by_head), *context.rope).transpose(1, 2)
+        values = self.v_proj(x).view(by_head).transpose(1, 2)
+        if slot is not None and context.cache is not None:
+            keys, values = context.cache.update(keys, values, slot)
+        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
+        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class FeedForward(nn.Module):
+    """Map (batch, time, dim) to the same by `down(silu(gate) * up)`, each token by itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the network."""
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        if can_use_fast_linear(self.down_proj, x):
+            return gated_product(gate, up, self.down_proj.weight)
+        result: Tensor = self.down_proj(F.silu(gate) * up)
+        return result
+
+
+class Block(nn.Module):
+    """The modules of one layer's block, and the field that they make."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def field(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
         """Evaluate F(x), (batch, time, dim) to (batch, time, dim).
 
         Args:
@@ -202,9 +210,65 @@ class Field(nn.Module):
             context: what all evaluations of this pass share.
             slot: the cache slot of this evaluation; None without a cache.
         """
-        u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        result: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
+        if context.is_token_step:
+            return self.field_of_one_token(x, context, slot)
+        u: Tensor = x + self.self_attn(self.input_layernorm(x), context, slot)
+        result: Tensor = u + self.mlp(self.post_attention_layernorm(u))
         return result
+
+    def field_of_one_token(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+        """Do `field` for one token per row, (batch, 1, dim), with a cache.
+
+        It reads weights instead of calling modules, so the block must be bare (`is_bare`).
+        """
+        assert slot is not None
+        assert context.cache is not None
+        attention = self.self_attn
+        num_rows = len(x)
+        normed = normalize_few_rows(x, self.input_layernorm)
+        queries = few_rows_product(normed, attention.q_proj, num_rows)
+        keys = few_rows_product(normed, attention.k_proj, num_rows)
+        values = few_rows_product(normed, attention.v_proj, num_rows)
+        # With one token, heads before time is the same memory as time before heads.
+        heads = torch.cat([queries, keys, values], -1).view(num_rows, -1, 1, attention.head_dim)
+        num_heads = attention.num_heads
+        num_kv_heads = attention.num_kv_heads
+        rotate_in_place(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
+        held = context.cache.append(heads.narrow(1, num_heads, 2 * num_kv_heads), slot)
+        mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
+        u = add_few_rows_product(x, mixed, attention.o_proj, num_rows)
+        normed = normalize_few_rows(u, self.post_attention_layernorm)
+        gate = few_rows_product(normed, self.mlp.gate_proj, num_rows)
+        up = few_rows_product(normed, self.mlp.up_proj, num_rows)
+        return add_few_rows_product(u, F.silu(gate).mul_(up), self.mlp.down_proj, num_rows)
+
+    def is_bare(self) -> bool:
+        """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the
+        field itself, was replaced, wrapped or hooked."""
+        if "field" in self.__dict__ or type(self).field is not Block.field:
+            return False
+        for name, kind in _KINDS.items():
+            module = self._modules[name]  # Attribute access would take three times as long.
+            if module is None or not is_bare(module, kind):
+                return False
+            for linear in module._modules.values():
+                if linear is None or not is_bare(linear, nn.Linear):
+                    return False
+        return True
+
+    def field_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the block, without what a method adds to the layer."""
+        for name in _KINDS:
+            yield from getattr(self, name).parameters()
+
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "input_layernorm": RMSNorm,
+    "self_attn": Attention,
+    "post_attention_layernorm": RMSNorm,
+    "mlp": FeedForward,
+}
+"""The modules of a block."""
 
 
 def attend(

@@ -166,7 +166,7 @@ class Pass(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions; one matrix makes queries, keys and values."""
+    """Causal attention with rotary positions."""
 
     is_causal = True
 
@@ -175,50 +175,35 @@ class Attention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        kv_size = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: Pass) -> Tensor:
         """Attend within `x`, (batch, time, dim), and to the tokens in the cache's next slot."""
-        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
-        queries, keys, values = heads.split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
-        )
-        queries, keys = rotate(queries, *call.rope), rotate(keys, *call.rope)
-        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        queries = rotate(self.q_proj(x).view(by_head), *call.rope).transpose(1, 2)
+        keys = rotate(self.k_proj(x).view(by_head), *call.rope).transpose(1, 2)
+        values = self.v_proj(x).view(by_head).transpose(1, 2)
         if call.cache is not None:
             keys, values = call.cache.update(keys, values, next(call.slots))
         mixed, _ = sdpa_attention_forward(self, queries, keys, values, call.mask)
-        return self.out(mixed.reshape(x.shape))
+        return self.o_proj(mixed.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: `down(silu(gate) * up)`; one matrix makes gate and up."""
+    """SwiGLU: `down(silu(gate) * up)`."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-class Field(nn.Module):
-    """u = x + attention(norm(x)); F(x) = u + feed_forward(norm(u))."""
-
-    def __init__(self, config: IIETConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x: Tensor, call: Pass) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), call)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -272,7 +257,7 @@ class Mix(KeepsFloat32):
 
 
 class Layer(GradientCheckpointingLayer):
-    """Base of all methods: a field, and what the method learns for this layer.
+    """Base of all methods: a Llama block, and what the method learns for this layer.
 
     `forward` takes the hidden state and, where the method `has_mix`, the estimates of all earlier
     layers, each (batch, time, dim).
@@ -292,13 +277,21 @@ class Layer(GradientCheckpointingLayer):
 
     def __init__(self, config: IIETConfig, index: int) -> None:
         super().__init__()
-        self.field = Field(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
         self.index = index
         self.chosen = {**self.options, **(config.method_options or {})}
         self.build(config)
 
     def build(self, config: IIETConfig) -> None:
-        """Make what the layer has beside its field."""
+        """Make what the layer has beside its block."""
+
+    def field(self, x: Tensor, call: Pass) -> Tensor:
+        """Evaluate F(x), (batch, time, dim)."""
+        x = x + self.self_attn(self.input_layernorm(x), call)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class ExplicitEuler(Layer):
@@ -502,6 +495,21 @@ LAYERS: dict[str, type[Layer]] = {
 """Methods by the names of the papers."""
 
 
+class Backbone(nn.Module):
+    """All of a model but its head."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        method = LAYERS[config.method]
+        order = method.predictor_order
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            method(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.shared = MovingAverageRungeKutta(config, order) if order else None
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     """Embed, advance L times, norm, logits.
 
@@ -512,7 +520,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = IIETConfig
     config: IIETConfig
     base_model_prefix = "model"
-    _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # Layers read each other's estimates, so a model stays on one device.
@@ -523,19 +530,12 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: IIETConfig) -> None:
         config.check()
         super().__init__(config)
-        method = LAYERS[config.method]
-        if method.has_corrections:
+        if LAYERS[config.method].has_corrections:
             config.corrections = list(config.schedule)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            method(config, index) for index in range(config.num_hidden_layers)
-        )
-        order = method.predictor_order
-        self.shared = MovingAverageRungeKutta(config, order) if order else None
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = None
+        self.model = Backbone(config)
+        self.lm_head = None
         if not config.tie_word_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -567,7 +567,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         check_attention(self.config._attn_implementation, output_attentions)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        hidden: Any = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden: Any = inputs_embeds
+        if inputs_embeds is None:
+            hidden = self.model.embed_tokens(input_ids)
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -597,23 +599,26 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         states, estimates = [hidden], [at_least_float32(hidden)] if method.has_mix else []
         for _ in range(1 + max(schedule) if method.repeats_stack else 1):
             del states[1:]
-            for layer, corrections in zip(self.layers, schedule, strict=True):
+            for layer, corrections in zip(self.model.layers, schedule, strict=True):
                 hidden, estimate = layer(
                     hidden,
                     *estimates,
                     evaluate=partial(layer.field, call=call),
                     corrections=corrections,
-                    shared=self.shared,
+                    shared=self.model.shared,
                 )
                 states.append(hidden)
                 if method.has_mix:
                     estimates.append(estimate)
 
-        hidden = self.norm(hidden)
+        hidden = self.model.norm(hidden)
         if not isinstance(logits_to_keep, Tensor):
             logits_to_keep = slice(-(logits_to_keep or 0), None)
         kept = hidden[:, logits_to_keep]
-        logits = F.linear(kept, self.embedding.weight) if self.head is None else self.head(kept)
+        if self.lm_head is None:
+            logits = F.linear(kept, self.model.embed_tokens.weight)
+        else:
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -661,10 +666,10 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.head
+        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.head = value
+        self.lm_head = value
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -182,7 +182,7 @@ def step_costs(
     A pass takes as long as its bytes and, at the device's rate, its FLOPs together. The step has
     `batch_size` rows and sees `num_tokens` tokens.
     """
-    weight = model.embedding.weight
+    weight = model.model.embed_tokens.weight
     rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
     def counted(config: ModelConfig) -> tuple[float, float]:
@@ -214,7 +214,7 @@ class _Draft:
         self._decoder = decoder
         rows = cache.batch_size
         num_tokens = cache.max_tokens
-        has_same_weights = decoder.layers is model.layers
+        has_same_weights = decoder.model is model.model
         self._is_filled = has_same_weights and decoder.schedule.is_within(model.schedule)
         if self._is_filled:
             self._cache = cache.view(decoder.config)

@@ -1,4 +1,4 @@
-"""A model folder: `config.json` with transformers' names, and `model.safetensors` with ours.
+"""A model folder: `config.json` and `model.safetensors`, with transformers' names.
 
 Checkpoints, exports and imported models are such folders with more files. Loading refuses
 non-finite values and names the tensor: one NaN makes every output NaN, which does not show where it

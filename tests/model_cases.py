@@ -13,7 +13,6 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
-from iiet.published import _to_published
 from iiet.schedule import IterationSchedule
 
 VOCAB = 31
@@ -124,9 +123,3 @@ def assert_same(found: Gradients, expected: Gradients, **tolerance: float) -> No
     for name, gradient in found.items():
         assert (gradient is None) == (expected[name] is None), name
         torch.testing.assert_close(gradient, expected[name], **(tolerance or EXACT))
-
-
-def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Return the gradients, where there are any, under the published names of the weights."""
-    found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
-    return _to_published(decoder.config, found)

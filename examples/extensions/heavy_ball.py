@@ -32,7 +32,7 @@ class HeavyBall(Layer):
 
     facts = MethodFacts(Options=HeavyBallOptions, counts=counts)
 
-    def build(self, dim, layer_norm_eps):
+    def build(self, config):
         self.momentum = nn.Parameter(torch.empty(1)) if self.index > 0 else None
         self.reset_parameters()
 

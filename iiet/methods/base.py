@@ -1,8 +1,9 @@
 """A method is a kind of layer: a rule by which a layer advances the hidden state with its field.
 
-A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
-passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. What it costs beside its field is stated, not measured (`iiet.facts`).
+A layer is a Llama block, whose field it evaluates, and what the method learns for it (norms, rows
+of the mix, gates). State is passed, never kept: a layer gets the hidden state and what earlier
+layers left, and returns both for the next one. What it costs beside its field is stated, not
+measured (`iiet.facts`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iiet.config import ModelConfig
 from iiet.facts import MethodFacts
-from iiet.layers import PassContext
+from iiet.layers import Block, PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
@@ -114,34 +116,28 @@ class Evaluate:
         return output
 
 
-class Layer(nn.Module, ABC):
+class Layer(Block, ABC):
     """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
-        layer_field: the layer's block, an `iiet.layers.Field`.
+        config: sizes, and the options of the method.
         index: the layer, the first being 0.
-        dim: width of the hidden state.
-        layer_norm_eps: epsilon of the method's LayerNorms.
-        options: an instance of the method's `Options`.
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts()
     """What is known of the method beside its formula."""
 
-    def __init__(
-        self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
-    ) -> None:
-        super().__init__()
-        self.field = layer_field
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config)
         self.index = index
-        self.options = options
-        self.build(dim, layer_norm_eps)
+        self.options = config.options
+        self.build(config)
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make the modules and parameters that the layer has beside its field."""
+    def build(self, config: ModelConfig) -> None:
+        """Make the modules and parameters that the layer has beside its block."""
 
     @classmethod
-    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module | None:
+    def make_shared(cls, config: ModelConfig) -> nn.Module | None:
         """Make the module that all layers share; None for nothing."""
         return None
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
+from iiet.config import ModelConfig
 from iiet.facts import facts_of
 from iiet.methods.base import Advance, Evaluate, Layer
 
@@ -131,8 +132,8 @@ class GatedRK2(ExplicitRK2):
 
     facts = facts_of("ode_rk2_gated")
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:  # noqa: ARG002
-        self.gate = nn.Linear(2 * dim, 1)
+    def build(self, config: ModelConfig) -> None:
+        self.gate = nn.Linear(2 * config.dim, 1)
 
     def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
         gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))

@@ -6,8 +6,6 @@ Damping as in Bai et al. 2019 (deep equilibrium models), the truncated backward 
 backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 """
 
-# ruff: noqa: ARG003 - all methods share their signatures
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from iiet.arithmetic import KeepsFloat32, at_least_float32
+from iiet.config import ModelConfig
 from iiet.facts import facts_of
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
@@ -32,9 +31,9 @@ __all__ = [
 class MixedLayer(Layer):
     """Base of the methods that read the earlier layers' estimates."""
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
-        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+    def build(self, config: ModelConfig) -> None:
+        self.prediction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
+        self.correction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
         self.mix = Mix(self.index)
 
     @classmethod
@@ -99,8 +98,8 @@ class ImplicitEuler(MixedLayer):
 
     facts = facts_of("iiet")
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        super().build(dim, layer_norm_eps)
+    def build(self, config: ModelConfig) -> None:
+        super().build(config)
         options = self.options
         self.damping = nn.Parameter(torch.empty(1)) if options.learn_damping else None
         self.reinjection = nn.Parameter(torch.empty(1)) if options.reinject_prediction else None
@@ -153,9 +152,11 @@ class MovingAverageRungeKutta(KeepsFloat32):
     The norms R_j of at most `order` stages and the learned a are shared by all layers.
     """
 
-    def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
+    def __init__(self, config: ModelConfig, order: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
+        self.norms = nn.ModuleList(
+            EstimateNorm(config.dim, eps=config.layer_norm_eps) for _ in range(order)
+        )
         self.alpha = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
@@ -198,8 +199,8 @@ class PredictorCorrectorRK2(MixedLayer):
     """Order of the predictor at the full level, and the number of its evaluations."""
 
     @classmethod
-    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
-        return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
+    def make_shared(cls, config: ModelConfig) -> nn.Module:
+        return MovingAverageRungeKutta(config, cls.order)
 
     def advance(
         self,

@@ -147,10 +147,11 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         )
     # FSDP warns that views of outputs may be modified in place; ours never are.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    matrices = {p for field in decoder.fields for p in field.parameters() if p.ndim > 1}
+    layers: Any = decoder.model.layers
+    matrices = {p for layer in layers for p in layer.field_parameters() if p.ndim > 1}
     # A unit has one dtype. The root comes first: it would not look into layers that are units.
     fully_shard(decoder, mesh=mesh, ignored_params=matrices)
-    for layer in decoder.layers:
+    for layer in layers:
         others = set(layer.parameters()) - matrices
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=others)
 
@@ -176,7 +177,7 @@ def pass_of_several(
 def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
     def keep_weights(*, forward: bool, backward: bool) -> None:
         model.set_reshard_after_backward(not backward)
-        for layer in model.layers:  # The root never gives up its own after a forward pass.
+        for layer in model.model.layers:  # The root never gives up its own after a forward pass.
             layer.set_reshard_after_forward(not forward, recurse=False)
 
     keep_weights(forward=True, backward=not is_last)
@@ -375,6 +376,6 @@ def compile_fields(
 
         return run
 
-    for field in decoder.fields:
-        # Compile the method, not the module: the hooks of sharding stay outside the graph.
-        field.forward = compiled(field.forward)
+    layers: Any = decoder.model.layers
+    for layer in layers:
+        layer.field = compiled(layer.field)

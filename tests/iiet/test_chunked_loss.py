@@ -114,12 +114,12 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss):
 
 
 def adapted(decoder: Decoder) -> None:
-    adapter = nn.Sequential(decoder.head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
-    decoder.head = adapter
+    adapter = nn.Sequential(decoder.lm_head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
+    decoder.lm_head = adapter
 
 
 def hooked(decoder: Decoder) -> None:
-    decoder.head.register_forward_hook(lambda *_: None)
+    decoder.lm_head.register_forward_hook(lambda *_: None)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -141,17 +141,17 @@ def test_second_derivatives_exist_with_plain_formulas():
         loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
         slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         sum(slope.square().sum() for slope in slopes if slope is not None).backward()
-    assert decoder.embedding.weight.grad is not None
+    assert decoder.model.embed_tokens.weight.grad is not None
     loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
     with pytest.raises(RuntimeError, match="plain_formulas"):
-        torch.autograd.grad(loss, decoder.norm.weight, create_graph=True)
+        torch.autograd.grad(loss, decoder.model.norm.weight, create_graph=True)
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
 def test_frozen_weights_get_no_gradient(frozen):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
+    is_trained = {"embedding": decoder.model.layers, "all but the head": decoder.lm_head}[frozen]
     decoder.requires_grad_(False)
     is_trained.requires_grad_()
     expected = value_and_gradients(decoder, batch_cross_entropy(decoder(batch.input_ids), batch))

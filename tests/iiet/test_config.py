@@ -100,7 +100,7 @@ def test_weights_start_as_configured():
             assert abs(parameter.mean().item()) < 1e-3, name
         elif name.endswith("bias"):
             assert not parameter.any(), name
-    assert "head.weight" in dict(decoder.named_parameters())
+    assert "lm_head.weight" in dict(decoder.named_parameters())
 
 
 def test_plain_values_hold_only_options_that_differ_from_the_defaults():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from live_tensors import LiveTensors
 from model_cases import schedule_for
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -199,27 +198,20 @@ class KeepsNothing(torch.autograd.Function):
         return grad
 
 
-class FreeField(nn.Module):
-    """A field that keeps nothing for its backward pass."""
-
-    def forward(self, x, context, slot):
-        return KeepsNothing.apply(x)
-
-
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_a_layer_keeps_as_many_tensors_as_are_counted(method, options):
     config = wide(method, **options)
     decoder, kind = Decoder(config), METHODS[method]
-    for layer in decoder.layers:
-        layer.field = FreeField()
+    for layer in decoder.model.layers:
+        layer.field = lambda x, _context, _slot: KeepsNothing.apply(x)
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with LiveTensors(decoder) as live:
         hidden = torch.randn(BATCH, TIME, DIM, requires_grad=True)
         state, hiddens = kind.start(hidden, LAYERS), [hidden]
         kept = []
-        for number, layer in enumerate(decoder.layers):
-            call = LayerCall(config.corrections[number], None, shared=decoder.shared)
+        for number, layer in enumerate(decoder.model.layers):
+            call = LayerCall(config.corrections[number], None, shared=decoder.model.shared)
             before = live.now
             hidden, state = layer(hidden, state, call)
             hiddens.append(hidden)

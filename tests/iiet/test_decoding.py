@@ -68,7 +68,7 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
         def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
             return found * math.nan if next(passes) == bad_pass else found
 
-        decoder.norm.register_forward_hook(spoil)
+        decoder.model.norm.register_forward_hook(spoil)
         with pytest.raises(LogitsNotFinite, match="logits are not finite"):
             generate(decoder, PROMPT, max_new_tokens=20, draft=draft, **settings)
 

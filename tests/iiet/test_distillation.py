@@ -66,14 +66,14 @@ def test_the_teacher_shares_nothing_that_the_optimizer_touches():
 
 
 def compiled_fields(decoder):
-    for field in decoder.fields:
-        field.forward = torch.compile(field.forward, backend="eager")
+    for layer in decoder.model.layers:
+        layer.field = torch.compile(layer.field, backend="eager")
     return decoder
 
 
 def wrapped_fields(decoder):
-    for field in decoder.fields:
-        field.forward = (lambda forward: lambda *args: forward(*args))(field.forward)
+    for layer in decoder.model.layers:
+        layer.field = (lambda field: lambda *args: field(*args))(layer.field)
     return decoder
 
 

@@ -195,14 +195,14 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
     places = [(layer, k) for layer, count in enumerate(claimed) for k in range(count)]
     outputs, inputs = decoder.evaluations(ids), decoder.evaluations(ids, inputs=True)
     assert sorted(outputs) == sorted(inputs) == places
-    torch.testing.assert_close(inputs[0, 0], decoder.embedding(ids))
+    torch.testing.assert_close(inputs[0, 0], decoder.model.embed_tokens(ids))
     logits, hidden = decoder(ids, return_hidden=True)
     assert len(hidden) == decoder.config.num_layers
     torch.testing.assert_close(decoder.logits(hidden[-1]), logits)
     torch.testing.assert_close(decoder(ids, last_only=True), logits[:, -1:])
     calls = []
-    for field in decoder.fields:
-        field.register_forward_hook(lambda *_: calls.append(None))
+    for layer in decoder.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(None))
     decoder(ids)
     assert len(calls) == sum(claimed)
 
@@ -254,10 +254,13 @@ def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decode
     own = iiet.method_parameters()
     vanilla.load_state_dict({n: w for n, w in iiet.state_dict().items() if n not in own})
     with torch.no_grad():
-        for layer, plain in zip(iiet.layers, vanilla.layers, strict=True):
+        for layer, plain in zip(iiet.model.layers, vanilla.model.layers, strict=True):
             layer.mix.outer.zero_()[-1] = 1.0
-            norm = layer.prediction_norm
-            plain.field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
+            plain.register_forward_hook(
+                lambda _layer, _inputs, result, norm=layer.prediction_norm: result._replace(
+                    hidden=norm(result.hidden)
+                )
+            )
         torch.testing.assert_close(iiet(tokens(2, TIME)), vanilla(tokens(2, TIME)), **NEAR)
 
 
@@ -269,7 +272,7 @@ def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights
     deep.load_state_dict(
         {name: w for name, w in looped.state_dict().items() if "layers" not in name}, strict=False
     )
-    deep.layers = torch.nn.ModuleList([*looped.layers] * (1 + r))
+    deep.model.layers = torch.nn.ModuleList([*looped.model.layers] * (1 + r))
     logits, hidden = looped(tokens(2, TIME), return_hidden=True)
     expected, deep_hidden = deep(tokens(2, TIME), return_hidden=True)
     assert torch.equal(logits, expected)
@@ -285,15 +288,12 @@ def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights
 def test_order_of_convergence(method, order, z):
     """Halving the step of `x' = z x` divides the error of one step by `2^(order + 1)`."""
 
-    class Linear(torch.nn.Module):
-        def forward(self, x, context, slot):
-            return x + self.z * x
-
     decoder = make_model(method, (0,))
-    decoder.layers[0].field = field = Linear()
+    (layer,) = decoder.model.layers
     errors = []
-    for field.z in (2 * z, z):
+    for step in (2 * z, z):
+        layer.field = lambda x, _context, _slot, step=step: x + step * x
         ones = torch.ones(1, 1, decoder.config.dim, dtype=torch.float64)
         (hidden,) = decoder.hidden_states(ones)
-        errors.append(abs(hidden[0, 0, 0].item() - math.exp(field.z)))
+        errors.append(abs(hidden[0, 0, 0].item() - math.exp(step)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.05)

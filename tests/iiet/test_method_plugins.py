@@ -47,7 +47,7 @@ class RelaxedEuler(Layer):
         Options=RelaxedOptions, modeling_file="modeling_relaxed.py", num_evaluations=2
     )
 
-    def build(self, dim, layer_norm_eps):
+    def build(self, config):
         self.gain = nn.Parameter(torch.ones(1))
 
     def reset_parameters(self):
@@ -96,7 +96,7 @@ from transformers import AutoModelForCausalLM
 expected = load_file(sys.argv[1] + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 difference = (model(expected["ids"]).logits - expected["logits"]).abs().max().item()
-print(json.dumps([type(model.layers[0]).__name__, difference]))
+print(json.dumps([type(model.model.layers[0]).__name__, difference]))
 """
 
 

@@ -6,43 +6,33 @@ Orders of convergence are in `test_laws.py`, where stages lie in `test_plain_for
 import pytest
 import torch
 
+from iiet import METHODS, preset
 from iiet.methods.base import LayerCall
-from iiet.methods.explicit import GatedRK2
-from iiet.methods.implicit_euler import ImplicitEuler, fixed_point
+from iiet.methods.implicit_euler import fixed_point
 from iiet.mix import start
 
 DIM = 8
 
 
-class FieldOf(torch.nn.Module):
-    """A field that is any given function of the hidden state."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x, _context, _slot):
-        return self.function(x)
-
-
-def layer_of(method, function):
-    """The first layer of a model of one layer, in float64."""
-    options = method.facts.Options()
-    field = FieldOf(function)
-    return method(field, 0, dim=DIM, layer_norm_eps=1e-5, options=options).double()
+def layer_of(method, function=None):
+    """The first layer of a model of one layer, in float64; its field is a function of x."""
+    config = preset("tiny", method=method, dim=DIM, num_heads=2, num_kv_heads=2, ffn_dim=4)
+    layer = METHODS[method](config, 0).double()
+    layer.field = lambda x, _context, _slot: function(x)
+    return layer
 
 
 @torch.no_grad()
 def growth(layer, z):
     """One layer on `x' = z x`, whose field with the residual inside is `F(x) = x + z x`."""
-    layer.field.function = lambda x: x + z * x
+    layer.field = lambda x, _context, _slot: x + z * x
     ones = torch.ones(1, 1, DIM, dtype=torch.float64)
     return float(layer(ones, layer.start(ones, 1), LayerCall(0, None)).hidden[0, 0, 0])
 
 
 def test_the_gate_chooses_between_the_stages():
     """A gate at one takes the first stage alone, Euler; at zero the second; an open one both."""
-    gated = layer_of(GatedRK2, None)
+    gated = layer_of("ode_rk2_gated")
     torch.nn.init.zeros_(gated.gate.weight)
     z = 0.3
     for bias, expected in ((50.0, 1 + z), (-50.0, 1 + z * (1 + z)), (0.0, 1 + z + z**2 / 2)):
@@ -75,7 +65,7 @@ def test_corrections_converge_to_the_implicit_solution():
     torch.manual_seed(0)
     matrix = 0.1 * torch.randn(DIM, DIM, dtype=torch.float64)
     embeddings = torch.randn(1, 4, DIM, dtype=torch.float64)
-    layer = layer_of(ImplicitEuler, lambda x: embeddings + torch.tanh(x) @ matrix)
+    layer = layer_of("iiet", lambda x: embeddings + torch.tanh(x) @ matrix)
 
     @torch.no_grad()
     def residual(corrections):

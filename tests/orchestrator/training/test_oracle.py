@@ -39,8 +39,8 @@ def plain_loop(
 ) -> Iterator[float]:
     """Train in place; yield the norm of the gradient of each step, before it is clipped."""
     named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if ".field." in name and p.ndim == 2]
-    others = [p for name, p in named.items() if not (".field." in name and p.ndim == 2)]
+    matrices = [p for name, p in named.items() if "_proj." in name]
+    others = [p for name, p in named.items() if "_proj." not in name]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS)
     order = {"context_length": LENGTH, "seed": SEED, "global_batch": SEQUENCES}
