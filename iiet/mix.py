@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iiet.arithmetic import KeepsFloat32, at_least_float32
+from iiet.layers import KeepsFloat32, at_least_float32
 
 __all__ = ["EstimateNorm", "History", "Mix", "PartialSum"]
 

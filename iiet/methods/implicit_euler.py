@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iiet.arithmetic import KeepsFloat32, at_least_float32
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
+from iiet.layers import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix
@@ -115,24 +115,26 @@ class ImplicitEuler(MixedLayer):
     ) -> Advance:
         point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=num_corrections > 0)
         num_constant = self._num_constant(num_corrections)
+        # What comes before a constant correction is a constant, too.
         with torch.set_grad_enabled(torch.is_grad_enabled() and num_constant == 0):
-            estimate = prediction = evaluate(hidden, norm=self.prediction_norm)
-        if point_sum is not None:
-            earlier = point_sum
-            if self.reinjection is not None:
-                earlier = earlier.with_term(at_least_float32(self.reinjection), prediction)
+            prediction = evaluate(hidden, norm=self.prediction_norm)
+        if point_sum is None:
+            return Advance(hidden_sum.plus(prediction, hidden.dtype), state.followed_by(prediction))
+        points = point_sum
+        if self.reinjection is not None:
+            points = points.with_term(at_least_float32(self.reinjection), prediction)
 
-            def correct(estimate: Tensor) -> Tensor:
-                point = earlier.plus(estimate, hidden.dtype)
-                return evaluate(point, norm=self.correction_norm, previous=estimate)
+        def correct(estimate: Tensor) -> Tensor:
+            point = points.plus(estimate, hidden.dtype)
+            return evaluate(point, norm=self.correction_norm, previous=estimate)
 
-            estimate = fixed_point(
-                correct,
-                prediction,
-                num_corrections,
-                damping=self._damping(),
-                num_constant=num_constant,
-            )
+        estimate = fixed_point(
+            correct,
+            prediction,
+            num_corrections,
+            damping=self._damping(),
+            num_constant=num_constant,
+        )
         return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
 
     def _num_constant(self, num_corrections: int) -> int:

@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from iiet.arithmetic import plain_formulas
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig, preset
 from iiet.cost import inference_cost, layer_counts, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.facts import MethodFacts
+from iiet.fast import plain_formulas
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
