@@ -21,7 +21,6 @@ __all__ = [
     "KeepsFloat32",
     "at_least_float32",
     "fast_forms_allowed",
-    "float32_product",
     "needs_all_derivatives",
     "plain_formulas",
     "product_dtype",
@@ -42,19 +41,6 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
-
-
-def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute `a @ b` in the dtype of both, also under autocast and where a GPU uses TF32."""
-    with torch.autocast(a.device.type, enabled=False):
-        if not a.is_cuda or torch.get_float32_matmul_precision() == "highest":
-            return a @ b
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return a @ b
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 class KeepsFloat32(nn.Module):

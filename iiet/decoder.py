@@ -277,7 +277,7 @@ class Decoder(nn.Module):
             schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
-        state = self.method.start(embeddings, self.config.num_layers)
+        state = self.method.start(embeddings)
         num_runs = self.method.facts.num_runs(schedule)
         for run in range(num_runs):
             for number, layer in enumerate(self.model.layers):
