@@ -69,8 +69,10 @@ class Decoder(nn.Module):
             draw_weights(module, config.initializer_std)
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
-        """Load what `save` wrote, or a checkpoint of the orchestrator.
+    def from_pretrained(
+        cls, folder: str | PathLike[str], dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """Load what `save_pretrained` wrote, or a checkpoint of the orchestrator.
 
         Args:
             folder: holds `config.json` and `model.safetensors`.
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
             ) from None
         return decoder if dtype is None else decoder.to(dtype)
 
-    def save(self, folder: str | PathLike[str], **others: Any) -> None:
+    def save_pretrained(self, folder: str | PathLike[str], **others: Any) -> None:
         """Write `config.json`, perhaps with other values, and `model.safetensors`; makes the
         folder."""
         write_folder(folder, self.config, self.state_dict(), **others)
@@ -177,7 +179,7 @@ class Decoder(nn.Module):
         last_only: bool = False,
         return_hidden: bool = False,
         observe: Observer | None = None,
-        finish: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
     ) -> Any:
         """Compute the logits of each token's successor.
 
@@ -195,7 +197,7 @@ class Decoder(nn.Module):
             return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too;
                 those of the last run where the method repeats the stack.
             observe: called after each field evaluation.
-            finish: called with what would be returned; its result is returned instead. It may get
+            loss_fn: called with what would be returned; its result is returned instead. It may get
                 `LazyLogits`, from which the losses of this package compute logits in chunks.
 
         Returns:
@@ -220,10 +222,10 @@ class Decoder(nn.Module):
             if return_hidden:
                 hiddens.append(hidden)
         last = last[:, -1:] if last_only else last
-        logits = self.logits(last) if finish is None else self._lazy_logits(last)
+        logits = self.logits(last) if loss_fn is None else self._lazy_logits(last)
         answer = (logits, tuple(hiddens)) if return_hidden else (logits,)
-        if finish is not None:
-            return finish(*answer)
+        if loss_fn is not None:
+            return loss_fn(*answer)
         return answer if return_hidden else logits
 
     def loss(self, batch: Batch | Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
@@ -232,7 +234,7 @@ class Decoder(nn.Module):
         """
         known = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
         found: Tensor = self(
-            known.input_ids, schedule=schedule, finish=partial(batch_cross_entropy, batch=known)
+            known.input_ids, schedule=schedule, loss_fn=partial(batch_cross_entropy, batch=known)
         )
         return found
 

@@ -145,7 +145,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ImportError(
-            "Decoder.save and Decoder.load need safetensors, which is not installed; type "
-            "pip install safetensors"
+            "Decoder.save_pretrained and Decoder.from_pretrained need safetensors, which is not "
+            "installed; type pip install safetensors"
         ) from error
     return safetensors

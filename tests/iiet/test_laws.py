@@ -85,8 +85,8 @@ def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
 def test_save_and_load(method, tmp_path):
     options = {"damping": 0.5, "learn_damping": True} if method == "iiet" else None
     decoder = make_model(method, method_options=options, dtype=torch.float32)
-    decoder.save(tmp_path)
-    again = Decoder.load(tmp_path)
+    decoder.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
     assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
     found, expected = again.state_dict(), decoder.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
