@@ -42,7 +42,6 @@ from iiet import (
     KeyValueCache,
     ModelConfig,
     generate,
-    published_from_decoder,
     stream,
 )
 from orchestrator.models.gguf import read_gguf
@@ -73,7 +72,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
             length = prompt_tokens + new_tokens
             config = shaped_config(dim, layers, vocabulary, length, method="vanilla")
             decoder = fresh_decoder(config).eval()
-            llama = llama_of(config, published_from_decoder(decoder))
+            llama = llama_of(config, decoder.state_dict())
         config = decoder.config
         weights = f"weights of {gguf.name}" if gguf else f"{SHAPE}, tied head"
         yield Row(
@@ -123,7 +122,7 @@ def _without_corrections(setup: Setup) -> Iterator[Row]:
 
 
 def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
-    """Return transformers' Llama of a shape, with weights by their published names."""
+    """Return transformers' Llama of a shape, with weights by their names."""
     llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,

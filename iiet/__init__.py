@@ -9,7 +9,6 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iiet.arithmetic import plain_formulas as plain_formulas
     from iiet.batch import Batch as Batch
     from iiet.cache import KeyValueCache as KeyValueCache
     from iiet.config import PRESETS as PRESETS
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
     from iiet.distillation import distillation_loss as distillation_loss
     from iiet.distillation import frozen_teacher as frozen_teacher
     from iiet.exporting import export as export
+    from iiet.fast import plain_formulas as plain_formulas
     from iiet.generation import generate as generate
     from iiet.generation import stream as stream
+    from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.influence import influence_table as influence_table
-    from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.losses import cross_entropy as cross_entropy
     from iiet.losses import hidden_state_error as hidden_state_error
     from iiet.losses import kl_divergence as kl_divergence
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from iiet.pruning import schedule_family as schedule_family
     from iiet.pruning import spread_over_cost as spread_over_cost
     from iiet.published import decoder_from_published as decoder_from_published
-    from iiet.published import published_from_decoder as published_from_decoder
     from iiet.schedule import IterationSchedule as IterationSchedule
     from iiet.speculative import DraftRecord as DraftRecord
     from iiet.static_steps import StaticSteps as StaticSteps
@@ -52,7 +51,6 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 _NAMES_OF_MODULE = {
-    "arithmetic": "plain_formulas",
     "batch": "Batch",
     "cache": "KeyValueCache",
     "config": "DistillationConfig ModelConfig PRESETS preset",
@@ -60,16 +58,16 @@ _NAMES_OF_MODULE = {
     "decoder": "Decoder",
     "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
+    "fast": "plain_formulas",
     "generation": "generate stream",
-    "influence": "influence_table",
-    "influence_metrics": "INFLUENCE_METRICS",
+    "influence": "INFLUENCE_METRICS influence_table",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (
         "FamilyMember InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
         "schedule_family spread_over_cost"
     ),
-    "published": "decoder_from_published published_from_decoder",
+    "published": "decoder_from_published",
     "schedule": "IterationSchedule",
     "speculative": "DraftRecord",
     "static_steps": "StaticSteps",

@@ -1,7 +1,7 @@
 """Configs of a decoder (method, sizes, iteration schedule) and of distillation: frozen values.
 
-That of a decoder is validated, and holds all that determines the weights' shapes and the forward
-pass, and nothing about training. A checkpoint folder stores it as JSON beside the weights.
+Both check their values. That of a decoder holds all that determines the weights' shapes and the
+forward pass, and nothing about training. A checkpoint folder stores it as JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from iiet.extensions import METHODS, ExtensionError
-from iiet.facts import facts_of
+from iiet.checks import check_rules, is_integer_from, is_number_from
+from iiet.extensions import ExtensionError
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["PRESETS", "DistillationConfig", "DivergenceKind", "ModelConfig", "preset"]
@@ -47,7 +48,7 @@ class ModelConfig:
     """Corrections per layer, in any form that `IterationSchedule.parse` reads. Required where the
     method makes corrections, else None or zeros. Of PCformer, levels; None gives the full one."""
     method_options: Any = None
-    """Options of the method, an instance of `METHODS[method].Options`; None for its defaults."""
+    """Options of the method, an instance of `facts_of(method).Options`; None for its defaults."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
@@ -60,6 +61,8 @@ class ModelConfig:
     """Standard deviation of freshly made linear and embedding weights."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ValueError(f"invalid model config: method must be a name, got {self.method!r}")
         given: Any = self.schedule
         if given is None and self.method in METHODS:
             given = facts_of(self.method).full_level
@@ -219,25 +222,51 @@ def _method_problems(config: ModelConfig) -> list[str]:
     return problems
 
 
-DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
+DivergenceKind = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student learns from its teacher."""
+    """What the student learns from its teacher.
+
+    Raises:
+        ValueError: naming every value that is out of range.
+    """
 
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
     temperature: float = 1.0
     """Softens both distributions of the divergence; from 0.001 to 1000."""
     divergence: DivergenceKind = "forward"
-    """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
+    """`forward`, KL(teacher || student), is mean-seeking; `reverse` is mode-seeking."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
     """First step with a teacher."""
     end_step: int | None = None
     """First step after those with a teacher; None: all later steps have one."""
+
+    def __post_init__(self) -> None:
+        starts = is_integer_from(0, self.start_step)
+        first_end = self.start_step + 1 if starts else 1
+        check_rules(
+            "distillation config",
+            self,
+            {
+                "kl_weight must be a number from 0": is_number_from(0, self.kl_weight),
+                "temperature must be a number from 0.001 to 1000": is_number_from(
+                    1e-3, self.temperature, 1e3
+                ),
+                f"divergence must be one of {get_args(DivergenceKind)}": (
+                    self.divergence in get_args(DivergenceKind)
+                ),
+                "hidden_weight must be a number from 0": is_number_from(0, self.hidden_weight),
+                "start_step must be an integer from 0": starts,
+                "end_step must be an integer above start_step, or None": (
+                    self.end_step is None or is_integer_from(first_end, self.end_step)
+                ),
+            },
+        )
 
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""

@@ -2,7 +2,8 @@
 
 Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
 generation ends when all rows have ended. The seed alone determines what is sampled
-(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows.
+(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows. Where
+none is given, PyTorch's generator draws one.
 
 On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
 all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what was
@@ -14,6 +15,7 @@ With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -100,7 +102,8 @@ def stream(
         temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
-        seed: one, or one for each row; None: a random one.
+        seed: one, or one for each row; None: one that PyTorch's generator draws, so that
+            `torch.manual_seed` controls what is sampled.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
@@ -108,8 +111,10 @@ def stream(
     """
     problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
     try:
-        keys = row_keys(seed, len(input_ids), input_ids.device) if temperature > 0 else None
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, row_keys=keys)
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        if temperature > 0:
+            keys = row_keys(seed, len(input_ids), input_ids.device)
+            sampler = replace(sampler, row_keys=keys)
     except ValueError as error:
         problems.append(str(error))
     if draft is not None and kv_strategy != "exact":

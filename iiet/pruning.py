@@ -17,6 +17,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import Any
 
+from iiet.checks import check_rules, is_integer_from, is_nan, is_number_from
 from iiet.facts import metric_facts_of
 from iiet.schedule import IterationSchedule
 
@@ -43,7 +44,11 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class InfluenceTable:
-    """The influence of each correction, its error, and how well the iteration converged."""
+    """The influence of each correction, its error, and how well the iteration converged.
+
+    Raises:
+        ValueError: naming every value that is out of range or does not fit the others.
+    """
 
     metric: str
     """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
@@ -63,6 +68,36 @@ class InfluenceTable:
     accuracy_lost_rows: Rows = ()
     """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
     targets that get the largest logit. Text has none: its targets are not answers."""
+
+    def __post_init__(self) -> None:
+        counts = [len(row) for row in self.value_rows]
+        values = [value for row in self.value_rows for value in row]
+        errors = [error for row in self.error_rows for error in row]
+        check_rules(
+            "influence table",
+            self,
+            {
+                "metric must be a name": isinstance(self.metric, str) and bool(self.metric),
+                "value_rows must be a row of finite numbers per layer": (
+                    bool(counts) and all(is_number_from(-math.inf, value) for value in values)
+                ),
+                "error_rows must have the lengths of value_rows and numbers from 0, or NaN": (
+                    [len(row) for row in self.error_rows] == counts
+                    and all(is_number_from(0, error) or is_nan(error) for error in errors)
+                ),
+                "num_tokens must be an integer from 1": is_integer_from(1, self.num_tokens),
+                "residual_rows must be a row per layer, or empty": (
+                    len(self.residual_rows) in (0, len(counts))
+                ),
+                "layer_values must be a number per layer, or empty": (
+                    len(self.layer_values) in (0, len(counts))
+                ),
+                "accuracy_lost_rows must have the lengths of value_rows, or be empty": (
+                    not self.accuracy_lost_rows
+                    or [len(row) for row in self.accuracy_lost_rows] == counts
+                ),
+            },
+        )
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -154,12 +189,32 @@ Cost = Callable[[IterationSchedule], float]
 class FamilyMember:
     """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`.
 
-    The ends of a family are minus infinity and infinity.
+    The ends of a family are minus infinity and infinity. Both are NaN where no threshold chose the
+    schedule.
+
+    Raises:
+        ValueError: no schedule, or no thresholds between these.
     """
 
     schedule: IterationSchedule
     threshold_above: float
     threshold_up_to: float
+
+    def __post_init__(self) -> None:
+        above = self.threshold_above
+        up_to = self.threshold_up_to
+        are_numbers = isinstance(above, int | float) and isinstance(up_to, int | float)
+        check_rules(
+            "family member",
+            self,
+            {
+                "schedule must be an IterationSchedule": isinstance(
+                    self.schedule, IterationSchedule
+                ),
+                "threshold_up_to must be above threshold_above, or both NaN": are_numbers
+                and (above < up_to or (is_nan(above) and is_nan(up_to))),
+            },
+        )
 
 
 class ScheduleFamily(tuple[FamilyMember, ...]):

@@ -26,6 +26,8 @@ from typing import Final, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from iiet.checks import check_rules, is_integer_from, is_number_from
+
 __all__ = [
     "LogitsNotFinite",
     "Request",
@@ -36,7 +38,8 @@ __all__ = [
 ]
 
 Seed = SupportsIndex | Sequence[SupportsIndex] | None
-"""A random seed, or one for each row; None: a random one."""
+"""A random seed, or one for each row; None: one that PyTorch's generator draws, which
+`torch.manual_seed` controls."""
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR: Final = 0x94D049BB133111EB
@@ -72,15 +75,23 @@ class Sampler:
     """A number per row, (batch,), from `row_keys`; needed where the temperature is above 0."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        if not 0.0 <= self.temperature < float("inf"):
-            problems.append(f"temperature must be 0 or larger, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            problems.append(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_rules(
+            "sampling",
+            self,
+            {
+                "temperature must be a number from 0": is_number_from(0, self.temperature),
+                "top_k must be an integer from 1, or None": (
+                    self.top_k is None or is_integer_from(1, self.top_k)
+                ),
+                "top_p must be a number above 0 and at most 1, or None": (
+                    self.top_p is None or (is_number_from(0, self.top_p, 1) and self.top_p > 0)
+                ),
+                "row_keys must be a tensor of integers, (batch,), or None": (
+                    self.row_keys is None
+                    or (self.row_keys.dim() == 1 and self.row_keys.dtype == torch.long)
+                ),
+            },
+        )
 
     def __call__(self, logits: Tensor, positions: Tensor | int) -> Tensor:
         """Choose a token for each row of logits.
@@ -167,7 +178,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
 
     Args:
         seed: one for each row, or one from which those of all rows follow; the first row's is the
-            seed itself. None: a random one.
+            seed itself. None: the next random number of PyTorch's generator.
         batch_size: the number of rows.
         device: of the result.
 
@@ -175,7 +186,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
         ValueError: another number of seeds.
     """
     if seed is None:
-        seed = torch.Generator().seed()
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
     if not isinstance(seed, Sized):
         first = index(seed)
         seeds = [first, *(_mix(first + row * _STEP) for row in range(1, batch_size))]

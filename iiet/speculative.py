@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.cache import KeyValueCache
+from iiet.checks import check_rules, is_integer_from
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
@@ -63,7 +64,11 @@ _GPU_FLOPS_PER_BYTE: Final = 100.0
 
 @dataclass
 class DraftRecord:
-    """What drafting did. In a batch, each row counts by itself."""
+    """What drafting did. In a batch, each row counts by itself.
+
+    Raises:
+        ValueError: naming every count that is negative or no integer.
+    """
 
     drafted: int = 0
     """Drafted tokens."""
@@ -78,6 +83,17 @@ class DraftRecord:
     """Passes without drafted tokens, after the prompt's."""
     rounds_by_draft: dict[str, int] = field(default_factory=dict)
     """Rounds of the batch by the name of the draft."""
+
+    def __post_init__(self) -> None:
+        counts = ("drafted", "accepted", "verifications", "verified", "plain_steps")
+        rules = {
+            f"{name} must be an integer from 0": is_integer_from(0, getattr(self, name))
+            for name in counts
+        }
+        rules["rounds_by_draft must hold integers from 0"] = all(
+            is_integer_from(0, rounds) for rounds in self.rounds_by_draft.values()
+        )
+        check_rules("draft record", self, rules)
 
     @property
     def acceptance(self) -> float | None:
@@ -131,9 +147,9 @@ def draft_models(
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
         found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
-        if decoder.method.repeats_stack:  # All layers make as many corrections.
+        if decoder.method.facts.repeats_stack:  # All layers make as many corrections.
             found = [s for s in found if len(set(s)) == 1]
-    elif decoder.method.has_corrections:
+    elif decoder.method.facts.has_corrections:
         found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(
@@ -166,7 +182,7 @@ def step_costs(
     A pass takes as long as its bytes and, at the device's rate, its FLOPs together. The step has
     `batch_size` rows and sees `num_tokens` tokens.
     """
-    weight = model.embedding.weight
+    weight = model.model.embed_tokens.weight
     rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
     def counted(config: ModelConfig) -> tuple[float, float]:
@@ -187,17 +203,20 @@ def step_costs(
 class _Draft:
     """A draft of a model with its cache, its costs, and how many of its tokens were kept.
 
-    A draft within the model's schedule gets a view of the model's cache, which holds the prompts;
-    verification fills it with the decided tokens.
+    Drafts differ in one thing: whether verification fills their cache. It does where the draft has
+    the model's weights and a schedule within the model's; its cache is then a view of the model's.
     """
 
     def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
-        self.name, self._decoder = name, decoder
-        self.num_tried = self._num_kept = self._num_held = 0
-        rows, num_tokens = cache.batch_size, cache.max_tokens
-        is_own = decoder.layers is model.layers
-        self._is_view = is_own and decoder.schedule.is_within(model.schedule)
-        if self._is_view:
+        self.name = name
+        self.num_tried = 0
+        self._num_kept = 0
+        self._decoder = decoder
+        rows = cache.batch_size
+        num_tokens = cache.max_tokens
+        has_same_weights = decoder.model is model.model
+        self._is_filled = has_same_weights and decoder.schedule.is_within(model.schedule)
+        if self._is_filled:
             self._cache = cache.view(decoder.config)
         else:
             self._cache = decoder.new_cache(batch_size=rows, max_tokens=num_tokens)
@@ -222,21 +241,24 @@ class _Draft:
     def propose(self, request: Request, tokens: Tensor, length: int, count: int) -> None:
         """Write `count` tokens after the first `length` of each row, step by step.
 
-        The first step reads what an own cache lacks: all tokens, at the first call, and what
-        verification decided since the last.
+        The first step reads what the cache lacks of the decided tokens: the last one, or where
+        verification does not fill the cache also others, at the first call all of them.
         """
-        num_prompt, mask = request.input_ids.size(1), None
-        start = length - 1 if self._is_view else min(self._num_held, length - 1)
-        if start == 0 and request.attention_mask is not None:
+        num_held = length - 1
+        if not self._is_filled:
+            num_held = min(num_held, self._cache.get_seq_length())
+        num_prompt = request.input_ids.size(1)
+        mask = None
+        if num_held == 0 and request.attention_mask is not None:
             mask = F.pad(request.attention_mask.bool(), (0, length - num_prompt), value=True)
         for column in range(length, length + count):
-            self._cache.set_length(start)
+            self._cache.set_length(num_held)
             logits = self._decoder(
-                tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
+                tokens[:, num_held:column], cache=self._cache, attention_mask=mask, last_only=True
             )
             tokens[:, column] = request.sampler(logits[:, -1], column - num_prompt)
-            start, mask = column, None
-        self._num_held = length + count - 1  # The last proposed token was not read.
+            num_held = column
+            mask = None
 
 
 def drafted_steps(

@@ -3,9 +3,9 @@
 To decode one token, a GPU runs over a thousand kernels. Starting each of them takes the CPU longer
 than the kernel runs. A CUDA graph is a recorded list of kernels that start together, always with
 the same arguments and shapes. So values that change from token to token are stored on the device
-(`iiet.context`), and attention reads the cache up to a multiple of `WINDOW` tokens. There is one
-graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps the
-graphs that were used last, also after a generation.
+(`iiet.cache.Window`), and attention reads the cache up to a multiple of `WINDOW` tokens. There is
+one graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps
+the graphs that were used last, also after a generation.
 
 A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
 stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in

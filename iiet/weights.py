@@ -1,4 +1,4 @@
-"""A model folder: `config.json` with transformers' names, and `model.safetensors` with ours.
+"""A model folder: `config.json` and `model.safetensors`, with transformers' names.
 
 Checkpoints, exports and imported models are such folders with more files. Loading refuses
 non-finite values and names the tensor: one NaN makes every output NaN, which does not show where it
@@ -145,7 +145,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ImportError(
-            "Decoder.save and Decoder.load need safetensors, which is not installed; type "
-            "pip install safetensors"
+            "Decoder.save_pretrained and Decoder.from_pretrained need safetensors, which is not "
+            "installed; type pip install safetensors"
         ) from error
     return safetensors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import iiet
-import iiet.influence_metrics
+import iiet.influence
 import iiet.methods
 import orchestrator
 import orchestrator.data.text
@@ -20,9 +20,9 @@ import orchestrator.tracking.loggers
 PACKAGES = (iiet, orchestrator)
 CONTRACTS = (
     iiet.methods.Layer,
-    iiet.influence_metrics.InfluenceMetric,
-    iiet.influence_metrics.Comparison,
-    iiet.influence_metrics.MeasuredBatch,
+    iiet.influence.InfluenceMetric,
+    iiet.influence.Comparison,
+    iiet.influence.MeasuredBatch,
     orchestrator.data.text.TextSource,
     orchestrator.evaluation.tasks.EvaluationTask,
     orchestrator.evaluation.tasks.TaskGroup,

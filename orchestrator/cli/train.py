@@ -286,7 +286,7 @@ def sweep_iterations(
     call.set("sweep.kind", "iterations")
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
-        from iiet.extensions import METHODS
+        from iiet.facts import METHODS
 
         call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
     from orchestrator.sweeping.models import has_counts

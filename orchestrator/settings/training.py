@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
-from iiet.extensions import METHODS
-from iiet.facts import facts_of
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError
@@ -170,8 +169,8 @@ class TrainingSettings(Section):
     activation_checkpointing: StrictBool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     compile: StrictBool | None = None
-    """Compile the layers' fields with `torch.compile`: about a minute in the first step, then
-    faster; needs a C++ compiler (default: on GPUs only)."""
+    """Compile fields and sums of the mix with `torch.compile`: about a minute in the first step,
+    then faster; needs a C++ compiler (default: on GPUs only)."""
     seed: StrictInt = Field(default=0, ge=0)
     """Seed of the weights and of the data order."""
     validate_every_steps: StrictInt = Field(default=100, gt=0)
@@ -201,8 +200,8 @@ class DistillationSettings(Section):
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
     temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the loss is scaled by its square."""
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    """KL(teacher || student), its reverse, or Jensen-Shannon."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """KL(teacher || student), or its reverse."""
     hidden_weight: StrictFloat = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
     teacher_from_step: StrictInt = Field(default=0, ge=0)

@@ -44,7 +44,8 @@ class TextModel:
                 its first token on, as the beginning of a document. Continuations have at most
                 `max_new_tokens` tokens, limited by the context length; `temperature` 0 always
                 takes the most likely token. Where the model makes corrections, `schedule` is the
-                iteration schedule instead of the model's own, and `draft` a cheaper one that
+                iteration schedule instead of the model's own, `"2,1,0"` or one number for all
+                layers, and `draft` a cheaper one that
                 proposes tokens; it changes the speed of continuations only.
 
         Raises:
@@ -76,7 +77,7 @@ class TextModel:
         temperature = settings["temperature"]
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         if settings["draft"]:
-            sampling["assistant_model"] = self.model.with_schedule(settings["draft"])
+            sampling["assistant_model"] = self.model.with_schedule(_counts(settings, "draft"))
         with torch.no_grad():
             output = self._under(settings).generate(
                 input_ids=torch.tensor([ids]),
@@ -108,8 +109,9 @@ class TextModel:
 
     def _under(self, settings: Mapping[str, Any]) -> Any:
         """Return the model under the schedule of a request."""
-        schedule = settings["schedule"]
-        return self.model.with_schedule(schedule) if schedule else self.model
+        if not settings["schedule"]:
+            return self.model
+        return self.model.with_schedule(_counts(settings, "schedule"))
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -137,6 +139,17 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"temperature must be 0 or more; got {settings['temperature']}")
     if settings["draft"] and settings["output"] != "text":
         raise ValueError(f"draft={settings['draft']!r} proposes tokens, which output='text' needs")
+
+
+def _counts(settings: Mapping[str, Any], name: str) -> int | list[int]:
+    """Read "2" or "2,1,0", because a parameter of MLflow is no list."""
+    try:
+        counts = [int(part) for part in settings[name].split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{name} must be one number, or one for each layer (2,1,0); got {settings[name]!r}"
+        ) from None
+    return counts[0] if len(counts) == 1 else counts
 
 
 # MLflow calls this function by its name.

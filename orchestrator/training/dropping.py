@@ -58,11 +58,11 @@ def drop_layers(decoder: Decoder, kept_layers: Sequence[int]) -> Decoder:
     }
     weights: dict[str, Tensor] = {}
     for name, tensor in decoder.state_dict().items():
-        layer = re.match(r"layers\.(\d+)\.", name)
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is None:
             weights[name] = tensor.clone()
         elif int(layer[1]) in kept_layers:
-            new_name = f"layers.{kept_layers.index(int(layer[1]))}.{name[layer.end() :]}"
+            new_name = f"model.layers.{kept_layers.index(int(layer[1]))}.{name[layer.end() :]}"
             folded = _folded_row(tensor, kept_layers) if name in rows_of_mix else tensor.clone()
             weights[new_name] = folded
     with torch.device("meta"):

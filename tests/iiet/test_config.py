@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 
-from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, preset
+from iiet import (
+    INFLUENCE_METRICS,
+    METHODS,
+    PRESETS,
+    Decoder,
+    IterationSchedule,
+    ModelConfig,
+    preset,
+)
+from iiet.facts import facts_of, metric_facts_of
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -14,7 +23,7 @@ from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, pres
 def test_every_preset_with_every_method(name, method):
     config = preset(name, method=method)
     assert config.method == method
-    usual = METHODS[method].full_level or (3 if METHODS[method].has_corrections else 0)
+    usual = METHODS[method].facts.full_level or (3 if METHODS[method].facts.has_corrections else 0)
     assert config.corrections == IterationSchedule.uniform(config.num_layers, usual)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -91,11 +100,11 @@ def test_weights_start_as_configured():
             assert abs(parameter.mean().item()) < 1e-3, name
         elif name.endswith("bias"):
             assert not parameter.any(), name
-    assert "head.weight" in dict(decoder.named_parameters())
+    assert "lm_head.weight" in dict(decoder.named_parameters())
 
 
 def test_plain_values_hold_only_options_that_differ_from_the_defaults():
-    options = METHODS["iiet"].Options
+    options = METHODS["iiet"].facts.Options
     damped = preset("tiny", method_options={"damping": 0.5})
     assert damped.method_options == options(damping=0.5)
     assert damped.to_dict()["method_options"] == {"damping": 0.5}
@@ -103,3 +112,10 @@ def test_plain_values_hold_only_options_that_differ_from_the_defaults():
     # A config says what was chosen.
     for usual in (None, options(), options(damping=1.0)):
         assert "method_options" not in preset("tiny", method_options=usual).to_dict()
+
+
+def test_classes_and_tables_state_the_same_facts():
+    for method in METHODS.own:
+        assert METHODS[method].facts == facts_of(method)
+    for metric in INFLUENCE_METRICS.own:
+        assert INFLUENCE_METRICS[metric].facts == metric_facts_of(metric)

@@ -68,7 +68,7 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
         def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
             return found * math.nan if next(passes) == bad_pass else found
 
-        decoder.norm.register_forward_hook(spoil)
+        decoder.model.norm.register_forward_hook(spoil)
         with pytest.raises(LogitsNotFinite, match="logits are not finite"):
             generate(decoder, PROMPT, max_new_tokens=20, draft=draft, **settings)
 
@@ -156,6 +156,22 @@ def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
     for row, seed in enumerate((7, 8)):
         alone = generate(decoder, PROMPT[row : row + 1], seed=seed, **settings)
         assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("draft", [None, "0"])
+def test_without_a_seed_the_generator_of_pytorch_decides(draft):
+    decoder = decoder_of()
+    options = {"max_new_tokens": 12, "temperature": 1.5, "draft": draft}
+    torch.manual_seed(5)
+    first = generate(decoder, PROMPT, **options)
+    second = generate(decoder, PROMPT, **options)
+    torch.manual_seed(5)
+    assert torch.equal(generate(decoder, PROMPT, **options), first)
+    assert torch.equal(generate(decoder, PROMPT, **options), second)
+    assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    generate(decoder, PROMPT, max_new_tokens=12, draft=draft)
+    assert torch.equal(torch.get_rng_state(), state), "the likeliest token needs no noise"
 
 
 def test_stop_tokens_end_rows_and_then_the_batch():

@@ -122,12 +122,12 @@ def test_the_stream_is_plain_tensors_and_the_same_twice():
 def test_the_number_of_drafted_tokens_follows_the_acceptance():
     """A draft that says nearly what the model says drafts many tokens, one of other weights few."""
     decoder = decoder_of((0,) * 8, "vanilla")
-    for parameter in decoder.layers[1:].parameters():
+    for parameter in decoder.model.layers[1:].parameters():
         parameter.data.mul_(0.01)
     good = decoder_of((0,), "vanilla")
     other = copy.deepcopy(good)
     good.load_state_dict(decoder.state_dict(), strict=False)
-    torch.nn.init.normal_(other.embedding.weight)
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
     per_round = []
     for draft in (good, other):
         _, record = generate(
@@ -142,7 +142,7 @@ def test_a_gpu_drafts_only_what_is_asked_for():
     decoder = Decoder(preset("tiny", num_layers=2, schedule=1))
     assert list(draft_models(decoder, "auto", num_tokens=8)) == ["0,0"]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder.embedding.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+        decoder.model.embed_tokens.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
     assert decoder.device.type == "cuda"
     assert draft_models(decoder, "auto", num_tokens=8) == {}
     assert list(draft_models(decoder, "0", num_tokens=8)) == ["0,0"]

@@ -129,9 +129,11 @@ def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, sm
     assert torch.equal(expected, found)
     assert capture.num_captured == 4
     with torch.no_grad():
-        decoder.embedding.weight.mul_(2.0)  # In place: a graph reads the new values.
+        decoder.model.embed_tokens.weight.mul_(2.0)  # In place: a graph reads the new values.
         expected, found = both(decoder, steps=steps, batch=3)
-        decoder.embedding.weight = torch.nn.Parameter(decoder.embedding.weight.flip(0))
+        decoder.model.embed_tokens.weight = torch.nn.Parameter(
+            decoder.model.embed_tokens.weight.flip(0)
+        )
     assert torch.equal(expected, found)
     assert capture.num_captured == 4
     expected, found = both(decoder, steps=steps, batch=3)
@@ -168,7 +170,7 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     assert (capture.num_captured, list(kept._buffers.steps)) == (10, [16, 32])
     assert len(list(run(decoder)[0])) == 24
     assert capture.num_captured == 10
-    with decoder.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
+    with decoder.model.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
         list(run(decoder)[0])
         assert not kept._buffers.steps
     gone = weakref.ref(kept)
@@ -181,10 +183,16 @@ def test_no_graph_where_it_would_not_pay_or_not_be_right():
     decoder, capture = decoder_of(), Recorder()
     steps = StaticSteps(decoder, capture=capture)
     both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
-    with decoder.norm.register_forward_hook(lambda *_: None):
+    with decoder.model.norm.register_forward_hook(lambda *_: None):
         both(decoder, steps=steps)
     assert not capture.num_captured
     both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS + 1)
+    assert capture.num_captured == 1
+
+
+def test_graphs_do_not_depend_on_the_forms_for_cpus(gpu_forms):
+    decoder, capture = decoder_of(), Recorder()
+    both(decoder, steps=StaticSteps(decoder, capture=capture))
     assert capture.num_captured == 1
 
 

@@ -13,7 +13,7 @@ from small_size import SMALL
 
 from iiet import METHODS
 from iiet.extensions import ExtensionError
-from iiet.influence_metrics import INFLUENCE_METRICS
+from iiet.influence import INFLUENCE_METRICS
 from orchestrator.cli import main
 from orchestrator.data.text import source_state
 from orchestrator.pipelines.doctor import extension_points
@@ -26,7 +26,7 @@ GROUPS = {table.group: table for table in extension_points()}
 SOURCE = """
 from itertools import product
 
-from iiet.influence_metrics import Comparison
+from iiet.influence import Comparison
 from orchestrator.data.text import TextSource
 
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_p
             "the influence metric 'broken' of the package my-extensions 1.0 cannot be imported "
             "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
         ),
-        ("influence", "influence.metric=no_class", "iiet.influence_metrics:InfluenceMetric, got 1"),
+        ("influence", "influence.metric=no_class", "iiet.influence:InfluenceMetric, got 1"),
         (
             "influence", "influence.metric=angel",
             "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "

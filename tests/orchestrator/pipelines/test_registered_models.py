@@ -142,7 +142,8 @@ def test_a_clean_process_loads_and_reads_registered_models(picked, tmp_path):
         ("a", {"output": "loss"}, "text or logprob; got 'loss'"),
         ("a", {"output": "logprob", "draft": "0,0"}, "needs"),
         ("a", {"temperature": -1.0}, "0 or more; got -1.0"),
-        ("a", {"schedule": "1,1,1"}, "is for 3 layers"),
+        ("a", {"schedule": "1,1,1"}, "each of 2 layers"),
+        ("a", {"schedule": "3..0"}, "schedule must be"),
         (50 * "abc ", {"output": "logprob"}, "at most 16 tokens"),
     ]
     calls = json.dumps([call[:2] for call in asked])

@@ -124,8 +124,8 @@ def test_any_part_of_a_step_in_any_order_finds_its_answers(student, tmp_path):
     taught, _ = distillation_loss(decoder, decoder, batch, config=config)
     read, _ = distillation_loss(decoder, cache, batch, config=config)
     assert read.item() == pytest.approx(taught.item(), abs=1e-6)
-    assert batch.taught is not None
-    spoiled = cache(tokens).masked_fill(~batch.taught.unsqueeze(-1), math.nan)
+    assert batch.teacher_mask is not None
+    spoiled = cache(tokens).masked_fill(~batch.teacher_mask.unsqueeze(-1), math.nan)
     loss, _ = distillation_loss(decoder, lambda _: spoiled, batch, config=config)
     assert loss.item() == read.item()
 
