@@ -74,8 +74,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "benchmark": {
         "": benchmarking.BenchmarkResult,
         "--dry-run": benchmarking.BenchmarkPlan,
-        "--drafts": reports.ReportResult,
-        "--drafts --dry-run": reports.DraftsPlan,
     },
     "report": {"": reports.ReportResult, "--claims": reports.ClaimsResult},
     "pick": {"": models.PickResult},

@@ -125,7 +125,6 @@ def benchmark(
     new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
-    drafts: str | None = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
@@ -140,14 +139,7 @@ def benchmark(
         new_tokens: Tokens decoded after it (default: 32, or what fits the context).
         repetitions: Measurements of each model, in turns.
         threads: Threads of PyTorch on a CPU.
-        drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
-            report.
     """
-    if drafts:
-        from orchestrator.pipelines.reports import plan_drafts, run_drafts
-
-        cluster = call.settings.cluster
-        return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
     from orchestrator.evaluation.decode_timing import MeasurementSettings
