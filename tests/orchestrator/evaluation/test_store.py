@@ -75,9 +75,7 @@ def read(folder: Path) -> dict[str, TaskResult]:
     return found
 
 
-def test_stored_files_are_those_of_stock_lm_eval(
-    suite, output, decoder, tokenizer, tmp_path
-):
+def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokenizer, tmp_path):
     from lm_eval.utils import get_latest_filename, get_results_filenames
 
     store = EvaluationStore(tmp_path / "store")
