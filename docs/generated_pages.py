@@ -70,8 +70,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
         "": evaluating.ModelEvaluations,
         "--dry-run": evaluating.EvaluatePlan,
         "--depth-curve": evaluating.DepthEvaluations,
-        "--compare": evaluating.CompareResult,
-        "--compare --dry-run": evaluating.ComparePlan,
     },
     "benchmark": {
         "": benchmarking.BenchmarkResult,
