@@ -76,6 +76,11 @@ class StoredSweep(Record):
         """Whether its trials were suggested one after the other."""
         return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "search"
 
+    @property
+    def is_of_depths(self) -> bool:
+        """Whether it is of kind `depth`."""
+        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "depth"
+
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""
         return workspace.sweeps / self.name

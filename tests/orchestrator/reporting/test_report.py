@@ -14,7 +14,6 @@ from mlflow import MlflowClient
 from sample_trials import sample_front, with_items
 
 from iiet.pruning import InfluenceTable
-from orchestrator.records.evaluation import DepthCurve
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
@@ -109,41 +108,6 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert other.page is not None
     assert "Hypervolume against" not in other.page.read_text(encoding="utf-8")
     assert {path.name: path.read_bytes() for path in written.files} == before
-
-
-@pytest.mark.slow
-def test_the_depth_curve_of_the_teacher_is_a_section(workspace, sweep):
-    [teacher] = [result for result in sweep.results if result.role == "teacher"]
-    points = [
-        {"corrections": r, "evaluations": 2 + 2 * r, "quality": quality}
-        for r, quality in enumerate(
-            ({"accuracy": 0.5, "accuracy_stderr": 0.02}, {"accuracy": 0.875}, {"accuracy": 0.75})
-        )
-    ]
-    curve = DepthCurve.model_validate({"trained": (1, 1), "tasks": ("piqa",), "points": points})
-    curve.write(path := Path(str(teacher.checkpoint)) / "depth-curve.json")
-    written = write_sweep_report(workspace, sweep)
-    assert {path.name for path in written.files} == FILES | {"depth-curve.png", "depth-curve.svg"}
-    text = (written.folder / "front.md").read_text("utf-8")
-    assert "trained with 1. Tasks: piqa." in text
-    assert "| 0 | 2 | 50.0 ± 2.0% |\n| 1 | 4 | 87.5% |\n| 2 | 6 | 75.0% |" in text
-    data = json.loads((written.folder / "front.json").read_text("utf-8"))
-    assert DepthCurve.model_validate(data["depth_curves"][teacher.label]) == curve
-    # A second teacher has a section of its own.
-    other = teacher.model_copy(
-        update={"key": "b" * 16, "label": "other", "checkpoint": str(path.parent / "other")}
-    )
-    curve.write(path.parent / "other" / path.name)
-    larger = StoredSweep(**{**dict(sweep), "results": (*sweep.results, other)})
-    two = write_sweep_report(workspace, larger)
-    assert {path.name for path in two.files} > {"depth-curve.png", "depth-curve-2.png"}
-    assert [section.title.rpartition(": ")[2] for section in two.depths] == [
-        teacher.label, "other"
-    ]  # fmt: skip
-    path.write_bytes(path.read_bytes().replace(b"piqa", b"pipa"))
-    damaged = write_sweep_report(workspace, sweep)
-    assert damaged.depths == []
-    assert "depth-curve.json is damaged" in damaged.notes[-1]
 
 
 @pytest.mark.slow
