@@ -1,4 +1,4 @@
-"""The depth curve of a sweep of kind `depth`: quality where weights stay and the depth alone differs.
+"""The depth curve of a sweep of kind `depth`: weights stay, and quality changes with the depth.
 
 The points are the models of the sweep's front: one that was trained here under several iteration
 schedules, or a looped model of another project at several depths. Nothing was trained between them.
