@@ -16,7 +16,7 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.claims import Claim, claim_metrics, claims_section, find_claims
 from orchestrator.reporting.front import with_confidence
-from orchestrator.reporting.sections import render_markdown, render_terminal
+from orchestrator.reporting.sections import render_terminal
 
 HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
 """Of each item; a model answers those that are easier than its accuracy."""
@@ -239,4 +239,4 @@ def test_the_table_fits_a_terminal_and_says_why():
     assert " ".join(row.split()).endswith("NFE holds -55% -50% (99.7 to 100.0% kept)")
     (row,) = (line for line in lines if line.startswith(" 2 IIET"))
     assert "+0.8  no PCformer on this front" in row
-    assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in render_markdown("", [section])
+    assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in section.tables[0].to_markdown()

@@ -148,7 +148,7 @@ def test_the_report_holds_both_side_by_side(plan_of, space):
     assert alone.tables[0].rows[-1].cells[4] == "+20.0"
 
     written = write_sweep_report(space, StoredSweep(name="x", key="x", results=tuple(results)))
-    assert f"## {ELASTIC_TITLE}" in (written.folder / "front.md").read_text("utf-8")
+    assert ELASTIC_TITLE in (written.folder / "front.html").read_text("utf-8")
     assert ELASTIC_TITLE in (written.folder / "front.html").read_text("utf-8")
     stored = json.loads((written.folder / "front.json").read_text("utf-8"))["elastic"]
     assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]
