@@ -218,29 +218,19 @@ class _Evidence:
     def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
 
-        Where no item tells the two apart, draws of these items cannot either, and say nothing of
-        others. Then the share of items that would is drawn from its posterior after so many that do
-        not, and counts against the student.
-
         Args:
             pairs: Student and teacher.
         """
-        random = np.random.default_rng(0)
-        kept = []
+        paired = self._front.paired
+        num_items = paired.num_items(ACCURACY) if paired else 0
+        shares = []
         for student, teacher in pairs:
             scores, (mine, whole) = self._scores(student, teacher)
-            ratio = scores.ratio(mine, whole)
-            if ratio is None:
+            share = scores.kept(mine, whole, num_items=num_items)
+            if share is None:
                 raise _Missing("a teacher that answers more than nothing in every draw")
-            interval, draws = ratio
-            if np.ptp(draws) == 0:
-                paired = self._front.paired
-                num_items = paired.num_items(ACCURACY) if paired else 0
-                unlike = random.beta(1, num_items + 1, len(draws))
-                draws = draws - unlike / scores.observed[whole]
-                interval = replace(interval_of(interval.value, draws), high=interval.value)
-            kept.append((interval, draws))
-        return kept
+            shares.append(share)
+        return shares
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""

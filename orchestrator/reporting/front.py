@@ -389,6 +389,7 @@ def with_confidence(
     if full is None or paired is None:
         return replace(front, kept_share=kept_share)
     scores, number_of = paired.quality(axes.quality), paired.places
+    num_items = paired.num_items(axes.quality)
     others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
@@ -407,13 +408,16 @@ def with_confidence(
             if other_number != number:
                 intervals[key, name, other] = drawn.difference(number, other_number)
                 note(key, difference_metric(other, prefix), intervals[key, name, other])
-    for key, number in number_of.items() if full["key"] in number_of else ():
-        # For a loss, the full model's over this one's, as in `Front.share`.
-        pair = (number, number_of[full["key"]])
-        ratio = scores and scores.ratio(*(pair if axes.higher_is_better else pair[::-1]))
-        if ratio:
-            note(key, SHARE_METRIC, ratio[0])
-            columns[key][keeps_metric(kept_share)] = float((ratio[1] >= kept_share).mean())
+    if scores is not None and full["key"] in number_of:
+        number_of_full = number_of[full["key"]]
+        for key, number in number_of.items():
+            if axes.higher_is_better:
+                kept = scores.kept(number, number_of_full, num_items=num_items)
+            else:  # For a loss, the full model's over this one's, as in `Front.share`.
+                kept = scores.ratio(number_of_full, number)
+            if kept is not None:
+                note(key, SHARE_METRIC, kept[0])
+                columns[key][keeps_metric(kept_share)] = float((kept[1] >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
@@ -426,7 +430,7 @@ def with_confidence(
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
-        num_items=paired.num_items(axes.quality),
+        num_items=num_items,
         num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )

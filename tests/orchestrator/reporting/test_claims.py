@@ -14,7 +14,14 @@ from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.claims import Claim, claim_metrics, claims_section, find_claims
+from orchestrator.reporting.claims import (
+    CONFIDENCE,
+    PAPER_KEPT_SHARE,
+    Claim,
+    claim_metrics,
+    claims_section,
+    find_claims,
+)
 from orchestrator.reporting.front import with_confidence
 from orchestrator.reporting.sections import render_terminal
 
@@ -108,16 +115,25 @@ def test_all_claims_hold_by_what_was_made_up():
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
 def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
-    trials = trials_with({"0,0": 0.9, "1,1": None, "1,0": None})
+    missing = ("1,1", "1,0", "pcformer", "pc 1,1", "pc 1,0")
+    trials = trials_with({"0,0": 0.9, **dict.fromkeys(missing)})
     items = {}
     for trial in trials:
         task = answers(trial).results["hops"]
         values = {"acc": task.values["acc"][:num_items]}
         changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
         items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
-    front = with_confidence(sample_front(trials), items, num_resamples=400)
+    front = with_confidence(
+        sample_front(trials), items, kept_share=PAPER_KEPT_SHARE, num_resamples=400
+    )
     found = find_claims(front)
     saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
+    # `pick` goes by the same confidence.
+    [student] = [row for row in front.rows if row["key"] == "0,0"]
+    confidence = front.keeps(student)
+    assert confidence is not None
+    assert f"in {confidence:.1%} of the draws" in saved.about
+    assert (confidence >= CONFIDENCE) == (verdict == "holds")
     assert (saved.here, saved.verdict, saved.high) == (100, verdict, 100)
     assert saved.low is not None
     assert 100 - 600 / num_items < saved.low < 100
