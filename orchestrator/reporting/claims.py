@@ -26,7 +26,7 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import COSTS, Front, Row, known
+from orchestrator.reporting.front import COSTS, Front, Row, busy_machine, known
 from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
@@ -180,6 +180,10 @@ class _Evidence:
             raise _Missing(f"no students of {teacher['label']} on this front")
         return own
 
+    def _check_times(self, cost: str) -> None:
+        if cost == TIME and (problem := busy_machine(self._rows)):
+            raise _Missing(problem)
+
     def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
         """Return the accuracies of all models on the items that all answered, and the places of
         these ones.
@@ -243,6 +247,7 @@ class _Evidence:
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
         full, (overhead, share) = self._model(DEFAULT_METHOD), OVERHEADS[cost]
+        self._check_times(cost)
         if (known(full, overhead) or 0) <= 0:
             raise _Missing("no time of vanilla on this front that is below its IIET's")
         cheaper = [row for row in self._students(full) if row.get(share, math.nan) < 1]
@@ -275,6 +280,7 @@ class _Evidence:
         """Choose the best student at vanilla's speed by one half of the items, and judge it."""
         self._model(DEFAULT_METHOD)  # No shape without it.
         vanilla = self._model(BASELINE_METHOD)
+        self._check_times(cost)
         if (least := known(vanilla, cost)) is None:
             raise _Missing("no time of vanilla on this front")
         own = [row for row in self._rows if row["method"] == DEFAULT_METHOD]

@@ -10,7 +10,7 @@ draws the items again and adds columns that say how sure each place is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -55,6 +55,10 @@ COSTS = {
     "kv": "cost/kv_bytes_per_token",
 }
 """Value of the option `--cost` -> tracked name."""
+TIME_SPREAD = "cost/decode_ms_spread"
+"""Half the distance between the quartiles of the time per token."""
+MAX_TIME_SPREAD = 0.1
+"""Share of the time per token above which it decides nothing."""
 QUALITIES = {
     "accuracy": "quality/accuracy",
     "bits": "quality/bits_per_byte",
@@ -316,6 +320,22 @@ class Front:
         tracked = result_table(trials).loc[self.table.index]
         names = ["trial", "seeds", "run_id"]
         return replace(self, table=self.table.assign(**{name: tracked[name] for name in names}))
+
+
+def busy_machine(rows: Iterable[Row]) -> str | None:
+    """Return that times per token decide nothing, because a model's vary too much; None if not."""
+    shares = {}
+    for row in rows:
+        time, spread = known(row, COSTS["ms"]), known(row, TIME_SPREAD)
+        if time and spread is not None:
+            shares[row["label"]] = spread / time
+    label = max(shares, key=lambda name: shares[name], default="")
+    if not label or shares[label] <= MAX_TIME_SPREAD:
+        return None
+    return (
+        f"the machine was busy: the time per token of {label} varies by {shares[label]:.0%}; "
+        "`iiet-orch report --time-again` measures once more"
+    )
 
 
 def known(row: Row, name: str) -> float | None:

@@ -217,6 +217,25 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
     assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
 
 
+@pytest.mark.parametrize(("spread", "is_measured"), [(0.09, True), (0.11, False)])
+def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
+    trials = [
+        t.with_numbers("cost", {"decode_ms_spread": spread * t.numbers["cost/decode_ms_per_token"]})
+        if t.key == "1,0"
+        else t
+        for t in trials_with({})
+    ]
+    found = found_of(trials)
+    assert found["saved_overhead_nfe"].verdict == "holds"
+    for key in ("saved_overhead_ms", "student_over_vanilla_ms"):
+        claim = found[key]
+        assert claim.is_measured == is_measured
+        assert is_measured or claim.about.startswith("the machine was busy: the time per token of ")
+    [table] = claims_section([*found.values()]).tables
+    cells = [row.cells for row in table.rows if row.cells[0].endswith("at less ms")]
+    assert is_measured or cells[0][1:] == ("not measured", "-55%", "the machine was busy")
+
+
 def test_seeds_of_a_student_are_compared_with_their_own_teachers():
     trials = []
     for seed, share in enumerate((1.0, 0.9, 0.8)):
