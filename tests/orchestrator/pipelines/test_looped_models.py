@@ -33,7 +33,7 @@ from orchestrator.pipelines.loops import (
     run_loop_influence,
 )
 from orchestrator.pipelines.models import export_checkpoint
-from orchestrator.reporting.depths import DEPTHS_TITLE
+from orchestrator.reporting.depths import DEPTHS_TITLE, depth_section
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -180,10 +180,14 @@ def test_the_page_of_models_that_were_trained_here_shows_their_depth_curve(
     assert {row["name"] for row in report.rows()} == {
         f"{name} r={depth}" for name in ("ours", "levels") for depth in range(3)
     }
-    text = (report.folder / "front.md").read_text("utf-8")
-    assert f"## {DEPTHS_TITLE}" in text
-    assert "| ours | 0 | 2 |" in text
-    assert "| levels | 2 | 6 |" in text
+    page = (report.folder / "front.html").read_text("utf-8")
+    assert DEPTHS_TITLE in page
+    section = depth_section(report.front)
+    assert section is not None
+    points = {tuple(row.cells[:3]) for row in section.tables[0].rows}
+    assert points == {
+        (name, str(depth), str(2 + 2 * depth)) for name in ("ours", "levels") for depth in range(3)
+    }
     assert (report.folder / "depth-curve.png").stat().st_size > 1000
     for name in ("baseline_runs=[ours]", "seeds=[0, 1]"):
         settings = resolve_settings({}, [*changes, f"sweep.{name}"])
