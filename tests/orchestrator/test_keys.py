@@ -27,7 +27,7 @@ from orchestrator.training.job import job_key
 
 NOT_IN_KEY: dict[type, set[str]] = {
     TrainingJob: {
-        "run_folder", "continued_from", "teacher_cache", "first_stages", "storage", "section",
+        "run_folder", "continued_from", "first_stages", "storage", "section",
         "provenance",
     },
     TrainingSettings: {
