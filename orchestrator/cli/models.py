@@ -244,7 +244,6 @@ def pick(
     knee: bool = False,
     best: bool = False,
     cheapest: bool = False,
-    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -262,7 +261,6 @@ def pick(
         knee: Farthest above the line between the ends.
         best: Highest quality.
         cheapest: Lowest cost.
-        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
@@ -276,7 +274,6 @@ def pick(
         knee=knee,
         best=best,
         cheapest=cheapest,
-        draft_for=draft_for,
         cost=cost,
         quality=quality,
         to=to,

@@ -84,11 +84,11 @@ def precisions(workspace: Path) -> set[str]:
 def test_models_are_trained_and_measured_on_reserved_gpus(workspace, environment):
     log = run("sweep-iterations", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    assert tasks(log) == ["sweeping.decode"]
+    assert tasks(log) == ["sweeping.costs"]
 
     log = run("sweep-threshold", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    assert tasks(log) == ["pipelines.influence", "sweeping.decode"]
+    assert tasks(log) == ["pipelines.influence", "sweeping.costs"]
     assert precisions(workspace) == {"bf16"}
 
 
