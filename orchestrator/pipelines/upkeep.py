@@ -429,9 +429,8 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last, the best, and the one to continue from."""
+    """Return those of a finished training: the last one, and the one to continue from."""
     from orchestrator.records.training import TrainingJob
-    from orchestrator.training.checkpoint import best_checkpoint
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
@@ -443,7 +442,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     if outcome is None or not outcome.finished:
         return set()
     stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
-    return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
+    return {Path(str(outcome.checkpoint)), stable}
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:

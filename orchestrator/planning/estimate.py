@@ -245,7 +245,7 @@ class Estimate:
         """
         recipe = self.recipe
         has_stable = 0 < schedules.stable_steps(recipe) < recipe.num_steps
-        kept = recipe.num_checkpoints_kept + recipe.keep_best + has_stable
+        kept = recipe.num_checkpoints_kept + has_stable
         written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
         most = written if recipe.checkpoint_every_minutes is None else kept + 1
         numbers = min(kept, most), min(kept + 1, most)

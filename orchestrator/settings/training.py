@@ -186,9 +186,6 @@ class TrainingSettings(Section):
     """Newest checkpoints kept on disk."""
     profile_steps: StrictInt = Field(default=0, ge=0)
     """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
-    keep_best: StrictBool = False
-    """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
-    checkpoints of steps with a validation loss are compared."""
 
 
 class DistillationSettings(Section):

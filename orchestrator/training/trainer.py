@@ -324,7 +324,6 @@ class Trainer:
                 if validates:
                     metrics = self.validate()
                     position.validation_loss = metrics[VALIDATION_METRIC]
-                    position.validated_step = step
                     self.report(step, metrics)
                 if is_last or step % recipe.checkpoint_every_steps == 0:
                     self.writer.save(position, self.decoder, self.optimizer)

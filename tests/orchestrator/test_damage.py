@@ -50,7 +50,7 @@ from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 SETTINGS = [
     *SMALL, "data.source=files", "data.files=[texts.jsonl]",
     "model.num_layers=2", "model.context_length=32", "model.corrections=1",
-    "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
+    "training.num_steps=2", "training.checkpoint_every_steps=1",
     "training.decay=constant", "distillation.training.num_steps=1",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
     "sweep.num_schedules=2",
@@ -94,7 +94,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "tokens/sources/*.json": ("prepare",),
     "runs/full/job.json": ("list", "list running", "clean", "plan", "pretrain"),
     "runs/full/done.json": ("list", "list running", "clean", "plan", "pretrain"),
-    "runs/full/best.json": ("clean", "pretrain"),
     "runs/full/journal.jsonl": ("list", "list running"),
     "runs/full/step_00000002/config.json": (*MODEL, "evaluate", "pretrain"),
     "runs/full/step_00000002/model.safetensors": (*MODEL, "clean", "evaluate", "pretrain"),
