@@ -15,7 +15,6 @@ from orchestrator.cli.options import (
     NameOption,
     QualityOption,
     SchedulesOption,
-    TrustOption,
     complete_models,
     complete_sweeps,
     one_schedule,
@@ -57,7 +56,6 @@ def generate(
     kv: Literal["exact", "last"] = "exact",
     draft: str | None = None,
     draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    trust_remote_code: TrustOption = False,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -69,7 +67,7 @@ def generate(
     Args:
         checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
             or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
         system: With --chat: the system's message, before the user's.
@@ -85,7 +83,7 @@ def generate(
 
     Keys:
         model: folder of the model that was used
-        schedule: its schedule or depth, or `null` without corrections
+        schedule: its schedule, or `null` without corrections
         texts: one entry per prompt: `prompt`, and its continuation `text`
     """
     if draft is None and draft_tokens is not None:
@@ -118,8 +116,6 @@ def generate(
         one_schedule(schedule),
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )

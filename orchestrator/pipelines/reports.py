@@ -37,8 +37,6 @@ class ReportResult(Result):
     """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
-    elastic: Section | None = Field(exclude=True)
-    """Elastic weights against separate students; None if the sweep has not both."""
     sections: tuple[Section, ...] = Field(exclude=True)
     """What a terminal shows, and JSON holds."""
     folder: Path
@@ -50,7 +48,7 @@ class ReportResult(Result):
     @classmethod
     def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
-        names = ("title", "front", "sentences", "elastic", "folder", "page")
+        names = ("title", "front", "sentences", "folder", "page")
         own = {name: getattr(report, name) for name in names}
         return cls(**own, sections=tuple(report.brief()), workspace=workspace.root, **more)
 
@@ -75,7 +73,6 @@ class ReportResult(Result):
             hypervolume: of the front, or `null`
             hypervolume_box: the box that it is relative to
             confidence_basis: what the confidences were computed from, or `null`
-            elastic: (optional) elastic weights against separate students
             claims: (optional) the paper's claims, if one was measured; as of `report --claims`
         """
         return {**super().to_json(), **render_json(self.sections)}

@@ -24,7 +24,7 @@ from orchestrator.reporting.results import (
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.several_schedules import elastic_section, teacher_depths
+from orchestrator.reporting.several_schedules import teacher_depths
 from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
@@ -103,7 +103,6 @@ def write_sweep_report(
         facts=sweep.facts,
         depths=teacher_depths(sweep.results, notes),
         notes=[*sweep.notes, *notes],
-        elastic=elastic_section(front),
         claims=_measured_claims(front),
         folder=place / axes.slug,
     )

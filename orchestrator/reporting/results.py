@@ -248,9 +248,7 @@ def vanilla_of(table: DataFrame) -> dict[str, str]:
     found: dict[ModelConfig | OtherModel, str] = {}
     shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
-        # One that was trained from scratch comes before those that were distilled.
-        is_new = trial.parent is None or shapes[key] not in found
-        if trial.method == BASELINE_METHOD and is_new:
+        if trial.method == BASELINE_METHOD:
             found[shapes[key]] = str(key)
     return {key: found[shape] for key, shape in shapes.items() if shape in found}
 

@@ -65,8 +65,6 @@ class SweepReport:
     """The depth curves of teachers that were measured."""
     about: str = ""
     """What was trained: data, model, tokens and date."""
-    elastic: Section | None = None
-    """Elastic weights against separate students, if the sweep has both."""
     claims: Sequence[Claim] = ()
     """The paper's claims, if the models say anything of one."""
     folder: Path = Path()
@@ -94,11 +92,10 @@ class SweepReport:
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def brief(self) -> list[Section]:
-        """Return what a terminal shows: the front and its findings, elastic weights, claims."""
+        """Return what a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        claims = claims_section(self.claims, CLAIMS_TITLE) if self.claims else None
-        return [section for section in (front, self.elastic, claims) if section]
+        return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
@@ -118,8 +115,6 @@ class SweepReport:
             found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
-        if self.elastic:
-            found.append(self.elastic)
         folded = []
         if tasks := task_tables(front):
             note = [TASK_TABLES_NOTE]

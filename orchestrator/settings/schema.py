@@ -37,7 +37,7 @@ _READ_BY_KINDS = {
     "asha": ("iterations",),
     "teachers, elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),
-    "baselines, distilled_baselines": ("threshold", "search"),
+    "baselines": ("threshold", "search"),
 }
 """Settings of a sweep -> the kinds of sweeps that read them."""
 
@@ -181,7 +181,7 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
 
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
-    sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
+    sweep, kind = settings.sweep, settings.sweep.kind
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
     )  # fmt: skip
@@ -211,22 +211,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
     if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
         yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
-    if not sweep.distilled_baselines:
-        return
-    if distillation.control != "distill":
-        yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
-    if distillation.hidden_weight:
-        yield (
-            "sweep.distilled_baselines, distillation.hidden_weight: hidden states are compared "
-            "layer with layer, and the baselines have other numbers of layers; leave one out"
-        )
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
     sweep, elastic = settings.sweep, settings.distillation.training.elastic
     if not sweep.elastic:
-        if sweep.compare:
-            yield "sweep.compare, sweep.elastic: it compares elastic weights; set both or none"
         if elastic and sweep.kind != "iterations":
             names = "sweep.elastic, distillation.training.elastic"
             yield f"{names}: a student has one schedule; leave the second out, or set the first"

@@ -479,8 +479,6 @@ def plan_sentences(
     )
     if num_seeds := len({trial.seed for trial in plan.trials if trial.seed is not None}):
         first += f", each under {format_count(num_seeds, 'seed')}"
-    if baselines := {t.group or t.key for t in plan.trials if t.is_distilled_baseline}:
-        first += f"; {format_count(len(baselines), 'distilled baseline')}"
     if num_more := num_models(plan.trials) - plan.num_distinct:
         first += f"; {num_more:,} more that the search suggested"
 
@@ -516,7 +514,6 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
             "selection": sweep.selection,
             "control": settings.distillation.control,
             "elastic": sweep.elastic or None,
-            "distilled_baselines": sweep.distilled_baselines,
         }
         if choice == "budgets" or sweep.budget_unit != "evaluations":
             params["budget_unit"] = sweep.budget_unit
@@ -529,7 +526,7 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
             return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
         return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
-    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    jobs = [t.job for t in plan.trials if t.job]
     shared = shared_parameters([job_parameters(job) for job in jobs])
     return {
         **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},

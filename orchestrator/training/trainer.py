@@ -419,10 +419,9 @@ class Trainer:
         with suppress(RunFailed):  # The divergence is the error to report.
             self.writer.finish()
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
-        job, section = self.job, self.job.section
-        # Models from scratch, and vanilla ones that are distilled, may have a rate of their own.
-        has_own = section == "training" or (job.teacher_folder and not job.initial_folder)
-        own = " (or its own in sweep.learning_rates)" if has_own else ""
+        section = self.job.section
+        # Models from scratch may have a rate of their own.
+        own = " (or its own in sweep.learning_rates)" if section == "training" else ""
         return Diverged(
             f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
             f"{section}.learning_rate={self.recipe.learning_rate:g}{own}, lengthen "

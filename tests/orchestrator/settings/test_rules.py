@@ -72,9 +72,6 @@ def test_what_a_control_does_not_read_may_be_anything():
         ("threshold", "asha=true", "sweep.asha=True, sweep.kind='threshold': "),
         ("iterations", "asha=true; sweep.seeds=[0, 1]", "sweep.asha=True, sweep.seeds=(0, 1): "),
         ("search", "seeds=[0, 1]", "kind threshold or iterations reads the first"),
-        ("iterations", "distilled_baselines=[vanilla]", "only a sweep of kind threshold or search"),
-        ("threshold", "distilled_baselines=[vanilla]; distillation.control=pruned", "'pruned': "),
-        ("search", "distilled_baselines=[vanilla]; distillation.hidden_weight=0.5", "=0.5: "),
         ("search", "elastic=true", "sweep.elastic=True, sweep.kind='search': "),
         (
             "search",
@@ -83,7 +80,6 @@ def test_what_a_control_does_not_read_may_be_anything():
         ),
         ("iterations", "baselines=[pcformer]", "sweep.kind='iterations': only"),
         ("iterations", "elastic=true", "sweep.elastic=True, sweep.kind='iterations': "),
-        ("threshold", "compare=true", "sweep.compare=True, sweep.elastic=False: "),
         ("threshold", "elastic=true; distillation.control=pruned", "distillation.control='pruned'"),
         ("threshold", f"elastic=true; {ELASTIC}.schedules=[0]", f"{ELASTIC}.schedules=(0,): "),
         ("threshold", f"elastic=true; {ELASTIC}.weight=0", f"{ELASTIC}.weight=0.0: "),
