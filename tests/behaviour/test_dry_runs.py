@@ -49,6 +49,7 @@ FROM_SETTINGS = {
 """Dry runs that need nothing of a workspace."""
 FROM_MODELS = {
     "distill": ["distill", "full", "-r", "1", *OPTIONS],
+    "distill --drop-layers": ["distill", "full", "--drop-layers", "1", *OPTIONS],
     "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
     "search": ["sweep-threshold", "full", "--search", "2", *OPTIONS],
     "influence": ["influence", "full", *OPTIONS],
