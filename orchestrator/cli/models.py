@@ -11,6 +11,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     NameOption,
     QualityOption,
@@ -165,7 +166,16 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@Command("export", group="Use models", options={"--device": "cluster.device"}, config="option")
+@Command(
+    "export",
+    group="Use models",
+    options={"--device": "cluster.device"},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that the model was trained on",
+        **NOTHING_IS_TRAINED,
+    },
+)
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,

@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    ONLY_SWEEPS,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -28,6 +29,27 @@ if TYPE_CHECKING:
 
 HERE = {"--address": "cluster.address"}
 CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
+MEASURED_LATER = {
+    "influence": "`iiet-orch influence` measures the trained model",
+    "evaluation": "`iiet-orch evaluate` measures the trained model",
+}
+OF_THE_TEACHER = {
+    "data": "students read the tokens that their teacher was trained on",
+    "model": "students have their teacher's shape",
+    "training": "the teacher is trained already; distillation.training is the students' recipe",
+}
+ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
+FROM_SCRATCH = dict.fromkeys(("distillation", "influence"), "all models are trained from scratch")
+UNREAD_BY_KIND = {
+    "threshold": ONLY_SEARCHES,
+    "search": {},
+    "iterations": FROM_SCRATCH | ONLY_SEARCHES,
+    "depth": dict.fromkeys(
+        ("data", "model", "training", "distillation", "influence", "search"),
+        "a sweep of kind depth measures models that exist",
+    ),
+}
+"""Kind of a sweep -> sections that it does not read, and what decides instead."""
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -45,10 +67,22 @@ def quickstart(call: Call) -> Result:
     Example: iiet-orch quickstart --workspace my-workspace
     """
     call.config = call.config or "demo"
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     return _sweep(call)
 
 
-@Command("prepare", group="Train", config="option")
+@Command(
+    "prepare",
+    group="Train",
+    config="option",
+    unread=dict.fromkeys(
+        (
+            "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+            "cluster",
+        ),
+        "the section data alone says what is prepared",
+    ),
+)  # fmt: skip
 def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
@@ -103,6 +137,11 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         **CLUSTER,
     },
     config="option",
+    unread={
+        "distillation": "`iiet-orch distill` trains students of the trained model",
+        **MEASURED_LATER,
+        **ONLY_SWEEPS,
+    },
     trains=True,
     plans=True,
 )
@@ -162,6 +201,7 @@ def pretrain(
         **HERE,
     },
     config="option",
+    unread={**OF_THE_TEACHER, **MEASURED_LATER, **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -210,6 +250,7 @@ def sweep_file(
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
 
@@ -235,6 +276,7 @@ def sweep_file(
         **CLUSTER,
     },
     config="option",
+    unread=OF_THE_TEACHER,
     trains=True,
     plans=True,
 )
@@ -245,7 +287,10 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
-    call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
+    is_search = "search.num_trials" in call.options
+    call.set("sweep.kind", "search" if is_search else "threshold")
+    if not is_search:
+        call.refuse_unread({"search": "--search N makes a search of the sweep"})
     for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
         if getattr(call.settings.sweep, other):
             raise UserError(f"--schedules and --{other} exclude each other; leave one out")
@@ -263,6 +308,7 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
         **CLUSTER,
     },
     config="option",
+    unread=UNREAD_BY_KIND["iterations"],
     trains=True,
     plans=True,
 )
