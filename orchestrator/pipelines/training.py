@@ -180,7 +180,7 @@ class TrainingPlan(Result):
 
         Keys:
             method: of the model
-            schedule: its corrections
+            schedule: its corrections, or `null` without
             state: whether it is finished, or where it begins
             price: what is left to train, as of a sweep
             problems: place to why the training does not fit there, or `null`
@@ -188,7 +188,7 @@ class TrainingPlan(Result):
         students = [
             {
                 "method": self.jobs[label].model.method,
-                "schedule": list(self.jobs[label].model.corrections),
+                "schedule": self.jobs[label].schedule,
                 "state": plan.state,
                 "price": plan.price.model_dump(mode="json"),
                 "problems": plan.problems,

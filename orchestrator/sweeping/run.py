@@ -27,6 +27,7 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
+from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
@@ -133,7 +134,7 @@ def run_plan(
 
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
-    journal.event("started")
+    journal.event(STARTED_EVENT)
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
     with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
@@ -167,6 +168,10 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
+        if trials.failures:
+            journal = Journal(folder)
+            journal.event(FAILED_EVENT, trials=[*trials.failures])
+            journal.close()
         live.on_results(at_end=True)
         if not trials.failures:  # A failed student will need them again.
             for key in {stored.key for job in taught if (stored := cache_plan(job))}:
