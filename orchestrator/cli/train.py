@@ -172,10 +172,10 @@ def pretrain(
     if continue_ is not None:
         if call.config is not None:
             raise UserError("--continue takes the run's own settings; use it without --config")
-        from orchestrator.models.lookup import find_run_folder
+        from orchestrator.models.lookup import find_pretraining
         from orchestrator.settings import SETTINGS_NAME
 
-        folder = find_run_folder(locate_workspace(call.path), continue_)
+        folder = find_pretraining(locate_workspace(call.path), continue_)
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
@@ -194,6 +194,7 @@ def pretrain(
     group="Train",
     options={
         "--control": "distillation.control",
+        "--steps": "distillation.training.num_steps",
         "--seed": "distillation.training.seed",
         "--lr": "distillation.training.learning_rate",
         "--dtype": "distillation.training.precision",
@@ -209,6 +210,7 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
@@ -218,6 +220,8 @@ def distill(
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        name: Name of the student's run, if there is one student (default: from the content, as in
+            a sweep, which then finds it).
     """
     if not schedule:
         raise UserError(
@@ -230,6 +234,7 @@ def distill(
         call.settings,
         schedules=schedule,
         teacher=call.imported(teacher),
+        name=name,
         local=local,
         **call.common,
     )

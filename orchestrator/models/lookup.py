@@ -17,6 +17,7 @@ from iiet.weights import CONFIG
 from orchestrator.models.folder import (
     is_checkpoint,
     load_config,
+    load_provenance,
     read_config,
     resolve_checkpoint,
     weights_key,
@@ -24,7 +25,7 @@ from orchestrator.models.folder import (
 from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.records.trial import Trial
-from orchestrator.settings import DEFAULT_METHOD, InfluenceSettings
+from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME, InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
 from orchestrator.workspace.journal import last_recorded
@@ -208,6 +209,24 @@ def find_run_folder(workspace: Workspace, path: Path) -> Path:
     """
     folder = find_model_folder(workspace, path)
     return folder.parent if is_checkpoint(folder) else folder
+
+
+def find_pretraining(workspace: Workspace, path: Path) -> Path:
+    """Return the folder of the pretraining that a user names to continue it.
+
+    Raises:
+        UserError: If there is no such folder, or `pretrain` did not make it.
+    """
+    folder = find_run_folder(workspace, path)
+    if (folder / JOB_NAME).is_file() and (folder / SETTINGS_NAME).is_file():
+        return folder
+    saved = find_checkpoints(folder)
+    if saved and "imported" in load_provenance(saved[-1]):
+        raise UserError(
+            f"{folder} was imported, so there is no training to continue; `iiet-orch distill` "
+            "with --control cross_entropy trains an imported model"
+        )
+    raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
 
 
 def run_folders(workspace: Workspace) -> list[Path]:

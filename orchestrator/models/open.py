@@ -293,11 +293,11 @@ def open_models(
         find_trial(workspace, path) or (find_model_folder(workspace, path, model_types=None), None)
         for path in paths or ()
     ]
-    return [
-        open_model(folder, schedule)
-        for folder, own in named or [resolve_model(workspace, note=note)]
-        for schedule in schedules or [own]
-    ]
+    opened: list[OpenedModel] = []
+    for folder, own in named or [resolve_model(workspace, note=note)]:
+        wanted: Sequence[str | IterationSchedule | None] = schedules or [own]
+        opened += [open_model(folder, schedule) for schedule in wanted]
+    return opened
 
 
 def short_names(models: Sequence[OpenedModel]) -> list[str]:

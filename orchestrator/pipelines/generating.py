@@ -120,8 +120,8 @@ def open_generator(
     folder = None
     if path is None:
         folder, own = lookup.resolve_model(space, note=note)
-    elif trial := lookup.find_trial(space, path):
-        folder, own = trial
+    elif measured := lookup.find_trial(space, path):
+        folder, own = measured
     elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
         if picked := lookup.picked_model(space, path.name):
             folder, own = picked.model

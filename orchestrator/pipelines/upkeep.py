@@ -79,9 +79,9 @@ class Listing(Result):
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
     `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
     since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
-    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
-    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
-    ones), `has_report`."""
+    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
+    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
+    planned ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
