@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     ONLY_SWEEPS,
+    BaselinesOption,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -245,6 +246,7 @@ def distill(
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
+    baselines: BaselinesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Run a whole sweep from its file, pretraining included.
@@ -255,6 +257,7 @@ def sweep_file(
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    call.set("sweep.baseline_runs", baselines)
     call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
@@ -285,13 +288,19 @@ def sweep_file(
     trains=True,
     plans=True,
 )
-def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOption = None) -> Result:
+def sweep_threshold(
+    call: Call,
+    teacher: TeacherArgument = None,
+    baselines: BaselinesOption = None,
+    name: NameOption = None,
+) -> Result:
     """Prune by influence, distill and evaluate each schedule, and show the front.
 
     With --search, Optuna then suggests schedules outside the threshold's family.
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
+    call.set("sweep.baseline_runs", baselines)
     is_search = "search.num_trials" in call.options
     call.set("sweep.kind", "search" if is_search else "threshold")
     if not is_search:
@@ -321,6 +330,7 @@ def sweep_iterations(
     call: Call,
     schedule: SchedulesOption = None,
     rates: Annotated[str | None, typer.Option(metavar="A,B,...")] = None,
+    baselines: BaselinesOption = None,
     name: NameOption = None,
 ) -> Result:
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
@@ -333,6 +343,7 @@ def sweep_iterations(
         rates: Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.
     """
     call.set("sweep.kind", "iterations")
+    call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
         from iiet.extensions import METHODS

@@ -45,7 +45,7 @@ from orchestrator.planning.estimate import (
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting import results
-from orchestrator.reporting.command_tables import expected_time, price_rows
+from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping import plan as plans
@@ -53,8 +53,10 @@ from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
     check_models,
+    check_named_baselines,
     check_sweep,
     claims_answered,
+    named_baselines,
     teacher_and_baselines,
     teachers_by_label,
 )
@@ -83,7 +85,8 @@ class SweepRequest:
     workspace: Workspace
     teacher: Path | None
     """A given teacher; without it, the sweep trains its models from scratch."""
-    baselines: Mapping[str, Path] | None
+    named_baselines: Mapping[str, Path]
+    """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
     models: Sequence[plans.SweepModel] | None
     name: str | None
     hashes: Mapping[str, str] | None = None
@@ -104,8 +107,6 @@ class PlannedSweep(Result):
     """The teacher and its baselines, if the sweep trains them itself."""
     unknown: list[Estimate] = Field(default=[])
     """A bound of the trainings that are not known yet."""
-    unmeasured: list[ModelConfig] = Field(default=[])
-    """Teachers whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -143,18 +144,12 @@ class PlannedSweep(Result):
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials, settings = self._left
-        space, unprepared = self.asked.workspace, not self.plan.tokens_folder
-        left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
-        models = [*left, *(each.config for each in self.unknown)]
-        influence, measuring = plans.measuring_flops(settings, self.unmeasured, models)
+        unprepared = not self.plan.tokens_folder
         return price_of(
             [*before, *trials],
-            space.root,
+            self.asked.workspace.root,
             new_token_bytes=expected_tokens(settings.data, None).new_bytes if unprepared else 0,
             is_upper_bound=bool(self.unknown),
-            teachers=space.teachers if settings.distillation.teacher_cache else None,
-            influence_flops=influence,
-            measuring_flops=measuring,
         )
 
     @cached_property
@@ -212,8 +207,7 @@ class PlannedSweep(Result):
             notes: what is reused, and what is not known yet
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
-                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`; `stop_seconds`
-                and `num_saving`, how long a stop takes at most, and how many trainings then save
+                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
             problems: place to why the trainings do not fit there, or `null`
         """
         return {
@@ -261,7 +255,6 @@ def plan_sweep(
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
-    baselines: Mapping[str, Path] | None = None,
     models: Sequence[plans.SweepModel] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -276,8 +269,6 @@ def plan_sweep(
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        baselines: Label to checkpoint of models that stand beside the front of a given teacher;
-            when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
 
     Raises:
@@ -299,10 +290,10 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
-    if settings.sweep.teachers and (teacher is not None or baselines is not None):
+    if settings.sweep.teachers and teacher is not None:
         raise UserError(
-            "sweep.teachers names teachers that the sweep trains itself, with their baselines; "
-            "leave it out, or give neither a teacher nor baselines"
+            "sweep.teachers names teachers that the sweep trains itself, and a teacher was given "
+            f"({teacher}); leave one out"
         )
     check_sweep(settings)
     space, given, progress = find_workspace(workspace), None, progress or Progress()
@@ -313,7 +304,7 @@ def plan_sweep(
         settings=settings,
         workspace=space,
         teacher=given,
-        baselines=baselines,
+        named_baselines=named_baselines(settings, space, given),
         models=models,
         name=name,
     )
@@ -325,7 +316,7 @@ def plan_sweep(
 def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     settings, space = asked.settings, asked.workspace
     if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, asked.baselines, progress)
+        return _plan_students(asked, {TEACHER: asked.teacher}, {}, progress)
 
     # Models are trained from scratch: all of the sweep, or those before its students.
     check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -336,11 +327,23 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     if settings.sweep.kind == "iterations":
         name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
         plan = plans.plan_iterations(
-            settings, space, tokens, asked.models, name=name, hashes=asked.hashes
+            settings,
+            space,
+            tokens,
+            asked.models,
+            named_baselines=asked.named_baselines,
+            name=name,
+            hashes=asked.hashes,
         )
+        if tokens:
+            own_models = [trial.model for trial in plan.trials if trial.job]
+            check_named_baselines(asked.named_baselines, tokens, own_models)
         return PlannedSweep(asked=asked, plan=plan, said=said)
     first = plan_models(teacher_and_baselines(settings), space, tokens)
     said += [*first.damaged, claims_answered(settings)]
+    if tokens:  # Before anything is trained.
+        own_models = [job.model for job in first.jobs.values()]
+        check_named_baselines(asked.named_baselines, tokens, own_models)
     labels, finished = teachers_by_label(settings), first.finished
     if labels.keys() <= finished.keys():
         teachers = {label: finished.pop(label) for label in labels}
@@ -354,14 +357,13 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
         said=[*said, *sentences],
         pretraining=first,
         unknown=unknown,
-        unmeasured=list(models.values()),
     )
 
 
 def _plan_students(
     asked: SweepRequest,
     teachers: Mapping[str, Path],
-    baselines: Mapping[str, Path] | None,
+    baselines: Mapping[str, Path],
     progress: Progress,
 ) -> PlannedSweep:
     """Plan the students of trained teachers; a bound of them if influence is not measured."""
@@ -376,28 +378,27 @@ def _plan_students(
         if table:
             tables[label] = table
     models = {label: load_config(path) for label, path in teachers.items()}
-    unmeasured = [models[label] for label in teachers if label not in tables]
+    is_measured = teachers.keys() == tables.keys()
     plan = plans.plan_students(
         settings,
         space,
         teachers,
-        {} if unmeasured else tables,  # The schedules follow from all of them.
-        note=progress.note,
+        tables if is_measured else {},  # The schedules follow from all of them.
         baselines=baselines,
+        named_baselines=asked.named_baselines,
         name=asked.name,
         hashes=asked.hashes,
     )
+    check_named_baselines(asked.named_baselines, Path(plan.tokens_folder), models.values())
     unknown, said, search = list[Estimate](), list[str](), None
-    if unmeasured:
+    if not is_measured:
         unknown, said = _bounds(settings, models, "'s influence is not measured")
     elif settings.sweep.kind == "search":
         search = plans.schedule_search(settings, space, plan, teachers[TEACHER])
         trials = (*plan.trials, *search.suggested_trials())
         plan = plan.model_copy(update={"trials": trials})
         unknown, said = [*map(Estimate.of, search.jobs_left())], [search.text]
-    return PlannedSweep(
-        asked=asked, plan=plan, said=said, unknown=unknown, unmeasured=unmeasured, search=search
-    )
+    return PlannedSweep(asked=asked, plan=plan, said=said, unknown=unknown, search=search)
 
 
 def _bounds(
@@ -455,12 +456,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         hashes = plans.load_tasks(settings.evaluation, tokens, model, progress)
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
-            progress.note(f"expected: {expected_time(plan.price)}")
-            progress.expected = plan.price.seconds
             if plan.pretraining:
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
-                progress.expected = plan.price.seconds
             tables: dict[Path, InfluenceTable] = {}
             on_device = trial_device(settings, root)
             for trial in plan.plan.trials:
@@ -470,7 +468,6 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                     tables[teacher] = run_influence(measured, context, on_device=on_device).table
             asked = replace(asked, hashes=hashes, influence=tables)
             plan = again()
-            progress.expected = plan.price.seconds
             outcome = run_plan(
                 plan.plan,
                 settings,
@@ -530,7 +527,6 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredS
         results=outcome.results,
         influence=next(iter(planned.asked.influence.values()), None),
         facts={
-            **({results.LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             **({results.CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
             results.SETTINGS_TITLE: flatten(planned.asked.settings),

@@ -38,6 +38,7 @@ _READ_BY_KINDS = {
     "teachers, elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),
     "baselines": ("threshold", "search"),
+    "baseline_runs": ("threshold", "search", "iterations"),
 }
 """Settings of a sweep -> the kinds of sweeps that read them."""
 
@@ -166,11 +167,6 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "distillation.teacher_from_step, distillation.training.num_steps: the teacher begins "
             "after the last step of the training; set the first below the second, or "
             "distillation.control=cross_entropy"
-        )
-    if distillation.teacher_cache and distillation.hidden_weight:
-        yield (
-            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
-            "set teacher_cache to false, or hidden_weight to 0"
         )
     for name in ("kl_weight", "temperature"):
         elastic, usual = distillation.training.elastic, ElasticSettings()
