@@ -41,10 +41,10 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
-from orchestrator.sweeping.students import distillation_job, layer_dropping_job
+from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.dropping import most_important_layers
+from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import (
     check_folder,
     check_job,
@@ -203,7 +203,7 @@ class TrainingPlan(Result):
 
         Keys:
             method: of the model
-            schedule: its corrections
+            schedule: its corrections, or `null` without
             dropped_layers: (optional) with `--drop-layers`, numbers of the layers that it drops, as
                 in the table of `influence`; `null` while that is not measured
             state: whether it is finished, or where it begins
@@ -213,7 +213,7 @@ class TrainingPlan(Result):
         students = [
             {
                 "method": self.jobs[label].model.method,
-                "schedule": list(self.jobs[label].model.corrections),
+                "schedule": self.jobs[label].schedule,
                 **({"dropped_layers": self.dropped_layers} if self.layers else {}),
                 "state": plan.state,
                 "price": plan.price.model_dump(mode="json"),
@@ -391,6 +391,7 @@ def plan_distill(
     schedules: Sequence[str | IterationSchedule] = (),
     drop_layers: int | None = None,
     teacher: Path | str | None = None,
+    name: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
 ) -> TrainingPlan:
@@ -406,11 +407,13 @@ def plan_distill(
             method, also vanilla.
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
+        name: Name of the run's folder, of one student; when unset, its folder is that of a sweep's
+            trial.
         local: Train in this process, without Ray.
 
     Raises:
         UserError: If there is no such teacher, a schedule does not fit it, it has too few layers,
-            or the control trains nothing.
+            the control trains nothing, or the name is that of another run.
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
@@ -434,18 +437,42 @@ def plan_distill(
                 f"{checkpoint}, at least one is dropped and one stays; give a number from 1 to "
                 f"{num_layers - 1}, or take a teacher of more layers"
             )
+        _check_fewer_layers(settings)
         layers = plan_influence(settings, workspace=space, model=checkpoint, of_layers=True)
-        return _plan_fewer_layers(settings, space, layers, drop_layers, local=local)
+        return _plan_fewer_layers(settings, space, layers, drop_layers, name=name, local=local)
+    # A schedule that does not fit is refused before tokens are asked for.
+    students = [student_config(checkpoint, str(schedule)) for schedule in schedules]
     tokens = tokens_folder_of(checkpoint, space)
-    students = [
-        distillation_job(settings, space, checkpoint, str(schedule), tokens)
-        for schedule in schedules
-    ]
-    jobs = {str(job.model.corrections): job for job in students}
+    jobs = {
+        str(student.corrections): distillation_job(settings, space, checkpoint, student, tokens)
+        for student in students
+    }
+    if name is not None:
+        if len(jobs) > 1:
+            raise UserError(
+                f"--name {name} names one student, and --schedule asks for {len(jobs)}; leave the "
+                "name out, or distill them one by one"
+            )
+        folder = str(space.runs / name)
+        jobs = {label: job.model_copy(update={"run_folder": folder}) for label, job in jobs.items()}
+        for job in jobs.values():
+            check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
     plan.price  # noqa: B018  # raises if the workers cannot share a step
     return plan
+
+
+def _check_fewer_layers(settings: Settings) -> None:
+    """Raise `UserError` if a distillation is none of a student of fewer layers."""
+    distillation = settings.distillation
+    if distillation.control == "pruned":
+        raise UserError("--drop-layers, distillation.control=pruned: the control trains nothing")
+    if distillation.control == "distill" and distillation.hidden_weight:
+        raise UserError(
+            f"--drop-layers, distillation.hidden_weight={distillation.hidden_weight:g}: hidden "
+            "states are compared layer with layer, and the student has fewer layers; leave one out"
+        )
 
 
 def _plan_fewer_layers(
@@ -454,6 +481,7 @@ def _plan_fewer_layers(
     layers: InfluencePlan,
     num_dropped: int,
     *,
+    name: str | None,
     local: bool,
 ) -> TrainingPlan:
     """Return the plan of a student without the layers of least influence; see `is_bound`."""
@@ -464,11 +492,20 @@ def _plan_fewer_layers(
     kept = most_important_layers(importance, teacher.num_layers - num_dropped)
     dropped = tuple(number + 1 for number in range(teacher.num_layers) if number not in kept)
     label = f"{len(kept)} of {teacher.num_layers} layers"
+    config = kept_config(teacher, kept)
+    job = distillation_job(
+        settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept
+    )
+    if name is not None:
+        job = job.model_copy(update={"run_folder": str(workspace.runs / name)})
+        if layers.is_stored:
+            check_folder(job)
     plan = TrainingPlan(
         kind="distill",
         models={label: settings},
-        jobs={label: layer_dropping_job(settings, workspace, layers.checkpoint, kept)},
+        jobs={label: job},
         workspace=workspace,
+        name=name,
         local=local,
         layers=layers,
         num_dropped=num_dropped,
@@ -489,7 +526,12 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
             (settings,) = plan.models.values()
             layers = plan.layers.model_copy(update={"table": table})
             plan = _plan_fewer_layers(
-                settings, plan.workspace, layers, plan.num_dropped, local=plan.local
+                settings,
+                plan.workspace,
+                layers,
+                plan.num_dropped,
+                name=plan.name,
+                local=plan.local,
             )
     students = [
         DistillResult(**dict(result), schedule=plan.jobs[label].model.corrections)

@@ -26,7 +26,6 @@ from iiet.pruning import (
     spread_over_cost,
 )
 from iiet.schedule import IterationSchedule
-from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
@@ -43,7 +42,6 @@ from orchestrator.sweeping.models import (
     schedule_cost,
 )
 from orchestrator.terminal.render import format_count
-from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.workspace.errors import UserError
@@ -130,15 +128,13 @@ def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
     )
 
 
-def distillation_job(
-    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
-) -> TrainingJob:
-    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+def student_config(teacher: Path, schedule: str) -> ModelConfig:
+    """Return a teacher's configuration under the schedule of a student.
 
     Raises:
-        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+        UserError: If the schedule does not fit the teacher.
     """
-    full, distillation = load_config(teacher), settings.distillation
+    full = load_config(teacher)
     try:
         wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
         config = replace(full, schedule=wanted)
@@ -149,38 +145,33 @@ def distillation_job(
             f"the schedule {wanted} asks for more corrections than the teacher makes, "
             f"{full.corrections}"
         )
+    return config
+
+
+def distillation_job(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    tokens: Path,
+    kept_layers: tuple[int, ...] | None = None,
+) -> TrainingJob:
+    """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
+
+    Args:
+        kept_layers: Numbers of the teacher's layers that the student has, the first being 0; all
+            when unset.
+
+    Raises:
+        UserError: If the control trains nothing.
+    """
+    distillation = settings.distillation
     job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
     if job is None:
         raise UserError(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
-    return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
-
-
-def layer_dropping_job(
-    settings: Settings, workspace: Workspace, teacher: Path, kept_layers: tuple[int, ...]
-) -> TrainingJob:
-    """Return the job that distills a teacher into a student that has some of its layers, in the
-    folder of a sweep's trial.
-
-    Args:
-        kept_layers: Numbers of the layers that stay, the first being 0.
-
-    Raises:
-        UserError: If the control trains nothing, or the loss compares layers.
-    """
-    distillation = settings.distillation
-    if distillation.control == "distill" and distillation.hidden_weight:
-        raise UserError(
-            f"--drop-layers, distillation.hidden_weight={distillation.hidden_weight:g}: hidden "
-            "states are compared layer with layer, and the student has fewer layers; leave one out"
-        )
-    config = kept_config(load_config(teacher), kept_layers)
-    tokens = tokens_folder_of(teacher, workspace)
-    job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
-    if job is None:
-        raise UserError("--drop-layers, distillation.control=pruned: the control trains nothing")
     if job.initial_folder:  # Random weights have no layers to keep.
         job = job.model_copy(update={"kept_layers": kept_layers})
     return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})

@@ -12,6 +12,7 @@ from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from same_run import same_run, stop
 
+from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance, weights_key
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines import training
@@ -249,6 +250,45 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
 
 
+def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens):
+    shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    wanted = settings()
+    options = {"workspace": context.workspace, "teacher": teacher, "local": True}
+    plan = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    (student,) = run_distill(plan, context).students
+    assert student.checkpoint.parent == context.workspace.runs / "mine"
+    again = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    assert list(again.finished.values()) == [student.checkpoint]
+    for schedules, name, words in (
+        (["1,0", "1"], "two", "--name two names one student"),
+        (["0,0"], "mine", "holds a run with other settings"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_distill(wanted, schedules=schedules, name=name, **options)
+    command = [
+        "distill", str(teacher), "-r", "1,0", "--steps", "5", "--name", "other", "--dry-run",
+        "-w", str(context.workspace.root), "--json",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[Any] = []
+
+        def noted(given: Settings, **more: Any) -> Any:
+            asked.append((given.distillation.training.num_steps, more["name"]))
+            return plan
+
+        patch.setattr(training, "plan_distill", noted)
+        assert cli.main(command) == 0
+    assert asked == [(5, "other")]
+
+
+def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
+    options = {"workspace": context.workspace, "teacher": teacher}
+    with pytest.raises(UserError, match="more corrections than the teacher"):
+        plan_distill(settings(), schedules=["3"], **options)
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        plan_distill(settings(), schedules=["1"], **options)
+
+
 # Students of fewer layers
 
 
@@ -296,6 +336,18 @@ def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tok
     (run,) = [run for run in tracking.published if run.kind == "distill"][-1:]
     assert run.params["kept_layers"] == str(1 - least)
     assert run_distill(known, context).students == [first], "it is found again"
+
+    named = plan_distill(
+        settings(),
+        workspace=context.workspace,
+        drop_layers=1,
+        teacher=teacher,
+        name="smaller",
+        local=True,
+    )
+    (smaller,) = run_distill(named, context).students
+    assert smaller.checkpoint.parent == context.workspace.runs / "smaller"
+    assert weights_key(smaller.checkpoint) == weights_key(first.checkpoint)
 
     # Another influence is another student.
     set_importance(known.layers.path, *(0.9 if layer == least else 0.1 for layer in range(2)))
