@@ -214,7 +214,7 @@ def _reading(
         quality=front.axes.quality,
         rows=rows,
         longer=next(trial for trial in trials if trial.role == "trial"),
-        flops=elastic_flops(own, [t for t in elastic.trials if t.is_elastic], workspace.teachers),
+        flops=elastic_flops(own, [t for t in elastic.trials if t.is_elastic], workspace.root),
     )
 
 
@@ -250,15 +250,13 @@ def compare_schedules(front: Front) -> list[dict[str, Any]]:
     return rows
 
 
-def elastic_flops(
-    settings: Settings, trials: Sequence[Trial], teachers: Path
-) -> tuple[float, float]:
+def elastic_flops(settings: Settings, trials: Sequence[Trial], folder: Path) -> tuple[float, float]:
     """Return the training FLOPs of elastic weights, and of separate students of their schedules;
     with what teachers compute, for all seeds.
 
     Args:
         trials: Those of elastic weights; at least one.
-        teachers: Folder of stored teacher outputs.
+        folder: A folder on the workspace's disk.
     """
     jobs = [trial.job for trial in trials if trial.job]
     own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
@@ -270,11 +268,7 @@ def elastic_flops(
         for job in jobs
         for model in {trial.model.corrections: trial.model for trial in trials}.values()
     ]
-    stored = teachers if settings.distillation.teacher_cache else None
-    return (
-        price_of(own, teachers.parent, teachers=stored).flops,
-        price_of(separate, teachers.parent, teachers=stored).flops,
-    )
+    return price_of(own, folder).flops, price_of(separate, folder).flops
 
 
 def _steps(settings: Settings, factor: float) -> int:

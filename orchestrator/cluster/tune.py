@@ -88,8 +88,9 @@ class TrialQueue(Protocol):
     def saved(self) -> str:
         """Say what is finished and saved; called after a signal."""
 
-    def seconds_to_save(self) -> float:
-        """Return the longest time until all running trials are saved; called after a signal."""
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any; called after a
+        signal."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,10 @@ def run_trials(
                 ),
             ).fit()
 
-        def ask_to_stop() -> float:
+        def ask_to_stop() -> bool:
             suggester.is_stopping = True
             stop.send()
-            return queue.seconds_to_save()
+            return queue.begin_saving()
 
         try:
             run_interruptibly(fit, ask_to_stop=ask_to_stop, saved=queue.saved, watch=queue.watch)

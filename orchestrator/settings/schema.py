@@ -167,11 +167,6 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "after the last step of the training; set the first below the second, or "
             "distillation.control=cross_entropy"
         )
-    if distillation.teacher_cache and distillation.hidden_weight:
-        yield (
-            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
-            "set teacher_cache to false, or hidden_weight to 0"
-        )
     for name in ("kl_weight", "temperature"):
         elastic, usual = distillation.training.elastic, ElasticSettings()
         if elastic and getattr(elastic, name) != getattr(usual, name):

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 from iiet.cost import inference_cost
 from orchestrator.cluster.places import wait_for_gpus
 from orchestrator.cluster.ray import ray_cluster
-from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
-from orchestrator.planning.estimate import seconds_to_save
+from orchestrator.planning.estimate import note_saving
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
@@ -46,8 +45,7 @@ from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.job import check_job, finished_outcome
-from orchestrator.training.teacher_cache import cache_plan, store_answers
+from orchestrator.training.job import check_job
 from orchestrator.training.watching import (
     JournalReader,
     describe_saved_state,
@@ -55,7 +53,7 @@ from orchestrator.training.watching import (
     waiting_text,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.files import delete_folder, read_json, write_text
+from orchestrator.workspace.files import read_json, write_text
 from orchestrator.workspace.journal import Journal, now_ms
 from orchestrator.workspace.layout import (
     JOB_NAME,
@@ -138,19 +136,6 @@ def run_plan(
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
-        # A trial that is only measured needs no teacher.
-        taught = [job for job in jobs if job.teacher_cache and finished_outcome(job) is None]
-        if search and settings.distillation.teacher_cache:
-            taught += search.jobs_left()
-        if taught:
-            # A teacher that runs in each trial is in the trials' own FLOPs.
-            device = trial_device(placed, workspace.root)
-            num_tokens, flops = store_answers(
-                taught, workspace.teachers, on_device=device, progress=progress
-            )
-            work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
-            if num_tokens:
-                live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search)
         try:
             _run_queue(trials, plan, placed, folder)
@@ -162,10 +147,6 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
-        if not trials.failures:  # A failed student will need them again.
-            for key in {stored.key for job in taught if (stored := cache_plan(job))}:
-                with suppress(OSError):
-                    delete_folder(workspace.teachers / key)
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -404,11 +385,11 @@ class SweepQueue:
         text = f"{len(self.results)} of {self.num_all} trials are finished"
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
 
-    def seconds_to_save(self) -> float:
-        """Return the longest time until all running trials are saved."""
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any."""
         running = [trial for trial in self._taken.values() if trial.key in self._running]
-        jobs = [trial.job for trial in running if trial.job]
-        return seconds_to_save(jobs, self.progress.note) if running else 0.0
+        note_saving([trial.job for trial in running if trial.job], self.progress.note)
+        return bool(running)
 
     def summary(self) -> str:
         """Say in one line how the sweep ended."""

@@ -162,17 +162,12 @@ def student_estimate(
     """Return what a student takes whose teacher need not be trained."""
     is_distilled = settings.distillation.control == "distill"
     loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
-    from orchestrator.training.teacher_cache import answers_plan  # Imports PyTorch.
-
-    cache = answers_plan(teacher, recipe, loss)
     return Estimate(
         config=config,
         recipe=recipe,
         section=STUDENTS_SECTION,
         teacher=teacher if is_distilled else None,
         loss=loss,
-        cache=cache if is_distilled else None,
-        is_bound=True,
     )
 
 
@@ -332,10 +327,7 @@ class Students:
 
     def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
         tokens = self.suite.tokens_folder
-        job = student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
-        if job and job.objective == "distill" and distillation.teacher_cache:
-            return job.model_copy(update={"teacher_cache": str(self.workspace.teachers)})
-        return job
+        return student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
 
     def _trained(
         self, role: Role, label: str, job: TrainingJob, seed: int | None, **fields: Any

@@ -38,7 +38,6 @@ ELASTIC = "distillation.training.elastic"
         ("distillation.training.iterate_ramp_fraction=1; ...iterate_from_fraction=0.1", "the ramp"),
         ("distillation={teacher_from_step: 9, teacher_until_step: 9}", "takes part in no step"),
         ("distillation.teacher_from_step=60", "teacher_from_step=60, distillation.training.num_st"),
-        ("distillation={teacher_cache: true, hidden_weight: 1}", "hidden_weight to 0"),
         (f"{ELASTIC}.kl_weight=2", f"{ELASTIC}.kl_weight=2.0: "),
         (f"{ELASTIC}.temperature=2", f"{ELASTIC}.temperature=2.0: "),
     ],

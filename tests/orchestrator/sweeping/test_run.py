@@ -17,7 +17,6 @@ from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 
-from iiet.cost import inference_cost
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
@@ -29,7 +28,6 @@ from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import PLAN_FILE, RUN_LOCK_NAME, open_workspace
@@ -140,27 +138,6 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
     ):
         with pytest.raises(UserError, match=f"--time-again:? {reason}"):
             report(workspace=workspace, sweeps=names, time_again=True)
-
-
-@pytest.mark.slow
-def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypatch):
-    teachers = sweep.folder / "teachers"
-    teacher, *students = tiny_plan.trials
-    reading = [with_job(student, {}, teacher_cache=str(teachers)) for student in students]
-
-    def end(trial: Trial) -> Trial:
-        assert len(list(teachers.glob(f"*/{ANSWERS}"))) == 1, "before the first trial"
-        return finished(trial)
-
-    end_trials(monkeypatch, end)
-    outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
-    assert outcome.reused == frozenset()
-    job = tiny_plan.trials[-1].job
-    num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-    forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
-    assert sweep.metrics["sweep/teacher_tokens"] == num_tokens
-    assert sweep.metrics["sweep/teacher_flops"] == num_tokens * forward
-    assert not list(teachers.glob("*/")), "all students are finished"
 
 
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:

@@ -94,9 +94,8 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
         pairs = list(zip(usual.trials, other.trials, strict=True))
         assert all(a.folder != b.folder and a.key != b.key for a, b in pairs[1:])
         assert pairs[0][0].key == pairs[0][1].key, "the teacher is measured as it is"
-    for change in ("training.checkpoint_every_steps=3", "teacher_cache=true"):
-        other = plan(f"distillation.{change}")
-        assert [t.key for t in usual.trials] == [t.key for t in other.trials]
+    other = plan("distillation.training.checkpoint_every_steps=3")
+    assert [t.key for t in usual.trials] == [t.key for t in other.trials]
     other, moved = plan(suite="y"), plan(suite_folder="/b")
     for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
         assert a.folder == b.folder == c.folder, "other tasks are put to the same weights"
