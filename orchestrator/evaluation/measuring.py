@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iiet.decoder import Decoder
+from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
@@ -187,7 +188,7 @@ class ModelMeasurer:
         """Return what lm-eval's results say of a run beside its numbers."""
         model, prompts = self._model, suite.prompts or Prompts()
         model_args: dict[str, object] = {"dtype": self.precision}
-        if model.config is not None:
+        if model.config is not None and facts_of(model.config.method).has_corrections:
             model_args["schedule"] = ",".join(map(str, model.config.corrections))
         return {
             "config": {
