@@ -203,7 +203,7 @@ def pretrain(
         **HERE,
     },
     config="option",
-    unread={**OF_THE_TEACHER, **MEASURED_LATER, **ONLY_SWEEPS},
+    unread={**OF_THE_TEACHER, "evaluation": MEASURED_LATER["evaluation"], **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -211,29 +211,31 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    drop_layers: Annotated[int | None, typer.Option(min=1)] = None,
     name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
+
+    With --drop-layers, the student has fewer layers instead, and the teacher may be of any method.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
 
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        drop_layers: Instead: drop this many layers, those of least block influence.
         name: Name of the student's run, if there is one student (default: from the content, as in
             a sweep, which then finds it).
     """
-    if not schedule:
-        raise UserError(
-            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
-            "or --schedule 2,1,1,0,0,0"
-        )
+    if drop_layers is None:
+        call.refuse_unread({"influence": "only --drop-layers reads it"})
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
-        schedules=schedule,
+        schedules=schedule or (),
+        drop_layers=drop_layers,
         teacher=call.imported(teacher),
         name=name,
         local=local,
