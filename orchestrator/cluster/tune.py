@@ -58,6 +58,8 @@ STEP, LOSS, ANSWER = "step", "validation_loss", "answer"
 """What a trial reports to Tune: its validations, and last how it ended."""
 
 logger = logging.getLogger(__name__)
+# At its end, Tune would warn of each trial that has no file of results; they are switched off.
+logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 class TrialQueue(Protocol):
