@@ -224,6 +224,7 @@ class Signal:
         """Send it, if it was not sent before."""
         import ray
 
+        self._is_sent = True  # Who asks in this process hears it, also when Ray has ended.
         actor: Any = ray.remote(num_cpus=0)(_Sent)
         name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
         _sent.append(actor.options(**name).remote())
