@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 HERE = {"--address": "cluster.address", "--logger": "tracking.loggers"}
-CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -100,7 +99,7 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         "--skip-bad-steps": "training.skip_bad_steps",
         "--profile": "training.profile_steps",
         "--storage": "cluster.storage",
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     trains=True,
@@ -196,7 +195,7 @@ def distill(
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
+@Command("sweep", group="Sweep", options=HERE, config="argument", trains=True, plans=True)
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
@@ -234,7 +233,7 @@ def sweep_file(
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     trains=True,
@@ -262,7 +261,7 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
         "--steps": "training.num_steps",
         "--asha": "sweep.asha",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     trains=True,

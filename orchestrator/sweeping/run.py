@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.places import wait_for_gpus
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
@@ -206,8 +205,6 @@ def _run_queue(trials: SweepQueue, plan: SweepPlan, placed: Settings, folder: Pa
             with ray_cluster(cluster, folder=folder, say=say):
                 from orchestrator.cluster import tune  # Ray reads its environment when imported.
 
-                if cluster.wait_for_gpus:
-                    wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
                 tune.run_trials(
                     partial(run_trial, wait=False),
                     trials,
