@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
-        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair", "scipy.stats"),
+        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair"),
         *("torch._dynamo", "torch.distributed.fsdp"),  # PyTorch imports them at the first step.
     ]
 )

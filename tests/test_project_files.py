@@ -29,7 +29,8 @@ PACKAGES = ("iiet", "orchestrator")
 
 
 def test_changelog_and_citation_are_of_this_version():
-    versions = re.findall(r"^## (\S+)", read("CHANGELOG.md"), flags=re.MULTILINE)
+    sections = re.findall(r"^## (\S+)", read("CHANGELOG.md"), flags=re.MULTILINE)
+    versions = sections[1:] if sections[0] == "Unreleased" else sections
     assert versions[0] == PROJECT["version"]
     assert versions == sorted(versions, reverse=True)
     citation = yaml.safe_load(read("CITATION.cff"))

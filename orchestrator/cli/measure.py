@@ -79,7 +79,6 @@ def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
-    compare: Annotated[bool, typer.Option("--compare")] = False,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
     depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
@@ -88,15 +87,14 @@ def evaluate(
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
-    With --compare, compare two models on the same items: paired differences with intervals and
-    McNemar's test. Each may be a folder that lm-eval wrote with --log_samples.
+    Beside each model after the first stands its difference to the first, over the same items, with
+    its 95% interval.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
 
     Args:
         schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
             repeated.
-        compare: Compare two models; --schedule is of both, or given twice, of each.
         log_samples: Write results and samples in lm-eval's files, for other tools.
         depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
         apply_chat_template: Write prompts with the model's chat template.
@@ -105,23 +103,14 @@ def evaluate(
     from orchestrator.pipelines import evaluating
 
     call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
-    common = {"schedules": schedule or (), "trust_remote_code": trust_remote_code, **call.common}
-    if compare:
-        if not models or len(models) != 2:
-            named = ", ".join(map(str, models or ())) or "none"
-            raise UserError(f"--compare takes two models; got {named}")
-        if log_samples or depth_curve:
-            option = "--log-samples" if log_samples else "--depth-curve"
-            raise UserError(f"{option} is for models alone; use it without --compare")
-        both = str(models[0]), str(models[1])
-        comparison = evaluating.plan_compare(call.settings, models=both, **common)
-        return call.finish(comparison, evaluating.run_compare)
     plan = evaluating.plan_evaluate(
         call.settings,
         models=models or (),
         log_samples=log_samples,
         depth_curve=depth_curve,
-        **common,
+        schedules=schedule or (),
+        trust_remote_code=trust_remote_code,
+        **call.common,
     )
     return call.finish(plan, evaluating.run_evaluate)
 
@@ -136,7 +125,6 @@ def benchmark(
     new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
-    drafts: str | None = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
@@ -151,14 +139,7 @@ def benchmark(
         new_tokens: Tokens decoded after it (default: 32, or what fits the context).
         repetitions: Measurements of each model, in turns.
         threads: Threads of PyTorch on a CPU.
-        drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
-            report.
     """
-    if drafts:
-        from orchestrator.pipelines.reports import plan_drafts, run_drafts
-
-        cluster = call.settings.cluster
-        return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
     from orchestrator.evaluation.decode_timing import MeasurementSettings

@@ -15,7 +15,6 @@ from orchestrator.cli.options import (
     NameOption,
     QualityOption,
     SchedulesOption,
-    TrustOption,
     complete_models,
     complete_sweeps,
     one_schedule,
@@ -57,7 +56,6 @@ def generate(
     kv: Literal["exact", "last"] = "exact",
     draft: str | None = None,
     draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    trust_remote_code: TrustOption = False,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -69,7 +67,7 @@ def generate(
     Args:
         checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
             or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
         system: With --chat: the system's message, before the user's.
@@ -85,7 +83,7 @@ def generate(
 
     Keys:
         model: folder of the model that was used
-        schedule: its schedule or depth, or `null` without corrections
+        schedule: its schedule, or `null` without corrections
         texts: one entry per prompt: `prompt`, and its continuation `text`
     """
     if draft is None and draft_tokens is not None:
@@ -118,8 +116,6 @@ def generate(
         one_schedule(schedule),
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
@@ -244,7 +240,6 @@ def pick(
     knee: bool = False,
     best: bool = False,
     cheapest: bool = False,
-    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -262,7 +257,6 @@ def pick(
         knee: Farthest above the line between the ends.
         best: Highest quality.
         cheapest: Lowest cost.
-        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
@@ -276,7 +270,6 @@ def pick(
         knee=knee,
         best=best,
         cheapest=cheapest,
-        draft_for=draft_for,
         cost=cost,
         quality=quality,
         to=to,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,26 +25,15 @@ from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
-from orchestrator.evaluation.looped import LoopedDecoder, fix_start
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
-from orchestrator.models.hub import download, is_hub_name
-from orchestrator.models.loops import LOOPED_MODELS
-from orchestrator.models.open import (
-    DTYPES,
-    OpenedModel,
-    best_device,
-    device_precision,
-    load_model,
-    open_model,
-)
+from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
-from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
@@ -71,7 +60,6 @@ def generate(
     device: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
@@ -79,14 +67,13 @@ def generate(
 
     Args:
         prompts: Text to continue, or several.
-        model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model;
-            or a folder of a looped model. When unset the newest of finished runs and the last pick.
-        schedule: Iteration schedule or depth as typed, if not the model's own.
+        model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
+            When unset the newest of finished runs and the last pick.
+        schedule: Iteration schedule as typed, if not the model's own.
         draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
         system: The system's message before it; the template's own when unset.
-        trust_remote_code: Whether code in a looped model's folder may run.
         sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
 
     Raises:
@@ -95,16 +82,7 @@ def generate(
             lacks the device, or a system's message is given without `chat`.
     """
     drafting = Drafting(draft=draft) if draft else None
-    writer = open_generator(
-        workspace,
-        model,
-        schedule,
-        drafting,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        seed=sampling.get("seed"),
-        progress=progress,
-    )
+    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
     asked = [prompts] if isinstance(prompts, str) else prompts
     texts = writer.continue_all(
         writer.as_asked(asked, chat=chat, system=system), Sampling(**sampling)
@@ -135,8 +113,6 @@ def open_generator(
     drafting: Drafting | None = None,
     *,
     device: str | None = None,
-    trust_remote_code: bool = False,
-    seed: int | None = None,
     progress: Progress | None = None,
 ) -> TextGenerator:
     """Load the model that generates; arguments and errors as `generate`."""
@@ -144,10 +120,6 @@ def open_generator(
         check_device(device)
     context = open_context(workspace, progress)
     space, note = context.workspace, context.progress.note
-    if model is not None and (looped := _looped_folder(Path(model))):
-        opened = open_model(looped, schedule)
-        options: Any = {"trust_remote_code": trust_remote_code, "device": device, "seed": seed}
-        return LoopedGenerator(opened, drafting, **options)
     path, own = local_model(model, space, context.progress), None
     folder = None
     if path is None:
@@ -165,14 +137,6 @@ def open_generator(
             folder = model_folders.resolve_checkpoint(folder)
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
-
-
-def _looped_folder(model: Path) -> Path | None:
-    """Return the folder of a looped model of another project; None for any other model."""
-    folder = download(model) if is_hub_name(model) else expand_user(model)
-    if not (folder / CONFIG).is_file():
-        return None
-    return folder if model_folders.read_config(folder).get("model_type") in LOOPED_MODELS else None
 
 
 class TextGenerator:
@@ -197,7 +161,7 @@ class TextGenerator:
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
         self.schedule: tuple[int, ...] = tuple(self.decoder.config.schedule or ())
-        """Its iteration schedule, if it has one; or the depth of a looped model."""
+        """Its iteration schedule, if it has one."""
         self._stream: Decode = stream_tokens
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
@@ -297,45 +261,3 @@ class TextGenerator:
     def _note_drafts(self) -> None:
         if self.record is not None:
             self._note(str(self.record))
-
-
-class LoopedGenerator(TextGenerator):
-    """A looped model of another project at a depth, for which a lower one may draft.
-
-    Args:
-        seed: Gives all tokens one start state, where the loops start from random ones.
-
-    Raises:
-        UserError: If the model cannot be loaded, the draft is not a depth of it, or the draft needs
-            a start state that no seed fixes.
-    """
-
-    def __init__(
-        self,
-        opened: OpenedModel,
-        drafting: Drafting | None = None,
-        *,
-        trust_remote_code: bool = False,
-        device: str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        assert opened.loops is not None, "it is a looped model"
-        self.checkpoint, self.schedule, self.record = opened.path, opened.depth or (), None
-        self.text = opened.tokenizer(trust_remote_code=trust_remote_code)
-        where = str(device or best_device())
-        load = partial(LoopedDecoder, trust_remote_code=trust_remote_code, device=where)
-        decoder: Any = load(opened)
-        self.decoder, draft = decoder, None
-        if drafting is not None:
-            depth = opened.loops.parse(drafting.draft)
-            draft = load(replace(opened, depth=depth), like=decoder)
-        if opened.loops.starts_at_random and (draft or seed is not None):
-            if seed is None:
-                raise UserError(
-                    f"the loops of {opened.path} start from a random state, so a draft would "
-                    "change the text; --seed N gives all tokens one start state"
-                )
-            for each in filter(None, (decoder, draft)):
-                fix_start(each.model, seed)
-        number = drafting.num_tokens if drafting else "auto"
-        self._stream = partial(LoopedDecoder.generate, draft=draft, draft_tokens=number)

@@ -447,7 +447,7 @@ class PickResult(Result):
     point: Trial = Field(exclude=True)
     """The model, with means over its seeds."""
     model: Trial = Field(exclude=True)
-    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
+    """The one whose weights are used: of several seeds the lowest."""
     target: Path | None = Field(exclude=True)
     """Folder to export to; under the workspace when unset."""
     force: bool = Field(exclude=True)
@@ -477,7 +477,6 @@ def plan_pick(
     knee: bool = False,
     best: bool = False,
     cheapest: bool = False,
-    draft_for: str | None = None,
     cost: str | None = None,
     quality: str | None = None,
     to: Path | str | None = None,
@@ -496,7 +495,6 @@ def plan_pick(
         knee: Farthest above the line between the ends of the front.
         best: Highest quality.
         cheapest: Lowest cost.
-        draft_for: Fastest draft of the full model of this name.
         cost, quality: Axes of the front, as in `report`.
         to: Folder to export to; under the workspace when unset.
         force: Replace an export of another model there.
@@ -507,7 +505,7 @@ def plan_pick(
     """
     from orchestrator.reporting.front import sweep_front
 
-    others = {"knee": knee, "best": best, "cheapest": cheapest, "draft_for": draft_for}
+    others = {"knee": knee, "best": best, "cheapest": cheapest}
     rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
     axes = parse_axes(cost, quality)
     workspace = find_workspace(workspace)
@@ -522,11 +520,6 @@ def plan_pick(
         findings.describe_model(front, picked),
     )
     result = results.lowest_seed(seeds)
-    if rule.name == "draft":
-        full = findings.draft_targets(found.results)[result.key]
-        sentence += f"; {findings.draft_sentence(point, full.name)}"
-        # A cheaper schedule of the same weights is no model of its own: the full one is exported.
-        result = full if full.checkpoint == result.checkpoint else result
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"

@@ -1,7 +1,7 @@
-"""What stored results show: reports of one or several sweeps, the paper's claims, and drafts.
+"""What stored results show: reports of one or several sweeps, and the paper's claims.
 
-Everything is read from the folders of finished sweeps; only drafts are measured. The results are
-what `sweep` returns, too: a front, its sentences, and the files of its page.
+Everything is read from the folders of finished sweeps. The results are what `sweep`
+returns, too: a front, its sentences, and the files of its page.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.findings import draft_targets
 from orchestrator.reporting.front import FrontAxes, parse_axes
-from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
+from orchestrator.reporting.results import load_sweep_results, newest_sweep
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
-from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, find_workspace
 
@@ -180,62 +178,4 @@ def claims(
         notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
         claims=section.data["claims"],
         section=section,
-    )
-
-
-class DraftsPlan(Result):
-    """A sweep whose schedules are measured as drafts of its full models."""
-
-    sweep: str
-    """Its name."""
-    drafts: list[str]
-    """Names of the schedules, those included that are measured already."""
-    stored: StoredSweep = Field(exclude=True)
-    cluster: ClusterSettings = Field(exclude=True)
-
-    def shown(self) -> Iterable[RenderableType]:
-        return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
-
-
-def plan_drafts(
-    sweep: str,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    cluster: ClusterSettings | None = None,
-    progress: Progress | None = None,  # noqa: ARG001 - as the other plans
-) -> DraftsPlan:
-    """Return which schedules of a finished sweep can draft for its full models.
-
-    Raises:
-        UserError: If there is no such sweep, or its data has no text.
-    """
-    from orchestrator.sweeping.decode import text_of  # Imports PyTorch.
-
-    space = find_workspace(workspace)
-    stored = load_sweep_results(space, sweep)
-    text_of(Path(stored.results[0].suite.tokens_folder))
-    targets = draft_targets(stored.results)
-    names = [trial.name for trial in stored.results if trial.key in targets]
-    return DraftsPlan(
-        sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
-    )
-
-
-def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
-    """Measure the drafts that are not measured yet, and write the sweep's report with them."""
-    from orchestrator.cluster.task import command_device
-    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
-    from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
-
-    space, stored = context.workspace, plan.stored
-    results = with_drafts(
-        stored.results,
-        Path(stored.results[0].suite.tokens_folder),
-        stored.folder(space),
-        context.progress,
-        command_device(plan.cluster, space.root),
-    )
-    found = stored.model_copy(update={"results": tuple(results)})
-    return ReportResult.of(
-        write_sweep_report(space, found, tracking=lambda: context.tracking), space
     )

@@ -144,9 +144,7 @@ class Trial(Record):
     `decode_ms_per_token`. `quality/`: `accuracy`, `bits_per_byte`, `validation_loss` and
     `TASK/METRIC`, with standard errors as `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`,
     `seconds`; `shared_flops` were spent by another run, on a first stage in common; `seeds` are
-    averaged. `decoding/`, as a draft of the full model: `acceptance` (share of the drafted tokens
-    that are kept), `exact_ms_per_token` (of the full model's output) and `speed_up` (plain
-    decoding's time over that)."""
+    averaged."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
     run_id: str | None = None

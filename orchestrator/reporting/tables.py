@@ -143,8 +143,6 @@ def models_table(front: Front, title: str = "") -> Table:
     columns += [(Column("of full", 2), kept), (Column(f"vs {full}", 6), difference)]
     columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
     number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
-    number("accepted", 12, "decoding/acceptance", "{:.0%}".format)
-    number("exact ms", 11, "decoding/exact_ms_per_token", "{:.2f}".format)
     columns.append((Column("front", is_text=True), front.verdict))
 
     cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]

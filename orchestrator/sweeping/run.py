@@ -38,7 +38,7 @@ from orchestrator.reporting.results import (
     result_table,
 )
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.decode import with_costs, with_drafts
+from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.plan import (
     asha_rule,
     competing_trials,
@@ -181,7 +181,6 @@ def run_plan(
             reasons = "; ".join(f"{label}: {reason}" for label, reason in trials.failures.items())
             raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = with_costs(results, plan, folder, settings, progress)
-        results = with_drafts(results, Path(plan.tokens_folder), folder, progress)
     return SweepOutcome(
         plan=plan,
         results=tuple(results),

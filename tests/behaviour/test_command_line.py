@@ -94,8 +94,6 @@ MISTAKES = {
     "evaluate": "iiet-orch pretrain",
     "evaluate missing-folder": "there is no folder",
     "import missing-folder": "is not a model folder",
-    "evaluate --compare one": "--compare takes two models; got one",
-    "evaluate --compare one two --depth-curve": "use it without --compare",
     "report": "iiet-orch sweep-threshold",
     "report --claims --cost ms": "leave --cost and --quality out",
     "ui --replace": "--replace is for --sync",

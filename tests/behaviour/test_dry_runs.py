@@ -55,7 +55,6 @@ FROM_MODELS = {
     "benchmark": ["benchmark", "full"],
     "pick": ["pick", "mine", "--best"],
     "evaluate": ["evaluate", "full", *OPTIONS],
-    "evaluate --compare": ["evaluate", "--compare", "full", "full", "-r", "1", "-r", "0", *OPTIONS],
 }
 """Dry runs about a model or a sweep of a workspace."""
 

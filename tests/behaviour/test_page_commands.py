@@ -78,10 +78,6 @@ def started_project(tmp_path_factory, ray_session) -> Path:
             seed = f"--set=training.seed={number}"
             assert cli.main(["pretrain", "--local", "--name", name, seed, *options]) == 0
         assert cli.main(["sweep-threshold", "tiny", *options]) == 0
-        for name, output in (("tiny", "one"), ("other", "two")):
-            task = ("--suite", "capitals", "--include-path", "tasks")
-            logged = ("--log-samples", f"outputs/{output}")
-            assert cli.main(["evaluate", name, *task, *logged, *options]) == 0
         assert cli.main(["export", "tiny", "--to", "my-chat-model", "--no-measure"]) == 0
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (folder / "my-chat-model" / "chat_template.jinja").write_text(template)

@@ -84,12 +84,12 @@ def precisions(workspace: Path) -> set[str]:
 def test_models_are_trained_and_measured_on_reserved_gpus(workspace, environment):
     log = run("sweep-iterations", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    assert tasks(log) == ["sweeping.decode"]
+    assert tasks(log) == ["sweeping.costs"]
 
     stored = ("--set", "distillation.teacher_cache=true")
     log = run("sweep-threshold", workspace, environment, *stored)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    expected = ["pipelines.influence", "training.teacher_cache", "sweeping.decode"]
+    expected = ["pipelines.influence", "training.teacher_cache", "sweeping.costs"]
     assert tasks(log) == expected
     assert precisions(workspace) == {"bf16"}
 

@@ -35,8 +35,7 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping import decode
-from orchestrator.sweeping.decode import with_costs, with_drafts
+from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.models import TEACHER
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
@@ -132,7 +131,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "teachers/*/answers.bin": ("read stored outputs",),
     "teachers/*/.verified.json": ("read stored outputs",),
     "sweeps/s/times.json": ("time the models",),
-    "sweeps/s/decoding.json": ("time the drafts",),
     "sweeps/s/journal.jsonl": ("list", "list running"),
     "sweeps/search/optuna.journal": ("plan a search",),
     "store.db": ("sync",),
@@ -179,13 +177,6 @@ def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
     return [trial.numbers for trial in found]
 
 
-def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
-    plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
-    tokens, folder = Path(plan.tokens_folder), workspace.sweeps / "s"
-    found = with_drafts(results, tokens, folder, notes, on_cpu)
-    return [trial.numbers for trial in found]
-
-
 def _plan(workspace: Workspace) -> SweepPlan:
     plan = SweepPlan.read(workspace.sweeps / "s" / PLAN_FILE)
     assert plan
@@ -210,7 +201,6 @@ FUNCTIONS: dict[str, Reader] = {
     "train the second stage": _train_the_second_stage,
     "read stored outputs": _read_stored_outputs,
     "time the models": _time_the_models,
-    "time the drafts": _time_the_drafts,
 }
 """What only a whole sweep does."""
 
@@ -227,7 +217,6 @@ SAID = {
     "sweeps/s/results.json": ("'has_report': False", "has no finished sweep"),
     "runs/full/step_00000002/influence-cosine.json": ("influence is not",),
     "sweeps/s/times.json": ("time per token",),
-    "sweeps/s/decoding.json": ("drafts",),
     "runs/*/stopped-early.json": ("'state': 'empty'", "'state': 'to train'"),
 }
 """Where a missing file is what an interrupted command leaves: words of the right answer."""
@@ -305,7 +294,6 @@ def copies(tmp_path_factory) -> Iterator[Copies]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
-        patch.setattr(decode, "NUM_TEXTS", 2)
         # Commands that other tests kill leave some while `clean` looks.
         patch.setattr("orchestrator.workspace.files.abandoned_folders", lambda: [])
         patch.chdir(folder)
@@ -338,7 +326,6 @@ def _fill(workspace: Workspace) -> None:
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
     results = with_costs(results, plan, folder, settings, context.progress)
-    results = with_drafts(results, Path(plan.tokens_folder), folder, context.progress, on_cpu)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
     journal = Journal(folder)
     journal.event("finished")

@@ -61,7 +61,7 @@ def test_every_command_with_json_has_its_keys_in_the_reference():
     }
     assert with_json == {name for name in COMMANDS_BY_NAME if generated_pages.json_keys(name)}
     page = generated_pages.command_line_page()
-    assert "`evaluate --compare --json`:\n\n| key | content |" in page
+    assert "`evaluate --json`:\n\n| key | content |" in page
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +184,13 @@ def test_evaluations_have_the_keys_of_the_page(run, tasks):
     assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
     assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
     assert "evaluate: accuracy" in progress
-    both = "evaluate", "--compare", "full", "full", "-r", "2,1", "-r", "0", *tasks
-    planned = run(*both, "--dry-run")[0]
-    _check("evaluate --compare --dry-run", planned)
+    planned = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks, "--dry-run")[0]
     assert [row["state"] for row in planned["tasks"]] == 2 * ["16 items, stored"]
-    compared, _ = run(*both)
-    _check("evaluate --compare", compared)
-    first = compared["rows"][0]
-    assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
+    difference = found["differences"][0]
+    accuracies = [model["quality"]["letters/acc_norm"] for model in found["models"]]
+    assert (difference["model"], difference["against"]) == ("r=0", "r=2,1")
+    assert difference["difference"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert difference["low"] <= difference["difference"] <= difference["high"]
 
 
 @pytest.mark.slow

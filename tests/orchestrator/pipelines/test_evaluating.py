@@ -72,7 +72,8 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     assert len(list(workspace.evaluations.iterdir())) == 2
     # Of each model, task and metric, a row.
     table = ModelEvaluations(evaluations={"full": fresh}).to_pandas()
-    assert list(table.columns) == ["model", "task", "metric", "value", "stderr", "num_items"]
+    columns = ["model", "task", "metric", "value", "stderr", "num_items"]
+    assert list(table.columns) == [*columns, "difference", "low", "high"]
     row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]
     assert row["value"] == fresh.results["first"].metrics["acc"]
     assert not table["metric"].str.endswith("_stderr").any()

@@ -25,7 +25,6 @@ from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loops import LoopedModel
 from orchestrator.models.open import OpenedModel, load_model, open_model
-from orchestrator.pipelines.generating import generate
 from orchestrator.pipelines.loops import (
     DepthPlan,
     plan_loop_influence,
@@ -35,7 +34,6 @@ from orchestrator.pipelines.loops import (
 from orchestrator.pipelines.models import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 ROWS = [
@@ -186,6 +184,8 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
         assert sentence in " ".join(capfd.readouterr().err.split())
     assert cli.main(["evaluate", str(folder), "-r", "2", *suite, *where]) == 2
     assert "--trust-remote-code runs it" in capfd.readouterr().err
+    assert cli.main(["generate", str(folder), "--prompt", "a", *where]) == 2
+    assert "is a model folder, not a checkpoint" in " ".join(capfd.readouterr().err.split())
 
     planned = run("sweep", str(depths), "--dry-run", *trusted)
     assert {row["state"] for row in planned["tasks"]} == {"6 items to measure"}
@@ -202,8 +202,9 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
     bits = "rolling/bits_per_byte"
     assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
     assert len(run("report", costs.parent.name, "--cost", "flops", *where)["front"]) > 1
-    compared = run("evaluate", str(folder), "ours", "-r", "3", "--compare", *suite, *trusted)
-    assert compared["models"] == ["loops depth=3", "ours r=3"]
+    compared = run("evaluate", str(folder), "ours", "-r", "3", *suite, *trusted)
+    names = {(one["against"], one["model"]) for one in compared["differences"]}
+    assert names == {("loops depth=3", "ours r=3")}
 
     timed = run("benchmark", str(folder), "ours", "-r1", "-r3", "--repetitions", "2",
                 "--batch-sizes", "1", "--contexts", "8", "--new-tokens", "4", *trusted)  # fmt: skip
@@ -246,27 +247,3 @@ def test_influence_says_where_steps_stop_shrinking(factor, first, workspace, tok
     assert all(row["turned"] == pytest.approx(0, abs=1e-6) for row in found.loops)
     assert len(found.notes) == (first is not None)
     assert first is None or f"do not shrink from loop {first} on" in found.notes[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_draft_changes_no_token(kind, workspace, tokenizer, tmp_path):
-    changes = {"state_init": "normal"} if kind == "huginn_raven" else {}
-    folder = write_looped(tmp_path / "loops", kind, tokenizer, **changes)
-    asked: dict[str, Any] = {"workspace": workspace, "model": folder, "schedule": "3"}
-    asked |= {"trust_remote_code": True, "max_new_tokens": 12}
-    prompts = ["a bag and", "the fog"]
-    if changes:
-        with pytest.raises(UserError, match=r"random state.*--seed N"):
-            generate(prompts, draft="1", **asked)
-        asked["seed"] = 5
-    plain = generate(prompts, **asked)
-    assert generate(prompts, draft="1", **asked) == plain
-    assert generate(prompts[0], draft="1", **asked) == plain[0]
-    assert generate(prompts[0], **{**asked, "schedule": "1"}) != plain[0]
-    for wrong, sentence in (
-        ({"draft": "0"}, "each 1 or more"),
-        ({"max_new_tokens": 64}, "do not fit the context_length of 64"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            generate(prompts, **{**asked, **wrong})

@@ -138,32 +138,6 @@ def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(context, sweep, tmp_path):
-    full, student, pruned = sweep.results
-
-    def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
-        drafts = [
-            trial.with_numbers(
-                "decoding", {"acceptance": 0.9, "exact_ms_per_token": 2.0, "speed_up": speed_up}
-            )
-            for trial, speed_up in zip((student, pruned), speed_ups, strict=True)
-        ]
-        changed = sweep.model_copy(update={"name": name, "results": (full, *drafts)})
-        changed.store(context.workspace)
-        choice = pick_from(context, name, draft_for="teacher", to=tmp_path / name)
-        model = IIETForCausalLM.from_pretrained(choice.folder)
-        assert version_of(context, NAME, "draft").description == choice.sentence
-        return choice, IterationSchedule(model.config.schedule)
-
-    choice, schedule = picked("own-weights", 1.1, 1.3)
-    assert choice.point.key == "pruned"
-    assert schedule == IterationSchedule((2, 1)), "the full model drafts under 0,0"
-    assert "takes 2.00 ms a token with 0,0 as its draft (90% of" in choice.sentence
-    choice, schedule = picked("other-weights", 1.3, 1.1)
-    assert choice.point.key == "cheap"
-    assert schedule == IterationSchedule((1, 0))
-
-
 def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny, tmp_path):
     def used(model: Path | str | None = None) -> tuple[Path, tuple[int, ...]]:
         writer = open_generator(context.workspace, model)

@@ -24,12 +24,15 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.command_tables import (
     average_notes,
     cost_and_share_tables,
+    difference_notes,
     evaluation_table,
     influence_table,
     influence_tables,
     tasks_with_other_items,
 )
+from orchestrator.reporting.comparison import Difference
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.statistics import Interval
 from orchestrator.reporting.tables import (
     confidence_text,
     cost_text,
@@ -227,6 +230,17 @@ def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
     assert average_notes({"a": one, "b": less}) == [
         "the average of b is over choices, without piqa"
     ]
+    # Beside the score of the second model stands its difference to the first.
+    interval = Interval(0.25, -0.125, 0.5)
+    difference = Difference(
+        model="b", against="a", task="choices", metric="acc_norm", num_items=2, interval=interval
+    )
+    found = rows(evaluation_table({"a": one, "b": one}, [difference]))
+    assert ["task", "metric", "a", "b", "vs", "a", "items"] in found
+    values = ["choices", "acc_norm", "*", "0.5000", "0.5000"]
+    assert [*values, "+0.2500", "(-0.1250", "to", "+0.5000)", "2"] in found
+    assert difference_notes([]) == []
+    assert difference_notes([difference])[0].startswith("vs a: ")
     changed = evaluation(task("choices", **CHOICES).model_copy(update={"items": ["one", "three"]}))
     assert tasks_with_other_items([one, one]) == []
     assert tasks_with_other_items([one, changed]) == ["choices"]
