@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
-from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.layout import open_workspace
 
 
 class Sweep:
@@ -150,43 +148,6 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda one, _: one)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
-
-
-@pytest.mark.slow
-def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    tiny_plan, sweep, ray_session, monkeypatch
-):
-    without_tasks(monkeypatch)
-    plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[:4]})
-    left, made_elsewhere = plan.trials[2:]
-    locks = {trial.key: ExitStack() for trial in (left, made_elsewhere)}
-    for trial in (left, made_elsewhere):
-        path = Path(trial.folder) / RUN_LOCK_NAME
-        locks[trial.key].enter_context(lock_file(path))
-
-    class Told(KeptProgress):
-        def note(self, text: str) -> None:
-            super().note(text)
-            finished_so_far = [trial.result() is not None for trial in plan.trials]
-            assert finished_so_far == [True, True, False, False]
-            locks[left.key].close()  # Its process died.
-            finished(made_elsewhere)
-            locks[made_elsewhere.key].close()
-
-    progress = Told()
-    outcome = sweep.run(plan, progress=progress)
-    (waited,) = progress.notes
-    assert waited.startswith("waiting for another process, which trains ")
-    assert {left.label, made_elsewhere.label} <= {*waited.split(" trains ")[1].split("; ")}
-    assert "4 trials, 1 made by another process meanwhile" in progress.summaries
-    assert outcome.reused == {made_elsewhere.key}
-    assert outcome.failures == {}
-    assert set(sweep.ended.values()) == {"FINISHED"}
-    started = [
-        [r.get("name") for r in read_journal(Path(t.folder))[0]].count("started")
-        for t in plan.trials
-    ]
-    assert started == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
