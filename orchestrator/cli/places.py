@@ -84,7 +84,7 @@ def clean(
     Example: iiet-orch clean checkpoints --dry-run
 
     Args:
-        kinds: temporary, ray, teachers, checkpoints or damaged (default: all).
+        kinds: temporary, ray, checkpoints or damaged (default: all).
         yes: Delete without asking.
     """
     from orchestrator.pipelines import upkeep

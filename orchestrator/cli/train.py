@@ -26,7 +26,7 @@ from orchestrator.workspace.layout import locate_workspace
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
-HERE = {"--address": "cluster.address", "--logger": "tracking.loggers"}
+HERE = {"--address": "cluster.address"}
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -227,9 +227,7 @@ def sweep_file(
         "--cost": "sweep.budget_unit",
         "--selection": "sweep.selection",
         "--search": "search.num_trials",
-        "--distilled-baselines": "sweep.distilled_baselines",
         "--elastic": "sweep.elastic",
-        "--compare": "sweep.compare",
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,

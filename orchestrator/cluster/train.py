@@ -34,7 +34,7 @@ from orchestrator.cluster.places import (
     worker_device,
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
-from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
+from orchestrator.planning.estimate import note_saving, out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration
@@ -122,10 +122,11 @@ def _run_together(
         if watch:
             watch()
 
-    def ask_to_stop() -> float:
+    def ask_to_stop() -> bool:
         runs[0].stop.send()
         begun = [run.job for run in runs if run.has_something_to_save]
-        return seconds_to_save(begun, note) if begun else 0.0
+        note_saving(begun, note)
+        return bool(begun)
 
     free_places = threading.Semaphore(runs[0].placement.jobs_at_once)
 

@@ -108,8 +108,9 @@ class TrialQueue(Protocol):
     def saved(self) -> str:
         """Say what is finished and saved; called after a signal."""
 
-    def seconds_to_save(self) -> float:
-        """Return the longest time until all running trials are saved; called after a signal."""
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any; called after a
+        signal."""
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,10 @@ def run_trials(
                     raise
                 listener.shortage = str(error)
 
-        def ask_to_stop(suggester: _Suggester) -> float:
+        def ask_to_stop(suggester: _Suggester) -> bool:
             suggester.is_stopping = True
             stop.send()
-            return queue.seconds_to_save()
+            return queue.begin_saving()
 
         for pause in (*RESTART_PAUSES_SECONDS, None):
             suggester = _Suggester(queue, placement, sweep.trials_at_once)

@@ -45,9 +45,9 @@ from orchestrator.planning.estimate import (
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting import results
-from orchestrator.reporting.command_tables import expected_time, price_rows
+from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import MLFLOW, Settings, flatten, to_yaml
+from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as plans
 from orchestrator.sweeping.models import (
     TEACHER,
@@ -110,8 +110,6 @@ class PlannedSweep(Result):
     """The teacher and its baselines, if the sweep trains them itself."""
     unknown: list[Estimate] = Field(default=[])
     """A bound of the trainings that are not known yet."""
-    unmeasured: list[ModelConfig] = Field(default=[])
-    """Teachers whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -149,18 +147,12 @@ class PlannedSweep(Result):
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials, settings = self._left
-        space, unprepared = self.asked.workspace, not self.plan.tokens_folder
-        left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
-        models = [*left, *(each.config for each in self.unknown)]
-        influence, measuring = plans.measuring_flops(settings, self.unmeasured, models)
+        unprepared = not self.plan.tokens_folder
         return price_of(
             [*before, *trials],
-            space.root,
+            self.asked.workspace.root,
             new_token_bytes=expected_tokens(settings.data, None).new_bytes if unprepared else 0,
             is_upper_bound=bool(self.unknown),
-            teachers=space.teachers if settings.distillation.teacher_cache else None,
-            influence_flops=influence,
-            measuring_flops=measuring,
         )
 
     @cached_property
@@ -218,8 +210,7 @@ class PlannedSweep(Result):
             notes: what is reused, and what is not known yet
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
-                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`; `stop_seconds`
-                and `num_saving`, how long a stop takes at most, and how many trainings then save
+                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
             problems: place to why the trainings do not fit there, or `null`
         """
         return {
@@ -360,7 +351,6 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
         said=[*said, *sentences],
         pretraining=first,
         unknown=unknown,
-        unmeasured=list(models.values()),
     )
 
 
@@ -382,28 +372,26 @@ def _plan_students(
         if table:
             tables[label] = table
     models = {label: load_config(path) for label, path in teachers.items()}
-    unmeasured = [models[label] for label in teachers if label not in tables]
+    is_measured = teachers.keys() == tables.keys()
     plan = plans.plan_students(
         settings,
         space,
         teachers,
-        {} if unmeasured else tables,  # The schedules follow from all of them.
+        tables if is_measured else {},  # The schedules follow from all of them.
         note=progress.note,
         baselines=baselines,
         name=asked.name,
         hashes=asked.hashes,
     )
     unknown, said, search = list[Estimate](), list[str](), None
-    if unmeasured:
+    if not is_measured:
         unknown, said = _bounds(settings, models, "'s influence is not measured")
     elif settings.sweep.kind == "search":
         search = plans.schedule_search(settings, space, plan, teachers[TEACHER])
         trials = (*plan.trials, *search.suggested_trials())
         plan = plan.model_copy(update={"trials": trials})
         unknown, said = [*map(Estimate.of, search.jobs_left())], [search.text]
-    return PlannedSweep(
-        asked=asked, plan=plan, said=said, unknown=unknown, unmeasured=unmeasured, search=search
-    )
+    return PlannedSweep(asked=asked, plan=plan, said=said, unknown=unknown, search=search)
 
 
 def _bounds(
@@ -447,7 +435,6 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         found.check()
         return found
 
-    context.use_loggers(settings.tracking.loggers)
     check = partial(check_devices, settings, pretrains=pretrains)
     # The sweep's folder has its name only when the influence is measured. The same call a second
     # time is refused at once.
@@ -469,12 +456,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         hashes = plans.load_tasks(settings.evaluation, tokens, model, progress)
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
-            progress.note(f"expected: {expected_time(plan.price)}")
-            progress.expected = plan.price.seconds
             if plan.pretraining:
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
-                progress.expected = plan.price.seconds
             tables: dict[Path, InfluenceTable] = {}
             on_device = trial_device(settings, root)
             for trial in plan.plan.trials:
@@ -484,7 +468,6 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                     tables[teacher] = run_influence(measured, context, on_device=on_device).table
             asked = replace(asked, hashes=hashes, influence=tables)
             plan = again()
-            progress.expected = plan.price.seconds
             lock = workspace.sweeps / plan.plan.name / SWEEP_LOCK_NAME
             with refuse_second(lock, f"the sweep {plan.plan.name}"):
                 outcome = run_plan(
@@ -506,14 +489,13 @@ sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
 def _stored_results(planned: PlannedSweep, workspace: Workspace) -> results.StoredSweep | None:
     """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
-    The tasks of lm-eval may have changed, which is known when they are loaded; and a logger that
-    was not asked for before lacks the trainings.
+    The tasks of lm-eval may have changed, which is known when they are loaded.
     """
     settings, plan = planned.asked.settings, planned.plan
     is_left = any(state.name in ("to measure", "to train") for state in planned.states)
     if is_left or planned.unknown or (planned.search and planned.search.num_left):
         return None
-    if needs_lm_eval(settings.evaluation) or settings.tracking.loggers != (MLFLOW,):
+    if needs_lm_eval(settings.evaluation):
         return None
     last = read_tail(workspace.sweeps / plan.name)[-1:]
     finished = {state.trial.key for state in planned.states if state.name == "finished"}

@@ -223,9 +223,6 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
-    for lock in sorted(workspace.teachers.glob(".*.lock")):
-        name = lock.name.removeprefix(".").removesuffix(".lock")
-        locks.append(("teacher outputs", f"teachers/{name}", lock))
     for kind, name, lock in locks:
         if is_locked(lock):
             who = {"kind": kind, "name": name, "process": lock_holder(lock)}
@@ -377,12 +374,10 @@ def _temporary(workspace: Workspace, _: Note) -> Found:
     for file in workspace.root.rglob(".*.tmp"):
         if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
             yield file, "half-written by a process that ended"
-    for parent in (workspace.tokens, workspace.teachers):
-        for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
-            key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
-            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
-            if not is_locked(lock):
-                yield folder, "of an interrupted command, which would resume there", lock
+    lock = workspace.tokens / ".lock"
+    for folder in workspace.tokens.glob(f"{layout.TEMPORARY_PREFIX}*"):
+        if not is_locked(lock):
+            yield folder, "of an interrupted command, which would resume there", lock
 
 
 def _ray_folders(workspace: Workspace, _: Note) -> Found:
@@ -396,16 +391,6 @@ def _ray_folders(workspace: Workspace, _: Note) -> Found:
         folder = run / layout.RAY_FOLDER
         if folder.is_dir() and not is_in_use(run):
             yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-
-
-def _teacher_outputs(workspace: Workspace, _: Note) -> Found:
-    # Any command may read them; and a sweep between two trials holds no lock.
-    drivers = map(is_locked, workspace.sweeps.glob(f"*/{layout.SWEEP_LOCK_NAME}"))
-    stored = folders_in(workspace.teachers)
-    if stored and not show_status(workspace).activities and not any(drivers):
-        reason = "teacher outputs for distillation; they are computed again when needed"
-        for folder in stored:
-            yield folder, reason, folder.with_name(f".{folder.name}.lock")
 
 
 def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
@@ -437,9 +422,8 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last, the best, and the one to continue from."""
+    """Return those of a finished training: the last one, and the one to continue from."""
     from orchestrator.records.training import TrainingJob
-    from orchestrator.training.checkpoint import best_checkpoint
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
@@ -451,7 +435,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     if outcome is None or not outcome.finished:
         return set()
     stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
-    return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
+    return {Path(str(outcome.checkpoint)), stable}
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
@@ -475,7 +459,6 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
 _FINDERS = {
     RemovableKind.TEMPORARY: _temporary,
     RemovableKind.RAY: _ray_folders,
-    RemovableKind.TEACHERS: _teacher_outputs,
     RemovableKind.CHECKPOINTS: _intermediate_checkpoints,
     RemovableKind.DAMAGED: _damaged,
 }

@@ -167,11 +167,6 @@ class Trial(Record):
         return self.facts.method
 
     @property
-    def is_distilled_baseline(self) -> bool:
-        """Whether it is no schedule of its teacher, but learned from it."""
-        return self.role == "baseline" and self.parent is not None
-
-    @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
         has_corrections = self.config is not None and facts_of(self.method).has_corrections

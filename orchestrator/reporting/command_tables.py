@@ -21,7 +21,6 @@ from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
     format_count,
-    format_duration,
     format_duration_range,
 )
 
@@ -305,13 +304,6 @@ def training_rows(
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 
-def expected_time(price: Price) -> str:
-    """Return how long all of it is expected to take, and each stage."""
-    stages = {stage: seconds for stage, seconds in price.seconds.items() if seconds >= 0.5}
-    parts = ", ".join(f"{stage} {format_duration(each)}" for stage, each in stages.items())
-    return f"about {format_duration(sum(stages.values()))}: {parts}"
-
-
 def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
     """Yield what trainings take, and whether they fit.
 
@@ -321,8 +313,6 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     rate = price.rate
     if not price.num_trainings or rate is None:
         yield "to train", "nothing is left"
-        if price.seconds:
-            yield "time", expected_time(price)
         return
     at_most = "at most " if price.is_upper_bound else ""
     trainings = format_count(price.num_trainings, "training")
@@ -335,19 +325,11 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     )
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
-    training = format_duration_range(*(3600 * hours for hours in price.hours))
-    yield "time", expected_time(price)
+    duration = format_duration_range(*(3600 * hours for hours in price.hours))
     yield (
-        "of it training",
-        f"{at_most}{training} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
+        "training time",
+        f"{at_most}{duration} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
         f"each ({rate.source})",
-    )
-    several = price.num_saving > 1
-    many = f" of each of the {price.num_saving} that train at once" if several else ""
-    yield (
-        "stop",
-        f"at most {format_duration(price.stop_seconds)} after the step of the signal, to save two "
-        f"checkpoints{many}",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"

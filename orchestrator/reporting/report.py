@@ -18,13 +18,11 @@ from orchestrator.reporting.mlflow_report import report_changes, sweep_run, tria
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
-    history_folder,
     load_sweep_results,
-    read_history_curves,
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.several_schedules import elastic_section, teacher_depths
+from orchestrator.reporting.several_schedules import teacher_depths
 from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
@@ -90,20 +88,16 @@ def write_sweep_report(
             front = front.with_runs(tracked)
             sweep.store(workspace)
 
-    curves = dict(read_training_curves(sweep, front.rows))
-    if not axes.slug and sweep.is_search:
-        curves |= read_history_curves(history_folder(place, sweep.key))
     times = recorded_times(place)
     report = SweepReport(
         name=sweep.name,
         about=_about(sweep, front, times),
         front=front,
         influence=sweep.influence,
-        curves=curves,
+        curves=read_training_curves(sweep, front.rows),
         facts=sweep.facts,
         depths=teacher_depths(sweep.results, notes),
         notes=[*sweep.notes, *notes],
-        elastic=elastic_section(front),
         claims=_measured_claims(front),
         folder=place / axes.slug,
     )

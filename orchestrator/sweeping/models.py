@@ -351,18 +351,13 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
     """Check that a teacher has what its sweep asks for.
 
     Raises:
-        UserError: If a budget is less than the cheapest schedule costs, or it has no layer to drop.
+        UserError: If a budget is less than the cheapest schedule costs.
     """
     least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
     if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
         raise UserError(
             f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
             f"the cheapest costs {least:,.10g}"
-        )
-    if "fewer_layers" in sweep.distilled_baselines and full.num_layers == 1:
-        raise UserError(
-            "sweep.distilled_baselines: a teacher of one layer has no layer to drop; leave "
-            "fewer_layers out"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
-from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
-    named_tasks,
-    needs_heldout,
-    needs_lm_eval,
     select_tasks,
-    tasks_of_source,
     user_task_folders,
 )
 from orchestrator.models.folder import load_config, text_files_key
@@ -411,28 +406,6 @@ def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
     return found
 
 
-def measuring_flops(
-    settings: Settings, teachers: Iterable[ModelConfig], models: Iterable[ModelConfig]
-) -> tuple[float, list[float]]:
-    """Return what measuring the influence of teachers takes, and the evaluation of each model.
-
-    Items are assumed to be half as long as the context. Of lm-eval's tasks, which may not be
-    loaded, each is assumed to have a thousand items with four answers.
-    """
-    evaluation, influence = settings.evaluation, settings.influence
-    is_of_stopping = metric_facts_of(influence.metric).is_of_stopping
-    passes = ((1 + sum(each.corrections) * is_of_stopping, each) for each in teachers)
-    flops = sum(n * inference_cost(each).forward_flops_per_token for n, each in passes)
-    num_heldout = len(tasks_of_source(settings.data)) if needs_heldout(evaluation) else 0
-    num_items = num_heldout * min(evaluation.num_items, evaluation.limit or evaluation.num_items)
-    if needs_lm_eval(evaluation):
-        num_items += 4 * max(1, len(named_tasks(evaluation))) * (evaluation.limit or 1000)
-    return flops * influence.num_tokens, [
-        inference_cost(each).forward_flops_per_token * num_items * each.context_length / 2
-        for each in models
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrialState:
     """How far a trial is."""
@@ -506,8 +479,6 @@ def plan_sentences(
     )
     if num_seeds := len({trial.seed for trial in plan.trials if trial.seed is not None}):
         first += f", each under {format_count(num_seeds, 'seed')}"
-    if baselines := {t.group or t.key for t in plan.trials if t.is_distilled_baseline}:
-        first += f"; {format_count(len(baselines), 'distilled baseline')}"
     if num_more := num_models(plan.trials) - plan.num_distinct:
         first += f"; {num_more:,} more that the search suggested"
 
@@ -543,7 +514,6 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
             "selection": sweep.selection,
             "control": settings.distillation.control,
             "elastic": sweep.elastic or None,
-            "distilled_baselines": sweep.distilled_baselines,
         }
         if choice == "budgets" or sweep.budget_unit != "evaluations":
             params["budget_unit"] = sweep.budget_unit
@@ -556,7 +526,7 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
             return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
         return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
-    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    jobs = [t.job for t in plan.trials if t.job]
     shared = shared_parameters([job_parameters(job) for job in jobs])
     return {
         **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},

@@ -80,7 +80,6 @@ NON_KEY_FIELDS = {
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "num_checkpoints_kept",
-    "keep_best",
     "profile_steps",
 }
 """Fields of a recipe that are not part of the key."""

@@ -26,7 +26,7 @@ ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
 WORKSPACE_FILE_NAME = "workspace.json"
 """The file in the root of every workspace; it holds the version that wrote the workspace."""
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 """Raise it when stored records get other fields; the recipe's version would change what is trained,
 because data and seeds depend on it."""
 OWN_VERSION = {"recipe_version": RECIPE_VERSION, "record_version": RECORD_VERSION}
@@ -44,8 +44,6 @@ SWEEP_LOCK_NAME = "sweep.lock"
 """Locked by the command that runs the sweep of this folder."""
 WORKERS_LOCK_NAME = "lock"
 """Locked by the process that trains in a folder; workers outlive a killed command by seconds."""
-BEST = "best.json"
-"""Names the checkpoint with the lowest validation loss."""
 PROVENANCE = "provenance.json"
 """Origin and checksums of a checkpoint."""
 RAY_FOLDER = "ray"
@@ -58,7 +56,7 @@ PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
 """Plan and results of a sweep."""
 TEMPORARY_PREFIX = ".writing-"
-"""Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
+"""Begins the name of a folder of tokens that is not complete yet."""
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 
 Kind = Literal["runs", "checkpoints", "trials", "sweeps", "models"]
@@ -71,7 +69,6 @@ class RemovableKind(StrEnum):
 
     TEMPORARY = "temporary"
     RAY = "ray"
-    TEACHERS = "teachers"
     CHECKPOINTS = "checkpoints"
     DAMAGED = "damaged"
 
@@ -88,9 +85,8 @@ class Workspace:
         self.runs = root / "runs"
         self.sweeps = root / "sweeps"
         self.exports = root / "exports"
-        # One folder per content key: trials, teacher caches.
+        # One folder per content key.
         self.trials = root / "trials"
-        self.teachers = root / "teachers"
         # One folder per set of sweeps: reports on one front.
         self.overlays = root / "overlays"
         # One file per content key: task results; costs of models under given conditions.

@@ -86,10 +86,6 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(finished):
     trials = [result for result in results if result["role"] == "trial"]
     evaluations = [result["numbers"]["cost/evaluations"] for result in trials]
     assert (evaluations[0], evaluations[-1]) == (9, 3)
-    for trial in trials:
-        journal = workspace / Path(trial["checkpoint"]).parent / "journal.jsonl"
-        assert '"reads_teacher": true' in journal.read_text()
-    assert not list((workspace / "teachers").glob("*/")), "and not kept behind the sweep"
 
     tracked = runs(workspace)
     assert {run.info.status for run in tracked} == {"FINISHED"}

@@ -8,14 +8,13 @@ import pytest
 from commands import Started, settings_options
 from small_size import SMALL
 
-from orchestrator.planning.estimate import LEAST_SECONDS
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.tracking.tracker import SHORT_WAIT_SECONDS
 from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.slow
 
-SECONDS_TO_CLOSE = 8.0  # On a busy machine.
+SECONDS_TO_SAVE_AND_CLOSE = 12.0  # On a busy machine.
 
 
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server, tmp_path):
@@ -30,7 +29,7 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server, tmp_path):
     printed, _ = process.communicate(timeout=120)
     seconds = time.monotonic() - asked_at
     assert process.returncode == 130, printed
-    assert seconds < LEAST_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
+    assert seconds < SHORT_WAIT_SECONDS + SECONDS_TO_SAVE_AND_CLOSE, printed
     assert "saved at step" in printed
     [tracked] = map(TrackedRun.read, (tmp_path / "tracked").rglob("*.json"))
     assert tracked.status == "KILLED"

@@ -21,7 +21,6 @@ from orchestrator.cluster import train
 from orchestrator.cluster.places import Placement, Signal
 from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
-from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.trainer import run_job
@@ -206,9 +205,6 @@ def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkey
 
     job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
     monkeypatch.setattr(train, "_train_worker", train_and_save_slowly)
-    # The driver looks at its workers more often than that before the checkpoint is written.
-    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(estimate, "WRITE_BYTES_PER_SECOND", 1000.0)  # 100 kB
     notes: list[str] = []
     looks: list[int] = []
 

@@ -244,6 +244,3 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
-    options = {"workspace": context.workspace, "teacher": teacher}
-    plan = plan_distill(settings(), schedules=["0,0"], **options)
-    assert list(plan.price.seconds) == ["start", "distill"]

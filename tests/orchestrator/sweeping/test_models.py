@@ -284,7 +284,7 @@ def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
 
     # One that is saved and watched in another way is alike.
     ways = {
-        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
+        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1,
         "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
         "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
     }  # fmt: skip

@@ -4,7 +4,9 @@ says what became of each trial."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,20 @@ from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 
-from iiet.cost import inference_cost
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
+from orchestrator.pipelines.reports import report
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.teacher_cache import ANSWERS
-from orchestrator.workspace.errors import Interrupted, RunFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
 
 class Sweep:
@@ -91,8 +94,6 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
     assert outcome.reused == {result.key for result in outcome.results}
     assert better.label in sweep.shown.tags[STOPPED_TAG]
     assert sweep.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
-    records, _ = read_journal(Path(str(sweep.shown.journal)))
-    assert len(records) == 2, "the front over time, from what was found finished"
     ended = sweep.ended
     assert ended.pop(stopped.key) == "KILLED"
     assert set(ended.values()) == {"FINISHED"}
@@ -104,24 +105,37 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
 
 
 @pytest.mark.slow
-def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypatch):
-    teachers = sweep.folder / "teachers"
-    teacher, *students = tiny_plan.trials
-    reading = [with_job(student, {}, teacher_cache=str(teachers)) for student in students]
+def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, monkeypatch):
+    spread = 0.5
 
-    def end(trial: Trial) -> Trial:
-        assert len(list(teachers.glob(f"*/{ANSWERS}"))) == 1, "before the first trial"
-        return finished(trial)
+    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
+        numbers = {"decode_ms_per_token": 1.0, "decode_ms_spread": spread}
+        return dict.fromkeys(decoders, numbers)
 
-    end_trials(monkeypatch, end)
-    outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
-    assert outcome.reused == frozenset()
-    job = tiny_plan.trials[-1].job
-    num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-    forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
-    assert sweep.metrics["sweep/teacher_tokens"] == num_tokens
-    assert sweep.metrics["sweep/teacher_flops"] == num_tokens * forward
-    assert not list(teachers.glob("*/")), "all students are finished"
+    monkeypatch.setattr(costs, "time_per_token", time_per_token)
+    end_trials(monkeypatch, finished)
+    outcome, workspace = sweep.run(tiny_plan), open_workspace(sweep.folder)
+    StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
+
+    def spreads(**options: Any) -> set[float]:
+        rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
+        return {row["cost/decode_ms_spread"] for row in rows}
+
+    assert spreads(time_again=True) == {0.5}
+    spread = 0.01
+    assert spreads() == {0.5}
+    assert spreads(time_again=True) == {0.01}
+    assert spreads() == {0.01}, "it is stored"
+    again = sweep.run(tiny_plan)
+    assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
+    shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
+    (workspace.sweeps / "copy" / PLAN_FILE).unlink()
+    for names, reason in (
+        ([tiny_plan.name, "copy"], "measures one sweep; got 2"),
+        (["copy"], r"copy has no plan\.json; delete .*times\.json"),
+    ):
+        with pytest.raises(UserError, match=f"--time-again:? {reason}"):
+            report(workspace=workspace, sweeps=names, time_again=True)
 
 
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
