@@ -80,7 +80,6 @@ def evaluate(
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
-    depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
     chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
     trust_remote_code: TrustOption = False,
@@ -96,7 +95,6 @@ def evaluate(
         schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
             repeated.
         log_samples: Write results and samples in lm-eval's files, for other tools.
-        depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
         apply_chat_template: Write prompts with the model's chat template.
         chat_template: The same, with one of its named templates.
     """
@@ -107,7 +105,6 @@ def evaluate(
         call.settings,
         models=models or (),
         log_samples=log_samples,
-        depth_curve=depth_curve,
         schedules=schedule or (),
         trust_remote_code=trust_remote_code,
         **call.common,

@@ -73,6 +73,11 @@ NameOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
 ]
+BaselinesOption = Annotated[
+    list[str] | None,
+    typer.Option("--baseline", metavar="RUN", autocompletion=complete_models,
+                 help="A trained model to show beside the front, by name or path; repeatable."),
+]  # fmt: skip
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]

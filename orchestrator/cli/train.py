@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    BaselinesOption,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -199,6 +200,7 @@ def distill(
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
+    baselines: BaselinesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Run a whole sweep from its file, pretraining included.
@@ -209,6 +211,7 @@ def sweep_file(
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    call.set("sweep.baseline_runs", baselines)
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
 
@@ -237,13 +240,19 @@ def sweep_file(
     trains=True,
     plans=True,
 )
-def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOption = None) -> Result:
+def sweep_threshold(
+    call: Call,
+    teacher: TeacherArgument = None,
+    baselines: BaselinesOption = None,
+    name: NameOption = None,
+) -> Result:
     """Prune by influence, distill and evaluate each schedule, and show the front.
 
     With --search, Optuna then suggests schedules outside the threshold's family.
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
+    call.set("sweep.baseline_runs", baselines)
     call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
     for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
         if getattr(call.settings.sweep, other):
@@ -269,6 +278,7 @@ def sweep_iterations(
     call: Call,
     schedule: SchedulesOption = None,
     rates: Annotated[str | None, typer.Option(metavar="A,B,...")] = None,
+    baselines: BaselinesOption = None,
     name: NameOption = None,
 ) -> Result:
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
@@ -281,6 +291,7 @@ def sweep_iterations(
         rates: Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.
     """
     call.set("sweep.kind", "iterations")
+    call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
         from iiet.extensions import METHODS

@@ -53,8 +53,10 @@ from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
     check_models,
+    check_named_baselines,
     check_sweep,
     claims_answered,
+    named_baselines,
     teacher_and_baselines,
     teachers_by_label,
 )
@@ -89,7 +91,8 @@ class SweepRequest:
     workspace: Workspace
     teacher: Path | None
     """A given teacher; without it, the sweep trains its models from scratch."""
-    baselines: Mapping[str, Path] | None
+    named_baselines: Mapping[str, Path]
+    """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
     models: Sequence[plans.SweepModel] | None
     name: str | None
     hashes: Mapping[str, str] | None = None
@@ -258,7 +261,6 @@ def plan_sweep(
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
-    baselines: Mapping[str, Path] | None = None,
     models: Sequence[plans.SweepModel] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -273,8 +275,6 @@ def plan_sweep(
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        baselines: Label to checkpoint of models that stand beside the front of a given teacher;
-            when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
 
     Raises:
@@ -296,10 +296,10 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
-    if settings.sweep.teachers and (teacher is not None or baselines is not None):
+    if settings.sweep.teachers and teacher is not None:
         raise UserError(
-            "sweep.teachers names teachers that the sweep trains itself, with their baselines; "
-            "leave it out, or give neither a teacher nor baselines"
+            "sweep.teachers names teachers that the sweep trains itself, and a teacher was given "
+            f"({teacher}); leave one out"
         )
     check_sweep(settings)
     space, given, progress = find_workspace(workspace), None, progress or Progress()
@@ -310,7 +310,7 @@ def plan_sweep(
         settings=settings,
         workspace=space,
         teacher=given,
-        baselines=baselines,
+        named_baselines=named_baselines(settings, space, given),
         models=models,
         name=name,
     )
@@ -322,7 +322,7 @@ def plan_sweep(
 def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     settings, space = asked.settings, asked.workspace
     if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, asked.baselines, progress)
+        return _plan_students(asked, {TEACHER: asked.teacher}, {}, progress)
 
     # Models are trained from scratch: all of the sweep, or those before its students.
     check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -333,11 +333,23 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     if settings.sweep.kind == "iterations":
         name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
         plan = plans.plan_iterations(
-            settings, space, tokens, asked.models, name=name, hashes=asked.hashes
+            settings,
+            space,
+            tokens,
+            asked.models,
+            named_baselines=asked.named_baselines,
+            name=name,
+            hashes=asked.hashes,
         )
+        if tokens:
+            own_models = [trial.model for trial in plan.trials if trial.job]
+            check_named_baselines(asked.named_baselines, tokens, own_models)
         return PlannedSweep(asked=asked, plan=plan, said=said)
     first = plan_models(teacher_and_baselines(settings), space, tokens)
     said += [*first.damaged, claims_answered(settings)]
+    if tokens:  # Before anything is trained.
+        own_models = [job.model for job in first.jobs.values()]
+        check_named_baselines(asked.named_baselines, tokens, own_models)
     labels, finished = teachers_by_label(settings), first.finished
     if labels.keys() <= finished.keys():
         teachers = {label: finished.pop(label) for label in labels}
@@ -357,7 +369,7 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
 def _plan_students(
     asked: SweepRequest,
     teachers: Mapping[str, Path],
-    baselines: Mapping[str, Path] | None,
+    baselines: Mapping[str, Path],
     progress: Progress,
 ) -> PlannedSweep:
     """Plan the students of trained teachers; a bound of them if influence is not measured."""
@@ -378,11 +390,12 @@ def _plan_students(
         space,
         teachers,
         tables if is_measured else {},  # The schedules follow from all of them.
-        note=progress.note,
         baselines=baselines,
+        named_baselines=asked.named_baselines,
         name=asked.name,
         hashes=asked.hashes,
     )
+    check_named_baselines(asked.named_baselines, Path(plan.tokens_folder), models.values())
     unknown, said, search = list[Estimate](), list[str](), None
     if not is_measured:
         unknown, said = _bounds(settings, models, "'s influence is not measured")
@@ -529,7 +542,6 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredS
         results=outcome.results,
         influence=next(iter(planned.asked.influence.values()), None),
         facts={
-            **({results.LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             **({results.CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
             results.SETTINGS_TITLE: flatten(planned.asked.settings),

@@ -273,8 +273,6 @@ class SweepPlan(Record):
     """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
     """Different schedules or models among them; those that a search adds do not count."""
-    left_out: dict[str, str] = Field(default_factory=dict)
-    """Run and reason of models that cannot be baselines; not part of the key."""
 
 
 def teacher_or_costliest(
