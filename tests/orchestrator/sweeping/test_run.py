@@ -24,7 +24,13 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import costs
-from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
+from orchestrator.sweeping.run import (
+    STOPPED_TAG,
+    LiveSweep,
+    SweepOutcome,
+    SweepQueue,
+    run_plan,
+)
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
@@ -194,3 +200,18 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
         assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
     assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
     assert sweep.shown.status == ("FAILED" if fails else "KILLED")
+
+
+def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan, sweep):
+    waiting = tiny_plan.trials[1:]
+    live = LiveSweep(
+        tiny_plan, resolve_settings({}), sweep.tracking, sweep.folder, num_trials=len(waiting)
+    )
+    progress = KeptProgress()
+    queue = SweepQueue(waiting, {}, {}, live, progress)
+    taken = [queue.take(), queue.take()]
+    queue.start_again("memory ran low")
+    assert progress.notes == ["memory ran low"]
+    assert queue.num_taken == 0
+    assert [queue.take(), queue.take()] == taken
+    assert queue.failures == {}
