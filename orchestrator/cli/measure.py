@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     ModelsArgument,
     QualityOption,
@@ -39,8 +40,18 @@ SweepsArgument = Annotated[
 ]
 
 
-@Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
-         config="option", plans=True)  # fmt: skip
+@Command(
+    "influence",
+    group="Measure",
+    options={"--metric": "influence.metric", **CLUSTER},
+    config="option",
+    unread={
+        "data": "influence is measured on the tokens that the model was trained on",
+        "evaluation": "`iiet-orch evaluate` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    plans=True,
+)
 def influence(
     call: Call,
     model: TeacherArgument = None,
@@ -73,8 +84,19 @@ def influence(
     return call.finish(plan, run_influence)
 
 
-@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config="option",
-         workspace="read", plans=True)  # fmt: skip
+@Command(
+    "evaluate",
+    group="Measure",
+    options={**TASKS, **CLUSTER},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that a model was trained on",
+        "influence": "`iiet-orch influence` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    workspace="read",
+    plans=True,
+)
 def evaluate(
     call: Call,
     models: ModelsArgument = None,

@@ -57,6 +57,15 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
+ONLY_SWEEPS = dict.fromkeys(("sweep", "search"), "only sweeps read it")
+"""What decides instead of these sections in commands that run no sweep."""
+NOTHING_IS_TRAINED = {
+    "model": "the checkpoint says what the model is, and --schedule gives another schedule",
+    "training": "nothing is trained",
+    "distillation": "nothing is trained",
+    **ONLY_SWEEPS,
+}
+"""The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
     Literal["nfe", "flops", "ms", "kv", "evaluations"] | None,

@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    ONLY_SWEEPS,
     BaselinesOption,
     LocalOption,
     NameOption,
@@ -45,10 +46,22 @@ def quickstart(call: Call) -> Result:
     Example: iiet-orch quickstart --workspace my-workspace
     """
     call.config = call.config or "demo"
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     return _sweep(call)
 
 
-@Command("prepare", group="Train", config="option")
+@Command(
+    "prepare",
+    group="Train",
+    config="option",
+    unread=dict.fromkeys(
+        (
+            "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+            "cluster",
+        ),
+        "the section data alone says what is prepared",
+    ),
+)  # fmt: skip
 def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
@@ -103,6 +116,11 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         **HERE,
     },
     config="option",
+    unread={
+        "distillation": "`iiet-orch distill` trains students of the trained model",
+        **MEASURED_LATER,
+        **ONLY_SWEEPS,
+    },
     trains=True,
     plans=True,
 )
@@ -133,10 +151,10 @@ def pretrain(
     if continue_ is not None:
         if call.config is not None:
             raise UserError("--continue takes the run's own settings; use it without --config")
-        from orchestrator.models.lookup import find_run_folder
+        from orchestrator.models.lookup import find_pretraining
         from orchestrator.settings import SETTINGS_NAME
 
-        folder = find_run_folder(locate_workspace(call.path), continue_)
+        folder = find_pretraining(locate_workspace(call.path), continue_)
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
@@ -155,6 +173,7 @@ def pretrain(
     group="Train",
     options={
         "--control": "distillation.control",
+        "--steps": "distillation.training.num_steps",
         "--seed": "distillation.training.seed",
         "--lr": "distillation.training.learning_rate",
         "--dtype": "distillation.training.precision",
@@ -162,6 +181,7 @@ def pretrain(
         **HERE,
     },
     config="option",
+    unread={**OF_THE_TEACHER, "evaluation": MEASURED_LATER["evaluation"], **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -169,27 +189,33 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    drop_layers: Annotated[int | None, typer.Option(min=1)] = None,
+    name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
+
+    With --drop-layers, the student has fewer layers instead, and the teacher may be of any method.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
 
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        drop_layers: Instead: drop this many layers, those of least block influence.
+        name: Name of the student's run, if there is one student (default: from the content, as in
+            a sweep, which then finds it).
     """
-    if not schedule:
-        raise UserError(
-            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
-            "or --schedule 2,1,1,0,0,0"
-        )
+    if drop_layers is None:
+        call.refuse_unread({"influence": "only --drop-layers reads it"})
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
-        schedules=schedule,
+        schedules=schedule or (),
+        drop_layers=drop_layers,
         teacher=call.imported(teacher),
+        name=name,
         local=local,
         **call.common,
     )
@@ -212,6 +238,7 @@ def sweep_file(
     """
     call.config = file
     call.set("sweep.baseline_runs", baselines)
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
 
@@ -237,6 +264,7 @@ def sweep_file(
         **HERE,
     },
     config="option",
+    unread=OF_THE_TEACHER,
     trains=True,
     plans=True,
 )
@@ -253,7 +281,10 @@ def sweep_threshold(
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
     call.set("sweep.baseline_runs", baselines)
-    call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
+    is_search = "search.num_trials" in call.options
+    call.set("sweep.kind", "search" if is_search else "threshold")
+    if not is_search:
+        call.refuse_unread({"search": "--search N makes a search of the sweep"})
     for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
         if getattr(call.settings.sweep, other):
             raise UserError(f"--schedules and --{other} exclude each other; leave one out")
@@ -271,6 +302,7 @@ def sweep_threshold(
         **HERE,
     },
     config="option",
+    unread=UNREAD_BY_KIND["iterations"],
     trains=True,
     plans=True,
 )

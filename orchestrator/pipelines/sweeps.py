@@ -195,7 +195,7 @@ class PlannedSweep(Result):
                 "name": state.trial.label,
                 "role": state.trial.role,
                 "method": state.trial.model.method,
-                "schedule": str(state.trial.model.corrections),
+                "schedule": state.trial.schedule_text,
                 "state": state.name,
                 "steps_done": state.steps_done,
                 **plans.exact_cost(state.trial.model, full),
@@ -208,8 +208,8 @@ class PlannedSweep(Result):
 
         Keys:
             name: the sweep's name, if it is known yet
-            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text),
-                `state`, `steps_done`, exact costs
+            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text; empty
+                without corrections), `state`, `steps_done`, exact costs
             notes: what is reused, and what is not known yet
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,

@@ -75,11 +75,11 @@ class Listing(Result):
     entries: dict[Kind, list[dict[str, Any]]]
     """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
-    `stopped at STEP/STEPS`; `bytes`, of its files; `changed`, seconds since 1970 of its last
-    record. Of a training the known ones of `method`, `schedule`, `step`, `steps`,
-    `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
-    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
-    ones), `has_report`."""
+    `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
+    since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
+    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
+    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
+    planned ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
@@ -89,8 +89,8 @@ class Listing(Result):
             rows = []
             for entry in entries:
                 trials, schedule = entry.get("trials"), entry.get("schedule") or ()
-                done = f", {entry['finished']}/{trials} trials" if trials else ""
-                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                done = f", {entry['finished']} of {trials}" if trials else ""
+                corrections = render.shortest_schedule(schedule) if schedule else ""
                 loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
@@ -148,8 +148,10 @@ def _find_entries(
                 state = "damaged" if sweep.is_damaged else "without a plan"
             elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
+            elif sweep.left:
+                state = "failed" if sweep.has_failed else "interrupted"
             else:
-                state = "interrupted" if sweep.left else "finished"
+                state = "finished"
             finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
             has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
             counts = {"finished": finished, "trials": trials, "has_report": has_report}
@@ -165,7 +167,7 @@ def _find_entries(
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
                 "method": job and job.model.method,
-                "schedule": job and list(job.model.corrections),
+                "schedule": job and job.schedule and list(job.schedule),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,

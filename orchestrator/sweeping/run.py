@@ -22,9 +22,10 @@ from iiet.cost import inference_cost
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import note_saving
+from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
-from orchestrator.reporting.front import find_front
+from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
 from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
@@ -121,10 +122,10 @@ def run_plan(
 
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
-    journal.event("started")
+    journal.event(STARTED_EVENT)
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
-    with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
+    with LiveSweep(plan, settings, tracking, workspace, num_trials=num_all) as live:
         plan.write(folder / PLAN_FILE)
         live.on_results(*found.values())
         stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
@@ -142,6 +143,10 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
+        if trials.failures:
+            journal = Journal(folder)
+            journal.event(FAILED_EVENT, trials=[*trials.failures])
+            journal.close()
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -393,7 +398,7 @@ class LiveSweep:
         plan: SweepPlan,
         settings: Settings,
         tracking: Tracking,
-        folder: Path,
+        workspace: Workspace,
         *,
         num_trials: int,
         clock: Callable[[], float] = time.monotonic,
@@ -405,7 +410,8 @@ class LiveSweep:
         self.num_trials = num_trials
         self._name = plan.name
         self._tracking = tracking
-        self._folder = folder
+        self._workspace = workspace
+        self._folder = workspace.sweeps / plan.name
         self._full = full_trial(plan)
         self._open: dict[str, Trial] = {}
         self._measured: dict[str, Trial] = {}
@@ -414,7 +420,7 @@ class LiveSweep:
         self._clock = clock
         self._next_front = clock()
         stored = tracking.stored("sweep", plan.key)
-        self._run = sweep_run(stored, plan.name, plan.key, folder)
+        self._run = sweep_run(stored, plan.name, plan.key, self._folder)
         self.change(
             status="RUNNING",
             params=sweep_parameters(plan, settings),
@@ -447,11 +453,14 @@ class LiveSweep:
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""
         self._has_new_results = False
-        front = find_front(result_table(self._measured.values()))
+        trials = [*self._measured.values()]
+        reason = reason_against_accuracy(self._workspace, trials)
+        front = find_front(result_table(trials), parse_axes(against_accuracy=reason))
         if self._full.key not in self._measured or not front.members:
             return
         notes = [f"{len(self._measured)} of {self.num_trials} models are measured so far."]
-        notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
+        notes += [f"{label} failed: {why}" for label, why in self._failures.items()]
+        notes += [reason] if reason else []
         picture_folder = self._folder / LIVE_FOLDER
         self.change(**front_so_far(front, name=self._name, notes=notes, folder=picture_folder))
         self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS

@@ -120,6 +120,18 @@ def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):
     assert trial["sweeps"] == ["my-sweep"]
 
 
+def test_a_sweep_whose_trials_failed_says_so_until_it_is_started_again(space, tiny_plan, run):
+    _store_sweep(space, tiny_plan)
+    journal = Journal(space.sweeps / "my-sweep")
+    for event, state in (
+        ("started", "interrupted"), ("failed", "failed"), ("finished", "failed"),
+        ("started", "interrupted"),
+    ):  # fmt: skip
+        journal.event(event)
+        assert f" {state}, 0 of {len(tiny_plan.trials)} " in run("list", "sweeps")
+    journal.close()
+
+
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)

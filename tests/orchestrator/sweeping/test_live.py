@@ -31,7 +31,7 @@ class Watched:
         workspace = open_workspace(folder)
         self.tracking, self.plan, self.now = open_tracking(workspace, warn=pytest.fail), plan, 0.0
         self.live = LiveSweep(
-            plan, resolve_settings({}), self.tracking, workspace.sweeps / "toy",
+            plan, resolve_settings({}), self.tracking, workspace,
             num_trials=len(plan.trials), clock=lambda: self.now,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from kept_progress import KeptProgress
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
+from orchestrator.records import status
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
@@ -75,7 +76,9 @@ def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 
-def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, sweep, monkeypatch):
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(
+    tiny_plan, sweep, tmp_path, monkeypatch
+):
     teacher, stopped, better, *others = tiny_plan.trials
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
@@ -106,6 +109,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
 
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
+    assert status.Sweep(open_workspace(tmp_path).sweeps / plan.name).has_failed
     assert asked == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
@@ -205,8 +209,9 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
 def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan, sweep):
     waiting = tiny_plan.trials[1:]
     live = LiveSweep(
-        tiny_plan, resolve_settings({}), sweep.tracking, sweep.folder, num_trials=len(waiting)
-    )
+        tiny_plan, resolve_settings({}), sweep.tracking, open_workspace(sweep.folder),
+        num_trials=len(waiting),
+    )  # fmt: skip
     progress = KeptProgress()
     queue = SweepQueue(waiting, {}, {}, live, progress)
     taken = [queue.take(), queue.take()]

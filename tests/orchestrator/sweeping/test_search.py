@@ -144,7 +144,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     search, family = world.search(num_trials=24), world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
-    live = LiveSweep(plan, resolve_settings({}), tracking, tmp_path / "s", num_trials=28)
+    live = LiveSweep(plan, resolve_settings({}), tracking, open_workspace(tmp_path), num_trials=28)
     queue = SweepQueue(family, {}, {}, live, Shown(), search=search)
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]
