@@ -29,6 +29,27 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 HERE = {"--address": "cluster.address"}
+MEASURED_LATER = {
+    "influence": "`iiet-orch influence` measures the trained model",
+    "evaluation": "`iiet-orch evaluate` measures the trained model",
+}
+OF_THE_TEACHER = {
+    "data": "students read the tokens that their teacher was trained on",
+    "model": "students have their teacher's shape",
+    "training": "the teacher is trained already; distillation.training is the students' recipe",
+}
+ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
+FROM_SCRATCH = dict.fromkeys(("distillation", "influence"), "all models are trained from scratch")
+UNREAD_BY_KIND = {
+    "threshold": ONLY_SEARCHES,
+    "search": {},
+    "iterations": FROM_SCRATCH | ONLY_SEARCHES,
+    "depth": dict.fromkeys(
+        ("data", "model", "training", "distillation", "influence", "search"),
+        "a sweep of kind depth measures models that exist",
+    ),
+}
+"""Kind of a sweep -> sections that it does not read, and what decides instead."""
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
