@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 HERE = {"--address": "cluster.address"}
-CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
 MEASURED_LATER = {
     "influence": "`iiet-orch influence` measures the trained model",
     "evaluation": "`iiet-orch evaluate` measures the trained model",
@@ -135,7 +134,7 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         "--skip-bad-steps": "training.skip_bad_steps",
         "--profile": "training.profile_steps",
         "--storage": "cluster.storage",
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread={
@@ -244,7 +243,7 @@ def distill(
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
+@Command("sweep", group="Sweep", options=HERE, config="argument", trains=True, plans=True)
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
@@ -283,7 +282,7 @@ def sweep_file(
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread=OF_THE_TEACHER,
@@ -321,7 +320,7 @@ def sweep_threshold(
         "--steps": "training.num_steps",
         "--asha": "sweep.asha",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread=UNREAD_BY_KIND["iterations"],

@@ -135,7 +135,7 @@ def test_each_command_with_set_names_what_it_reads():
     training = {"data", "model", "training"}
     assert READ_BY["prepare"] == {"data"}
     assert READ_BY["pretrain"] == {*training, "cluster"}
-    assert READ_BY["distill"] == {"distillation", "influence", "cluster"}
+    assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
     assert READ_BY["influence"] == {"influence", "cluster"}
     assert READ_BY["evaluate"] == {"evaluation", "cluster"}
     assert READ_BY["export"] == {"influence", "evaluation", "cluster"}

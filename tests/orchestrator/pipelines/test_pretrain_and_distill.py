@@ -250,7 +250,8 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
 
 
-def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens):
+def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens, save_tiny):
+    save_tiny(context.workspace.runs / "imported", provenance={"imported": {"from": "elsewhere"}})
     shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
     wanted = settings()
     options = {"workspace": context.workspace, "teacher": teacher, "local": True}
@@ -262,6 +263,7 @@ def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens):
     for schedules, name, words in (
         (["1,0", "1"], "two", "--name two names one student"),
         (["0,0"], "mine", "holds a run with other settings"),
+        (["1,0"], "imported", "holds an imported model"),
     ):
         with pytest.raises(UserError, match=words):
             plan_distill(wanted, schedules=schedules, name=name, **options)
