@@ -69,9 +69,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "evaluate": {
         "": evaluating.ModelEvaluations,
         "--dry-run": evaluating.EvaluatePlan,
-        "--depth-curve": evaluating.DepthEvaluations,
-        "--compare": evaluating.CompareResult,
-        "--compare --dry-run": evaluating.ComparePlan,
     },
     "benchmark": {
         "": benchmarking.BenchmarkResult,

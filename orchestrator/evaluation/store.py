@@ -5,8 +5,6 @@ the hash of all that determines it: weights and precision, configuration with it
 tokenizer, the task's items and metrics, limit. Beside them, `items.json` has hashes and values of
 the items, so that a report parses no samples. The loss over held-out tokens is an entry like a
 task. While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
-Outputs of stock lm-eval (`--log_samples`) are read here, too: its hash of a document matches items
-between evaluations, whoever measured them.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iiet.weights import CONFIG
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
     STDERR_SUFFIX,
@@ -40,7 +36,6 @@ from orchestrator.workspace.files import (
     checksums_of,
     damage_as_user_error,
     damaged_file,
-    expand_user,
     new_folder,
     read_json,
     write_json,
@@ -49,11 +44,6 @@ from orchestrator.workspace.files import (
 
 ITEMS = "items.json"
 REMEDY = "it is measured again"
-
-_DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
-_SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
-_RESULTS = re.compile(rf"(?:.+_)?{_DATE}\.json")
-_LOG_AGAIN = "run lm_eval again with --log_samples"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,25 +83,22 @@ class MeasuredTask:
 def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
     """Return the hashes of the items, and each metric's value per item.
 
-    Metrics over texts, such as those that BLEU compares, have no values.
-
-    Raises:
-        ValueError: If the filters of the task have different items, or there is none.
+    A task with several filters has a sample of each item for each filter. Metrics over texts, such
+    as those that BLEU compares, have no values.
     """
     by_filter: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_filter.setdefault(sample["filter"], []).append(sample)
-    hashes, values = [], {}
+    hashes: list[str] = []
+    values: dict[str, list[Any]] = {}
     for filter_name, of_filter in by_filter.items():
         of_filter.sort(key=lambda sample: int(sample["doc_id"]))
-        hashes.append([sample["doc_hash"][:HASH_LENGTH] for sample in of_filter])
+        hashes = [sample["doc_hash"][:HASH_LENGTH] for sample in of_filter]
         for metric in of_filter[0]["metrics"]:
-            found = [plain_value(sample.get(metric)) for sample in of_filter]
-            if None not in found:
-                values[metric_label(metric, filter_name)] = found
-    if not hashes or any(others != hashes[0] for others in hashes):
-        raise ValueError("its filters have different items" if hashes else "it is empty")
-    return hashes[0], values
+            by_item = [plain_value(sample.get(metric)) for sample in of_filter]
+            if None not in by_item:
+                values[metric_label(metric, filter_name)] = by_item
+    return hashes, values
 
 
 class EvaluationStore:
@@ -296,101 +283,3 @@ class AnswerJournal:
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# Outputs of stock lm-eval
-
-
-@dataclass(frozen=True)
-class LoggedRun:
-    """Files of one or several runs of lm-eval on one model; of each task the newest count."""
-
-    results: Mapping[str, Path]
-    """Date in the name -> results of that run."""
-    samples: Mapping[str, tuple[str, Path]]
-    """Task -> date in the name, and the newest samples."""
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks."""
-        return list(self.samples)
-
-    def read(self) -> EvaluationResult:
-        """Read the newest samples of each task.
-
-        Raises:
-            UserError: If a file is damaged, or of a version of lm-eval without hashes.
-        """
-        tasks: dict[str, TaskResult] = {}
-        groups: dict[str, tuple[str, ...]] = {}
-        for date in dict.fromkeys(date for date, _ in self.samples.values()):
-            run = read_json(self.results[date], remedy=_LOG_AGAIN) or {}
-            with damage_as_user_error(self.results[date], remedy=_LOG_AGAIN):
-                groups |= top_groups(run.get("group_subtasks") or {})
-            files = {name: path for name, (of, path) in self.samples.items() if of == date}
-            # In the order in which lm-eval ran them.
-            order = [name for name in run.get("results") or () if name in files]
-            for name in dict.fromkeys([*order, *files]):
-                with damage_as_user_error(files[name], remedy=_LOG_AGAIN):
-                    items, values = item_values(_read_samples(files[name]))
-                    task = MeasuredTask(name=name, run=run, items=items, values=values)
-                    tasks[name] = task.result
-        return EvaluationResult(results=tasks, groups=groups)
-
-
-def find_logged_run(path: Path) -> LoggedRun | None:
-    """Return the run of lm-eval at a path; None if there is none, as in a model's folder.
-
-    Args:
-        path: A results file, its folder, or the folder that was given to lm-eval as `--output_path`
-            if it holds results of one model.
-
-    Raises:
-        UserError: If there are several models, or results without samples.
-    """
-    path = expand_user(path)
-    if not path.exists() or (path / CONFIG).is_file():
-        return None
-    found = [path] if path.is_file() else [*path.glob("*.json")] or sorted(path.glob("*/*.json"))
-    dated = [(named[1], file) for file in found if (named := _RESULTS.fullmatch(file.name))]
-    folders = sorted({file.parent for _, file in dated})
-    if not folders:
-        return None
-    if len(folders) > 1:
-        names = ", ".join(one.name for one in folders)
-        raise UserError(f"{path} has results of several models; name one of its folders: {names}")
-    (folder,) = folders
-    results = dict(sorted(dated))
-    samples: dict[str, tuple[str, Path]] = {}
-    for file in sorted(folder.glob("samples_*.jsonl")):
-        named = _SAMPLES.fullmatch(file.name)
-        if named and named[2] in results:
-            samples[named[1]] = max(samples.get(named[1], ("", file)), (named[2], file))
-    if not samples:
-        raise UserError(f"{folder} has results of lm-eval but no samples of them; {_LOG_AGAIN}")
-    return LoggedRun(results, samples)
-
-
-def top_groups(subtasks: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
-    """Return the groups that are part of no other group, each with all tasks below it."""
-
-    def tasks_below(name: str) -> list[str]:
-        members = subtasks.get(name) or []
-        return [t for member in members for t in tasks_below(member)] if members else [name]
-
-    inner = {member for members in subtasks.values() for member in members}
-    tops = [name for name, members in subtasks.items() if members and name not in inner]
-    return {name: tuple(dict.fromkeys(tasks_below(name))) for name in tops}
-
-
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """Read of each sample what items need; prompts and documents need much memory."""
-    samples = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            sample = json.loads(line)
-            if "doc_hash" not in sample:
-                raise UserError(f"{path} has no `doc_hash`: it is of an old lm-eval; {_LOG_AGAIN}")
-            kept = ("doc_id", "doc_hash", "filter", "metrics", *sample["metrics"])
-            samples.append({key: sample[key] for key in kept})
-    return samples

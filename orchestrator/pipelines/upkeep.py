@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
@@ -77,11 +75,11 @@ class Listing(Result):
     entries: dict[Kind, list[dict[str, Any]]]
     """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
-    `stopped at STEP/STEPS`; `bytes`, of its files; `changed`, seconds since 1970 of its last
-    record. Of a training the known ones of `method`, `schedule`, `step`, `steps`,
-    `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
-    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
-    ones), `has_report`."""
+    `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
+    since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
+    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
+    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
+    planned ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
@@ -91,8 +89,8 @@ class Listing(Result):
             rows = []
             for entry in entries:
                 trials, schedule = entry.get("trials"), entry.get("schedule") or ()
-                done = f", {entry['finished']}/{trials} trials" if trials else ""
-                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                done = f", {entry['finished']} of {trials}" if trials else ""
+                corrections = render.shortest_schedule(schedule) if schedule else ""
                 loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
@@ -150,8 +148,10 @@ def _find_entries(
                 state = "damaged" if sweep.is_damaged else "without a plan"
             elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
+            elif sweep.left:
+                state = "failed" if sweep.has_failed else "interrupted"
             else:
-                state = "interrupted" if sweep.left else "finished"
+                state = "finished"
             finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
             has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
             counts = {"finished": finished, "trials": trials, "has_report": has_report}
@@ -167,7 +167,7 @@ def _find_entries(
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
                 "method": job and job.model.method,
-                "schedule": job and list(job.model.corrections),
+                "schedule": job and job.schedule and list(job.schedule),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,
@@ -225,9 +225,6 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
-    for lock in sorted(workspace.teachers.glob(".*.lock")):
-        name = lock.name.removeprefix(".").removesuffix(".lock")
-        locks.append(("teacher outputs", f"teachers/{name}", lock))
     for kind, name, lock in locks:
         if is_locked(lock):
             who = {"kind": kind, "name": name, "process": lock_holder(lock)}
@@ -379,40 +376,23 @@ def _temporary(workspace: Workspace, _: Note) -> Found:
     for file in workspace.root.rglob(".*.tmp"):
         if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
             yield file, "half-written by a process that ended"
-    for parent in (workspace.tokens, workspace.teachers):
-        for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
-            key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
-            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
-            if not is_locked(lock):
-                yield folder, "of an interrupted command, which would resume there", lock
+    lock = workspace.tokens / ".lock"
+    for folder in workspace.tokens.glob(f"{layout.TEMPORARY_PREFIX}*"):
+        if not is_locked(lock):
+            yield folder, "of an interrupted command, which would resume there", lock
 
 
 def _ray_folders(workspace: Workspace, _: Note) -> Found:
     for folder in files.abandoned_folders():
         yield folder, "Ray's temporary files of a command that ended"
-    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
-        if not _has_driver(folder):
-            yield folder, "Ray Tune's files of a command that ended"
+    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}"):
+        lock = folder.with_name(layout.SWEEP_LOCK_NAME)
+        if not is_locked(lock):
+            yield folder, "Ray Tune's files of a command that ended", lock
     for run in training_folders(workspace):
         folder = run / layout.RAY_FOLDER
         if folder.is_dir() and not is_in_use(run):
             yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-
-
-def _has_driver(folder: Path) -> bool:
-    """Return whether the command of a sweep's Ray folder may still run."""
-    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
-    return not process.isdecimal() or psutil.pid_exists(int(process))
-
-
-def _teacher_outputs(workspace: Workspace, _: Note) -> Found:
-    # Any command may read them; and a sweep between two trials holds no lock.
-    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"))
-    stored = folders_in(workspace.teachers)
-    if stored and not show_status(workspace).activities and not any(drivers):
-        reason = "teacher outputs for distillation; they are computed again when needed"
-        for folder in stored:
-            yield folder, reason, folder.with_name(f".{folder.name}.lock")
 
 
 def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
@@ -444,9 +424,8 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last, the best, and the one to continue from."""
+    """Return those of a finished training: the last one, and the one to continue from."""
     from orchestrator.records.training import TrainingJob
-    from orchestrator.training.checkpoint import best_checkpoint
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
@@ -458,7 +437,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     if outcome is None or not outcome.finished:
         return set()
     stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
-    return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
+    return {Path(str(outcome.checkpoint)), stable}
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
@@ -482,7 +461,6 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
 _FINDERS = {
     RemovableKind.TEMPORARY: _temporary,
     RemovableKind.RAY: _ray_folders,
-    RemovableKind.TEACHERS: _teacher_outputs,
     RemovableKind.CHECKPOINTS: _intermediate_checkpoints,
     RemovableKind.DAMAGED: _damaged,
 }

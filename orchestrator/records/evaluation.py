@@ -137,37 +137,6 @@ class EvaluationResult(Record):
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
-class DepthPoint(Record):
-    """A model's quality under one uniform schedule."""
-
-    corrections: int
-    """Corrections that every layer makes."""
-    evaluations: int
-    """Field evaluations per token, of all layers."""
-    quality: dict[str, float]
-    """As of `EvaluationResult.quality`."""
-
-    def measured(self, quality: str) -> tuple[float, float | None]:
-        """Return an average and its standard error."""
-        return self.quality[quality], self.quality.get(quality + STDERR_SUFFIX)
-
-
-class DepthCurve(Record):
-    """The points of one model, by their corrections."""
-
-    trained: tuple[int, ...]
-    """The iteration schedule that the model was trained under."""
-    tasks: tuple[str, ...]
-    """What was measured."""
-    points: tuple[DepthPoint, ...]
-
-    @property
-    def qualities(self) -> list[str]:
-        """Names of the averages that every point has, the drawn one first."""
-        names = ("accuracy", BITS_METRIC)
-        return [name for name in names if all(name in point.quality for point in self.points)]
-
-
 def plain_value(value: Any) -> Any:
     """Return an item's value under a metric as numbers; None if it is none, such as a text."""
     try:

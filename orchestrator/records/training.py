@@ -59,8 +59,6 @@ class TrainingJob(Record):
     """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
-    teacher_cache: WorkspacePath | None = None
-    """Folder of all stored outputs of teachers; the teacher runs where its own are missing."""
     first_stages: WorkspacePath | None = None
     """Folder of the runs that share their first stages; nothing is shared when unset."""
     storage: str | None = None
@@ -80,6 +78,12 @@ class TrainingJob(Record):
         path = folder / JOB_NAME
         stored = read_json(path)
         return None if stored is None else cls.parse(stored.get("job", {}), path)
+
+    @property
+    def schedule(self) -> tuple[int, ...] | None:
+        """Corrections per layer; None if the method has none."""
+        has_corrections = facts_of(self.model.method).has_corrections
+        return tuple(self.model.corrections) if has_corrections else None
 
     @property
     def folder(self) -> Path:
@@ -103,7 +107,7 @@ class TrainingOutcome(Record):
     num_tokens: int = 0
     """Tokens trained on."""
     training_flops: float = 0.0
-    """Training FLOPs, with the forward passes of a teacher that ran."""
+    """Training FLOPs, with the forward passes of a teacher."""
     shared_flops: float = 0.0
     """Part of them that another run spent: on a shared first stage, or before it was continued."""
 

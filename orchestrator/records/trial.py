@@ -167,11 +167,6 @@ class Trial(Record):
         return self.facts.method
 
     @property
-    def is_distilled_baseline(self) -> bool:
-        """Whether it is no schedule of its teacher, but learned from it."""
-        return self.role == "baseline" and self.parent is not None
-
-    @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
         has_corrections = self.config is not None and facts_of(self.method).has_corrections
@@ -278,8 +273,6 @@ class SweepPlan(Record):
     """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
     """Different schedules or models among them; those that a search adds do not count."""
-    left_out: dict[str, str] = Field(default_factory=dict)
-    """Run and reason of models that cannot be baselines; not part of the key."""
 
 
 def teacher_or_costliest(

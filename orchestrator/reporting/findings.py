@@ -13,9 +13,11 @@ from statistics import NormalDist
 from typing import Any
 
 from orchestrator.reporting.front import (
+    COSTS,
     QUALITIES,
     Front,
     Row,
+    busy_machine,
     is_accuracy,
     known,
     metric_title,
@@ -47,6 +49,8 @@ def findings(front: Front) -> list[str]:
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
+    if front.axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+        return [f"Not measured: {problem}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
     if kept is not None and (sure := front.keeps(kept)) is not None:
@@ -89,9 +93,8 @@ def _of(full: Row) -> str:
 
 
 def _share(front: Front, row: Row) -> str:
-    """Return how much of the full model's quality a model keeps, at most all of it."""
-    share = min(front.share(row) or 0.0, 1.0)
-    return "100%" if share > 0.9995 else f"{share:.1%}"
+    """Return how much of the full model's quality a model keeps, as the table of models says it."""
+    return f"{front.share(row) or 0.0:.1%}".replace("100.0%", "100%")
 
 
 def _at_cost(front: Front, row: Row) -> str:
@@ -235,8 +238,13 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
     """Return the rule that is given by the name of its option; `keep` when none is.
 
     Raises:
-        UserError: If several are given, or a confidence with another rule than `keep`.
+        UserError: If several are given, a confidence with another rule than `keep`, or one of both
+            is no share.
     """
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
+    if not 0 <= confidence <= 1:
+        raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
     asked = {"keep": keep, **others}
     given = {name: v for name, v in asked.items() if v is not None and v is not False}
     if len(given) > 1:

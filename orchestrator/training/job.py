@@ -37,7 +37,7 @@ from orchestrator.models.folder import (
     newest_checkpoint,
     weights_key,
 )
-from orchestrator.models.lookup import find_run_folder
+from orchestrator.models.lookup import find_pretraining
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.training.remote_copy import RemoteCopy
@@ -80,7 +80,6 @@ NON_KEY_FIELDS = {
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "num_checkpoints_kept",
-    "keep_best",
     "profile_steps",
 }
 """Fields of a recipe that are not part of the key."""
@@ -264,6 +263,9 @@ def check_folder(job: TrainingJob) -> dict[str, Any]:
         UserError: If it does; says what differs.
     """
     earlier = read_json(job.folder / JOB_NAME)
+    saved = find_checkpoints(job.folder)
+    if earlier is None and saved and "imported" in load_provenance(saved[-1]):
+        raise UserError(f"{job.folder} holds an imported model; choose another name")
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this version "
@@ -419,10 +421,9 @@ def continued_settings(
         UserError: If there is none, it is not finished or not shorter, or its tokens are others or
             are missing.
     """
-    folder = find_run_folder(workspace, run)
+    folder = find_pretraining(workspace, run)
     job = TrainingJob.of_folder(folder)
-    if job is None or not (folder / SETTINGS_NAME).is_file():
-        raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
+    assert job, "its file exists"
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
         raise UserError(

@@ -153,7 +153,16 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
         assert damaged_file(folder, checksums, remember=True) == again, "never stored"
     (folder / "state").unlink()
     assert damaged_file(folder, checksums, names=["state"]) == "state is missing"
-    assert damaged_file(folder, {**checksums, "../model/weights": "0"}, names=["../model/weights"])
+
+
+@pytest.mark.parametrize("name", ["../other/weights", "{parent}/other/weights"])
+def test_a_file_of_another_folder_is_refused_whatever_its_content(tmp_path, name):
+    folder = _write(tmp_path / "model", weights="w")
+    other = checksums_of(_write(tmp_path / "other", weights="v"))
+    name = name.format(parent=tmp_path)
+    assert (folder / name).read_text() == "v"
+    damage = damaged_file(folder, {name: other["weights"]})
+    assert damage == f"{name} is not what was written"
 
 
 @pytest.fixture
