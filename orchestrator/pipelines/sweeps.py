@@ -361,8 +361,6 @@ def _plan_students(
         if table is None:
             measurement = plan_influence(settings, workspace=space, model=checkpoint)
             table = measurement.table
-            for note in measurement.notes:
-                progress.note(note)
         if table:
             tables[label] = table
     models = {label: load_config(path) for label, path in teachers.items()}

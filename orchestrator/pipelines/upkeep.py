@@ -24,6 +24,7 @@ import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
+from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
     Sweep,
@@ -405,9 +406,9 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
     for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
-                stored = files.read_json(file, remedy="all checkpoints are kept")
+                stored = files.read_json(file)
             except UserError as error:  # It may have named any of them.
-                note(str(error))
+                note(f"{error}; all checkpoints are kept")
                 return
             text = json.dumps(stored, ensure_ascii=False)
             names = re.findall(r'"([^"]+/step_\d{8,})"', text)
@@ -422,7 +423,7 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
         for checkpoint in checkpoints if kept else ():
-            measured = any(checkpoint.glob("influence-*.json"))
+            measured = any(checkpoint.glob(INFLUENCE_PATTERN))
             if checkpoint not in kept | needed and not measured:
                 reason = "intermediate checkpoint of a finished training"
                 yield checkpoint, reason, *run_locks(folder)
@@ -446,7 +447,9 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
+    from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
+    from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder) if not is_in_use(folder) else ():
@@ -455,12 +458,17 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield checkpoint, reason, *run_locks(folder)
-    for parent in (workspace.evaluations, workspace.benchmarks, workspace.tracked):
-        for file in sorted(parent.rglob("*.json")):
-            try:
-                files.read_json(file, remedy="it is measured again")
-            except UserError as error:
-                yield file, str(error).removeprefix(f"{file} ")
+    for folder in folders_in(workspace.evaluations):
+        try:
+            open_result(folder)
+        except UserError as error:
+            yield folder, str(error).removeprefix(f"{folder} ")
+    for file in sorted(workspace.tracked.rglob("*.json")):
+        kind = RegisteredModel if file.parent.name == "registered" else TrackedRun
+        try:
+            kind.read(file)
+        except UserError as error:
+            yield file, str(error).removeprefix(f"{file} ")
 
 
 _FINDERS = {

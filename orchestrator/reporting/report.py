@@ -101,7 +101,7 @@ def write_sweep_report(
         influence=sweep.influence,
         curves=curves,
         facts=sweep.facts,
-        depths=teacher_depths(sweep.results, notes),
+        depths=teacher_depths(sweep.results),
         notes=[*sweep.notes, *notes],
         claims=_measured_claims(front),
         folder=place / axes.slug,

@@ -17,28 +17,20 @@ from orchestrator.reporting.charts import DEPTH_TITLE, depth_chart
 from orchestrator.reporting.front import is_accuracy, metric_title
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.terminal.render import format_with_error, shortest_schedule
-from orchestrator.workspace.errors import UserError
 
 DEPTH_CURVE = "depth-curve"
 """Name of the file beside the weights, and of the picture."""
 
 
-def teacher_depths(results: Iterable[Trial], notes: list[str]) -> list[Section]:
-    """Return a section for each teacher of a sweep whose depth curve was measured.
-
-    A sentence on each damaged file is added to the notes.
-    """
+def teacher_depths(results: Iterable[Trial]) -> list[Section]:
+    """Return a section for each teacher of a sweep whose depth curve was measured."""
     sections: list[Section] = []
     curves: dict[str, DepthCurve] = {}
     for result in results:
         if result.role != "teacher" or not result.checkpoint:
             continue
         path = Path(result.checkpoint) / f"{DEPTH_CURVE}.json"
-        try:
-            curve = DepthCurve.read(path, remedy="`evaluate --depth-curve` measures it again")
-        except UserError as error:
-            notes.append(f"{error}.")
-            continue
+        curve = DepthCurve.read(path)
         if curve:
             curves[result.label] = curve
             section, number = depth_section(curve), len(curves)

@@ -263,8 +263,7 @@ def find_baselines(
                     label = model_label(config.method, count, number)
                 own = _comparable(config, provenance)
                 due = {**wanted, "model.num_layers": number if number in asked else asked[0]}
-                remedy = "delete it, and the same training again writes it"
-                outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
+                outcome = TrainingOutcome.read(run / DONE_NAME)
                 reason = "" if outcome else "its training is not finished"
                 if differing := [n for n in {**own, **due} if own.get(n) != due.get(n)]:
                     name = differing[0]
