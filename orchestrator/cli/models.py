@@ -44,7 +44,6 @@ def generate(
     schedule: SchedulesOption = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
     chat: bool = False,
-    system: str | None = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
     ] = None,
@@ -70,7 +69,6 @@ def generate(
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
-        system: With --chat: the system's message, before the user's.
         max_new_tokens: Maximum number of tokens to add (default: 64, or what fits the context).
         temperature: 0 always takes the likeliest token.
         top_k: Sample among the N likeliest tokens.
@@ -119,7 +117,7 @@ def generate(
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
-    asked = writer.as_asked(prompts, chat=chat, system=system)
+    asked = writer.as_asked(prompts, chat=chat)
     own = writer.schedule
     if not isinstance(call.session.progress, Warnings):
         under = f"schedule {','.join(map(str, own))}" if own else "no corrections"

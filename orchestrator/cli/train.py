@@ -26,7 +26,7 @@ from orchestrator.workspace.layout import locate_workspace
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
-HERE = {"--address": "cluster.address", "--logger": "tracking.loggers"}
+HERE = {"--address": "cluster.address"}
 CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
 TRIALS = {
     "--seeds": "sweep.seeds",

@@ -12,7 +12,7 @@ import heapq
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -172,33 +172,21 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
     if stored is None:
         raise UserError(f"{folder} holds no held-out tasks; run the command again to make them")
     return {
-        name: task_config(
-            name,
-            _TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
-            TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION,
-            {"test": rows},
-        )
+        name: {
+            "task": name,
+            "custom_dataset": partial(_item_set, rows),
+            "test_split": "test",
+            **_TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
+            "metadata": {"version": TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION},
+        }
         for name, rows in stored.tasks.items()
     }
 
 
-def task_config(
-    name: str, config: Mapping[str, Any], version: int, splits: Mapping[str, Sequence[Any]]
-) -> Row:
-    """Return a task for lm-eval whose items are given, by the name of their split."""
-    return {
-        "task": name,
-        "custom_dataset": partial(_item_sets, splits),
-        "test_split": "test",
-        **config,
-        "metadata": {"version": version},
-    }
-
-
-def _item_sets(splits: Mapping[str, Sequence[Any]], **_settings: Any) -> Row:
+def _item_set(rows: Sequence[Row], **_settings: Any) -> Row:
     import datasets  # The import takes a second.
 
-    return {name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()}
+    return {"test": datasets.Dataset.from_list(list(rows))}
 
 
 def _chance_in_words(chance: float, rows: Sequence[Row]) -> str:

@@ -33,7 +33,7 @@ from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import RunFailed, UserError, quoted
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
@@ -59,7 +59,6 @@ def generate(
     draft: str | None = None,
     device: str | None = None,
     chat: bool = False,
-    system: str | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
@@ -73,20 +72,17 @@ def generate(
         draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
-        system: The system's message before it; the template's own when unset.
         sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
-            schedule does not fit it, prompts and new tokens do not fit its context, this machine
-            lacks the device, or a system's message is given without `chat`.
+            schedule does not fit it, prompts and new tokens do not fit its context, or this machine
+            lacks the device.
     """
     drafting = Drafting(draft=draft) if draft else None
     writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
     asked = [prompts] if isinstance(prompts, str) else prompts
-    texts = writer.continue_all(
-        writer.as_asked(asked, chat=chat, system=system), Sampling(**sampling)
-    )
+    texts = writer.continue_all(writer.as_asked(asked, chat=chat), Sampling(**sampling))
     return texts[0] if isinstance(prompts, str) else texts
 
 
@@ -97,12 +93,11 @@ def generate_stream(
     model: Path | str | None = None,
     schedule: str | None = None,
     chat: bool = False,
-    system: str | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
     writer = open_generator(workspace, model, schedule)
-    (text,) = writer.as_asked([prompt], chat=chat, system=system)
+    (text,) = writer.as_asked([prompt], chat=chat)
     return writer.stream(text, Sampling(**sampling))
 
 
@@ -177,25 +172,15 @@ class TextGenerator:
                 record=self.record,
             )
 
-    def as_asked(
-        self, prompts: Sequence[str], *, chat: bool, system: str | None = None
-    ) -> list[str]:
+    def as_asked(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
         """Return the texts to continue: the prompts, or what the chat template makes of them.
 
         Raises:
-            UserError: If a system's message is given without `chat`, or there is no template.
+            UserError: If there is no template, or it fails.
         """
-        if system is not None and not chat:
-            raise UserError(
-                f"the system's message {quoted(system)} is for a chat; give --system together with "
-                "--chat"
-            )
-        texts = list(prompts)
-        if chat:
-            first: list[Message] = [{"role": "system", "content": system}] if system else []
-            chats = [[*first, Message(role="user", content=prompt)] for prompt in prompts]
-            texts = [self.text.chat(each) for each in chats]
-        return texts
+        if not chat:
+            return list(prompts)
+        return [self.text.chat([Message(role="user", content=prompt)]) for prompt in prompts]
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.

@@ -582,7 +582,6 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         folder=str(folder),
         note=plan.sentence,
         tags={tag: text for tag, text in tags.items() if text},
-        example=card.prompt,
     )
     is_registered = context.tracking.register(registered)
     lookup.Picked(

@@ -47,7 +47,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import MLFLOW, Settings, flatten
+from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping import plan as plans
 from orchestrator.sweeping.models import (
     TEACHER,
@@ -427,7 +427,6 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         found.check()
         return found
 
-    context.use_loggers(settings.tracking.loggers)
     check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
         check_sweep(settings, progress)
@@ -473,14 +472,13 @@ sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
 def _stored_results(planned: PlannedSweep, workspace: Workspace) -> results.StoredSweep | None:
     """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
-    The tasks of lm-eval may have changed, which is known when they are loaded; and a logger that
-    was not asked for before lacks the trainings.
+    The tasks of lm-eval may have changed, which is known when they are loaded.
     """
     settings, plan = planned.asked.settings, planned.plan
     is_left = any(state.name in ("to measure", "to train") for state in planned.states)
     if is_left or planned.unknown or (planned.search and planned.search.num_left):
         return None
-    if needs_lm_eval(settings.evaluation) or settings.tracking.loggers != (MLFLOW,):
+    if needs_lm_eval(settings.evaluation):
         return None
     last = read_tail(workspace.sweeps / plan.name)[-1:]
     finished = {state.trial.key for state in planned.states if state.name == "finished"}

@@ -332,7 +332,6 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     """Pretrain one model, tokens included; a finished run is found again."""
     plan.check()
     (settings,), cluster = plan.models.values(), plan.cluster
-    context.use_loggers(settings.tracking.loggers)  # Found missing before tokens are prepared.
     check = partial(check_run_resources, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
@@ -425,7 +424,6 @@ def run_trainings(
 
     plan.check()
     jobs, cluster, progress = plan.jobs, plan.cluster, context.progress
-    context.use_loggers(next(iter(plan.models.values())).tracking.loggers)
     for job in jobs.values():
         for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
             check_job(job, num_workers=num_gpus or cluster.num_workers)

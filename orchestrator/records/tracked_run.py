@@ -160,8 +160,6 @@ class RegisteredModel(Record):
     """The exported model."""
     note: str = ""
     tags: dict[str, str] = Field(default_factory=dict)
-    example: str = ""
-    """A text that the model reads, stored as MLflow's input example."""
 
     def path(self, workspace: Workspace) -> Path:
         """Return its file in a workspace; the alias's next version replaces it."""

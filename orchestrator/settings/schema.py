@@ -19,7 +19,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from iiet.facts import metric_facts_of
-from orchestrator.settings.cluster import ClusterSettings, TrackingSettings
+from orchestrator.settings.cluster import ClusterSettings
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
 from orchestrator.settings.section import Section
@@ -63,8 +63,6 @@ class Settings(Section):
     """Search for free schedules."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""
-    tracking: TrackingSettings = TrackingSettings()
-    """Loggers of metrics."""
 
     @model_validator(mode="after")
     def _follow_the_rules(self) -> Self:
@@ -129,8 +127,6 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
             "data.source, data.shares: a mixture, and nothing else, has shares, such as "
             "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
         )
-    if unread := [name for name in data.source_options if name not in read]:
-        yield f"data.source, data.source_options: {', '.join(unread)} is not read; leave it out"
     if data.files and "files" not in read:
         yield "data.source, data.files: only source files, or a mixture with their share, reads it"
     if data.depth.tasks and data.source != "depth":

@@ -57,7 +57,7 @@ def _refuse_unknown_model(name: str, *, may_have_layers: bool = False) -> str:
         split_count(model)
     except ValueError:
         raise ValueError(
-            f"{quoted(name)} is not a model; name a method ({', '.join(METHOD)}), or the "
+            f"{quoted(name)} is not a model; name a method ({', '.join(METHOD.table)}), or the "
             "corrections of an IIET, such as r = 3"
         ) from None
     return name

@@ -21,7 +21,6 @@ ELASTIC = "distillation.training.elastic"
         ("data={source: mixture, shares: {python: 1.0}, files: [a]}", "data.files=('a',): "),
         ("data.depth.tasks=[phop_6]", "data.source='python', data.depth.tasks=('phop_6',): "),
         ("data={source: mixture, shares: {phop_6: 1.0}, depth: {tasks: [s5_4]}}", "depth.tasks="),
-        ("data.source_options={letters: {}}", "letters is not read"),
         ("cluster={min_gpus: 16, num_gpus: 8}", "cluster.min_gpus=16, cluster.num_gpus=8: "),
         ("cluster={min_gpus: 4, num_gpus: 8, parallel: fsdp}", "cluster.parallel='fsdp': fsdp"),
         (
