@@ -31,7 +31,7 @@ from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, damaged, read_json, write_json
 from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root
 
-_CHECKSUM = "sha256"
+_CHECKSUM = "sha256_of_content"
 """Key of the checksum in a record's file."""
 _EXTENSION = "extension"
 """Type of a problem that is no damage: a package is missing or broken."""
