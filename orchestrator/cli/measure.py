@@ -184,6 +184,7 @@ def report(
     cost: CostOption = None,
     quality: QualityOption = None,
     claims: Annotated[bool, typer.Option("--claims")] = False,
+    time_again: Annotated[bool, typer.Option("--time-again")] = False,
 ) -> Result:
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
@@ -192,11 +193,17 @@ def report(
     Args:
         sweeps: Names of sweeps, several on one front (default: the newest).
         claims: Show only the paper's five claims, each beside what was measured; write nothing.
+        time_again: First measure the time per token of the sweep's models once more, as after a
+            measurement on a busy machine.
     """
     from orchestrator.pipelines import reports
 
     if claims:
         if cost or quality:
             raise UserError("--claims has its own axes; leave --cost and --quality out")
+        if time_again:
+            raise UserError("--claims measures nothing; run `iiet-orch report --time-again` first")
         return reports.claims(sweeps=sweeps or [], **call.common)
-    return reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
+    return reports.report(
+        sweeps=sweeps or [], cost=cost, quality=quality, time_again=time_again, **call.common
+    )

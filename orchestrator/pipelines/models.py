@@ -38,7 +38,7 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import model_family
 from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
-from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.front import COSTS, FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
@@ -503,7 +503,7 @@ def plan_pick(
         UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
             gone, or the folder cannot be used.
     """
-    from orchestrator.reporting.front import sweep_front
+    from orchestrator.reporting.front import busy_machine, sweep_front
 
     others = {"knee": knee, "best": best, "cheapest": cheapest}
     rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
@@ -511,6 +511,8 @@ def plan_pick(
     workspace = find_workspace(workspace)
     found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
+    if axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+        notes = [*notes, problem]
     for line in notes:
         (progress or Progress()).note(line)
     picked = findings.pick_from_front(front, rule)

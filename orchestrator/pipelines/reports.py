@@ -1,6 +1,7 @@
 """What stored results show: reports of one or several sweeps, and the paper's claims.
 
-Everything is read from the folders of finished sweeps. The results are what `sweep`
+Everything is read from the folders of finished sweeps, and only times are measured again if that
+is asked for. The results are what `sweep`
 returns, too: a front, its sentences, and the files of its page.
 """
 
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from orchestrator.pipelines.context import open_context
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
+from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.claims import claims_section
 from orchestrator.reporting.front import FrontAxes, parse_axes
-from orchestrator.reporting.results import load_sweep_results, newest_sweep
+from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
+from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import Workspace, find_workspace
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,6 +101,7 @@ def report(
     sweeps: Sequence[str] = (),
     cost: str | None = None,
     quality: str | None = None,
+    time_again: bool = False,
     progress: Progress | None = None,
 ) -> ReportResult:
     """Write the report of one sweep, or of several sweeps on one front, from stored results.
@@ -107,9 +112,11 @@ def report(
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
         quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        time_again: Measure the time per token of the sweep's models once more, and store it.
 
     Raises:
-        UserError: If there is no such sweep, or a cost or quality has another name.
+        UserError: If there is no such sweep, or a cost or quality has another name; or if the times
+            of these sweeps cannot be measured here.
     """
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
@@ -118,8 +125,32 @@ def report(
     space = context.workspace
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
     found = [load_sweep_results(space, name) for name in names]
+    if time_again:
+        found = [_timed_again(found, context)]
     tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+
+
+def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
+    """Return a sweep with times per token that are measured now, where its trials ran."""
+    from orchestrator.sweeping.costs import TIMES_NAME, with_costs  # Imports PyTorch.
+
+    space = context.workspace
+    if len(sweeps) > 1:
+        raise UserError(f"--time-again measures one sweep; got {len(sweeps)}")
+    [sweep] = sweeps
+    if not space.is_writable:
+        raise UserError(f"--time-again: {space.root} cannot be written, so no time could be stored")
+    folder = sweep.folder(space)
+    plan = SweepPlan.read(folder / PLAN_FILE)
+    if plan is None:  # Sweeps of kind `depth` have none.
+        raise UserError(
+            f"--time-again: {sweep.name} has no {PLAN_FILE}; delete {folder / TIMES_NAME}, and "
+            "type the sweep's command again, which then measures the times alone"
+        )
+    settings = read_settings(folder / SETTINGS_NAME)
+    results = with_costs(sweep.results, plan, folder, settings, context.progress, again=True)
+    return sweep.model_copy(update={"results": tuple(results)})
 
 
 class ClaimsResult(Result):

@@ -574,8 +574,7 @@ def influence_chart(
 
 
 def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
-    """Return the chart of curves over steps; `title` is `WHAT` or `WHAT against STEPS`."""
-    what, _, against = title.partition(" against ")
+    """Return the chart of curves over steps."""
     points = [
         {"name": name, "step": step, "value": value}
         for name, values in curves
@@ -587,8 +586,8 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
     dashes = [DASHES[n // len(SERIES_COLORS) % len(DASHES)] for n in range(len(names))]
     legend = {**BELOW, "columns": COLUMNS, "labelLimit": 200, "symbolType": "stroke"}
     encoding = {
-        "x": number("step", title=against or "Step", scale={"nice": False}),
-        "y": number("value", title=what, scale={"zero": False}),
+        "x": number("step", title="Step", scale={"nice": False}),
+        "y": number("value", title=title, scale={"zero": False}),
         "color": word("name", scale={"domain": names, "range": colors}, legend=legend),
         "strokeDash": word("name", scale={"domain": names, "range": dashes}, legend=legend),
     }

@@ -13,9 +13,11 @@ from statistics import NormalDist
 from typing import Any
 
 from orchestrator.reporting.front import (
+    COSTS,
     QUALITIES,
     Front,
     Row,
+    busy_machine,
     is_accuracy,
     known,
     metric_title,
@@ -47,6 +49,8 @@ def findings(front: Front) -> list[str]:
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
+    if front.axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+        return [f"Not measured: {problem}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
     if kept is not None and (sure := front.keeps(kept)) is not None:

@@ -10,7 +10,7 @@ draws the items again and adds columns that say how sure each place is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -55,6 +55,10 @@ COSTS = {
     "kv": "cost/kv_bytes_per_token",
 }
 """Value of the option `--cost` -> tracked name."""
+TIME_SPREAD = "cost/decode_ms_spread"
+"""Half the distance between the quartiles of the time per token."""
+MAX_TIME_SPREAD = 0.1
+"""Share of the time per token above which it decides nothing."""
 QUALITIES = {
     "accuracy": "quality/accuracy",
     "bits": "quality/bits_per_byte",
@@ -318,6 +322,22 @@ class Front:
         return replace(self, table=self.table.assign(**{name: tracked[name] for name in names}))
 
 
+def busy_machine(rows: Iterable[Row]) -> str | None:
+    """Return that times per token decide nothing, because a model's vary too much; None if not."""
+    shares = {}
+    for row in rows:
+        time, spread = known(row, COSTS["ms"]), known(row, TIME_SPREAD)
+        if time and spread is not None:
+            shares[row["label"]] = spread / time
+    label = max(shares, key=lambda name: shares[name], default="")
+    if not label or shares[label] <= MAX_TIME_SPREAD:
+        return None
+    return (
+        f"the machine was busy: the time per token of {label} varies by {shares[label]:.0%}; "
+        "`iiet-orch report --time-again` measures once more"
+    )
+
+
 def known(row: Row, name: str) -> float | None:
     """Return a number of a model by its tracked name; None if it is not known."""
     value = row.get(name)
@@ -389,6 +409,7 @@ def with_confidence(
     if full is None or paired is None:
         return replace(front, kept_share=kept_share)
     scores, number_of = paired.quality(axes.quality), paired.places
+    num_items = paired.num_items(axes.quality)
     others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
@@ -407,13 +428,16 @@ def with_confidence(
             if other_number != number:
                 intervals[key, name, other] = drawn.difference(number, other_number)
                 note(key, difference_metric(other, prefix), intervals[key, name, other])
-    for key, number in number_of.items() if full["key"] in number_of else ():
-        # For a loss, the full model's over this one's, as in `Front.share`.
-        pair = (number, number_of[full["key"]])
-        ratio = scores and scores.ratio(*(pair if axes.higher_is_better else pair[::-1]))
-        if ratio:
-            note(key, SHARE_METRIC, ratio[0])
-            columns[key][keeps_metric(kept_share)] = float((ratio[1] >= kept_share).mean())
+    if scores is not None and full["key"] in number_of:
+        number_of_full = number_of[full["key"]]
+        for key, number in number_of.items():
+            if axes.higher_is_better:
+                kept = scores.kept(number, number_of_full, num_items=num_items)
+            else:  # For a loss, the full model's over this one's, as in `Front.share`.
+                kept = scores.ratio(number_of_full, number)
+            if kept is not None:
+                note(key, SHARE_METRIC, kept[0])
+                columns[key][keeps_metric(kept_share)] = float((kept[1] >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
@@ -426,7 +450,7 @@ def with_confidence(
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
-        num_items=paired.num_items(axes.quality),
+        num_items=num_items,
         num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )

@@ -18,9 +18,7 @@ from orchestrator.reporting.mlflow_report import report_changes, sweep_run, tria
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
-    history_folder,
     load_sweep_results,
-    read_history_curves,
     read_training_curves,
     suite_notes,
 )
@@ -90,16 +88,13 @@ def write_sweep_report(
             front = front.with_runs(tracked)
             sweep.store(workspace)
 
-    curves = dict(read_training_curves(sweep, front.rows))
-    if not axes.slug and sweep.is_search:
-        curves |= read_history_curves(history_folder(place, sweep.key))
     times = recorded_times(place)
     report = SweepReport(
         name=sweep.name,
         about=_about(sweep, front, times),
         front=front,
         influence=sweep.influence,
-        curves=curves,
+        curves=read_training_curves(sweep, front.rows),
         facts=sweep.facts,
         depths=teacher_depths(sweep.results),
         notes=[*sweep.notes, *notes],

@@ -76,11 +76,6 @@ class StoredSweep(Record):
             *(f"Chance of {task}: {chance}." for task, chance in chances.items()),
         ]
 
-    @property
-    def is_search(self) -> bool:
-        """Whether its trials were suggested one after the other."""
-        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "search"
-
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""
         return workspace.sweeps / self.name
@@ -331,10 +326,6 @@ def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
-HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
-"""Metric whose step is the number of finished models."""
-HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
-"""Metric whose step is the training so far in 1e9 FLOPs, rounded."""
 STUDENT_CHARTS = {
     "Validation loss while training": VALIDATION_METRIC,
     "Divergence from the teacher (KL) while training": "train/kl",
@@ -348,11 +339,6 @@ ACCURACY_CHARTS = (
     "Validation accuracy of full model and baselines",
 )
 """Titles for the students, and for the others; only where data have answers."""
-HISTORY_CHARTS = {
-    "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
-    "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
-}
-"""Title -> metric; the horizontal axis is named after the word `against`."""
 MAX_CURVE_POINTS = 400
 """A page cannot show more."""
 
@@ -381,17 +367,6 @@ def read_training_curves(
     for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
         charts[title] = _read_curves(runs, ACCURACY_METRIC)
     return {title: curves for title, curves in charts.items() if curves}
-
-
-def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
-    """Return the hypervolume while the sweep ran, by chart title; see `history_folder`."""
-    charts = {title: _read_curves([("front", folder)], m) for title, m in HISTORY_CHARTS.items()}
-    return {title: curves for title, curves in charts.items() if curves}
-
-
-def history_folder(sweep_folder: Path, plan_key: str) -> Path:
-    """Return the folder of a sweep's hypervolume journal; each plan of a sweep has its own."""
-    return sweep_folder / "history" / plan_key
 
 
 def _read_curves(journals: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:

@@ -10,7 +10,7 @@ same batches, and a student comes from its seed's teacher. A draw is a count for
 score is a ratio of sums, so one matrix product scores all models.
 
 The intervals do not cover other trainings of models with one seed, nor other texts to take items
-from. They are too short where few items differ.
+from. They are too short where few items differ; where none does, `Scores.kept` is cautious.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,26 @@ class Scores:
             return None
         drawn = self.drawn[:, model] / self.drawn[:, other]
         return interval_of(self.observed[model] / self.observed[other], drawn), drawn
+
+    def kept(self, model: int, other: int, *, num_items: int) -> tuple[Interval, Floats] | None:
+        """Return the share that a model keeps of another one's accuracy, and all its draws.
+
+        Where no item tells the two apart, draws of these items cannot either, and say nothing of
+        items that would. Then the share of items on which the model fails the other is drawn from
+        its posterior, after `num_items` on which it did not, and counts against the model.
+
+        None if the other one's accuracy is zero in a draw.
+        """
+        ratio = self.ratio(model, other)
+        if model == other or ratio is None or np.ptp(ratio[1]) > 0:
+            return ratio
+        interval, drawn = ratio
+        # Each pair has its own draws: equal ones would cancel in differences of kept shares.
+        random = np.random.default_rng((0, model, other))
+        failed = random.beta(1, num_items + 1, len(drawn))
+        drawn = drawn - failed / self.observed[other]
+        # Nothing speaks for more than what was measured.
+        return replace(interval_of(interval.value, drawn), high=interval.value), drawn
 
 
 def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:

@@ -1,8 +1,7 @@
 """The content of a report: its sections, and the files that are made of them.
 
-`front.png` and `front.svg` for papers, `front.html` for browsing, `front.md` for an appendix,
-`front.csv` and `front.json` for programs, `influence.png` and `influence.svg`. The same results
-give the same bytes.
+`front.png` and `front.svg` for papers, `front.html` for browsing, `front.csv` and `front.json` for
+programs, `influence.png` and `influence.svg`. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.results import Curve
-from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
+from orchestrator.reporting.sections import Section, render_json, render_page
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
@@ -160,7 +159,6 @@ class SweepReport:
         models = model_table(self.front, folder)
         texts = {
             **({"front.html": render_page(self.title, sections)} if self.front.rows else {}),
-            "front.md": render_markdown(self.title, sections),
             "front.csv": models.to_csv(index=False, lineterminator="\n"),
             "front.json": json_text(render_json(sections), allow_nan=False) + "\n",
         }

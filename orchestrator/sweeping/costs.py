@@ -1,4 +1,5 @@
-"""What the models of a sweep cost: exact counts, and milliseconds, which are measured once.
+"""What the models of a sweep cost: exact counts, and milliseconds, which are measured once, or
+again if that is asked for.
 
 Milliseconds depend on the shapes of the models only, so the weights are random, and all schedules
 of one shape share them.
@@ -33,9 +34,15 @@ class Measured(Record):
 
 
 def with_costs(
-    found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
+    found: Sequence[Trial],
+    plan: SweepPlan,
+    folder: Path,
+    settings: Settings,
+    progress: Progress,
+    *,
+    again: bool = False,
 ) -> list[Trial]:
-    """Add what each model costs: exact counts, and milliseconds."""
+    """Add what each model costs: exact counts, and milliseconds; `again` replaces stored ones."""
     full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
     shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
@@ -43,7 +50,7 @@ def with_costs(
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
     times = Measured.read(path)
-    if times is None or times.state != state:
+    if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = trial_device(settings, folder)(partial(_time, models), progress)

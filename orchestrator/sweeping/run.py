@@ -28,15 +28,9 @@ from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import note_saving
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
-from orchestrator.reporting.front import Front, find_front
+from orchestrator.reporting.front import find_front
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
-from orchestrator.reporting.results import (
-    HYPERVOLUME_BY_GFLOPS,
-    HYPERVOLUME_BY_TRIALS,
-    MAX_CURVE_POINTS,
-    history_folder,
-    result_table,
-)
+from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.plan import (
@@ -60,7 +54,7 @@ from orchestrator.training.watching import (
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_text
-from orchestrator.workspace.journal import Journal, now_ms, read_journal
+from orchestrator.workspace.journal import Journal, now_ms
 from orchestrator.workspace.layout import (
     JOB_NAME,
     PLAN_FILE,
@@ -79,7 +73,8 @@ MAX_NAMED = 3
 """Most running trials that the progress bar names."""
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
-FLOPS_PER_STEP = 1e9
+LIVE_FOLDER = "live"
+"""Folder in the sweep's with the picture of the front so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +147,6 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
-        live.on_results(at_end=True)
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -238,8 +232,8 @@ class SweepQueue:
         self._known = {*found, *(trial.key for trial in waiting)}
 
         def order(trial: Trial) -> tuple[bool, float]:
-            # The teacher comes first, because it spans the box of hypervolumes. Then the costly
-            # ones, so that none runs alone at the end; a training is three evaluations.
+            # The teacher comes first, because fronts are drawn beside it. Then the costly ones, so
+            # that none runs alone at the end; a training is three evaluations.
             work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)
             return trial.role != "teacher", -work
 
@@ -432,12 +426,17 @@ class LiveSweep:
 
         Its `num_trials` include those that a search will suggest.
         """
-        self._name, self.num_trials, self._tracking = plan.name, num_trials, tracking
-        self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
+        self.num_trials = num_trials
+        self._name = plan.name
+        self._tracking = tracking
+        self._folder = folder
+        self._full = full_trial(plan)
         self._open: dict[str, Trial] = {}
+        self._measured: dict[str, Trial] = {}
         self._failures: dict[str, str] = {}
-        self._new_front: Front | None = None
-        self._clock, self._next_front = clock, clock()
+        self._has_new_results = False
+        self._clock = clock
+        self._next_front = clock()
         stored = tracking.stored("sweep", plan.key)
         self._run = sweep_run(stored, plan.name, plan.key, folder)
         self.change(
@@ -466,22 +465,28 @@ class LiveSweep:
         new = [trial for trial in running if trial.key not in self._open]
         self._open |= {trial.key: trial for trial in new}
         self._show(new, "RUNNING")
-        if self._new_front and self._clock() >= self._next_front:
-            num_measured, folder = self.history.num_measured, self.history.folder
-            notes = [f"{num_measured} of {self.num_trials} models are measured so far."]
-            notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
-            changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
-            self.change(**changes)
-            self._new_front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
+        if self._has_new_results and self._clock() >= self._next_front:
+            self._show_front()
 
-    def on_results(self, *results: Trial, at_end: bool = False) -> None:
-        """End the runs of measured trials, and show the front soon; `at_end`, no trial follows."""
+    def _show_front(self) -> None:
+        """Show the front so far, once the full model is measured."""
+        self._has_new_results = False
+        front = find_front(result_table(self._measured.values()))
+        if self._full.key not in self._measured or not front.members:
+            return
+        notes = [f"{len(self._measured)} of {self.num_trials} models are measured so far."]
+        notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
+        picture_folder = self._folder / LIVE_FOLDER
+        self.change(**front_so_far(front, name=self._name, notes=notes, folder=picture_folder))
+        self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
+
+    def on_results(self, *results: Trial) -> None:
+        """End the runs of measured trials, and show the front soon."""
         for result in results:
             self._open.pop(result.key, None)
-            self.history.add(result)
+            self._measured[result.key] = self._with_cost(result)
         self._show(results, "FINISHED")
-        if self.history.record(at_end=at_end):
-            self._new_front = self.history.front
+        self._has_new_results |= bool(results)
 
     def on_end(self, trial: Trial, status: Status, reason: str = "") -> None:
         """End the run of a trial without a result, as FAILED or KILLED."""
@@ -503,8 +508,8 @@ class LiveSweep:
             journal = Path(trial.folder) if trial.job else None
             if not trial.job and trial.checkpoint and trial.role != "trial":
                 journal = Path(trial.checkpoint).parent
-            costed = self.history.with_cost(trial)
             ended: dict[str, Any] = {"status": status, "reason": reason}
+            costed = self._with_cost(trial)
             runs.append(trial_run(self._name, self._run.key, costed, journal, **ended))
             if status == "FINISHED" and journal and not trial.job:
                 # The run that showed it while it was trained for this sweep.
@@ -513,63 +518,6 @@ class LiveSweep:
                     self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(own.get("key")))
         self._tracking.publish(*runs)
 
-
-class FrontHistory:
-    """The front of a sweep while it runs, and a journal of its hypervolume, of NFE and accuracy.
-
-    That is a share of a box that the full model spans, against the number of finished models and
-    against the FLOPs of the sweep's own training.
-    """
-
-    def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
-        """Read the journal in `folder`; `num_trials` will be finished at the end."""
-        self.folder, self._full = folder, full_trial(plan)
-        self._results: dict[str, Trial] = {}
-        records, _ = read_journal(folder)
-        steps = [r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})]
-        self._last, self._interval = max(steps, default=0), max(1, num_trials // MAX_CURVE_POINTS)
-        self.front: Front | None = None
-        """The front that was recorded last."""
-
-    @property
-    def num_measured(self) -> int:
-        """Number of finished trials."""
-        return len(self._results)
-
-    def with_cost(self, trial: Trial) -> Trial:
+    def _with_cost(self, trial: Trial) -> Trial:
         """Return a trial with its exact cost."""
         return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))
-
-    def add(self, result: Trial) -> None:
-        """Take in a measured trial; one that is known already changes nothing."""
-        self._results[result.key] = self.with_cost(result)
-
-    def record(self, *, at_end: bool = False) -> bool:
-        """Record the hypervolume of the trials that are finished now; return whether it was.
-
-        It is not while the full model is not measured, if that has no accuracy, or if too few
-        trials were finished since the last time; the last point is always recorded.
-        """
-        if self.num_measured < self._last + (1 if at_end else self._interval):
-            return False
-        front = find_front(result_table([*self._results.values()]))
-        if front.hypervolume is None or self._full.key not in self._results:
-            return False
-        # A first stage in common counts for the model that made it.
-        flops = sum(
-            trial.numbers.get("train/flops", 0.0) - trial.numbers.get("train/shared_flops", 0.0)
-            for trial in self._results.values()
-            if trial.job
-        )
-        numbers = {
-            HYPERVOLUME_BY_TRIALS: front.hypervolume,
-            "sweep/front_size": len(front.members),
-            "sweep/training_flops": flops,
-        }
-        journal = Journal(self.folder)
-        journal.metrics(self.num_measured, numbers)
-        by_flops = {HYPERVOLUME_BY_GFLOPS: front.hypervolume}
-        journal.metrics(round(flops / FLOPS_PER_STEP), by_flops)
-        journal.close()
-        self._last, self.front = self.num_measured, front
-        return True

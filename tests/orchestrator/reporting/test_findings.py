@@ -15,7 +15,7 @@ from orchestrator.reporting.findings import (
     findings,
     pick_from_front,
 )
-from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.front import COSTS, Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import KEEPS_METRIC
 from orchestrator.workspace.errors import UserError
@@ -34,6 +34,16 @@ def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
     sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
     return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
+
+
+def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
+    axes = FrontAxes(cost=COSTS["ms"])
+    assert "decoding time" in findings(sample_front(sample_results, axes))[0]
+    busy = [*sample_results[:-1], sample_results[-1].with_numbers("cost", {"decode_ms_spread": 1})]
+    [sentence] = findings(sample_front(busy, axes))
+    assert sentence.startswith("Not measured: the machine was busy")
+    assert "report --time-again" in sentence
+    assert findings(sample_front(busy)) == findings(sample_front(sample_results))
 
 
 def test_sentences_of_a_front_without_items(sample_results, front):

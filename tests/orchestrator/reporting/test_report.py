@@ -21,12 +21,10 @@ from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
 from orchestrator.reporting.mlflow_report import run_note, trial_runs
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
-    HYPERVOLUME_BY_TRIALS,
     LEFT_OUT_TITLE,
     PROVENANCE_TITLE,
     SETTINGS_TITLE,
     StoredSweep,
-    history_folder,
     load_sweep_results,
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
@@ -37,7 +35,7 @@ from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
-FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
+FILES = {"front.png", "front.svg", "front.html", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}
 
 
@@ -79,36 +77,23 @@ def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
 
 @pytest.mark.slow
 def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
-    journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
-    for step in (1, 2, 3):
-        journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
-    journal.close()
     written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES
     assert all(path.stat().st_size > 100 for path in written.files)
     assert written.page is not None
     page = written.page.read_text(encoding="utf-8")
     assert "distillation.kl_weight" in page
-    assert "Hypervolume against trials finished" in page
     assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
     assert written.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
-    # Only a search has a history worth a picture.
-    facts = {**sweep.facts, PROVENANCE_TITLE: {"kind": "threshold"}}
-    alone = write_sweep_report(workspace, changed(sweep, facts=facts))
-    assert "Hypervolume against" not in (alone.folder / "front.md").read_text("utf-8")
-    write_sweep_report(workspace, sweep)
-
-    # Other axes get their own folder, without the hypervolume on the usual axes.
+    # Other axes get their own folder.
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == written.folder / "perplexity-ms"
     assert {path.name for path in other.files} == FILES
     assert other.front.axes.quality == "quality/perplexity"
-    assert other.page is not None
-    assert "Hypervolume against" not in other.page.read_text(encoding="utf-8")
     assert {path.name: path.read_bytes() for path in written.files} == before
 
 
@@ -125,9 +110,10 @@ def test_the_depth_curve_of_the_teacher_is_a_section(workspace, sweep):
     curve.write(path := Path(str(teacher.checkpoint)) / "depth-curve.json")
     written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES | {"depth-curve.png", "depth-curve.svg"}
-    text = (written.folder / "front.md").read_text("utf-8")
-    assert "trained with 1. Tasks: piqa." in text
-    assert "| 0 | 2 | 50.0 ± 2.0% |\n| 1 | 4 | 87.5% |\n| 2 | 6 | 75.0% |" in text
+    [section] = written.depths
+    assert "trained with 1. Tasks: piqa." in " ".join(section.sentences)
+    cells = [tuple(row.cells) for row in section.tables[0].rows]
+    assert cells == [("0", "2", "50.0 ± 2.0%"), ("1", "4", "87.5%"), ("2", "6", "75.0%")]
     data = json.loads((written.folder / "front.json").read_text("utf-8"))
     assert DepthCurve.model_validate(data["depth_curves"][teacher.label]) == curve
     # A second teacher has a section of its own.
@@ -153,7 +139,8 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     written = write_sweep_report(workspace, sweep)
     assert written.front.basis is not None
     assert written.front.basis.num_items == 2000
-    assert "### lastword (acc)" in (written.folder / "front.md").read_text("utf-8")
+    assert written.page is not None
+    assert "lastword (acc)" in written.page.read_text(encoding="utf-8")
     # A model with a damaged file has no confidence; the report is written all the same.
     lost = sweep.results[1]
     (workspace.evaluations / f"{lost.key}-lastword" / "items.json").write_text("{")
@@ -173,9 +160,9 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     written = write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
     sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
     assert written.sentences[1:3] == sentences
-    for name in ("front.html", "front.md"):
-        text = (written.folder / name).read_text(encoding="utf-8")
-        assert all(sentence in text for sentence in sentences)
+    assert written.page is not None
+    text = written.page.read_text(encoding="utf-8")
+    assert all(sentence in text for sentence in sentences)
 
 
 @pytest.mark.slow
@@ -237,7 +224,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     points = num_points(workspace)
     # What MLflow shows already is not shown again, so the store is not opened.
     write_sweep_report(workspace, "toy", tracking=pytest.fail)
-    (first.folder / "front.md").write_text("changed", encoding="utf-8")
+    (first.folder / "front.csv").write_text("changed", encoding="utf-8")
     write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
@@ -297,18 +284,18 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     front, said = written.front, ["x" * 200] * 40
     note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
-    assert "- More: `front/front.md` under Artifacts." in note
+    assert "- More: `front/front.html` under Artifacts." in note
     many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
     note = run_note(sample_front(many), [], ["front"])
     assert len(note) <= 8000
     assert "front/table.json" in note
-    assert "No trial of this sweep has" in (written.folder / "front.md").read_text("utf-8")
+    assert "No trial of this sweep has" in written.sentences[0]
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
     written = write_sweep_report(workspace, changed(sweep, results=placed))
     assert not written.front.members
-    assert (written.folder / "front.md").is_file()
+    assert (written.folder / "front.json").is_file()
 
 
 @pytest.mark.slow
@@ -373,7 +360,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     store("second", better)
     written = write_sweep_report(workspace, "first", "second", "first")
     assert written.folder == workspace.overlays / "first+second"
-    assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
+    assert {path.suffix for path in written.files} >= {".png", ".html", ".csv", ".json"}
     front = written.front
     assert len(front.rows) == 3 + 9 + 5
     # A trial of the first sweep stays where the second one has none as cheap.

@@ -4,7 +4,9 @@ says what became of each trial."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,18 @@ from kept_progress import KeptProgress
 
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
+from orchestrator.pipelines.reports import report
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import Interrupted, RunFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
 
 
@@ -91,8 +96,6 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
     assert outcome.reused == {result.key for result in outcome.results}
     assert better.label in sweep.shown.tags[STOPPED_TAG]
     assert sweep.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
-    records, _ = read_journal(Path(str(sweep.shown.journal)))
-    assert len(records) == 2, "the front over time, from what was found finished"
     ended = sweep.ended
     assert ended.pop(stopped.key) == "KILLED"
     assert set(ended.values()) == {"FINISHED"}
@@ -101,6 +104,40 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert asked == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
+
+
+@pytest.mark.slow
+def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, monkeypatch):
+    spread = 0.5
+
+    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
+        numbers = {"decode_ms_per_token": 1.0, "decode_ms_spread": spread}
+        return dict.fromkeys(decoders, numbers)
+
+    monkeypatch.setattr(costs, "time_per_token", time_per_token)
+    end_trials(monkeypatch, finished)
+    outcome, workspace = sweep.run(tiny_plan), open_workspace(sweep.folder)
+    StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
+
+    def spreads(**options: Any) -> set[float]:
+        rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
+        return {row["cost/decode_ms_spread"] for row in rows}
+
+    assert spreads(time_again=True) == {0.5}
+    spread = 0.01
+    assert spreads() == {0.5}
+    assert spreads(time_again=True) == {0.01}
+    assert spreads() == {0.01}, "it is stored"
+    again = sweep.run(tiny_plan)
+    assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
+    shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
+    (workspace.sweeps / "copy" / PLAN_FILE).unlink()
+    for names, reason in (
+        ([tiny_plan.name, "copy"], "measures one sweep; got 2"),
+        (["copy"], r"copy has no plan\.json; delete .*times\.json"),
+    ):
+        with pytest.raises(UserError, match=f"--time-again:? {reason}"):
+            report(workspace=workspace, sweeps=names, time_again=True)
 
 
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
