@@ -69,7 +69,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "evaluate": {
         "": evaluating.ModelEvaluations,
         "--dry-run": evaluating.EvaluatePlan,
-        "--depth-curve": evaluating.DepthEvaluations,
     },
     "benchmark": {
         "": benchmarking.BenchmarkResult,

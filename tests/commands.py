@@ -156,9 +156,18 @@ def run_workers(code: str, number: int, *arguments: str) -> None:
         assert process.returncode == 0, printed
 
 
-def settings_options(settings: Iterable[str]) -> list[str]:
-    """Return the options `--set` of values such as `training.seed=3`."""
-    return [f"--set={setting}" for setting in settings]
+def settings_options(settings: Iterable[str], command: str, kind: str = "") -> list[str]:
+    """Return `--set` of those values, such as `training.seed=3`, that a command reads.
+
+    Args:
+        command: Its name.
+        kind: Kind of the sweep, if the command runs one of a file.
+    """
+    from orchestrator.cli.command import COMMANDS
+    from orchestrator.cli.train import UNREAD_BY_KIND
+
+    unread = {*COMMANDS[command].unread, *UNREAD_BY_KIND.get(kind, ())}
+    return [f"--set={value}" for value in settings if value.partition(".")[0] not in unread]
 
 
 def _run(

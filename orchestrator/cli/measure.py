@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     ModelsArgument,
     QualityOption,
@@ -39,8 +40,18 @@ SweepsArgument = Annotated[
 ]
 
 
-@Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
-         config="option", plans=True)  # fmt: skip
+@Command(
+    "influence",
+    group="Measure",
+    options={"--metric": "influence.metric", **CLUSTER},
+    config="option",
+    unread={
+        "data": "influence is measured on the tokens that the model was trained on",
+        "evaluation": "`iiet-orch evaluate` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    plans=True,
+)
 def influence(
     call: Call,
     model: TeacherArgument = None,
@@ -73,14 +84,24 @@ def influence(
     return call.finish(plan, run_influence)
 
 
-@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config="option",
-         workspace="read", plans=True)  # fmt: skip
+@Command(
+    "evaluate",
+    group="Measure",
+    options={**TASKS, **CLUSTER},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that a model was trained on",
+        "influence": "`iiet-orch influence` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    workspace="read",
+    plans=True,
+)
 def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
-    depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
     chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
     trust_remote_code: TrustOption = False,
@@ -96,7 +117,6 @@ def evaluate(
         schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
             repeated.
         log_samples: Write results and samples in lm-eval's files, for other tools.
-        depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
         apply_chat_template: Write prompts with the model's chat template.
         chat_template: The same, with one of its named templates.
     """
@@ -107,7 +127,6 @@ def evaluate(
         call.settings,
         models=models or (),
         log_samples=log_samples,
-        depth_curve=depth_curve,
         schedules=schedule or (),
         trust_remote_code=trust_remote_code,
         **call.common,

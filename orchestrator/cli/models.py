@@ -11,6 +11,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     NameOption,
     QualityOption,
@@ -64,8 +65,9 @@ def generate(
     Example: iiet-orch generate my-run --prompt "The list is" -n 40
 
     Args:
-        checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
-            or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
+        checkpoint: Checkpoint, run, trial or exported folder, by path or name, a sweep (its picked
+            model), or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose
+            last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
@@ -120,8 +122,8 @@ def generate(
     asked = writer.as_asked(prompts, chat=chat)
     own = writer.schedule
     if not isinstance(call.session.progress, Warnings):
-        under = f"schedule {','.join(map(str, own))}" if own else "no corrections"
-        typer.echo(f"model: {writer.checkpoint}, {under}", file=terminal)
+        under = ",".join(map(str, own)) or "-"
+        typer.echo(f"model: {writer.checkpoint}, schedule {under}", file=terminal)
     if not call.as_json and len(prompts) == 1:
         pieces = writer.stream(asked[0], sampling)
         if not chat:  # An answer is printed without its question.
@@ -165,7 +167,16 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@Command("export", group="Use models", options={"--device": "cluster.device"}, config="option")
+@Command(
+    "export",
+    group="Use models",
+    options={"--device": "cluster.device"},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that the model was trained on",
+        **NOTHING_IS_TRAINED,
+    },
+)
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
@@ -185,8 +196,8 @@ def export(
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
 
     Args:
-        checkpoint: Checkpoint or run, by path or name, or hub:OWNER/NAME; by default the newest of
-            finished runs and what `pick` chose last.
+        checkpoint: Checkpoint, run or trial, by path or name, or hub:OWNER/NAME; by default the
+            newest of finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
         file_format: With gguf, write a file that llama.cpp runs, of a vanilla or looped model.

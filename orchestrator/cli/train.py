@@ -9,6 +9,8 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    ONLY_SWEEPS,
+    BaselinesOption,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -28,6 +30,27 @@ if TYPE_CHECKING:
 
 HERE = {"--address": "cluster.address"}
 CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
+MEASURED_LATER = {
+    "influence": "`iiet-orch influence` measures the trained model",
+    "evaluation": "`iiet-orch evaluate` measures the trained model",
+}
+OF_THE_TEACHER = {
+    "data": "students read the tokens that their teacher was trained on",
+    "model": "students have their teacher's shape",
+    "training": "the teacher is trained already; distillation.training is the students' recipe",
+}
+ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
+FROM_SCRATCH = dict.fromkeys(("distillation", "influence"), "all models are trained from scratch")
+UNREAD_BY_KIND = {
+    "threshold": ONLY_SEARCHES,
+    "search": {},
+    "iterations": FROM_SCRATCH | ONLY_SEARCHES,
+    "depth": dict.fromkeys(
+        ("data", "model", "training", "distillation", "influence", "search"),
+        "a sweep of kind depth measures models that exist",
+    ),
+}
+"""Kind of a sweep -> sections that it does not read, and what decides instead."""
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -45,10 +68,22 @@ def quickstart(call: Call) -> Result:
     Example: iiet-orch quickstart --workspace my-workspace
     """
     call.config = call.config or "demo"
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     return _sweep(call)
 
 
-@Command("prepare", group="Train", config="option")
+@Command(
+    "prepare",
+    group="Train",
+    config="option",
+    unread=dict.fromkeys(
+        (
+            "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+            "cluster",
+        ),
+        "the section data alone says what is prepared",
+    ),
+)  # fmt: skip
 def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
@@ -103,6 +138,11 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         **CLUSTER,
     },
     config="option",
+    unread={
+        "distillation": "`iiet-orch distill` trains students of the trained model",
+        **MEASURED_LATER,
+        **ONLY_SWEEPS,
+    },
     trains=True,
     plans=True,
 )
@@ -133,10 +173,10 @@ def pretrain(
     if continue_ is not None:
         if call.config is not None:
             raise UserError("--continue takes the run's own settings; use it without --config")
-        from orchestrator.models.lookup import find_run_folder
+        from orchestrator.models.lookup import find_pretraining
         from orchestrator.settings import SETTINGS_NAME
 
-        folder = find_run_folder(locate_workspace(call.path), continue_)
+        folder = find_pretraining(locate_workspace(call.path), continue_)
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
@@ -155,6 +195,7 @@ def pretrain(
     group="Train",
     options={
         "--control": "distillation.control",
+        "--steps": "distillation.training.num_steps",
         "--seed": "distillation.training.seed",
         "--lr": "distillation.training.learning_rate",
         "--dtype": "distillation.training.precision",
@@ -162,6 +203,7 @@ def pretrain(
         **HERE,
     },
     config="option",
+    unread={**OF_THE_TEACHER, **MEASURED_LATER, **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -169,6 +211,7 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
@@ -178,6 +221,8 @@ def distill(
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        name: Name of the student's run, if there is one student (default: from the content, as in
+            a sweep, which then finds it).
     """
     if not schedule:
         raise UserError(
@@ -190,6 +235,7 @@ def distill(
         call.settings,
         schedules=schedule,
         teacher=call.imported(teacher),
+        name=name,
         local=local,
         **call.common,
     )
@@ -200,6 +246,7 @@ def distill(
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
+    baselines: BaselinesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Run a whole sweep from its file, pretraining included.
@@ -210,6 +257,8 @@ def sweep_file(
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    call.set("sweep.baseline_runs", baselines)
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
 
@@ -235,17 +284,27 @@ def sweep_file(
         **CLUSTER,
     },
     config="option",
+    unread=OF_THE_TEACHER,
     trains=True,
     plans=True,
 )
-def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOption = None) -> Result:
+def sweep_threshold(
+    call: Call,
+    teacher: TeacherArgument = None,
+    baselines: BaselinesOption = None,
+    name: NameOption = None,
+) -> Result:
     """Prune by influence, distill and evaluate each schedule, and show the front.
 
     With --search, Optuna then suggests schedules outside the threshold's family.
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
-    call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
+    call.set("sweep.baseline_runs", baselines)
+    is_search = "search.num_trials" in call.options
+    call.set("sweep.kind", "search" if is_search else "threshold")
+    if not is_search:
+        call.refuse_unread({"search": "--search N makes a search of the sweep"})
     for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
         if getattr(call.settings.sweep, other):
             raise UserError(f"--schedules and --{other} exclude each other; leave one out")
@@ -263,6 +322,7 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
         **CLUSTER,
     },
     config="option",
+    unread=UNREAD_BY_KIND["iterations"],
     trains=True,
     plans=True,
 )
@@ -270,6 +330,7 @@ def sweep_iterations(
     call: Call,
     schedule: SchedulesOption = None,
     rates: Annotated[str | None, typer.Option(metavar="A,B,...")] = None,
+    baselines: BaselinesOption = None,
     name: NameOption = None,
 ) -> Result:
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
@@ -282,6 +343,7 @@ def sweep_iterations(
         rates: Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.
     """
     call.set("sweep.kind", "iterations")
+    call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
         from iiet.extensions import METHODS

@@ -209,6 +209,16 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     return folder
 
 
+def reads_tokens(checkpoint: Path, folder: Path) -> bool:
+    """Return whether a checkpoint was trained on prepared tokens, or, if it was imported, has their
+    tokenizer."""
+    provenance = load_provenance(checkpoint)
+    if "imported" not in provenance:
+        return bool(provenance.get("tokens") == open_data(folder).fingerprint)
+    tokenizer = folder / TOKENIZER_NAME
+    return tokenizer.is_file() and file_key(tokenizer) == file_key(tokenizer_file(checkpoint))
+
+
 def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
     """Return the workspace's newest tokens, for models that were not trained on tokens of it.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iiet.decoder import Decoder
+from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
@@ -188,8 +189,9 @@ class ModelMeasurer:
         model, prompts = self._model, suite.prompts or Prompts()
         model_args: dict[str, object] = {}
         if model.config is not None:
-            schedule = ",".join(map(str, model.config.corrections))
-            model_args = {"dtype": self.precision, "schedule": schedule}
+            model_args = {"dtype": self.precision}
+            if facts_of(model.config.method).has_corrections:
+                model_args["schedule"] = ",".join(map(str, model.config.corrections))
         return {
             "config": {
                 "model": model.architecture,

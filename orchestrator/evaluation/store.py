@@ -24,6 +24,7 @@ from typing import Any
 
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
+    MAX_PERPLEXITY,
     STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
@@ -75,10 +76,14 @@ class MeasuredTask:
     def result(self) -> TaskResult:
         """What tables and reports read of it."""
         metrics = {}
-        for key, value in (self.run["results"].get(self.name) or {}).items():
+        numbers = self.run["results"].get(self.name) or {}
+        for key, value in numbers.items():
             metric, comma, filter_name = key.partition(",")
             if comma and isinstance(value, int | float):
                 plain = metric.removesuffix(STDERR_SUFFIX)
+                is_perplexity = plain.endswith("perplexity")
+                if is_perplexity and numbers[f"{plain},{filter_name}"] > MAX_PERPLEXITY:
+                    continue
                 label = metric_label(plain, filter_name)
                 metrics[label + metric.removeprefix(plain)] = float(value)
         return TaskResult(

@@ -98,22 +98,24 @@ def load_config(folder: Path) -> ModelConfig:
         raise UserError(f"cannot read the model's configuration in {folder}: {reason}") from None
 
 
-def decoder_config(folder: Path) -> ModelConfig | None:
-    """Return the configuration of any model folder; None if only transformers can run the model.
+class NoDecoder(UserError):
+    """A model folder that only transformers can run; says why."""
+
+
+def decoder_config(folder: Path) -> ModelConfig:
+    """Return the configuration of any model folder that a decoder can run.
 
     Raises:
-        UserError: If the folder has no weights, or they cannot be read.
+        UserError: If the folder has no weights, or they cannot be read; as a `NoDecoder`, if only
+            transformers can run the model.
     """
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_config(folder)
-    files = weight_files(folder)
-    if config.get("model_type") != "llama" and not {"kind", "num_heads"} & set(config):
-        return None
     from iiet.published import config_from_published  # Imports torch.
 
     names: list[str] = []
-    for file in files:
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 names += weights.keys()
@@ -121,8 +123,8 @@ def decoder_config(folder: Path) -> ModelConfig | None:
             raise UserError(f"cannot read {file}: {error}") from None
     try:
         return config_from_published(config, dict.fromkeys(names))
-    except (ValueError, TypeError):
-        return None  # For example scaled rotary angles or biases; transformers supports them.
+    except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
+        raise NoDecoder(f"this version of the program cannot use {folder}: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -188,14 +190,17 @@ def resolve_checkpoint(path: Path) -> Path:
     """Return a checkpoint, or the newest one of a run.
 
     Raises:
-        UserError: If there is none, or it is damaged; an older one would be another model.
+        UserError: If there is none, or it is damaged; an older one would be another model. Of a
+            model folder, says how it becomes one, or why it cannot.
     """
     path, hint = resolve_path(path), ""
     if not is_checkpoint(path):
         found = find_checkpoints(path)
         if not found and (path / CONFIG).is_file():
+            decoder_config(path)  # Else the import would refuse it.
             raise UserError(
-                f"{path} is a model folder, not a checkpoint; `iiet-orch import` makes one of it"
+                f"{path} is a model folder, not a checkpoint; `iiet-orch import {path}` makes one "
+                "of it"
             )
         if not found:
             raise UserError(f"{path} holds no checkpoint; `iiet-orch pretrain` makes one")

@@ -15,8 +15,6 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.facts import facts_of
-from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
@@ -32,7 +30,6 @@ from orchestrator.models.hub import offline
 from orchestrator.models.open import (
     OpenedModel,
     best_device,
-    open_model,
     open_models,
     short_names,
 )
@@ -41,15 +38,13 @@ from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
-    DepthCurve,
-    DepthPoint,
     EvaluationKeys,
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
-from orchestrator.reporting.sections import render_terminal, two_column_table
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
@@ -142,19 +137,6 @@ class ModelEvaluations(Result):
         yield from (f"  {sentence}" for sentence in notes)
 
 
-class DepthEvaluations(ModelEvaluations):
-    """Evaluations of one model under uniform schedules, and the curve through them."""
-
-    depth_curve: DepthCurve
-    """`trained`, the model's own schedule; `tasks`; and `points`, each with the `corrections` of
-    every layer, `evaluations` (NFE per token) and `quality`."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        from orchestrator.reporting.several_schedules import depth_section
-
-        yield from render_terminal([depth_section(self.depth_curve)])
-
-
 class EvaluatePlan(Result):
     """Models that are open, each under its schedule, and how they are evaluated."""
 
@@ -167,8 +149,6 @@ class EvaluatePlan(Result):
     log_samples: Path | None = Field(default=None, exclude=True)
     """Folder that gets results and samples in lm-eval's files."""
     trust_remote_code: bool = Field(default=False, exclude=True)
-    is_depth_curve: bool = Field(default=False, exclude=True)
-    """Whether they are one model, with more and more corrections of every layer."""
 
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
@@ -231,7 +211,6 @@ def plan_evaluate(
     schedules: Sequence[str] = (),
     log_samples: Path | str | None = None,
     trust_remote_code: bool = False,
-    depth_curve: bool = False,
     progress: Progress | None = None,
 ) -> EvaluatePlan:
     """Open all models: a mistake in the last must not cost the time of the others.
@@ -243,45 +222,27 @@ def plan_evaluate(
         schedules: Iteration schedules as typed; each model's own when empty.
         log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
-        depth_curve: Evaluate one model with 0, 1, ... corrections of every layer, up to twice as
-            many as it was trained with, or as its method allows.
 
     Raises:
         UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not
-            in the workspace, it has no chat template where one is wanted, or a task does not exist;
-            or if `depth_curve` is asked for several models, or one without corrections.
+            in the workspace, it has no chat template where one is wanted, or a task does not exist.
         RunFailed: If the hub gives none of the tasks.
     """
     space, note = find_workspace(workspace), (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
-    if depth_curve:
-        if schedules or len(opened) > 1:
-            raise UserError("--depth-curve takes one model, and no --schedule")
-        opened = _uniform_models(opened[0].path)
     return EvaluatePlan(
         settings=settings,
         workspace=space,
         opened=tuple(opened),
         log_samples=expand_user(log_samples).absolute() if log_samples else None,
         trust_remote_code=trust_remote_code,
-        is_depth_curve=depth_curve,
     )
-
-
-def _uniform_models(path: Path) -> list[OpenedModel]:
-    """Return a model under each uniform schedule of its depth curve."""
-    model = open_model(path)
-    config = model.config
-    if config is None or not config.corrections.num_corrections:
-        raise UserError(f"--depth-curve: {path} makes no corrections; take an IIET with r >= 1")
-    most = facts_of(config.method).full_level or 2 * config.corrections.max_corrections
-    uniform = partial(IterationSchedule.uniform, config.num_layers)
-    return [open_model(path, uniform(r)) for r in range(most + 1)]
 
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names, folder, started_ms = short_names(plan.opened), plan.log_samples, now_ms()
+    names = short_names(plan.opened)
+    folder = plan.log_samples
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -301,9 +262,6 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
             f"not comparable: {', '.join(different)} had other items for some of the models, "
             "which were trained on different tokens"
         )
-    if plan.is_depth_curve:
-        curve = _store_depth_curve(plan, [*evaluations.values()], context, started_ms)
-        return DepthEvaluations(evaluations=evaluations, keys=keys, depth_curve=curve)
     return ModelEvaluations(evaluations=evaluations, keys=keys)
 
 
@@ -371,57 +329,6 @@ def _evaluate_model(
         store.copy(measured.keys, output, pretrained=str(model.path))
         progress.note(f"samples in lm-eval's files: {output}")
     return measured
-
-
-def _store_depth_curve(
-    plan: EvaluatePlan,
-    evaluations: Sequence[EvaluationResult],
-    context: Context,
-    started_ms: int,
-) -> DepthCurve:
-    """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
-    from orchestrator.reporting.charts import save_chart  # Imports vl-convert.
-    from orchestrator.reporting.several_schedules import DEPTH_CURVE, depth_section
-
-    model, trained = plan.opened[0], open_model(plan.opened[0].path).config
-    path = model.path / f"{DEPTH_CURVE}.json"
-    points = [
-        DepthPoint(
-            corrections=config.corrections.max_corrections,
-            evaluations=sum(config.evaluations_per_layer()),
-            quality=evaluation.quality(),
-        )
-        for opened, evaluation in zip(plan.opened, evaluations, strict=True)
-        if (config := opened.config)
-    ]
-    curve = DepthCurve(
-        trained=tuple(trained.corrections) if trained else (),
-        tasks=tuple(evaluations[0].results),
-        points=tuple(points),
-    )
-    if not model.is_external and context.workspace.is_writable:
-        try:
-            if chart := depth_section(curve).chart:
-                save_chart(dict(chart), path.with_suffix(""), kinds=["png"])
-            curve.write(path)
-        except OSError as error:
-            context.progress.note(f"cannot store the depth curve beside the weights: {error}")
-    context.log_measurement(
-        TrackedRun.of(
-            key=content_key("depth curve", model.key, curve.tasks),
-            name=f"depth curve of {model.name.removesuffix(' r=0')}",
-            kind="evaluation",
-            params={"checkpoint": model.path, "tasks": ", ".join(curve.tasks)},
-            points=[
-                (f"depth/{name}", value, point.corrections)
-                for point in points
-                for name, value in point.quality.items()
-            ],
-            files={"depth": [str(path), str(path.with_suffix(".png"))]},
-        ),
-        started_ms,
-    )
-    return curve
 
 
 def _measure(

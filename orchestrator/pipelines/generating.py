@@ -18,6 +18,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
+from iiet.facts import facts_of
 from iiet.generation import does_not_fit
 from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
@@ -66,8 +67,8 @@ def generate(
 
     Args:
         prompts: Text to continue, or several.
-        model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
-            When unset the newest of finished runs and the last pick.
+        model: A checkpoint, run, trial or exported folder, by path or name, or a sweep: its picked
+            model. When unset the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the model's own.
         draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
@@ -119,6 +120,8 @@ def open_generator(
     folder = None
     if path is None:
         folder, own = lookup.resolve_model(space, note=note)
+    elif measured := lookup.find_trial(space, path):
+        folder, own = measured
     elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
         if picked := lookup.picked_model(space, path.name):
             folder, own = picked.model
@@ -155,7 +158,8 @@ class TextGenerator:
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
-        self.schedule: tuple[int, ...] = tuple(self.decoder.config.schedule or ())
+        has_corrections = facts_of(self.decoder.config.method).has_corrections
+        self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
         """Its iteration schedule, if it has one."""
         self._stream: Decode = stream_tokens
         self.record: DraftRecord | None = None

@@ -141,8 +141,7 @@ def plan_influence(
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
-    tokens_folder = tokens_folder_of(checkpoint, space)
-    config, data = load_config(checkpoint), open_data(tokens_folder)
+    config = load_config(checkpoint)
     if not config.corrections.num_corrections:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
@@ -153,6 +152,8 @@ def plan_influence(
             f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
             "has corrections of its own whose influence could be measured; take an IIET with r >= 1"
         )
+    tokens_folder = tokens_folder_of(checkpoint, space)
+    data = open_data(tokens_folder)
     if data.vocab_size > config.vocab_size:
         raise UserError(
             f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "

@@ -1,4 +1,4 @@
-"""Looped models at several depths: one front of them, and what each loop changes.
+"""Models at several depths: one front of them, and what each loop of a looped model changes.
 
 The models are those trained here, under their iteration schedules, and those of other projects,
 at the depths that `models.loops` knows. They are evaluated as by `evaluate`, and found again in the
@@ -41,6 +41,7 @@ from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, Sto
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import ClusterSettings, Settings, flatten
 from orchestrator.sweeping.costs import TIMES_NAME, Measured
+from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -78,8 +79,10 @@ def plan_depths(
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
-        UserError: As `evaluate`; or if the cost of a model is not known.
+        UserError: As `evaluate`; or if the cost of a model is not known, or a setting is for other
+            kinds of sweeps.
     """
+    check_sweep(settings)
     plan = plan_evaluate(
         settings,
         workspace=workspace,

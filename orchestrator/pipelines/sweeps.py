@@ -53,8 +53,10 @@ from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
     check_models,
+    check_named_baselines,
     check_sweep,
     claims_answered,
+    named_baselines,
     teacher_and_baselines,
     teachers_by_label,
 )
@@ -83,7 +85,8 @@ class SweepRequest:
     workspace: Workspace
     teacher: Path | None
     """A given teacher; without it, the sweep trains its models from scratch."""
-    baselines: Mapping[str, Path] | None
+    named_baselines: Mapping[str, Path]
+    """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
     models: Sequence[plans.SweepModel] | None
     name: str | None
     hashes: Mapping[str, str] | None = None
@@ -186,7 +189,7 @@ class PlannedSweep(Result):
                 "name": state.trial.label,
                 "role": state.trial.role,
                 "method": state.trial.model.method,
-                "schedule": str(state.trial.model.corrections),
+                "schedule": state.trial.schedule_text,
                 "state": state.name,
                 "steps_done": state.steps_done,
                 **plans.exact_cost(state.trial.model, full),
@@ -199,8 +202,8 @@ class PlannedSweep(Result):
 
         Keys:
             name: the sweep's name, if it is known yet
-            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text),
-                `state`, `steps_done`, exact costs
+            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text; empty
+                without corrections), `state`, `steps_done`, exact costs
             notes: what is reused, and what is not known yet
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
@@ -252,7 +255,6 @@ def plan_sweep(
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
-    baselines: Mapping[str, Path] | None = None,
     models: Sequence[plans.SweepModel] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -267,8 +269,6 @@ def plan_sweep(
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        baselines: Label to checkpoint of models that stand beside the front of a given teacher;
-            when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
 
     Raises:
@@ -290,10 +290,10 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
-    if settings.sweep.teachers and (teacher is not None or baselines is not None):
+    if settings.sweep.teachers and teacher is not None:
         raise UserError(
-            "sweep.teachers names teachers that the sweep trains itself, with their baselines; "
-            "leave it out, or give neither a teacher nor baselines"
+            "sweep.teachers names teachers that the sweep trains itself, and a teacher was given "
+            f"({teacher}); leave one out"
         )
     check_sweep(settings)
     space, given, progress = find_workspace(workspace), None, progress or Progress()
@@ -304,19 +304,19 @@ def plan_sweep(
         settings=settings,
         workspace=space,
         teacher=given,
-        baselines=baselines,
+        named_baselines=named_baselines(settings, space, given),
         models=models,
         name=name,
     )
-    found = _planned(asked, progress)
+    found = _planned(asked)
     found.price  # noqa: B018  # raises if the workers cannot share a step
     return found
 
 
-def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
+def _planned(asked: SweepRequest) -> PlannedSweep:
     settings, space = asked.settings, asked.workspace
     if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, asked.baselines, progress)
+        return _plan_students(asked, {TEACHER: asked.teacher}, {})
 
     # Models are trained from scratch: all of the sweep, or those before its students.
     check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -327,15 +327,27 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     if settings.sweep.kind == "iterations":
         name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
         plan = plans.plan_iterations(
-            settings, space, tokens, asked.models, name=name, hashes=asked.hashes
+            settings,
+            space,
+            tokens,
+            asked.models,
+            named_baselines=asked.named_baselines,
+            name=name,
+            hashes=asked.hashes,
         )
+        if tokens:
+            own_models = [trial.model for trial in plan.trials if trial.job]
+            check_named_baselines(asked.named_baselines, tokens, own_models)
         return PlannedSweep(asked=asked, plan=plan, said=said)
     first = plan_models(teacher_and_baselines(settings), space, tokens)
     said += [*first.damaged, claims_answered(settings)]
+    if tokens:  # Before anything is trained.
+        own_models = [job.model for job in first.jobs.values()]
+        check_named_baselines(asked.named_baselines, tokens, own_models)
     labels, finished = teachers_by_label(settings), first.finished
     if labels.keys() <= finished.keys():
         teachers = {label: finished.pop(label) for label in labels}
-        found = _plan_students(asked, teachers, finished, progress)
+        found = _plan_students(asked, teachers, finished)
         return found.model_copy(update={"pretraining": first, "said": [*said, *found.said]})
     models = {label: first.jobs[label].model for label in labels}
     unknown, sentences = _bounds(settings, models, " is not trained")
@@ -351,8 +363,7 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
 def _plan_students(
     asked: SweepRequest,
     teachers: Mapping[str, Path],
-    baselines: Mapping[str, Path] | None,
-    progress: Progress,
+    baselines: Mapping[str, Path],
 ) -> PlannedSweep:
     """Plan the students of trained teachers; a bound of them if influence is not measured."""
     settings, space, tables = asked.settings, asked.workspace, dict[str, InfluenceTable]()
@@ -370,11 +381,12 @@ def _plan_students(
         space,
         teachers,
         tables if is_measured else {},  # The schedules follow from all of them.
-        note=progress.note,
         baselines=baselines,
+        named_baselines=asked.named_baselines,
         name=asked.name,
         hashes=asked.hashes,
     )
+    check_named_baselines(asked.named_baselines, Path(plan.tokens_folder), models.values())
     unknown, said, search = list[Estimate](), list[str](), None
     if not is_measured:
         unknown, said = _bounds(settings, models, "'s influence is not measured")
@@ -421,9 +433,8 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     settings, pretrains, root = asked.settings, plan.pretraining is not None, workspace.root
 
     def again() -> PlannedSweep:
-        # Without the progress display: what is to be noted was noted with the first plan.
         with offline(DRY_RUN):
-            found = _planned(asked, Progress())
+            found = _planned(asked)
         found.check()
         return found
 
@@ -512,7 +523,6 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredS
         results=outcome.results,
         influence=next(iter(planned.asked.influence.values()), None),
         facts={
-            **({results.LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             **({results.CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
             results.SETTINGS_TITLE: flatten(planned.asked.settings),

@@ -39,7 +39,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
-from orchestrator.sweeping.students import distillation_job
+from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import (
@@ -51,6 +51,7 @@ from orchestrator.training.job import (
     pretraining_job,
     share_first_stages,
 )
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -180,7 +181,7 @@ class TrainingPlan(Result):
 
         Keys:
             method: of the model
-            schedule: its corrections
+            schedule: its corrections, or `null` without
             state: whether it is finished, or where it begins
             price: what is left to train, as of a sweep
             problems: place to why the training does not fit there, or `null`
@@ -188,7 +189,7 @@ class TrainingPlan(Result):
         students = [
             {
                 "method": self.jobs[label].model.method,
-                "schedule": list(self.jobs[label].model.corrections),
+                "schedule": self.jobs[label].schedule,
                 "state": plan.state,
                 "price": plan.price.model_dump(mode="json"),
                 "problems": plan.problems,
@@ -354,6 +355,7 @@ def plan_distill(
     workspace: Workspace | Path | str | None = None,
     schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
+    name: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
 ) -> TrainingPlan:
@@ -364,22 +366,35 @@ def plan_distill(
         schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
+        name: Name of the run's folder, of one student; when unset, its folder is that of a sweep's
+            trial.
         local: Train in this process, without Ray.
 
     Raises:
-        UserError: If there is no such teacher, a schedule does not fit it, or the control trains
-            nothing.
+        UserError: If there is no such teacher, a schedule does not fit it, the control trains
+            nothing, or the name is that of another run.
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
+    # A schedule that does not fit is refused before tokens are asked for.
+    students = [student_config(checkpoint, str(schedule)) for schedule in schedules]
     tokens = tokens_folder_of(checkpoint, space)
-    students = [
-        distillation_job(settings, space, checkpoint, str(schedule), tokens)
-        for schedule in schedules
-    ]
-    jobs = {str(job.model.corrections): job for job in students}
+    jobs = {
+        str(student.corrections): distillation_job(settings, space, checkpoint, student, tokens)
+        for student in students
+    }
+    if name is not None:
+        if len(jobs) > 1:
+            raise UserError(
+                f"--name {name} names one student, and --schedule asks for {len(jobs)}; leave the "
+                "name out, or distill them one by one"
+            )
+        folder = str(space.runs / name)
+        jobs = {label: job.model_copy(update={"run_folder": folder}) for label, job in jobs.items()}
+        for job in jobs.values():
+            check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
     plan.price  # noqa: B018  # raises if the workers cannot share a step

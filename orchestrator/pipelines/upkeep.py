@@ -78,11 +78,11 @@ class Listing(Result):
     entries: dict[Kind, list[dict[str, Any]]]
     """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
-    `stopped at STEP/STEPS`; `bytes`, of its files; `changed`, seconds since 1970 of its last
-    record. Of a training the known ones of `method`, `schedule`, `step`, `steps`,
-    `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
-    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
-    ones), `has_report`."""
+    `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
+    since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
+    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
+    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
+    planned ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
@@ -92,8 +92,8 @@ class Listing(Result):
             rows = []
             for entry in entries:
                 trials, schedule = entry.get("trials"), entry.get("schedule") or ()
-                done = f", {entry['finished']}/{trials} trials" if trials else ""
-                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                done = f", {entry['finished']} of {trials}" if trials else ""
+                corrections = render.shortest_schedule(schedule) if schedule else ""
                 loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
@@ -151,8 +151,10 @@ def _find_entries(
                 state = "damaged" if sweep.is_damaged else "without a plan"
             elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
+            elif sweep.left:
+                state = "failed" if sweep.has_failed else "interrupted"
             else:
-                state = "interrupted" if sweep.left else "finished"
+                state = "finished"
             finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
             has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
             counts = {"finished": finished, "trials": trials, "has_report": has_report}
@@ -168,7 +170,7 @@ def _find_entries(
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
                 "method": job and job.model.method,
-                "schedule": job and list(job.model.corrections),
+                "schedule": job and job.schedule and list(job.schedule),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,
@@ -190,7 +192,7 @@ class WorkspaceStatus(Result):
     """One entry for each command that runs, and for each training, measurement or preparation:
     `kind` (such as `command`, `training`, or `queued` for one that waits for its turn), `name`,
     `process` (its id, on this machine), `sweeps`, `label`, `step`, `steps`, `loss`,
-    `tokens_per_second`, `seconds_left`, `seconds_since_record`."""
+    `tokens_per_second`, `seconds_left`, `seconds_since_record`, `waits_for` (of a `queued` one)."""
     sweeps: list[dict[str, Any]]
     """Each sweep with a running trial: `name`, `finished`, `trials`, `seconds_left`."""
 
@@ -208,6 +210,7 @@ class WorkspaceStatus(Result):
             left, age = found["seconds_left"], found["seconds_since_record"] or 0
             facts = [
                 f"{found['label']} in {sweeps}" if sweeps else "",
+                f"waits for {found['waits_for']}" if found["waits_for"] else "",
                 f"step {step:,} of {steps:,}" if steps else "",
                 "" if loss is None else f"loss {loss:.4g}",
                 f"{speed:,.0f} tokens/s" if speed else "",
@@ -222,7 +225,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     """Return what runs in a workspace now; `note` as in `list_workspace`."""
     root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
-    unknown = dict.fromkeys(("label", *progress, "seconds_since_record"))
+    unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
@@ -252,8 +255,18 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
                 "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
                 "seconds_left": run.seconds_left if is_trained else None,
                 "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+                "waits_for": None,
             }
         )
+    for activity in activities:
+        if activity["kind"] == "queued":
+            # One command trains several models one after another, or as Ray gives it places.
+            earlier = [
+                other["name"]
+                for other in activities
+                if other["kind"] == "training" and other["process"] == activity["process"]
+            ]
+            activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
     names, sweeps = [name for activity in activities for name in activity["sweeps"]], []
     for name in dict.fromkeys(names):

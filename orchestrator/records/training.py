@@ -78,6 +78,12 @@ class TrainingJob(Record):
         return stored.job if stored else None
 
     @property
+    def schedule(self) -> tuple[int, ...] | None:
+        """Corrections per layer; None if the method has none."""
+        has_corrections = facts_of(self.model.method).has_corrections
+        return tuple(self.model.corrections) if has_corrections else None
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_folder)

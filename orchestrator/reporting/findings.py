@@ -239,8 +239,13 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
     """Return the rule that is given by the name of its option; `keep` when none is.
 
     Raises:
-        UserError: If several are given, or a confidence with another rule than `keep`.
+        UserError: If several are given, a confidence with another rule than `keep`, or one of both
+            is no share.
     """
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
+    if not 0 <= confidence <= 1:
+        raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
     asked = {"keep": keep, **others}
     given = {name: v for name, v in asked.items() if v is not None and v is not False}
     if len(given) > 1:

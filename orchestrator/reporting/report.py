@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
+from orchestrator.reporting.depths import depth_section
 from orchestrator.reporting.front import COSTS, Front, FrontAxes, known, sweep_front
 from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
 from orchestrator.reporting.results import (
@@ -22,7 +23,6 @@ from orchestrator.reporting.results import (
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.several_schedules import teacher_depths
 from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
@@ -96,7 +96,7 @@ def write_sweep_report(
         influence=sweep.influence,
         curves=read_training_curves(sweep, front.rows),
         facts=sweep.facts,
-        depths=teacher_depths(sweep.results),
+        depths=depth_section(front) if sweep.is_of_depths else None,
         notes=[*sweep.notes, *notes],
         claims=_measured_claims(front),
         folder=place / axes.slug,

@@ -43,8 +43,6 @@ OVERHEADS = {
 }
 """Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
 teacher's."""
-LEFT_OUT_TITLE = "Left out"
-"""Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
 SETTINGS_TITLE, PROVENANCE_TITLE = "Settings", "Provenance"
@@ -69,12 +67,14 @@ class StoredSweep(Record):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on models that are left out of the front, and on the accuracy of a guess."""
-        left_out, chances = self.facts.get(LEFT_OUT_TITLE, {}), self.facts.get(CHANCE_TITLE, {})
-        return [
-            *(f"Run {name}: {reason}." for name, reason in left_out.items()),
-            *(f"Chance of {task}: {chance}." for task, chance in chances.items()),
-        ]
+        """Sentences on the accuracy of a guess."""
+        chances = self.facts.get(CHANCE_TITLE, {})
+        return [f"Chance of {task}: {chance}." for task, chance in chances.items()]
+
+    @property
+    def is_of_depths(self) -> bool:
+        """Whether it is of kind `depth`."""
+        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "depth"
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""

@@ -60,8 +60,8 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
-    depths: Sequence[Section] = ()
-    """The depth curves of teachers that were measured."""
+    depths: Section | None = None
+    """The depth curves of a sweep of kind `depth`."""
     about: str = ""
     """What was trained: data, model, tokens and date."""
     claims: Sequence[Claim] = ()
@@ -110,6 +110,8 @@ class SweepReport:
             )
         else:
             found.append(Section(notes=more))
+        if self.depths:
+            found.append(self.depths)
         if self.claims:
             found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
@@ -135,7 +137,6 @@ class SweepReport:
                     tables=[influence_table(influence)],
                 )
             )
-        folded += self.depths
         folded += [
             Section(title=title, chart=curves_chart(title, curves))
             for title, curves in self.curves.items()

@@ -38,6 +38,7 @@ _READ_BY_KINDS = {
     "teachers, elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),
     "baselines": ("threshold", "search"),
+    "baseline_runs": ("threshold", "search", "iterations"),
 }
 """Settings of a sweep -> the kinds of sweeps that read them."""
 

@@ -117,6 +117,9 @@ class SweepSettings(Section):
     baselines: Annotated[tuple[ModelName, ...], _Different] = ()
     """Further baselines that are trained with a teacher, beside vanilla and the teacher without
     corrections: `pcformer`, or the corrections of an IIET (`r = 1`)."""
+    baseline_runs: tuple[str, ...] = ()
+    """Trained models that stand beside the front, too: runs or checkpoints, by name or path. They
+    must read the sweep's tokens, and nothing else of them need be alike."""
     iterations: tuple[StrictInt | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
     over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""

@@ -26,6 +26,7 @@ from orchestrator.cluster.places import wait_for_gpus
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import note_saving
+from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import find_front
@@ -126,7 +127,7 @@ def run_plan(
 
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
-    journal.event("started")
+    journal.event(STARTED_EVENT)
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
     with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
@@ -147,6 +148,10 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
+        if trials.failures:
+            journal = Journal(folder)
+            journal.event(FAILED_EVENT, trials=[*trials.failures])
+            journal.close()
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())

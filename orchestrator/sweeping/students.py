@@ -128,15 +128,13 @@ def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
     )
 
 
-def distillation_job(
-    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
-) -> TrainingJob:
-    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+def student_config(teacher: Path, schedule: str) -> ModelConfig:
+    """Return a teacher's configuration under the schedule of a student.
 
     Raises:
-        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+        UserError: If the schedule does not fit the teacher.
     """
-    full, distillation = load_config(teacher), settings.distillation
+    full = load_config(teacher)
     try:
         wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
         config = replace(full, schedule=wanted)
@@ -147,6 +145,18 @@ def distillation_job(
             f"the schedule {wanted} asks for more corrections than the teacher makes, "
             f"{full.corrections}"
         )
+    return config
+
+
+def distillation_job(
+    settings: Settings, workspace: Workspace, teacher: Path, config: ModelConfig, tokens: Path
+) -> TrainingJob:
+    """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
+
+    Raises:
+        UserError: If the control trains nothing.
+    """
+    distillation = settings.distillation
     job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
     if job is None:
         raise UserError(

@@ -37,7 +37,7 @@ from orchestrator.models.folder import (
     newest_checkpoint,
     weights_key,
 )
-from orchestrator.models.lookup import find_run_folder
+from orchestrator.models.lookup import find_pretraining
 from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.training.remote_copy import RemoteCopy
@@ -419,10 +419,9 @@ def continued_settings(
         UserError: If there is none, it is not finished or not shorter, or its tokens are others or
             are missing.
     """
-    folder = find_run_folder(workspace, run)
+    folder = find_pretraining(workspace, run)
     job = TrainingJob.of_folder(folder)
-    if job is None or not (folder / SETTINGS_NAME).is_file():
-        raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
+    assert job, "its file exists"
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
         raise UserError(

@@ -28,9 +28,9 @@ from orchestrator.workspace.layout import find_checkpoints
 pytestmark = pytest.mark.slow
 
 
-def small(*more: str) -> list[str]:
-    """Return `--set` options for the small size."""
-    return settings_options([*SMALL, *more])
+def small(command: str, *more: str) -> list[str]:
+    """Return `--set` options of a command for the small size."""
+    return settings_options([*SMALL, *more], command)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(small_
     # In other processes: MLflow keeps open what it has read.
     place = ("--workspace", str(copy))
     assert "6 of 6 trials are finished" in run_command(
-        "sweep", "toy", *small(), "--dry-run", *place
+        "sweep", "toy", *small("sweep"), "--dry-run", *place
     )
     reported = "".join(run_command("report", *place).split())
     assert str(copy).replace(" ", "") in reported
@@ -154,7 +154,7 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
         ["pick", "--dry-run", "--best"],
         ["report", name, "--claims"],
         ["report"],
-        ["sweep", "toy", *small()],
+        ["sweep", "toy", *small("sweep")],
     ]
     heavy = {"torch", "ray", "mlflow", "lm_eval", "datasets", "transformers", "optuna"}
     code = (
@@ -183,32 +183,40 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_
         return rows
 
     weights, measured = times("**/model.safetensors"), times("evaluations/*")
-    again = run_here("sweep", "toy", *small(), workspace=workspace)
+    again = run_here("sweep", "toy", *small("sweep"), workspace=workspace)
     assert "found again" in again
     assert table(again) == table(first)
-    fewer = small("sweep.num_schedules=2")
+    fewer = small("sweep-threshold", "sweep.num_schedules=2")
     plan = run_here("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
     assert "5 of 5 trials are finished and reused" in plan
     folders = [str(workspace / result["checkpoint"]) for result in results_of(workspace)]
-    assert "found again" in run_here("evaluate", *folders, *small(), workspace=workspace)
+    assert "found again" in run_here("evaluate", *folders, *small("evaluate"), workspace=workspace)
     assert times("**/model.safetensors") == weights
-    run_here("export", folders[1], *small(), workspace=workspace)
+    run_here("export", folders[1], *small("export"), workspace=workspace)
     run_here("pick", "--best", workspace=workspace)
     assert times("evaluations/*") == measured
     exported = times("**/model.safetensors")
-    run_here("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
+    run_here(
+        "sweep-threshold", *small("sweep-threshold", "evaluation.limit=5"), workspace=workspace
+    )
     assert len(times("evaluations/*")) > len(measured), "another suite is measured"
     assert times("**/model.safetensors") == exported, "without training"
-    influence = run_here("influence", "--metric", "relative", *small(), workspace=workspace)
+    influence = run_here(
+        "influence", "--metric", "relative", *small("influence"), workspace=workspace
+    )
     assert "correction 2" in influence
-    assert "lastword" in run_here("evaluate", "--schedule", "1", *small(), workspace=workspace)
-    distilled = run_here("distill", "-r", "1,0,1", "--local", *small(), workspace=workspace)
+    assert "lastword" in run_here(
+        "evaluate", "--schedule", "1", *small("evaluate"), workspace=workspace
+    )
+    distilled = run_here(
+        "distill", "-r", "1,0,1", "--local", *small("distill"), workspace=workspace
+    )
     assert "checkpoint:" in distilled
 
 
 def test_the_worse_of_two_learning_rates_is_stopped_early(tmp_path, ray_session):
     rates = "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}"
-    options = small("sweep.methods=[vanilla]", rates, "sweep.trials_at_once=1")
+    options = small("sweep-iterations", "sweep.methods=[vanilla]", rates, "sweep.trials_at_once=1")
     plan = run_here("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
     printed = run_here("sweep-iterations", "--asha", *options, workspace=tmp_path)
@@ -230,6 +238,7 @@ def interrupted(process: Started) -> str:
 TWO_TRIALS = [
     "sweep-iterations",
     *small(
+        "sweep-iterations",
         "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
         "training.num_steps=300", "training.checkpoint_every_steps=20",
     ),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import settings_options
 from installed_package import install, on_path
 from small_size import SMALL
 
@@ -43,8 +44,8 @@ def line_with(words: str) -> list[str]:
     """Return the command of the page that contains these words, at a small size."""
     [line] = [line for line in LINES if words in line]
     command = shlex.split(line)[1:]
-    small = [part for setting in SMALL for part in ("--set", setting)]
-    return [command[0], *small, *command[1:]] if command[0] != "export" else command
+    small = settings_options(SMALL, command[0]) if command[0] != "export" else []
+    return [command[0], *small, *command[1:]]
 
 
 class Place:

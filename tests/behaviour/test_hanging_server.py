@@ -19,7 +19,7 @@ SECONDS_TO_SAVE_AND_CLOSE = 12.0  # On a busy machine.
 
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server, tmp_path):
     longer = ["training.num_steps=100000", "training.checkpoint_every_steps=50"]
-    command = ["pretrain", "--local", *settings_options([*SMALL, *longer])]
+    command = ["pretrain", "--local", *settings_options([*SMALL, *longer], "pretrain")]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": silent_server}
     process = Started(*command, "--workspace", str(tmp_path), environment=environment)
     # The first request gets no answer for half a minute; the training does not wait for it.

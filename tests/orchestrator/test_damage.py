@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early
+from commands import settings_options
 from one_evaluation import evaluate_model
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
@@ -56,10 +57,15 @@ SETTINGS = [
     "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
-OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
 STAGES = [*SETTINGS, "training.iterate_from_fraction=0.5"]
 SEARCH = ["full", "--search", "1", "--name", "search"]
 RACE = ["--asha", "--rates", "1e-3,2e-3", "-r", "1", "--methods", "iiet"]
+
+
+def small(*words: str) -> list[str]:
+    """Return a command with those of `SETTINGS` that it reads."""
+    return [*words, *settings_options(SETTINGS, words[0])]
+
 
 COMMANDS = {
     "list": ["list", "--json"],
@@ -67,17 +73,17 @@ COMMANDS = {
     "clean": ["clean", "--dry-run", "--json"],
     "generate": ["generate", "full", "--prompt", "The", "-n", "4"],
     "generate the pick": ["generate", "--prompt", "The", "-n", "4"],
-    "evaluate": ["evaluate", "full", "--json", *OPTIONS],
-    "evaluate the rest": ["evaluate", "full", "-r", "0", "--json", *OPTIONS],
-    "influence": ["influence", "full", "--json", *OPTIONS],
+    "evaluate": small("evaluate", "full", "--json"),
+    "evaluate the rest": small("evaluate", "full", "-r", "0", "--json"),
+    "influence": small("influence", "full", "--json"),
     "benchmark": ["benchmark", "full", "--new-tokens", "2", "--repetitions", "1"],
     "pick": ["pick", "--best", "--dry-run", "--json"],
-    "plan": ["sweep-threshold", "full", "--dry-run", *OPTIONS],
-    "plan a search": ["sweep-threshold", *SEARCH, "--dry-run", "--json", *OPTIONS],
-    "plan a race": ["sweep-iterations", *RACE, "--dry-run", "--json", *OPTIONS],
-    "pretrain": ["pretrain", "--local", "--name", "full", "--json", *OPTIONS],
+    "plan": small("sweep-threshold", "full", "--dry-run"),
+    "plan a search": small("sweep-threshold", *SEARCH, "--dry-run", "--json"),
+    "plan a race": small("sweep-iterations", *RACE, "--dry-run", "--json"),
+    "pretrain": small("pretrain", "--local", "--name", "full", "--json"),
     "continue": ["pretrain", "--continue", "full", "--steps", "4", "--dry-run", "--json"],
-    "prepare": ["prepare", "--json", *OPTIONS],
+    "prepare": small("prepare", "--json"),
     "export": ["export", "full", "--no-measure", "--json"],
     "import": ["import", "exports/full", "--name", "again", "--json"],
 }

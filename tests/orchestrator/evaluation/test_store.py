@@ -153,6 +153,15 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
 
 
+def test_a_perplexity_that_says_nothing_is_left_out():
+    numbers = {"perplexity,none": 4e7, "perplexity_stderr,none": 9.0, "acc,none": 0.5}
+    run = {"results": {"t": numbers}, "versions": {}, "n-shot": {}}
+    assert MeasuredTask(name="t", run=run).result.metrics == {"acc": 0.5}
+    numbers["perplexity,none"] = 35.0
+    metrics = MeasuredTask(name="t", run=run).result.metrics
+    assert metrics == {"perplexity": 35.0, "perplexity_stderr": 9.0, "acc": 0.5}
+
+
 # Answers of a task that is not finished
 
 SCORES = {"a": [[-1.25, True], [-0.1 - 0.2, False]], "b": "a text\nof two lines, ü"}

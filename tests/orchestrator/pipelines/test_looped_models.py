@@ -27,13 +27,16 @@ from orchestrator.models.loops import LoopedModel
 from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.loops import (
     DepthPlan,
+    plan_depths,
     plan_loop_influence,
     run_depths,
     run_loop_influence,
 )
 from orchestrator.pipelines.models import export_checkpoint
+from orchestrator.reporting.depths import DEPTHS_TITLE, depth_section
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 ROWS = [
@@ -163,6 +166,36 @@ def test_an_exported_model_has_the_same_front_through_its_class(
 
 
 @pytest.mark.slow
+def test_the_page_of_models_that_were_trained_here_shows_their_depth_curve(
+    workspace, tasks, save_tiny
+):
+    save_tiny(workspace.runs / "ours", schedule=[2, 1], context_length=64)
+    save_tiny(workspace.runs / "levels", method="pcformer", schedule=[2, 2], context_length=64)
+    changes = [
+        "sweep.kind=depth", "sweep.models=[ours, levels]", "sweep.depths=[0, 1, 2]",
+        f"evaluation.suite={SUITE}", f"evaluation.include_path={tasks}",
+    ]  # fmt: skip
+    plan = plan_depths(resolve_settings({}, changes), workspace=workspace)
+    report = run_depths(plan, untracked(workspace))
+    assert {row["name"] for row in report.rows()} == {
+        f"{name} r={depth}" for name in ("ours", "levels") for depth in range(3)
+    }
+    page = (report.folder / "front.html").read_text("utf-8")
+    assert DEPTHS_TITLE in page
+    section = depth_section(report.front)
+    assert section is not None
+    points = {tuple(row.cells[:3]) for row in section.tables[0].rows}
+    assert points == {
+        (name, str(depth), str(2 + 2 * depth)) for name in ("ours", "levels") for depth in range(3)
+    }
+    assert (report.folder / "depth-curve.png").stat().st_size > 1000
+    for name in ("baseline_runs=[ours]", "seeds=[0, 1]"):
+        settings = resolve_settings({}, [*changes, f"sweep.{name}"])
+        with pytest.raises(UserError, match=rf"sweep\.{name.partition('=')[0]}"):
+            plan_depths(settings, workspace=workspace)
+
+
+@pytest.mark.slow
 def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny, capfd):
     folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer, state_init="normal")
     save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
@@ -201,6 +234,7 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
     (again,) = [row for row in both["results"] if row["name"] == "loops depth=3"]
     bits = "rolling/bits_per_byte"
     assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
+    assert "Quality by depth" in (costs.parent / "front.html").read_text("utf-8")
     assert len(run("report", costs.parent.name, "--cost", "flops", *where)["front"]) > 1
     compared = run("evaluate", str(folder), "ours", "-r", "3", *suite, *trusted)
     names = {(one["against"], one["model"]) for one in compared["differences"]}

@@ -107,6 +107,9 @@ def test_a_model_without_corrections_or_of_other_tokens_is_refused(
 ):
     with pytest.raises(UserError, match="without corrections"):
         measured_or_stored(make_checkpoint(schedule=0), context)
+    # Before tokens are asked for.
+    with pytest.raises(UserError, match="without corrections"):
+        measured_or_stored(make_checkpoint(step=4, schedule=0, provenance={"tokens": "x"}), context)
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
     asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}

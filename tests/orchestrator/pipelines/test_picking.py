@@ -81,6 +81,15 @@ def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 
 
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [({"keep": 2.0}, "--keep"), ({"keep": 0.0}, "--keep"), ({"confidence": 1.5}, "--confidence")],
+)
+def test_a_share_above_one_is_a_mistake(context, sweep, rule, option):
+    with pytest.raises(UserError, match=f"^{option} "):
+        plan_pick(workspace=context.workspace, **rule)
+
+
 @pytest.mark.slow
 def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     choice = pick_from(context, None)

@@ -11,6 +11,7 @@ import pytest
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 
+from orchestrator import cli
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.pipelines import training
 from orchestrator.pipelines.context import Context
@@ -244,3 +245,42 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
+
+
+def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens):
+    shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    wanted = settings()
+    options = {"workspace": context.workspace, "teacher": teacher, "local": True}
+    plan = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    (student,) = run_distill(plan, context).students
+    assert student.checkpoint.parent == context.workspace.runs / "mine"
+    again = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    assert list(again.finished.values()) == [student.checkpoint]
+    for schedules, name, words in (
+        (["1,0", "1"], "two", "--name two names one student"),
+        (["0,0"], "mine", "holds a run with other settings"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_distill(wanted, schedules=schedules, name=name, **options)
+    command = [
+        "distill", str(teacher), "-r", "1,0", "--steps", "5", "--name", "other", "--dry-run",
+        "-w", str(context.workspace.root), "--json",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[Any] = []
+
+        def noted(given: Settings, **more: Any) -> Any:
+            asked.append((given.distillation.training.num_steps, more["name"]))
+            return plan
+
+        patch.setattr(training, "plan_distill", noted)
+        assert cli.main(command) == 0
+    assert asked == [(5, "other")]
+
+
+def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
+    options = {"workspace": context.workspace, "teacher": teacher}
+    with pytest.raises(UserError, match="more corrections than the teacher"):
+        plan_distill(settings(), schedules=["3"], **options)
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        plan_distill(settings(), schedules=["1"], **options)

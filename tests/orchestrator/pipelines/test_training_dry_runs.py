@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from commands import settings_options
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
@@ -142,7 +143,7 @@ def test_text_too_poor_for_its_tasks_ends_a_sweep_before_training(kind, tmp_path
     text, workspace = tmp_path / "codes.txt", tmp_path / "workspace"
     text.write_text("<|endoftext|>".join(f"{i} " + f"0x{i:02x}; " * 40 for i in range(1, 60)))
     settings = [*SMALL, "data.source=files", f"data.files=[{text}]", f"sweep.kind={kind}"]
-    changes = [part for setting in settings for part in ("--set", setting)]
+    changes = settings_options(settings, "sweep", kind)
     assert cli.main(["sweep", "toy", *changes, "--workspace", str(workspace)]) == 2
     printed = " ".join(capfd.readouterr().err.split())
     assert "the held-out documents give no test items: they contain too little English" in printed

@@ -20,6 +20,7 @@ from kept_progress import KeptProgress
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
+from orchestrator.records import status
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
@@ -71,7 +72,9 @@ def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 
-def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, sweep, monkeypatch):
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(
+    tiny_plan, sweep, tmp_path, monkeypatch
+):
     teacher, stopped, better, *others = tiny_plan.trials
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
@@ -102,6 +105,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
 
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
+    assert status.Sweep(open_workspace(tmp_path).sweeps / plan.name).has_failed
     assert asked == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 

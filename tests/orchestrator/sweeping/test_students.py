@@ -19,6 +19,7 @@ from orchestrator.sweeping.students import (
     Students,
     choose_members,
     distillation_job,
+    student_config,
     student_job,
 )
 from orchestrator.training.job import finished_outcome
@@ -188,7 +189,8 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     def job(schedule: str, *changes: str) -> TrainingJob:
         family = "distillation.training.elastic.schedules=['1,0']"
         settings = resolve_settings({}, [*SMALL, family, *changes])
-        return distillation_job(settings, space, teacher, schedule, tiny_tokens)
+        config = student_config(teacher, schedule)
+        return distillation_job(settings, space, teacher, config, tiny_tokens)
 
     distilled = job("2,1", "distillation.kl_weight=2")
     assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))
