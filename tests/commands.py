@@ -167,6 +167,8 @@ def settings_options(settings: Iterable[str], command: str, kind: str = "") -> l
     from orchestrator.cli.train import UNREAD_BY_KIND
 
     unread = {*COMMANDS[command].unread, *UNREAD_BY_KIND.get(kind, ())}
+    if command == "distill":
+        unread.add("influence")  # Only --drop-layers reads it.
     return [f"--set={value}" for value in settings if value.partition(".")[0] not in unread]
 
 

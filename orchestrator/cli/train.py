@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 HERE = {"--address": "cluster.address"}
-CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
 MEASURED_LATER = {
     "influence": "`iiet-orch influence` measures the trained model",
     "evaluation": "`iiet-orch evaluate` measures the trained model",
@@ -135,7 +134,7 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         "--skip-bad-steps": "training.skip_bad_steps",
         "--profile": "training.profile_steps",
         "--storage": "cluster.storage",
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread={
@@ -203,7 +202,7 @@ def pretrain(
         **HERE,
     },
     config="option",
-    unread={**OF_THE_TEACHER, **MEASURED_LATER, **ONLY_SWEEPS},
+    unread={**OF_THE_TEACHER, "evaluation": MEASURED_LATER["evaluation"], **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -211,29 +210,31 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    drop_layers: Annotated[int | None, typer.Option(min=1)] = None,
     name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
+
+    With --drop-layers, the student has fewer layers instead, and the teacher may be of any method.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
 
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        drop_layers: Instead: drop this many layers, those of least block influence.
         name: Name of the student's run, if there is one student (default: from the content, as in
             a sweep, which then finds it).
     """
-    if not schedule:
-        raise UserError(
-            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
-            "or --schedule 2,1,1,0,0,0"
-        )
+    if drop_layers is None:
+        call.refuse_unread({"influence": "only --drop-layers reads it"})
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
-        schedules=schedule,
+        schedules=schedule or (),
+        drop_layers=drop_layers,
         teacher=call.imported(teacher),
         name=name,
         local=local,
@@ -242,7 +243,7 @@ def distill(
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
+@Command("sweep", group="Sweep", options=HERE, config="argument", trains=True, plans=True)
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
@@ -281,7 +282,7 @@ def sweep_file(
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread=OF_THE_TEACHER,
@@ -319,7 +320,7 @@ def sweep_threshold(
         "--steps": "training.num_steps",
         "--asha": "sweep.asha",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
     unread=UNREAD_BY_KIND["iterations"],

@@ -91,11 +91,18 @@ def _cache_of(output: Any) -> Any:
 
 
 def load_transformers(
-    opened: OpenedModel, *, trust_remote_code: bool = False, device: str = "cpu"
+    opened: OpenedModel,
+    *,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Load a model of transformers, a looped one at its depth, and check that it runs so.
 
     Missing weights are an error; transformers would fill them with random numbers and only warn.
+
+    Args:
+        dtype: Of weights and arithmetic; that of the files when unset.
 
     Raises:
         UserError: If transformers cannot load it, it needs code that is not trusted, weights are
@@ -114,7 +121,7 @@ def load_transformers(
                 for name, value in loops.changes(depth).items():
                     setattr(config, name, value)
                 options["config"] = config
-            model, found = load(folder, dtype="auto", output_loading_info=True, **options)
+            model, found = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
         line, hint = first_line(error), ""
         if "trust_remote_code" in str(error):

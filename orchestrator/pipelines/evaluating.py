@@ -309,8 +309,7 @@ def _evaluate_model(
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
     tracked = None
-    if config is not None:
-        params["precision"] = measured.precision
+    params["precision"] = measured.precision
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(

@@ -126,6 +126,7 @@ def plan_influence(
     *,
     workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
+    of_layers: bool = False,
     progress: Progress | None = None,
 ) -> InfluencePlan:
     """Return the stored influence of a checkpoint, or what is to measure.
@@ -134,6 +135,8 @@ def plan_influence(
         settings: Sections `influence` and `cluster`.
         model: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
+        of_layers: Whether the influence of whole layers is enough, which models without corrections
+            have, too.
 
     Raises:
         UserError: If there is no such model, it makes no corrections, its tokens are not in the
@@ -142,7 +145,7 @@ def plan_influence(
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
     config = load_config(checkpoint)
-    if not config.corrections.num_corrections:
+    if not config.corrections.num_corrections and not of_layers:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
             "no influence to measure; take an IIET with r >= 1"
@@ -201,10 +204,11 @@ def run_influence(
         table = on_device(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
-        title = "Influence of each correction"
-        chart = influence_chart(table.rows(), metric=table.metric, title=title)
         try:
-            save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
+            if any(table.rows()):
+                title = "Influence of each correction"
+                chart = influence_chart(table.rows(), metric=table.metric, title=title)
+                save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")
@@ -219,6 +223,9 @@ def run_influence(
     points += [("block_influence", v, layer) for layer, v in enumerate(table.layer_values, start=1)]
     contractions = enumerate(table.contractions, start=1)
     points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
+    files = [str(plan.path)]
+    if any(table.rows()):  # Else there is no picture.
+        files.append(str(plan.path.with_suffix(".png")))
     context.log_measurement(
         TrackedRun.of(
             key=plan.key,
@@ -232,7 +239,7 @@ def run_influence(
             },
             dataset=describe_data(plan.tokens_folder),
             points=points,
-            files={"influence": [str(plan.path), str(plan.path.with_suffix(".png"))]},
+            files={"influence": files},
         ),
         started_ms,
     )
@@ -265,6 +272,12 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
 def summary(table: InfluenceTable) -> str:
     """Return the range of a table's values, and how many layers do not contract, as text."""
     values = [value for row in table.rows() for value in row]
+    if not values:
+        most, least = max(table.layer_values), min(table.layer_values)
+        return (
+            f"{len(table.layer_values)} layers, from {most:.2g} down to {least:.2g}, over "
+            f"{table.num_tokens:,} tokens"
+        )
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)
     return (

@@ -503,13 +503,15 @@ def plan_pick(
         UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
             gone, or the folder cannot be used.
     """
-    from orchestrator.reporting.front import busy_machine, sweep_front
+    from orchestrator.reporting.front import busy_machine, reason_against_accuracy, sweep_front
 
     others = {"knee": knee, "best": best, "cheapest": cheapest}
     rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
-    axes = parse_axes(cost, quality)
+    parse_axes(cost, quality)  # A wrong name comes before anything is read.
     workspace = find_workspace(workspace)
     found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
+    reason = reason_against_accuracy(workspace, found.results)
+    axes = parse_axes(cost, quality, against_accuracy=reason)
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
     if axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
         notes = [*notes, problem]

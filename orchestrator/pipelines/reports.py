@@ -17,7 +17,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.front import FrontAxes, parse_axes, reason_against_accuracy
 from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
@@ -111,7 +111,8 @@ def report(
     Args:
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
-        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        quality: Quality axis: `accuracy`, `bits`, `perplexity` or `loss`. The default is
+            `accuracy`, or `bits` where the full model has fewer than 30 right answers.
         time_again: Measure the time per token of the sweep's models once more, and store it.
 
     Raises:
@@ -120,13 +121,15 @@ def report(
     """
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    axes = parse_axes(cost, quality)
+    parse_axes(cost, quality)  # A wrong name comes before anything is read.
     context = open_context(workspace, progress)
     space = context.workspace
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
     found = [load_sweep_results(space, name) for name in names]
     if time_again:
         found = [_timed_again(found, context)]
+    trials = [trial for sweep in found for trial in sweep.results]
+    axes = parse_axes(cost, quality, against_accuracy=reason_against_accuracy(space, trials))
     tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
 

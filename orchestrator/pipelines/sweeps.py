@@ -47,7 +47,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import Settings, flatten
+from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as plans
 from orchestrator.sweeping.models import (
     TEACHER,
@@ -65,8 +65,14 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_tail
-from orchestrator.workspace.layout import Workspace, find_workspace, portable_path
-from orchestrator.workspace.provenance import environment
+from orchestrator.workspace.layout import (
+    SWEEP_LOCK_NAME,
+    Workspace,
+    find_workspace,
+    portable_path,
+)
+from orchestrator.workspace.locks import refuse_second
+from orchestrator.workspace.provenance import content_key, environment
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -439,7 +445,14 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         return found
 
     check = partial(check_devices, settings, pretrains=pretrains)
-    with joined_cluster(settings.cluster, root, check, progress):
+    # The sweep's folder has its name only when the influence is measured. The same call a second
+    # time is refused at once.
+    call_key = content_key(to_yaml(settings), str(asked.teacher), asked.name)
+    call_lock = workspace.logs / f".sweep-{call_key}.lock"  # A call that is a mistake deletes it.
+    with (
+        refuse_second(call_lock, "this sweep"),
+        joined_cluster(settings.cluster, root, check, progress),
+    ):
         check_sweep(settings, progress)
         if not asked.teacher:
             tokens = prepare_tokens(settings.data, workspace, progress)
@@ -464,17 +477,19 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                     tables[teacher] = run_influence(measured, context, on_device=on_device).table
             asked = replace(asked, hashes=hashes, influence=tables)
             plan = again()
-            outcome = run_plan(
-                plan.plan,
-                settings,
-                workspace,
-                placed=plan.placed,
-                tracking=context.tracking,
-                progress=progress,
-                search=plan.search,
-            )
-            found = _results_of(plan, outcome)
-            return _report_of(plan, found, context, outcome.failures)
+            lock = workspace.sweeps / plan.plan.name / SWEEP_LOCK_NAME
+            with refuse_second(lock, f"the sweep {plan.plan.name}"):
+                outcome = run_plan(
+                    plan.plan,
+                    settings,
+                    workspace,
+                    placed=plan.placed,
+                    tracking=context.tracking,
+                    progress=progress,
+                    search=plan.search,
+                )
+                found = _results_of(plan, outcome)
+                return _report_of(plan, found, context, outcome.failures)
 
 
 sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)

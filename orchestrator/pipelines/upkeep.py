@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
@@ -399,19 +397,14 @@ def _temporary(workspace: Workspace, _: Note) -> Found:
 def _ray_folders(workspace: Workspace, _: Note) -> Found:
     for folder in files.abandoned_folders():
         yield folder, "Ray's temporary files of a command that ended"
-    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
-        if not _has_driver(folder):
-            yield folder, "Ray Tune's files of a command that ended"
+    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}"):
+        lock = folder.with_name(layout.SWEEP_LOCK_NAME)
+        if not is_locked(lock):
+            yield folder, "Ray Tune's files of a command that ended", lock
     for run in training_folders(workspace):
         folder = run / layout.RAY_FOLDER
         if folder.is_dir() and not is_in_use(run):
             yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-
-
-def _has_driver(folder: Path) -> bool:
-    """Return whether the command of a sweep's Ray folder may still run."""
-    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
-    return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
 def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:

@@ -93,9 +93,8 @@ def _of(full: Row) -> str:
 
 
 def _share(front: Front, row: Row) -> str:
-    """Return how much of the full model's quality a model keeps, at most all of it."""
-    share = min(front.share(row) or 0.0, 1.0)
-    return "100%" if share > 0.9995 else f"{share:.1%}"
+    """Return how much of the full model's quality a model keeps, as the table of models says it."""
+    return f"{front.share(row) or 0.0:.1%}".replace("100.0%", "100%")
 
 
 def _at_cost(front: Front, row: Row) -> str:

@@ -57,6 +57,8 @@ COSTS = {
 """Value of the option `--cost` -> tracked name."""
 TIME_SPREAD = "cost/decode_ms_spread"
 """Half the distance between the quartiles of the time per token."""
+MIN_RIGHT_ANSWERS = 30
+"""Of the full model; with fewer, accuracy is not the default quality."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
 QUALITIES = {
@@ -95,8 +97,10 @@ class FrontAxes:
 
     cost: str = "cost/evaluations"
     """Tracked name of the cost; lower is better."""
-    quality: str = "quality/accuracy"
+    quality: str = QUALITIES["accuracy"]
     """Tracked name of the quality."""
+    against_accuracy: str = ""
+    """Why the default quality is bits per byte; empty if it is the accuracy."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -111,15 +115,21 @@ class FrontAxes:
     @property
     def slug(self) -> str:
         """Both option values joined by a dash, for folder names; empty for the default axes."""
-        if self == FrontAxes():
+        default_quality = QUALITIES["bits" if self.against_accuracy else "accuracy"]
+        if (self.cost, self.quality) == (FrontAxes().cost, default_quality):
             return ""
         options = {tracked: value for value, tracked in (COSTS | QUALITIES).items()}
         names = (self.quality, self.cost)
         return "-".join(options.get(n, n.partition("/")[2].replace("/", "-")) for n in names)
 
 
-def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
+def parse_axes(
+    cost: str | None = None, quality: str | None = None, *, against_accuracy: str = ""
+) -> FrontAxes:
     """Return the axes for two option values, such as `ms` and `bits`; the defaults for None.
+
+    Args:
+        against_accuracy: As `reason_against_accuracy` says it; empty if accuracy is the default.
 
     Raises:
         UserError: If a value is unknown.
@@ -127,7 +137,39 @@ def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes
     for option, value, names in (("--cost", cost, COSTS), ("--quality", quality, QUALITIES)):
         if value and value not in names:
             raise UserError(f"{option} is one of {', '.join(names)}; got {value!r}")
-    return FrontAxes(COSTS[cost or "evaluations"], QUALITIES[quality or "accuracy"])
+    default_quality = "bits" if against_accuracy else "accuracy"
+    return FrontAxes(
+        COSTS[cost or "evaluations"], QUALITIES[quality or default_quality], against_accuracy
+    )
+
+
+def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> str:
+    """Return why bits per byte are the default quality of these models; empty if accuracy is.
+
+    They are where the full model has too few right answers to tell models apart, and every model
+    has bits per byte.
+    """
+    full = teacher_or_costliest(
+        trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: trial.numbers.get(COSTS["nfe"], 0.0),
+    )
+    if full is None or any(QUALITIES["bits"] not in trial.numbers for trial in trials):
+        return ""
+    evaluation = load_item_values(workspace, [full]).get(full.key)
+    if evaluation is None or not evaluation.accuracies:
+        return ""
+    num_right = 0
+    for result in evaluation.results.values():
+        if result.accuracy_metric:
+            num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
+    if num_right >= MIN_RIGHT_ANSWERS:
+        return ""
+    return (
+        f"Quality is bits per byte, because the full model ({full.name}) answers {num_right} of "
+        f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by their "
+        f"accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
+    )
 
 
 def metric_title(name: str) -> str:
@@ -474,7 +516,8 @@ def sweep_front(
 ) -> tuple[Front, list[str]]:
     """Return the front of the results with the confidence of each place, and its notes.
 
-    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
+    The notes are sentences on the default quality, if it is not the accuracy, and on models that
+    are not shown or have no confidence. `kept_share` is that
     of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
     """
     import pandas
@@ -490,4 +533,6 @@ def sweep_front(
     front = find_front(table, axes)
     items = load_item_values(workspace, front.seeds)
     notes = item_notes(front.seeds, items)
+    if axes.against_accuracy and axes.quality == QUALITIES["bits"]:
+        notes.insert(0, axes.against_accuracy)
     return with_confidence(front, items, kept_share=kept_share), notes

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
 from orchestrator.reporting.depths import depth_section
-from orchestrator.reporting.front import COSTS, Front, FrontAxes, known, sweep_front
+from orchestrator.reporting.front import (
+    COSTS,
+    Front,
+    FrontAxes,
+    known,
+    parse_axes,
+    reason_against_accuracy,
+    sweep_front,
+)
 from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
@@ -54,16 +62,18 @@ def write_sweep_report(
     Args:
         workspace: Holds the sweeps.
         sweeps: Their results, or their names to use the stored ones.
-        axes: Cost and quality; NFE and accuracy by default.
+        axes: Cost and quality; by default NFE and the default quality of these models.
         tracking: Opens MLflow, which shows the report of one sweep; it is opened only if there is
             something that was not shown before. None to show nothing.
 
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
     """
-    axes = axes or FrontAxes()
     loaded = (load_sweep_results(workspace, s) if isinstance(s, str) else s for s in sweeps)
     found = list({sweep.name: sweep for sweep in loaded}.values())
+    if axes is None:
+        trials = [trial for sweep in found for trial in sweep.results]
+        axes = parse_axes(against_accuracy=reason_against_accuracy(workspace, trials))
     front, notes = sweep_front(workspace, found, axes)
     if len(found) > 1:
         report = _several_sweeps(workspace, found, front, notes)

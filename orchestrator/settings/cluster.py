@@ -6,7 +6,7 @@ import os
 import re
 from typing import Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, field_validator
+from pydantic import Field, StrictFloat, StrictInt, ValidationInfo, field_validator
 
 from orchestrator.settings.section import Section
 from orchestrator.workspace.errors import UserError, has_secret, is_secret_name, quoted
@@ -40,9 +40,6 @@ class ClusterSettings(Section):
     min_gpus: StrictInt | None = Field(default=None, gt=0)
     """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
     takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""
-    wait_for_gpus: StrictBool = False
-    """Wait, before a job starts, until its GPUs are free, also those of nodes that join the cluster
-    later; otherwise a job that the nodes cannot hold is refused."""
     storage: str | None = None
     """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
     copied there during training, and fetched from there if the workspace has none."""

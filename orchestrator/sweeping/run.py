@@ -2,17 +2,14 @@
 
 Finished trials are read once, at the start, so the same command resumes after any interruption.
 Tune takes trials from a queue: one that measures the weights of another waits for it, and the
-suggestions of a search follow the plan's trials. One that another process runs stays in the queue
-until that process has ended or died, so two sweeps at the same time share the work. Whoever waits
-holds no lock and no CPUs, so two processes cannot wait for each other. MLflow shows each trial, and
-the front so far (`LiveSweep`). Milliseconds are measured last: trials would disturb the clock.
+suggestions of a search follow the plan's trials. One process at a time runs a sweep: its caller
+holds the lock of its folder. MLflow shows each trial, and the front so far (`LiveSweep`).
+Milliseconds are measured last: trials would disturb the clock.
 """
 
 from __future__ import annotations
 
-import os
 import queue
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.places import wait_for_gpus
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import note_saving
 from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
-from orchestrator.reporting.front import find_front
+from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
 from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
@@ -50,8 +46,6 @@ from orchestrator.training.job import check_job
 from orchestrator.training.watching import (
     JournalReader,
     describe_saved_state,
-    is_run_locked,
-    waiting_text,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_text
@@ -59,6 +53,7 @@ from orchestrator.workspace.journal import Journal, now_ms
 from orchestrator.workspace.layout import (
     JOB_NAME,
     PLAN_FILE,
+    RAY_FOLDER,
     STOPPED_NAME,
     Workspace,
     find_checkpoints,
@@ -91,7 +86,7 @@ class SweepOutcome:
     stopped: dict[str, str]
     """Label -> reason of trials that were stopped early."""
     reused: frozenset[str]
-    """Keys of the trials that this call found finished: from before, or by another sweep."""
+    """Keys of the trials that this call found finished."""
 
 
 def run_plan(
@@ -130,7 +125,7 @@ def run_plan(
     journal.event(STARTED_EVENT)
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
-    with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
+    with LiveSweep(plan, settings, tracking, workspace, num_trials=num_all) as live:
         plan.write(folder / PLAN_FILE)
         live.on_results(*found.values())
         stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
@@ -167,7 +162,7 @@ def run_plan(
         results=tuple(results),
         failures=trials.failures,
         stopped={label: stop.text for label, stop in trials.stopped.items()},
-        reused=frozenset(trials.found),
+        reused=frozenset(found),
     )
 
 
@@ -185,20 +180,17 @@ def _run_queue(trials: SweepQueue, plan: SweepPlan, placed: Settings, folder: Pa
             with ray_cluster(cluster, folder=folder, say=say):
                 from orchestrator.cluster import tune  # Ray reads its environment when imported.
 
-                if cluster.wait_for_gpus:
-                    wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
                 tune.run_trials(
-                    partial(run_trial, wait=False),
+                    run_trial,
                     trials,
-                    # One folder a process: the same sweep may run twice at the same time.
-                    folder / f"ray-{socket.gethostname()}-{os.getpid()}",
+                    folder / RAY_FOLDER,
                     sweep,
                     cluster,
                     num_trials=trials.num_ready,
                     scheduler=tune.AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
                 )
         if trials.search:
-            trials.search.enter(trials.results)  # With what another process has made.
+            trials.search.enter(trials.results)  # With those that an earlier call had suggested.
         trials.publish()
         progress.finish(trials.summary())
     except Interrupted:
@@ -230,11 +222,10 @@ class SweepQueue:
         """
         self.results, self.failures, self.search = dict(found), dict[str, str](), search
         self.progress, self.num_all = progress, live.num_trials
-        self.found, self.stopped = set(found), dict(stopped)
-        """Keys of the results that were not made here; label -> reason of what was stopped."""
+        self.stopped = dict(stopped)
+        """Label -> reason of what was stopped."""
         self.failed_while_stopping: dict[str, str] = {}
         self._live, self._num_before = live, len(found)
-        self._known = {*found, *(trial.key for trial in waiting)}
 
         def order(trial: Trial) -> tuple[bool, float]:
             # The teacher comes first, because fronts are drawn beside it. Then the costly ones, so
@@ -245,11 +236,9 @@ class SweepQueue:
         self._waiting = sorted(waiting, key=order)
         self._taken: dict[str, Trial] = {}
         self._running: set[str] = set()
-        self._elsewhere: set[str] = set()
         self._interrupted: list[Trial] = []
         self._journals: dict[str, JournalReader] = {}
         self._ended: queue.SimpleQueue[tuple[Trial, Trial | None, str]] = queue.SimpleQueue()
-        self._has_told = False
 
     # Called in Tune's thread.
 
@@ -274,15 +263,9 @@ class SweepQueue:
         for trial in list(self._waiting):
             if self._lacks_weights(trial):
                 continue
-            if is_run_locked(Path(trial.folder)):
-                self._elsewhere.add(trial.key)
-                continue
             self._waiting.remove(trial)
             if trial.job is None and trial.is_elastic and not Path(str(trial.checkpoint)).is_dir():
                 self._end(trial, error="its weights are not trained")
-            elif trial.key in self._elsewhere and (result := trial.result()):
-                self.found.add(trial.key)
-                self._end(trial, result)
             else:
                 self._taken[trial.key] = trial
                 return trial
@@ -293,21 +276,15 @@ class SweepQueue:
                 return None  # The search learns from all of these.
             self.search.open(self.results)
         if suggested := self.search.suggest():
-            self._known.add(suggested.key)
             self._taken[suggested.key] = suggested
-            return suggested
-        # Another process may have suggested others, and may run them.
-        more = [trial for trial in self.search.suggested_trials() if trial.key not in self._known]
-        self._known |= {trial.key for trial in more}
-        self._waiting += more
-        return self.take() if more else None
+        return suggested
 
     def on_start(self, key: str) -> None:
         """Note that a trial has started."""
         self._running.add(key)
 
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        """Note how a trial ended; one that another process runs waits again."""
+        """Note how a trial ended; one whose process was asked to stop by others waits again."""
         trial = self._taken.pop(key)
         self._running.discard(key)
         if not result and stop_requested():
@@ -318,7 +295,6 @@ class SweepQueue:
             self.stopped[trial.label] = stop
             self._end(trial)
         else:
-            self._elsewhere.add(key)
             self._waiting.append(trial)
 
     def _end(self, trial: Trial, result: Trial | None = None, error: str = "") -> None:
@@ -340,6 +316,13 @@ class SweepQueue:
         return str(Path(trial.checkpoint).parent) in {o.folder for o in others if o.job}
 
     # Called in the main thread.
+
+    def start_again(self, reason: str) -> None:
+        """Put the trials back that were taken and have not ended, and say why."""
+        self._waiting = [*self._taken.values(), *self._waiting]
+        self._taken.clear()
+        self._running.clear()
+        self.progress.note(reason)
 
     @property
     def num_ended(self) -> int:
@@ -363,12 +346,6 @@ class SweepQueue:
         """Show what runs and what has ended."""
         self.publish()
         running = [trial for trial in list(self._taken.values()) if trial.key in self._running]
-        others = [trial for trial in list(self._waiting) if trial.key in self._elsewhere]
-        if others and not self._taken:
-            if not self._has_told:
-                self.progress.note(waiting_text([trial.label for trial in others]))
-                self._has_told = True
-            running = others
         shares = {}
         for trial in running:
             if trial.job:
@@ -400,7 +377,6 @@ class SweepQueue:
         """Say in one line how the sweep ended."""
         counts = {
             "of them found finished": self._num_before,
-            "made by another process meanwhile": len(self.found) - self._num_before,
             "stopped early": len(self.stopped),
             "failed": len(self.failures),
         }
@@ -422,7 +398,7 @@ class LiveSweep:
         plan: SweepPlan,
         settings: Settings,
         tracking: Tracking,
-        folder: Path,
+        workspace: Workspace,
         *,
         num_trials: int,
         clock: Callable[[], float] = time.monotonic,
@@ -434,7 +410,8 @@ class LiveSweep:
         self.num_trials = num_trials
         self._name = plan.name
         self._tracking = tracking
-        self._folder = folder
+        self._workspace = workspace
+        self._folder = workspace.sweeps / plan.name
         self._full = full_trial(plan)
         self._open: dict[str, Trial] = {}
         self._measured: dict[str, Trial] = {}
@@ -443,7 +420,7 @@ class LiveSweep:
         self._clock = clock
         self._next_front = clock()
         stored = tracking.stored("sweep", plan.key)
-        self._run = sweep_run(stored, plan.name, plan.key, folder)
+        self._run = sweep_run(stored, plan.name, plan.key, self._folder)
         self.change(
             status="RUNNING",
             params=sweep_parameters(plan, settings),
@@ -476,11 +453,14 @@ class LiveSweep:
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""
         self._has_new_results = False
-        front = find_front(result_table(self._measured.values()))
+        trials = [*self._measured.values()]
+        reason = reason_against_accuracy(self._workspace, trials)
+        front = find_front(result_table(trials), parse_axes(against_accuracy=reason))
         if self._full.key not in self._measured or not front.members:
             return
         notes = [f"{len(self._measured)} of {self.num_trials} models are measured so far."]
-        notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
+        notes += [f"{label} failed: {why}" for label, why in self._failures.items()]
+        notes += [reason] if reason else []
         picture_folder = self._folder / LIVE_FOLDER
         self.change(**front_so_far(front, name=self._name, notes=notes, folder=picture_folder))
         self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
@@ -501,10 +481,9 @@ class LiveSweep:
         self._show([trial], status, reason)
 
     def close(self) -> None:
-        """End the runs of the trials that were running, but not of those that others run."""
+        """End the runs of the trials that were running."""
         for trial in list(self._open.values()):
-            if not is_run_locked(Path(trial.folder)):
-                self.on_end(trial, "KILLED")
+            self.on_end(trial, "KILLED")
 
     def _show(self, trials: Sequence[Trial], status: Status, reason: str = "") -> None:
         runs = []

@@ -149,9 +149,18 @@ def student_config(teacher: Path, schedule: str) -> ModelConfig:
 
 
 def distillation_job(
-    settings: Settings, workspace: Workspace, teacher: Path, config: ModelConfig, tokens: Path
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    tokens: Path,
+    kept_layers: tuple[int, ...] | None = None,
 ) -> TrainingJob:
     """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
+
+    Args:
+        kept_layers: Numbers of the teacher's layers that the student has, the first being 0; all
+            when unset.
 
     Raises:
         UserError: If the control trains nothing.
@@ -163,6 +172,8 @@ def distillation_job(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
+    if job.initial_folder:  # Random weights have no layers to keep.
+        job = job.model_copy(update={"kept_layers": kept_layers})
     return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
 
 

@@ -91,6 +91,18 @@ def run_interruptibly(
     watch: Callable[[], None] | None = None,
 ) -> T:
     """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
+    with stop_on_signals():
+        future = start_thread(work)
+        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
+    return result
+
+
+def start_thread(work: Callable[[], T]) -> Future[T]:
+    """Run a function in a daemon thread.
+
+    A thread that waits for Ray may wait for ever once Ray has ended. A daemon thread then does not
+    keep the process alive, as the threads of a `ThreadPoolExecutor` do.
+    """
     future: Future[T] = Future()
 
     def fulfil() -> None:
@@ -99,10 +111,8 @@ def run_interruptibly(
         except BaseException as error:
             future.set_exception(error)
 
-    with stop_on_signals():
-        threading.Thread(target=fulfil, daemon=True).start()
-        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
-    return result
+    threading.Thread(target=fulfil, daemon=True).start()
+    return future
 
 
 def wait_for_work(
@@ -134,11 +144,11 @@ def wait_for_work(
     is_over = False
     try:
         while not (is_over := all(future.done() for future in futures)):
-            if len(_signals) > 1 or time.monotonic() > deadline:
-                break
             if stop_requested() and deadline == math.inf:
                 must_save = ask_to_stop()
                 deadline = time.monotonic() + (SECONDS_TO_SAVE if must_save else 0.0)
+            if len(_signals) > 1 or time.monotonic() > deadline:
+                break
             wait(futures, timeout=POLL_SECONDS)
             if watch:
                 watch()

@@ -264,6 +264,9 @@ def check_folder(job: TrainingJob) -> dict[str, Any]:
         UserError: If it does; says what differs.
     """
     earlier = StoredJob.read(job.folder / JOB_NAME)
+    saved = find_checkpoints(job.folder)
+    if earlier is None and saved and "imported" in load_provenance(saved[-1]):
+        raise UserError(f"{job.folder} holds an imported model; choose another name")
     if earlier and earlier.recipe_version != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this version "

@@ -40,6 +40,8 @@ DONE_NAME = "done.json"
 RUN_LOCK_NAME = "trial.lock"
 """Locked by the command that trains or measures in a folder; trials that measure other tasks on the
 same weights share it."""
+SWEEP_LOCK_NAME = "sweep.lock"
+"""Locked by the command that runs the sweep of this folder."""
 WORKERS_LOCK_NAME = "lock"
 """Locked by the process that trains in a folder; workers outlive a killed command by seconds."""
 PROVENANCE = "provenance.json"

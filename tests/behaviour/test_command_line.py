@@ -52,6 +52,8 @@ MISTAKES = {
     "pretrain --gpu 8": "--gpus",
     "pretrain training.num_steps=5": "training.num_steps=5",
     "distill 1": "--schedule says how many corrections",
+    "distill --drop-layers 0": "--drop-layers",
+    "distill --drop-layers 1 -r 1": "--drop-layers 1 and --schedule 1",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
     "pretrain --method vanilla -r 2": "--schedule 2 is read by no method of: vanilla",

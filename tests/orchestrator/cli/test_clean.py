@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +17,13 @@ from orchestrator.evaluation.store import StoredItems
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.files import checksums_of, new_folder, write_json
-from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
+from orchestrator.workspace.layout import (
+    RAY_FOLDER,
+    SWEEP_LOCK_NAME,
+    Workspace,
+    find_checkpoints,
+    open_workspace,
+)
 from orchestrator.workspace.locks import lock_file
 
 Clean = Callable[..., list[str]]
@@ -110,20 +114,18 @@ def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, cl
     assert (space.runs / "b").is_dir()
 
 
-def test_ray_folders_of_dead_processes_go(space, clean):
+def test_ray_folders_of_ended_commands_go(space, clean):
     killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
     scratch = Path(killed.stdout.decode().strip())
     assert scratch.is_dir()
-    sweep = space.sweeps / "a"
-    alive = sweep / f"ray-{socket.gethostname()}-{os.getpid()}"
-    dead = sweep / f"ray-{socket.gethostname()}-{2**22 + 1}"
-    elsewhere = sweep / "ray-another-machine-17"
-    for folder in (alive, dead, elsewhere):
-        folder.mkdir(parents=True)
-    assert clean("ray", "--yes") == [str(dead.relative_to(space.root))]
+    running, ended = space.sweeps / "running", space.sweeps / "ended"
+    for sweep in (running, ended):
+        (sweep / RAY_FOLDER).mkdir(parents=True)
+        (sweep / SWEEP_LOCK_NAME).touch()
+    with lock_file(running / SWEEP_LOCK_NAME):
+        assert clean("ray", "--yes") == [f"sweeps/ended/{RAY_FOLDER}"]
     assert not scratch.exists()
-    assert alive.exists()
-    assert elsewhere.exists()
+    assert (running / RAY_FOLDER).exists()
 
 
 def test_damaged_files_go(space, whole, clean, capsys):

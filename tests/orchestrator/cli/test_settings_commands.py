@@ -135,7 +135,7 @@ def test_each_command_with_set_names_what_it_reads():
     training = {"data", "model", "training"}
     assert READ_BY["prepare"] == {"data"}
     assert READ_BY["pretrain"] == {*training, "cluster"}
-    assert READ_BY["distill"] == {"distillation", "cluster"}
+    assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
     assert READ_BY["influence"] == {"influence", "cluster"}
     assert READ_BY["evaluate"] == {"evaluation", "cluster"}
     assert READ_BY["export"] == {"influence", "evaluation", "cluster"}
@@ -151,6 +151,7 @@ def test_each_command_with_set_names_what_it_reads():
     [
         ("distill run -r 1", ["model.num_layers=3", "training.num_steps=7"], "distillation.train"),
         ("distill run -r 1", ["data.vocab_size=300"], "tokens that their teacher"),
+        ("distill run -r 1", ["influence.metric=loss"], "--drop-layers"),
         ("evaluate run", ["model={corrections: 1}"], "--schedule"),
         ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
         ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),

@@ -18,6 +18,7 @@ from orchestrator.reporting.findings import (
 from orchestrator.reporting.front import COSTS, Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import KEEPS_METRIC
+from orchestrator.reporting.tables import models_table
 from orchestrator.workspace.errors import UserError
 
 
@@ -34,6 +35,15 @@ def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
     sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
     return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
+
+
+def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
+    better = with_accuracy(sample_results[-3], 0.5)
+    front = sample_front([*sample_results[:-3], better, *sample_results[-2:]])
+    assert better.role == "trial"
+    share = 0.5 / 0.4465
+    assert findings(front)[0].startswith(f"{better.label} keeps {share:.1%} of the teacher's")
+    assert f" {share:.1%} " in models_table(front).to_markdown()
 
 
 def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):

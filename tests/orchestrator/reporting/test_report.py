@@ -14,9 +14,17 @@ from mlflow import MlflowClient
 from sample_trials import sample_front, with_items
 
 from iiet.pruning import InfluenceTable
+from orchestrator.pipelines.models import plan_pick
+from orchestrator.pipelines.reports import report
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
-from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
+from orchestrator.reporting.front import (
+    FrontAxes,
+    parse_axes,
+    reason_against_accuracy,
+    sweep_front,
+)
 from orchestrator.reporting.mlflow_report import run_note, trial_runs
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
@@ -120,6 +128,37 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     assert written.sentences[1] == sentence
     assert written.page is not None
     assert sentence in written.page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_right", [29, 30])
+def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep, num_right):
+    evaluations = {}
+    for result in sweep.results:
+        right = [float(n < num_right) for n in range(700)]
+        task = TaskResult(
+            name="lastword", version="1", num_items=700, metrics={"acc": num_right / 700},
+            items=[str(n) for n in range(700)], values={"acc": right},
+        )  # fmt: skip
+        evaluations[result.key] = EvaluationResult(results={"lastword": task})
+    few = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
+    written = write_sweep_report(workspace, few)
+    assert written.folder == few.folder(workspace)
+    in_bits = num_right < 30
+    quality = "bits_per_byte" if in_bits else "accuracy"
+    assert written.front.axes.quality == f"quality/{quality}"
+    assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == in_bits
+    # Either quality can be asked for; the one that is no default has its own folder.
+    for option, is_default in (("accuracy", not in_bits), ("bits", in_bits)):
+        found = report(workspace=workspace, sweeps=[few.name], quality=option)
+        assert (found.folder == written.folder) == is_default
+    picked = plan_pick(few.name, workspace=workspace, best=True)
+    assert picked.axes == written.front.axes
+    # Where some model has no bits per byte, accuracy stays.
+    first, *others = few.results
+    numbers = {n: v for n, v in others[0].numbers.items() if n != "quality/bits_per_byte"}
+    others[0] = others[0].model_copy(update={"numbers": numbers})
+    assert reason_against_accuracy(workspace, [first, *others]) == ""
 
 
 @pytest.mark.slow

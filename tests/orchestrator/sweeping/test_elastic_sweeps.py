@@ -64,7 +64,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
     waiting = [trial for trial in plan.trials if trial.key not in found]
     live = LiveSweep(
-        plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
+        plan, resolve_settings({}), FakeTracking(), space,
         num_trials=len(plan.trials),
     )  # fmt: skip
     queue = SweepQueue(waiting, found, {}, live, Progress())

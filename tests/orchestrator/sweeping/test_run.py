@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,18 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import costs
-from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
+from orchestrator.sweeping.run import (
+    STOPPED_TAG,
+    LiveSweep,
+    SweepOutcome,
+    SweepQueue,
+    run_plan,
+)
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import PLAN_FILE, RUN_LOCK_NAME, open_workspace
-from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
 
 class Sweep:
@@ -170,43 +174,6 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 
 
-@pytest.mark.slow
-def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    tiny_plan, sweep, ray_session, monkeypatch
-):
-    without_tasks(monkeypatch)
-    plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[:4]})
-    left, made_elsewhere = plan.trials[2:]
-    locks = {trial.key: ExitStack() for trial in (left, made_elsewhere)}
-    for trial in (left, made_elsewhere):
-        path = Path(trial.folder) / RUN_LOCK_NAME
-        locks[trial.key].enter_context(lock_file(path))
-
-    class Told(KeptProgress):
-        def note(self, text: str) -> None:
-            super().note(text)
-            finished_so_far = [trial.result() is not None for trial in plan.trials]
-            assert finished_so_far == [True, True, False, False]
-            locks[left.key].close()  # Its process died.
-            finished(made_elsewhere)
-            locks[made_elsewhere.key].close()
-
-    progress = Told()
-    outcome = sweep.run(plan, progress=progress)
-    (waited,) = progress.notes
-    assert waited.startswith("waiting for another process, which trains ")
-    assert {left.label, made_elsewhere.label} <= {*waited.split(" trains ")[1].split("; ")}
-    assert "4 trials, 1 made by another process meanwhile" in progress.summaries
-    assert outcome.reused == {made_elsewhere.key}
-    assert outcome.failures == {}
-    assert set(sweep.ended.values()) == {"FINISHED"}
-    started = [
-        [r.get("name") for r in read_journal(Path(t.folder))[0]].count("started")
-        for t in plan.trials
-    ]
-    assert started == [0, 1, 1, 0]
-
-
 @pytest.mark.parametrize(
     "fails",
     [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
@@ -237,3 +204,19 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
         assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
     assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
     assert sweep.shown.status == ("FAILED" if fails else "KILLED")
+
+
+def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan, sweep):
+    waiting = tiny_plan.trials[1:]
+    live = LiveSweep(
+        tiny_plan, resolve_settings({}), sweep.tracking, open_workspace(sweep.folder),
+        num_trials=len(waiting),
+    )  # fmt: skip
+    progress = KeptProgress()
+    queue = SweepQueue(waiting, {}, {}, live, progress)
+    taken = [queue.take(), queue.take()]
+    queue.start_again("memory ran low")
+    assert progress.notes == ["memory ran low"]
+    assert queue.num_taken == 0
+    assert [queue.take(), queue.take()] == taken
+    assert queue.failures == {}
