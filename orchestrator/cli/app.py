@@ -17,7 +17,13 @@ from orchestrator.cli import measure, models, places, train  # noqa: F401
 from orchestrator.cli.command import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
+from orchestrator.workspace.errors import (
+    DamagedFile,
+    Interrupted,
+    RunFailed,
+    UserError,
+    path_error_message,
+)
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
@@ -76,7 +82,8 @@ def exit_code_of(error: BaseException) -> int:
         code = INTERRUPTED
         sentence = sentence or "interrupted; run the same command again to resume"
     elif isinstance(error, UserError | RunFailed):
-        code = 2 if isinstance(error, UserError) else 1
+        is_mistake = isinstance(error, UserError) and not isinstance(error, DamagedFile)
+        code = 2 if is_mistake else 1
     elif isinstance(error, OSError) and (of_path := path_error_message(error)):
         code, sentence = 2, of_path
     else:

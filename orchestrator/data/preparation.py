@@ -39,7 +39,7 @@ from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_t
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expand_user, read_json, write_json
+from orchestrator.workspace.files import damaged, expand_user, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key, file_key
@@ -174,9 +174,7 @@ def find_folder(key: str, parent: Path) -> Path | None:
         return None
     fingerprint = found.get("fingerprint")
     if not is_valid_name(fingerprint):
-        raise UserError(
-            f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
-        )
+        raise damaged(path, f"fingerprint: {fingerprint!r}")
     folder = parent / str(fingerprint)
     return folder if is_complete(folder) else None
 

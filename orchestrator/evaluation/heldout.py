@@ -22,10 +22,10 @@ from orchestrator.data.depth import DepthStore
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.records.record import Record
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
@@ -122,7 +122,7 @@ def heldout_folder(
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
     key = content_key("heldout items", version, data.fingerprint, num_items, max_tokens)
     path = data.folder / f"heldout-{key}"
-    if make is None or _read_suite(path):
+    if make is None or HeldoutItems.read(path / SUITE_NAME):
         return path
 
     make.start("held-out tasks")
@@ -142,23 +142,24 @@ def heldout_folder(
                 for item in part.items(task, num_items)
             ]
             chances[task.name] = _chance_in_words(task.chance, rows[task.name])
-    write_json(path / SUITE_NAME, {"tasks": rows, "chances": chances})
+    HeldoutItems(tasks=rows, chances=chances).write(path / SUITE_NAME)
     make.finish(", ".join(f"{len(found):,} {name}" for name, found in rows.items()))
     return path
 
 
-def _read_suite(folder: Path) -> Row | None:
-    path = folder / SUITE_NAME
-    remedy = f"delete the folder {folder} and run the command again, which makes the same tasks"
-    suite = read_json(path, remedy=remedy)
-    with damage_as_user_error(path, remedy=remedy):
-        return suite and {name: suite[name] for name in ("tasks", "chances")}
+class HeldoutItems(Record):
+    """The items of the held-out tasks of prepared data."""
+
+    tasks: dict[str, list[dict[str, Any]]]
+    """Name of a task -> its items."""
+    chances: dict[str, str]
+    """Name of a depth task -> the accuracy of a guess, in words."""
 
 
 def heldout_chances(folder: Path | None) -> dict[str, str]:
     """Return the accuracy of a guess in words, for each depth task of a suite."""
-    suite = _read_suite(folder) if folder else None
-    return suite["chances"] if suite else {}
+    stored = HeldoutItems.read(folder / SUITE_NAME) if folder else None
+    return stored.chances if stored else {}
 
 
 def heldout_configs(folder: Path) -> dict[str, Row]:
@@ -167,8 +168,8 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
     Raises:
         UserError: If the folder holds no suite, or a damaged one.
     """
-    suite = _read_suite(folder)
-    if suite is None:
+    stored = HeldoutItems.read(folder / SUITE_NAME)
+    if stored is None:
         raise UserError(f"{folder} holds no held-out tasks; run the command again to make them")
     return {
         name: {
@@ -178,7 +179,7 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
             **_TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
             "metadata": {"version": TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION},
         }
-        for name, rows in suite["tasks"].items()
+        for name, rows in stored.tasks.items()
     }
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
+    MAX_PERPLEXITY,
     STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
@@ -31,10 +32,12 @@ from orchestrator.records.evaluation import (
     metric_label,
     plain_value,
 )
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.records.record import Record
+from orchestrator.workspace.errors import DamagedFile, RunFailed
 from orchestrator.workspace.files import (
     checksums_of,
-    damage_as_user_error,
+    damage_named,
+    damaged,
     damaged_file,
     new_folder,
     read_json,
@@ -43,7 +46,17 @@ from orchestrator.workspace.files import (
 )
 
 ITEMS = "items.json"
-REMEDY = "it is measured again"
+
+
+class StoredItems(Record):
+    """What `items.json` in the folder of a task's result holds."""
+
+    items: list[str]
+    """A hash of each document."""
+    values: dict[str, list[Any]]
+    """Metric -> one value per item."""
+    checksums: dict[str, str]
+    """Name -> SHA-256 of each other file of the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +76,14 @@ class MeasuredTask:
     def result(self) -> TaskResult:
         """What tables and reports read of it."""
         metrics = {}
-        for key, value in (self.run["results"].get(self.name) or {}).items():
+        numbers = self.run["results"].get(self.name) or {}
+        for key, value in numbers.items():
             metric, comma, filter_name = key.partition(",")
             if comma and isinstance(value, int | float):
                 plain = metric.removesuffix(STDERR_SUFFIX)
+                is_perplexity = plain.endswith("perplexity")
+                if is_perplexity and numbers[f"{plain},{filter_name}"] > MAX_PERPLEXITY:
+                    continue
                 label = metric_label(plain, filter_name)
                 metrics[label + metric.removeprefix(plain)] = float(value)
         return TaskResult(
@@ -109,22 +126,22 @@ class EvaluationStore:
         self._folder, self._note = folder, note
 
     def read(self, key: str) -> TaskResult | None:
-        """Return a result; None if it is missing or damaged. No samples are read."""
+        """Return a result; None if it is missing. No samples are read.
+
+        Raises:
+            DamagedFile: If it is damaged.
+        """
         folder = self._folder / key
         if not folder.is_dir():
             return None
-        try:
-            _, run, stored = _opened(folder)
-            with damage_as_user_error(folder / ITEMS, remedy=REMEDY):
-                (name,) = run["results"]
-                items, values = stored["items"], stored["values"]
-                return MeasuredTask(name=name, run=run, items=items, values=values).result
-        except UserError as error:
-            self._note(str(error))
-            return None
+        path, run, stored = open_result(folder)
+        with damage_named(path):
+            (name,) = run["results"]
+            task = MeasuredTask(name=name, run=run, items=stored.items, values=stored.values)
+            return task.result
 
     def load(self, keys: EvaluationKeys) -> EvaluationResult | None:
-        """Return a whole evaluation; None if the result of a task is missing or damaged."""
+        """Return a whole evaluation; None if the result of a task is missing."""
         results = {name: self.read(key) for name, key in keys.tasks.items()}
         found = {name: result for name, result in results.items() if result}
         if len(found) < len(results):
@@ -172,9 +189,9 @@ class EvaluationStore:
                 if lines:
                     samples = folder / f"samples_{task.name}_{date}.jsonl"
                     samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                checksums = checksums_of(folder, [path.name for path in folder.glob("*.jsonl")])
-                items = {"items": task.items, "values": task.values, "checksums": checksums}
-                write_json(folder / ITEMS, items)
+                checksums = checksums_of(folder)
+                items = StoredItems(items=task.items, values=task.values, checksums=checksums)
+                items.write(folder / ITEMS)
             self._journal_path(key).unlink(missing_ok=True)
         except OSError as error:
             self._fail(f"the result of {task.name}", error)
@@ -186,15 +203,17 @@ class EvaluationStore:
             pretrained: The model's path.
 
         Raises:
-            RunFailed: If a file is damaged, or the files cannot be written.
+            DamagedFile: If a file is damaged.
+            RunFailed: If the files cannot be written.
         """
         date, merged = _date_now(), dict[str, Any]()
         try:
             target.mkdir(parents=True, exist_ok=True)
             for name, key in keys.tasks.items():
-                path, run, stored = _opened(folder := self._folder / key)
-                if damage := damaged_file(folder, stored["checksums"]):
-                    raise RunFailed(f"the stored samples of {name} are damaged: {folder}/{damage}")
+                folder = self._folder / key
+                path, run, stored = open_result(folder)
+                if damage := damaged_file(folder, stored.checksums):
+                    raise damaged(folder, damage)
                 for part, value in run.items():
                     is_dict = isinstance(value, dict)
                     merged[part] = merged.get(part, {}) | value if is_dict else value
@@ -217,12 +236,24 @@ class EvaluationStore:
         return self._folder / f"{key}.answers"
 
 
-def _opened(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Return the path of a task's results, the results, and what `ITEMS` holds."""
-    path = next(folder.glob("results_*.json"), folder / "results_*.json")
-    run, stored = (read_json(file, remedy=REMEDY) for file in (path, folder / ITEMS))
-    if run is None or stored is None:
-        raise UserError(f"{path if run is None else folder / ITEMS} is missing; {REMEDY}")
+def open_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems]:
+    """Return the path of a task's results, the results, and the values of its items.
+
+    Raises:
+        DamagedFile: If one of them is damaged or missing; the samples are not checked.
+    """
+    try:
+        stored = StoredItems.read(folder / ITEMS)
+    except DamagedFile:
+        raise damaged(folder, f"{ITEMS} is not what was written") from None
+    if stored is None:
+        raise damaged(folder, f"{ITEMS} is missing")
+    names = [name for name in stored.checksums if name.startswith("results_")]
+    if damage := damaged_file(folder, stored.checksums, names=names, always=True):
+        raise damaged(folder, damage)
+    path = folder / names[0]
+    run = read_json(path)
+    assert run is not None, "its checksum is right"
     return path, run, stored
 
 

@@ -21,10 +21,10 @@ from iiet.extensions import ExtensionError
 from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
-from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.errors import DamagedFile, UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
-    damage_as_user_error,
+    damage_named,
     damaged_file,
     read_json,
     resolve_path,
@@ -56,12 +56,6 @@ was trained here has none."""
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 """Files of a model: configuration, weights, tokenizer, code."""
 
-REMEDY = (
-    "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
-    "from the previous checkpoint"
-)
-
-
 # Any model folder
 
 
@@ -69,10 +63,11 @@ def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:
     """Read a JSON file of a model folder.
 
     Raises:
-        UserError: If it is missing or damaged.
+        UserError: If it is missing.
+        DamagedFile: If it is damaged.
     """
     try:
-        found = read_json(folder / name, remedy="copy the model again")
+        found = read_json(folder / name)
     except NotADirectoryError:
         found = None
     if found is None:
@@ -215,7 +210,7 @@ def resolve_checkpoint(path: Path) -> Path:
     try:
         check_checkpoint(path)
     except UserError as error:
-        raise UserError(f"{error}{hint}") from None
+        raise type(error)(f"{error}{hint}") from None
     return path
 
 
@@ -225,10 +220,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing or damaged.
     """
-    try:
-        provenance = read_json(folder / PROVENANCE, remedy=REMEDY)
-    except UserError as error:
-        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
+    provenance = read_json(folder / PROVENANCE)
     if provenance is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {PROVENANCE}")
     return provenance
@@ -249,7 +241,7 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     if not facts_of(config.method).has_corrections:
         return ()
     parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
-    with damage_as_user_error(folder / PROVENANCE, remedy=REMEDY):
+    with damage_named(folder / PROVENANCE):
         return (config.corrections, *map(parse, members))
 
 
@@ -271,19 +263,20 @@ def check_checkpoint(
     `remember` as in `files.damaged_file`.
 
     Raises:
-        UserError: If the folder is not a checkpoint, or a file is missing or damaged.
+        UserError: If the folder is not a checkpoint.
+        DamagedFile: If a file is missing or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     provenance = load_provenance(folder)
     checksums = provenance.get("checksums", {})
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
-        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
+        raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
     names = [name for name in {CONFIG: 0, WEIGHTS: 0, **checksums} if name != TRAINING_STATE]
     if with_training_state:
         names.append(TRAINING_STATE)
     if damage := damaged_file(folder, checksums, names=names, remember=remember):
-        raise UserError(f"the checkpoint {folder} is damaged: {damage}")
+        raise DamagedFile(f"the checkpoint {folder} is damaged: {damage}")
 
 
 def newest_checkpoint(

@@ -23,11 +23,12 @@ from orchestrator.models.folder import (
     weights_key,
 )
 from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
+from orchestrator.records.influence import INFLUENCE_PATTERN, StoredInfluence
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME, InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
+from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
@@ -244,25 +245,21 @@ def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
     return None
 
 
-def load_influence_table(
-    checkpoint: Path, metric: str | None = None, warn: Note | None = None
-) -> InfluenceTable | None:
+def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
     It is the table of `metric` (default: that of the settings). Without it, it is the only other
-    table; None if there are none or several. `warn` is called with a sentence for each damaged one.
+    table; None if there are none or several.
+
+    Raises:
+        DamagedFile: If one of the tables is damaged.
     """
-    own = load_config(checkpoint).corrections
+    own_schedule = load_config(checkpoint).corrections
     tables: dict[str, InfluenceTable] = {}
-    for path in sorted(checkpoint.glob("influence-*.json")):
-        try:
-            table = InfluenceTable.from_dict(read_json(path) or {})
-        except INVALID_VALUE_ERRORS:
-            if warn:
-                warn(f"{path} is damaged and is left out; `iiet-orch influence` measures it again")
-            continue
-        if table.schedule == own:
-            tables[table.metric] = table
+    for path in sorted(checkpoint.glob(INFLUENCE_PATTERN)):
+        stored = StoredInfluence.read(path)
+        if stored and stored.table.schedule == own_schedule:
+            tables[stored.table.metric] = stored.table
     wanted = tables.get(metric or InfluenceSettings().metric)
     return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
 

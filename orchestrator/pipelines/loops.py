@@ -148,7 +148,7 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], environment(), cluster.device)
-    costs = Measured.read_measured(path, context.progress.note)
+    costs = Measured.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.trust_remote_code)
         by_name = command_device(cluster, workspace.root)(measure, context.progress)

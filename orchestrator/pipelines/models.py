@@ -388,13 +388,13 @@ def model_card(
             of the model itself.
         metric: Metric of the table to look for.
     """
-    provenance, warn = folders.load_provenance(checkpoint), context.progress.note
+    provenance = folders.load_provenance(checkpoint)
     teacher = lookup.find_checkpoint_by_weights(
         context.workspace, str(provenance.get("teacher") or "")
     )
     full = folders.load_config(teacher or checkpoint)
     if influence is None and teacher:
-        influence = lookup.load_influence_table(teacher, metric, warn)
+        influence = lookup.load_influence_table(teacher, metric)
     prompt, file = ModelCard.prompt, checkpoint / folders.TOKENIZER
     if file.is_file():
         tokenizer = tokenizers.ModelTokenizer(file)
@@ -407,7 +407,7 @@ def model_card(
         config=config,
         provenance={**provenance, "weights": folders.weights_key(checkpoint)},
         evaluation=evaluation,
-        influence=influence or lookup.load_influence_table(checkpoint, metric, warn),
+        influence=influence or lookup.load_influence_table(checkpoint, metric),
         served=folders.served_schedules(checkpoint),
         full=full if full.corrections != config.corrections else None,
         prompt=prompt,

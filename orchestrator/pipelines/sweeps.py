@@ -314,15 +314,15 @@ def plan_sweep(
         models=models,
         name=name,
     )
-    found = _planned(asked, progress)
+    found = _planned(asked)
     found.price  # noqa: B018  # raises if the workers cannot share a step
     return found
 
 
-def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
+def _planned(asked: SweepRequest) -> PlannedSweep:
     settings, space = asked.settings, asked.workspace
     if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, {}, progress)
+        return _plan_students(asked, {TEACHER: asked.teacher}, {})
 
     # Models are trained from scratch: all of the sweep, or those before its students.
     check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -353,7 +353,7 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     labels, finished = teachers_by_label(settings), first.finished
     if labels.keys() <= finished.keys():
         teachers = {label: finished.pop(label) for label in labels}
-        found = _plan_students(asked, teachers, finished, progress)
+        found = _plan_students(asked, teachers, finished)
         return found.model_copy(update={"pretraining": first, "said": [*said, *found.said]})
     models = {label: first.jobs[label].model for label in labels}
     unknown, sentences = _bounds(settings, models, " is not trained")
@@ -370,7 +370,6 @@ def _plan_students(
     asked: SweepRequest,
     teachers: Mapping[str, Path],
     baselines: Mapping[str, Path],
-    progress: Progress,
 ) -> PlannedSweep:
     """Plan the students of trained teachers; a bound of them if influence is not measured."""
     settings, space, tables = asked.settings, asked.workspace, dict[str, InfluenceTable]()
@@ -379,8 +378,6 @@ def _plan_students(
         if table is None:
             measurement = plan_influence(settings, workspace=space, model=checkpoint)
             table = measurement.table
-            for note in measurement.notes:
-                progress.note(note)
         if table:
             tables[label] = table
     models = {label: load_config(path) for label, path in teachers.items()}
@@ -442,9 +439,8 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     settings, pretrains, root = asked.settings, plan.pretraining is not None, workspace.root
 
     def again() -> PlannedSweep:
-        # Without the progress display: what is to be noted was noted with the first plan.
         with offline(DRY_RUN):
-            found = _planned(asked, Progress())
+            found = _planned(asked)
         found.check()
         return found
 

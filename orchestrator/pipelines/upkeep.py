@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
+from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
     Sweep,
@@ -189,7 +190,7 @@ class WorkspaceStatus(Result):
     """One entry for each command that runs, and for each training, measurement or preparation:
     `kind` (such as `command`, `training`, or `queued` for one that waits for its turn), `name`,
     `process` (its id, on this machine), `sweeps`, `label`, `step`, `steps`, `loss`,
-    `tokens_per_second`, `seconds_left`, `seconds_since_record`."""
+    `tokens_per_second`, `seconds_left`, `seconds_since_record`, `waits_for` (of a `queued` one)."""
     sweeps: list[dict[str, Any]]
     """Each sweep with a running trial: `name`, `finished`, `trials`, `seconds_left`."""
 
@@ -207,6 +208,7 @@ class WorkspaceStatus(Result):
             left, age = found["seconds_left"], found["seconds_since_record"] or 0
             facts = [
                 f"{found['label']} in {sweeps}" if sweeps else "",
+                f"waits for {found['waits_for']}" if found["waits_for"] else "",
                 f"step {step:,} of {steps:,}" if steps else "",
                 "" if loss is None else f"loss {loss:.4g}",
                 f"{speed:,.0f} tokens/s" if speed else "",
@@ -221,7 +223,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     """Return what runs in a workspace now; `note` as in `list_workspace`."""
     root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
-    unknown = dict.fromkeys(("label", *progress, "seconds_since_record"))
+    unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
@@ -251,8 +253,18 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
                 "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
                 "seconds_left": run.seconds_left if is_trained else None,
                 "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+                "waits_for": None,
             }
         )
+    for activity in activities:
+        if activity["kind"] == "queued":
+            # One command trains several models one after another, or as Ray gives it places.
+            earlier = [
+                other["name"]
+                for other in activities
+                if other["kind"] == "training" and other["process"] == activity["process"]
+            ]
+            activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
     names, sweeps = [name for activity in activities for name in activity["sweeps"]], []
     for name in dict.fromkeys(names):
@@ -400,9 +412,9 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
     for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
-                stored = files.read_json(file, remedy="all checkpoints are kept")
+                stored = files.read_json(file)
             except UserError as error:  # It may have named any of them.
-                note(str(error))
+                note(f"{error}; all checkpoints are kept")
                 return
             text = json.dumps(stored, ensure_ascii=False)
             names = re.findall(r'"([^"]+/step_\d{8,})"', text)
@@ -417,7 +429,7 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
         for checkpoint in checkpoints if kept else ():
-            measured = any(checkpoint.glob("influence-*.json"))
+            measured = any(checkpoint.glob(INFLUENCE_PATTERN))
             if checkpoint not in kept | needed and not measured:
                 reason = "intermediate checkpoint of a finished training"
                 yield checkpoint, reason, *run_locks(folder)
@@ -441,7 +453,9 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
+    from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
+    from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder) if not is_in_use(folder) else ():
@@ -450,12 +464,17 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield checkpoint, reason, *run_locks(folder)
-    for parent in (workspace.evaluations, workspace.benchmarks, workspace.tracked):
-        for file in sorted(parent.rglob("*.json")):
-            try:
-                files.read_json(file, remedy="it is measured again")
-            except UserError as error:
-                yield file, str(error).removeprefix(f"{file} ")
+    for folder in folders_in(workspace.evaluations):
+        try:
+            open_result(folder)
+        except UserError as error:
+            yield folder, str(error).removeprefix(f"{folder} ")
+    for file in sorted(workspace.tracked.rglob("*.json")):
+        kind = RegisteredModel if file.parent.name == "registered" else TrackedRun
+        try:
+            kind.read(file)
+        except UserError as error:
+            yield file, str(error).removeprefix(f"{file} ")
 
 
 _FINDERS = {

@@ -32,6 +32,9 @@ NO_FILTER = "none"
 """lm-eval's name of the filter of tasks that name none."""
 
 BITS_METRIC = "bits_per_byte"
+MAX_PERPLEXITY = 1e6
+"""A larger one says only that a model guesses: it is stored with lm-eval's results, and left out of
+tables and MLflow."""
 STDERR_SUFFIX = "_stderr"
 
 Values = Sequence[float] | Sequence[tuple[float, float]]

@@ -22,7 +22,7 @@ from pydantic import (
 
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
-from orchestrator.records.evaluation import EvaluationKeys
+from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings.evaluation import Prompts
@@ -31,8 +31,6 @@ from orchestrator.workspace.provenance import content_key
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
 LOSS, PERPLEXITY = "quality/validation_loss", "quality/perplexity"
-MAX_EXPONENT = 700.0
-"""Above it, `exp` overflows a float."""
 
 
 def _finite_or_none(number: float | None) -> float | None:
@@ -225,7 +223,7 @@ class Trial(Record):
     def metrics(self) -> dict[str, float]:
         """Return every number by its tracked name, with the perplexity per token."""
         numbers = {name: float(number) for name, number in self.numbers.items()}
-        if numbers.get(LOSS, math.inf) < MAX_EXPONENT:
+        if numbers.get(LOSS, math.inf) <= math.log(MAX_PERPLEXITY):
             numbers.setdefault(PERPLEXITY, math.exp(numbers[LOSS]))
         return numbers
 

@@ -113,8 +113,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     """
     check_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_FILE
-    remedy = "delete it and run the sweep again, which finds its trials finished"
-    found = StoredSweep.read(path, remedy=remedy)
+    found = StoredSweep.read(path)
     if found is None and (workspace.sweeps / name).is_dir():
         raise UserError(
             f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"

@@ -49,7 +49,7 @@ def with_costs(
     on_gpu = ["GPU"] if settings.trials_use_gpus else []
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
-    times = Measured.read_measured(path, progress.note)
+    times = Measured.read(path)
     if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.

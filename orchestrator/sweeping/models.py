@@ -259,7 +259,7 @@ def named_baselines(
             checkpoint, _ = resolve_model(workspace, name)
             config = load_config(checkpoint)
         except UserError as error:
-            raise UserError(f"sweep.baseline_runs: {error}") from None
+            raise type(error)(f"sweep.baseline_runs: {error}") from None
         if checkpoint == teacher:
             raise UserError(
                 f"sweep.baseline_runs: {name} is the teacher of the sweep, which is on its front "

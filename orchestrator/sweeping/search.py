@@ -27,7 +27,7 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error
+from orchestrator.workspace.files import damage_named, damaged
 
 STUDY_FILE = "optuna.journal"
 GENERATION = "NSGAIISampler:generation"
@@ -229,12 +229,11 @@ class ScheduleSearch:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        remedy = "delete it; finished trials enter the new one"
         try:
-            with damage_as_user_error(self._path, remedy=remedy):
+            with damage_named(self._path):
                 yield
         except (AssertionError, OptunaError) as error:
-            raise UserError(f"{self._path} is damaged ({error!r}); {remedy}") from None
+            raise damaged(self._path, repr(error)) from None
 
 
 def _sampler(

@@ -34,7 +34,6 @@ from orchestrator.models.folder import (
     FIRST_STAGE,
     JOB_KEY,
     METHOD_PACKAGE,
-    REMEDY,
     TOKENIZER,
     TRAINING_STATE,
     read_text_files,
@@ -139,7 +138,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     except UnpicklingError:
         raise UserError(
             f"{file} holds objects that are neither tensors nor plain values, which could run "
-            f"code, so it is not loaded; {REMEDY}"
+            "code, so it is not loaded; copy the checkpoint here again, or move its folder away"
         ) from None
     return state
 

@@ -131,7 +131,7 @@ def find_workspace(path: Workspace | Path | str | None = None) -> Workspace:
     if root.exists() and not root.is_dir():
         problem = os.strerror(errno.ENOTDIR)
         raise UserError(f"cannot use the workspace {root} ({problem}); {remedy}")
-    if read_json(root / WORKSPACE_FILE_NAME, remedy=remedy) not in (None, OWN_VERSION):
+    if read_json(root / WORKSPACE_FILE_NAME) not in (None, OWN_VERSION):
         raise UserError(
             f"the workspace {root} is of another version of this program, which this version "
             f"cannot read; nothing was changed; {remedy}"

@@ -129,7 +129,7 @@ def test_the_metric_measures(place, capsys):
     place.run("--metric cosine")
     checkpoint = place.checkpoint("iterated")
     angle, cosine = (
-        [value for row in json.loads(file.read_text())["values"] for value in row]
+        [value for row in json.loads(file.read_text())["table"]["values"] for value in row]
         for file in (checkpoint / f"influence-{metric}.json" for metric in ("angle", "cosine"))
     )
     assert len(angle) == 6

@@ -196,8 +196,7 @@ FUNCTIONS: dict[str, Reader] = {
 """What only a whole sweep does."""
 
 CLEANED_WITHOUT_FULL = (
-    "runs/first/step_00000001', 'reason': 'intermediate checkpoint of a finished training'}, "
-    "{'kind': 'teachers'"
+    "runs/first/step_00000001', 'reason': 'intermediate checkpoint of a finished training'}]"
 )
 SAID = {
     "tokens/*/heldout-*/suite.json": ("nothing is left",),  # Only notes on the tasks are missing.

@@ -85,7 +85,7 @@ def test_mistakes_are_one_sentence(run, capfd):
 
 def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):
     path = Path(depth_study.__file__).with_suffix(".json")
-    stored = depth_study.StudyResults.read(path, remedy="-")
+    stored = depth_study.StudyResults.read(path)
     settings = read_settings(depth_study.SETTINGS)
     text = depth_study.study_markdown(stored, Choices(), settings, copied=0.518)
     assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds" in text

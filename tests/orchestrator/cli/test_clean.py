@@ -13,9 +13,10 @@ import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.evaluation.store import StoredItems
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
-from orchestrator.workspace.files import new_folder, write_json
+from orchestrator.workspace.files import checksums_of, new_folder, write_json
 from orchestrator.workspace.layout import (
     RAY_FOLDER,
     SWEEP_LOCK_NAME,
@@ -130,14 +131,16 @@ def test_ray_folders_of_ended_commands_go(space, clean):
 def test_damaged_files_go(space, whole, clean, capsys):
     weights = whole / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    good, bad = space.evaluations / "good.json", space.evaluations / "bad.json"
-    write_json(good, {"a": 1})
-    write_json(bad, {"a": 1})
-    bad.write_text(bad.read_text().replace("1", "2", 1))
+    good, bad = space.evaluations / "good", space.evaluations / "bad"
+    for folder in (good, bad):
+        write_json(folder / "results_1.json", {"results": {"task": {"acc,none": 0.5}}})
+        items = StoredItems(items=[], values={}, checksums=checksums_of(folder))
+        items.write(folder / "items.json")
+    write_json(bad / "results_1.json", {"results": {"task": {"acc,none": 0.6}}})
     with only_readable(space.root):
         assert cli.main(["clean", "damaged", "--yes", "-w", str(space.root)]) == 1
     assert "cannot be deleted (Permission denied)" in capsys.readouterr().err
-    assert clean("damaged", "--yes") == ["evaluations/bad.json", "runs/whole/step_00000004"]
+    assert clean("damaged", "--yes") == ["evaluations/bad", "runs/whole/step_00000004"]
     assert good.exists()
 
 

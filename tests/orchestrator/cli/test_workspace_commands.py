@@ -165,6 +165,10 @@ def test_status_tells_queued_from_running_and_measured_trials(space, two_runs, t
     assert kinds(space.runs / "new" / RUN_LOCK_NAME, two_runs / RUN_LOCK_NAME) == {
         "runs/new": "queued", "runs/half": "queued",
     }  # fmt: skip
+    with lock_file(space.runs / "new" / RUN_LOCK_NAME):
+        assert "queued runs/new: waits for Ray to start its workers" in run("list", "running")
+        with lock_file(two_runs / WORKERS_LOCK_NAME):
+            assert "queued runs/new: waits for runs/half" in run("list", "running")
     assert kinds(two_runs / RUN_LOCK_NAME, two_runs / WORKERS_LOCK_NAME) == {
         "runs/half": "training"
     }

@@ -19,7 +19,7 @@ from orchestrator.evaluation.store import (
 )
 from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
 from orchestrator.records.evaluation import EvaluationKeys, TaskResult
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import DamagedFile, RunFailed
 
 WORDS = ["a bag", "the hen", "cab", "face", "dad", "x", "a bag"]
 FILTERS = [
@@ -119,7 +119,7 @@ def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokeniz
     assert ours["group_subtasks"] == {"both": ["choices", "texts"]}
 
 
-def test_what_is_damaged_is_measured_again_and_never_copied(suite, decoder, tokenizer, tmp_path):
+def test_what_is_damaged_is_named_and_never_copied(suite, decoder, tokenizer, tmp_path):
     notes: list[str] = []
     store = EvaluationStore(tmp_path, notes.append)
     task = run_task("choices", suite.tasks["choices"], DecoderModel(decoder, tokenizer))
@@ -132,9 +132,9 @@ def test_what_is_damaged_is_measured_again_and_never_copied(suite, decoder, toke
         if pattern == "samples_*":
             assert store.load(keys), "a report reads no samples"
         else:
-            assert store.load(keys) is None
-            assert str(file) in notes.pop()
-        with pytest.raises((RunFailed, UserError), match=file.name):
+            with pytest.raises(DamagedFile, match=rf"key is damaged \({file.name} "):
+                store.load(keys)
+        with pytest.raises(DamagedFile, match=rf"key is damaged \({file.name} "):
             store.copy(keys, tmp_path / "copy", pretrained="")
     plain = tmp_path / "a file"
     plain.write_text("")
@@ -151,6 +151,15 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     store.write("key", MeasuredTask(name="loss", run=run), {})
     found = store.read("key")
     assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
+
+
+def test_a_perplexity_that_says_nothing_is_left_out():
+    numbers = {"perplexity,none": 4e7, "perplexity_stderr,none": 9.0, "acc,none": 0.5}
+    run = {"results": {"t": numbers}, "versions": {}, "n-shot": {}}
+    assert MeasuredTask(name="t", run=run).result.metrics == {"acc": 0.5}
+    numbers["perplexity,none"] = 35.0
+    metrics = MeasuredTask(name="t", run=run).result.metrics
+    assert metrics == {"perplexity": 35.0, "perplexity_stderr": 9.0, "acc": 0.5}
 
 
 # Answers of a task that is not finished

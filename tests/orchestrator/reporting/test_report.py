@@ -37,7 +37,6 @@ from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
@@ -312,14 +311,13 @@ def test_missing_and_damaged_sweeps_are_user_errors(workspace, sweep):
         write_sweep_report(workspace, "toy")
     # A copied sweep is its own sweep.
     stored.write_bytes(before)
-    values = {**sweep.model_dump(mode="json"), "facts": {}}
-    write_json(workspace.sweeps / "copy" / RESULTS_FILE, values)
+    sweep.model_copy(update={"facts": {}}).write(workspace.sweeps / "copy" / RESULTS_FILE)
     assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
     assert stored.read_bytes() == before
 
 
 def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path):
-    write_json(tmp_path / "outside" / RESULTS_FILE, sweep.model_dump(mode="json"))
+    sweep.write(tmp_path / "outside" / RESULTS_FILE)
     sweep.store(workspace)
     before = sorted(tmp_path.rglob("*"))
     for name in ("../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""):
@@ -327,8 +325,8 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path)
         with pytest.raises(UserError, match="a name has letters, digits"):
             write_sweep_report(workspace, name)
         for part in ("name", "key"):
-            stored = {**sweep.model_dump(mode="json"), part: name}
-            write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
+            renamed = sweep.model_copy(update={part: name})
+            renamed.write(workspace.sweeps / "toy" / RESULTS_FILE)
             with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
                 write_sweep_report(workspace, "toy")
     assert sorted(tmp_path.rglob("*")) == before
