@@ -51,7 +51,7 @@ def main(folder: str, *, num_steps: int = 200) -> dict[str, float]:
         optimizer.step()
 
     # The cheapest schedule drafts, which changes no token.
-    tokens = iiet.generate(student, ids[:1, :8], max_new_tokens=24, draft="0")
+    tokens = student.generate(ids[:1, :8], max_new_tokens=24, draft="0")
     print(bytes(tokens[0].tolist()).decode())
     iiet.export(student, folder)
     return {"trained": loss.item(), "pruned": pruned, **{k: v.item() for k, v in parts.items()}}

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
-from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
+from iiet.speculative import DraftRecord
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
@@ -216,16 +216,15 @@ def measure_draft(full: Decoder, draft: Decoder | IterationSchedule, texts: Tens
     """
     prompts = texts[:, : sweep_prompt_length(full.config.context_length)].to(full.device)
     new_tokens = texts.size(1) - prompts.size(1)
-    _, record = generate(
-        full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1, return_record=True
-    )
+    record = DraftRecord()
+    full.generate(prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1, record=record)
     drafts: tuple[Decoder | IterationSchedule | None, ...] = (draft, None)
     times: dict[bool, list[float]] = {True: [], False: []}
     with threads(1):
         for number, prompt in enumerate(torch.split(prompts[:NUM_TIMED_TEXTS], 1)):
             # Each prompt begins with the other way.
             for one in drafts[:: -1 if number % 2 else 1]:
-                steps = partial(stream, full, prompt, max_new_tokens=new_tokens, draft=one)
+                steps = partial(full.stream, prompt, max_new_tokens=new_tokens, draft=one)
                 times[one is not None].append(time_stream(steps, new_tokens, full.device)[1])
     ratios = [plain / drafted for plain, drafted in zip(times[False], times[True], strict=True)]
     return DraftSpeed(
@@ -283,7 +282,7 @@ def _stream(
     decoder: Timed, prompt: Tensor, new_tokens: int, graphs: StaticSteps | None = None
 ) -> Iterator[Tensor]:
     if isinstance(decoder, Decoder):
-        return stream(decoder, prompt, steps=graphs, max_new_tokens=new_tokens)
+        return decoder.stream(prompt, steps=graphs, max_new_tokens=new_tokens)
     return decoder.stream(prompt, new_tokens)
 
 

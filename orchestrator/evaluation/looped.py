@@ -204,12 +204,12 @@ class LoopedDecoder:
         prompts: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        stop_tokens: Iterable[int],
+        eos_token_id: Iterable[int],
         draft: LoopedDecoder | None = None,
         draft_tokens: int | str = "auto",
         **chosen: Any,
     ) -> Iterator[Tensor]:
-        """Yield the next token of each row, as `iiet.generation.stream`, by transformers.
+        """Yield the next token of each row, as `iiet.Decoder.stream`, by transformers.
 
         Args:
             draft: The model at a lower depth, which drafts; no token changes.
@@ -222,7 +222,7 @@ class LoopedDecoder:
         most, room, rows = chosen["max_new_tokens"], self.config.context_length, []
         if prompts.size(1) + most > room:
             raise ValueError(does_not_fit(prompts.size(1), most, room))
-        ends, options = [*stop_tokens], dict[str, Any](do_sample=False)
+        ends, options = [*eos_token_id], dict[str, Any](do_sample=False)
         if chosen["temperature"]:
             options = {"do_sample": True, "temperature": chosen["temperature"]}
             options |= {"top_k": chosen["top_k"] or 0, "top_p": chosen["top_p"] or 1.0}

@@ -23,7 +23,7 @@ from model_cases import (
     tokens,
 )
 
-from iiet import METHODS, Decoder, IterationSchedule, generate, next_token_loss, plain_formulas
+from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
 
@@ -102,8 +102,8 @@ def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, dra
     drafted = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
-        expected = generate(decoder, tokens(2, TIME), **options)
-        found = generate(decoder, tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
+        expected = decoder.generate(tokens(2, TIME), **options)
+        found = decoder.generate(tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
         assert torch.equal(found, expected)
 
 

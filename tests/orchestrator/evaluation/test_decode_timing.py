@@ -13,7 +13,6 @@ from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.generation import generate
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation import decode_timing
@@ -143,7 +142,7 @@ def test_acceptance_is_the_share_of_tokens_that_draft_and_model_choose(decoder):
     speed = measure_draft(decoder, none, texts)
     # After the same tokens, the same weights without corrections choose some of the same tokens.
     length = sweep_prompt_length(decoder.config.context_length)
-    continued = generate(decoder, texts[:, :length], max_new_tokens=texts.size(1) - length)
+    continued = decoder.generate(texts[:, :length], max_new_tokens=texts.size(1) - length)
     with torch.no_grad():
         choices = decoder(continued[:, :-1], schedule=none).argmax(-1)
     share = (choices == continued[:, 1:])[:, length - 1 :].float().mean().item()
