@@ -39,7 +39,7 @@ def main(folder: str, *, num_steps: int = 200) -> dict[str, float]:
 
     table = iiet.influence_table(model, ids)
     print(table)
-    schedule = iiet.schedule_family(table).within(cost=6)  # Of nine evaluations per token.
+    schedule = iiet.schedule_family(table).within(nfe=6)  # Of nine evaluations per token.
     print(f"distilled under the schedule {schedule}")
     student = model.copy(schedule=schedule)
     pruned = student.loss(ids).item()

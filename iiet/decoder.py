@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -222,15 +223,42 @@ class Decoder(nn.Module):
             return loss_fn(*answer)
         return answer if return_hidden else logits
 
-    def loss(self, batch: Batch | Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
-        """Compute the mean cross-entropy of a batch's targets, a scalar; tokens, (batch, time), are
-        text. The logits are computed in chunks and never whole.
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        schedule: ScheduleLike | None = None,
+    ) -> Tensor:
+        """Compute the mean cross-entropy of the targets, a scalar.
+
+        The logits are computed in chunks and never whole.
+
+        Args:
+            input_ids: (batch, time).
+            targets: (batch, time), the token that each position must predict, or `NO_TARGET` (-100)
+                where it predicts none; nothing shifts them. None: the next token, as in text.
+            attention_mask: (batch, time), false for padding, which is neither read nor predicted.
+            schedule: corrections of this call, instead of the config's.
+
+        Raises:
+            ValueError: tensors of other shapes, and as `forward`.
         """
-        known = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
-        found: Tensor = self(
-            known.input_ids, schedule=schedule, loss_fn=partial(batch_cross_entropy, batch=known)
+        if targets is None:
+            batch = Batch.of_text(input_ids, attention_mask)
+        else:
+            batch = Batch(input_ids, targets, attention_mask)
+        if batch.mask is not None and attention_mask is not None:
+            # The last padding before a text does not predict its first token.
+            batch = replace(batch, mask=batch.mask.bool() & attention_mask.bool())
+        loss: Tensor = self(
+            input_ids,
+            schedule=schedule,
+            attention_mask=attention_mask,
+            loss_fn=partial(batch_cross_entropy, batch=batch),
         )
-        return found
+        return loss
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any

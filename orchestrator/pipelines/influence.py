@@ -107,8 +107,14 @@ class InfluenceResult(Result):
         return list(self.table.schedule)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per layer and correction: influence, its standard error, residual."""
+        """Return one row per layer and correction: influence, its standard error, residual.
+
+        Without corrections, one row per layer: its block influence.
+        """
         table = self.table
+        if not table.schedule.num_corrections:
+            layers = enumerate(table.layer_values, start=1)
+            return [{"layer": layer, "block_influence": value} for layer, value in layers]
         residuals = table.residual_rows or [()] * len(table.value_rows)
         return [
             {"layer": layer, "correction": number, "influence": v, "stderr": e, "residual": r}
@@ -134,22 +140,18 @@ def plan_influence(
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest finished IIET with
-            corrections when unset.
+        model: A checkpoint or run, by path or name; the newest finished IIET with corrections when
+            unset. Of a model without corrections, each whole layer is measured.
 
     Raises:
-        UserError: If there is no such model, it makes no corrections, its tokens are not in the
-            workspace, or the checkpoint or the tokens are damaged, or do not go together.
+        UserError: If there is no such model, its method repeats the whole stack, its tokens are
+            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
+            together.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
     tokens_folder = tokens_folder_of(checkpoint, space)
     config, data = load_config(checkpoint), open_data(tokens_folder)
-    if not config.corrections.num_corrections:
-        raise UserError(
-            f"{checkpoint} is a model ({config.method}) without corrections, so there is "
-            "no influence to measure; take an IIET with r >= 1"
-        )
     if facts_of(config.method).repeats_stack:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
@@ -214,9 +216,10 @@ def run_influence(
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
-        chart = influence_chart(table.rows(), metric=table.metric, title=title)
         try:
-            save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
+            if table.schedule.num_corrections:
+                chart = influence_chart(table.rows(), metric=table.metric, title=title)
+                save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
             write_json(plan.path, {"key": plan.key, **table.to_dict()})
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")
@@ -276,6 +279,12 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
 
 def summary(table: InfluenceTable) -> str:
     """Return the range of a table's values, and how many layers do not contract, as text."""
+    if not table.schedule.num_corrections:
+        layers = table.layer_values
+        return (
+            f"no corrections; {len(layers)} whole layers, from {max(layers):.2g} down to "
+            f"{min(layers):.2g}, over {table.num_tokens:,} tokens"
+        )
     values = [value for row in table.rows() for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)
