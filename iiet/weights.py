@@ -76,6 +76,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
             f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
             "and those of a Llama, are read by decoder_from_published"
         )
+    values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
     if missing := [name for name in CONFIG_NAMES if name not in values]:
         raise ValueError(f"it does not say {', '.join(missing)}")
     return ModelConfig.from_dict({ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()})

@@ -85,3 +85,8 @@ def test_packages_are_marked_as_typed_and_export_each_name_once():
     for package in PACKAGES:
         assert (Path(str(package.__file__)).parent / "py.typed").read_text() == ""
         assert len(package.__all__) == len(set(package.__all__))
+
+
+def test_dir_lists_the_interface_alone():
+    assert dir(iiet) == sorted(["__version__", *iiet.__all__])
+    assert dir(orchestrator) == sorted(orchestrator.__all__)

@@ -51,7 +51,7 @@ class ModelSettings(Section):
     num_heads: StrictInt | None = Field(default=None, gt=0)
     """Query heads."""
     num_kv_heads: StrictInt | None = Field(default=None, gt=0)
-    """Key and value heads."""
+    """Key and value heads (default: as many as query heads)."""
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)
@@ -76,8 +76,6 @@ class ModelSettings(Section):
         sizes = self.model_dump(exclude=others, exclude_none=True)
         if context_length is not None:
             sizes.setdefault("context_length", context_length)
-        if "num_heads" in sizes:
-            sizes.setdefault("num_kv_heads", sizes["num_heads"])
         num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
         corrections = self.corrections if facts_of(self.method).has_corrections else 0
         try:

@@ -16,7 +16,7 @@ from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import DistillationConfig
 from iiet.distillation import distillation_loss, frozen_teacher
-from iiet.losses import LazyLogits, batch_cross_entropy
+from iiet.losses import LazyLogits, batch_cross_entropy, cross_entropy
 from orchestrator.training.objective import make_objective, validation_metrics
 from orchestrator.training.world import World
 
@@ -186,3 +186,29 @@ def test_a_batch_of_another_shape_is_refused():
     other = Batch.of_text(batch.input_ids.T)
     with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):
         decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=other))
+
+
+@torch.no_grad()
+def test_the_loss_of_padded_text_is_that_of_its_tokens():
+    """Padding is on the left; its last position predicts no token."""
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    num_padding = torch.tensor([0, 4, ids.size(1) - 1])
+    mask = torch.arange(ids.size(1)) >= num_padding[:, None]
+    rows = [row[padding:][None] for row, padding in zip(ids, num_padding, strict=True)]
+    counts = [row.size(1) - 1 for row in rows]
+    expected = sum(n * decoder.loss(row) for n, row in zip(counts, rows, strict=True)) / sum(counts)
+    torch.testing.assert_close(decoder.loss(ids, attention_mask=mask.long()), expected)
+
+
+@torch.no_grad()
+def test_the_loss_of_targets_counts_where_there_are_any_and_no_padding():
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    targets = ids.flip(1)
+    targets[:, :3] = NO_TARGET
+    expected = cross_entropy(decoder(ids), targets)
+    torch.testing.assert_close(decoder.loss(ids, targets), expected)
+    mask = torch.ones_like(ids)
+    mask[:, -4:] = 0
+    expected = cross_entropy(decoder(ids)[:, :-4], targets[:, :-4])
+    torch.testing.assert_close(decoder.loss(ids, targets, mask), expected)
+    assert decoder.loss(ids, schedule=0) != decoder.loss(ids)

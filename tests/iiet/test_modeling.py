@@ -83,9 +83,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
     model.eval()
     cached = generated(model, ids, mask, use_cache=True)
     with torch.no_grad():
-        assert torch.equal(
-            cached, iiet.generate(decoder, ids, attention_mask=mask, max_new_tokens=10)
-        )
+        assert torch.equal(cached, decoder.generate(ids, attention_mask=mask, max_new_tokens=10))
     if cheaper(decoder):
         draft = model.with_schedule(0)
         assert draft.model.embed_tokens is model.model.embed_tokens

@@ -60,7 +60,7 @@ def test_loading_and_generating_import_few_libraries(tmp_path):
         "import sys, torch, iiet; assert 'safetensors' not in sys.modules; "
         "decoder = iiet.Decoder.from_pretrained(sys.argv[1]); "
         "decoder.save_pretrained(sys.argv[1]); "
-        "iiet.generate(decoder, torch.ones(1, 2, dtype=torch.long), max_new_tokens=2); "
+        "decoder.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2); "
         "print({'transformers', 'orchestrator', 'torch._dynamo'} & set(sys.modules))"
     )
     found = subprocess.run(
