@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.config import ModelConfig
+from iiet.config import ATTENTION_OPTIONS, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "config_to_json",
     "non_finite",
     "read_folder",
+    "write_files",
     "write_folder",
 ]
 
@@ -53,6 +54,11 @@ CONFIG_NAMES = {
     "initializer_range": "initializer_std",
 }
 """Names of transformers, and what `ModelConfig` calls them."""
+_OPTIONAL_NAMES = {name: name for name in ("head_dim", *ATTENTION_OPTIONS)} | {
+    # transformers gives `rope_scaling` of any config a meaning of its own.
+    "rope_scaling": "rotary_scaling",
+}
+"""What `ModelConfig` calls the options of attention, and their names in a file that has them."""
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["IIETForCausalLM"],
         "model_type": MODEL_TYPE,
         **{theirs: values.get(ours) for theirs, ours in CONFIG_NAMES.items()},
+        **{theirs: values[ours] for ours, theirs in _OPTIONAL_NAMES.items() if ours in values},
     }
 
 
@@ -74,12 +81,16 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if (found := values.get("model_type")) != MODEL_TYPE:
         raise ValueError(
             f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
-            "and those of a Llama, are read by decoder_from_published"
+            "and those of plain models, are read by decoder_from_published"
         )
     values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
     if missing := [name for name in CONFIG_NAMES if name not in values]:
         raise ValueError(f"it does not say {', '.join(missing)}")
-    return ModelConfig.from_dict({ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()})
+    fields = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()}
+    for ours, theirs in _OPTIONAL_NAMES.items():
+        if values.get(theirs) is not None:
+            fields[ours] = values[theirs]
+    return ModelConfig.from_dict(fields)
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -87,7 +98,8 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite"
         for name, tensor in weights.items()
-        if not bool(tensor.isfinite().all())
+        # Of the smallest and the largest value: `isfinite` of all takes memory for a second tensor.
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
     ]
 
 
@@ -104,6 +116,17 @@ def write_folder(
     Raises:
         ImportError: safetensors is not installed.
     """
+    write_files(folder, {**config_to_json(config), **others}, weights)
+
+
+def write_files(
+    folder: str | PathLike[str], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Write `config.json` with these values, and the weights.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     save_file = _safetensors().torch.save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +135,7 @@ def write_folder(
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
-    text = json.dumps({**config_to_json(config), **others}, indent=2) + "\n"
+    text = json.dumps(dict(values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 

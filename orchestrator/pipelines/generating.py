@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 from iiet.decoder import Decoder
 from iiet.facts import facts_of
 from iiet.generation import does_not_fit
+from iiet.plain_models import MODEL_TYPES
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
@@ -128,9 +129,13 @@ def open_generator(
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
-        folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
-        is_export = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
-        if not is_export or model_folders.read_config(folder).get("model_type") != MODEL_TYPE:
+        exported_types = {MODEL_TYPE, *MODEL_TYPES}
+        folder = lookup.find_model_folder(space, Path(str(path)), model_types=exported_types)
+        is_folder = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
+        if (
+            not is_folder
+            or model_folders.read_config(folder).get("model_type") not in exported_types
+        ):
             folder = model_folders.resolve_checkpoint(folder)
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
