@@ -365,9 +365,10 @@ def _size_problems(config: ModelConfig) -> list[str]:
 def _layer_problems(config: ModelConfig) -> list[str]:
     """Describe what is wrong with the options that say something of the rotation or the layers."""
     problems: list[str] = []
-    if not isinstance(config.rope_scaling, RopeScaling | None):
+    scaling: Any = config.rope_scaling
+    if not isinstance(scaling, RopeScaling | None):
         problems.append(
-            f"rope_scaling must be a mapping with a rope_type, or None, got {config.rope_scaling!r}"
+            f"rope_scaling must be a mapping with a rope_type, or None, got {scaling!r}"
         )
     rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "rotary_layers": ("true or false", lambda value: type(value) is bool),
