@@ -129,13 +129,10 @@ def open_generator(
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
-        exported_types = {MODEL_TYPE, *MODEL_TYPES}
-        folder = lookup.find_model_folder(space, Path(str(path)), model_types=exported_types)
+        types = {MODEL_TYPE, *MODEL_TYPES}
+        folder = lookup.find_model_folder(space, Path(str(path)), model_types=types)
         is_folder = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
-        if (
-            not is_folder
-            or model_folders.read_config(folder).get("model_type") not in exported_types
-        ):
+        if not is_folder or model_folders.read_config(folder).get("model_type") not in types:
             folder = model_folders.resolve_checkpoint(folder)
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
