@@ -287,6 +287,8 @@ def _values_of(config: ModelConfig, name: str) -> dict[str, Any]:
         **{key: getattr(config, field) for key, field in _FIELD_OF_KEY.items()},
         "rope_theta": config.rope_theta,
         "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        # Of a key that is left out, a type takes the token of the model that it was made for.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     optional = {
         "head_dim": config.head_dim,
