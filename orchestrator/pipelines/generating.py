@@ -131,9 +131,10 @@ def open_generator(
     if folder is None:
         types = {MODEL_TYPE, *MODEL_TYPES}
         folder = lookup.find_model_folder(space, Path(str(path)), model_types=types)
-        is_folder = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
-        if not is_folder or model_folders.read_config(folder).get("model_type") not in types:
+        if model_folders.is_checkpoint(folder) or not (folder / CONFIG).is_file():
             folder = model_folders.resolve_checkpoint(folder)
+        else:
+            model_folders.decoder_config(folder)  # Of a model that no decoder runs, says why.
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
 
