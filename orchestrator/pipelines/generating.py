@@ -20,7 +20,6 @@ from tokenizers.decoders import DecodeStream
 from iiet.decoder import Decoder
 from iiet.facts import facts_of
 from iiet.generation import does_not_fit
-from iiet.plain_models import MODEL_TYPES
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
@@ -31,7 +30,7 @@ from orchestrator.models import lookup
 from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
-from orchestrator.pipelines.models import local_model, plan_pick
+from orchestrator.pipelines.models import MANIFEST, local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -129,14 +128,19 @@ def open_generator(
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
-        types = {MODEL_TYPE, *MODEL_TYPES}
-        folder = lookup.find_model_folder(space, Path(str(path)), model_types=types)
-        if model_folders.is_checkpoint(folder) or not (folder / CONFIG).is_file():
+        folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
+        if not _is_exported(folder):
             folder = model_folders.resolve_checkpoint(folder)
-        else:
-            model_folders.decoder_config(folder)  # Of a model that no decoder runs, says why.
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder is an export: of a plain model, its list of checksums tells."""
+    if model_folders.is_checkpoint(folder) or not (folder / CONFIG).is_file():
+        return False
+    is_ours = model_folders.read_config(folder).get("model_type") == MODEL_TYPE
+    return is_ours or (folder / MANIFEST).is_file()
 
 
 class TextGenerator:
