@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from tokenizers import pre_tokenizers
 
-from iiet.config import ATTENTION_OPTIONS
 from iiet.decoder import Decoder
 from iiet.published import decoder_from_published
 from iiet.weights import CONFIG
@@ -167,15 +166,6 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
             f"llama.cpp cannot run a model of the method {config.method!r}: it has no counterpart "
             "of what a method computes beside the layers, such as mix and norms; only vanilla and "
             "looped models have a GGUF file"
-        )
-    options = [name for name in ATTENTION_OPTIONS if getattr(config, name)]
-    if config.head_dim * config.num_heads != config.dim:
-        options.append("head_dim")
-    if options:
-        raise UserError(
-            f"a GGUF file is written of the attention of a plain Llama, and this model has "
-            f"{', '.join(options)}; export it for transformers, and convert the folder with "
-            "llama.cpp's own program"
         )
     gguf = _package(f"writing {path}")
     num_loops = 1 + schedule[0] if schedule else 1
