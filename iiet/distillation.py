@@ -53,8 +53,8 @@ __all__ = [
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, a wrapped one, or a cache of a teacher's logits. Only of a `Decoder` the logits are
-computed in chunks (`iiet.losses`)."""
+A decoder or a wrapped one. Only of a `Decoder` the logits are computed in chunks
+(`iiet.losses`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

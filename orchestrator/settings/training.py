@@ -183,9 +183,6 @@ class TrainingSettings(Section):
     """Newest checkpoints kept on disk."""
     profile_steps: StrictInt = Field(default=0, ge=0)
     """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
-    keep_best: StrictBool = False
-    """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
-    checkpoints of steps with a validation loss are compared."""
 
 
 class DistillationSettings(Section):
@@ -206,9 +203,6 @@ class DistillationSettings(Section):
     """First step with the teacher, counted from 0; plain cross-entropy before."""
     teacher_until_step: StrictInt | None = Field(default=None, gt=0)
     """First step without the teacher; plain cross-entropy from there on (default: never)."""
-    teacher_cache: StrictBool = False
-    """Compute the teacher's logits once for all students of a sweep, and delete them at its end;
-    the losses are the same. They take 4 x vocabulary bytes per token (2 x in bf16)."""
     training: TrainingSettings = TrainingSettings(
         num_steps=60,
         learning_rate=5e-4,

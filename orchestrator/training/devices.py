@@ -327,6 +327,15 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
         )
 
 
+def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
+    """Return the frozen teacher on this worker's device; None if the job has none."""
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
+
+
 def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     """Return the dtype of a teacher's weights: a GPU needs no float32 ones for bf16."""
     is_half = precision == "bf16" and torch.device(device).type == "cuda"

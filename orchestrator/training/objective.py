@@ -46,7 +46,7 @@ def make_objective(
     """Return the loss under the schedule of the step: cross-entropy, or IIAD with a teacher.
 
     Args:
-        teacher: The frozen teacher, or a lookup of its stored outputs.
+        teacher: The frozen teacher.
         distillation: What the student learns from it.
         source_names: The sources of a mixture. Without a teacher, the parts then hold what
             `mean_by_source` reads.

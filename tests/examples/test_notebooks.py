@@ -77,3 +77,9 @@ def test_the_one_of_the_first_hour_runs(outputs_of):
     assert "teacher" in front
     assert "nats per token on held-out text" in printed(outputs)
     assert printed(outputs).count("layer 2, correction 2: moved by ") == 1
+    logged = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
+    assert "ray" not in logged.lower()
+    assert "experiment_analysis" not in logged
+    lines = printed(outputs) + "".join(data.get("text/plain", "") for data in shown)
+    for task in ("pretrain", "influence (cosine)", "sweep", "report", "export", "evaluate"):
+        assert f"{task}: " in lines, "progress"

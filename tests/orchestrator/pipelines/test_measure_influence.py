@@ -23,7 +23,7 @@ from orchestrator.pipelines.influence import InfluenceResult, plan_influence, ru
 from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.world import on_cpu
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
@@ -77,7 +77,7 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     table = result.to_pandas()
     assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
     assert table["influence"].tolist() == [value for row in found.rows() for value in row]
-    stored = json.loads((checkpoint / "influence-cosine.json").read_text())
+    stored = json.loads((checkpoint / "influence-cosine.json").read_text())["table"]
     assert InfluenceTable.from_dict(stored) == found
     assert stored["residuals"] == [list(row) for row in found.residual_rows]
     assert stored["contractions"] == [found.contractions[0], None]
@@ -94,9 +94,12 @@ def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens,
     measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))
     assert measured == ["cosine", "cosine", "loss"]
     path = checkpoint / "influence-cosine.json"
-    path.write_text('{"key"')
-    assert measured_or_stored(checkpoint, context) == first
-    assert len(measured) == 4
+    measured_or_stored(checkpoint, context)
+    stored = path.read_text()
+    path.write_text(stored.replace("0.", "0.1", 1))
+    with pytest.raises(DamagedFile, match=r"influence-cosine\.json is damaged"):
+        measured_or_stored(checkpoint, context)
+    assert len(measured) == 4, "it is neither taken nor written again"
 
 
 @pytest.mark.parametrize("metric", ["cosine", "loss"])
