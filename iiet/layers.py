@@ -26,16 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iiet.arithmetic import HALF, needs_all_derivatives
+from iiet.arithmetic import HALF, needs_all_derivatives, product_dtype
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
 from iiet.fast import (
     add_few_rows_product,
     can_use_fast_linear,
+    can_use_rms_norm,
     few_rows_product,
     gated_product,
     is_bare,
     normalize_few_rows,
+    rms_norm,
     rotate_in_place,
 )
 
@@ -138,6 +140,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., dim)."""
+        if can_use_rms_norm(x, self.weight):
+            assert self.eps is not None
+            return rms_norm(x, self.weight, self.eps)
         # The fused kernel needs one dtype, and autocast would make that float32.
         weight = self.weight.to(x.dtype)
         if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
@@ -162,6 +167,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
+        x = x.to(product_dtype(x))  # Once; autocast would make and keep a copy for each product.
         by_head = (*x.shape[:2], -1, self.head_dim)
         queries = rotate(self.q_proj(x).view(by_head), *context.rope).transpose(1, 2)
         keys = rotate(self.k_proj(x).view(by_head), *context.rope).transpose(1, 2)
@@ -184,6 +190,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
+        x = x.to(product_dtype(x))  # As in `Attention`.
         gate = self.gate_proj(x)
         up = self.up_proj(x)
         if can_use_fast_linear(self.down_proj, x):
