@@ -71,14 +71,14 @@ def correction_map(layer, hidden, state, call) -> Step:
         state: the earlier estimates.
         call: what all evaluations share.
     """
-    mix = layer.mix(state, dtype=hidden.dtype, corrects=True)
+    point_sum, _ = layer.mix.sums(state.estimates, corrects=True)
     if layer.reinjection is not None:
         prediction = layer.prediction_norm(layer.field(hidden, call.context))
-        mix = mix.with_prediction(prediction, layer.reinjection.squeeze())
+        point_sum = point_sum.with_term(layer.reinjection, prediction)
     damping = layer.options.damping if layer.damping is None else layer.damping
 
     def step(estimate: Tensor) -> Tensor:
-        output = layer.field(mix.point(estimate), call.context)
+        output = layer.field(point_sum.plus(estimate, hidden.dtype), call.context)
         return estimate + damping * (layer.correction_norm(output) - estimate)
 
     return step

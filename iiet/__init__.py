@@ -9,7 +9,6 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iiet.arithmetic import plain_formulas as plain_formulas
     from iiet.batch import Batch as Batch
     from iiet.cache import KeyValueCache as KeyValueCache
     from iiet.config import PRESETS as PRESETS
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from iiet.distillation import distillation_loss as distillation_loss
     from iiet.distillation import frozen_teacher as frozen_teacher
     from iiet.exporting import export as export
+    from iiet.fast import plain_formulas as plain_formulas
     from iiet.generation import generate as generate
     from iiet.generation import stream as stream
     from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
@@ -51,7 +51,6 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 _NAMES_OF_MODULE = {
-    "arithmetic": "plain_formulas",
     "batch": "Batch",
     "cache": "KeyValueCache",
     "config": "DistillationConfig ModelConfig PRESETS preset",
@@ -59,6 +58,7 @@ _NAMES_OF_MODULE = {
     "decoder": "Decoder",
     "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
+    "fast": "plain_formulas",
     "generation": "generate stream",
     "influence": "INFLUENCE_METRICS influence_table",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",

@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.arithmetic import product_dtype
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
 from iiet.config import ModelConfig
 from iiet.context import make_context
 from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
-from iiet.layers import RMSNorm, Rope, draw_weights, make_embedding
+from iiet.layers import RMSNorm, Rope, draw_weights, make_embedding, product_dtype
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
@@ -277,7 +276,7 @@ class Decoder(nn.Module):
             schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
-        state = self.method.start(embeddings, self.config.num_layers)
+        state = self.method.start(embeddings)
         num_runs = self.method.facts.num_runs(schedule)
         for run in range(num_runs):
             for number, layer in enumerate(self.model.layers):

@@ -7,14 +7,18 @@
                          the weights; with it the norm and the sum of such a step
 
 They read weights instead of calling modules, so a module that was replaced, wrapped or hooked since
-then is called (`is_bare`); plain formulas also serve other devices, `torch.compile`, and passes
-that need other derivatives than a first backward pass. Tests hold all equal to the plain formulas.
+then is called (`is_bare`). Plain formulas also serve other devices, `torch.compile` (which fuses
+them itself), and passes that need other derivatives than a first backward pass: the transforms of
+`torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. Tests
+hold all equal to the plain formulas.
 `IIET_CPU_KERNELS=0` turns them off, and nothing else.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +26,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -30,18 +35,19 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from iiet.arithmetic import fast_forms_allowed
-
 __all__ = [
     "add_few_rows_product",
     "can_step",
     "can_use_fast_linear",
     "can_use_rms_norm",
+    "fast_forms_allowed",
     "few_rows_product",
     "gated_product",
     "is_bare",
     "may_read_weights",
+    "needs_all_derivatives",
     "normalize_few_rows",
+    "plain_formulas",
     "rms_norm",
     "rotate_in_place",
 ]
@@ -56,6 +62,41 @@ _GLOBAL_HOOKS = (
     _global_forward_pre_hooks,
 )
 """Hooks of all modules. PyTorch has no function that looks for any."""
+
+
+_plain_contexts = 0
+
+
+@contextmanager
+def plain_formulas() -> Iterator[None]:
+    """Run plain formulas only.
+
+    Fast ones are differentiable once, so a gradient of a gradient needs this context around both
+    passes:
+
+        with plain_formulas():
+            (slope,) = torch.autograd.grad(loss(decoder), weights, create_graph=True)
+    """
+    global _plain_contexts
+    _plain_contexts += 1
+    try:
+        yield
+    finally:
+        _plain_contexts -= 1
+
+
+def fast_forms_allowed() -> bool:
+    """Return whether formulas that are differentiable once may be used now."""
+    return not torch.compiler.is_compiling() and not needs_all_derivatives()
+
+
+def needs_all_derivatives() -> bool:
+    """Return whether other derivatives than a first backward pass may be needed."""
+    return not torch.compiler.is_compiling() and (
+        _plain_contexts > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -109,7 +150,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Compute `1 / sqrt(mean(x^2) + eps)`, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    rstd: Tensor = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return rstd
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -30,7 +30,7 @@ from iiet import facts
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
-from iiet.facts import MetricFacts
+from iiet.facts import MetricFacts, metric_facts_of
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
 from iiet.pruning import InfluenceTable, Rows
@@ -164,7 +164,7 @@ class Relative(Comparison):
 class LossRise(InfluenceMetric):
     """Rise of the loss when a layer stops before the correction, all other layers full."""
 
-    facts = facts.metric_facts_of("loss")
+    facts = metric_facts_of("loss")
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         decoder, batch, full = measured.decoder, measured.batch, measured.decoder.schedule

@@ -10,6 +10,7 @@ of cost. Modules have the names that they have in transformers' Llama, so weight
 A decoding step on a CPU has a form of its own, `Block.field_of_one_token`. Each weight is read once
 there, which evicts the interpreter from the processor's cache, so each operation, view and module
 call costs several times as much: it makes few of them, and its products run at memory's speed.
+In half precision, some values and parameters stay float32 (`at_least_float32`, `KeepsFloat32`).
 
 Source: Touvron et al. 2023 (Llama); rotary embedding, Su et al. 2021 (RoFormer, section 3.2);
 grouped key/value heads as in Ainslie et al. 2023; SwiGLU, Shazeer 2020.
@@ -17,16 +18,15 @@ grouped key/value heads as in Ainslie et al. 2023; SwiGLU, Shazeer 2020.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iiet.arithmetic import HALF, needs_all_derivatives, product_dtype
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
 from iiet.fast import (
@@ -36,25 +36,61 @@ from iiet.fast import (
     few_rows_product,
     gated_product,
     is_bare,
+    needs_all_derivatives,
     normalize_few_rows,
     rms_norm,
     rotate_in_place,
 )
 
 __all__ = [
+    "HALF",
     "Attention",
     "Block",
     "FeedForward",
+    "KeepsFloat32",
     "PassContext",
     "RMSNorm",
     "Rope",
     "RopeTables",
+    "at_least_float32",
     "attend",
     "draw_weights",
     "initial_weights",
     "make_embedding",
+    "product_dtype",
     "rotate",
 ]
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a float32 or float64 tensor as it is, and any other as float32."""
+    # `torch.promote_types` says the same and costs a decoding step as much as a kernel.
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of the tensor is computed."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 when the model is moved to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype not in HALF or tensor.dtype in HALF:
+                return result
+            return tensor.to(result.device, torch.float32)
+
+        module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return module
 
 
 class RopeTables(NamedTuple):

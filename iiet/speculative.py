@@ -203,17 +203,20 @@ def step_costs(
 class _Draft:
     """A draft of a model with its cache, its costs, and how many of its tokens were kept.
 
-    A draft within the model's schedule gets a view of the model's cache, which holds the prompts;
-    verification fills it with the decided tokens.
+    Drafts differ in one thing: whether verification fills their cache. It does where the draft has
+    the model's weights and a schedule within the model's; its cache is then a view of the model's.
     """
 
     def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
-        self.name, self._decoder = name, decoder
-        self.num_tried = self._num_kept = self._num_held = 0
-        rows, num_tokens = cache.batch_size, cache.max_tokens
-        is_own = decoder.model is model.model
-        self._is_view = is_own and decoder.schedule.is_within(model.schedule)
-        if self._is_view:
+        self.name = name
+        self.num_tried = 0
+        self._num_kept = 0
+        self._decoder = decoder
+        rows = cache.batch_size
+        num_tokens = cache.max_tokens
+        has_same_weights = decoder.model is model.model
+        self._is_filled = has_same_weights and decoder.schedule.is_within(model.schedule)
+        if self._is_filled:
             self._cache = cache.view(decoder.config)
         else:
             self._cache = decoder.new_cache(batch_size=rows, max_tokens=num_tokens)
@@ -238,21 +241,24 @@ class _Draft:
     def propose(self, request: Request, tokens: Tensor, length: int, count: int) -> None:
         """Write `count` tokens after the first `length` of each row, step by step.
 
-        The first step reads what an own cache lacks: all tokens, at the first call, and what
-        verification decided since the last.
+        The first step reads what the cache lacks of the decided tokens: the last one, or where
+        verification does not fill the cache also others, at the first call all of them.
         """
-        num_prompt, mask = request.input_ids.size(1), None
-        start = length - 1 if self._is_view else min(self._num_held, length - 1)
-        if start == 0 and request.attention_mask is not None:
+        num_held = length - 1
+        if not self._is_filled:
+            num_held = min(num_held, self._cache.get_seq_length())
+        num_prompt = request.input_ids.size(1)
+        mask = None
+        if num_held == 0 and request.attention_mask is not None:
             mask = F.pad(request.attention_mask.bool(), (0, length - num_prompt), value=True)
         for column in range(length, length + count):
-            self._cache.set_length(start)
+            self._cache.set_length(num_held)
             logits = self._decoder(
-                tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
+                tokens[:, num_held:column], cache=self._cache, attention_mask=mask, last_only=True
             )
             tokens[:, column] = request.sampler(logits[:, -1], column - num_prompt)
-            start, mask = column, None
-        self._num_held = length + count - 1  # The last proposed token was not read.
+            num_held = column
+            mask = None
 
 
 def drafted_steps(

@@ -142,7 +142,7 @@ class Layer(Block, ABC):
         return None
 
     @classmethod
-    def start(cls, embeddings: Tensor, num_layers: int) -> Any:
+    def start(cls, embeddings: Tensor) -> Any:
         """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iiet.arithmetic import KeepsFloat32, at_least_float32
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
+from iiet.layers import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import EstimateNorm, History, Mix, start
+from iiet.mix import EstimateNorm, History, Mix
 
 __all__ = [
     "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",
@@ -37,8 +37,8 @@ class MixedLayer(Layer):
         self.mix = Mix(self.index)
 
     @classmethod
-    def start(cls, embeddings: Tensor, num_layers: int) -> History:
-        return start(embeddings, num_layers)
+    def start(cls, embeddings: Tensor) -> History:
+        return History.started(embeddings)
 
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
@@ -46,22 +46,21 @@ class MixedLayer(Layer):
 
 def fixed_point(
     step: Callable[[Tensor], Tensor],
-    guess: Callable[[], Tensor],
+    guess: Tensor,
     num_steps: int,
     *,
     damping: Tensor | float | None = None,
-    num_differentiated: int | None = None,
+    num_constant: int = 0,
 ) -> Tensor:
     """Iterate `e <- e + damping * (step(e) - e)`, `num_steps` times.
 
     Args:
         step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
-        guess: makes the start value, which is the result if there are no steps.
+        guess: the start value, which is the result if there are no steps.
         num_steps: how often to apply the map, at least 0.
         damping: the share of each step that is applied, a number or a tensor of one element; None
             for all of it, `e <- step(e)`.
-        num_differentiated: gradients flow only through this many last steps; the guess and the
-            earlier steps are constants and keep nothing. None for all.
+        num_constant: the first steps that are constants to gradients, and keep nothing.
     """
 
     def iterate(value: Tensor, times: int) -> Tensor:
@@ -69,11 +68,10 @@ def fixed_point(
             value = step(value) if damping is None else torch.lerp(value, step(value), damping)
         return value
 
-    num_constant = 0 if num_differentiated is None else max(0, num_steps - num_differentiated)
-    if not num_constant or not torch.is_grad_enabled():
-        return iterate(guess(), num_steps)
+    if num_constant == 0:
+        return iterate(guess, num_steps)
     with torch.no_grad():
-        value = iterate(guess(), num_constant)
+        value = iterate(guess, num_constant)
     # Older versions of PyTorch would reuse weights that autocast cast without gradients here.
     torch.clear_autocast_cache()
     return iterate(value, num_steps - num_constant)
@@ -115,33 +113,42 @@ class ImplicitEuler(MixedLayer):
     def advance(
         self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
-        mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
-        if num_corrections == 0:
-            return Advance(*mix.leave(evaluate(hidden, norm=self.prediction_norm)))
-        has_gradients = torch.is_grad_enabled()
-
-        def predict() -> Tensor:
-            nonlocal mix
+        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=num_corrections > 0)
+        num_constant = self._num_constant(num_corrections)
+        # What comes before a constant correction is a constant, too.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and num_constant == 0):
             prediction = evaluate(hidden, norm=self.prediction_norm)
-            if self.reinjection is not None and num_corrections > 0:
-                # The weight is learned even where the prediction is a constant.
-                with torch.set_grad_enabled(has_gradients):
-                    weight = at_least_float32(self.reinjection).squeeze()
-                    mix = mix.with_prediction(prediction, weight)
-            return prediction
+        if point_sum is None:
+            return Advance(hidden_sum.plus(prediction, hidden.dtype), state.followed_by(prediction))
+        points = point_sum
+        if self.reinjection is not None:
+            points = points.with_term(at_least_float32(self.reinjection), prediction)
 
         def correct(estimate: Tensor) -> Tensor:
-            return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)
+            point = points.plus(estimate, hidden.dtype)
+            return evaluate(point, norm=self.correction_norm, previous=estimate)
 
-        damping = self.options.damping if self.damping is None else at_least_float32(self.damping)
         estimate = fixed_point(
             correct,
-            predict,
+            prediction,
             num_corrections,
-            damping=None if self.damping is None and damping == 1.0 else damping,
-            num_differentiated=self.options.differentiated_corrections,
+            damping=self._damping(),
+            num_constant=num_constant,
         )
-        return Advance(*mix.leave(estimate))
+        return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
+
+    def _num_constant(self, num_corrections: int) -> int:
+        """Count the first corrections that are constants to gradients."""
+        num_differentiated: int | None = self.options.differentiated_corrections
+        if num_differentiated is None or not torch.is_grad_enabled():
+            return 0
+        return max(0, num_corrections - num_differentiated)
+
+    def _damping(self) -> Tensor | float | None:
+        """Return the share of each correction that is applied; None for all of it."""
+        if self.damping is not None:
+            return at_least_float32(self.damping)
+        return None if self.options.damping == 1.0 else self.options.damping
 
 
 class MovingAverageRungeKutta(KeepsFloat32):
@@ -213,15 +220,21 @@ class PredictorCorrectorRK2(MixedLayer):
         **_: Any,
     ) -> Advance:
         level = num_corrections if self.facts.has_corrections else 2
-        make_mix = partial(self.mix, state, dtype=hidden.dtype, corrects=level > 0)
+        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=level > 0)
         stages: list[Tensor] = []
+
+        def predict(stages: list[Tensor]) -> Tensor:
+            prediction: Tensor = self.prediction_norm(shared(hidden, stages))
+            return prediction
 
         def left_at(number: int, value: Tensor) -> Tensor:
             """Return what the layer would leave at the level whose last evaluation this is."""
-            left: Tensor = self.prediction_norm(shared(hidden, [stages[0] if number else value]))
-            if number > 0:
-                left = self.correction_norm(evaluate.unseen(make_mix().point(left)))
-            return left
+            if number == 0:
+                return predict([value])
+            assert point_sum is not None
+            point = point_sum.plus(predict(stages[:1]), hidden.dtype)
+            corrected: Tensor = self.correction_norm(evaluate.unseen(point))
+            return corrected
 
         def stage(number: int, point: Tensor) -> Tensor:
             norm, leaves = shared.norms[number], partial(left_at, number)
@@ -230,16 +243,15 @@ class PredictorCorrectorRK2(MixedLayer):
             return value
 
         runge_kutta_stages(stage, hidden, self.order if level == 2 else 1)
-        estimate = prediction = self.prediction_norm(shared(hidden, stages))
-        mix = make_mix()
-        if level > 0:
+        estimate = prediction = predict(stages)
+        if point_sum is not None:
             estimate = evaluate(
-                mix.point(prediction),
+                point_sum.plus(prediction, hidden.dtype),
                 norm=self.correction_norm,
                 previous=prediction,
                 leaves=lambda estimate: estimate,
             )
-        return Advance(*mix.leave(estimate))
+        return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
 
 
 class PredictorCorrectorRK4(PredictorCorrectorRK2):

@@ -169,8 +169,8 @@ class TrainingSettings(Section):
     activation_checkpointing: StrictBool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     compile: StrictBool | None = None
-    """Compile the layers' fields with `torch.compile`: about a minute in the first step, then
-    faster; needs a C++ compiler (default: on GPUs only)."""
+    """Compile fields and sums of the mix with `torch.compile`: about a minute in the first step,
+    then faster; needs a C++ compiler (default: on GPUs only)."""
     seed: StrictInt = Field(default=0, ge=0)
     """Seed of the weights and of the data order."""
     validate_every_steps: StrictInt = Field(default=100, gt=0)

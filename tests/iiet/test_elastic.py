@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from iiet import losses
-from iiet.arithmetic import plain_formulas
 from iiet.batch import Batch
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import AnswerKeeper, distillation_loss, member_loss
+from iiet.fast import plain_formulas
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 

@@ -16,11 +16,11 @@ from model_cases import make_model, tokens
 from safetensors.torch import load_file
 
 from iiet import INFLUENCE_METRICS
-from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionError
+from iiet.fast import plain_formulas
 from iiet.influence import BatchInfluence, Comparison, InfluenceMetric, influence_table
 from iiet.losses import next_token_loss
 from iiet.pruning import InfluenceTable, schedule_family

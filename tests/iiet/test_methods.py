@@ -9,7 +9,6 @@ import torch
 from iiet import METHODS, preset
 from iiet.methods.base import LayerCall
 from iiet.methods.implicit_euler import fixed_point
-from iiet.mix import start
 
 DIM = 8
 
@@ -27,7 +26,7 @@ def growth(layer, z):
     """One layer on `x' = z x`, whose field with the residual inside is `F(x) = x + z x`."""
     layer.field = lambda x, _context, _slot: x + z * x
     ones = torch.ones(1, 1, DIM, dtype=torch.float64)
-    return float(layer(ones, layer.start(ones, 1), LayerCall(0, None)).hidden[0, 0, 0])
+    return float(layer(ones, layer.start(ones), LayerCall(0, None)).hidden[0, 0, 0])
 
 
 def test_the_gate_chooses_between_the_stages():
@@ -42,9 +41,9 @@ def test_the_gate_chooses_between_the_stages():
 
 def test_the_solver_applies_the_map_as_often_as_asked():
     guess = torch.tensor(0.0)
-    values = [float(fixed_point(lambda x: x / 2 + 1, lambda: guess, n)) for n in range(4)]
+    values = [float(fixed_point(lambda x: x / 2 + 1, guess, n)) for n in range(4)]
     assert values == [0.0, 1.0, 1.5, 1.75]
-    assert fixed_point(lambda x: x / 0, lambda: guess, 0) is guess
+    assert fixed_point(lambda x: x / 0, guess, 0) is guess
 
 
 @pytest.mark.parametrize("damping", [0.5, torch.tensor([0.5])])
@@ -52,7 +51,7 @@ def test_damping_makes_a_diverging_iteration_converge(damping):
     """`g(x) = 4 - 3 x` diverges from its fixed point 1; a damping of 1/4 reaches it at once."""
 
     def solved(num_steps, **options):
-        found = fixed_point(lambda x: 4 - 3 * x, lambda: torch.tensor([2.0]), num_steps, **options)
+        found = fixed_point(lambda x: 4 - 3 * x, torch.tensor([2.0]), num_steps, **options)
         return float(found)
 
     assert solved(1, damping=damping) == 0.0
@@ -71,7 +70,7 @@ def test_corrections_converge_to_the_implicit_solution():
     def residual(corrections):
         seen = []
         call = LayerCall(corrections + 1, None, observe=seen.append)
-        layer(embeddings, start(embeddings, 1), call)
+        layer(embeddings, layer.start(embeddings), call)
         return float(seen[-1].residual.norm())
 
     residuals = [residual(r) for r in (1, 2, 4, 8)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from iiet import METHODS, Decoder, ModelConfig, next_token_loss, plain_formulas
 from iiet.methods import Advance
-from iiet.mix import PlainHistory
+from iiet.mix import History
 from orchestrator.training.dropping import drop_layers, kept_config
 
 
@@ -40,8 +40,8 @@ class Repeat(nn.Module):
     """A layer that passes the hidden state on and repeats the estimate before it."""
 
     def forward(self, hidden, state, call):
-        if isinstance(state, PlainHistory):
-            state = PlainHistory((*state.estimates, state.estimates[-1]))
+        if isinstance(state, History):
+            state = state.followed_by(state.estimates[-1])
         return Advance(hidden, state)
 
 
