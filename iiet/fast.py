@@ -150,8 +150,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """Compute `1 / sqrt(mean(x^2) + eps)`, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    rstd: Tensor = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-    return rstd
+    return torch.addcmul(_cached_scalar(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+
+
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _cached_scalar(value: float, x: Tensor) -> Tensor:
+    """Return a number as a tensor, cached: making one costs as much as a kernel."""
+    key = (value, x.dtype)
+    constant = _constants.get(key) if type(x) is Tensor else None
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.tensor(value, dtype=x.dtype, device="cpu")
+        # A fake tensor holds no number and is valid only in the mode that made it.
+        if type(constant) is Tensor:
+            _constants[key] = constant
+    return constant
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -232,10 +247,7 @@ def normalize_few_rows(x: Tensor, norm: nn.RMSNorm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)
     rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
-    return torch.addcmul(_ZERO, x, norm.weight, value=rstd)
-
-
-_ZERO = torch.zeros((), device="cpu")  # Making it at each call would cost as much as a kernel.
+    return torch.addcmul(_cached_scalar(0.0, x), x, norm.weight, value=rstd)
 
 
 def rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -248,35 +260,39 @@ def few_rows_product(x: Tensor, linear: nn.Module, rows: int) -> Tensor:
     """Compute `x @ weight.T` near the speed at which memory delivers the weight.
 
     Args:
-        x: `rows` contiguous vectors, in any shape.
+        x: `rows` vectors, (..., in).
         linear: holds the weight, (out, in): a bare linear layer, or an embedding.
         rows: at most `MAX_ROWS`.
 
     Returns:
-        (rows, out), or (out,) for one row; contiguous.
+        (rows, out), or (out,) for one row; perhaps the transpose of a contiguous tensor.
     """
     weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
-        return torch.mv(weight, x.view(-1))
-    x = x.view(rows, -1)
+        return torch.mv(weight, x if x.dim() == 1 else x.view(-1))
+    x = x.view(rows, -1).contiguous()
     if _is_faster_on_the_right(weight, rows):
         return F.linear(x, weight)
-    return torch.mm(weight, x.t()).t().contiguous()
+    return torch.mm(weight, x.t()).t()
 
 
 def _is_faster_on_the_right(weight: Tensor, rows: int) -> bool:
     """Return whether two to eight rows take less time as `x @ W.T` than as `W @ x.T`.
 
-    PyTorch's matrix library has other kernels for Intel's processors. There, two rows take half the
-    time on the right, and eight rows if a processor's second cache holds the weight. On an AMD
-    EPYC, two rows take half the time on the left. The choice is made by the processor, not by
-    timing, so that a machine always computes the same.
+    For small weights the left has more operations. For others it depends: PyTorch's matrix library
+    has other kernels for Intel's processors. There, two rows take half the time on the right, and
+    eight rows if a processor's second cache holds the weight. On an AMD EPYC, two rows take half
+    the time on the left. The choice is made by the processor, not by timing, so that a machine
+    always computes the same.
     """
+    if weight.numel() <= _FEW_NUMBERS:
+        return True
     if _is_intel():
         return rows <= MAX_ROWS // 2 or weight.numel() <= _NUMBERS_IN_SECOND_CACHE
     return rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1)
 
 
+_FEW_NUMBERS: Final = 2**15
 _NUMBERS_IN_SECOND_CACHE: Final = 2**19  # 2 MiB of float32.
 
 

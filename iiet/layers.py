@@ -267,6 +267,7 @@ class Block(nn.Module):
         assert slot is not None
         assert context.cache is not None
         attention = self.self_attn
+        mlp = self.mlp
         num_rows = len(x)
         normed = normalize_few_rows(x, self.input_layernorm)
         queries = few_rows_product(normed, attention.q_proj, num_rows)
@@ -281,9 +282,9 @@ class Block(nn.Module):
         mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
         u = add_few_rows_product(x, mixed, attention.o_proj, num_rows)
         normed = normalize_few_rows(u, self.post_attention_layernorm)
-        gate = few_rows_product(normed, self.mlp.gate_proj, num_rows)
-        up = few_rows_product(normed, self.mlp.up_proj, num_rows)
-        return add_few_rows_product(u, F.silu(gate).mul_(up), self.mlp.down_proj, num_rows)
+        gate = few_rows_product(normed, mlp.gate_proj, num_rows)
+        up = few_rows_product(normed, mlp.up_proj, num_rows)
+        return add_few_rows_product(u, F.silu(gate).mul_(up), mlp.down_proj, num_rows)
 
     def is_bare(self) -> bool:
         """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the
