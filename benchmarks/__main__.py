@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import decoding, mix, speculation, sweep, teacher_cache, training
+from benchmarks import decoding, mix, speculation, sweep, training
 from benchmarks.gpu import commands, inference
 from benchmarks.gpu import training as gpu_training
 from benchmarks.report import SectionResult, machine_facts, to_dict, to_markdown
@@ -43,7 +43,6 @@ CPU_SECTIONS = _by_name(
     Section(decoding.decoding, 30, "How fast is cached decoding, beside transformers' Llama?"),
     Section(decoding.schedules, 30, "Is the time of a token linear in its evaluations?"),
     Section(speculation.speculation, 30, "What do drafts gain?"),
-    Section(teacher_cache.teacher_cache, 30, "What does a teacher's stored output save?"),
     Section(training.training, 30, "What does the training loop add to a bare PyTorch loop?"),
     Section(sweep.sweep, 30, "What does a sweep add to its trials?"),
 )

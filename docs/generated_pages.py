@@ -69,15 +69,10 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "evaluate": {
         "": evaluating.ModelEvaluations,
         "--dry-run": evaluating.EvaluatePlan,
-        "--depth-curve": evaluating.DepthEvaluations,
-        "--compare": evaluating.CompareResult,
-        "--compare --dry-run": evaluating.ComparePlan,
     },
     "benchmark": {
         "": benchmarking.BenchmarkResult,
         "--dry-run": benchmarking.BenchmarkPlan,
-        "--drafts": reports.ReportResult,
-        "--drafts --dry-run": reports.DraftsPlan,
     },
     "report": {"": reports.ReportResult, "--claims": reports.ClaimsResult},
     "pick": {"": models.PickResult},

@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(0)
     if chosen.folder:
-        decoder = Decoder.load(chosen.folder, dtype=torch.float32)
+        decoder = Decoder.from_pretrained(chosen.folder, dtype=torch.float32)
     else:
         decoder = Decoder(preset(chosen.preset))
     decoder.requires_grad_(False)

@@ -92,7 +92,7 @@ class Batch:
         return cls(input_ids, targets, mask, is_text=True)
 
     @property
-    def taught(self) -> Tensor | None:
+    def teacher_mask(self) -> Tensor | None:
         """The positions at which a student learns from a teacher; None: all."""
         return self.mask if self.is_text else self.counted
 
@@ -109,9 +109,9 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
-        """Positions in `taught`. Waits for a GPU, too."""
-        taught = self.taught
-        return self.input_ids.numel() if taught is None else int(taught.sum())
+        """Positions in `teacher_mask`. Waits for a GPU, too."""
+        teacher_mask = self.teacher_mask
+        return self.input_ids.numel() if teacher_mask is None else int(teacher_mask.sum())
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -131,8 +131,8 @@ class Batch:
         if targets is None:
             targets = self.counted.sum()
         if positions is None:
-            taught = self.taught
-            positions = self.input_ids.numel() if taught is None else taught.sum()
+            teacher_mask = self.teacher_mask
+            positions = self.input_ids.numel() if teacher_mask is None else teacher_mask.sum()
         flat = self._map(lambda values: values.reshape(1, -1))
         return replace(flat, target_count=targets, position_count=positions)
 

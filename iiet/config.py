@@ -38,8 +38,9 @@ class ModelConfig:
     """Number of layers L, each with its own field."""
     num_heads: int
     """Query heads per attention; the width of a head is `dim / num_heads`."""
-    num_kv_heads: int
-    """Key and value heads; each serves `num_heads / num_kv_heads` query heads."""
+    num_kv_heads: int = None  # type: ignore[assignment]  # Never None once the config is made.
+    """Key and value heads, as many as query heads where None is given; each serves
+    `num_heads / num_kv_heads` query heads."""
     ffn_dim: int
     """Inner width of the feed-forward network."""
     context_length: int
@@ -69,6 +70,9 @@ class ModelConfig:
         if given is not None and type(self.num_layers) is int and self.num_layers > 0:
             parsed = IterationSchedule.parse(given, num_layers=self.num_layers)
             object.__setattr__(self, "schedule", parsed)
+        num_kv_heads: Any = self.num_kv_heads
+        if num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
         problems = [*_size_problems(self), *_method_problems(self)]
         if problems:
             kind = ValueError if self.method in METHODS else ExtensionError
@@ -302,9 +306,8 @@ _USUAL_CORRECTIONS = 3  # The paper's number.
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """Build the config of a named size, a key of `PRESETS`, with any fields replaced.
 
-    By default there are as many key/value heads as query heads, and three corrections per layer
-    (PCformer: the full level) where the method makes any. `overrides` take the forms that
-    `ModelConfig.from_dict` reads.
+    By default there are three corrections per layer (PCformer: the full level) where the method
+    makes any. `overrides` take the forms that `ModelConfig.from_dict` reads.
 
     Raises:
         ValueError: unknown preset, or fields that do not fit together.
@@ -312,7 +315,6 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     values: dict[str, Any] = {"method": "iiet", **PRESETS[name], **overrides}
-    values.setdefault("num_kv_heads", values["num_heads"])
     if "schedule" not in values and values["method"] in METHODS:
         method = facts_of(values["method"])
         if method.has_corrections:

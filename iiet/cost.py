@@ -194,15 +194,16 @@ def _counted_sizes(config: ModelConfig) -> _Sizes:
     """Count the parameters of a decoder on the meta device."""
     import torch
 
-    from iiet.decoder import Decoder
+    from iiet.backbone import Backbone
 
     with torch.device("meta"):
-        decoder = Decoder(config)
-    first_layer: Any = decoder.model.layers[0]
+        backbone = Backbone(config)
+    head = 0 if config.tie_embeddings else config.dim * config.vocab_size
+    first_layer: Any = backbone.layers[0]
     field = list(first_layer.field_parameters())
     return _Sizes(
-        all=sum(p.numel() for p in decoder.parameters()),
-        of_method=sum(p.numel() for p in decoder.method_parameters().values()),
+        all=sum(p.numel() for p in backbone.parameters()) + head,
+        of_method=sum(p.numel() for p in backbone.method_parameters().values()),
         field=sum(p.numel() for p in field),
         matrices=sum(p.numel() for p in field if p.dim() == 2),
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -24,31 +25,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iiet.backbone import Backbone
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
-from iiet.config import ModelConfig
+from iiet.config import ModelConfig, preset
 from iiet.context import make_context
 from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
-from iiet.layers import RMSNorm, Rope, draw_weights, make_embedding, product_dtype
+from iiet.generation import stream
+from iiet.layers import Rope, draw_weights, product_dtype
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
+from iiet.request import GenerationOptions
 from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.speculative import DraftRecord
+from iiet.static_steps import StaticSteps
 from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
-
-
-class Backbone(nn.Module):
-    """All of a decoder but its head: transformers' Llama calls this part `model`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        method = METHODS[config.method]
-        self.embed_tokens = make_embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(method(config, layer) for layer in range(config.num_layers))
-        self.shared = method.make_shared(config)
-        self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
@@ -69,8 +63,16 @@ class Decoder(nn.Module):
             draw_weights(module, config.initializer_std)
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
-        """Load what `save` wrote, or a checkpoint of the orchestrator.
+    def from_preset(cls, name: str, **overrides: Any) -> Decoder:
+        """Make a decoder of a named size with fresh weights; arguments and errors of
+        `iiet.preset`."""
+        return cls(preset(name, **overrides))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike[str], dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """Load what `save_pretrained` wrote, or a checkpoint of the orchestrator.
 
         Args:
             folder: holds `config.json` and `model.safetensors`.
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
             ) from None
         return decoder if dtype is None else decoder.to(dtype)
 
-    def save(self, folder: str | PathLike[str], **others: Any) -> None:
+    def save_pretrained(self, folder: str | PathLike[str], **others: Any) -> None:
         """Write `config.json`, perhaps with other values, and `model.safetensors`; makes the
         folder."""
         write_folder(folder, self.config, self.state_dict(), **others)
@@ -110,12 +112,7 @@ class Decoder(nn.Module):
 
     def method_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that a plain Llama of the same sizes does not have, by name."""
-        llama = {self.model.embed_tokens.weight, *self.model.norm.parameters()}
-        if self.lm_head is not None:
-            llama.update(self.lm_head.parameters())
-        for layer in self.model.layers:
-            llama.update(cast("Layer", layer).field_parameters())
-        return {name: p for name, p in self.named_parameters() if p not in llama}
+        return {f"model.{name}": p for name, p in self.model.method_parameters().items()}
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -177,7 +174,7 @@ class Decoder(nn.Module):
         last_only: bool = False,
         return_hidden: bool = False,
         observe: Observer | None = None,
-        finish: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
     ) -> Any:
         """Compute the logits of each token's successor.
 
@@ -195,7 +192,7 @@ class Decoder(nn.Module):
             return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too;
                 those of the last run where the method repeats the stack.
             observe: called after each field evaluation.
-            finish: called with what would be returned; its result is returned instead. It may get
+            loss_fn: called with what would be returned; its result is returned instead. It may get
                 `LazyLogits`, from which the losses of this package compute logits in chunks.
 
         Returns:
@@ -220,21 +217,89 @@ class Decoder(nn.Module):
             if return_hidden:
                 hiddens.append(hidden)
         last = last[:, -1:] if last_only else last
-        logits = self.logits(last) if finish is None else self._lazy_logits(last)
+        logits = self.logits(last) if loss_fn is None else self._lazy_logits(last)
         answer = (logits, tuple(hiddens)) if return_hidden else (logits,)
-        if finish is not None:
-            return finish(*answer)
+        if loss_fn is not None:
+            return loss_fn(*answer)
         return answer if return_hidden else logits
 
-    def loss(self, batch: Batch | Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
-        """Compute the mean cross-entropy of a batch's targets, a scalar; tokens, (batch, time), are
-        text. The logits are computed in chunks and never whole.
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        schedule: ScheduleLike | None = None,
+    ) -> Tensor:
+        """Compute the mean cross-entropy of the targets, a scalar.
+
+        The logits are computed in chunks and never whole.
+
+        Args:
+            input_ids: (batch, time).
+            targets: (batch, time), the token that each position must predict, or `NO_TARGET` (-100)
+                where it predicts none; nothing shifts them. None: the next token, as in text.
+            attention_mask: (batch, time), false for padding, which is neither read nor predicted.
+            schedule: corrections of this call, instead of the config's.
+
+        Raises:
+            ValueError: tensors of other shapes, and as `forward`.
         """
-        known = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
-        found: Tensor = self(
-            known.input_ids, schedule=schedule, finish=partial(batch_cross_entropy, batch=known)
+        if targets is None:
+            batch = Batch.of_text(input_ids, attention_mask)
+        else:
+            batch = Batch(input_ids, targets, attention_mask)
+        if batch.mask is not None and attention_mask is not None:
+            # The last padding before a text does not predict its first token.
+            batch = replace(batch, mask=batch.mask.bool() & attention_mask.bool())
+        loss: Tensor = self(
+            input_ids,
+            schedule=schedule,
+            attention_mask=attention_mask,
+            loss_fn=partial(batch_cross_entropy, batch=batch),
         )
-        return found
+        return loss
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Continue prompts; return them with their continuations, (batch, time + new).
+
+        Arguments and errors are those of `stream`. It ends early when all rows have ended.
+        """
+        following = self.stream(input_ids, attention_mask, **options)
+        return torch.cat([input_ids, *(tokens.unsqueeze(1) for tokens in following)], dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        record: DraftRecord | None = None,
+        steps: StaticSteps | None = None,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Continue prompts, one step at a time: yield the next tokens, (batch,).
+
+        Args:
+            input_ids: prompts, (batch, time).
+            attention_mask: (batch, time), false for padding on the left.
+            record: gets what drafts did, while it happens.
+            steps: decodes in steps of fixed shapes, and lets several generations, one after the
+                other, share a cache and graphs. None: on a GPU those that the decoder keeps, and
+                steps that follow the number of tokens elsewhere.
+            options: the fields of `iiet.GenerationOptions`, such as `max_new_tokens`,
+                `eos_token_id`, `temperature` and `draft`.
+
+        Raises:
+            ValueError: an option out of range, or more tokens than the context holds; at the call,
+                not at the first step. At a step: its logits are not finite.
+            TypeError: there is no such option.
+        """
+        chosen = GenerationOptions(**options)
+        return stream(
+            self, input_ids, chosen, attention_mask=attention_mask, record=record, steps=steps
+        )
 
     def hidden_states(
         self,

@@ -53,8 +53,8 @@ __all__ = [
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, a wrapped one, or a cache of a teacher's logits. Only of a `Decoder` the logits are
-computed in chunks (`iiet.losses`)."""
+A decoder or a wrapped one. Only of a `Decoder` the logits are computed in chunks
+(`iiet.losses`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -101,7 +101,7 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
 
-    The cross-entropy is over the targets that count, the other terms are over `batch.taught`.
+    The cross-entropy is over the targets that count, the other terms are over `batch.teacher_mask`.
 
     Args:
         student: called once.
@@ -129,7 +129,7 @@ def student_loss(
     """Run the teacher; return `distillation_loss` as a function of what the student computes.
 
     It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
-    may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
+    may be a decoder's `loss_fn`. Arguments and errors are those of `distillation_loss`.
     """
     answer: tuple[Any, ...] = ()
     if config.uses_teacher(step):
@@ -153,7 +153,7 @@ def student_loss(
             part,
             temperature=config.temperature,
             kind=config.divergence,
-            mask=span.taught,
+            mask=span.teacher_mask,
             count=span.position_count,
         )
         entropy = batch_cross_entropy(part, span)
@@ -164,7 +164,7 @@ def student_loss(
         parts = dict(zip(("cross_entropy", "kl"), details, strict=False))
         if config.needs_hidden(step):
             error = hidden_state_error(
-                answer[1], hidden, mask=batch.taught, count=batch.position_count
+                answer[1], hidden, mask=batch.teacher_mask, count=batch.position_count
             )
             loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
         return loss, parts
@@ -175,7 +175,7 @@ def student_loss(
 class AnswerKeeper:
     """A model that keeps what it predicted in its latest call, for `member_loss`.
 
-    Called as the model is, with a `finish`.
+    Called as the model is, with a `loss_fn`.
     """
 
     def __init__(self, model: Model) -> None:
@@ -183,20 +183,20 @@ class AnswerKeeper:
         self.answer: Logits | None = None
         """Detached: logits, or the hidden states that they follow from."""
 
-    def __call__(self, *inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
+    def __call__(self, *inputs: Any, loss_fn: Callable[..., Any], **options: Any) -> Any:
         """Call the model; its answer is kept within its forward pass."""
 
         def keep(logits: Logits, *others: Any) -> Any:
             self.answer = logits.detach()
-            return finish(logits, *others)
+            return loss_fn(logits, *others)
 
-        return self._model(*inputs, finish=keep, **options)
+        return self._model(*inputs, loss_fn=keep, **options)
 
 
 def member_loss(
     answer: Logits, batch: Batch, config: DistillationConfig
 ) -> Callable[[Logits], tuple[Tensor, dict[str, Tensor]]]:
-    """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `finish`.
+    """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `loss_fn`.
 
     `answer` is the full schedule's for this batch, from an `AnswerKeeper`.
     """
@@ -215,6 +215,6 @@ def _answer_of(model: Model, input_ids: Tensor, *, with_hidden: bool) -> tuple[A
     """Return a model's logits, and its hidden states if wanted."""
     options: dict[str, Any] = {"return_hidden": True} if with_hidden else {}
     if isinstance(model, Decoder):
-        options["finish"] = lambda *answer: answer
+        options["loss_fn"] = lambda *answer: answer
     found: Any = model(input_ids, **options)
     return found if isinstance(found, tuple) else (found,)

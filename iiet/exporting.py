@@ -73,7 +73,7 @@ def export(
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
-    decoder.save(folder, dtype=dtype, **names, **(token_ids or {}))
+    decoder.save_pretrained(folder, dtype=dtype, **names, **(token_ids or {}))
     shutil.copyfile(code, folder / CODE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -62,7 +62,7 @@ class MeasuredBatch:
 
     def __init__(self, decoder: Decoder, batch: Batch, *, needs_targets: bool) -> None:
         self.decoder, self.batch = decoder, batch
-        counted = batch.counted if needs_targets else batch.taught
+        counted = batch.counted if needs_targets else batch.teacher_mask
         self.counted = torch.ones_like(batch.targets).bool() if counted is None else counted
         """Positions that the means run over, (batch, time) of bool."""
         self.num_tokens = int(self.counted.sum())
@@ -95,7 +95,7 @@ class MeasuredBatch:
         def observe(seen: Evaluation) -> None:
             nonlocal previous
             if compare is not None and schedule[seen.layer] > 0:
-                output = seen.output if seen.left_here is None else seen.left_here()
+                output = seen.output if seen.output_if_last is None else seen.output_if_last()
                 if seen.k > 0:
                     assert previous is not None
                     values[seen.layer].append(self.mean(compare, previous, output))

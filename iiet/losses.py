@@ -235,7 +235,7 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
     """Compute the `cross_entropy` of a batch's targets."""
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor]:
-        return (cross_entropy(part, span.targets, mask=span.taught, count=span.target_count),)
+        return (cross_entropy(part, span.targets, mask=span.teacher_mask, count=span.target_count),)
 
     return loss_by_chunks(logits, batch, loss_of)[0]
 
@@ -244,7 +244,7 @@ def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Te
     """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, Tensor]:
-        losses, counted = _target_losses(part, span.targets, span.taught, "sum")
+        losses, counted = _target_losses(part, span.targets, span.teacher_mask, "sum")
         divisor = _divisor(span.target_count, counted, losses.dtype)
         is_right = (part.argmax(dim=-1) == span.targets) & counted
         return losses / divisor, is_right.sum() / divisor
@@ -265,7 +265,7 @@ def cross_entropy_by_source(
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, ...]:
         assert span.sources is not None
-        losses, counted = _target_losses(part, span.targets, span.taught, "none")
+        losses, counted = _target_losses(part, span.targets, span.teacher_mask, "none")
         divisor = _divisor(span.target_count, counted, losses.dtype)
         # All sources at once: a GPU launches as many kernels for many as for one.
         numbers = torch.arange(num_sources, device=losses.device)

@@ -69,7 +69,7 @@ class IIETConfig(PreTrainedConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 4
-    num_key_value_heads: int = 4
+    num_key_value_heads: int | None = None
     intermediate_size: int = 1408
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
@@ -82,6 +82,11 @@ class IIETConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
 
     @property
     def schedule(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 from iiet.checks import check_rules, is_integer_from, is_nan, is_number_from
 from iiet.facts import metric_facts_of
 from iiet.schedule import IterationSchedule
+from iiet.tables import SmallTable
 
 __all__ = [
     "Cost",
@@ -133,14 +134,25 @@ class InfluenceTable:
             for row in self.value_rows
         )
 
+    def as_table(self) -> SmallTable:
+        """Return a line per layer: the influence of each correction, and of the whole layer."""
+        num_columns = max(map(len, self.value_rows), default=0)
+        rows = []
+        for layer, values in enumerate(self.value_rows):
+            cells = [f"{value:.5f}" for value in values]
+            cells += [""] * (num_columns - len(cells))
+            if self.layer_values:
+                cells.append(f"{self.layer_values[layer]:.5f}")
+            rows.append([str(layer + 1), *cells])
+        heads = ["layer", *(f"correction {number + 1}" for number in range(num_columns))]
+        heads += ["whole layer"] if self.layer_values else []
+        return SmallTable(f"influence ({self.metric}, {self.num_tokens} tokens)", heads, rows)
+
     def __str__(self) -> str:
-        """Return a table: a line per layer, with the influence of each correction."""
-        most = max(map(len, self.value_rows), default=0)
-        head = "".join(f"{f'correction {i + 1}':>14}" for i in range(most))
-        lines = [f"influence ({self.metric}, {self.num_tokens} tokens)", f"layer{head}"]
-        for layer, row in enumerate(self.value_rows, start=1):
-            lines.append(f"{layer:>5}" + "".join(f"{value:>14.5f}" for value in row))
-        return "\n".join(lines)
+        return str(self.as_table())
+
+    def _repr_html_(self) -> str:
+        return self.as_table().to_html()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; an unknown error or contraction factor becomes None."""
@@ -222,20 +234,53 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
 
     __slots__ = ()
 
-    def within(self, cost: float, *, of: Cost | None = None) -> IterationSchedule:
-        """Return the first schedule, the one with the most corrections, that costs at most `cost`.
+    def as_table(self) -> SmallTable:
+        """Return a line per schedule: its NFE, and the thresholds that give it."""
+        rows = [
+            (str(member.schedule), str(member.schedule.num_evaluations), _thresholds_of(member))
+            for member in self
+        ]
+        return SmallTable(f"{len(self)} schedules", ("schedule", "NFE", "thresholds"), rows)
 
-        `of` is the cost of a schedule, by default its field evaluations.
+    def __str__(self) -> str:
+        return str(self.as_table())
+
+    def _repr_html_(self) -> str:
+        return self.as_table().to_html()
+
+    def within(self, *, nfe: float) -> IterationSchedule:
+        """Return the schedule with the most corrections that makes at most `nfe` evaluations.
 
         Raises:
             ValueError: none is that cheap.
         """
-        costs = [(of or num_evaluations)(member.schedule) for member in self]
-        for member, own in zip(self, costs, strict=True):
-            if own <= cost:
+        return self.within_cost(nfe, num_evaluations)
+
+    def within_cost(self, max_cost: float, cost: Cost) -> IterationSchedule:
+        """Return the schedule with the most corrections of at most this cost, in any unit.
+
+        Raises:
+            ValueError: none is that cheap.
+        """
+        costs = [cost(member.schedule) for member in self]
+        for member, member_cost in zip(self, costs, strict=True):
+            if member_cost <= max_cost:
                 return member.schedule
         cheapest = min(costs, default=math.nan)
-        raise ValueError(f"no schedule costs at most {cost}: the cheapest costs {cheapest}")
+        raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
+
+
+def _thresholds_of(member: FamilyMember) -> str:
+    above, up_to = member.threshold_above, member.threshold_up_to
+    if math.isnan(above):
+        return ""
+    if math.isinf(above) and math.isinf(up_to):
+        return "all"
+    if math.isinf(above):
+        return f"up to {up_to:.3g}"
+    if math.isinf(up_to):
+        return f"above {above:.3g}"
+    return f"{above:.3g} to {up_to:.3g}"
 
 
 def num_evaluations(schedule: IterationSchedule) -> float:

@@ -79,7 +79,6 @@ def config_from_published(
     rope = config.get("rope_parameters") or {}
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_theta"] = float(values["rope_theta"])
-    values.setdefault("num_kv_heads", values["num_heads"])
     if method == "iiet":
         if config.get("corrections") is None:
             raise ValueError("the published config of kind 'iiet' does not say corrections")

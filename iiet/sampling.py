@@ -18,10 +18,10 @@ is from Steele, Lea, Flood 2014.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from operator import index
-from typing import Final, NamedTuple, SupportsIndex
+from typing import Final, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ from iiet.checks import check_rules, is_integer_from, is_number_from
 
 __all__ = [
     "LogitsNotFinite",
-    "Request",
     "Sampler",
     "Seed",
     "not_finite",
     "row_keys",
+    "sampling_rules",
 ]
 
 Seed = SupportsIndex | Sequence[SupportsIndex] | None
@@ -55,6 +55,17 @@ class LogitsNotFinite(ValueError):
             "the model's logits are not finite, so no token can be chosen; its weights are "
             "damaged or diverged, or too large for its dtype (then float32 helps)"
         )
+
+
+def sampling_rules(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, bool]:
+    """Return the rules of the settings by which tokens are chosen, and whether they hold."""
+    return {
+        "temperature must be a number from 0": is_number_from(0, temperature),
+        "top_k must be an integer from 1, or None": top_k is None or is_integer_from(1, top_k),
+        "top_p must be a number above 0 and at most 1, or None": (
+            top_p is None or (is_number_from(0, top_p, 1) and top_p > 0)
+        ),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +90,7 @@ class Sampler:
             "sampling",
             self,
             {
-                "temperature must be a number from 0": is_number_from(0, self.temperature),
-                "top_k must be an integer from 1, or None": (
-                    self.top_k is None or is_integer_from(1, self.top_k)
-                ),
-                "top_p must be a number above 0 and at most 1, or None": (
-                    self.top_p is None or (is_number_from(0, self.top_p, 1) and self.top_p > 0)
-                ),
+                **sampling_rules(self.temperature, self.top_k, self.top_p),
                 "row_keys must be a tensor of integers, (batch,), or None": (
                     self.row_keys is None
                     or (self.row_keys.dim() == 1 and self.row_keys.dtype == torch.long)
@@ -141,30 +146,6 @@ class Sampler:
         # The largest 63 bits. Near 0, where the noise decides, floats are dense.
         bits = _mixed(keys.unsqueeze(-1) + _counted(tokens)) >> 1 & (1 << 63) - 1
         return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
-
-
-class Request(NamedTuple):
-    """What to generate."""
-
-    input_ids: Tensor
-    """Prompts, (batch, time)."""
-    max_new_tokens: int
-    """At least 1."""
-    sampler: Sampler
-    """Chooses the tokens."""
-    stop_tokens: Collection[int] = ()
-    """Tokens that end a row."""
-    attention_mask: Tensor | None = None
-    """(batch, time), false for padding on the left."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and continuation together, at most."""
-        return self.input_ids.size(1) + self.max_new_tokens
-
-    def stops(self) -> Tensor:
-        """Return the stop tokens on the device of the prompts."""
-        return self.input_ids.new_tensor(sorted(self.stop_tokens))
 
 
 def not_finite(logits: Tensor) -> Tensor:

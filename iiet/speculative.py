@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,10 @@ from iiet.cache import KeyValueCache
 from iiet.checks import check_rules, is_integer_from
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Request, not_finite
-from iiet.schedule import IterationSchedule
+from iiet.facts import facts_of
+from iiet.request import GenerativeModel, Request
+from iiet.sampling import LogitsNotFinite, not_finite
+from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = [
     "MAX_DRAFT_TOKENS",
@@ -117,17 +118,17 @@ class DraftRecord:
 
 
 def draft_models(
-    decoder: Decoder,
-    draft: IterationSchedule | Decoder | str,
+    decoder: GenerativeModel,
+    draft: ScheduleLike | GenerativeModel,
     *,
     family: Collection[IterationSchedule] = (),
     num_tokens: int,
-) -> dict[str, Decoder]:
+) -> dict[str, GenerativeModel]:
     """Return the drafts to choose from by name; none where `auto` finds no cheaper schedule.
 
     Args:
         decoder: the model that verifies, under its own schedule.
-        draft: a schedule, as value or text; another decoder of the same vocabulary; or `auto` for
+        draft: a schedule, as people write it; another decoder of the same vocabulary; or `auto` for
             the schedules that `cheaper_schedules` names.
         family: schedules that the weights serve, for `auto`.
         num_tokens: prompt and continuation together.
@@ -135,7 +136,7 @@ def draft_models(
     Raises:
         ValueError: the draft does not fit the model.
     """
-    if isinstance(draft, Decoder):
+    if not isinstance(draft, IterationSchedule | str | SupportsIndex | Iterable):
         ours, theirs = decoder.config, draft.config
         if theirs.vocab_size != ours.vocab_size or theirs.context_length < num_tokens:
             raise ValueError(
@@ -147,9 +148,9 @@ def draft_models(
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
         found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
-        if decoder.method.facts.repeats_stack:  # All layers make as many corrections.
+        if facts_of(decoder.config.method).repeats_stack:  # All layers make as many corrections.
             found = [s for s in found if len(set(s)) == 1]
-    elif decoder.method.facts.has_corrections:
+    elif facts_of(decoder.config.method).has_corrections:
         found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(
@@ -175,7 +176,7 @@ def cheaper_schedules(
 
 
 def step_costs(
-    model: Decoder, draft: Decoder, *, batch_size: int, num_tokens: int
+    model: GenerativeModel, draft: GenerativeModel, *, batch_size: int, num_tokens: int
 ) -> tuple[float, float]:
     """Count a draft's step, and each further token of a verification, in plain steps.
 
@@ -207,7 +208,9 @@ class _Draft:
     the model's weights and a schedule within the model's; its cache is then a view of the model's.
     """
 
-    def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
+    def __init__(
+        self, name: str, decoder: GenerativeModel, model: GenerativeModel, cache: KeyValueCache
+    ) -> None:
         self.name = name
         self.num_tried = 0
         self._num_kept = 0
@@ -262,14 +265,12 @@ class _Draft:
 
 
 def drafted_steps(
-    decoder: Decoder,
-    drafts: dict[str, Decoder],
+    decoder: GenerativeModel,
+    drafts: dict[str, GenerativeModel],
     request: Request,
-    *,
-    draft_tokens: int | Literal["auto"],
     record: DraftRecord,
 ) -> Iterator[Tensor]:
-    """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.generation.stream`.
+    """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.Decoder.stream`.
 
     All rows advance together, by what the row with the fewest accepted tokens keeps.
 
@@ -278,16 +279,15 @@ def drafted_steps(
         drafts: at least one, from `draft_models`. Of several, each drafts a few tokens, then the
             one with the largest expected gain stays.
         request: what to generate; its sampler chooses for the draft as for the model.
-        draft_tokens: how many tokens to draft at once, or `auto`.
         record: gets what happened, while it happens.
     """
     # Prompts, then what is decided, then what is drafted.
-    tokens = F.pad(request.input_ids, (0, request.max_new_tokens))
+    tokens = F.pad(request.input_ids, (0, request.options.max_new_tokens))
     batch_size, num_prompt = request.input_ids.shape
     with torch.inference_mode():
         cache = decoder.new_cache(batch_size=batch_size, max_tokens=tokens.size(1))
     has_ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    stops, length, start = request.stops(), num_prompt, 0
+    stops, length, start = request.end_tokens(), num_prompt, 0
     candidates: list[_Draft] = []
     draft, num_drafted = None, 0  # The first pass reads the prompts.
     while True:
@@ -343,7 +343,7 @@ def drafted_steps(
         if start == 0:
             candidates = [_Draft(name, each, decoder, cache) for name, each in drafts.items()]
         # The last token is the model's own.
-        draft, num_drafted = _chosen_draft(candidates, draft_tokens, num_left - 1)
+        draft, num_drafted = _chosen_draft(candidates, request.options.draft_tokens, num_left - 1)
         start = length - 1
 
 

@@ -76,6 +76,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
             f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
             "and those of a Llama, are read by decoder_from_published"
         )
+    values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
     if missing := [name for name in CONFIG_NAMES if name not in values]:
         raise ValueError(f"it does not say {', '.join(missing)}")
     return ModelConfig.from_dict({ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()})
@@ -145,7 +146,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ImportError(
-            "Decoder.save and Decoder.load need safetensors, which is not installed; type "
-            "pip install safetensors"
+            "Decoder.save_pretrained and Decoder.from_pretrained need safetensors, which is not "
+            "installed; type pip install safetensors"
         ) from error
     return safetensors

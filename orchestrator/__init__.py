@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.decode_timing import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.evaluating import (
-        CompareResult,
         EvaluatePlan,
         ModelEvaluations,
-        compare,
         evaluate,
         plan_evaluate,
     )
@@ -54,9 +52,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "evaluation.decode_timing": "MeasurementSettings",
     "pipelines.benchmarking": "BenchmarkResult benchmark",
-    "pipelines.evaluating": (
-        "CompareResult EvaluatePlan ModelEvaluations compare evaluate plan_evaluate"
-    ),
+    "pipelines.evaluating": "EvaluatePlan ModelEvaluations evaluate plan_evaluate",
     "pipelines.generating": "generate generate_stream",
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
@@ -78,14 +74,14 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "BenchmarkResult", "ClaimsResult", "CompareResult", "DistillResult", "EvaluatePlan",
-    "InfluenceResult", "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult",
-    "PlannedSweep", "PretrainResult", "Progress", "ReportResult", "RunFailed", "Settings",
-    "SweepModel", "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark",
-    "claims", "compare", "distill", "evaluate", "export", "generate", "generate_stream",
-    "import_model", "measure_influence", "pick", "plan_distill", "plan_evaluate", "plan_pick",
-    "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep",
-    "sync", "terminal_progress",
+    "BenchmarkResult", "ClaimsResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
+    "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PlannedSweep",
+    "PretrainResult", "Progress", "ReportResult", "RunFailed", "Settings", "SweepModel",
+    "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark", "claims",
+    "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
+    "measure_influence", "pick", "plan_distill", "plan_evaluate", "plan_pick", "plan_pretrain",
+    "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep", "sync",
+    "terminal_progress",
 ]  # fmt: skip
 """All of them, as type checkers need to read it."""
 
@@ -99,4 +95,5 @@ if not TYPE_CHECKING:  # A type checker knows the names from the imports above, 
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    """Return the interface alone."""
+    return __all__

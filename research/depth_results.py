@@ -201,7 +201,7 @@ def read_checkpoint(
     folder: Path, data: PreparedData, *, num_sequences: int = NUM_SEQUENCES
 ) -> CheckpointReadings:
     """Read a checkpoint under its own and, if its method has corrections, under other schedules."""
-    decoder = Decoder.load(folder)
+    decoder = Decoder.from_pretrained(folder)
     length, layers = decoder.config.context_length, decoder.config.num_layers
     batches = [
         *data.validation_batches(

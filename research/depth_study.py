@@ -126,7 +126,7 @@ class DepthStudy:
         self.settings, self.choices, self.session = settings, choices, session
         self.arms, self.seeds = study_arms(settings, choices), settings.sweep.seeds
         self.folder = session.workspace.overlays / "depth"
-        stored = StudyResults.read_measured(self.folder / "results.json", session.progress.note)
+        stored = StudyResults.read(self.folder / "results.json")
         self.results = stored or StudyResults()
 
     def take_over(self, path: Path) -> None:
@@ -135,7 +135,7 @@ class DepthStudy:
         Raises:
             UserError: If the file is missing or damaged.
         """
-        found = StudyResults.read(path, remedy="name a results.json of this study")
+        found = StudyResults.read(path)
         if found is None:
             raise UserError(f"--known: there is no file {path}; name a results.json of this study")
         self.results = self.results.model_copy(update={"arms": found.arms | self.results.arms})
@@ -236,7 +236,7 @@ class DepthStudy:
 
     def _readings(self, trial: Trial) -> CheckpointReadings:
         path = self.folder / "readings" / f"{trial.key}.json"
-        found = CheckpointReadings.read_measured(path, self.session.progress.note)
+        found = CheckpointReadings.read(path)
         if found is None:
             self.session.progress.start(f"reading {trial.name}")
             found = read_checkpoint(Path(str(trial.checkpoint)), open_data(self.tokens))

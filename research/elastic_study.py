@@ -3,8 +3,8 @@
 For each teacher, of text (the shipped sweep `toy`) and of a task that needs depth (`depth`):
 
     teacher     one model with corrections
-    elastic     elastic weights of several lengths of training, as multiples of a student's steps,
-                and once the separate student of each schedule; both under several seeds
+    elastic     elastic weights of several lengths of training, as multiples of a student's steps
+    students    the separate student of each schedule; as the elastic weights under several seeds
     longer      the teacher itself, trained on without a teacher for as many steps
 
 `results.md` compares them schedule by schedule, with paired intervals, and says whether the bars
@@ -38,6 +38,7 @@ from orchestrator import (
     prepare,
     pretrain,
     read_settings,
+    report,
     sweep,
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
@@ -47,8 +48,11 @@ from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.planning.estimate import Estimate, price_of
+from orchestrator.reporting.front import Front, is_accuracy, metric_title
 from orchestrator.reporting.results import result_table
-from orchestrator.reporting.sections import Section, bullets, markdown_table
+from orchestrator.reporting.sections import bullets, markdown_table
+from orchestrator.reporting.statistics import INTERVAL_LEVEL
+from orchestrator.reporting.tables import difference_text
 from orchestrator.sweeping.students import student_estimate, without_elastic
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
@@ -88,7 +92,10 @@ class Reading:
 
     teacher: str
     times: float
-    section: Section
+    quality: str
+    """Tracked name of the quality that rows compare."""
+    rows: Sequence[Mapping[str, Any]]
+    """The schedules, as `compare_schedules` returns them."""
     longer: Trial
     flops: tuple[float, float]
     """Training FLOPs of the elastic weights, and of the separate students."""
@@ -97,12 +104,6 @@ class Reading:
     def share(self) -> float:
         """Share of the separate students' FLOPs that the elastic weights take."""
         return self.flops[0] / self.flops[1]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The schedules that were trained both ways, the costliest first."""
-        rows: list[dict[str, Any]] = self.section.data["elastic"]["schedules"]
-        return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     try:
-        usual = [f"sweep.seeds={options.seeds}", "sweep.elastic=true", "sweep.compare=true"]
+        usual = [f"sweep.seeds={options.seeds}", "sweep.elastic=true"]
         settings = {
             teacher: read_settings(file, [*changes, *usual, *options.changes])
             for teacher in options.teachers
@@ -143,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_plans(settings: Mapping[str, Settings], times: Sequence[float], session: Session) -> None:
-    """Print what is left of each teacher's training, or of its longest elastic sweep."""
+    """Print what is left of each teacher's training, or of its longest elastic sweep and its
+    students."""
     workspace = session.workspace
     for teacher, own in settings.items():
         tokens = find_prepared(own.data, workspace.tokens)
@@ -153,9 +155,9 @@ def print_plans(settings: Mapping[str, Settings], times: Sequence[float], sessio
             steps = ", ".join(f"{_steps(own, factor):,}" for factor in times)
             print_line(session.console, f"  {teacher}: then elastic trainings of {steps} steps")
         else:
-            longest = _of_length(own, max(times))
-            plan = plan_sweep(longest, workspace=workspace, teacher=outcome.checkpoint)
-            show(plan, session.console)
+            for planned in (_of_length(own, max(times)), _separate_students(own)):
+                plan = plan_sweep(planned, workspace=workspace, teacher=outcome.checkpoint)
+                show(plan, session.console)
 
 
 def run_study(
@@ -189,7 +191,6 @@ def _reading(
             own,
             workspace=workspace,
             teacher=checkpoint,
-            baselines={},
             name=f"{name}-{teacher}-{what}",
             progress=progress,
         )
@@ -198,30 +199,64 @@ def _reading(
         return found
 
     own = _of_length(settings, factor)
-    both = run(own, f"x{factor:g}")
+    elastic = run(own, f"x{factor:g}")
+    students = run(_separate_students(settings), "students")
     longer = run(_longer_teacher(own), f"longer-x{factor:g}")
-    section = both.elastic
-    if section is None:
-        raise RunFailed(f"the sweep {both.name} has no schedule that was trained both ways")
+    front = report(workspace=workspace, sweeps=[elastic.name, students.name]).front
+    rows = compare_schedules(front)
+    if not rows:
+        names = f"{elastic.name} and {students.name}"
+        raise RunFailed(f"the sweeps {names} have no schedule that was trained both ways")
     trials = result_table(longer.trials)["trial"]
     return Reading(
         teacher=teacher,
         times=factor,
-        section=section,
+        quality=front.axes.quality,
+        rows=rows,
         longer=next(trial for trial in trials if trial.role == "trial"),
-        flops=elastic_flops(own, [t for t in both.trials if t.is_elastic], workspace.teachers),
+        flops=elastic_flops(own, [t for t in elastic.trials if t.is_elastic], workspace.root),
     )
 
 
-def elastic_flops(
-    settings: Settings, trials: Sequence[Trial], teachers: Path
-) -> tuple[float, float]:
+def compare_schedules(front: Front) -> list[dict[str, Any]]:
+    """Return a row for each schedule that was trained both ways, the costliest first.
+
+    Elastic weights and students answered the same items, so their difference has a paired interval;
+    it has none where values of single items are missing.
+    """
+    students = [trial for trial in front.trials if trial.role == "trial" and trial.schedule]
+    elastic = {trial.schedule: trial for trial in students if trial.is_elastic}
+    separate = {trial.schedule: trial for trial in students if not trial.is_elastic}
+    scores = front.paired.quality(front.axes.quality) if front.paired else None
+    places = front.paired.places if front.paired else {}
+    rows = []
+    shared = [schedule for schedule in elastic if schedule in separate]
+    for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):
+        pair = elastic[schedule], separate[schedule]
+        interval = None
+        if scores and all(trial.key in places for trial in pair):
+            interval = scores.difference(*(places[trial.key] for trial in pair))
+        rows.append(
+            {
+                "schedule": schedule,
+                "evaluations": sum(pair[0].model.evaluations_per_layer()),
+                "elastic": pair[0].value(front.axes.quality),
+                "student": pair[1].value(front.axes.quality),
+                "interval": interval,
+                "elastic_loss": pair[0].value(LOSS),
+                "student_loss": pair[1].value(LOSS),
+            }
+        )
+    return rows
+
+
+def elastic_flops(settings: Settings, trials: Sequence[Trial], folder: Path) -> tuple[float, float]:
     """Return the training FLOPs of elastic weights, and of separate students of their schedules;
     with what teachers compute, for all seeds.
 
     Args:
         trials: Those of elastic weights; at least one.
-        teachers: Folder of stored teacher outputs.
+        folder: A folder on the workspace's disk.
     """
     jobs = [trial.job for trial in trials if trial.job]
     own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
@@ -233,11 +268,7 @@ def elastic_flops(
         for job in jobs
         for model in {trial.model.corrections: trial.model for trial in trials}.values()
     ]
-    stored = teachers if settings.distillation.teacher_cache else None
-    return (
-        price_of(own, teachers.parent, teachers=stored).flops,
-        price_of(separate, teachers.parent, teachers=stored).flops,
-    )
+    return price_of(own, folder).flops, price_of(separate, folder).flops
 
 
 def _steps(settings: Settings, factor: float) -> int:
@@ -249,11 +280,19 @@ def _of_length(settings: Settings, factor: float) -> Settings:
     return settings.model_copy(update={"sweep": own})
 
 
+def _separate_students(settings: Settings) -> Settings:
+    """Return the sweep that distills a student for each schedule."""
+    own = settings.sweep.model_copy(update={"elastic": False})
+    return without_elastic(settings).model_copy(update={"sweep": own})
+
+
 def _longer_teacher(settings: Settings) -> Settings:
     """Return the sweep that only trains the full schedule on, by cross-entropy."""
     changes = {
-        **{"elastic": False, "compare": False},
-        **{"selection": "threshold", "thresholds": (EVERY_CORRECTION,), "budgets": ()},
+        "elastic": False,
+        "selection": "threshold",
+        "thresholds": (EVERY_CORRECTION,),
+        "budgets": (),
     }
     recipe = settings.distillation.training.model_copy(
         update={"num_steps": settings.sweep.elastic_steps, "elastic": None}
@@ -324,6 +363,41 @@ def _shortfall(quality: str, row: Mapping[str, Any]) -> float:
     return float(row["student"] - row["elastic"])
 
 
+def comparison_table(reading: Reading) -> str:
+    """Return the table of the schedules, and a sentence on what it compares."""
+    name, is_percent = metric_title(reading.quality).lower(), is_accuracy(reading.quality)
+
+    def quality_text(value: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{100 * value:.1f}%" if is_percent else f"{value:.4f}"
+
+    rows = []
+    for row in reading.rows:
+        interval = row["interval"]
+        losses = (row["elastic_loss"], row["student_loss"])
+        rows.append(
+            (
+                _text(row),
+                str(row["evaluations"]),
+                quality_text(row["elastic"]),
+                quality_text(row["student"]),
+                difference_text(interval, is_percent=is_percent) if interval else "",
+                *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            )
+        )
+    header = (
+        *("schedule", "NFE", "elastic", "separate", f"difference in {name}"),
+        *("elastic loss", "separate loss"),
+    )
+    sentence = (
+        f"Quality is {name}; the difference is that of the elastic weights minus that of the "
+        f"student of the same schedule, with the range of {INTERVAL_LEVEL:.0%} of draws of the "
+        "items that both answered. Losses are in nats per token of the validation text."
+    )
+    return f"{sentence}\n\n{markdown_table(header, rows)}"
+
+
 def study_markdown(readings: Sequence[Reading]) -> str:
     """Return the page of results."""
     parts = ["# Elastic weights against separate students"]
@@ -333,14 +407,12 @@ def study_markdown(readings: Sequence[Reading]) -> str:
             (name, f"{value:.4f}", f"{most:.4f}", "yes" if value <= most else "no")
             for name, value, most in found
         ]
-        longer, section = reading.longer, reading.section
+        longer = reading.longer
         full = [f"{metric.partition('/')[2]} {longer.value(metric):.4f}"
                 for metric in (LOSS, ACCURACY) if longer.value(metric) is not None]  # fmt: skip
         parts += [
             f"## {reading.teacher}, elastic training of {reading.times:g} times a student's steps",
-            section.sentences[0],
-            section.tables[0].to_markdown(),
-            bullets(section.notes),
+            comparison_table(reading),
             bullets([f"The teacher, trained on for as many steps: {', '.join(full)}."]),
             markdown_table(("bar", "worse by", "at most", "met"), rows),
         ]

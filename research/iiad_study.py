@@ -208,19 +208,18 @@ class IiadStudy:
         """Run the fronts of the IIET with most corrections: way -> results."""
         best = {name: own[_best_rate(own)] for name, own in phases.by_rate.items()}
         teacher = best[self.fullest]
-        baselines = {
-            name: Path(str(best[name].checkpoint))
+        baselines = tuple(
+            str(best[name].checkpoint)
             for name in (BASELINE_METHOD, model_label(teacher.method, 0))
             if name in best
-        }
+        )
         return {
             way: self._show(
                 way,
                 sweep(
-                    own,
+                    _with(own, sweep={"baseline_runs": baselines}),
                     workspace=self.session.workspace,
                     teacher=Path(str(teacher.checkpoint)),
-                    baselines=baselines,
                     name=f"study-{way.replace(' ', '-')}",
                     progress=self.session.progress,
                 ),

@@ -49,10 +49,11 @@ def _front(report: Report, title: str, quality: str, text: Callable[[float], str
     ]
     for row in report["results"]:
         error = row.get(f"{quality}_stderr")
+        time, spread = row["cost/decode_ms_per_token"], row["cost/decode_ms_spread"]
         cells = [
             row["name"],
             f"{row['cost/evaluations']:g}",
-            f"{row['cost/decode_ms_per_token']:.2f}",
+            f"{time:.2f} ± {spread:.2f}",
             text(row[quality]) + (f" ± {text(error)}" if error else ""),
             f"{100 * kept[row['name']]:.1f} %",
             marks.get(row["key"], "yes" if row["on_front"] else ""),

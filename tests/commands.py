@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
-        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair", "scipy.stats"),
+        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair"),
         *("torch._dynamo", "torch.distributed.fsdp"),  # PyTorch imports them at the first step.
     ]
 )
@@ -156,9 +156,20 @@ def run_workers(code: str, number: int, *arguments: str) -> None:
         assert process.returncode == 0, printed
 
 
-def settings_options(settings: Iterable[str]) -> list[str]:
-    """Return the options `--set` of values such as `training.seed=3`."""
-    return [f"--set={setting}" for setting in settings]
+def settings_options(settings: Iterable[str], command: str, kind: str = "") -> list[str]:
+    """Return `--set` of those values, such as `training.seed=3`, that a command reads.
+
+    Args:
+        command: Its name.
+        kind: Kind of the sweep, if the command runs one of a file.
+    """
+    from orchestrator.cli.command import COMMANDS
+    from orchestrator.cli.train import UNREAD_BY_KIND
+
+    unread = {*COMMANDS[command].unread, *UNREAD_BY_KIND.get(kind, ())}
+    if command == "distill":
+        unread.add("influence")  # Only --drop-layers reads it.
+    return [f"--set={value}" for value in settings if value.partition(".")[0] not in unread]
 
 
 def _run(

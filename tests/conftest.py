@@ -288,7 +288,7 @@ def small_sweep(pytestconfig, request) -> Path:
     from orchestrator.cluster.task import run_local_jobs
     from orchestrator.workspace.locks import lock_file
 
-    options = settings_options([*SMALL, "distillation.teacher_cache=true"])
+    options = settings_options(SMALL, "sweep")
     digest = hashlib.sha256(repr([options, sys.version, list_of_libraries()]).encode())
     for package in ("iiet", "orchestrator", "sweeps"):
         for path in sorted((ROOT / package).rglob("*.*")):

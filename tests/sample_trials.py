@@ -40,7 +40,7 @@ def sample_trial(
         method=method,
         schedule=IterationSchedule(corrections) if METHODS[method].facts.has_corrections else None,
     )
-    groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train", "decoding")}
+    groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train")}
     given = {"role": "trial", "folder": "", "suite": TrialSuite(tokens_folder=""), **values}
     trial = Trial(key=key, model=model, **given)
     for group, numbers in groups.items():

@@ -35,7 +35,7 @@ ADAPTERS = {
 }
 """Library -> the only packages or modules that import it."""
 
-OPTIONAL = ("cluster", "gguf", "gpu", "tensorboard")
+OPTIONAL = ("cluster", "gguf", "gpu")
 """Extras whose libraries are imported at first use."""
 
 ORDER = (

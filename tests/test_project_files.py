@@ -77,7 +77,7 @@ def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path):
     assert set(metadata.get_all("Provides-Extra", [])) == set(extras)
     inherited = [r for name in ("dev", "test") for r in extras[name] if r.startswith("iiet-orch[")]
     listed = {extra for r in inherited for extra in re.findall(r"[\w-]+", r.partition("[")[2])}
-    assert {"test", "cluster", "gguf", "gpu", "tensorboard"} <= listed <= set(extras)
+    assert {"test", "cluster", "gguf", "gpu"} <= listed <= set(extras)
 
 
 @pytest.mark.slow

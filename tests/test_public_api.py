@@ -12,10 +12,7 @@ import iiet
 import iiet.influence
 import iiet.methods
 import orchestrator
-import orchestrator.data.text
-import orchestrator.evaluation.tasks
-import orchestrator.records.tracked_run
-import orchestrator.tracking.loggers
+import orchestrator.models.loops
 
 PACKAGES = (iiet, orchestrator)
 CONTRACTS = (
@@ -23,11 +20,7 @@ CONTRACTS = (
     iiet.influence.InfluenceMetric,
     iiet.influence.Comparison,
     iiet.influence.MeasuredBatch,
-    orchestrator.data.text.TextSource,
-    orchestrator.evaluation.tasks.EvaluationTask,
-    orchestrator.evaluation.tasks.TaskGroup,
-    orchestrator.tracking.loggers.RunLogger,
-    orchestrator.records.tracked_run.TrackedRun,
+    orchestrator.models.loops.LoopedModel,
 )
 """What packages subclass or get, besides the exported names."""
 EXPORTED = (getattr(package, name) for package in PACKAGES for name in package.__all__)
@@ -92,3 +85,8 @@ def test_packages_are_marked_as_typed_and_export_each_name_once():
     for package in PACKAGES:
         assert (Path(str(package.__file__)).parent / "py.typed").read_text() == ""
         assert len(package.__all__) == len(set(package.__all__))
+
+
+def test_dir_lists_the_interface_alone():
+    assert dir(iiet) == sorted(["__version__", *iiet.__all__])
+    assert dir(orchestrator) == sorted(orchestrator.__all__)

@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
     """The normalized output, g(e) for a correction, (batch, time, dim); None without a norm."""
     residual: Tensor | None
     """`g(e) - e`: how far the correction moves the previous estimate; None for predictions."""
-    left_here: Callable[[], Tensor] | None = None
+    output_if_last: Callable[[], Tensor] | None = None
     """Where the output is not what the layer would leave if it ended here (a Runge-Kutta stage):
     computes that estimate, (batch, time, dim)."""
 
@@ -91,12 +91,12 @@ class Evaluate:
         x: Tensor,
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
-        leaves: Callable[[Tensor], Tensor] | None = None,
+        output_if_last: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return F(x), or norm(F(x)), for x of (batch, time, dim).
 
-        For observers: `previous` is the estimate that this evaluation corrects, and `leaves` makes
-        of the returned value what the layer would leave if it ended here.
+        For observers: `previous` is the estimate that this evaluation corrects, and
+        `output_if_last` makes of the returned value what the layer would leave if it ended here.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -106,11 +106,11 @@ class Evaluate:
         result = output if estimate is None else estimate
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous
-            left_here = None if leaves is None else partial(leaves, result)
-            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, left_here))
+            if_last = None if output_if_last is None else partial(output_if_last, result)
+            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, if_last))
         return result
 
-    def unseen(self, x: Tensor) -> Tensor:
+    def uncounted(self, x: Tensor) -> Tensor:
         """Return F(x) without counting: neither observers nor caches see this evaluation."""
         output: Tensor = self._layer.field(x, replace(self._call.context, cache=None), None)
         return output

@@ -227,18 +227,21 @@ class PredictorCorrectorRK2(MixedLayer):
             prediction: Tensor = self.prediction_norm(shared(hidden, stages))
             return prediction
 
-        def left_at(number: int, value: Tensor) -> Tensor:
+        def output_at(number: int, value: Tensor) -> Tensor:
             """Return what the layer would leave at the level whose last evaluation this is."""
             if number == 0:
                 return predict([value])
             assert point_sum is not None
             point = point_sum.plus(predict(stages[:1]), hidden.dtype)
-            corrected: Tensor = self.correction_norm(evaluate.unseen(point))
+            corrected: Tensor = self.correction_norm(evaluate.uncounted(point))
             return corrected
 
         def stage(number: int, point: Tensor) -> Tensor:
-            norm, leaves = shared.norms[number], partial(left_at, number)
-            value = evaluate(point.to(hidden.dtype), norm=norm, leaves=leaves)
+            value = evaluate(
+                point.to(hidden.dtype),
+                norm=shared.norms[number],
+                output_if_last=partial(output_at, number),
+            )
             stages.append(value)
             return value
 
@@ -249,7 +252,7 @@ class PredictorCorrectorRK2(MixedLayer):
                 point_sum.plus(prediction, hidden.dtype),
                 norm=self.correction_norm,
                 previous=prediction,
-                leaves=lambda estimate: estimate,
+                output_if_last=lambda estimate: estimate,
             )
         return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
 

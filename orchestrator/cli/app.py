@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
 
 from rich.console import Console
@@ -14,7 +16,17 @@ from rich.console import Console
 from orchestrator.cli import measure, models, places, train  # noqa: F401
 from orchestrator.cli.command import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
+from orchestrator.terminal.stop import SIGNALS, signal_handlers
+from orchestrator.workspace.errors import (
+    DamagedFile,
+    Interrupted,
+    RunFailed,
+    UserError,
+    path_error_message,
+)
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,12 +40,37 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["NO_COLOR"] = "1"
     words = [word for word in words if word != NO_COLOR]
     completes = "_IIET_ORCH_COMPLETE" in os.environ
+    code = 0
+    if arguments is None:
+        # Exit functions run in reverse order, so this one runs after those of the libraries.
+        atexit.register(_end_interrupted_process)
     try:
-        app = build_app(None if completes else words[0] if words else "")
-        app(words, prog_name="iiet-orch")
+        # SIGTERM is Ctrl-C also where nothing has to be saved: the exit code says that the same
+        # command resumes.
+        with signal_handlers([signal.SIGTERM], signal.default_int_handler):
+            app = build_app(None if completes else words[0] if words else "")
+            app(words, prog_name="iiet-orch")
     except BaseException as error:
-        return exit_code_of(error)
-    return 0
+        with signal_handlers(SIGNALS, signal.SIG_IGN):
+            code = exit_code_of(error)
+    finally:
+        if code != INTERRUPTED:
+            atexit.unregister(_end_interrupted_process)
+        elif arguments is None:
+            for number in SIGNALS:  # Nothing is left to interrupt.
+                signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def _end_interrupted_process() -> None:
+    """End this process without the interpreter's own end.
+
+    Threads may still wait for a Ray that has ended. They could crash that end or print into it, and
+    with all libraries loaded it takes seconds.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -42,9 +79,11 @@ def exit_code_of(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 0
     sentence = str(error)
     if isinstance(error, Interrupted | KeyboardInterrupt):
-        code, sentence = 130, sentence or "interrupted; run the same command again to resume"
+        code = INTERRUPTED
+        sentence = sentence or "interrupted; run the same command again to resume"
     elif isinstance(error, UserError | RunFailed):
-        code = 2 if isinstance(error, UserError) else 1
+        is_mistake = isinstance(error, UserError) and not isinstance(error, DamagedFile)
+        code = 2 if is_mistake else 1
     elif isinstance(error, OSError) and (of_path := path_error_message(error)):
         code, sentence = 2, of_path
     else:

@@ -60,6 +60,9 @@ class Command:
     """`--flag` or `--flag,-f` to the key of a setting."""
     config: Literal["option", "argument"] | None = None
     """Whether it reads a settings file, which `--config` or an argument of its own names."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Sections of the settings that it does not read -> what decides instead; see
+    `Call.refuse_unread`."""
     workspace: Place | None = "made"
     """How the workspace is opened, see `open_session`; None if the command has none."""
     trains: bool = False
@@ -106,6 +109,7 @@ class Command:
             call.set(key, split_list(value) if is_list else value)
         try:
             with call.stack:
+                call.refuse_unread(self.unread)
                 if (result := self.function(call, **values)) is None:
                     return
                 if call.as_json:

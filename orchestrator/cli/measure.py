@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     ModelsArgument,
     QualityOption,
@@ -39,15 +40,26 @@ SweepsArgument = Annotated[
 ]
 
 
-@Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
-         config="option", plans=True)  # fmt: skip
+@Command(
+    "influence",
+    group="Measure",
+    options={"--metric": "influence.metric", **CLUSTER},
+    config="option",
+    unread={
+        "data": "influence is measured on the tokens that the model was trained on",
+        "evaluation": "`iiet-orch evaluate` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    plans=True,
+)
 def influence(
     call: Call,
     model: TeacherArgument = None,
     schedule: SchedulesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
-    """Measure how much each correction of each layer matters; or each loop of a looped model.
+    """Measure how much each correction of each layer matters, and each whole layer; or each loop
+    of a looped model.
 
     Example: iiet-orch influence my-run --metric loss
 
@@ -73,55 +85,52 @@ def influence(
     return call.finish(plan, run_influence)
 
 
-@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config="option",
-         workspace="read", plans=True)  # fmt: skip
+@Command(
+    "evaluate",
+    group="Measure",
+    options={**TASKS, **CLUSTER},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that a model was trained on",
+        "influence": "`iiet-orch influence` reads it",
+        **NOTHING_IS_TRAINED,
+    },
+    workspace="read",
+    plans=True,
+)
 def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
-    compare: Annotated[bool, typer.Option("--compare")] = False,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
-    depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
     chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
-    With --compare, compare two models on the same items: paired differences with intervals and
-    McNemar's test. Each may be a folder that lm-eval wrote with --log_samples.
+    Beside each model after the first stands its difference to the first, over the same items, with
+    its 95% interval.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
 
     Args:
         schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
             repeated.
-        compare: Compare two models; --schedule is of both, or given twice, of each.
         log_samples: Write results and samples in lm-eval's files, for other tools.
-        depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
         apply_chat_template: Write prompts with the model's chat template.
         chat_template: The same, with one of its named templates.
     """
     from orchestrator.pipelines import evaluating
 
     call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
-    common = {"schedules": schedule or (), "trust_remote_code": trust_remote_code, **call.common}
-    if compare:
-        if not models or len(models) != 2:
-            named = ", ".join(map(str, models or ())) or "none"
-            raise UserError(f"--compare takes two models; got {named}")
-        if log_samples or depth_curve:
-            option = "--log-samples" if log_samples else "--depth-curve"
-            raise UserError(f"{option} is for models alone; use it without --compare")
-        both = str(models[0]), str(models[1])
-        comparison = evaluating.plan_compare(call.settings, models=both, **common)
-        return call.finish(comparison, evaluating.run_compare)
     plan = evaluating.plan_evaluate(
         call.settings,
         models=models or (),
         log_samples=log_samples,
-        depth_curve=depth_curve,
-        **common,
+        schedules=schedule or (),
+        trust_remote_code=trust_remote_code,
+        **call.common,
     )
     return call.finish(plan, evaluating.run_evaluate)
 
@@ -136,7 +145,6 @@ def benchmark(
     new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
-    drafts: str | None = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
@@ -151,14 +159,7 @@ def benchmark(
         new_tokens: Tokens decoded after it (default: 32, or what fits the context).
         repetitions: Measurements of each model, in turns.
         threads: Threads of PyTorch on a CPU.
-        drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
-            report.
     """
-    if drafts:
-        from orchestrator.pipelines.reports import plan_drafts, run_drafts
-
-        cluster = call.settings.cluster
-        return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
     from orchestrator.evaluation.decode_timing import MeasurementSettings
@@ -203,6 +204,7 @@ def report(
     cost: CostOption = None,
     quality: QualityOption = None,
     claims: Annotated[bool, typer.Option("--claims")] = False,
+    time_again: Annotated[bool, typer.Option("--time-again")] = False,
 ) -> Result:
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
@@ -211,11 +213,17 @@ def report(
     Args:
         sweeps: Names of sweeps, several on one front (default: the newest).
         claims: Show only the paper's five claims, each beside what was measured; write nothing.
+        time_again: First measure the time per token of the sweep's models once more, as after a
+            measurement on a busy machine.
     """
     from orchestrator.pipelines import reports
 
     if claims:
         if cost or quality:
             raise UserError("--claims has its own axes; leave --cost and --quality out")
+        if time_again:
+            raise UserError("--claims measures nothing; run `iiet-orch report --time-again` first")
         return reports.claims(sweeps=sweeps or [], **call.common)
-    return reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
+    return reports.report(
+        sweeps=sweeps or [], cost=cost, quality=quality, time_again=time_again, **call.common
+    )

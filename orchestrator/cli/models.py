@@ -11,11 +11,11 @@ import typer
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
+    NOTHING_IS_TRAINED,
     CostOption,
     NameOption,
     QualityOption,
     SchedulesOption,
-    TrustOption,
     complete_models,
     complete_sweeps,
     one_schedule,
@@ -45,7 +45,6 @@ def generate(
     schedule: SchedulesOption = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
     chat: bool = False,
-    system: str | None = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
     ] = None,
@@ -57,7 +56,6 @@ def generate(
     kv: Literal["exact", "last"] = "exact",
     draft: str | None = None,
     draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    trust_remote_code: TrustOption = False,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -67,12 +65,12 @@ def generate(
     Example: iiet-orch generate my-run --prompt "The list is" -n 40
 
     Args:
-        checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
-            or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth.
+        checkpoint: Checkpoint, run, trial or exported folder, by path or name, a sweep (its picked
+            model), or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose
+            last.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
-        system: With --chat: the system's message, before the user's.
         max_new_tokens: Maximum number of tokens to add (default: 64, or what fits the context).
         temperature: 0 always takes the likeliest token.
         top_k: Sample among the N likeliest tokens.
@@ -85,7 +83,7 @@ def generate(
 
     Keys:
         model: folder of the model that was used
-        schedule: its schedule or depth, or `null` without corrections
+        schedule: its schedule, or `null` without corrections
         texts: one entry per prompt: `prompt`, and its continuation `text`
     """
     if draft is None and draft_tokens is not None:
@@ -118,16 +116,14 @@ def generate(
         one_schedule(schedule),
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
-    asked = writer.as_asked(prompts, chat=chat, system=system)
+    asked = writer.as_asked(prompts, chat=chat)
     own = writer.schedule
     if not isinstance(call.session.progress, Warnings):
-        under = f"schedule {','.join(map(str, own))}" if own else "no corrections"
-        typer.echo(f"model: {writer.checkpoint}, {under}", file=terminal)
+        under = ",".join(map(str, own)) or "-"
+        typer.echo(f"model: {writer.checkpoint}, schedule {under}", file=terminal)
     if not call.as_json and len(prompts) == 1:
         pieces = writer.stream(asked[0], sampling)
         if not chat:  # An answer is printed without its question.
@@ -171,7 +167,16 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@Command("export", group="Use models", options={"--device": "cluster.device"}, config="option")
+@Command(
+    "export",
+    group="Use models",
+    options={"--device": "cluster.device"},
+    config="option",
+    unread={
+        "data": "held-out tasks come from the data that the model was trained on",
+        **NOTHING_IS_TRAINED,
+    },
+)
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
@@ -191,8 +196,8 @@ def export(
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
 
     Args:
-        checkpoint: Checkpoint or run, by path or name, or hub:OWNER/NAME; by default the newest of
-            finished runs and what `pick` chose last.
+        checkpoint: Checkpoint, run or trial, by path or name, or hub:OWNER/NAME; by default the
+            newest of finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
         file_format: With gguf, write a file that llama.cpp runs, of a vanilla or looped model.
@@ -244,7 +249,6 @@ def pick(
     knee: bool = False,
     best: bool = False,
     cheapest: bool = False,
-    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -262,7 +266,6 @@ def pick(
         knee: Farthest above the line between the ends.
         best: Highest quality.
         cheapest: Lowest cost.
-        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
@@ -276,7 +279,6 @@ def pick(
         knee=knee,
         best=best,
         cheapest=cheapest,
-        draft_for=draft_for,
         cost=cost,
         quality=quality,
         to=to,

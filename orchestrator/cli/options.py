@@ -57,6 +57,15 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
+ONLY_SWEEPS = dict.fromkeys(("sweep", "search"), "only sweeps read it")
+"""What decides instead of these sections in commands that run no sweep."""
+NOTHING_IS_TRAINED = {
+    "model": "the checkpoint says what the model is, and --schedule gives another schedule",
+    "training": "nothing is trained",
+    "distillation": "nothing is trained",
+    **ONLY_SWEEPS,
+}
+"""The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
     Literal["nfe", "flops", "ms", "kv", "evaluations"] | None,
@@ -73,6 +82,11 @@ NameOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
 ]
+BaselinesOption = Annotated[
+    list[str] | None,
+    typer.Option("--baseline", metavar="RUN", autocompletion=complete_models,
+                 help="A trained model to show beside the front, by name or path; repeatable."),
+]  # fmt: skip
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]

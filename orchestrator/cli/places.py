@@ -84,7 +84,7 @@ def clean(
     Example: iiet-orch clean checkpoints --dry-run
 
     Args:
-        kinds: temporary, ray, teachers, checkpoints or damaged (default: all).
+        kinds: temporary, ray, checkpoints or damaged (default: all).
         yes: Delete without asking.
     """
     from orchestrator.pipelines import upkeep
@@ -122,12 +122,12 @@ def doctor(call: Call) -> Result:
     return Findings(findings=found)
 
 
-@Command("config show", group="Start", config="argument", workspace=None, has_json=False)
+@Command("config show", group="Start", config="argument", workspace=None)
 def show_settings(
     call: Call,
     file: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
     changed: bool = False,
-) -> None:
+) -> Result | None:
     """Print the resolved settings as YAML; what differs from its default is marked.
 
     Example: iiet-orch config show demo --changed
@@ -135,11 +135,18 @@ def show_settings(
     Args:
         file: A YAML file, or a shipped sweep (default: the defaults).
         changed: Only what differs from the defaults.
+
+    Keys:
+        settings: section to its settings by name, as in a file
     """
     call.config = file
-    from orchestrator.settings.files import marked_yaml
+    from orchestrator.settings.files import changed_values, marked_yaml
 
+    if call.as_json:
+        shown = changed_values(call.settings) if changed else call.settings.model_dump(mode="json")
+        return call.answer({"settings": shown}, [])
     typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
+    return None
 
 
 @Command("config schema", group="Start", workspace=None, has_json=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,7 @@ from orchestrator.workspace.errors import (
     is_disk_full,
     mask_secrets,
     path_error_message,
+    shortened,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,28 @@ class Call:
         """Change a setting before they are read, unless the value is missing or empty."""
         if value is not None and value != []:
             self.options[key] = value
+
+    def refuse_unread(self, unread: Mapping[str, str]) -> None:
+        """Refuse `--set` of what the command does not read: the user expects that it changes
+        something. A file may have such sections, because several commands share it.
+
+        Args:
+            unread: Section of the settings -> what decides instead.
+
+        Raises:
+            UserError: Names each such setting, and what decides instead.
+        """
+        problems = []
+        for change in self.changes:
+            key = change.partition("=")[0].strip()
+            section = key.partition(".")[0]
+            if section in unread:
+                problems.append(
+                    f"--set {shortened(key)}: {self.name} does not read the section {section}; "
+                    f"{unread[section]}"
+                )
+        if problems:
+            raise UserError("\n".join(problems))
 
     @cached_property
     def settings(self) -> Any:

@@ -9,6 +9,8 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    ONLY_SWEEPS,
+    BaselinesOption,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -26,8 +28,28 @@ from orchestrator.workspace.layout import locate_workspace
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
-HERE = {"--address": "cluster.address", "--logger": "tracking.loggers"}
-CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
+HERE = {"--address": "cluster.address"}
+MEASURED_LATER = {
+    "influence": "`iiet-orch influence` measures the trained model",
+    "evaluation": "`iiet-orch evaluate` measures the trained model",
+}
+OF_THE_TEACHER = {
+    "data": "students read the tokens that their teacher was trained on",
+    "model": "students have their teacher's shape",
+    "training": "the teacher is trained already; distillation.training is the students' recipe",
+}
+ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
+FROM_SCRATCH = dict.fromkeys(("distillation", "influence"), "all models are trained from scratch")
+UNREAD_BY_KIND = {
+    "threshold": ONLY_SEARCHES,
+    "search": {},
+    "iterations": FROM_SCRATCH | ONLY_SEARCHES,
+    "depth": dict.fromkeys(
+        ("data", "model", "training", "distillation", "influence", "search"),
+        "a sweep of kind depth measures models that exist",
+    ),
+}
+"""Kind of a sweep -> sections that it does not read, and what decides instead."""
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -45,10 +67,22 @@ def quickstart(call: Call) -> Result:
     Example: iiet-orch quickstart --workspace my-workspace
     """
     call.config = call.config or "demo"
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     return _sweep(call)
 
 
-@Command("prepare", group="Train", config="option")
+@Command(
+    "prepare",
+    group="Train",
+    config="option",
+    unread=dict.fromkeys(
+        (
+            "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+            "cluster",
+        ),
+        "the section data alone says what is prepared",
+    ),
+)  # fmt: skip
 def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
@@ -100,9 +134,14 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         "--skip-bad-steps": "training.skip_bad_steps",
         "--profile": "training.profile_steps",
         "--storage": "cluster.storage",
-        **CLUSTER,
+        **HERE,
     },
     config="option",
+    unread={
+        "distillation": "`iiet-orch distill` trains students of the trained model",
+        **MEASURED_LATER,
+        **ONLY_SWEEPS,
+    },
     trains=True,
     plans=True,
 )
@@ -133,10 +172,10 @@ def pretrain(
     if continue_ is not None:
         if call.config is not None:
             raise UserError("--continue takes the run's own settings; use it without --config")
-        from orchestrator.models.lookup import find_run_folder
+        from orchestrator.models.lookup import find_pretraining
         from orchestrator.settings import SETTINGS_NAME
 
-        folder = find_run_folder(locate_workspace(call.path), continue_)
+        folder = find_pretraining(locate_workspace(call.path), continue_)
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
@@ -155,6 +194,7 @@ def pretrain(
     group="Train",
     options={
         "--control": "distillation.control",
+        "--steps": "distillation.training.num_steps",
         "--seed": "distillation.training.seed",
         "--lr": "distillation.training.learning_rate",
         "--dtype": "distillation.training.precision",
@@ -162,6 +202,7 @@ def pretrain(
         **HERE,
     },
     config="option",
+    unread={**OF_THE_TEACHER, "evaluation": MEASURED_LATER["evaluation"], **ONLY_SWEEPS},
     trains=True,
     plans=True,
 )
@@ -169,37 +210,44 @@ def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: SchedulesOption = None,
+    drop_layers: Annotated[int | None, typer.Option(min=1)] = None,
+    name: NameOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
+
+    With --drop-layers, the student has fewer layers instead, and the teacher may be of any method.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
 
     Args:
         schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
             students.
+        drop_layers: Instead: drop this many layers, those of least block influence.
+        name: Name of the student's run, if there is one student (default: from the content, as in
+            a sweep, which then finds it).
     """
-    if not schedule:
-        raise UserError(
-            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
-            "or --schedule 2,1,1,0,0,0"
-        )
+    if drop_layers is None:
+        call.refuse_unread({"influence": "only --drop-layers reads it"})
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
-        schedules=schedule,
+        schedules=schedule or (),
+        drop_layers=drop_layers,
         teacher=call.imported(teacher),
+        name=name,
         local=local,
         **call.common,
     )
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweep", options=CLUSTER, config="argument", trains=True, plans=True)
+@Command("sweep", group="Sweep", options=HERE, config="argument", trains=True, plans=True)
 def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
+    baselines: BaselinesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
     """Run a whole sweep from its file, pretraining included.
@@ -210,6 +258,8 @@ def sweep_file(
         file: A YAML file, or the name of a shipped sweep.
     """
     call.config = file
+    call.set("sweep.baseline_runs", baselines)
+    call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
     if call.settings.sweep.kind == "depth":
         from orchestrator.pipelines.loops import plan_depths, run_depths
 
@@ -228,26 +278,34 @@ def sweep_file(
         "--cost": "sweep.budget_unit",
         "--selection": "sweep.selection",
         "--search": "search.num_trials",
-        "--distilled-baselines": "sweep.distilled_baselines",
         "--elastic": "sweep.elastic",
-        "--compare": "sweep.compare",
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
+    unread=OF_THE_TEACHER,
     trains=True,
     plans=True,
 )
-def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOption = None) -> Result:
+def sweep_threshold(
+    call: Call,
+    teacher: TeacherArgument = None,
+    baselines: BaselinesOption = None,
+    name: NameOption = None,
+) -> Result:
     """Prune by influence, distill and evaluate each schedule, and show the front.
 
     With --search, Optuna then suggests schedules outside the threshold's family.
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
-    call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
+    call.set("sweep.baseline_runs", baselines)
+    is_search = "search.num_trials" in call.options
+    call.set("sweep.kind", "search" if is_search else "threshold")
+    if not is_search:
+        call.refuse_unread({"search": "--search N makes a search of the sweep"})
     for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
         if getattr(call.settings.sweep, other):
             raise UserError(f"--schedules and --{other} exclude each other; leave one out")
@@ -262,9 +320,10 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
         "--steps": "training.num_steps",
         "--asha": "sweep.asha",
         **TRIALS,
-        **CLUSTER,
+        **HERE,
     },
     config="option",
+    unread=UNREAD_BY_KIND["iterations"],
     trains=True,
     plans=True,
 )
@@ -272,6 +331,7 @@ def sweep_iterations(
     call: Call,
     schedule: SchedulesOption = None,
     rates: Annotated[str | None, typer.Option(metavar="A,B,...")] = None,
+    baselines: BaselinesOption = None,
     name: NameOption = None,
 ) -> Result:
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
@@ -284,6 +344,7 @@ def sweep_iterations(
         rates: Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.
     """
     call.set("sweep.kind", "iterations")
+    call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
         from iiet.facts import METHODS

@@ -13,10 +13,9 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from orchestrator.cluster import PRETENDED_GPUS
@@ -26,10 +25,8 @@ from orchestrator.planning.machine import (
     check_available,
     cpus_of_cpu_worker,
     cpus_of_gpu_worker,
-    describe_nodes,
     num_places,
 )
-from orchestrator.terminal.stop import wait_interruptibly
 from orchestrator.workspace.errors import DeviceError
 
 PLACEMENT_SECONDS = 2.0
@@ -187,25 +184,6 @@ def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") ->
         remove_placement_group(group)
 
 
-def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) -> None:
-    """Wait until a job's GPUs, or its share of one, are free, each with a CPU.
-
-    Args:
-        note: Called with a sentence if there is something to wait for.
-
-    Raises:
-        Interrupted: After Ctrl-C or SIGTERM.
-    """
-    if not num_gpus:
-        return
-    num_workers = math.ceil(num_gpus)
-    with asked_places([{"CPU": 1, "GPU": num_gpus / num_workers}] * num_workers) as group:
-        if not group.wait(PLACEMENT_SECONDS):
-            nodes = describe_nodes(alive_nodes())
-            text = f"waiting for {num_gpus:g} free GPUs; the cluster has {nodes}"
-            wait_interruptibly(partial(group.wait, 0), begin=partial(note, text) if note else None)
-
-
 # Requests to stop
 
 
@@ -224,6 +202,7 @@ class Signal:
         """Send it, if it was not sent before."""
         import ray
 
+        self._is_sent = True  # Who asks in this process hears it, also when Ray has ended.
         actor: Any = ray.remote(num_cpus=0)(_Sent)
         name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
         _sent.append(actor.options(**name).remote())

@@ -77,7 +77,11 @@ LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Variable that Ray reads when it is imported; 0 keeps its sockets on loopback, on Linux too."""
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Variable for Ray Train's process that hears of nodes that will be taken away."""
+AUTO_START_SWITCH = "RAY_ENABLE_AUTO_CONNECT"
+"""Variable that Ray reads when it is imported. With 0, a thread that is late by the end of our Ray
+gets an error; otherwise its next call starts another one."""
 _LOCAL_ENVIRONMENT = {
+    AUTO_START_SWITCH: "0",
     "RAY_AUTH_MODE": "token",
     # One token for this process and its children; Ray would write one into the home folder.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -86,10 +90,13 @@ _LOCAL_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     # Its only node cannot be lost alone: a busy or sleeping machine must not end a run.
     "RAY_health_check_failure_threshold": "60",
+    # Other programs may take memory, too; Ray's own threshold is 0.95.
+    "RAY_memory_usage_threshold": "0.98",
     WATCHER_SWITCH: "0",
 }
 _JOINING_ENVIRONMENT = {
-    "RAY_gcs_server_port_wait_time_s": "8"  # tries to reach the head node, about one a second
+    AUTO_START_SWITCH: "0",
+    "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
 }
 _imported_for_local: bool | None = None
 """Whether Ray was imported in the environment of a local one; None: it was not imported."""

@@ -67,8 +67,7 @@ def joined_cluster(
             yield
         return
     with ray_cluster(cluster, folder=folder, say=progress.start) as resources:
-        if not cluster.wait_for_gpus:
-            check(resources)
+        check(resources)
         yield
 
 
@@ -124,8 +123,7 @@ def _run_on_best(
     if needs_gpu or cluster.ray_address != LOCAL:
         with ray_cluster(cluster, folder=folder, say=partial(progress.advance, 0)) as resources:
             if needs_gpu or resources.gpus:
-                if not cluster.wait_for_gpus:
-                    check_available(1, 1, resources)
+                check_available(1, 1, resources)
                 return run_gpu_task(work, progress)
     from orchestrator.models.open import best_device
 

@@ -16,9 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -30,19 +28,17 @@ from orchestrator.cluster.places import (
     PLACEMENT_SECONDS,
     Placement,
     Signal,
-    alive_nodes,
     asked_places,
     job_placement,
     use_fake_gpus,
-    wait_for_gpus,
     worker_device,
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
-from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
+from orchestrator.planning.estimate import note_saving, out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration
-from orchestrator.terminal.stop import stop_on_signals, stop_when, wait_for_work
+from orchestrator.terminal.stop import start_thread, stop_on_signals, stop_when, wait_for_work
 from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.training.watching import describe_saved_state, jobs_to_train
@@ -96,9 +92,6 @@ def run_train_jobs(
         for ours in parts:
             ray_runs = ray_cluster(cluster, folder=ours[0].folder.parent, say=say)
             with ray_runs as resources, stop_on_signals():
-                if cluster.wait_for_gpus:
-                    wait_for_gpus(cluster.fewest_gpus, note)
-                    resources = replace(resources, nodes=alive_nodes())
                 placement = job_placement(
                     len(ours),
                     cluster.num_workers,
@@ -129,14 +122,19 @@ def _run_together(
         if watch:
             watch()
 
-    def ask_to_stop() -> float:
+    def ask_to_stop() -> bool:
         runs[0].stop.send()
         begun = [run.job for run in runs if run.has_something_to_save]
-        return seconds_to_save(begun, note) if begun else 0.0
+        note_saving(begun, note)
+        return bool(begun)
 
-    pool = ThreadPoolExecutor(runs[0].placement.jobs_at_once)
-    trainings = [pool.submit(run.fit) for run in runs]
-    pool.shutdown(wait=False)  # It runs what was submitted, and ends.
+    free_places = threading.Semaphore(runs[0].placement.jobs_at_once)
+
+    def fit_in_turn(run: JobRun) -> None:
+        with free_places:
+            run.fit()
+
+    trainings = [start_thread(partial(fit_in_turn, run)) for run in runs]
     saved = partial(describe_saved_state, {run.job.folder.name: run.job for run in runs})
     wait_for_work(trainings, ask_to_stop=ask_to_stop, saved=saved, watch=show)
 
@@ -221,6 +219,8 @@ class JobRun:
         """
         import ray
 
+        if self.stop.is_sent():
+            return False  # Ray may have ended already.
         placement, minutes = self.placement, self.cluster.node_wait_minutes
         seconds = math.inf if minutes is None else 60 * minutes
         if not self._journal_bytes():

@@ -6,6 +6,9 @@ on the nodes that are there now, so nodes that join later get trials, too. A tri
 runs directly in a Tune function; one with several is a Ray Train job, which takes five times the
 start-up and three times the memory. A trial resumes from its own folder, so Tune's snapshots, which
 miss their last seconds, are deleted.
+
+Ray ends processes when memory runs low, whoever takes it. Tune then loses trials, and often ends
+itself. It is started again with what is left; such an end is no failure of a trial.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,12 +38,19 @@ from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
-from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
+from orchestrator.terminal.render import join_names
+from orchestrator.terminal.stop import (
+    POLL_SECONDS,
+    run_interruptibly,
+    stop_requested,
+    stop_when,
+    wait_interruptibly,
+)
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import Report, run_job
 from orchestrator.training.watching import JournalReader
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import STOPPED_NAME
 
@@ -57,7 +70,13 @@ T = TypeVar("T")
 STEP, LOSS, ANSWER = "step", "validation_loss", "answer"
 """What a trial reports to Tune: its validations, and last how it ended."""
 
+RESTART_PAUSES_SECONDS = (5.0, 20.0, 60.0)
+"""Pauses before Tune is started again because memory ran low: others often free it soon."""
+MAX_NAMED_PROCESSES = 3
+
 logger = logging.getLogger(__name__)
+# At its end, Tune would warn of each trial that has no file of results; they are switched off.
+logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 class TrialQueue(Protocol):
@@ -82,14 +101,18 @@ class TrialQueue(Protocol):
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
         """Note how a trial ended: with a result, an error, or unfinished without either."""
 
+    def start_again(self, reason: str) -> None:
+        """Put the trials back that were taken and have not ended, and say why; Tune has ended."""
+
     def watch(self) -> None:
         """Called a few times a second."""
 
     def saved(self) -> str:
         """Say what is finished and saved; called after a signal."""
 
-    def seconds_to_save(self) -> float:
-        """Return the longest time until all running trials are saved; called after a signal."""
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any; called after a
+        signal."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +194,9 @@ def run_trials(
     """Run the trials of a queue under Ray Tune, as many at the same time as fit.
 
     A trial that fails is tried again `sweep.max_failures_per_trial` times, and does not end the
-    others. The function resumes from what is on disk.
+    others. The function resumes from what is on disk. When Ray has ended a trial because memory
+    ran low, no other starts until the running ones have ended; then, after a pause, what is left
+    starts again.
 
     Args:
         storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
@@ -180,6 +205,7 @@ def run_trials(
 
     Raises:
         UserError: If there are too few CPUs or GPUs for one trial.
+        RunFailed: If memory ran low again after the last pause.
         Interrupted: After Ctrl-C or SIGTERM.
     """
     with ray_cluster() as resources:
@@ -192,15 +218,15 @@ def run_trials(
             per_trial=True,
         )
         logger.info("trials: %s", placement)
-        stop, suggester = Signal(), _Suggester(queue, placement, sweep.trials_at_once)
+        stop = Signal()
         trainable = tune.with_parameters(
             _run_in_tune, function=function, place=TrialPlace(placement, cluster), stop=stop
         )
+        # As many trials may wait for their processes as the queue gives.
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 
-        def fit() -> None:
-            # As many trials may wait for their processes as the queue gives.
-            os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
-            tune.Tuner(
+        def fit(suggester: _Suggester, listener: _Listener) -> None:
+            tuner = tune.Tuner(
                 tune.with_resources(trainable, placement.trial_resources),
                 tune_config=tune.TuneConfig(
                     # The same processes serve one trial after another: 1 s instead of 2 to 3.
@@ -214,20 +240,51 @@ def run_trials(
                     name="tune",
                     storage_path=str(storage),
                     failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
-                    callbacks=[_Listener(queue)],
+                    callbacks=[listener],
                     verbose=0,
                 ),
-            ).fit()
+            )
+            try:
+                tuner.fit()
+            except Exception as error:
+                if not is_memory_shortage(str(error)):
+                    raise
+                listener.shortage = str(error)
 
-        def ask_to_stop() -> float:
+        def ask_to_stop(suggester: _Suggester) -> bool:
             suggester.is_stopping = True
             stop.send()
-            return queue.seconds_to_save()
+            return queue.begin_saving()
 
-        try:
-            run_interruptibly(fit, ask_to_stop=ask_to_stop, saved=queue.saved, watch=queue.watch)
-        finally:
-            shutil.rmtree(storage, ignore_errors=True)
+        for pause in (*RESTART_PAUSES_SECONDS, None):
+            suggester = _Suggester(queue, placement, sweep.trials_at_once)
+            listener = _Listener(queue, suggester)
+            try:
+                run_interruptibly(
+                    partial(fit, suggester, listener),
+                    ask_to_stop=partial(ask_to_stop, suggester),
+                    saved=queue.saved,
+                    watch=queue.watch,
+                )
+            finally:
+                shutil.rmtree(storage, ignore_errors=True)
+            if queue.is_over or not listener.shortage:
+                return
+            logger.warning("Ray ended trials: %s", listener.shortage)
+            reason = f"memory ran low ({describe_shortage(listener.shortage)})"
+            if pause is None:
+                raise RunFailed(
+                    f"Ray ended trials {len(RESTART_PAUSES_SECONDS) + 1} times because {reason}; "
+                    "end other programs, or set sweep.trials_at_once lower, and run the same "
+                    "command again to resume"
+                )
+            queue.start_again(f"Ray ended trials because {reason}; what is left starts again")
+            over_at = time.monotonic() + pause
+            wait_interruptibly(partial(_is_past, over_at), watch=queue.watch)
+
+
+def _is_past(when: float) -> bool:
+    return time.monotonic() >= when
 
 
 def _run_in_tune(
@@ -279,8 +336,12 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
 class _Listener(tune.Callback):  # type: ignore[misc]
     """Tells a queue how its trials start and end. Tune calls it with keyword arguments."""
 
-    def __init__(self, queue: TrialQueue) -> None:
-        self._queue = queue
+    def __init__(self, queue: TrialQueue, suggester: _Suggester) -> None:
+        self._queue, self._suggester = queue, suggester
+        self._short_of_memory: set[str] = set()
+        """Keys of trials that Ray has ended because memory ran low."""
+        self.shortage = ""
+        """What Ray said of the last of them, or when Tune itself ended; empty if there was none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()
@@ -292,14 +353,59 @@ class _Listener(tune.Callback):  # type: ignore[misc]
         found, error = json.loads((trial.last_result or {}).get(ANSWER, '[null, ""]'))
         self._queue.on_end(trial.config["key"], found and Trial.model_validate(found), error)
 
+    def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
+        self._look_for_shortage(trial)
+
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
-        # Tune writes a file first, and copies it to its storage later.
-        path = trial.pickled_error_file
-        if path and Path(path).is_file():
-            error = pickle.loads(Path(path).read_bytes())
-        else:
-            error = trial.get_pickled_error() or RuntimeError(trial.get_error())
-        self._queue.on_end(trial.config["key"], None, failure_reason(error))
+        self._look_for_shortage(trial)
+        key = trial.config["key"]
+        # Tune counted the ends for want of memory as failures. The next Tune counts anew.
+        if key not in self._short_of_memory:
+            self._queue.on_end(key, None, failure_reason(_trial_error(trial)))
+
+    def _look_for_shortage(self, trial: Any) -> None:
+        text = str(_trial_error(trial))
+        if is_memory_shortage(text):
+            self._short_of_memory.add(trial.config["key"])
+            self._suggester.is_stopping = True
+            self.shortage = text
+
+
+def _trial_error(trial: Any) -> Exception:
+    """Return the last error of a trial.
+
+    Tune writes the text of each error into a file, after a line that counts it. It pickles those
+    that functions raised, and those of actors that died, but no others.
+    """
+    path = Path(trial.error_file)
+    texts = re.split(r"^Failure # .*\n", path.read_text() if path.is_file() else "", flags=re.M)
+    text = texts[-1].strip() or "Ray ended its process and gave no reason"
+    pickled = trial.pickled_error_file
+    if pickled and Path(pickled).is_file():
+        error: Exception = pickle.loads(Path(pickled).read_bytes())
+        if str(error).strip() == text:  # Else it is an earlier one.
+            return error
+    return RunFailed(text)
+
+
+def is_memory_shortage(text: str) -> bool:
+    """Return whether an error says that Ray ended a process because memory ran low."""
+    return "running low on memory" in text
+
+
+def describe_shortage(text: str) -> str:
+    """Return the memory and the largest processes that Ray's error about a shortage names."""
+    memory = re.search(r"([\d.]+) ?GB(?: used)? / ([\d.]+) ?GB", text)
+    facts = [f"{memory[1]} of {memory[2]} GB were used"] if memory else []
+    # Lines of process, gigabytes and command; the words of a command may hold secrets.
+    processes = re.findall(r"^(\d+)\t([\d.]+)\t(\S+)", text, flags=re.M)
+    largest = [
+        f"{PurePath(command).name} (process {process}) {size} GB"
+        for process, size, command in processes[:MAX_NAMED_PROCESSES]
+    ]
+    if largest:
+        facts.append(f"the largest processes were {join_names(largest)}")
+    return "; ".join(facts) or first_line(RunFailed(text))
 
 
 class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
@@ -317,6 +423,8 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         self._trials = {trial.key: trial for own in models for trial in own}
         self._rivals = {trial.key: own for own in models for trial in own}
         self._brackets: dict[str, Any] = {}
+        self._first_starts: dict[str, Any] = {}
+        """Key -> Tune's trial when it first started; later starts are the same competitor."""
         for own in models:
             num_all = num_steps(own[0])
             bracket = schedulers.ASHAScheduler(
@@ -332,8 +440,10 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial to the bracket of its model."""
-        if bracket := self._brackets.get(trial.config["key"]):
-            bracket.on_trial_add(controller, trial)
+        key = trial.config["key"]
+        if key in self._brackets and key not in self._first_starts:
+            self._first_starts[key] = trial
+            self._brackets[key].on_trial_add(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide about a trial after a validation; to Tune, it always continues.
@@ -346,7 +456,8 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
             return str(schedulers.TrialScheduler.CONTINUE)
         step, num_all = result[STEP], num_steps(self._trials[key])
         self._losses[key][step] = loss
-        decision = self._brackets[key].on_trial_result(controller, trial, result)
+        first_start = self._first_starts[key]
+        decision = self._brackets[key].on_trial_result(controller, first_start, result)
         if decision == schedulers.TrialScheduler.STOP and step < num_all:
             rivals = {
                 rival.label: min((abs(at - step), value) for at, value in losses.items())[1]

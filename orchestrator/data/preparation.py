@@ -39,7 +39,7 @@ from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_t
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expand_user, read_json, write_json
+from orchestrator.workspace.files import damaged, expand_user, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key, file_key
@@ -174,9 +174,7 @@ def find_folder(key: str, parent: Path) -> Path | None:
         return None
     fingerprint = found.get("fingerprint")
     if not is_valid_name(fingerprint):
-        raise UserError(
-            f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
-        )
+        raise damaged(path, f"fingerprint: {fingerprint!r}")
     folder = parent / str(fingerprint)
     return folder if is_complete(folder) else None
 
@@ -209,6 +207,16 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
         )
     verify_data(folder)
     return folder
+
+
+def reads_tokens(checkpoint: Path, folder: Path) -> bool:
+    """Return whether a checkpoint was trained on prepared tokens, or, if it was imported, has their
+    tokenizer."""
+    provenance = load_provenance(checkpoint)
+    if "imported" not in provenance:
+        return bool(provenance.get("tokens") == open_data(folder).fingerprint)
+    tokenizer = folder / TOKENIZER_NAME
+    return tokenizer.is_file() and file_key(tokenizer) == file_key(tokenizer_file(checkpoint))
 
 
 def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:

@@ -15,19 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from orchestrator.data.order import WindowOrder, positions_of_step
 from orchestrator.models.tokenizer import end_of_text_id, num_token_ids
+from orchestrator.records.record import Record
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    checksums_of,
-    damage_as_user_error,
-    damaged_file,
-    read_json,
-    write_json,
-)
+from orchestrator.workspace.files import checksums_of, damaged, damaged_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +43,7 @@ class SplitCounts(BaseModel):
     bytes: int = 0
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """What a folder holds."""
 
     format: int = FORMAT_VERSION
@@ -66,7 +61,7 @@ class Manifest(BaseModel):
     """Bytes of each file."""
     sha256: dict[str, str]
     """Hash of each file."""
-    texts: dict[str, str] = {}
+    texts: dict[str, str] = Field(default_factory=dict)
     """Of a mixture: text source -> name of its folder, which lies beside this one."""
 
     def text_folders(self, folder: Path) -> dict[str, Path]:
@@ -273,8 +268,7 @@ def finish_folder(
         sha256=sha256,
         texts=dict(texts or {}),
     )
-    unused = set() if texts else {"texts"}
-    write_json(folder / MANIFEST_NAME, manifest.model_dump(exclude=unused))
+    manifest.write(folder / MANIFEST_NAME)
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -286,24 +280,23 @@ def checked_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder, and check that its files have the sizes in it.
 
     Raises:
-        UserError: If the folder is missing, damaged or of another version; tells what to do.
+        UserError: If the folder is missing or of another version.
+        DamagedFile: If a file is missing or has another size.
     """
-    path, remedy = folder / MANIFEST_NAME, _remedy(folder)
-    values = read_json(path, remedy=remedy)
-    if values is None:
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    if manifest is None:
         raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
-    if values.get("format") != FORMAT_VERSION:
-        raise UserError(f"{folder} was written by another version of the program; {remedy}")
-    with damage_as_user_error(path, remedy=remedy):
-        manifest = Manifest.model_validate(values)
-    for name in manifest.sha256:
-        file, size = folder / name, manifest.sizes.get(name)
+    if manifest.format != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was written by another version of the program; delete it and run "
+            "`iiet-orch prepare` again"
+        )
+    for name, size in manifest.sizes.items():
+        file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing; {remedy}")
+            raise damaged(folder, f"{name} is missing")
         if file.stat().st_size != size:
-            raise UserError(
-                f"{file} is damaged: {file.stat().st_size} bytes instead of {size}; {remedy}"
-            )
+            raise damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {size}")
     for text in manifest.text_folders(folder).values():
         checked_manifest(text)
     return manifest
@@ -319,13 +312,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> None:
-    """Raise a `UserError` if a file's content has changed; see `files.damaged_file`."""
+    """Raise a `DamagedFile` if a file's content has changed; see `files.damaged_file`."""
     manifest = checked_manifest(folder)
     for text in manifest.text_folders(folder).values():
         verify_data(text, always=always, remember=remember)
     if damage := damaged_file(folder, manifest.sha256, always=always, remember=remember):
-        raise UserError(f"{folder} is damaged: {damage}; {_remedy(folder)}")
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete the folder {folder} and run `iiet-orch prepare` again"
+        raise damaged(folder, damage)

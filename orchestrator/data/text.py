@@ -1,8 +1,7 @@
 """Documents of text sources: Python's help topics, the user's files, data sets of the hub.
 
 A source has shards, which threads share; a shard gives its documents always in the same order.
-Other packages add sources by entry points of the group `iiet_orch.data_sources`. Duplicates, the
-split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
+Duplicates, the split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
 A record of a `.jsonl` or `.parquet` file is a document. A `.txt` file is split at `<|endoftext|>`
 marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
@@ -18,7 +17,6 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +24,8 @@ from pydoc_data.topics import topics
 from statistics import median
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from iiet.extensions import ExtensionError
-from iiet.facts import NoOptions
 from orchestrator.models.hub import require_hub
 from orchestrator.settings import DataSettings
-from orchestrator.settings.data import TEXT_SOURCES
 from orchestrator.workspace.errors import UserError, quoted, shortened
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.provenance import content_key
@@ -62,21 +57,13 @@ class Document(NamedTuple):
 
 
 class TextSource(ABC):
-    """Base of all text sources.
+    """Base of all text sources, which read the section `data` of the settings."""
 
-    Args:
-        settings: Section `data`.
-        options: An instance of the class's `Options`, from `data.source_options.NAME`.
-    """
-
-    Options: ClassVar[type[Any]] = NoOptions
-    """A frozen dataclass: the options that `data.source_options.NAME` may set. Values are those of
-    YAML; it raises a ValueError for what is not allowed."""
     version: ClassVar[int] = 1
     """Increase it if equal `state()` gives other documents: the data are then prepared again."""
 
-    def __init__(self, settings: DataSettings, options: Any) -> None:
-        self.settings, self.options = settings, options
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
 
     @abstractmethod
     def state(self) -> Any:
@@ -209,28 +196,16 @@ def _stamps(files: Mapping[str, Path]) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def text_source(settings: DataSettings) -> TextSource:
-    """Return the text source that the settings name, with its options.
+_SOURCES: Mapping[str, type[TextSource]] = {
+    "python": PythonTopics,
+    "files": TextFiles,
+    "hub": HubDataset,
+}
 
-    Raises:
-        UserError: If its package is missing or broken, or an option is wrong.
-    """
-    name = settings.source
-    try:
-        kind: type[TextSource] = TEXT_SOURCES[name]
-    except ExtensionError as error:
-        raise UserError(f"data.source: {error}") from None
-    options = settings.source_options.get(name, {})
-    known = [field.name for field in fields(kind.Options)]
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(
-            f"data.source_options.{name}: there is no option {', '.join(map(repr, unknown))}; "
-            f"options of {name}: {', '.join(known) or 'none'}"
-        )
-    try:
-        return kind(settings, kind.Options(**options))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"data.source_options.{name}: {error}") from None
+
+def text_source(settings: DataSettings) -> TextSource:
+    """Return the text source that the settings name."""
+    return _SOURCES[settings.source](settings)
 
 
 def source_state(settings: DataSettings) -> Any:

@@ -25,7 +25,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from orchestrator.data.store import (
@@ -44,6 +43,7 @@ from orchestrator.models.tokenizer import (
     num_token_ids,
     train_tokenizer,
 )
+from orchestrator.records.record import Record
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
@@ -70,7 +70,7 @@ Report = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
 
 
-class Plan(BaseModel):
+class Plan(Record):
     """What the shards of one preparation share, with the tokenizer beside it."""
 
     settings: DataSettings
@@ -124,8 +124,8 @@ def can_resume(folder: Path) -> bool:
 def _make_plan(
     folder: Path, settings: DataSettings, tokenizer: Tokenizer | None, progress: Progress
 ) -> Plan:
-    if (stored := read_json(folder / _PLAN)) is not None:
-        return Plan.model_validate(stored)
+    if stored := Plan.read(folder / _PLAN):
+        return stored
     progress.start("corpus")
     progress.advance(0, "reading")
     is_trained = tokenizer is None and settings.tokenizer == "train"
@@ -137,7 +137,7 @@ def _make_plan(
     with new_file(folder / _TOKENIZER) as temporary:
         (tokenizer or load_tokenizer(settings.tokenizer)).save(str(temporary))
     plan = Plan(settings=settings, shards=shards, fraction=fraction)
-    write_json(folder / _PLAN, plan.model_dump(mode="json"))
+    plan.write(folder / _PLAN)
     return plan
 
 
@@ -199,7 +199,8 @@ def _place_in_split(text: str) -> float:
 
 def write_shard(folder: Path, number: int, report: Report) -> None:
     """Tokenize a shard of the plan in a folder; the shard's own folder appears when it is whole."""
-    plan = Plan.model_validate(read_json(folder / _PLAN))
+    plan = Plan.read(folder / _PLAN)
+    assert plan is not None, "a shard is written after its plan"
     tokenizer = load_tokenizer(folder / _TOKENIZER)
     end, dtype = end_of_text_id(tokenizer), _dtype_of(tokenizer)
     read = _first_of_their_kind(read_documents(text_source(plan.settings), plan.shards[number]))

@@ -1,4 +1,4 @@
-"""Time per decoded token, what a draft saves of it, and the memory, side by side with predictions.
+"""Time per decoded token, and the memory, side by side with predictions.
 
 Models take turns within a repetition, so a slow phase of the machine affects all of them. Each is
 warmed up first. The generation is the cached, greedy one that users run; the prefill (time to the
@@ -26,8 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
-from iiet.generation import generate, stream
-from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
@@ -46,8 +44,6 @@ WARM_UP_TOKENS = 4
 SWEEP_PROMPT_TOKENS = 16
 SWEEP_NEW_TOKENS = 32
 SWEEP_REPETITIONS = 5
-NUM_TIMED_TEXTS = 6
-"""Texts that are continued one by one with a draft, with the clock; acceptance takes all."""
 Timed = Decoder | LoopedDecoder
 """What is timed: a decoder, or a looped model that transformers runs."""
 
@@ -190,51 +186,6 @@ def random_prompt(decoder: Timed, batch_size: int, prompt_tokens: int) -> Tensor
     return prompt.to(decoder.device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DraftSpeed:
-    """What a draft is worth for a model."""
-
-    acceptance: float
-    """Share of drafted tokens that the full model keeps."""
-    ms_per_token: float
-    """Median time of a token of exact output, with the draft."""
-    speed_up: float
-    """Median ratio of plain decoding's time to that with the draft, prompt by prompt."""
-
-
-@torch.inference_mode()
-def measure_draft(full: Decoder, draft: Decoder | IterationSchedule, texts: Tensor) -> DraftSpeed:
-    """Measure a draft of a model by greedy generations that continue held-out text.
-
-    So a draft is judged on the full model's own continuations. Acceptance is that of one drafted
-    token at a time; times are those of one row, after the first token.
-
-    Args:
-        full: The model whose output counts, under its own schedule.
-        draft: A cheaper schedule of it, or another decoder of the same vocabulary.
-        texts: (texts, time), held out; the beginnings are continued to the same length.
-    """
-    prompts = texts[:, : sweep_prompt_length(full.config.context_length)].to(full.device)
-    new_tokens = texts.size(1) - prompts.size(1)
-    _, record = generate(
-        full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1, return_record=True
-    )
-    drafts: tuple[Decoder | IterationSchedule | None, ...] = (draft, None)
-    times: dict[bool, list[float]] = {True: [], False: []}
-    with threads(1):
-        for number, prompt in enumerate(torch.split(prompts[:NUM_TIMED_TEXTS], 1)):
-            # Each prompt begins with the other way.
-            for one in drafts[:: -1 if number % 2 else 1]:
-                steps = partial(stream, full, prompt, max_new_tokens=new_tokens, draft=one)
-                times[one is not None].append(time_stream(steps, new_tokens, full.device)[1])
-    ratios = [plain / drafted for plain, drafted in zip(times[False], times[True], strict=True)]
-    return DraftSpeed(
-        acceptance=record.acceptance or 0.0,
-        ms_per_token=statistics.median(times[True]),
-        speed_up=statistics.median(ratios),
-    )
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Set the number of PyTorch threads within the block."""
@@ -283,7 +234,7 @@ def _stream(
     decoder: Timed, prompt: Tensor, new_tokens: int, graphs: StaticSteps | None = None
 ) -> Iterator[Tensor]:
     if isinstance(decoder, Decoder):
-        return stream(decoder, prompt, steps=graphs, max_new_tokens=new_tokens)
+        return decoder.stream(prompt, steps=graphs, max_new_tokens=new_tokens)
     return decoder.stream(prompt, new_tokens)
 
 

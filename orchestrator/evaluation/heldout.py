@@ -12,7 +12,7 @@ import heapq
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -22,10 +22,10 @@ from orchestrator.data.depth import DepthStore
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.records.record import Record
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
@@ -122,7 +122,7 @@ def heldout_folder(
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
     key = content_key("heldout items", version, data.fingerprint, num_items, max_tokens)
     path = data.folder / f"heldout-{key}"
-    if make is None or _read_suite(path):
+    if make is None or HeldoutItems.read(path / SUITE_NAME):
         return path
 
     make.start("held-out tasks")
@@ -142,23 +142,24 @@ def heldout_folder(
                 for item in part.items(task, num_items)
             ]
             chances[task.name] = _chance_in_words(task.chance, rows[task.name])
-    write_json(path / SUITE_NAME, {"tasks": rows, "chances": chances})
+    HeldoutItems(tasks=rows, chances=chances).write(path / SUITE_NAME)
     make.finish(", ".join(f"{len(found):,} {name}" for name, found in rows.items()))
     return path
 
 
-def _read_suite(folder: Path) -> Row | None:
-    path = folder / SUITE_NAME
-    remedy = f"delete the folder {folder} and run the command again, which makes the same tasks"
-    suite = read_json(path, remedy=remedy)
-    with damage_as_user_error(path, remedy=remedy):
-        return suite and {name: suite[name] for name in ("tasks", "chances")}
+class HeldoutItems(Record):
+    """The items of the held-out tasks of prepared data."""
+
+    tasks: dict[str, list[dict[str, Any]]]
+    """Name of a task -> its items."""
+    chances: dict[str, str]
+    """Name of a depth task -> the accuracy of a guess, in words."""
 
 
 def heldout_chances(folder: Path | None) -> dict[str, str]:
     """Return the accuracy of a guess in words, for each depth task of a suite."""
-    suite = _read_suite(folder) if folder else None
-    return suite["chances"] if suite else {}
+    stored = HeldoutItems.read(folder / SUITE_NAME) if folder else None
+    return stored.chances if stored else {}
 
 
 def heldout_configs(folder: Path) -> dict[str, Row]:
@@ -167,37 +168,25 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
     Raises:
         UserError: If the folder holds no suite, or a damaged one.
     """
-    suite = _read_suite(folder)
-    if suite is None:
+    stored = HeldoutItems.read(folder / SUITE_NAME)
+    if stored is None:
         raise UserError(f"{folder} holds no held-out tasks; run the command again to make them")
     return {
-        name: task_config(
-            name,
-            _TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
-            TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION,
-            {"test": rows},
-        )
-        for name, rows in suite["tasks"].items()
+        name: {
+            "task": name,
+            "custom_dataset": partial(_item_set, rows),
+            "test_split": "test",
+            **_TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
+            "metadata": {"version": TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION},
+        }
+        for name, rows in stored.tasks.items()
     }
 
 
-def task_config(
-    name: str, config: Mapping[str, Any], version: int, splits: Mapping[str, Sequence[Any]]
-) -> Row:
-    """Return a task for lm-eval whose items are given, by the name of their split."""
-    return {
-        "task": name,
-        "custom_dataset": partial(_item_sets, splits),
-        "test_split": "test",
-        **config,
-        "metadata": {"version": version},
-    }
-
-
-def _item_sets(splits: Mapping[str, Sequence[Any]], **_settings: Any) -> Row:
+def _item_set(rows: Sequence[Row], **_settings: Any) -> Row:
     import datasets  # The import takes a second.
 
-    return {name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()}
+    return {"test": datasets.Dataset.from_list(list(rows))}
 
 
 def _chance_in_words(chance: float, rows: Sequence[Row]) -> str:

@@ -1,15 +1,14 @@
 """Load a model of transformers, a looped one at a depth; compare what runs with its class, count
-its FLOPs, and decode with it.
+its FLOPs, and time its decoding.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial, wraps
-from itertools import zip_longest
+from functools import cached_property, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.cost import InferenceCost
-from iiet.generation import does_not_fit
 from orchestrator.evaluation.tasks import suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.loops import Depth, LoopedModel
@@ -93,11 +91,18 @@ def _cache_of(output: Any) -> Any:
 
 
 def load_transformers(
-    opened: OpenedModel, *, trust_remote_code: bool = False, device: str = "cpu"
+    opened: OpenedModel,
+    *,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Load a model of transformers, a looped one at its depth, and check that it runs so.
 
     Missing weights are an error; transformers would fill them with random numbers and only warn.
+
+    Args:
+        dtype: Of weights and arithmetic; that of the files when unset.
 
     Raises:
         UserError: If transformers cannot load it, it needs code that is not trusted, weights are
@@ -116,7 +121,7 @@ def load_transformers(
                 for name, value in loops.changes(depth).items():
                     setattr(config, name, value)
                 options["config"] = config
-            model, found = load(folder, dtype="auto", output_loading_info=True, **options)
+            model, found = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
         line, hint = first_line(error), ""
         if "trust_remote_code" in str(error):
@@ -137,28 +142,14 @@ def load_transformers(
     return model
 
 
-def _seeded(forward: Callable[..., Any], seed: int = SEED) -> Callable[..., Any]:
+def _seeded(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)  # transformers reads its arguments.
     def seeded(*args: Any, **options: Any) -> Any:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED)
             return forward(*args, **options)
 
     return seeded
-
-
-def fix_start(model: Any, seed: int) -> None:
-    """Let the loops of every token start from one state that a seed draws, however it is read.
-
-    Raises:
-        UserError: If the model does not draw it by `initialize_state`, as Huginn's code does.
-    """
-    if not hasattr(type(model), "initialize_state"):
-        raise UserError("its code has no initialize_state, so a seed cannot fix its start state")
-    draw = _seeded(partial(type(model).initialize_state, model), seed)
-    model.initialize_state = lambda inputs, *args, **options: draw(
-        inputs[:1, :1], *args, **options
-    ).expand_as(inputs)
 
 
 class LoopedDecoder:
@@ -185,8 +176,9 @@ class LoopedDecoder:
         self.device, self.parameters = self.model.device, self.model.parameters
         for own, other in zip(self.parameters(), like.parameters() if like else (), strict=False):
             own.data = other.data
-        sizes = {"vocab_size": self.loops.number("vocab_size"), "schedule": opened.depth}
-        self.config = SimpleNamespace(context_length=opened.context_length, **sizes)
+        self.config = SimpleNamespace(
+            context_length=opened.context_length, vocab_size=self.loops.number("vocab_size")
+        )
 
     def stream(self, prompt: Tensor, new_tokens: int) -> Iterator[Tensor]:
         """Yield the likeliest next token of each row, with the cache."""
@@ -198,53 +190,6 @@ class LoopedDecoder:
                 output = self.model(tokens, use_cache=True, **{name: cache})
                 tokens, cache = output.logits[:, -1:].argmax(-1), _cache_of(output)
             yield tokens[:, 0]
-
-    def generate(
-        self,
-        prompts: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        stop_tokens: Iterable[int],
-        draft: LoopedDecoder | None = None,
-        draft_tokens: int | str = "auto",
-        **chosen: Any,
-    ) -> Iterator[Tensor]:
-        """Yield the next token of each row, as `iiet.generation.stream`, by transformers.
-
-        Args:
-            draft: The model at a lower depth, which drafts; no token changes.
-            chosen: Fields of `Sampling`, with a seed or one for each row.
-
-        Raises:
-            ValueError: If prompt and new tokens do not fit the context.
-            UserError: If transformers cannot generate with the model.
-        """
-        most, room, rows = chosen["max_new_tokens"], self.config.context_length, []
-        if prompts.size(1) + most > room:
-            raise ValueError(does_not_fit(prompts.size(1), most, room))
-        ends, options = [*stop_tokens], dict[str, Any](do_sample=False)
-        if chosen["temperature"]:
-            options = {"do_sample": True, "temperature": chosen["temperature"]}
-            options |= {"top_k": chosen["top_k"] or 0, "top_p": chosen["top_p"] or 1.0}
-        if draft:
-            options["assistant_model"] = draft.model
-            if draft_tokens != "auto":
-                settings = draft.model.generation_config
-                settings.num_assistant_tokens_schedule = "constant"
-                settings.num_assistant_tokens = draft_tokens
-        options |= {"max_new_tokens": most, "eos_token_id": ends, "use_cache": True}
-        for number, row in enumerate(prompts):
-            ids = (row if attention_mask is None else row[attention_mask[number].bool()])[None]
-            if (seed := chosen["seed"]) is not None:
-                torch.manual_seed(seed if isinstance(seed, int) else seed[number])
-            try:
-                with suppress_output():
-                    found = self.model.generate(ids, attention_mask=ids * 0 + 1, **options)
-            except Exception as error:  # Code that comes with a model fails in many ways.
-                line = first_line(error, with_type=True)
-                raise UserError(f"transformers cannot generate with the model: {line}") from None
-            rows.append(found[0, ids.size(1) :].tolist())
-        return map(torch.tensor, zip_longest(*rows, fillvalue=ends[0]))
 
     @cached_property
     def _flops(self) -> tuple[float, float]:

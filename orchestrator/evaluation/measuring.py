@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iiet.decoder import Decoder
+from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
@@ -75,7 +76,7 @@ class ModelMeasurer:
 
     @cached_property
     def precision(self) -> Precision:
-        """Weights and arithmetic of the model, if a decoder runs it."""
+        """Weights and arithmetic of the model."""
         return self._conditions.precision or device_precision(self._conditions.device)
 
     def has_stored(self, suite: Suite) -> bool:
@@ -157,9 +158,7 @@ class ModelMeasurer:
         return {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
 
     def _key(self, what: str, limit: int | None = None) -> str:
-        # Models that transformers runs keep their own dtype.
-        precision = self.precision if self._model.config else None
-        return content_key("evaluation", [*self._model.key, precision], what, limit)
+        return content_key("evaluation", [*self._model.key, self.precision], what, limit)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -176,7 +175,9 @@ class ModelMeasurer:
         if model.config is None:
             trusts = conditions.trust_remote_code
             text = model.tokenizer(trust_remote_code=trusts)
-            loaded: Any = load_transformers(model, trust_remote_code=trusts, device=device)
+            loaded: Any = load_transformers(
+                model, trust_remote_code=trusts, device=device, dtype=DTYPES[self.precision]
+            )
         else:
             kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()
             check_answer_settings(suite.tasks, model.config.context_length)
@@ -186,10 +187,9 @@ class ModelMeasurer:
     def _about(self, suite: Suite) -> dict[str, object]:
         """Return what lm-eval's results say of a run beside its numbers."""
         model, prompts = self._model, suite.prompts or Prompts()
-        model_args: dict[str, object] = {}
-        if model.config is not None:
-            schedule = ",".join(map(str, model.config.corrections))
-            model_args = {"dtype": self.precision, "schedule": schedule}
+        model_args: dict[str, object] = {"dtype": self.precision}
+        if model.config is not None and facts_of(model.config.method).has_corrections:
+            model_args["schedule"] = ",".join(map(str, model.config.corrections))
         return {
             "config": {
                 "model": model.architecture,

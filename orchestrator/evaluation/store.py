@@ -5,8 +5,6 @@ the hash of all that determines it: weights and precision, configuration with it
 tokenizer, the task's items and metrics, limit. Beside them, `items.json` has hashes and values of
 the items, so that a report parses no samples. The loss over held-out tokens is an entry like a
 task. While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
-Outputs of stock lm-eval (`--log_samples`) are read here, too: its hash of a document matches items
-between evaluations, whoever measured them.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iiet.weights import CONFIG
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
+    MAX_PERPLEXITY,
     STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
@@ -35,12 +32,13 @@ from orchestrator.records.evaluation import (
     metric_label,
     plain_value,
 )
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.records.record import Record
+from orchestrator.workspace.errors import DamagedFile, RunFailed
 from orchestrator.workspace.files import (
     checksums_of,
-    damage_as_user_error,
+    damage_named,
+    damaged,
     damaged_file,
-    expand_user,
     new_folder,
     read_json,
     write_json,
@@ -48,12 +46,17 @@ from orchestrator.workspace.files import (
 )
 
 ITEMS = "items.json"
-REMEDY = "it is measured again"
 
-_DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
-_SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
-_RESULTS = re.compile(rf"(?:.+_)?{_DATE}\.json")
-_LOG_AGAIN = "run lm_eval again with --log_samples"
+
+class StoredItems(Record):
+    """What `items.json` in the folder of a task's result holds."""
+
+    items: list[str]
+    """A hash of each document."""
+    values: dict[str, list[Any]]
+    """Metric -> one value per item."""
+    checksums: dict[str, str]
+    """Name -> SHA-256 of each other file of the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +76,14 @@ class MeasuredTask:
     def result(self) -> TaskResult:
         """What tables and reports read of it."""
         metrics = {}
-        for key, value in (self.run["results"].get(self.name) or {}).items():
+        numbers = self.run["results"].get(self.name) or {}
+        for key, value in numbers.items():
             metric, comma, filter_name = key.partition(",")
             if comma and isinstance(value, int | float):
                 plain = metric.removesuffix(STDERR_SUFFIX)
+                is_perplexity = plain.endswith("perplexity")
+                if is_perplexity and numbers[f"{plain},{filter_name}"] > MAX_PERPLEXITY:
+                    continue
                 label = metric_label(plain, filter_name)
                 metrics[label + metric.removeprefix(plain)] = float(value)
         return TaskResult(
@@ -93,25 +100,22 @@ class MeasuredTask:
 def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
     """Return the hashes of the items, and each metric's value per item.
 
-    Metrics over texts, such as those that BLEU compares, have no values.
-
-    Raises:
-        ValueError: If the filters of the task have different items, or there is none.
+    A task with several filters has a sample of each item for each filter. Metrics over texts, such
+    as those that BLEU compares, have no values.
     """
     by_filter: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_filter.setdefault(sample["filter"], []).append(sample)
-    hashes, values = [], {}
+    hashes: list[str] = []
+    values: dict[str, list[Any]] = {}
     for filter_name, of_filter in by_filter.items():
         of_filter.sort(key=lambda sample: int(sample["doc_id"]))
-        hashes.append([sample["doc_hash"][:HASH_LENGTH] for sample in of_filter])
+        hashes = [sample["doc_hash"][:HASH_LENGTH] for sample in of_filter]
         for metric in of_filter[0]["metrics"]:
-            found = [plain_value(sample.get(metric)) for sample in of_filter]
-            if None not in found:
-                values[metric_label(metric, filter_name)] = found
-    if not hashes or any(others != hashes[0] for others in hashes):
-        raise ValueError("its filters have different items" if hashes else "it is empty")
-    return hashes[0], values
+            by_item = [plain_value(sample.get(metric)) for sample in of_filter]
+            if None not in by_item:
+                values[metric_label(metric, filter_name)] = by_item
+    return hashes, values
 
 
 class EvaluationStore:
@@ -122,22 +126,22 @@ class EvaluationStore:
         self._folder, self._note = folder, note
 
     def read(self, key: str) -> TaskResult | None:
-        """Return a result; None if it is missing or damaged. No samples are read."""
+        """Return a result; None if it is missing. No samples are read.
+
+        Raises:
+            DamagedFile: If it is damaged.
+        """
         folder = self._folder / key
         if not folder.is_dir():
             return None
-        try:
-            _, run, stored = _opened(folder)
-            with damage_as_user_error(folder / ITEMS, remedy=REMEDY):
-                (name,) = run["results"]
-                items, values = stored["items"], stored["values"]
-                return MeasuredTask(name=name, run=run, items=items, values=values).result
-        except UserError as error:
-            self._note(str(error))
-            return None
+        path, run, stored = open_result(folder)
+        with damage_named(path):
+            (name,) = run["results"]
+            task = MeasuredTask(name=name, run=run, items=stored.items, values=stored.values)
+            return task.result
 
     def load(self, keys: EvaluationKeys) -> EvaluationResult | None:
-        """Return a whole evaluation; None if the result of a task is missing or damaged."""
+        """Return a whole evaluation; None if the result of a task is missing."""
         results = {name: self.read(key) for name, key in keys.tasks.items()}
         found = {name: result for name, result in results.items() if result}
         if len(found) < len(results):
@@ -185,9 +189,9 @@ class EvaluationStore:
                 if lines:
                     samples = folder / f"samples_{task.name}_{date}.jsonl"
                     samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                checksums = checksums_of(folder, [path.name for path in folder.glob("*.jsonl")])
-                items = {"items": task.items, "values": task.values, "checksums": checksums}
-                write_json(folder / ITEMS, items)
+                checksums = checksums_of(folder)
+                items = StoredItems(items=task.items, values=task.values, checksums=checksums)
+                items.write(folder / ITEMS)
             self._journal_path(key).unlink(missing_ok=True)
         except OSError as error:
             self._fail(f"the result of {task.name}", error)
@@ -199,15 +203,17 @@ class EvaluationStore:
             pretrained: The model's path.
 
         Raises:
-            RunFailed: If a file is damaged, or the files cannot be written.
+            DamagedFile: If a file is damaged.
+            RunFailed: If the files cannot be written.
         """
         date, merged = _date_now(), dict[str, Any]()
         try:
             target.mkdir(parents=True, exist_ok=True)
             for name, key in keys.tasks.items():
-                path, run, stored = _opened(folder := self._folder / key)
-                if damage := damaged_file(folder, stored["checksums"]):
-                    raise RunFailed(f"the stored samples of {name} are damaged: {folder}/{damage}")
+                folder = self._folder / key
+                path, run, stored = open_result(folder)
+                if damage := damaged_file(folder, stored.checksums):
+                    raise damaged(folder, damage)
                 for part, value in run.items():
                     is_dict = isinstance(value, dict)
                     merged[part] = merged.get(part, {}) | value if is_dict else value
@@ -230,12 +236,24 @@ class EvaluationStore:
         return self._folder / f"{key}.answers"
 
 
-def _opened(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Return the path of a task's results, the results, and what `ITEMS` holds."""
-    path = next(folder.glob("results_*.json"), folder / "results_*.json")
-    run, stored = (read_json(file, remedy=REMEDY) for file in (path, folder / ITEMS))
-    if run is None or stored is None:
-        raise UserError(f"{path if run is None else folder / ITEMS} is missing; {REMEDY}")
+def open_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems]:
+    """Return the path of a task's results, the results, and the values of its items.
+
+    Raises:
+        DamagedFile: If one of them is damaged or missing; the samples are not checked.
+    """
+    try:
+        stored = StoredItems.read(folder / ITEMS)
+    except DamagedFile:
+        raise damaged(folder, f"{ITEMS} is not what was written") from None
+    if stored is None:
+        raise damaged(folder, f"{ITEMS} is missing")
+    names = [name for name in stored.checksums if name.startswith("results_")]
+    if damage := damaged_file(folder, stored.checksums, names=names, always=True):
+        raise damaged(folder, damage)
+    path = folder / names[0]
+    run = read_json(path)
+    assert run is not None, "its checksum is right"
     return path, run, stored
 
 
@@ -296,101 +314,3 @@ class AnswerJournal:
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# Outputs of stock lm-eval
-
-
-@dataclass(frozen=True)
-class LoggedRun:
-    """Files of one or several runs of lm-eval on one model; of each task the newest count."""
-
-    results: Mapping[str, Path]
-    """Date in the name -> results of that run."""
-    samples: Mapping[str, tuple[str, Path]]
-    """Task -> date in the name, and the newest samples."""
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks."""
-        return list(self.samples)
-
-    def read(self) -> EvaluationResult:
-        """Read the newest samples of each task.
-
-        Raises:
-            UserError: If a file is damaged, or of a version of lm-eval without hashes.
-        """
-        tasks: dict[str, TaskResult] = {}
-        groups: dict[str, tuple[str, ...]] = {}
-        for date in dict.fromkeys(date for date, _ in self.samples.values()):
-            run = read_json(self.results[date], remedy=_LOG_AGAIN) or {}
-            with damage_as_user_error(self.results[date], remedy=_LOG_AGAIN):
-                groups |= top_groups(run.get("group_subtasks") or {})
-            files = {name: path for name, (of, path) in self.samples.items() if of == date}
-            # In the order in which lm-eval ran them.
-            order = [name for name in run.get("results") or () if name in files]
-            for name in dict.fromkeys([*order, *files]):
-                with damage_as_user_error(files[name], remedy=_LOG_AGAIN):
-                    items, values = item_values(_read_samples(files[name]))
-                    task = MeasuredTask(name=name, run=run, items=items, values=values)
-                    tasks[name] = task.result
-        return EvaluationResult(results=tasks, groups=groups)
-
-
-def find_logged_run(path: Path) -> LoggedRun | None:
-    """Return the run of lm-eval at a path; None if there is none, as in a model's folder.
-
-    Args:
-        path: A results file, its folder, or the folder that was given to lm-eval as `--output_path`
-            if it holds results of one model.
-
-    Raises:
-        UserError: If there are several models, or results without samples.
-    """
-    path = expand_user(path)
-    if not path.exists() or (path / CONFIG).is_file():
-        return None
-    found = [path] if path.is_file() else [*path.glob("*.json")] or sorted(path.glob("*/*.json"))
-    dated = [(named[1], file) for file in found if (named := _RESULTS.fullmatch(file.name))]
-    folders = sorted({file.parent for _, file in dated})
-    if not folders:
-        return None
-    if len(folders) > 1:
-        names = ", ".join(one.name for one in folders)
-        raise UserError(f"{path} has results of several models; name one of its folders: {names}")
-    (folder,) = folders
-    results = dict(sorted(dated))
-    samples: dict[str, tuple[str, Path]] = {}
-    for file in sorted(folder.glob("samples_*.jsonl")):
-        named = _SAMPLES.fullmatch(file.name)
-        if named and named[2] in results:
-            samples[named[1]] = max(samples.get(named[1], ("", file)), (named[2], file))
-    if not samples:
-        raise UserError(f"{folder} has results of lm-eval but no samples of them; {_LOG_AGAIN}")
-    return LoggedRun(results, samples)
-
-
-def top_groups(subtasks: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
-    """Return the groups that are part of no other group, each with all tasks below it."""
-
-    def tasks_below(name: str) -> list[str]:
-        members = subtasks.get(name) or []
-        return [t for member in members for t in tasks_below(member)] if members else [name]
-
-    inner = {member for members in subtasks.values() for member in members}
-    tops = [name for name, members in subtasks.items() if members and name not in inner]
-    return {name: tuple(dict.fromkeys(tasks_below(name))) for name in tops}
-
-
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """Read of each sample what items need; prompts and documents need much memory."""
-    samples = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            sample = json.loads(line)
-            if "doc_hash" not in sample:
-                raise UserError(f"{path} has no `doc_hash`: it is of an old lm-eval; {_LOG_AGAIN}")
-            kept = ("doc_id", "doc_hash", "filter", "metrics", *sample["metrics"])
-            samples.append({key: sample[key] for key in kept})
-    return samples

@@ -1,12 +1,13 @@
 """Tasks by name: which ones the settings ask for, checked before anything is trained, and loaded.
 
-A name in `evaluation.suite` is that of a held-out task of the prepared data (`heldout` stands for
-all of them), of an entry of `TASKS`, of a task file in `evaluation.include_path`, or of lm-eval's
-own. A name without a task, and a local task that cannot be loaded or scored, are errors: an average
-over the rest would be another number under the same name. Only tasks that the hub does not provide
-are skipped. The hub is asked at most once, and only if its cache lacks a task's data: lm-eval alone
-would try again for 23 seconds per task. Nor are all of lm-eval's 14,000 task files parsed, which
-takes 8 seconds. lm-eval is imported where tasks are loaded, as it takes seconds, too.
+A name in `evaluation.suite` is that of a held-out task of the prepared data, of a task file in
+`evaluation.include_path`, or of a task of lm-eval's own; `heldout` stands for all held-out tasks,
+`paper` for those of the papers. A name without a task, and a local task that cannot be loaded or
+scored, are errors: an average over the rest would be another number under the same name. Only tasks
+that the hub does not provide are skipped. The hub is asked at most once, and only if its cache
+lacks a task's data: lm-eval alone would try again for 23 seconds per task. Nor are all of lm-eval's
+14,000 task files parsed, which takes 8 seconds. lm-eval is imported where tasks are loaded, as it
+takes seconds, too.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ import json
 import logging
 import re
 import warnings
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
@@ -37,7 +36,6 @@ from orchestrator.evaluation.heldout import (
     heldout_folder,
     is_heldout_task,
     offered_tasks,
-    task_config,
 )
 from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC
@@ -58,54 +56,12 @@ FEWSHOT_SEED = 1234
 """lm-eval's default, so that prompts are the usual ones."""
 
 
-class EvaluationTask(ABC):
-    """Base of the tasks in Python: items, and how they are asked and scored."""
-
-    version: ClassVar[int] = 1
-    """Part of the results' key, as are the items and the configuration. Increase it if code changes
-    that the configuration names."""
-
-    @abstractmethod
-    def config(self) -> Mapping[str, Any]:
-        """Return the keys of an lm-eval task file, without those about the data set.
-
-        Such as `output_type`, `doc_to_text`, `doc_to_choice`, `doc_to_target` and `metric_list`;
-        texts are Jinja templates over the fields of an item.
-        """
-
-    @abstractmethod
-    def items(self) -> Sequence[Mapping[str, Any]]:
-        """Return the items: JSON values by field, the same fields in each, in a fixed order."""
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        """Return the solved examples for `evaluation.num_fewshot`, with the fields of the items."""
-        return ()
-
-
-class TaskGroup:
-    """Base of the groups: several tasks under one name, each of which counts as if it was named."""
-
-    names: ClassVar[tuple[str, ...]] = ()
-    """Names of tasks of lm-eval, of `evaluation.include_path`, or of this table."""
-
-
-class Paper(TaskGroup):
-    """The seven tasks of the papers."""
-
-    names = (
-        "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
-    )  # fmt: skip
-
-
-TASKS: ExtensionTable[type[EvaluationTask] | type[TaskGroup]] = ExtensionTable(
-    "iiet_orch.tasks",
-    "task",
-    {"paper": f"{__name__}:Paper"},
-    f"{__name__}:EvaluationTask",
-    f"{__name__}:TaskGroup",
-)
-"""Groups and tasks in Python by the names that `evaluation.suite` takes; other packages add to it
-by entry points of the group `iiet_orch.tasks`."""
+PAPER = "paper"
+"""Stands for `PAPER_TASKS`."""
+PAPER_TASKS = (
+    "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
+)  # fmt: skip
+"""The seven tasks of the papers, which are lm-eval's."""
 
 
 # What the settings ask for
@@ -216,7 +172,7 @@ def check_task_names(settings: EvaluationSettings) -> None:
 
     Which tasks a folder of the user has, only lm-eval can say.
     """
-    others = [name for name in _lm_eval_names(settings) if name not in {*TASKS, *Paper.names}]
+    others = [name for name in _lm_eval_names(settings) if name not in {PAPER, *PAPER_TASKS}]
     if others and not user_task_folders(settings):
         known = _builtin_folders()
         _refuse({name: _no_such_task(name, known) for name in others if name not in known})
@@ -411,7 +367,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
     manager = manager_of(*asked.folders)
     _check_files(manager, asked.folders)
     configs = heldout_configs(asked.heldout) if asked.heldout else {}
-    names = _expanded(asked.names or sorted({*manager.all_subtasks, *configs}), configs)
+    names = _with_paper_tasks(asked.names or sorted({*manager.all_subtasks, *configs}))
     if not names:
         places = ", ".join(map(str, asked.folders))
         raise UserError(
@@ -481,25 +437,11 @@ def _refuse(problems: dict[str, str]) -> None:
         )
 
 
-def _expanded(names: Sequence[str], configs: dict[str, dict[str, Any]]) -> list[str]:
-    # The names, each once, with the members of groups in their place. Adds the configurations of
-    # the tasks in Python.
+def _with_paper_tasks(names: Iterable[str]) -> list[str]:
+    """Return the names, each once, with the papers' tasks in the place of `paper`."""
     expanded: list[str] = []
     for name in names:
-        try:
-            kind = TASKS.get(name)
-        except ExtensionError as error:
-            raise UserError(f"evaluation.suite: {error}") from None
-        if kind is not None and issubclass(kind, TaskGroup):
-            expanded += _expanded(kind.names, configs)
-            continue
-        expanded.append(name)
-        if kind is not None:
-            task = kind()
-            splits = {"test": [*task.items()], "train": [*task.examples()]}
-            fewshot = {"fewshot_split": "train"} if splits["train"] else {}
-            given = {split: rows for split, rows in splits.items() if rows}
-            configs[name] = task_config(name, {**fewshot, **task.config()}, kind.version, given)
+        expanded += PAPER_TASKS if name == PAPER else [name]
     return list(dict.fromkeys(expanded))
 
 

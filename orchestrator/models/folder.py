@@ -21,10 +21,10 @@ from iiet.extensions import ExtensionError
 from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
-from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.errors import DamagedFile, UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
-    damage_as_user_error,
+    damage_named,
     damaged_file,
     read_json,
     resolve_path,
@@ -56,12 +56,6 @@ was trained here has none."""
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 """Files of a model: configuration, weights, tokenizer, code."""
 
-REMEDY = (
-    "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
-    "from the previous checkpoint"
-)
-
-
 # Any model folder
 
 
@@ -69,10 +63,11 @@ def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:
     """Read a JSON file of a model folder.
 
     Raises:
-        UserError: If it is missing or damaged.
+        UserError: If it is missing.
+        DamagedFile: If it is damaged.
     """
     try:
-        found = read_json(folder / name, remedy="copy the model again")
+        found = read_json(folder / name)
     except NotADirectoryError:
         found = None
     if found is None:
@@ -103,22 +98,24 @@ def load_config(folder: Path) -> ModelConfig:
         raise UserError(f"cannot read the model's configuration in {folder}: {reason}") from None
 
 
-def decoder_config(folder: Path) -> ModelConfig | None:
-    """Return the configuration of any model folder; None if only transformers can run the model.
+class NoDecoder(UserError):
+    """A model folder that only transformers can run; says why."""
+
+
+def decoder_config(folder: Path) -> ModelConfig:
+    """Return the configuration of any model folder that a decoder can run.
 
     Raises:
-        UserError: If the folder has no weights, or they cannot be read.
+        UserError: If the folder has no weights, or they cannot be read; as a `NoDecoder`, if only
+            transformers can run the model.
     """
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_config(folder)
-    files = weight_files(folder)
-    if config.get("model_type") != "llama" and not {"kind", "num_heads"} & set(config):
-        return None
     from iiet.published import config_from_published  # Imports torch.
 
     names: list[str] = []
-    for file in files:
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 names += weights.keys()
@@ -126,8 +123,8 @@ def decoder_config(folder: Path) -> ModelConfig | None:
             raise UserError(f"cannot read {file}: {error}") from None
     try:
         return config_from_published(config, dict.fromkeys(names))
-    except (ValueError, TypeError):
-        return None  # For example scaled rotary angles or biases; transformers supports them.
+    except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
+        raise NoDecoder(f"this version of the program cannot use {folder}: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -193,14 +190,17 @@ def resolve_checkpoint(path: Path) -> Path:
     """Return a checkpoint, or the newest one of a run.
 
     Raises:
-        UserError: If there is none, or it is damaged; an older one would be another model.
+        UserError: If there is none, or it is damaged; an older one would be another model. Of a
+            model folder, says how it becomes one, or why it cannot.
     """
     path, hint = resolve_path(path), ""
     if not is_checkpoint(path):
         found = find_checkpoints(path)
         if not found and (path / CONFIG).is_file():
+            decoder_config(path)  # Else the import would refuse it.
             raise UserError(
-                f"{path} is a model folder, not a checkpoint; `iiet-orch import` makes one of it"
+                f"{path} is a model folder, not a checkpoint; `iiet-orch import {path}` makes one "
+                "of it"
             )
         if not found:
             raise UserError(f"{path} holds no checkpoint; `iiet-orch pretrain` makes one")
@@ -210,7 +210,7 @@ def resolve_checkpoint(path: Path) -> Path:
     try:
         check_checkpoint(path)
     except UserError as error:
-        raise UserError(f"{error}{hint}") from None
+        raise type(error)(f"{error}{hint}") from None
     return path
 
 
@@ -220,10 +220,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing or damaged.
     """
-    try:
-        provenance = read_json(folder / PROVENANCE, remedy=REMEDY)
-    except UserError as error:
-        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
+    provenance = read_json(folder / PROVENANCE)
     if provenance is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {PROVENANCE}")
     return provenance
@@ -244,7 +241,7 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     if not facts_of(config.method).has_corrections:
         return ()
     parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
-    with damage_as_user_error(folder / PROVENANCE, remedy=REMEDY):
+    with damage_named(folder / PROVENANCE):
         return (config.corrections, *map(parse, members))
 
 
@@ -266,19 +263,20 @@ def check_checkpoint(
     `remember` as in `files.damaged_file`.
 
     Raises:
-        UserError: If the folder is not a checkpoint, or a file is missing or damaged.
+        UserError: If the folder is not a checkpoint.
+        DamagedFile: If a file is missing or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     provenance = load_provenance(folder)
     checksums = provenance.get("checksums", {})
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
-        raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
+        raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
     names = [name for name in {CONFIG: 0, WEIGHTS: 0, **checksums} if name != TRAINING_STATE]
     if with_training_state:
         names.append(TRAINING_STATE)
     if damage := damaged_file(folder, checksums, names=names, remember=remember):
-        raise UserError(f"the checkpoint {folder} is damaged: {damage}")
+        raise DamagedFile(f"the checkpoint {folder} is damaged: {damage}")
 
 
 def newest_checkpoint(

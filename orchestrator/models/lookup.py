@@ -17,15 +17,18 @@ from iiet.weights import CONFIG
 from orchestrator.models.folder import (
     is_checkpoint,
     load_config,
+    load_provenance,
     read_config,
     resolve_checkpoint,
     weights_key,
 )
 from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
+from orchestrator.records.influence import INFLUENCE_PATTERN, StoredInfluence
 from orchestrator.records.record import Record, WorkspacePath
-from orchestrator.settings import DEFAULT_METHOD, InfluenceSettings
+from orchestrator.records.trial import Trial
+from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME, InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
+from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
@@ -68,11 +71,12 @@ def resolve_model(
     *,
     with_corrections: bool = False,
 ) -> tuple[Path, IterationSchedule | None]:
-    """Return the checkpoint that the user means, and a pick's schedule; None for its own.
+    """Return the checkpoint that the user means, and the schedule of a pick or trial; None for the
+    checkpoint's own.
 
     Args:
-        path: A checkpoint, or a run: its newest checkpoint is used. See `find_model_folder`. If
-            None, the newest of the finished runs and the last pick.
+        path: A checkpoint, or a run: its newest checkpoint is used; see `find_model_folder`. Or a
+            trial. If None, the newest of the finished runs and the last pick.
         note: Called with a sentence that says which checkpoint is used if none is named.
         with_corrections: If none is named, only runs of an IIET with corrections count.
 
@@ -86,6 +90,8 @@ def resolve_model(
                 f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
                 f" `iiet-orch import {path}` imports it"
             )
+        if trial := find_trial(workspace, Path(path)):
+            return trial
         return resolve_checkpoint(find_model_folder(workspace, Path(path))), None
     runs = [
         run
@@ -125,6 +131,27 @@ def resolve_teacher(workspace: Workspace, path: Path | str | None, note: Note | 
     return resolve_model(workspace, path, note, with_corrections=True)[0]
 
 
+def find_trial(workspace: Workspace, path: Path) -> tuple[Path, IterationSchedule | None] | None:
+    """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
+
+    A trial may have no weights of its own, such as one that measures a teacher under a schedule.
+    None for any other name, and for a trial that is not measured: its folder is that of a training.
+
+    Raises:
+        UserError: If its result is damaged.
+    """
+    places = (workspace.trials / path, workspace.root / path)
+    folder = next((p for p in places if p.parent == workspace.trials and p.is_dir()), None)
+    results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))] if folder else []
+    trials = [trial for trial in results if trial and trial.checkpoint and trial.config]
+    if not trials:
+        return None
+    checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
+    schedules = {trial.schedule for trial in trials}
+    schedule = schedules.pop() if len(schedules) == 1 else None  # Elastic weights serve several.
+    return checkpoint, None if schedule is None else IterationSchedule(schedule)
+
+
 def find_model_folder(
     workspace: Workspace, path: Path, *, model_types: Container[Any] | None = ()
 ) -> Path:
@@ -132,8 +159,8 @@ def find_model_folder(
 
     Args:
         workspace: Where relative paths are looked up after the working folder.
-        path: As typed: a path, or a name in the workspace such as `NAME` of a run, `runs/NAME` or
-            `runs/NAME/step_00000100`; or `hub:OWNER/NAME`, which is downloaded.
+        path: As typed: a path, or a name in the workspace such as `NAME` of a run or trial,
+            `runs/NAME` or `runs/NAME/step_00000100`; or `hub:OWNER/NAME`, which is downloaded.
         model_types: Types of the model folders that are accepted beside checkpoints; None: all.
 
     Raises:
@@ -143,7 +170,8 @@ def find_model_folder(
     if is_hub_name(path):
         return download(path)
     path = expand_user(path)
-    places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
+    own = (workspace.root / path, workspace.runs / path, workspace.trials / path)
+    places = [p for p in (path, *own) if p.exists()]
     for place in places:
         # A folder of no use must not hide a run: an imported run has the name of its source.
         if is_checkpoint(place) or find_checkpoints(place):
@@ -184,6 +212,24 @@ def find_run_folder(workspace: Workspace, path: Path) -> Path:
     return folder.parent if is_checkpoint(folder) else folder
 
 
+def find_pretraining(workspace: Workspace, path: Path) -> Path:
+    """Return the folder of the pretraining that a user names to continue it.
+
+    Raises:
+        UserError: If there is no such folder, or `pretrain` did not make it.
+    """
+    folder = find_run_folder(workspace, path)
+    if (folder / JOB_NAME).is_file() and (folder / SETTINGS_NAME).is_file():
+        return folder
+    saved = find_checkpoints(folder)
+    if saved and "imported" in load_provenance(saved[-1]):
+        raise UserError(
+            f"{folder} was imported, so there is no training to continue; `iiet-orch distill` "
+            "with --control cross_entropy trains an imported model"
+        )
+    raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
+
+
 def run_folders(workspace: Workspace) -> list[Path]:
     """Return the folders of the workspace's runs."""
     return [path for path in workspace.runs.glob("*") if path.is_dir()]
@@ -199,25 +245,21 @@ def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
     return None
 
 
-def load_influence_table(
-    checkpoint: Path, metric: str | None = None, warn: Note | None = None
-) -> InfluenceTable | None:
+def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
     It is the table of `metric` (default: that of the settings). Without it, it is the only other
-    table; None if there are none or several. `warn` is called with a sentence for each damaged one.
+    table; None if there are none or several.
+
+    Raises:
+        DamagedFile: If one of the tables is damaged.
     """
-    own = load_config(checkpoint).corrections
+    own_schedule = load_config(checkpoint).corrections
     tables: dict[str, InfluenceTable] = {}
-    for path in sorted(checkpoint.glob("influence-*.json")):
-        try:
-            table = InfluenceTable.from_dict(read_json(path) or {})
-        except INVALID_VALUE_ERRORS:
-            if warn:
-                warn(f"{path} is damaged and is left out; `iiet-orch influence` measures it again")
-            continue
-        if table.schedule == own:
-            tables[table.metric] = table
+    for path in sorted(checkpoint.glob(INFLUENCE_PATTERN)):
+        stored = StoredInfluence.read(path)
+        if stored and stored.table.schedule == own_schedule:
+            tables[stored.table.metric] = stored.table
     wanted = tables.get(metric or InfluenceSettings().metric)
     return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
 

@@ -27,6 +27,7 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.models.folder import (
     TRAINING_STATE,
+    NoDecoder,
     check_checkpoint,
     decoder_config,
     is_checkpoint,
@@ -40,7 +41,7 @@ from orchestrator.models.folder import (
     weights_key,
 )
 from orchestrator.models.hub import shown_name
-from orchestrator.models.lookup import find_model_folder, resolve_model
+from orchestrator.models.lookup import find_model_folder, find_trial, resolve_model
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.training import schedule_parameters
@@ -113,7 +114,7 @@ def load_model(
     try:
         if is_ours:
             load_config(folder)  # Names the package of a method that is not installed.
-            decoder = Decoder.load(folder)
+            decoder = Decoder.from_pretrained(folder)
         else:
             decoder = decoder_from_published(read_config(folder), _weights(folder))
         if schedule is not None:
@@ -150,6 +151,8 @@ class OpenedModel:
     """All that its scores depend on, as JSON values: weights, configuration, tokenizer."""
     config: ModelConfig | None
     """Sizes, method and schedule; None if transformers runs the model."""
+    why_no_decoder: str = ""
+    """Why transformers runs it."""
     architecture: str
     """The method's registry key, or transformers' name of the architecture."""
     context_length: int
@@ -191,10 +194,7 @@ class OpenedModel:
             UserError: If only transformers can run it, or its weights are missing or damaged.
         """
         if self.config is None:
-            raise UserError(
-                f"{self.path} is a {self.architecture} model; only IIET, PCformer and Llama models "
-                "can be loaded as a decoder"
-            )
+            raise UserError(self.why_no_decoder)
         return load_model(self.path, device=device, dtype=dtype, schedule=self.config.corrections)
 
 
@@ -220,7 +220,11 @@ def open_model(
     is_external = not is_checkpoint(path) and (path / CONFIG).is_file()
     if not is_external:
         path = resolve_checkpoint(path)
-    config = decoder_config(path) if is_external else load_config(path)
+    config, why_no_decoder = None, ""
+    try:
+        config = decoder_config(path) if is_external else load_config(path)
+    except NoDecoder as error:
+        why_no_decoder = str(error)
     values = read_config(path)
     architecture = str(values.get("model_type") or "unknown")
     loops, depth = None, None
@@ -257,6 +261,7 @@ def open_model(
         name=name,
         key=tuple(key),
         config=config,
+        why_no_decoder=why_no_decoder,
         architecture=config.method if config else architecture,
         context_length=config.context_length if config else int(length),
         is_external=is_external,
@@ -276,21 +281,23 @@ def open_models(
     """Return the models that a user named, each under each of the schedules.
 
     Args:
-        paths: Checkpoints, runs, their names, or model folders; if empty, as `resolve_model`.
+        paths: Checkpoints, runs or trials, their names, or model folders; if empty, as
+            `resolve_model`.
         schedules: Iteration schedules; if empty, each model's own.
         note: Called with a sentence that says which model is used if none is named.
 
     Raises:
         UserError: If one is missing or damaged, or a schedule does not fit it.
     """
-    if paths:
-        folders = [find_model_folder(workspace, path, model_types=None) for path in paths]
-        picked = None
-    else:
-        folder, picked = resolve_model(workspace, note=note)
-        folders = [folder]
-    wanted: Sequence[str | IterationSchedule | None] = schedules or [picked]
-    return [open_model(folder, schedule) for folder in folders for schedule in wanted]
+    named: list[tuple[Path, IterationSchedule | None]] = [
+        find_trial(workspace, path) or (find_model_folder(workspace, path, model_types=None), None)
+        for path in paths or ()
+    ]
+    opened: list[OpenedModel] = []
+    for folder, own in named or [resolve_model(workspace, note=note)]:
+        wanted: Sequence[str | IterationSchedule | None] = schedules or [own]
+        opened += [open_model(folder, schedule) for schedule in wanted]
+    return opened
 
 
 def short_names(models: Sequence[OpenedModel]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -35,20 +34,7 @@ class Context:
     ) -> None:
         """Name the workspace; the store is opened at first use unless `tracking` is given."""
         self.workspace, self.progress = workspace, progress or Progress()
-        self._tracking, self._loggers = tracking, tuple[str, ...]()
-
-    def use_loggers(self, names: Collection[str]) -> None:
-        """Log trainings by these loggers, too; call it before the store is opened.
-
-        Raises:
-            UserError: If the package of a logger is missing or broken.
-        """
-        if others := [name for name in names if name != MLFLOW]:
-            from orchestrator.tracking.loggers import LoggedRuns  # Imports MLflow.
-
-            for name in others:
-                LoggedRuns(name, self.workspace.root)
-        self._loggers = tuple(names)
+        self._tracking = tracking
 
     @property
     def tracking(self) -> Tracking:
@@ -60,9 +46,7 @@ class Context:
         if self._tracking is None:
             from orchestrator.tracking.tracker import open_tracking
 
-            self._tracking = open_tracking(
-                self.workspace, warn=self.progress.note, loggers=self._loggers
-            )
+            self._tracking = open_tracking(self.workspace, warn=self.progress.note)
         return self._tracking
 
     def log_measurement(self, measured: TrackedRun, started_ms: int) -> None:

@@ -104,12 +104,9 @@ def _versions(_: Workspace) -> Found:
 def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
     from iiet.facts import INFLUENCE_METRICS, METHODS
-    from orchestrator.evaluation.tasks import TASKS
     from orchestrator.models.loops import LOOPED_MODELS
-    from orchestrator.settings.cluster import LOGGERS
-    from orchestrator.settings.data import TEXT_SOURCES
 
-    return (METHODS, INFLUENCE_METRICS, TASKS, TEXT_SOURCES, LOGGERS, LOOPED_MODELS)
+    return (METHODS, INFLUENCE_METRICS, LOOPED_MODELS)
 
 
 def _extensions(_: Workspace) -> Found:

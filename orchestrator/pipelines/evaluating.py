@@ -1,6 +1,6 @@
-"""Measure accuracy and bits per byte of models with lm-eval, and compare two models item by item.
+"""Measure accuracy and bits per byte of models with lm-eval, and how much the models differ.
 
-Each task is measured once. What stock lm-eval wrote of a model can be compared, too.
+Each task is measured once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.facts import facts_of
-from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
-from orchestrator.evaluation.store import EvaluationStore, LoggedRun, find_logged_run
+from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import (
     TaskSelection,
     load_suite,
@@ -32,7 +30,6 @@ from orchestrator.models.hub import offline
 from orchestrator.models.open import (
     OpenedModel,
     best_device,
-    open_model,
     open_models,
     short_names,
 )
@@ -41,15 +38,13 @@ from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
-    DepthCurve,
-    DepthPoint,
     EvaluationKeys,
     EvaluationResult,
 )
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
-from orchestrator.reporting import comparison as comparing
-from orchestrator.reporting.sections import render_terminal, two_column_table
+from orchestrator.reporting.comparison import Difference, differences_from_first
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
@@ -92,39 +87,54 @@ class ModelEvaluations(Result):
             for name, found in self.evaluations.items()
         ]
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def differences(self) -> list[dict[str, Any]]:
+        """Of several models, one entry per model after the first, task and metric, and for the
+        averages: `model`, `against` (the first), `task`, `metric`, `num_items` (those that all
+        models answered), `difference`, and `low` and `high`, its 95% interval."""
+        rows = []
+        for one in self._differences:
+            row = {name: getattr(one, name) for name in ("model", "against", "task", "metric")}
+            interval = one.interval
+            ends = {"difference": interval.value, "low": interval.low, "high": interval.high}
+            rows.append({**row, "num_items": one.num_items, **ends})
+        return rows
+
+    @cached_property
+    def _differences(self) -> list[Difference]:
+        return differences_from_first(self.evaluations)
+
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per model, task and metric: value, standard error, number of items."""
-        return [
-            {
-                "model": model,
-                "task": task,
-                "metric": metric,
-                "value": value,
-                "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
-                "num_items": result.num_items,
-            }
-            for model, evaluation in self.evaluations.items()
-            for task, result in evaluation.results.items()
-            for metric, value in result.metrics.items()
-            if not metric.endswith(STDERR_SUFFIX)
-        ]
+        """Return one row per model, task and metric: value, standard error, number of items; and
+        the difference to the first model with its interval, where there is one."""
+        differences = {(one["model"], one["task"], one["metric"]): one for one in self.differences}
+        ends = ("difference", "low", "high")
+        rows = []
+        for model, evaluation in self.evaluations.items():
+            for task, result in evaluation.results.items():
+                for metric, value in result.metrics.items():
+                    if metric.endswith(STDERR_SUFFIX):
+                        continue
+                    difference = differences.get((model, task, metric), {})
+                    rows.append(
+                        {
+                            "model": model,
+                            "task": task,
+                            "metric": metric,
+                            "value": value,
+                            "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
+                            "num_items": result.num_items,
+                            **{name: difference.get(name, math.nan) for name in ends},
+                        }
+                    )
+        return rows
 
     def shown(self) -> Iterable[RenderableType]:
-        yield command_tables.evaluation_table(self.evaluations)
-        yield from (f"  {sentence}" for sentence in command_tables.average_notes(self.evaluations))
-
-
-class DepthEvaluations(ModelEvaluations):
-    """Evaluations of one model under uniform schedules, and the curve through them."""
-
-    depth_curve: DepthCurve
-    """`trained`, the model's own schedule; `tasks`; and `points`, each with the `corrections` of
-    every layer, `evaluations` (NFE per token) and `quality`."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        from orchestrator.reporting.several_schedules import depth_section
-
-        yield from render_terminal([depth_section(self.depth_curve)])
+        yield command_tables.evaluation_table(self.evaluations, self._differences)
+        notes = command_tables.difference_notes(self._differences)
+        notes += command_tables.average_notes(self.evaluations)
+        yield from (f"  {sentence}" for sentence in notes)
 
 
 class EvaluatePlan(Result):
@@ -139,8 +149,6 @@ class EvaluatePlan(Result):
     log_samples: Path | None = Field(default=None, exclude=True)
     """Folder that gets results and samples in lm-eval's files."""
     trust_remote_code: bool = Field(default=False, exclude=True)
-    is_depth_curve: bool = Field(default=False, exclude=True)
-    """Whether they are one model, with more and more corrections of every layer."""
 
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
@@ -203,7 +211,6 @@ def plan_evaluate(
     schedules: Sequence[str] = (),
     log_samples: Path | str | None = None,
     trust_remote_code: bool = False,
-    depth_curve: bool = False,
     progress: Progress | None = None,
 ) -> EvaluatePlan:
     """Open all models: a mistake in the last must not cost the time of the others.
@@ -215,45 +222,27 @@ def plan_evaluate(
         schedules: Iteration schedules as typed; each model's own when empty.
         log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
-        depth_curve: Evaluate one model with 0, 1, ... corrections of every layer, up to twice as
-            many as it was trained with, or as its method allows.
 
     Raises:
         UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not
-            in the workspace, it has no chat template where one is wanted, or a task does not exist;
-            or if `depth_curve` is asked for several models, or one without corrections.
+            in the workspace, it has no chat template where one is wanted, or a task does not exist.
         RunFailed: If the hub gives none of the tasks.
     """
     space, note = find_workspace(workspace), (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
-    if depth_curve:
-        if schedules or len(opened) > 1:
-            raise UserError("--depth-curve takes one model, and no --schedule")
-        opened = _uniform_models(opened[0].path)
     return EvaluatePlan(
         settings=settings,
         workspace=space,
         opened=tuple(opened),
         log_samples=expand_user(log_samples).absolute() if log_samples else None,
         trust_remote_code=trust_remote_code,
-        is_depth_curve=depth_curve,
     )
-
-
-def _uniform_models(path: Path) -> list[OpenedModel]:
-    """Return a model under each uniform schedule of its depth curve."""
-    model = open_model(path)
-    config = model.config
-    if config is None or not config.corrections.num_corrections:
-        raise UserError(f"--depth-curve: {path} makes no corrections; take an IIET with r >= 1")
-    most = facts_of(config.method).full_level or 2 * config.corrections.max_corrections
-    uniform = partial(IterationSchedule.uniform, config.num_layers)
-    return [open_model(path, uniform(r)) for r in range(most + 1)]
 
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names, folder, started_ms = short_names(plan.opened), plan.log_samples, now_ms()
+    names = short_names(plan.opened)
+    folder = plan.log_samples
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -273,9 +262,6 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
             f"not comparable: {', '.join(different)} had other items for some of the models, "
             "which were trained on different tokens"
         )
-    if plan.is_depth_curve:
-        curve = _store_depth_curve(plan, [*evaluations.values()], context, started_ms)
-        return DepthEvaluations(evaluations=evaluations, keys=keys, depth_curve=curve)
     return ModelEvaluations(evaluations=evaluations, keys=keys)
 
 
@@ -323,8 +309,7 @@ def _evaluate_model(
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
     tracked = None
-    if config is not None:
-        params["precision"] = measured.precision
+    params["precision"] = measured.precision
     if config is not None and not model.is_external:
         tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
@@ -343,57 +328,6 @@ def _evaluate_model(
         store.copy(measured.keys, output, pretrained=str(model.path))
         progress.note(f"samples in lm-eval's files: {output}")
     return measured
-
-
-def _store_depth_curve(
-    plan: EvaluatePlan,
-    evaluations: Sequence[EvaluationResult],
-    context: Context,
-    started_ms: int,
-) -> DepthCurve:
-    """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
-    from orchestrator.reporting.charts import save_chart  # Imports vl-convert.
-    from orchestrator.reporting.several_schedules import DEPTH_CURVE, depth_section
-
-    model, trained = plan.opened[0], open_model(plan.opened[0].path).config
-    path = model.path / f"{DEPTH_CURVE}.json"
-    points = [
-        DepthPoint(
-            corrections=config.corrections.max_corrections,
-            evaluations=sum(config.evaluations_per_layer()),
-            quality=evaluation.quality(),
-        )
-        for opened, evaluation in zip(plan.opened, evaluations, strict=True)
-        if (config := opened.config)
-    ]
-    curve = DepthCurve(
-        trained=tuple(trained.corrections) if trained else (),
-        tasks=tuple(evaluations[0].results),
-        points=tuple(points),
-    )
-    if not model.is_external and context.workspace.is_writable:
-        try:
-            if chart := depth_section(curve).chart:
-                save_chart(dict(chart), path.with_suffix(""), kinds=["png"])
-            curve.write(path)
-        except OSError as error:
-            context.progress.note(f"cannot store the depth curve beside the weights: {error}")
-    context.log_measurement(
-        TrackedRun.of(
-            key=content_key("depth curve", model.key, curve.tasks),
-            name=f"depth curve of {model.name.removesuffix(' r=0')}",
-            kind="evaluation",
-            params={"checkpoint": model.path, "tasks": ", ".join(curve.tasks)},
-            points=[
-                (f"depth/{name}", value, point.corrections)
-                for point in points
-                for name, value in point.quality.items()
-            ],
-            files={"depth": [str(path), str(path.with_suffix(".png"))]},
-        ),
-        started_ms,
-    )
-    return curve
 
 
 def _measure(
@@ -438,122 +372,3 @@ def _summary(evaluation: EvaluationResult) -> str:
     if evaluation.skipped:
         parts.append(f"without {', '.join(evaluation.skipped)}")
     return ", ".join([*parts, f"{evaluation.num_items:,} items"])
-
-
-# Two models on the same items
-
-
-class ComparePlan(EvaluatePlan):
-    """Two sides of a comparison: outputs of lm-eval, and models to evaluate."""
-
-    models: tuple[str, str]
-    """What to call them: outputs of lm-eval as typed."""
-    logged: tuple[LoggedRun | None, LoggedRun | None] = Field(exclude=True)
-    """The outputs of lm-eval; None for a side that is evaluated."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        yield f"A: {self.models[0]}\nB: {self.models[1]}"
-        yield from super().shown()
-
-
-class CompareResult(Result):
-    """Two models on the items that both answered."""
-
-    row_key = "rows"
-
-    comparison: comparing.Comparison = Field(exclude=True)
-    models: tuple[str, str]
-    """Names of both."""
-    differences: list[dict[str, Any]] = Field(serialization_alias="rows")
-    """One entry per task and average, with both values.
-
-    `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
-    `only_first` and `only_second` count the items that only one of them gets right.
-    """
-    findings: tuple[str, ...]
-    """What can be concluded, as sentences."""
-    notes: tuple[str, ...]
-    """What to know about it."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        yield f"A: {self.models[0]}\nB: {self.models[1]}"
-        yield comparing.comparison_table(self.comparison)
-        yield from (f"  {sentence}" for sentence in (*self.findings, *self.notes))
-
-
-def plan_compare(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    models: tuple[Path | str, Path | str],
-    schedules: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> ComparePlan:
-    """Find the outputs of lm-eval, and open the other models.
-
-    Args:
-        settings: Section `evaluation`. With an output of lm-eval on one side and
-            `evaluation.suite` at its default, the other side is measured on the tasks of that
-            output.
-        models: Two of: a checkpoint, a run or a transformers folder, by path or name; or what
-            lm-eval wrote with `--log_samples`: its `--output_path`, the model's folder in it, or a
-            `results_*.json`.
-        schedules: Iteration schedules: one for both models or one for each; each model's own when
-            empty.
-        trust_remote_code: Whether code in a model folder may run.
-
-    Raises:
-        UserError: As `evaluate`; or if files of lm-eval are missing or damaged, a schedule is given
-            for them, or nothing can be compared.
-        RunFailed: If the hub gives none of the tasks.
-    """
-    if len(schedules) > 2:
-        raise UserError(
-            f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
-        )
-    space, opened = find_workspace(workspace), list[OpenedModel]()
-    first, second = (find_logged_run(Path(model)) for model in models)
-    own = ([schedules[0]], [schedules[-1]]) if schedules else ([], [])
-    for model, run, schedule in zip(models, (first, second), own, strict=True):
-        if run is None:
-            note = (progress or Progress()).note
-            opened += open_models(space, [Path(model)], schedule, note=note)
-        elif schedules and (len(schedules) == 2 or (first and second)):
-            raise UserError(
-                f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
-            )
-    if (logged := first or second) and settings.evaluation.suite == EvaluationSettings().suite:
-        evaluation = settings.evaluation.model_copy(update={"suite": ",".join(logged.tasks)})
-        settings = settings.model_copy(update={"evaluation": evaluation})
-    labels = iter(short_names(opened))
-    a, b = (
-        str(model) if run else next(labels)
-        for model, run in zip(models, (first, second), strict=True)
-    )
-    return ComparePlan(
-        models=(f"{a} (A)", f"{b} (B)") if a == b else (a, b),
-        logged=(first, second),
-        settings=settings,
-        workspace=space,
-        opened=tuple(opened),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
-    """Compare two models on the same items; stored results are read, others are measured."""
-    sides = [run and run.read() for run in plan.logged]
-    evaluated = iter(run_evaluate(plan, context).evaluations.values())
-    first, second = (side or next(evaluated) for side in sides)
-    found = comparing.compare_evaluations(first, second, plan.models)
-    return CompareResult(
-        comparison=found,
-        models=found.names,
-        differences=found.rows,
-        findings=tuple(comparing.comparison_findings(found)),
-        notes=tuple(found.notes),
-    )
-
-
-compare = in_one_call(plan_compare, run_compare)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -18,33 +18,22 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
+from iiet.facts import facts_of
 from iiet.generation import does_not_fit
-from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
-from orchestrator.evaluation.looped import LoopedDecoder, fix_start
 from orchestrator.models import folder as model_folders
 from orchestrator.models import lookup
-from orchestrator.models.hub import download, is_hub_name
-from orchestrator.models.loops import LOOPED_MODELS
-from orchestrator.models.open import (
-    DTYPES,
-    OpenedModel,
-    best_device,
-    device_precision,
-    load_model,
-    open_model,
-)
+from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import RunFailed, UserError, quoted
-from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
@@ -70,8 +59,6 @@ def generate(
     draft: str | None = None,
     device: str | None = None,
     chat: bool = False,
-    system: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Any:
@@ -79,36 +66,23 @@ def generate(
 
     Args:
         prompts: Text to continue, or several.
-        model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model;
-            or a folder of a looped model. When unset the newest of finished runs and the last pick.
-        schedule: Iteration schedule or depth as typed, if not the model's own.
+        model: A checkpoint, run, trial or exported folder, by path or name, or a sweep: its picked
+            model. When unset the newest of finished runs and the last pick.
+        schedule: Iteration schedule as typed, if not the model's own.
         draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
-        system: The system's message before it; the template's own when unset.
-        trust_remote_code: Whether code in a looped model's folder may run.
         sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
-            schedule does not fit it, prompts and new tokens do not fit its context, this machine
-            lacks the device, or a system's message is given without `chat`.
+            schedule does not fit it, prompts and new tokens do not fit its context, or this machine
+            lacks the device.
     """
     drafting = Drafting(draft=draft) if draft else None
-    writer = open_generator(
-        workspace,
-        model,
-        schedule,
-        drafting,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        seed=sampling.get("seed"),
-        progress=progress,
-    )
+    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
     asked = [prompts] if isinstance(prompts, str) else prompts
-    texts = writer.continue_all(
-        writer.as_asked(asked, chat=chat, system=system), Sampling(**sampling)
-    )
+    texts = writer.continue_all(writer.as_asked(asked, chat=chat), Sampling(**sampling))
     return texts[0] if isinstance(prompts, str) else texts
 
 
@@ -119,12 +93,11 @@ def generate_stream(
     model: Path | str | None = None,
     schedule: str | None = None,
     chat: bool = False,
-    system: str | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
     writer = open_generator(workspace, model, schedule)
-    (text,) = writer.as_asked([prompt], chat=chat, system=system)
+    (text,) = writer.as_asked([prompt], chat=chat)
     return writer.stream(text, Sampling(**sampling))
 
 
@@ -135,8 +108,6 @@ def open_generator(
     drafting: Drafting | None = None,
     *,
     device: str | None = None,
-    trust_remote_code: bool = False,
-    seed: int | None = None,
     progress: Progress | None = None,
 ) -> TextGenerator:
     """Load the model that generates; arguments and errors as `generate`."""
@@ -144,14 +115,12 @@ def open_generator(
         check_device(device)
     context = open_context(workspace, progress)
     space, note = context.workspace, context.progress.note
-    if model is not None and (looped := _looped_folder(Path(model))):
-        opened = open_model(looped, schedule)
-        options: Any = {"trust_remote_code": trust_remote_code, "device": device, "seed": seed}
-        return LoopedGenerator(opened, drafting, **options)
     path, own = local_model(model, space, context.progress), None
     folder = None
     if path is None:
         folder, own = lookup.resolve_model(space, note=note)
+    elif measured := lookup.find_trial(space, path):
+        folder, own = measured
     elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
         if picked := lookup.picked_model(space, path.name):
             folder, own = picked.model
@@ -165,14 +134,6 @@ def open_generator(
             folder = model_folders.resolve_checkpoint(folder)
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
-
-
-def _looped_folder(model: Path) -> Path | None:
-    """Return the folder of a looped model of another project; None for any other model."""
-    folder = download(model) if is_hub_name(model) else expand_user(model)
-    if not (folder / CONFIG).is_file():
-        return None
-    return folder if model_folders.read_config(folder).get("model_type") in LOOPED_MODELS else None
 
 
 class TextGenerator:
@@ -196,15 +157,16 @@ class TextGenerator:
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
-        self.schedule: tuple[int, ...] = tuple(self.decoder.config.schedule or ())
-        """Its iteration schedule, if it has one; or the depth of a looped model."""
-        self._stream: Decode = stream_tokens
+        has_corrections = facts_of(self.decoder.config.method).has_corrections
+        self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
+        """Its iteration schedule, if it has one."""
+        self._stream: Decode = Decoder.stream
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
         if drafting is not None:
             self.record, text = DraftRecord(), drafting.draft
             self._stream = partial(
-                stream_tokens,
+                Decoder.stream,
                 draft=text
                 if text == "auto"
                 else lookup.parse_schedule(text, checkpoint, "--draft"),
@@ -213,25 +175,15 @@ class TextGenerator:
                 record=self.record,
             )
 
-    def as_asked(
-        self, prompts: Sequence[str], *, chat: bool, system: str | None = None
-    ) -> list[str]:
+    def as_asked(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
         """Return the texts to continue: the prompts, or what the chat template makes of them.
 
         Raises:
-            UserError: If a system's message is given without `chat`, or there is no template.
+            UserError: If there is no template, or it fails.
         """
-        if system is not None and not chat:
-            raise UserError(
-                f"the system's message {quoted(system)} is for a chat; give --system together with "
-                "--chat"
-            )
-        texts = list(prompts)
-        if chat:
-            first: list[Message] = [{"role": "system", "content": system}] if system else []
-            chats = [[*first, Message(role="user", content=prompt)] for prompt in prompts]
-            texts = [self.text.chat(each) for each in chats]
-        return texts
+        if not chat:
+            return list(prompts)
+        return [self.text.chat([Message(role="user", content=prompt)]) for prompt in prompts]
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.
@@ -247,7 +199,7 @@ class TextGenerator:
         ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
         options = sampling.options(self.decoder.config.context_length - len(context))
         try:
-            steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
+            steps = self._stream(self.decoder, ids, eos_token_id=ends, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))
@@ -297,45 +249,3 @@ class TextGenerator:
     def _note_drafts(self) -> None:
         if self.record is not None:
             self._note(str(self.record))
-
-
-class LoopedGenerator(TextGenerator):
-    """A looped model of another project at a depth, for which a lower one may draft.
-
-    Args:
-        seed: Gives all tokens one start state, where the loops start from random ones.
-
-    Raises:
-        UserError: If the model cannot be loaded, the draft is not a depth of it, or the draft needs
-            a start state that no seed fixes.
-    """
-
-    def __init__(
-        self,
-        opened: OpenedModel,
-        drafting: Drafting | None = None,
-        *,
-        trust_remote_code: bool = False,
-        device: str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        assert opened.loops is not None, "it is a looped model"
-        self.checkpoint, self.schedule, self.record = opened.path, opened.depth or (), None
-        self.text = opened.tokenizer(trust_remote_code=trust_remote_code)
-        where = str(device or best_device())
-        load = partial(LoopedDecoder, trust_remote_code=trust_remote_code, device=where)
-        decoder: Any = load(opened)
-        self.decoder, draft = decoder, None
-        if drafting is not None:
-            depth = opened.loops.parse(drafting.draft)
-            draft = load(replace(opened, depth=depth), like=decoder)
-        if opened.loops.starts_at_random and (draft or seed is not None):
-            if seed is None:
-                raise UserError(
-                    f"the loops of {opened.path} start from a random state, so a draft would "
-                    "change the text; --seed N gives all tokens one start state"
-                )
-            for each in filter(None, (decoder, draft)):
-                fix_start(each.model, seed)
-        number = drafting.num_tokens if drafting else "auto"
-        self._stream = partial(LoopedDecoder.generate, draft=draft, draft_tokens=number)

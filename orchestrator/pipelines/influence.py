@@ -28,6 +28,7 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
+from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_tables
@@ -36,7 +37,6 @@ from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
@@ -62,8 +62,6 @@ class InfluencePlan(Result):
     """The stored table."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
-    notes: tuple[str, ...] = Field(exclude=True)
-    """What a run says: that the stored table is damaged."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -107,8 +105,14 @@ class InfluenceResult(Result):
         return list(self.table.schedule)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per layer and correction: influence, its standard error, residual."""
+        """Return one row per layer and correction: influence, its standard error, residual.
+
+        Without corrections, one row per layer: its block influence.
+        """
         table = self.table
+        if not table.schedule.num_corrections:
+            layers = enumerate(table.layer_values, start=1)
+            return [{"layer": layer, "block_influence": value} for layer, value in layers]
         residuals = table.residual_rows or [()] * len(table.value_rows)
         return [
             {"layer": layer, "correction": number, "influence": v, "stderr": e, "residual": r}
@@ -134,27 +138,24 @@ def plan_influence(
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest finished IIET with
-            corrections when unset.
+        model: A checkpoint or run, by path or name; the newest finished IIET with corrections when
+            unset. Of a model without corrections, each whole layer is measured.
 
     Raises:
-        UserError: If there is no such model, it makes no corrections, its tokens are not in the
-            workspace, or the checkpoint or the tokens are damaged, or do not go together.
+        UserError: If there is no such model, its method repeats the whole stack, its tokens are
+            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
+            together.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
-    tokens_folder = tokens_folder_of(checkpoint, space)
-    config, data = load_config(checkpoint), open_data(tokens_folder)
-    if not config.corrections.num_corrections:
-        raise UserError(
-            f"{checkpoint} is a model ({config.method}) without corrections, so there is "
-            "no influence to measure; take an IIET with r >= 1"
-        )
+    config = load_config(checkpoint)
     if facts_of(config.method).repeats_stack:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
             "has corrections of its own whose influence could be measured; take an IIET with r >= 1"
         )
+    tokens_folder = tokens_folder_of(checkpoint, space)
+    data = open_data(tokens_folder)
     if data.vocab_size > config.vocab_size:
         raise UserError(
             f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "
@@ -173,25 +174,16 @@ def plan_influence(
         *([version] if version > 1 else []),  # Keys of earlier versions have none.
     )
 
-    path, notes, table = checkpoint / f"influence-{wanted.metric}.json", [], None
-    remedy = "it is measured again"
-    try:
-        stored = read_json(path, remedy=remedy)
-        with damage_as_user_error(path, remedy=remedy):
-            if stored and stored["key"] == key:
-                table = InfluenceTable.from_dict(stored)
-                table.schedule  # noqa: B018  # a layer without a row is found here
-    except UserError as error:
-        table, notes = None, [str(error)]
+    path = influence_path(checkpoint, wanted.metric)
+    stored = StoredInfluence.read(path)
     return InfluencePlan(
         checkpoint=checkpoint,
         metric=wanted.metric,
         tokens_folder=tokens_folder,
         num_tokens=num_tokens,
         path=path,
-        table=table,
+        table=stored.table if stored and stored.key == key else None,
         key=key,
-        notes=tuple(notes),
         cluster=settings.cluster,
     )
 
@@ -206,18 +198,17 @@ def run_influence(
     """
     progress, table, started_ms = context.progress, plan.table, now_ms()
     on_device = on_device or command_device(plan.cluster, context.workspace.root)
-    for note in plan.notes:
-        progress.note(note)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
     if table is None:
         table = on_device(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
-        chart = influence_chart(table.rows(), metric=table.metric, title=title)
         try:
-            save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
-            write_json(plan.path, {"key": plan.key, **table.to_dict()})
+            if table.schedule.num_corrections:
+                chart = influence_chart(table.rows(), metric=table.metric, title=title)
+                save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
+            StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")
     progress.finish(summary(table) + (", found again" if plan.is_stored else ""))
@@ -231,6 +222,9 @@ def run_influence(
     points += [("block_influence", v, layer) for layer, v in enumerate(table.layer_values, start=1)]
     contractions = enumerate(table.contractions, start=1)
     points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
+    files = [str(plan.path)]
+    if table.schedule.num_corrections:  # Else there is no picture.
+        files.append(str(plan.path.with_suffix(".png")))
     context.log_measurement(
         TrackedRun.of(
             key=plan.key,
@@ -244,7 +238,7 @@ def run_influence(
             },
             dataset=describe_data(plan.tokens_folder),
             points=points,
-            files={"influence": [str(plan.path), str(plan.path.with_suffix(".png"))]},
+            files={"influence": files},
         ),
         started_ms,
     )
@@ -276,6 +270,12 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
 
 def summary(table: InfluenceTable) -> str:
     """Return the range of a table's values, and how many layers do not contract, as text."""
+    if not table.schedule.num_corrections:
+        layers = table.layer_values
+        return (
+            f"no corrections; {len(layers)} whole layers, from {max(layers):.2g} down to "
+            f"{min(layers):.2g}, over {table.num_tokens:,} tokens"
+        )
     values = [value for row in table.rows() for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)

@@ -1,4 +1,4 @@
-"""Looped models at several depths: one front of them, and what each loop changes.
+"""Models at several depths: one front of them, and what each loop of a looped model changes.
 
 The models are those trained here, under their iteration schedules, and those of other projects,
 at the depths that `models.loops` knows. They are evaluated as by `evaluate`, and found again in the
@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from orchestrator.cluster.task import command_device
+from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import newest_tokens
+from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
 from orchestrator.evaluation.looped import load_transformers, watched
 from orchestrator.models.lookup import find_model_folder
@@ -38,7 +40,8 @@ from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.decode import TIMES_NAME, Measured, text_of
+from orchestrator.sweeping.costs import TIMES_NAME, Measured
+from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -76,8 +79,10 @@ def plan_depths(
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
-        UserError: As `evaluate`; or if the cost of a model is not known.
+        UserError: As `evaluate`; or if the cost of a model is not known, or a setting is for other
+            kinds of sweeps.
     """
+    check_sweep(settings)
     plan = plan_evaluate(
         settings,
         workspace=workspace,
@@ -143,7 +148,7 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], environment(), cluster.device)
-    costs = Measured.read_measured(path, context.progress.note)
+    costs = Measured.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.trust_remote_code)
         by_name = command_device(cluster, workspace.root)(measure, context.progress)
@@ -283,7 +288,12 @@ def _measure_loops(
     model, trusts, (loops, depth) = plan.opened, plan.trust_remote_code, plan.opened.looped()
 
     # Held-out text, as the model reads it.
-    data = text_of(plan.tokens_folder)
+    parts = open_data(plan.tokens_folder).parts
+    data = next((part for part in parts if isinstance(part, TokenStore)), None)
+    if data is None:
+        raise UserError(
+            f"loops are measured on text, and the data {plan.tokens_folder.name} has none"
+        )
     text = load_tokenizer(data.tokenizer_path).decode(data.validation[: plan.num_tokens].tolist())
     ids = model.tokenizer(trust_remote_code=trusts).encode(text, add_special_tokens=False)
     length = min(MOST_TOKENS, model.context_length, len(ids))

@@ -38,7 +38,7 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import model_family
 from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
-from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.front import COSTS, FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
@@ -388,13 +388,13 @@ def model_card(
             of the model itself.
         metric: Metric of the table to look for.
     """
-    provenance, warn = folders.load_provenance(checkpoint), context.progress.note
+    provenance = folders.load_provenance(checkpoint)
     teacher = lookup.find_checkpoint_by_weights(
         context.workspace, str(provenance.get("teacher") or "")
     )
     full = folders.load_config(teacher or checkpoint)
     if influence is None and teacher:
-        influence = lookup.load_influence_table(teacher, metric, warn)
+        influence = lookup.load_influence_table(teacher, metric)
     prompt, file = ModelCard.prompt, checkpoint / folders.TOKENIZER
     if file.is_file():
         tokenizer = tokenizers.ModelTokenizer(file)
@@ -407,7 +407,7 @@ def model_card(
         config=config,
         provenance={**provenance, "weights": folders.weights_key(checkpoint)},
         evaluation=evaluation,
-        influence=influence or lookup.load_influence_table(checkpoint, metric, warn),
+        influence=influence or lookup.load_influence_table(checkpoint, metric),
         served=folders.served_schedules(checkpoint),
         full=full if full.corrections != config.corrections else None,
         prompt=prompt,
@@ -447,7 +447,7 @@ class PickResult(Result):
     point: Trial = Field(exclude=True)
     """The model, with means over its seeds."""
     model: Trial = Field(exclude=True)
-    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
+    """The one whose weights are used: of several seeds the lowest."""
     target: Path | None = Field(exclude=True)
     """Folder to export to; under the workspace when unset."""
     force: bool = Field(exclude=True)
@@ -477,7 +477,6 @@ def plan_pick(
     knee: bool = False,
     best: bool = False,
     cheapest: bool = False,
-    draft_for: str | None = None,
     cost: str | None = None,
     quality: str | None = None,
     to: Path | str | None = None,
@@ -496,7 +495,6 @@ def plan_pick(
         knee: Farthest above the line between the ends of the front.
         best: Highest quality.
         cheapest: Lowest cost.
-        draft_for: Fastest draft of the full model of this name.
         cost, quality: Axes of the front, as in `report`.
         to: Folder to export to; under the workspace when unset.
         force: Replace an export of another model there.
@@ -505,14 +503,18 @@ def plan_pick(
         UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
             gone, or the folder cannot be used.
     """
-    from orchestrator.reporting.front import sweep_front
+    from orchestrator.reporting.front import busy_machine, reason_against_accuracy, sweep_front
 
-    others = {"knee": knee, "best": best, "cheapest": cheapest, "draft_for": draft_for}
+    others = {"knee": knee, "best": best, "cheapest": cheapest}
     rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
-    axes = parse_axes(cost, quality)
+    parse_axes(cost, quality)  # A wrong name comes before anything is read.
     workspace = find_workspace(workspace)
     found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
+    reason = reason_against_accuracy(workspace, found.results)
+    axes = parse_axes(cost, quality, against_accuracy=reason)
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
+    if axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+        notes = [*notes, problem]
     for line in notes:
         (progress or Progress()).note(line)
     picked = findings.pick_from_front(front, rule)
@@ -522,11 +524,6 @@ def plan_pick(
         findings.describe_model(front, picked),
     )
     result = results.lowest_seed(seeds)
-    if rule.name == "draft":
-        full = findings.draft_targets(found.results)[result.key]
-        sentence += f"; {findings.draft_sentence(point, full.name)}"
-        # A cheaper schedule of the same weights is no model of its own: the full one is exported.
-        result = full if full.checkpoint == result.checkpoint else result
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
@@ -589,7 +586,6 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         folder=str(folder),
         note=plan.sentence,
         tags={tag: text for tag, text in tags.items() if text},
-        example=card.prompt,
     )
     is_registered = context.tracking.register(registered)
     lookup.Picked(

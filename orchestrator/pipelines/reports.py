@@ -1,7 +1,8 @@
-"""What stored results show: reports of one or several sweeps, the paper's claims, and drafts.
+"""What stored results show: reports of one or several sweeps, and the paper's claims.
 
-Everything is read from the folders of finished sweeps; only drafts are measured. The results are
-what `sweep` returns, too: a front, its sentences, and the files of its page.
+Everything is read from the folders of finished sweeps, and only times are measured again if that
+is asked for. The results are what `sweep`
+returns, too: a front, its sentences, and the files of its page.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from pydantic import Field
 
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
+from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.findings import draft_targets
-from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.front import FrontAxes, parse_axes, reason_against_accuracy
 from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
-from orchestrator.settings import ClusterSettings
+from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import Workspace, find_workspace
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,8 +41,6 @@ class ReportResult(Result):
     """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
-    elastic: Section | None = Field(exclude=True)
-    """Elastic weights against separate students; None if the sweep has not both."""
     sections: tuple[Section, ...] = Field(exclude=True)
     """What a terminal shows, and JSON holds."""
     folder: Path
@@ -52,7 +52,7 @@ class ReportResult(Result):
     @classmethod
     def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
-        names = ("title", "front", "sentences", "elastic", "folder", "page")
+        names = ("title", "front", "sentences", "folder", "page")
         own = {name: getattr(report, name) for name in names}
         return cls(**own, sections=tuple(report.brief()), workspace=workspace.root, **more)
 
@@ -77,7 +77,6 @@ class ReportResult(Result):
             hypervolume: of the front, or `null`
             hypervolume_box: the box that it is relative to
             confidence_basis: what the confidences were computed from, or `null`
-            elastic: (optional) elastic weights against separate students
             claims: (optional) the paper's claims, if one was measured; as of `report --claims`
         """
         return {**super().to_json(), **render_json(self.sections)}
@@ -102,6 +101,7 @@ def report(
     sweeps: Sequence[str] = (),
     cost: str | None = None,
     quality: str | None = None,
+    time_again: bool = False,
     progress: Progress | None = None,
 ) -> ReportResult:
     """Write the report of one sweep, or of several sweeps on one front, from stored results.
@@ -111,20 +111,49 @@ def report(
     Args:
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
-        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+        quality: Quality axis: `accuracy`, `bits`, `perplexity` or `loss`. The default is
+            `accuracy`, or `bits` where the full model has fewer than 30 right answers.
+        time_again: Measure the time per token of the sweep's models once more, and store it.
 
     Raises:
-        UserError: If there is no such sweep, or a cost or quality has another name.
+        UserError: If there is no such sweep, or a cost or quality has another name; or if the times
+            of these sweeps cannot be measured here.
     """
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    axes = parse_axes(cost, quality)
+    parse_axes(cost, quality)  # A wrong name comes before anything is read.
     context = open_context(workspace, progress)
     space = context.workspace
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
     found = [load_sweep_results(space, name) for name in names]
+    if time_again:
+        found = [_timed_again(found, context)]
+    trials = [trial for sweep in found for trial in sweep.results]
+    axes = parse_axes(cost, quality, against_accuracy=reason_against_accuracy(space, trials))
     tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+
+
+def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
+    """Return a sweep with times per token that are measured now, where its trials ran."""
+    from orchestrator.sweeping.costs import TIMES_NAME, with_costs  # Imports PyTorch.
+
+    space = context.workspace
+    if len(sweeps) > 1:
+        raise UserError(f"--time-again measures one sweep; got {len(sweeps)}")
+    [sweep] = sweeps
+    if not space.is_writable:
+        raise UserError(f"--time-again: {space.root} cannot be written, so no time could be stored")
+    folder = sweep.folder(space)
+    plan = SweepPlan.read(folder / PLAN_FILE)
+    if plan is None:  # Sweeps of kind `depth` have none.
+        raise UserError(
+            f"--time-again: {sweep.name} has no {PLAN_FILE}; delete {folder / TIMES_NAME}, and "
+            "type the sweep's command again, which then measures the times alone"
+        )
+    settings = read_settings(folder / SETTINGS_NAME)
+    results = with_costs(sweep.results, plan, folder, settings, context.progress, again=True)
+    return sweep.model_copy(update={"results": tuple(results)})
 
 
 class ClaimsResult(Result):
@@ -180,62 +209,4 @@ def claims(
         notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
         claims=section.data["claims"],
         section=section,
-    )
-
-
-class DraftsPlan(Result):
-    """A sweep whose schedules are measured as drafts of its full models."""
-
-    sweep: str
-    """Its name."""
-    drafts: list[str]
-    """Names of the schedules, those included that are measured already."""
-    stored: StoredSweep = Field(exclude=True)
-    cluster: ClusterSettings = Field(exclude=True)
-
-    def shown(self) -> Iterable[RenderableType]:
-        return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
-
-
-def plan_drafts(
-    sweep: str,
-    *,
-    workspace: Workspace | Path | str | None = None,
-    cluster: ClusterSettings | None = None,
-    progress: Progress | None = None,  # noqa: ARG001 - as the other plans
-) -> DraftsPlan:
-    """Return which schedules of a finished sweep can draft for its full models.
-
-    Raises:
-        UserError: If there is no such sweep, or its data has no text.
-    """
-    from orchestrator.sweeping.decode import text_of  # Imports PyTorch.
-
-    space = find_workspace(workspace)
-    stored = load_sweep_results(space, sweep)
-    text_of(Path(stored.results[0].suite.tokens_folder))
-    targets = draft_targets(stored.results)
-    names = [trial.name for trial in stored.results if trial.key in targets]
-    return DraftsPlan(
-        sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
-    )
-
-
-def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
-    """Measure the drafts that are not measured yet, and write the sweep's report with them."""
-    from orchestrator.cluster.task import command_device
-    from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
-    from orchestrator.sweeping.decode import with_drafts  # Imports PyTorch.
-
-    space, stored = context.workspace, plan.stored
-    results = with_drafts(
-        stored.results,
-        Path(stored.results[0].suite.tokens_folder),
-        stored.folder(space),
-        context.progress,
-        command_device(plan.cluster, space.root),
-    )
-    found = stored.model_copy(update={"results": tuple(results)})
-    return ReportResult.of(
-        write_sweep_report(space, found, tracking=lambda: context.tracking), space
     )

@@ -45,16 +45,18 @@ from orchestrator.planning.estimate import (
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting import results
-from orchestrator.reporting.command_tables import expected_time, price_rows
+from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import MLFLOW, Settings, flatten
+from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as plans
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
     check_models,
+    check_named_baselines,
     check_sweep,
     claims_answered,
+    named_baselines,
     teacher_and_baselines,
     teachers_by_label,
 )
@@ -63,8 +65,14 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_tail
-from orchestrator.workspace.layout import Workspace, find_workspace, portable_path
-from orchestrator.workspace.provenance import environment
+from orchestrator.workspace.layout import (
+    SWEEP_LOCK_NAME,
+    Workspace,
+    find_workspace,
+    portable_path,
+)
+from orchestrator.workspace.locks import refuse_second
+from orchestrator.workspace.provenance import content_key, environment
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,7 +91,8 @@ class SweepRequest:
     workspace: Workspace
     teacher: Path | None
     """A given teacher; without it, the sweep trains its models from scratch."""
-    baselines: Mapping[str, Path] | None
+    named_baselines: Mapping[str, Path]
+    """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
     models: Sequence[plans.SweepModel] | None
     name: str | None
     hashes: Mapping[str, str] | None = None
@@ -104,8 +113,6 @@ class PlannedSweep(Result):
     """The teacher and its baselines, if the sweep trains them itself."""
     unknown: list[Estimate] = Field(default=[])
     """A bound of the trainings that are not known yet."""
-    unmeasured: list[ModelConfig] = Field(default=[])
-    """Teachers whose influence is not measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
@@ -143,18 +150,12 @@ class PlannedSweep(Result):
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials, settings = self._left
-        space, unprepared = self.asked.workspace, not self.plan.tokens_folder
-        left = [s.trial.model for s in self.states if s.name in ("to train", "to measure")]
-        models = [*left, *(each.config for each in self.unknown)]
-        influence, measuring = plans.measuring_flops(settings, self.unmeasured, models)
+        unprepared = not self.plan.tokens_folder
         return price_of(
             [*before, *trials],
-            space.root,
+            self.asked.workspace.root,
             new_token_bytes=expected_tokens(settings.data, None).new_bytes if unprepared else 0,
             is_upper_bound=bool(self.unknown),
-            teachers=space.teachers if settings.distillation.teacher_cache else None,
-            influence_flops=influence,
-            measuring_flops=measuring,
         )
 
     @cached_property
@@ -194,7 +195,7 @@ class PlannedSweep(Result):
                 "name": state.trial.label,
                 "role": state.trial.role,
                 "method": state.trial.model.method,
-                "schedule": str(state.trial.model.corrections),
+                "schedule": state.trial.schedule_text,
                 "state": state.name,
                 "steps_done": state.steps_done,
                 **plans.exact_cost(state.trial.model, full),
@@ -207,13 +208,12 @@ class PlannedSweep(Result):
 
         Keys:
             name: the sweep's name, if it is known yet
-            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text),
-                `state`, `steps_done`, exact costs
+            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text; empty
+                without corrections), `state`, `steps_done`, exact costs
             notes: what is reused, and what is not known yet
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
-                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`; `stop_seconds`
-                and `num_saving`, how long a stop takes at most, and how many trainings then save
+                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
             problems: place to why the trainings do not fit there, or `null`
         """
         return {
@@ -261,7 +261,6 @@ def plan_sweep(
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
-    baselines: Mapping[str, Path] | None = None,
     models: Sequence[plans.SweepModel] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -276,8 +275,6 @@ def plan_sweep(
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        baselines: Label to checkpoint of models that stand beside the front of a given teacher;
-            when unset, the workspace's models that fit it.
         models: Models that an iterations sweep trains instead of those that the settings name.
 
     Raises:
@@ -299,10 +296,10 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
-    if settings.sweep.teachers and (teacher is not None or baselines is not None):
+    if settings.sweep.teachers and teacher is not None:
         raise UserError(
-            "sweep.teachers names teachers that the sweep trains itself, with their baselines; "
-            "leave it out, or give neither a teacher nor baselines"
+            "sweep.teachers names teachers that the sweep trains itself, and a teacher was given "
+            f"({teacher}); leave one out"
         )
     check_sweep(settings)
     space, given, progress = find_workspace(workspace), None, progress or Progress()
@@ -313,19 +310,19 @@ def plan_sweep(
         settings=settings,
         workspace=space,
         teacher=given,
-        baselines=baselines,
+        named_baselines=named_baselines(settings, space, given),
         models=models,
         name=name,
     )
-    found = _planned(asked, progress)
+    found = _planned(asked)
     found.price  # noqa: B018  # raises if the workers cannot share a step
     return found
 
 
-def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
+def _planned(asked: SweepRequest) -> PlannedSweep:
     settings, space = asked.settings, asked.workspace
     if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, asked.baselines, progress)
+        return _plan_students(asked, {TEACHER: asked.teacher}, {})
 
     # Models are trained from scratch: all of the sweep, or those before its students.
     check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -336,15 +333,27 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
     if settings.sweep.kind == "iterations":
         name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
         plan = plans.plan_iterations(
-            settings, space, tokens, asked.models, name=name, hashes=asked.hashes
+            settings,
+            space,
+            tokens,
+            asked.models,
+            named_baselines=asked.named_baselines,
+            name=name,
+            hashes=asked.hashes,
         )
+        if tokens:
+            own_models = [trial.model for trial in plan.trials if trial.job]
+            check_named_baselines(asked.named_baselines, tokens, own_models)
         return PlannedSweep(asked=asked, plan=plan, said=said)
     first = plan_models(teacher_and_baselines(settings), space, tokens)
     said += [*first.damaged, claims_answered(settings)]
+    if tokens:  # Before anything is trained.
+        own_models = [job.model for job in first.jobs.values()]
+        check_named_baselines(asked.named_baselines, tokens, own_models)
     labels, finished = teachers_by_label(settings), first.finished
     if labels.keys() <= finished.keys():
         teachers = {label: finished.pop(label) for label in labels}
-        found = _plan_students(asked, teachers, finished, progress)
+        found = _plan_students(asked, teachers, finished)
         return found.model_copy(update={"pretraining": first, "said": [*said, *found.said]})
     models = {label: first.jobs[label].model for label in labels}
     unknown, sentences = _bounds(settings, models, " is not trained")
@@ -354,15 +363,13 @@ def _planned(asked: SweepRequest, progress: Progress) -> PlannedSweep:
         said=[*said, *sentences],
         pretraining=first,
         unknown=unknown,
-        unmeasured=list(models.values()),
     )
 
 
 def _plan_students(
     asked: SweepRequest,
     teachers: Mapping[str, Path],
-    baselines: Mapping[str, Path] | None,
-    progress: Progress,
+    baselines: Mapping[str, Path],
 ) -> PlannedSweep:
     """Plan the students of trained teachers; a bound of them if influence is not measured."""
     settings, space, tables = asked.settings, asked.workspace, dict[str, InfluenceTable]()
@@ -371,33 +378,30 @@ def _plan_students(
         if table is None:
             measurement = plan_influence(settings, workspace=space, model=checkpoint)
             table = measurement.table
-            for note in measurement.notes:
-                progress.note(note)
         if table:
             tables[label] = table
     models = {label: load_config(path) for label, path in teachers.items()}
-    unmeasured = [models[label] for label in teachers if label not in tables]
+    is_measured = teachers.keys() == tables.keys()
     plan = plans.plan_students(
         settings,
         space,
         teachers,
-        {} if unmeasured else tables,  # The schedules follow from all of them.
-        note=progress.note,
+        tables if is_measured else {},  # The schedules follow from all of them.
         baselines=baselines,
+        named_baselines=asked.named_baselines,
         name=asked.name,
         hashes=asked.hashes,
     )
+    check_named_baselines(asked.named_baselines, Path(plan.tokens_folder), models.values())
     unknown, said, search = list[Estimate](), list[str](), None
-    if unmeasured:
+    if not is_measured:
         unknown, said = _bounds(settings, models, "'s influence is not measured")
     elif settings.sweep.kind == "search":
         search = plans.schedule_search(settings, space, plan, teachers[TEACHER])
         trials = (*plan.trials, *search.suggested_trials())
         plan = plan.model_copy(update={"trials": trials})
         unknown, said = [*map(Estimate.of, search.jobs_left())], [search.text]
-    return PlannedSweep(
-        asked=asked, plan=plan, said=said, unknown=unknown, unmeasured=unmeasured, search=search
-    )
+    return PlannedSweep(asked=asked, plan=plan, said=said, unknown=unknown, search=search)
 
 
 def _bounds(
@@ -435,15 +439,20 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     settings, pretrains, root = asked.settings, plan.pretraining is not None, workspace.root
 
     def again() -> PlannedSweep:
-        # Without the progress display: what is to be noted was noted with the first plan.
         with offline(DRY_RUN):
-            found = _planned(asked, Progress())
+            found = _planned(asked)
         found.check()
         return found
 
-    context.use_loggers(settings.tracking.loggers)
     check = partial(check_devices, settings, pretrains=pretrains)
-    with joined_cluster(settings.cluster, root, check, progress):
+    # The sweep's folder has its name only when the influence is measured. The same call a second
+    # time is refused at once.
+    call_key = content_key(to_yaml(settings), str(asked.teacher), asked.name)
+    call_lock = workspace.logs / f".sweep-{call_key}.lock"  # A call that is a mistake deletes it.
+    with (
+        refuse_second(call_lock, "this sweep"),
+        joined_cluster(settings.cluster, root, check, progress),
+    ):
         check_sweep(settings, progress)
         if not asked.teacher:
             tokens = prepare_tokens(settings.data, workspace, progress)
@@ -456,12 +465,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         hashes = plans.load_tasks(settings.evaluation, tokens, model, progress)
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
-            progress.note(f"expected: {expected_time(plan.price)}")
-            progress.expected = plan.price.seconds
             if plan.pretraining:
                 run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
                 plan = again()
-                progress.expected = plan.price.seconds
             tables: dict[Path, InfluenceTable] = {}
             on_device = trial_device(settings, root)
             for trial in plan.plan.trials:
@@ -471,18 +477,19 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                     tables[teacher] = run_influence(measured, context, on_device=on_device).table
             asked = replace(asked, hashes=hashes, influence=tables)
             plan = again()
-            progress.expected = plan.price.seconds
-            outcome = run_plan(
-                plan.plan,
-                settings,
-                workspace,
-                placed=plan.placed,
-                tracking=context.tracking,
-                progress=progress,
-                search=plan.search,
-            )
-            found = _results_of(plan, outcome)
-            return _report_of(plan, found, context, outcome.failures)
+            lock = workspace.sweeps / plan.plan.name / SWEEP_LOCK_NAME
+            with refuse_second(lock, f"the sweep {plan.plan.name}"):
+                outcome = run_plan(
+                    plan.plan,
+                    settings,
+                    workspace,
+                    placed=plan.placed,
+                    tracking=context.tracking,
+                    progress=progress,
+                    search=plan.search,
+                )
+                found = _results_of(plan, outcome)
+                return _report_of(plan, found, context, outcome.failures)
 
 
 sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
@@ -491,14 +498,13 @@ sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
 def _stored_results(planned: PlannedSweep, workspace: Workspace) -> results.StoredSweep | None:
     """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
-    The tasks of lm-eval may have changed, which is known when they are loaded; and a logger that
-    was not asked for before lacks the trainings.
+    The tasks of lm-eval may have changed, which is known when they are loaded.
     """
     settings, plan = planned.asked.settings, planned.plan
     is_left = any(state.name in ("to measure", "to train") for state in planned.states)
     if is_left or planned.unknown or (planned.search and planned.search.num_left):
         return None
-    if needs_lm_eval(settings.evaluation) or settings.tracking.loggers != (MLFLOW,):
+    if needs_lm_eval(settings.evaluation):
         return None
     last = read_tail(workspace.sweeps / plan.name)[-1:]
     finished = {state.trial.key for state in planned.states if state.name == "finished"}
@@ -532,7 +538,6 @@ def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredS
         results=outcome.results,
         influence=next(iter(planned.asked.influence.values()), None),
         facts={
-            **({results.LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
             **({results.CHANCE_TITLE: chances} if chances else {}),
             "Trials": ends,
             results.SETTINGS_TITLE: flatten(planned.asked.settings),

@@ -28,9 +28,11 @@ from orchestrator.data.preparation import (
     tokens_folder_of,
 )
 from orchestrator.data.preparation import prepare as prepare_tokens
+from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call, open_context
+from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
@@ -39,9 +41,10 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
-from orchestrator.sweeping.students import distillation_job
+from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
+from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import (
     check_folder,
     check_job,
@@ -51,6 +54,7 @@ from orchestrator.training.job import (
     pretraining_job,
     share_first_stages,
 )
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -61,6 +65,10 @@ if TYPE_CHECKING:
 UNPREPARED = (
     "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
     "the tokens of texts that were copied or moved); their number is that of the settings"
+)
+
+UNMEASURED_LAYERS = (
+    "the influence of the teacher's layers, which says which of them are dropped, is not measured"
 )
 
 
@@ -103,6 +111,18 @@ class TrainingPlan(Result):
     """Whether to train in this process, without Ray."""
     mfu: float | None = None
     """Share of the peak FLOP/s that is assumed; a usual range if unset."""
+    layers: InfluencePlan | None = None
+    """The influence of a teacher's layers, if its student drops some of them."""
+    num_dropped: int = 0
+    """How many layers the student drops."""
+    dropped_layers: tuple[int, ...] | None = None
+    """Numbers of these layers, the first being 1; None if there are none, or if the influence is
+    not measured. The job then keeps the layers that cost most, and its price is a bound."""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is not known yet which layers the student drops."""
+        return self.layers is not None and self.dropped_layers is None
 
     @property
     def cluster(self) -> ClusterSettings:
@@ -119,7 +139,8 @@ class TrainingPlan(Result):
         ends: dict[str, tuple[Path | None, list[str]]] = {}
         for label, job in self.jobs.items():
             damage: list[str] = []
-            outcome = finished_outcome(job, damage.append) if job.tokens_folder else None
+            is_known = job.tokens_folder and not self.is_bound
+            outcome = finished_outcome(job, damage.append) if is_known else None
             ends[label] = (Path(str(outcome.checkpoint)), []) if outcome else (None, damage)
         return ends
 
@@ -170,6 +191,8 @@ class TrainingPlan(Result):
         end, damage = self.ends[label]
         if not job.tokens_folder:
             return UNPREPARED
+        if self.is_bound:
+            return UNMEASURED_LAYERS
         if end:
             return f"finished: {job.folder}"
         done = self.estimate(label).steps_done
@@ -180,7 +203,9 @@ class TrainingPlan(Result):
 
         Keys:
             method: of the model
-            schedule: its corrections
+            schedule: its corrections, or `null` without
+            dropped_layers: (optional) with `--drop-layers`, numbers of the layers that it drops, as
+                in the table of `influence`; `null` while that is not measured
             state: whether it is finished, or where it begins
             price: what is left to train, as of a sweep
             problems: place to why the training does not fit there, or `null`
@@ -188,7 +213,8 @@ class TrainingPlan(Result):
         students = [
             {
                 "method": self.jobs[label].model.method,
-                "schedule": list(self.jobs[label].model.corrections),
+                "schedule": self.jobs[label].schedule,
+                **({"dropped_layers": self.dropped_layers} if self.layers else {}),
                 "state": plan.state,
                 "price": plan.price.model_dump(mode="json"),
                 "problems": plan.problems,
@@ -204,10 +230,20 @@ class TrainingPlan(Result):
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
                 *training_rows(training, self.tokens),
+                *([("dropped layers", self._dropped_text)] if self.layers else []),
                 ("state", plan.state),
                 *price_rows(plan.price, plan.problems),
             ]
             yield two_column_table(f"Plan: {training.config.method}, {workers}", rows)
+
+    @property
+    def _dropped_text(self) -> str:
+        assert self.layers is not None, "a student drops layers"
+        num_layers = load_config(self.layers.checkpoint).num_layers
+        which = "those of least influence"
+        if self.dropped_layers:
+            which = ", ".join(map(str, self.dropped_layers))
+        return f"{self.num_dropped} of {num_layers}: {which}"
 
 
 class PretrainResult(Result):
@@ -332,7 +368,6 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     """Pretrain one model, tokens included; a finished run is found again."""
     plan.check()
     (settings,), cluster = plan.models.values(), plan.cluster
-    context.use_loggers(settings.tracking.loggers)  # Found missing before tokens are prepared.
     check = partial(check_run_resources, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
@@ -353,44 +388,151 @@ def plan_distill(
     settings: Settings,
     *,
     workspace: Workspace | Path | str | None = None,
-    schedules: Sequence[str | IterationSchedule],
+    schedules: Sequence[str | IterationSchedule] = (),
+    drop_layers: int | None = None,
     teacher: Path | str | None = None,
+    name: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
 ) -> TrainingPlan:
-    """Return what is distilled under each schedule; equal schedules give one student.
+    """Return what is distilled: a student under each schedule, or one of fewer layers.
+
+    Equal schedules give one student. A student of fewer layers starts without those of least block
+    influence, which is measured first, and its other layers make the teacher's corrections.
 
     Args:
-        settings: Sections `distillation` and `cluster`.
+        settings: Sections `distillation`, `cluster`, and with dropped layers `influence`.
         schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
+        drop_layers: Instead: how many layers the student drops; the teacher may then be of any
+            method, also vanilla.
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
+        name: Name of the run's folder, of one student; when unset, its folder is that of a sweep's
+            trial.
         local: Train in this process, without Ray.
 
     Raises:
-        UserError: If there is no such teacher, a schedule does not fit it, or the control trains
-            nothing.
+        UserError: If there is no such teacher, a schedule does not fit it, it has too few layers,
+            the control trains nothing, or the name is that of another run.
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
+    if drop_layers is not None and schedules:
+        raise UserError(
+            f"--drop-layers {drop_layers} and --schedule {schedules[0]}: a student has fewer "
+            "layers or fewer corrections; leave one out"
+        )
+    if drop_layers is None and not schedules:
+        raise UserError(
+            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
+            "or --schedule 2,1,1,0,0,0; or --drop-layers N leaves out whole layers"
+        )
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
+    if drop_layers is not None:
+        num_layers = load_config(checkpoint).num_layers
+        if not 1 <= drop_layers < num_layers:
+            raise UserError(
+                f"--drop-layers {drop_layers}: of the {format_count(num_layers, 'layer')} of "
+                f"{checkpoint}, at least one is dropped and one stays; give a number from 1 to "
+                f"{num_layers - 1}, or take a teacher of more layers"
+            )
+        _check_fewer_layers(settings)
+        layers = plan_influence(settings, workspace=space, model=checkpoint)
+        return _plan_fewer_layers(settings, space, layers, drop_layers, name=name, local=local)
+    # A schedule that does not fit is refused before tokens are asked for.
+    students = [student_config(checkpoint, str(schedule)) for schedule in schedules]
     tokens = tokens_folder_of(checkpoint, space)
-    students = [
-        distillation_job(settings, space, checkpoint, str(schedule), tokens)
-        for schedule in schedules
-    ]
-    jobs = {str(job.model.corrections): job for job in students}
+    jobs = {
+        str(student.corrections): distillation_job(settings, space, checkpoint, student, tokens)
+        for student in students
+    }
+    if name is not None:
+        if len(jobs) > 1:
+            raise UserError(
+                f"--name {name} names one student, and --schedule asks for {len(jobs)}; leave the "
+                "name out, or distill them one by one"
+            )
+        folder = str(space.runs / name)
+        jobs = {label: job.model_copy(update={"run_folder": folder}) for label, job in jobs.items()}
+        for job in jobs.values():
+            check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
     plan.price  # noqa: B018  # raises if the workers cannot share a step
     return plan
 
 
+def _check_fewer_layers(settings: Settings) -> None:
+    """Raise `UserError` if a distillation is none of a student of fewer layers."""
+    distillation = settings.distillation
+    if distillation.control == "pruned":
+        raise UserError("--drop-layers, distillation.control=pruned: the control trains nothing")
+    if distillation.control == "distill" and distillation.hidden_weight:
+        raise UserError(
+            f"--drop-layers, distillation.hidden_weight={distillation.hidden_weight:g}: hidden "
+            "states are compared layer with layer, and the student has fewer layers; leave one out"
+        )
+
+
+def _plan_fewer_layers(
+    settings: Settings,
+    workspace: Workspace,
+    layers: InfluencePlan,
+    num_dropped: int,
+    *,
+    name: str | None,
+    local: bool,
+) -> TrainingPlan:
+    """Return the plan of a student without the layers of least influence; see `is_bound`."""
+    teacher = load_config(layers.checkpoint)
+    importance: Sequence[float] = teacher.evaluations_per_layer()
+    if layers.table is not None:
+        importance = layers.table.layer_values
+    kept = most_important_layers(importance, teacher.num_layers - num_dropped)
+    dropped = tuple(number + 1 for number in range(teacher.num_layers) if number not in kept)
+    label = f"{len(kept)} of {teacher.num_layers} layers"
+    config = kept_config(teacher, kept)
+    job = distillation_job(
+        settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept
+    )
+    if name is not None:
+        job = job.model_copy(update={"run_folder": str(workspace.runs / name)})
+        if layers.is_stored:
+            check_folder(job)
+    plan = TrainingPlan(
+        kind="distill",
+        models={label: settings},
+        jobs={label: job},
+        workspace=workspace,
+        name=name,
+        local=local,
+        layers=layers,
+        num_dropped=num_dropped,
+        dropped_layers=None if layers.table is None else dropped,
+    )
+    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    return plan
+
+
 def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
-    """Distill a teacher into itself under cheaper schedules; a finished student is found again."""
+    """Distill a teacher into cheaper models of itself; a finished student is found again."""
     if not plan.local:
         check_ray_can_run(plan.cluster.ray_address)
+    if plan.layers is not None:
+        plan.check()
+        table = run_influence(plan.layers, context).table
+        if plan.is_bound:
+            (settings,) = plan.models.values()
+            layers = plan.layers.model_copy(update={"table": table})
+            plan = _plan_fewer_layers(
+                settings,
+                plan.workspace,
+                layers,
+                plan.num_dropped,
+                name=plan.name,
+                local=plan.local,
+            )
     students = [
         DistillResult(**dict(result), schedule=plan.jobs[label].model.corrections)
         for label, result in run_trainings(plan, context).items()
@@ -425,7 +567,6 @@ def run_trainings(
 
     plan.check()
     jobs, cluster, progress = plan.jobs, plan.cluster, context.progress
-    context.use_loggers(next(iter(plan.models.values())).tracking.loggers)
     for job in jobs.values():
         for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
             check_job(job, num_workers=num_gpus or cluster.num_workers)
@@ -457,6 +598,8 @@ def run_trainings(
         if not math.isnan(result.validation_loss)
     ]
     found = ", found again" if len(plan.finished) == len(jobs) else ""
-    text = f"by schedule {'; '.join(losses)}" if plan.kind == "distill" else ", ".join(losses)
+    text = ", ".join(losses)
+    if plan.kind == "distill":
+        text = f"by {'layers' if plan.layers else 'schedule'} {'; '.join(losses)}"
     progress.finish(f"validation loss {text}{found}")
     return results

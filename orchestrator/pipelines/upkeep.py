@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,10 +19,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from pydantic import Field
 
 from orchestrator.pipelines.result import Result
+from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
     Sweep,
@@ -77,11 +76,11 @@ class Listing(Result):
     entries: dict[Kind, list[dict[str, Any]]]
     """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
-    `stopped at STEP/STEPS`; `bytes`, of its files; `changed`, seconds since 1970 of its last
-    record. Of a training the known ones of `method`, `schedule`, `step`, `steps`,
-    `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all sweeps
-    that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all planned
-    ones), `has_report`."""
+    `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
+    since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
+    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
+    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
+    planned ones), `has_report`."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
@@ -91,8 +90,8 @@ class Listing(Result):
             rows = []
             for entry in entries:
                 trials, schedule = entry.get("trials"), entry.get("schedule") or ()
-                done = f", {entry['finished']}/{trials} trials" if trials else ""
-                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                done = f", {entry['finished']} of {trials}" if trials else ""
+                corrections = render.shortest_schedule(schedule) if schedule else ""
                 loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
@@ -150,8 +149,10 @@ def _find_entries(
                 state = "damaged" if sweep.is_damaged else "without a plan"
             elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
                 state = "running"
+            elif sweep.left:
+                state = "failed" if sweep.has_failed else "interrupted"
             else:
-                state = "interrupted" if sweep.left else "finished"
+                state = "finished"
             finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
             has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
             counts = {"finished": finished, "trials": trials, "has_report": has_report}
@@ -167,7 +168,7 @@ def _find_entries(
             loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
             details: dict[str, Any] = {
                 "method": job and job.model.method,
-                "schedule": job and list(job.model.corrections),
+                "schedule": job and job.schedule and list(job.schedule),
                 "step": (end and end.step) or training.step or None,
                 "steps": training.num_steps or None,
                 "validation_loss": loss,
@@ -189,7 +190,7 @@ class WorkspaceStatus(Result):
     """One entry for each command that runs, and for each training, measurement or preparation:
     `kind` (such as `command`, `training`, or `queued` for one that waits for its turn), `name`,
     `process` (its id, on this machine), `sweeps`, `label`, `step`, `steps`, `loss`,
-    `tokens_per_second`, `seconds_left`, `seconds_since_record`."""
+    `tokens_per_second`, `seconds_left`, `seconds_since_record`, `waits_for` (of a `queued` one)."""
     sweeps: list[dict[str, Any]]
     """Each sweep with a running trial: `name`, `finished`, `trials`, `seconds_left`."""
 
@@ -207,6 +208,7 @@ class WorkspaceStatus(Result):
             left, age = found["seconds_left"], found["seconds_since_record"] or 0
             facts = [
                 f"{found['label']} in {sweeps}" if sweeps else "",
+                f"waits for {found['waits_for']}" if found["waits_for"] else "",
                 f"step {step:,} of {steps:,}" if steps else "",
                 "" if loss is None else f"loss {loss:.4g}",
                 f"{speed:,.0f} tokens/s" if speed else "",
@@ -221,13 +223,10 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     """Return what runs in a workspace now; `note` as in `list_workspace`."""
     root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
-    unknown = dict.fromkeys(("label", *progress, "seconds_since_record"))
+    unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
-    for lock in sorted(workspace.teachers.glob(".*.lock")):
-        name = lock.name.removeprefix(".").removesuffix(".lock")
-        locks.append(("teacher outputs", f"teachers/{name}", lock))
     for kind, name, lock in locks:
         if is_locked(lock):
             who = {"kind": kind, "name": name, "process": lock_holder(lock)}
@@ -254,8 +253,18 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
                 "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
                 "seconds_left": run.seconds_left if is_trained else None,
                 "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+                "waits_for": None,
             }
         )
+    for activity in activities:
+        if activity["kind"] == "queued":
+            # One command trains several models one after another, or as Ray gives it places.
+            earlier = [
+                other["name"]
+                for other in activities
+                if other["kind"] == "training" and other["process"] == activity["process"]
+            ]
+            activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
     names, sweeps = [name for activity in activities for name in activity["sweeps"]], []
     for name in dict.fromkeys(names):
@@ -379,40 +388,23 @@ def _temporary(workspace: Workspace, _: Note) -> Found:
     for file in workspace.root.rglob(".*.tmp"):
         if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
             yield file, "half-written by a process that ended"
-    for parent in (workspace.tokens, workspace.teachers):
-        for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
-            key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
-            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
-            if not is_locked(lock):
-                yield folder, "of an interrupted command, which would resume there", lock
+    lock = workspace.tokens / ".lock"
+    for folder in workspace.tokens.glob(f"{layout.TEMPORARY_PREFIX}*"):
+        if not is_locked(lock):
+            yield folder, "of an interrupted command, which would resume there", lock
 
 
 def _ray_folders(workspace: Workspace, _: Note) -> Found:
     for folder in files.abandoned_folders():
         yield folder, "Ray's temporary files of a command that ended"
-    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
-        if not _has_driver(folder):
-            yield folder, "Ray Tune's files of a command that ended"
+    for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}"):
+        lock = folder.with_name(layout.SWEEP_LOCK_NAME)
+        if not is_locked(lock):
+            yield folder, "Ray Tune's files of a command that ended", lock
     for run in training_folders(workspace):
         folder = run / layout.RAY_FOLDER
         if folder.is_dir() and not is_in_use(run):
             yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-
-
-def _has_driver(folder: Path) -> bool:
-    """Return whether the command of a sweep's Ray folder may still run."""
-    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
-    return not process.isdecimal() or psutil.pid_exists(int(process))
-
-
-def _teacher_outputs(workspace: Workspace, _: Note) -> Found:
-    # Any command may read them; and a sweep between two trials holds no lock.
-    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"))
-    stored = folders_in(workspace.teachers)
-    if stored and not show_status(workspace).activities and not any(drivers):
-        reason = "teacher outputs for distillation; they are computed again when needed"
-        for folder in stored:
-            yield folder, reason, folder.with_name(f".{folder.name}.lock")
 
 
 def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
@@ -420,9 +412,9 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
     for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
-                stored = files.read_json(file, remedy="all checkpoints are kept")
+                stored = files.read_json(file)
             except UserError as error:  # It may have named any of them.
-                note(str(error))
+                note(f"{error}; all checkpoints are kept")
                 return
             text = json.dumps(stored, ensure_ascii=False)
             names = re.findall(r'"([^"]+/step_\d{8,})"', text)
@@ -437,16 +429,15 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
         for checkpoint in checkpoints if kept else ():
-            measured = any(checkpoint.glob("influence-*.json"))
+            measured = any(checkpoint.glob(INFLUENCE_PATTERN))
             if checkpoint not in kept | needed and not measured:
                 reason = "intermediate checkpoint of a finished training"
                 yield checkpoint, reason, *run_locks(folder)
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last, the best, and the one to continue from."""
+    """Return those of a finished training: the last one, and the one to continue from."""
     from orchestrator.records.training import TrainingJob
-    from orchestrator.training.checkpoint import best_checkpoint
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
@@ -458,11 +449,13 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     if outcome is None or not outcome.finished:
         return set()
     stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
-    return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
+    return {Path(str(outcome.checkpoint)), stable}
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
+    from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
+    from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder) if not is_in_use(folder) else ():
@@ -471,18 +464,22 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield checkpoint, reason, *run_locks(folder)
-    for parent in (workspace.evaluations, workspace.benchmarks, workspace.tracked):
-        for file in sorted(parent.rglob("*.json")):
-            try:
-                files.read_json(file, remedy="it is measured again")
-            except UserError as error:
-                yield file, str(error).removeprefix(f"{file} ")
+    for folder in folders_in(workspace.evaluations):
+        try:
+            open_result(folder)
+        except UserError as error:
+            yield folder, str(error).removeprefix(f"{folder} ")
+    for file in sorted(workspace.tracked.rglob("*.json")):
+        kind = RegisteredModel if file.parent.name == "registered" else TrackedRun
+        try:
+            kind.read(file)
+        except UserError as error:
+            yield file, str(error).removeprefix(f"{file} ")
 
 
 _FINDERS = {
     RemovableKind.TEMPORARY: _temporary,
     RemovableKind.RAY: _ray_folders,
-    RemovableKind.TEACHERS: _teacher_outputs,
     RemovableKind.CHECKPOINTS: _intermediate_checkpoints,
     RemovableKind.DAMAGED: _damaged,
 }

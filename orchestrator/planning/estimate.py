@@ -1,13 +1,10 @@
 """What trainings take before they start: FLOPs, hours, memory and disk, and whether they fit.
 
-If they do not fit, three settings are proposed, alone or together: fewer sequences per pass (same
-gradients), layers recomputed in the backward pass (slower), and a model that its workers share. On
-a cluster that is joined, only the disk is checked.
+On a cluster that is joined, only the disk is checked.
 
 An `Estimate` follows from the settings of one training, so it needs neither prepared tokens nor a
 trained teacher. A `Price` is that of several: their schedule on the devices, the longest first.
-Nothing is measured: speeds are assumed. `hours` count training only, `seconds` all that a command
-does, by stage.
+Nothing is measured: speeds are assumed. The hours are those of training alone.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -34,17 +31,15 @@ from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.terminal.render import format_byte_parts, format_bytes, format_duration
+from orchestrator.terminal.render import format_byte_parts, format_bytes
 from orchestrator.training import schedules
 from orchestrator.training.job import FirstStage, first_stage_of, sequences_per_step
 from orchestrator.training.world import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.journal import SPEED_METRIC, read_tail
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
 if TYPE_CHECKING:
-    from orchestrator.training.teacher_cache import CachePlan
     from orchestrator.training.world import World
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -57,24 +52,8 @@ GPU_SHARES = (0.15, 0.25)
 """Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
 CPU_SHARES = (0.2, 0.8)
 """CPUs differ more, and no table knows their peaks."""
-CPU_HALF_WIDTH = 90
-"""Width of a model that reaches half of the assumed peak: on this project's machines, models of
-width 64 reach 40 %, of width 128 63 %."""
 CPU_PEAK_FLOPS = 1e11
 """Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
-STAGES = ("start", "pretrain", "influence", "teacher", "distill", "sweep", "report")
-"""What a command does, in this order; `teacher` stores outputs, `sweep` also measures."""
-SECONDS = {"start": 20.0, "pretrain": 9.0, "distill": 9.0, "influence": 2.0, "sweep": 2.0,
-           "report": 5.0}  # fmt: skip
-"""Assumed time before the first training, of each worker until its first step, of a report."""
-LEAST_SECONDS = 4.0
-"""Enough to save small models, with a message to the workers and the end of their processes."""
-WRITE_BYTES_PER_SECOND = 300e6
-"""Assumed speed of a checkpoint that is gathered, hashed and flushed to a shared disk."""
-UPLOAD_BYTES_PER_SECOND = 100e6
-"""Assumed speed of a copy to the run's storage."""
-LARGEST_SHARE = 0.8
-"""Share of a failed plan's bytes that a proposal may take: the plan left something out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +87,12 @@ class Estimate:
     teacher: ModelConfig | None = None
     """A frozen model whose forward pass runs in the steps that `loss` names."""
     loss: DistillationConfig = field(default_factory=DistillationConfig)
-    cache: Any = None
-    """The teacher's outputs, a `CachePlan`, if they may be stored."""
     first_stage: FirstStage | None = None
     """Its first stage, if it may be shared; trainings with the same one train it once."""
     steps_done: int = 0
     """Steps that it resumes after."""
     present_bytes: int = 0
     """Bytes of its checkpoints, which new ones replace."""
-    storage: str | None = None
-    """URI for copies of its checkpoints."""
-    is_bound: bool = False
-    """Whether it stands for students under schedules that are not known yet, none to all."""
     devices: Devices = Devices()
     """Where it runs."""
 
@@ -130,8 +103,6 @@ class Estimate:
         Raises:
             UserError: If its teacher is missing or damaged.
         """
-        from orchestrator.training.teacher_cache import cache_plan  # Imports PyTorch.
-
         teacher = job.teacher_folder if job.objective == "distill" else None
         newest = newest_checkpoint(job.folder) if job.tokens_folder else None
         steps_done = int(load_provenance(newest)["step"]) if newest else 0
@@ -147,11 +118,9 @@ class Estimate:
             section=job.section,
             teacher=load_config(Path(teacher)) if teacher else None,
             loss=job.distillation or DistillationConfig(),
-            cache=cache_plan(job),
             first_stage=stage,
             steps_done=steps_done,
             present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
-            storage=job.storage,
         )
 
     @property
@@ -166,7 +135,7 @@ class Estimate:
 
     @cached_property
     def num_teacher_tokens(self) -> int:
-        """Tokens that a teacher which runs in this training reads in them."""
+        """Tokens that the teacher reads in them."""
         steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
         return steps * self.recipe.num_tokens_per_step
 
@@ -192,20 +161,12 @@ class Estimate:
             ]
         return self.recipe.num_tokens_per_step * sum(trained)
 
-    @property
-    def expected_flops(self) -> float:
-        """The same, for a bound as if the schedules were spread evenly from none to all."""
-        of_none, of_all = (
-            cost.training_flops_per_token(self.config, each)
-            for each in (self.config.corrections.none(self.config.num_layers), None)
-        )
-        return self.flops * (1 + of_none / of_all) / 2 if self.is_bound else self.flops
-
     @cached_property
-    def teacher_flops_per_token(self) -> float:
-        """FLOPs of the teacher's forward pass, 0 without one."""
-        model = self.teacher
-        return cost.inference_cost(model).forward_flops_per_token if model else 0.0
+    def teacher_flops(self) -> float:
+        """FLOPs of the teacher in these steps, 0 without one."""
+        if self.teacher is None:
+            return 0.0
+        return self.num_teacher_tokens * cost.inference_cost(self.teacher).forward_flops_per_token
 
     @property
     def num_members(self) -> int:
@@ -284,7 +245,7 @@ class Estimate:
         """
         recipe = self.recipe
         has_stable = 0 < schedules.stable_steps(recipe) < recipe.num_steps
-        kept = recipe.num_checkpoints_kept + recipe.keep_best + has_stable
+        kept = recipe.num_checkpoints_kept + has_stable
         written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
         most = written if recipe.checkpoint_every_minutes is None else kept + 1
         numbers = min(kept, most), min(kept + 1, most)
@@ -297,8 +258,6 @@ class Rate(Record):
 
     peak_flops: float
     shares: tuple[float, float]
-    expected_flops: float
-    """FLOP/s that are expected."""
     source: str
     """What the peak is of, as text."""
 
@@ -317,8 +276,6 @@ class Price(Record):
     """FLOPs of both."""
     hours: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time at the assumed rate, until the last training ends."""
-    seconds: dict[str, float] = Field(default_factory=dict)
-    """Stage of `STAGES` -> how long it is expected to take, all that is no training included."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
@@ -330,27 +287,19 @@ class Price(Record):
     """Name -> bytes of what will be written, at most."""
     free_disk: int | None = None
     """Free bytes on the workspace's disk."""
-    num_saving: int = 0
-    """Most trainings that save their state at the same time after a request to stop."""
-    stop_seconds: float = 0.0
-    """Longest time, without a step, until they have."""
 
 
 def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
     """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
     peak, shares, source = CPU_PEAK_FLOPS, CPU_SHARES, "a CPU core, assumed"
-    expected = training.config.dim / (training.config.dim + CPU_HALF_WIDTH)
     if training.devices.on_gpus:
         precision, shares = training.recipe.precision, GPU_SHARES
-        expected = sum(shares) / 2
         for name in [*(gpu.name for gpu in machine.installed_gpus()[:1]), ASSUMED_GPU]:
             if known := gpu_peak_flops(name, precision):
                 peak, source = known, f"{name}, {precision}, dense"
                 break
     shares = (share, share) if share else shares
-    return Rate(
-        peak_flops=peak, shares=shares, expected_flops=peak * (share or expected), source=source
-    )
+    return Rate(peak_flops=peak, shares=shares, source=source)
 
 
 def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
@@ -366,49 +315,34 @@ def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
     return list(groups.values())
 
 
-def _price_of_group(
-    group: Sequence[Estimate], answer_flops: float, *, is_stored: bool, mfu: float | None
-) -> Price:
-    """Return the price of trainings that share devices; `answer_flops` is of outputs to store."""
-    devices, rate = group[0].devices, assumed_rate(group[0], mfu)
-    at_once, num_devices = min(devices.at_once, len(group)), machine.num_cpus()
+def _price_of_group(group: Sequence[Estimate], mfu: float | None) -> Price:
+    """Return the price of trainings that share devices."""
+    devices = group[0].devices
+    rate = assumed_rate(group[0], mfu)
+    at_once = min(devices.at_once, len(group))
+    num_devices = machine.num_cpus()
     if devices.on_gpus:
         num_devices = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
-    # The longest training starts first, and each next one where one ends. A teacher that runs in a
-    # training slows it; its stored outputs are computed before, on one GPU or all CPUs.
-    live_tokens = [0 if is_stored and e.cache else e.num_teacher_tokens for e in group]
-    lives = [e.teacher_flops_per_token * n for e, n in zip(group, live_tokens, strict=True)]
-    works = [each.flops + live for each, live in zip(group, lives, strict=True)]
+    # The longest training starts first, and each next one where one ends.
+    flops = [training.flops + training.teacher_flops for training in group]
     places = [0.0] * at_once
-    for work in sorted(works, reverse=True):
-        heapq.heapreplace(places, places[0] + work)
-    flops = max(places) * at_once / num_devices
-    answers = answer_flops / (1 if devices.on_gpus else num_devices)
-    longest = flops + answers * any(each.teacher for each in group)
-    least, most = (longest / (rate.peak_flops * share) / 3600 for share in rate.shares[::-1])
-
-    # Bounds are expected to take less.
-    flops *= (sum(e.expected_flops for e in group) + sum(lives)) / (sum(works) or 1.0)
-    alone = "pretrain" if group[0].section == "training" else "distill"
-    stage, rounds = "sweep" if devices.are_trials else alone, math.ceil(len(group) / at_once)
-    seconds = {stage: flops / rate.expected_flops + SECONDS[stage] * rounds}
-    if devices.are_trials:
-        seconds["teacher"] = answers / rate.expected_flops
-    kept, in_writing = zip(*(each.disk_bytes for each in group), strict=True)
-    saving = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
+    for flops_of_one in sorted(flops, reverse=True):
+        heapq.heapreplace(places, places[0] + flops_of_one)
+    flops_per_device = max(places) * at_once / num_devices
+    shortest, longest = (
+        flops_per_device / (rate.peak_flops * share) / 3600 for share in reversed(rate.shares)
+    )
+    kept, in_writing = zip(*(training.disk_bytes for training in group), strict=True)
     return Price(
         num_trainings=len(group),
-        num_tokens=sum(each.num_tokens for each in group),
-        num_teacher_tokens=sum(live_tokens),
-        flops=sum(works),
-        hours=(least, most),
-        seconds=seconds,
+        num_tokens=sum(training.num_tokens for training in group),
+        num_teacher_tokens=sum(training.num_teacher_tokens for training in group),
+        flops=sum(flops),
+        hours=(shortest, longest),
         num_devices=num_devices,
         uses_gpus=devices.on_gpus,
         rate=rate,
         disk={"checkpoints": sum(kept) + sum(sorted(in_writing)[-at_once:])},
-        num_saving=at_once,
-        stop_seconds=LEAST_SECONDS + 2 * sum(saving[-at_once:]),
     )
 
 
@@ -418,10 +352,7 @@ def price_of(
     *,
     new_token_bytes: int = 0,
     is_upper_bound: bool = False,
-    teachers: Path | None = None,
     mfu: float | None = None,
-    influence_flops: float = 0.0,
-    measuring_flops: Sequence[float] = (),
 ) -> Price:
     """Return the price of trainings; those on other devices run one after another.
 
@@ -430,38 +361,9 @@ def price_of(
         folder: A folder on the workspace's disk; it need not exist.
         new_token_bytes: Bytes of the tokens that are prepared first.
         is_upper_bound: Whether some of them stand for others that are not known yet.
-        teachers: Folder of stored teacher outputs, if trainings read them.
         mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
-        influence_flops: What measuring the influence of the teachers takes.
-        measuring_flops: What measuring each model of a sweep takes.
     """
-    groups = groups_by_devices(trainings)
-    left = [*chain(*groups)]
-    answers: list[CachePlan] = []
-    if teachers and left:
-        from orchestrator.training.teacher_cache import missing_caches  # Imports PyTorch.
-
-        answers = missing_caches([each.cache for each in left], teachers)
-    per_token = {each.cache.key: each.teacher_flops_per_token for each in left if each.cache}
-    answer_flops = sum(plan.num_tokens * per_token[plan.key] for plan in answers)
-    parts = [
-        _price_of_group(group, answer_flops, is_stored=teachers is not None, mfu=mfu)
-        for group in groups
-    ]
-    rate = parts[-1].rate if parts else None
-    measuring, speed = sum(measuring_flops), CPU_PEAK_FLOPS * sum(CPU_SHARES) / 2
-    speed *= machine.num_cpus()
-    if rate:
-        speed = rate.expected_flops * parts[-1].num_devices
-    stages = {name: sum(part.seconds.get(name, 0.0) for part in parts) for name in STAGES}
-    stages["sweep"] += measuring / speed
-    if influence_flops:
-        stages["influence"] = influence_flops / speed + SECONDS["influence"]
-    if measuring:
-        stages["report"] = SECONDS["report"]
-    if measuring or trainings:
-        stages["start"] = SECONDS["start"]
-
+    parts = [_price_of_group(group, mfu) for group in groups_by_devices(trainings)]
     first_stages = {
         stage.key: each.checkpoint_bytes
         for each in trainings
@@ -471,26 +373,21 @@ def price_of(
         "tokens": new_token_bytes,
         "checkpoints": sum(part.disk["checkpoints"] for part in parts),
         "shared first stages": sum(first_stages.values()),
-        "teacher outputs": sum(plan.num_bytes for plan in answers),
     }
-    answer_tokens = sum(plan.num_tokens for plan in answers)
     largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
     return Price(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
         num_tokens=sum(part.num_tokens for part in parts),
-        num_teacher_tokens=answer_tokens + sum(part.num_teacher_tokens for part in parts),
-        flops=sum(part.flops for part in parts) + answer_flops,
+        num_teacher_tokens=sum(part.num_teacher_tokens for part in parts),
+        flops=sum(part.flops for part in parts),
         hours=(sum(part.hours[0] for part in parts), sum(part.hours[1] for part in parts)),
-        seconds={stage: seconds for stage, seconds in stages.items() if seconds},
         num_devices=max((part.num_devices for part in parts), default=0),
         uses_gpus=any(part.uses_gpus for part in parts),
-        rate=rate,
+        rate=parts[-1].rate if parts else None,
         memory=largest.worker_memory if largest else {},
         disk={name: value for name, value in disk.items() if value},
         free_disk=free_disk(folder),
-        num_saving=max((part.num_saving for part in parts), default=0),
-        stop_seconds=max((part.stop_seconds for part in parts), default=0.0),
     )
 
 
@@ -555,46 +452,15 @@ def assign_trial_gpus(
     return filled(gpus_per_trial=per_trial, trials_at_once=min(sweep.trials_at_once or most, most))
 
 
-def seconds_to_save(
-    jobs: Iterable[TrainingJob], note: Callable[[str], None] | None = None
-) -> float:
-    """Return the longest time from a request to stop until jobs on one disk have saved their state.
-
-    The request is seen between two steps, so a step and a validation may come first. A checkpoint
-    may be being written, then the state is; each is uploaded, too, if the run has a storage.
-
-    Args:
-        jobs: Those that were started; finished ones need nothing.
-        note: Called with a sentence that announces the wait.
-    """
-    seconds, step, num_bytes = LEAST_SECONDS, 0.0, 0
-    for job in jobs:
-        if (job.folder / DONE_NAME).is_file():
-            continue
-        records, recipe = read_tail(job.folder), job.recipe
-        size = CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(job.model)
-        num_bytes += size
-        seconds += 2 * _write_seconds(size, job.storage, records)
-        speeds = [r["values"].get(SPEED_METRIC) for r in records if r["kind"] == "metrics"]
-        if known := [speed for speed in speeds if speed]:
-            num_tokens = recipe.num_tokens_per_step + recipe.num_validation_tokens
-            step = max(step, num_tokens / known[-1])
-    seconds += step
+def note_saving(jobs: Iterable[TrainingJob], note: Callable[[str], None] | None) -> None:
+    """Say how much the jobs that train save now that a stop was requested, and how to skip it."""
+    num_bytes = sum(
+        CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(job.model)
+        for job in jobs
+        if not (job.folder / DONE_NAME).is_file()
+    )
     if note and num_bytes:
-        note(f"saving {format_bytes(num_bytes)}, at most {format_duration(seconds)}")
-    return seconds
-
-
-def _write_seconds(
-    num_bytes: int, storage: str | None, records: Sequence[dict[str, Any]] = ()
-) -> float:
-    seconds = {"checkpoint": num_bytes / WRITE_BYTES_PER_SECOND}
-    if storage:
-        seconds["uploaded"] = num_bytes / UPLOAD_BYTES_PER_SECOND
-    for record in records:  # As the newest checkpoint of this run took, if there is one.
-        if record.get("name") in seconds:
-            seconds[record["name"]] = record.get("seconds", seconds[record["name"]])
-    return sum(seconds.values())
+        note(f"saving {format_bytes(num_bytes)}; a second Ctrl-C ends without it")
 
 
 # Whether they fit
@@ -661,7 +527,8 @@ def reasons_not_to_fit(
             + f" for each of {number} workers" * (number > 1)
             + f" ({format_byte_parts(largest.worker_memory)}), and {place} has "
             f"{format_bytes(memory // sharing)} free{' for each' * (number > 1)}; "
-            f"{advice(largest, memory // sharing)}" + ", or set sweep.trials_at_once lower" * fewer
+            + smaller_settings(largest.section)
+            + ", or set sweep.trials_at_once lower" * fewer
         )
     needed = sum(disk.values())
     if free.disk is not None and needed > free.disk:
@@ -673,31 +540,13 @@ def reasons_not_to_fit(
     return reasons
 
 
-def advice(training: Estimate, most_bytes: int) -> str:
-    """Return, in words, the smallest change of settings with which a worker fits into memory.
-
-    Fewer sequences per pass come first, then recomputed layers, then a shared model.
-
-    Args:
-        most_bytes: Memory that the worker may take.
-    """
-    section, per_pass = training.section, training.sequences_per_pass
-    usual, recomputed = training.devices.parallel, training.recipe.activation_checkpointing
-    parallels = [usual, "fsdp"] if training.devices.num_workers > 1 else [usual]
-    numbers = [per_pass >> halvings for halvings in range(per_pass.bit_length())]
-    for parallel, recomputes, number in product(parallels, (recomputed, True), numbers):
-        changed = {"num_sequences_per_pass": number, "activation_checkpointing": recomputes}
-        recipe = training.recipe.model_copy(update=changed)
-        devices = replace(training.devices, parallel=parallel)
-        if replace(training, recipe=recipe, devices=devices).worker_bytes <= most_bytes:
-            changes = {
-                "cluster.parallel=fsdp": parallel != usual,
-                f"{section}.activation_checkpointing=true": recomputes != recomputed,
-                f"{section}.num_sequences_per_pass={number}": number < per_pass,
-            }
-            made = " ".join(f"--set {change}" for change, is_made in changes.items() if is_made)
-            return f"the nearest setting that fits: {made}"
-    return "no setting needs as little; take a smaller model, or more memory"
+def smaller_settings(section: str) -> str:
+    """Return, in words, the settings with which a training of this section takes less memory."""
+    return (
+        f"set {section}.num_sequences_per_pass lower (same gradients), "
+        f"{section}.activation_checkpointing=true (slower), or cluster.parallel=fsdp (several "
+        "workers share the model), take a smaller model, or more memory"
+    )
 
 
 @contextmanager
@@ -709,7 +558,7 @@ def out_of_memory_explained(
     Trying again would end the same way.
 
     Raises:
-        DeviceError: Says what was planned, and the nearest setting that takes clearly less.
+        DeviceError: Says what was planned, and which settings take less.
     """
     import torch
 
@@ -726,7 +575,6 @@ def out_of_memory_explained(
         raise DeviceError(
             f"training ran out of memory on {world.device} ({out_of_memory_text(error)}); its plan "
             f"was {format_bytes(training.worker_bytes)} "
-            f"({format_byte_parts(training.worker_memory)}); "
-            f"{advice(training, int(LARGEST_SHARE * training.worker_bytes))}; the checkpoints are "
-            "kept"
+            f"({format_byte_parts(training.worker_memory)}); {smaller_settings(job.section)}; "
+            "the checkpoints are kept"
         ) from None

@@ -211,8 +211,9 @@ def check_available(
         changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
     if num_gpus:
         join = "join a Ray cluster that has them by --set cluster.address=HOST:PORT"
-        wait = "set cluster.wait_for_gpus=true to wait for nodes that join later"
-        changes.append(join if is_here else wait)
+        changes.append(
+            join if is_here else "run the command again when nodes that have them have joined"
+        )
     raise UserError(
         f"{key}={num_gpus or num_workers:g}: {resources.place} has {found}, and each worker needs "
         f"{needs}; {', or '.join(changes)}"

@@ -32,6 +32,9 @@ NO_FILTER = "none"
 """lm-eval's name of the filter of tasks that name none."""
 
 BITS_METRIC = "bits_per_byte"
+MAX_PERPLEXITY = 1e6
+"""A larger one says only that a model guesses: it is stored with lm-eval's results, and left out of
+tables and MLflow."""
 STDERR_SUFFIX = "_stderr"
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
@@ -135,37 +138,6 @@ class EvaluationResult(Record):
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
-
-
-class DepthPoint(Record):
-    """A model's quality under one uniform schedule."""
-
-    corrections: int
-    """Corrections that every layer makes."""
-    evaluations: int
-    """Field evaluations per token, of all layers."""
-    quality: dict[str, float]
-    """As of `EvaluationResult.quality`."""
-
-    def measured(self, quality: str) -> tuple[float, float | None]:
-        """Return an average and its standard error."""
-        return self.quality[quality], self.quality.get(quality + STDERR_SUFFIX)
-
-
-class DepthCurve(Record):
-    """The points of one model, by their corrections."""
-
-    trained: tuple[int, ...]
-    """The iteration schedule that the model was trained under."""
-    tasks: tuple[str, ...]
-    """What was measured."""
-    points: tuple[DepthPoint, ...]
-
-    @property
-    def qualities(self) -> list[str]:
-        """Names of the averages that every point has, the drawn one first."""
-        names = ("accuracy", BITS_METRIC)
-        return [name for name in names if all(name in point.quality for point in self.points)]
 
 
 def plain_value(value: Any) -> Any:

@@ -1,8 +1,14 @@
-"""Base of all records: frozen values that are stored as JSON, read back and checked."""
+"""Base of all records: frozen values that are stored as JSON, read back and checked.
+
+The file of a record holds a checksum of it, because a flipped bit may leave valid JSON with another
+number: results are checked here and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,14 +28,11 @@ from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
 from iiet.pruning import InfluenceTable
 from orchestrator.workspace.errors import UserError, first_problem
-from orchestrator.workspace.files import (
-    DELETE_AND_RERUN,
-    INVALID_VALUE_ERRORS,
-    read_json,
-    write_json,
-)
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, damaged, read_json, write_json
 from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root
 
+_CHECKSUM = "sha256_of_content"
+"""Key of the checksum in a record's file."""
 _EXTENSION = "extension"
 """Type of a problem that is no damage: a package is missing or broken."""
 
@@ -41,49 +44,38 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the record as JSON with a checksum."""
-        write_json(path, self.stored_at(path))
+        values = self.stored_at(path)
+        write_json(path, {**values, _CHECKSUM: _checksum(values)})
 
     def stored_at(self, path: Path) -> dict[str, Any]:
         """Return the JSON values for a file; paths in the file's workspace are relative."""
         return self.model_dump(mode="json", context=workspace_root(path))
 
     @classmethod
-    def read(cls, path: Path, *, remedy: str = DELETE_AND_RERUN) -> Self | None:
+    def read(cls, path: Path) -> Self | None:
         """Read a record; None if the file is missing.
 
         Raises:
-            UserError: If the file is damaged or of another version; tells the user the `remedy`.
+            DamagedFile: If the file is not what was written.
+            UserError: If a package that it needs is missing.
         """
-        stored = read_json(path, remedy=remedy)
-        return None if stored is None else cls.parse(stored, path, remedy=remedy)
-
-    @classmethod
-    def read_measured(cls, path: Path, note: Callable[[str], None]) -> Self | None:
-        """Read a stored measurement; None if it is missing or damaged, so it is measured again.
-
-        `note` is called with a sentence if the file is damaged.
-        """
-        try:
-            return cls.read(path, remedy="it is measured again")
-        except UserError as error:
-            note(str(error))
+        stored = read_json(path)
+        if stored is None:
             return None
-
-    @classmethod
-    def parse(
-        cls, stored: Mapping[str, Any], path: Path, *, remedy: str = DELETE_AND_RERUN
-    ) -> Self:
-        """Rebuild a record from the JSON values of a file.
-
-        Raises:
-            UserError: As `read`.
-        """
+        if stored.pop(_CHECKSUM, None) != _checksum(stored):
+            raise damaged(path, "its content is not what was written")
         try:
             return cls.model_validate(stored, context=workspace_root(path))
         except ValidationError as error:
             if any(problem["type"] == _EXTENSION for problem in error.errors()):
                 raise UserError(f"cannot use {path}: {first_problem(error)}") from None
-            raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None
+            raise damaged(path, first_problem(error)) from None
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    # Floats survive JSON exactly, so the parsed values give the same text.
+    text = json.dumps(values, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:

@@ -21,6 +21,8 @@ from orchestrator.workspace.journal import SPEED_METRIC, Record, read_tail
 from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.locks import is_locked
 
+STARTED_EVENT, FAILED_EVENT = "started", "failed"
+"""Events in the journal of a sweep: it began; trials failed in every attempt, which it names."""
 Note = Callable[[str], None]
 """Called with a sentence on each damaged file."""
 
@@ -132,6 +134,13 @@ class Sweep:
             if not trial.result_path.exists()
             and not (Path(trial.folder) / layout.STOPPED_NAME).exists()
         ]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether trials failed when the sweep ran last."""
+        names = [record["name"] for record in read_tail(self.folder) if record["kind"] == "event"]
+        last = [name for name in names if name in (STARTED_EVENT, FAILED_EVENT)][-1:]
+        return last == [FAILED_EVENT]
 
     def seconds_left(self, at_once: int) -> float | None:
         """Estimate the time of the trials that are left: as long as the finished ones took."""

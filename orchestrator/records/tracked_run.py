@@ -16,7 +16,6 @@ from pydantic import Field, PlainSerializer, SerializationInfo
 
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.workspace.errors import Interrupted, UserError
-from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, portable_path
 
@@ -131,7 +130,8 @@ class TrackedRun(Record):
         """Return whether a workspace holds this run as it is, which MLflow shows or was sent."""
         path = self.path(workspace)
         with suppress(UserError):
-            return read_json(path) == self.stored_at(path)
+            stored = type(self).read(path)
+            return stored is not None and stored.stored_at(path) == self.stored_at(path)
         return False
 
     def changed(self, **changes: Any) -> Self:
@@ -160,8 +160,6 @@ class RegisteredModel(Record):
     """The exported model."""
     note: str = ""
     tags: dict[str, str] = Field(default_factory=dict)
-    example: str = ""
-    """A text that the model reads, stored as MLflow's input example."""
 
     def path(self, workspace: Workspace) -> Path:
         """Return its file in a workspace; the alias's next version replaces it."""

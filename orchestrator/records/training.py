@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,6 @@ from iiet.config import PRESETS, DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
-from orchestrator.workspace.files import read_json
 from orchestrator.workspace.layout import JOB_NAME
 
 SIZES = (
@@ -59,8 +58,6 @@ class TrainingJob(Record):
     """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
-    teacher_cache: WorkspacePath | None = None
-    """Folder of all stored outputs of teachers; the teacher runs where its own are missing."""
     first_stages: WorkspacePath | None = None
     """Folder of the runs that share their first stages; nothing is shared when unset."""
     storage: str | None = None
@@ -71,20 +68,37 @@ class TrainingJob(Record):
     """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Self | None:
+    def of_folder(cls, folder: Path) -> TrainingJob | None:
         """Return the job of a run's folder; None if the folder has no such file.
 
         Raises:
-            UserError: If the file is damaged.
+            DamagedFile: If the file is damaged.
         """
-        path = folder / JOB_NAME
-        stored = read_json(path)
-        return None if stored is None else cls.parse(stored.get("job", {}), path)
+        stored = StoredJob.read(folder / JOB_NAME)
+        return stored.job if stored else None
+
+    @property
+    def schedule(self) -> tuple[int, ...] | None:
+        """Corrections per layer; None if the method has none."""
+        has_corrections = facts_of(self.model.method).has_corrections
+        return tuple(self.model.corrections) if has_corrections else None
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_folder)
+
+
+class StoredJob(Record):
+    """What `job.json` in a run's folder holds."""
+
+    recipe_version: int
+    """Version of the program's recipe that began the run."""
+    key: str
+    """The job's key: the hash of `essence`."""
+    essence: dict[str, Any]
+    """Everything that determines the result."""
+    job: TrainingJob
 
 
 class TrainingOutcome(Record):
@@ -103,7 +117,7 @@ class TrainingOutcome(Record):
     num_tokens: int = 0
     """Tokens trained on."""
     training_flops: float = 0.0
-    """Training FLOPs, with the forward passes of a teacher that ran."""
+    """Training FLOPs, with the forward passes of a teacher."""
     shared_flops: float = 0.0
     """Part of them that another run spent: on a shared first stage, or before it was continued."""
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
-from orchestrator.records.evaluation import EvaluationKeys
+from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings.evaluation import Prompts
@@ -31,8 +31,6 @@ from orchestrator.workspace.provenance import content_key
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
 LOSS, PERPLEXITY = "quality/validation_loss", "quality/perplexity"
-MAX_EXPONENT = 700.0
-"""Above it, `exp` overflows a float."""
 
 
 def _finite_or_none(number: float | None) -> float | None:
@@ -144,9 +142,7 @@ class Trial(Record):
     `decode_ms_per_token`. `quality/`: `accuracy`, `bits_per_byte`, `validation_loss` and
     `TASK/METRIC`, with standard errors as `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`,
     `seconds`; `shared_flops` were spent by another run, on a first stage in common; `seeds` are
-    averaged. `decoding/`, as a draft of the full model: `acceptance` (share of the drafted tokens
-    that are kept), `exact_ms_per_token` (of the full model's output) and `speed_up` (plain
-    decoding's time over that)."""
+    averaged."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
     run_id: str | None = None
@@ -167,11 +163,6 @@ class Trial(Record):
     def method(self) -> str:
         """Registry key of the method (iiet, vanilla, pcformer), or transformers' `model_type`."""
         return self.facts.method
-
-    @property
-    def is_distilled_baseline(self) -> bool:
-        """Whether it is no schedule of its teacher, but learned from it."""
-        return self.role == "baseline" and self.parent is not None
 
     @property
     def schedule(self) -> tuple[int, ...] | None:
@@ -232,7 +223,7 @@ class Trial(Record):
     def metrics(self) -> dict[str, float]:
         """Return every number by its tracked name, with the perplexity per token."""
         numbers = {name: float(number) for name, number in self.numbers.items()}
-        if numbers.get(LOSS, math.inf) < MAX_EXPONENT:
+        if numbers.get(LOSS, math.inf) <= math.log(MAX_PERPLEXITY):
             numbers.setdefault(PERPLEXITY, math.exp(numbers[LOSS]))
         return numbers
 
@@ -280,8 +271,6 @@ class SweepPlan(Record):
     """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
     """Different schedules or models among them; those that a search adds do not count."""
-    left_out: dict[str, str] = Field(default_factory=dict)
-    """Run and reason of models that cannot be baselines; not part of the key."""
 
 
 def teacher_or_costliest(

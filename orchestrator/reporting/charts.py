@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import vl_convert
 
-from orchestrator.records.evaluation import DepthCurve
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
     COSTS,
@@ -84,7 +84,6 @@ PADDING_X, PADDING_Y = 44, 34
 """Pixels from the outermost models to the edges of a chart."""
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
-DEPTH_TITLE = "Quality by corrections at inference"
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
     *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
@@ -574,8 +573,7 @@ def influence_chart(
 
 
 def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
-    """Return the chart of curves over steps; `title` is `WHAT` or `WHAT against STEPS`."""
-    what, _, against = title.partition(" against ")
+    """Return the chart of curves over steps."""
     points = [
         {"name": name, "step": step, "value": value}
         for name, values in curves
@@ -587,8 +585,8 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
     dashes = [DASHES[n // len(SERIES_COLORS) % len(DASHES)] for n in range(len(names))]
     legend = {**BELOW, "columns": COLUMNS, "labelLimit": 200, "symbolType": "stroke"}
     encoding = {
-        "x": number("step", title=against or "Step", scale={"nice": False}),
-        "y": number("value", title=what, scale={"zero": False}),
+        "x": number("step", title="Step", scale={"nice": False}),
+        "y": number("value", title=title, scale={"zero": False}),
         "color": word("name", scale={"domain": names, "range": colors}, legend=legend),
         "strokeDash": word("name", scale={"domain": names, "range": dashes}, legend=legend),
     }
@@ -596,34 +594,60 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
     return chart_spec({**chart, "width": WIDTH, "height": LOW_HEIGHT})
 
 
-def depth_chart(curve: DepthCurve) -> Spec:
-    """Return the chart of the first of the qualities against the corrections of every layer."""
-    quality, last = curve.qualities[0], curve.points[-1].corrections
-    scale, unit = (100, " (%)") if is_accuracy(quality) else (1, "")
-    values = []
-    for point in curve.points:
-        value, error = (scale * (each or 0.0) for each in point.measured(quality))
-        ends = {"low": value - error, "high": value + error}
-        values.append({"r": point.corrections, "value": value, **ends})
-    axis = {"values": [*range(last + 1)], "format": "d", "grid": False}
-    domain = {"domain": [-0.2, last + 0.2], "nice": False}
-    x = number("r", title="Corrections of every layer", axis=axis, scale=domain)
-    title = metric_title(f"quality/{quality}") + unit
-    y = number("value", title=title, scale={"zero": False})
-    bar = {"x": x, "y": number("low"), "y2": {"field": "high"}}
-    dot: Spec = {"filled": True, "size": 70, "opacity": 1}
-    layers = [
-        marks("line", {"x": x, "y": y}, values=values, color=BLUE, strokeWidth=1.8),
-        marks("rule", bar, values=values, color=BLUE, clip=False),
-        marks("point", {"x": x, "y": y}, values=values, color=BLUE, clip=False, **dot),
+@dataclass(frozen=True, kw_only=True)
+class DepthPoint:
+    """A model at a depth."""
+
+    model: str
+    """Name of the model, which other points have, too."""
+    depth: str
+    """Iteration schedule, or how often its loops run."""
+    cost: float
+    quality: float
+    error: float
+    """Standard error of the quality; 0 if it is not known."""
+
+
+def depth_chart(points: Sequence[DepthPoint], axes: FrontAxes) -> Spec:
+    """Return the chart of quality against cost, a line for each model through its depths."""
+    scale, unit = (100, " (%)") if is_accuracy(axes.quality) else (1, "")
+    values = [
+        {
+            "model": point.model,
+            "depth": point.depth,
+            "cost": point.cost,
+            "value": scale * point.quality,
+            "low": scale * (point.quality - point.error),
+            "high": scale * (point.quality + point.error),
+        }
+        for point in points
     ]
-    if len(set(curve.trained)) == 1:
-        trained = [{"r": curve.trained[0], "name": "trained"}]
-        look: Spec = {"color": GRAY, "align": "left", "dx": 6, "y": LOW_HEIGHT - 10}
-        layers = [
-            marks("rule", {"x": x}, values=trained, color=GRAY, strokeDash=[4, 4]),
-            marks("text", {"x": x, "text": word("name")}, values=trained, **look),
-            *layers,
-        ]
-    chart = {"layer": layers, "width": WIDTH, "height": LOW_HEIGHT}
-    return chart_spec(chart, title=DEPTH_TITLE)
+    names = list(dict.fromkeys(point.model for point in points))
+    colors = list(islice(cycle(SERIES_COLORS), len(names)))
+    legend = {**BELOW, "columns": COLUMNS, "labelLimit": 200}
+    color = word("model", scale={"domain": names, "range": colors}, legend=legend)
+    shapes = list(islice(cycle(TRIAL_SHAPES), len(names)))
+    shape = word("model", scale={"domain": names, "range": shapes}, legend=legend)
+    axis = {"grid": False, "tickMinStep": 1}
+    wide = {"zero": False, "padding": PADDING_X / 2}
+    x = number("cost", title=metric_title(axes.cost), axis=axis, scale=wide)
+    y = number("value", title=metric_title(axes.quality) + unit, scale={"zero": False})
+    bar = {"x": x, "y": number("low"), "y2": {"field": "high"}, "color": color}
+    text = {"x": x, "y": y, "text": word("depth"), "color": color}
+    place = {"x": x, "y": y, "color": color}
+    layers = [
+        marks("line", place, strokeWidth=1.8),
+        marks("rule", bar, clip=False),
+        marks(
+            "point",
+            place | {"shape": shape},
+            clip=False,
+            tooltip=True,
+            filled=True,
+            size=70,
+            opacity=1,
+        ),
+        marks("text", text, clip=False, align="left", dx=7, dy=-9),
+    ]
+    chart = {"data": {"values": values}, "layer": layers, "width": WIDTH, "height": LOW_HEIGHT}
+    return chart_spec(chart)

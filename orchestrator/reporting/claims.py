@@ -26,7 +26,7 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import COSTS, Front, Row, known
+from orchestrator.reporting.front import COSTS, Front, Row, busy_machine, known
 from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
@@ -180,6 +180,10 @@ class _Evidence:
             raise _Missing(f"no students of {teacher['label']} on this front")
         return own
 
+    def _check_times(self, cost: str) -> None:
+        if cost == TIME and (problem := busy_machine(self._rows)):
+            raise _Missing(problem)
+
     def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
         """Return the accuracies of all models on the items that all answered, and the places of
         these ones.
@@ -218,29 +222,19 @@ class _Evidence:
     def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
 
-        Where no item tells the two apart, draws of these items cannot either, and say nothing of
-        others. Then the share of items that would is drawn from its posterior after so many that do
-        not, and counts against the student.
-
         Args:
             pairs: Student and teacher.
         """
-        random = np.random.default_rng(0)
-        kept = []
+        paired = self._front.paired
+        num_items = paired.num_items(ACCURACY) if paired else 0
+        shares = []
         for student, teacher in pairs:
             scores, (mine, whole) = self._scores(student, teacher)
-            ratio = scores.ratio(mine, whole)
-            if ratio is None:
+            share = scores.kept(mine, whole, num_items=num_items)
+            if share is None:
                 raise _Missing("a teacher that answers more than nothing in every draw")
-            interval, draws = ratio
-            if np.ptp(draws) == 0:
-                paired = self._front.paired
-                num_items = paired.num_items(ACCURACY) if paired else 0
-                unlike = random.beta(1, num_items + 1, len(draws))
-                draws = draws - unlike / scores.observed[whole]
-                interval = replace(interval_of(interval.value, draws), high=interval.value)
-            kept.append((interval, draws))
-        return kept
+            shares.append(share)
+        return shares
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""
@@ -253,6 +247,7 @@ class _Evidence:
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
         full, (overhead, share) = self._model(DEFAULT_METHOD), OVERHEADS[cost]
+        self._check_times(cost)
         if (known(full, overhead) or 0) <= 0:
             raise _Missing("no time of vanilla on this front that is below its IIET's")
         cheaper = [row for row in self._students(full) if row.get(share, math.nan) < 1]
@@ -285,6 +280,7 @@ class _Evidence:
         """Choose the best student at vanilla's speed by one half of the items, and judge it."""
         self._model(DEFAULT_METHOD)  # No shape without it.
         vanilla = self._model(BASELINE_METHOD)
+        self._check_times(cost)
         if (least := known(vanilla, cost)) is None:
             raise _Missing("no time of vanilla on this front")
         own = [row for row in self._rows if row["method"] == DEFAULT_METHOD]

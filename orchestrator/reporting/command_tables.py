@@ -1,6 +1,6 @@
 """What single commands print: evaluations, costs, influence, and what trainings take.
 
-`comparison.py` and the sweep's report have their own chapters.
+A sweep's report has its own chapters.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from iiet.cost import num_parameters
 from iiet.pruning import InfluenceTable
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.reporting.comparison import AVERAGE, Difference
 from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval
 from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
     format_count,
-    format_duration,
     format_duration_range,
 )
 
@@ -31,16 +32,26 @@ if TYPE_CHECKING:
 # Evaluations
 
 
-def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
+def evaluation_table(
+    evaluations: Mapping[str, EvaluationResult], differences: Sequence[Difference] = ()
+) -> Table:
     """Return a row for each task's metrics, with a column for each model, by its name.
 
-    The tasks of the models may differ; their average is over the metrics marked with a star.
+    The tasks of the models may differ; their average is over the metrics marked with a star. Beside
+    a model stands its difference to the first one, if there are `differences`.
     """
-    models = evaluations.values()
+    names, models = [*evaluations], [*evaluations.values()]
+    by_place = {(one.model, one.task, one.metric): one.interval for one in differences}
 
     def row(task: str, metric: str, found: Sequence[Mapping[str, float]], items: int) -> TableRow:
-        cells = (_value_and_error(numbers, metric.removesuffix(" *")) for numbers in found)
-        return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == "average")
+        plain = metric.removesuffix(" *")
+        cells = []
+        for name, numbers in zip(names, found, strict=True):
+            cells.append(_value_and_error(numbers, plain))
+            if by_place and name != names[0]:
+                interval = by_place.get((name, task, plain))
+                cells.append("" if interval is None else _signed_interval(interval))
+        return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == AVERAGE)
 
     rows = []
     for task in dict.fromkeys(name for model in models for name in model.results):
@@ -54,10 +65,24 @@ def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
         most = max(model.num_accuracy_items for model in models)
-        rows.append(row("average", "accuracy *", averages, most))
-    heads = evaluations if len(evaluations) > 1 else ["value ± error"]
+        rows.append(row(AVERAGE, "accuracy *", averages, most))
+    heads = []
+    for name in names:
+        heads.append(name if len(names) > 1 else "value ± error")
+        if by_place and name != names[0]:
+            heads.append(f"vs {names[0]}")
     texts = (Column("task", is_text=True), Column("metric", is_text=True))
     return Table((*texts, *map(Column, heads), Column("items", 1)), rows)
+
+
+def difference_notes(differences: Sequence[Difference]) -> list[str]:
+    """Return the sentence on what differences are; none without any."""
+    if not differences:
+        return []
+    return [
+        f"vs {differences[0].against}: differences over the items that all models answered, with "
+        f"their {INTERVAL_LEVEL:.0%} intervals; other trainings may differ by more"
+    ]
 
 
 def average_notes(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
@@ -77,6 +102,10 @@ def tasks_with_other_items(evaluations: Sequence[EvaluationResult]) -> list[str]
         for name, result in evaluation.results.items():
             items.setdefault(name, set()).add(tuple(result.items))
     return [name for name, kinds in items.items() if len(kinds) > 1]
+
+
+def _signed_interval(interval: Interval) -> str:
+    return f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
 
 
 def _value_and_error(metrics: Mapping[str, float], name: str) -> str:
@@ -187,7 +216,7 @@ def influence_tables(influence: InfluenceTable) -> list[Table]:
     ]
     title = f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)"
     tables = [_by_layer(title, values, _whole_layers(influence))]
-    if influence.residual_rows:
+    if any(influence.residual_rows):
         residuals = [[f"{value:.2g}" for value in row] for row in influence.residual_rows]
         title = "Residual |g(e) - e| / |g(e)|, and its contraction factor"
         tables.append(_by_layer(title, residuals, _contractions(influence, ".2g")))
@@ -275,13 +304,6 @@ def training_rows(
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 
-def expected_time(price: Price) -> str:
-    """Return how long all of it is expected to take, and each stage."""
-    stages = {stage: seconds for stage, seconds in price.seconds.items() if seconds >= 0.5}
-    parts = ", ".join(f"{stage} {format_duration(each)}" for stage, each in stages.items())
-    return f"about {format_duration(sum(stages.values()))}: {parts}"
-
-
 def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
     """Yield what trainings take, and whether they fit.
 
@@ -291,8 +313,6 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     rate = price.rate
     if not price.num_trainings or rate is None:
         yield "to train", "nothing is left"
-        if price.seconds:
-            yield "time", expected_time(price)
         return
     at_most = "at most " if price.is_upper_bound else ""
     trainings = format_count(price.num_trainings, "training")
@@ -305,19 +325,11 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     )
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
-    training = format_duration_range(*(3600 * hours for hours in price.hours))
-    yield "time", expected_time(price)
+    duration = format_duration_range(*(3600 * hours for hours in price.hours))
     yield (
-        "of it training",
-        f"{at_most}{training} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
+        "training time",
+        f"{at_most}{duration} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
         f"each ({rate.source})",
-    )
-    several = price.num_saving > 1
-    many = f" of each of the {price.num_saving} that train at once" if several else ""
-    yield (
-        "stop",
-        f"at most {format_duration(price.stop_seconds)} after the step of the signal, to save two "
-        f"checkpoints{many}",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"

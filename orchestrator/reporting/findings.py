@@ -1,4 +1,4 @@
-"""Which model of a front to take: what it says in sentences, rules that pick one, and drafts.
+"""Which model of a front to take: what it says in sentences, and rules that pick one.
 
 A model is called better or worse only where the 95% interval of the difference excludes zero. The
 interval is that of the draws; without values of single items it is 1.96 standard errors of separate
@@ -8,16 +8,16 @@ measurements, which is wider, so the sentences err on the careful side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import (
+    COSTS,
     QUALITIES,
     Front,
     Row,
+    busy_machine,
     is_accuracy,
     known,
     metric_title,
@@ -49,6 +49,8 @@ def findings(front: Front) -> list[str]:
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
+    if front.axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+        return [f"Not measured: {problem}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
     if kept is not None and (sure := front.keeps(kept)) is not None:
@@ -60,9 +62,6 @@ def findings(front: Front) -> list[str]:
     choice = kept or full
     baselines = [r for r in front.rows if r["role"] == "baseline" and r is not choice]
     sentences += [_comparison(front, baseline, choice) for baseline in baselines]
-    for name, draft in best_drafts(front.trials).items():
-        clause = draft_sentence(draft, name)
-        sentences.append(f"{clause[0].upper()}{clause[1:]}.")
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -94,9 +93,8 @@ def _of(full: Row) -> str:
 
 
 def _share(front: Front, row: Row) -> str:
-    """Return how much of the full model's quality a model keeps, at most all of it."""
-    share = min(front.share(row) or 0.0, 1.0)
-    return "100%" if share > 0.9995 else f"{share:.1%}"
+    """Return how much of the full model's quality a model keeps, as the table of models says it."""
+    return f"{front.share(row) or 0.0:.1%}".replace("100.0%", "100%")
 
 
 def _at_cost(front: Front, row: Row) -> str:
@@ -191,20 +189,13 @@ def _quality(front: Front, row: Row) -> str:
     return f"{name} {quality_text(front, row)}{'%' if is_accuracy(front.axes.quality) else ''}"
 
 
-# Rules that pick a model, and drafts of full models.
+# Rules that pick a model.
 #
 # keep      the cheapest that keeps a share of the full model's quality, if asked with a confidence
 # budget    the best within a cost
 # knee      the member farthest above the chord from the cheapest to the best
 # best      the member of highest quality
 # cheapest  the member of lowest cost
-# draft     the one that speeds up the exact output of a full model most
-#
-# A trial drafts for the costliest schedule of its own weights. One whose weights have no costlier
-# schedule in the sweep, such as a distilled student, drafts for the teacher. Acceptance and speed
-# are measured by `sweeping`.
-
-COST, SPEED_UP = "cost/evaluations", "decoding/speed_up"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,15 +207,13 @@ class PickRule:
     """
 
     name: str
-    """`keep`, `budget`, `knee`, `best`, `cheapest` or `draft`."""
+    """`keep`, `budget`, `knee`, `best` or `cheapest`."""
     share: float = KEPT_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
     confidence: float = 0.0
     """For `keep`: smallest share of the draws in which the quality is kept."""
     budget: float = 0.0
     """For `budget`: highest cost, in the unit of the front's cost axis."""
-    model: str = ""
-    """For `draft`: name of the full model."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 2.0:
@@ -249,8 +238,13 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
     """Return the rule that is given by the name of its option; `keep` when none is.
 
     Raises:
-        UserError: If several are given, or a confidence with another rule than `keep`.
+        UserError: If several are given, a confidence with another rule than `keep`, or one of both
+            is no share.
     """
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
+    if not 0 <= confidence <= 1:
+        raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
     asked = {"keep": keep, **others}
     given = {name: v for name, v in asked.items() if v is not None and v is not False}
     if len(given) > 1:
@@ -261,8 +255,6 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
         return PickRule(name=name, share=value, confidence=confidence)
     if confidence:
         raise UserError("--confidence can be used with --keep only")
-    if name == "draft_for":
-        return PickRule(name="draft", model=str(value))
     return PickRule(name=name, budget=float(value) if name == "budget" else 0.0)
 
 
@@ -278,9 +270,6 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
     Raises:
         UserError: If no model meets the rule; the message names the nearest.
     """
-    if rule.name == "draft":
-        draft = pick_draft(front.trials, rule.model)
-        return next(row for row in front.rows if row["key"] == draft.key)
     if not front.members:
         raise UserError(_nothing_placed(front))
     if rule.name == "budget":
@@ -310,71 +299,3 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
     if picked is None:
         raise UserError(problem)
     return picked
-
-
-def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:
-    """Return key of a trial -> the full model that it drafts for; costs must be known.
-
-    Baselines and the full models themselves draft for none.
-    """
-    teachers = [result for result in results if result.role == "teacher"][:1]
-    own = [result for result in results if result.checkpoint and result.role != "baseline"]
-    targets: dict[str, Trial] = {}
-    for result in own:
-        same = [other for other in own if other.checkpoint == result.checkpoint]
-        for target in (max(same, key=lambda each: each.numbers[COST]), *teachers):
-            if result.role == "trial" and result.numbers[COST] < target.numbers[COST]:
-                targets.setdefault(result.key, target)
-    return targets
-
-
-def best_drafts(results: Sequence[Trial]) -> dict[str, Trial]:
-    """Return name of a full model -> its fastest measured draft."""
-    best: dict[str, Trial] = {}
-    measured = [result for result in results if SPEED_UP in result.numbers]
-    targets = draft_targets(results) if measured else {}
-    for result in measured:
-        if target := targets.get(result.key):
-            fastest = best.get(target.name)
-            if not fastest or result.numbers[SPEED_UP] > fastest.numbers[SPEED_UP]:
-                best[target.name] = result
-    return best
-
-
-def pick_draft(results: Sequence[Trial], model: str) -> Trial:
-    """Return the trial that speeds up a full model most.
-
-    Raises:
-        UserError: If there is no such full model, its drafts were not measured, or none is faster
-            than plain decoding.
-    """
-    best = best_drafts(results)
-    if not best:
-        raise UserError(
-            "this sweep has no measured drafts; `iiet-orch benchmark --drafts SWEEP` measures them "
-            "for sweeps over text"
-        )
-    if model not in best:
-        raise UserError(
-            f"--draft-for: no draft of {model!r} was measured; say {join_names([*best])}"
-        )
-    draft = best[model]
-    if draft.numbers[SPEED_UP] <= 1.0:
-        raise UserError(
-            f"no draft speeds up {model}: with the best one, {draft.name}, its output takes "
-            f"{1 / draft.numbers[SPEED_UP]:.2f} times as long as without"
-        )
-    return draft
-
-
-def draft_sentence(draft: Trial, full: str) -> str:
-    """Return a clause on a measured draft of the full model of this name."""
-    numbers = draft.numbers
-    accepted = numbers["decoding/acceptance"]
-    name = f"{draft.name} as its draft ({accepted:.0%} of the drafted tokens kept)"
-    if numbers[SPEED_UP] <= 1.0:
-        return f"no draft speeds up the exact output of {full}; the best is {name}"
-    return (
-        f"the exact output of {full} takes {numbers['decoding/exact_ms_per_token']:.2f} ms a token "
-        f"with {name}, plain decoding {numbers[SPEED_UP]:.2f} times as long"
-    )

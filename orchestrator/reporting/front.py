@@ -10,7 +10,7 @@ draws the items again and adds columns that say how sure each place is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -55,6 +55,12 @@ COSTS = {
     "kv": "cost/kv_bytes_per_token",
 }
 """Value of the option `--cost` -> tracked name."""
+TIME_SPREAD = "cost/decode_ms_spread"
+"""Half the distance between the quartiles of the time per token."""
+MIN_RIGHT_ANSWERS = 30
+"""Of the full model; with fewer, accuracy is not the default quality."""
+MAX_TIME_SPREAD = 0.1
+"""Share of the time per token above which it decides nothing."""
 QUALITIES = {
     "accuracy": "quality/accuracy",
     "bits": "quality/bits_per_byte",
@@ -91,8 +97,10 @@ class FrontAxes:
 
     cost: str = "cost/evaluations"
     """Tracked name of the cost; lower is better."""
-    quality: str = "quality/accuracy"
+    quality: str = QUALITIES["accuracy"]
     """Tracked name of the quality."""
+    against_accuracy: str = ""
+    """Why the default quality is bits per byte; empty if it is the accuracy."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -107,15 +115,21 @@ class FrontAxes:
     @property
     def slug(self) -> str:
         """Both option values joined by a dash, for folder names; empty for the default axes."""
-        if self == FrontAxes():
+        default_quality = QUALITIES["bits" if self.against_accuracy else "accuracy"]
+        if (self.cost, self.quality) == (FrontAxes().cost, default_quality):
             return ""
         options = {tracked: value for value, tracked in (COSTS | QUALITIES).items()}
         names = (self.quality, self.cost)
         return "-".join(options.get(n, n.partition("/")[2].replace("/", "-")) for n in names)
 
 
-def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
+def parse_axes(
+    cost: str | None = None, quality: str | None = None, *, against_accuracy: str = ""
+) -> FrontAxes:
     """Return the axes for two option values, such as `ms` and `bits`; the defaults for None.
+
+    Args:
+        against_accuracy: As `reason_against_accuracy` says it; empty if accuracy is the default.
 
     Raises:
         UserError: If a value is unknown.
@@ -123,7 +137,39 @@ def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes
     for option, value, names in (("--cost", cost, COSTS), ("--quality", quality, QUALITIES)):
         if value and value not in names:
             raise UserError(f"{option} is one of {', '.join(names)}; got {value!r}")
-    return FrontAxes(COSTS[cost or "evaluations"], QUALITIES[quality or "accuracy"])
+    default_quality = "bits" if against_accuracy else "accuracy"
+    return FrontAxes(
+        COSTS[cost or "evaluations"], QUALITIES[quality or default_quality], against_accuracy
+    )
+
+
+def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> str:
+    """Return why bits per byte are the default quality of these models; empty if accuracy is.
+
+    They are where the full model has too few right answers to tell models apart, and every model
+    has bits per byte.
+    """
+    full = teacher_or_costliest(
+        trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: trial.numbers.get(COSTS["nfe"], 0.0),
+    )
+    if full is None or any(QUALITIES["bits"] not in trial.numbers for trial in trials):
+        return ""
+    evaluation = load_item_values(workspace, [full]).get(full.key)
+    if evaluation is None or not evaluation.accuracies:
+        return ""
+    num_right = 0
+    for result in evaluation.results.values():
+        if result.accuracy_metric:
+            num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
+    if num_right >= MIN_RIGHT_ANSWERS:
+        return ""
+    return (
+        f"Quality is bits per byte, because the full model ({full.name}) answers {num_right} of "
+        f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by their "
+        f"accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
+    )
 
 
 def metric_title(name: str) -> str:
@@ -318,6 +364,22 @@ class Front:
         return replace(self, table=self.table.assign(**{name: tracked[name] for name in names}))
 
 
+def busy_machine(rows: Iterable[Row]) -> str | None:
+    """Return that times per token decide nothing, because a model's vary too much; None if not."""
+    shares = {}
+    for row in rows:
+        time, spread = known(row, COSTS["ms"]), known(row, TIME_SPREAD)
+        if time and spread is not None:
+            shares[row["label"]] = spread / time
+    label = max(shares, key=lambda name: shares[name], default="")
+    if not label or shares[label] <= MAX_TIME_SPREAD:
+        return None
+    return (
+        f"the machine was busy: the time per token of {label} varies by {shares[label]:.0%}; "
+        "`iiet-orch report --time-again` measures once more"
+    )
+
+
 def known(row: Row, name: str) -> float | None:
     """Return a number of a model by its tracked name; None if it is not known."""
     value = row.get(name)
@@ -389,6 +451,7 @@ def with_confidence(
     if full is None or paired is None:
         return replace(front, kept_share=kept_share)
     scores, number_of = paired.quality(axes.quality), paired.places
+    num_items = paired.num_items(axes.quality)
     others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
@@ -407,13 +470,16 @@ def with_confidence(
             if other_number != number:
                 intervals[key, name, other] = drawn.difference(number, other_number)
                 note(key, difference_metric(other, prefix), intervals[key, name, other])
-    for key, number in number_of.items() if full["key"] in number_of else ():
-        # For a loss, the full model's over this one's, as in `Front.share`.
-        pair = (number, number_of[full["key"]])
-        ratio = scores and scores.ratio(*(pair if axes.higher_is_better else pair[::-1]))
-        if ratio:
-            note(key, SHARE_METRIC, ratio[0])
-            columns[key][keeps_metric(kept_share)] = float((ratio[1] >= kept_share).mean())
+    if scores is not None and full["key"] in number_of:
+        number_of_full = number_of[full["key"]]
+        for key, number in number_of.items():
+            if axes.higher_is_better:
+                kept = scores.kept(number, number_of_full, num_items=num_items)
+            else:  # For a loss, the full model's over this one's, as in `Front.share`.
+                kept = scores.ratio(number_of_full, number)
+            if kept is not None:
+                note(key, SHARE_METRIC, kept[0])
+                columns[key][keeps_metric(kept_share)] = float((kept[1] >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
@@ -426,7 +492,7 @@ def with_confidence(
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
-        num_items=paired.num_items(axes.quality),
+        num_items=num_items,
         num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )
@@ -450,7 +516,8 @@ def sweep_front(
 ) -> tuple[Front, list[str]]:
     """Return the front of the results with the confidence of each place, and its notes.
 
-    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
+    The notes are sentences on the default quality, if it is not the accuracy, and on models that
+    are not shown or have no confidence. `kept_share` is that
     of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
     """
     import pandas
@@ -466,4 +533,6 @@ def sweep_front(
     front = find_front(table, axes)
     items = load_item_values(workspace, front.seeds)
     notes = item_notes(front.seeds, items)
+    if axes.against_accuracy and axes.quality == QUALITIES["bits"]:
+        notes.insert(0, axes.against_accuracy)
     return with_confidence(front, items, kept_share=kept_share), notes

@@ -36,7 +36,6 @@ from orchestrator.reporting.results import (
     OVERHEADS,
     STUDENT_CHARTS,
     StoredSweep,
-    history_folder,
 )
 from orchestrator.reporting.sections import bullets
 from orchestrator.reporting.statistics import (
@@ -79,7 +78,6 @@ def sweep_run(stored: TrackedRun | None, name: str, key: str, folder: Path) -> T
         kind="sweep",
         name=name,
         folder=str(folder),
-        journal=str(history_folder(folder, key)),
         tags={SWEEP_TAG: name},
         started_ms=started_ms,
     )
@@ -270,7 +268,7 @@ def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) ->
     num_shown = sum(length <= MAX_FINDINGS_CHARACTERS for length in lengths)
     shown = list(sentences[:num_shown])
     if num_shown < len(sentences):
-        shown.append(f"More: `{ARTIFACT_FOLDER}/front.md` under Artifacts.")
+        shown.append(f"More: `{ARTIFACT_FOLDER}/front.html` under Artifacts.")
     # An SVG fits the page's width; a PNG has more pixels and would be cut off. The address is
     # relative, because MLflow may be served below a path.
     images = {

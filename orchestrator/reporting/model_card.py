@@ -15,7 +15,6 @@ from iiet.cost import inference_cost
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
-from orchestrator.evaluation.tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.sections import bullets, markdown_table
@@ -141,20 +140,15 @@ def _quality(evaluation: EvaluationResult) -> str:
     heads = ("task", "metric", "value", "standard error", "items")
     lines = [markdown_table(heads, rows, left=(0, 1)), ""]
     own = [name for name in evaluation.results if is_heldout_task(name)]
-    added = {name: TASKS.package(name) for name in evaluation.results if name in TASKS}
-    others = [name for name in evaluation.results if name not in {*own, *added}]
+    others = [name for name in evaluation.results if name not in own]
     if own:
         names = ", ".join(f"`{name}`" for name in own)
         lines.append(
             f"These tasks are made from data that were held out of the model's training: {names}. "
             "lm-eval does not have them; `iiet-orch evaluate` measures them."
         )
-    for name, package in added.items():
-        lines.append(
-            f"The task `{name}` is of the package {package}; `iiet-orch evaluate` measures it."
-        )
     if others:
-        lines += [""] if own or added else []
+        lines += [""] if own else []
         lines.append(
             "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks "
             f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that are "

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
-from orchestrator.reporting.front import COSTS, Front, FrontAxes, known, sweep_front
+from orchestrator.reporting.depths import depth_section
+from orchestrator.reporting.front import (
+    COSTS,
+    Front,
+    FrontAxes,
+    known,
+    parse_axes,
+    reason_against_accuracy,
+    sweep_front,
+)
 from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
-    history_folder,
     load_sweep_results,
-    read_history_curves,
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.several_schedules import elastic_section, teacher_depths
 from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
@@ -56,16 +62,18 @@ def write_sweep_report(
     Args:
         workspace: Holds the sweeps.
         sweeps: Their results, or their names to use the stored ones.
-        axes: Cost and quality; NFE and accuracy by default.
+        axes: Cost and quality; by default NFE and the default quality of these models.
         tracking: Opens MLflow, which shows the report of one sweep; it is opened only if there is
             something that was not shown before. None to show nothing.
 
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
     """
-    axes = axes or FrontAxes()
     loaded = (load_sweep_results(workspace, s) if isinstance(s, str) else s for s in sweeps)
     found = list({sweep.name: sweep for sweep in loaded}.values())
+    if axes is None:
+        trials = [trial for sweep in found for trial in sweep.results]
+        axes = parse_axes(against_accuracy=reason_against_accuracy(workspace, trials))
     front, notes = sweep_front(workspace, found, axes)
     if len(found) > 1:
         report = _several_sweeps(workspace, found, front, notes)
@@ -90,20 +98,16 @@ def write_sweep_report(
             front = front.with_runs(tracked)
             sweep.store(workspace)
 
-    curves = dict(read_training_curves(sweep, front.rows))
-    if not axes.slug and sweep.is_search:
-        curves |= read_history_curves(history_folder(place, sweep.key))
     times = recorded_times(place)
     report = SweepReport(
         name=sweep.name,
         about=_about(sweep, front, times),
         front=front,
         influence=sweep.influence,
-        curves=curves,
+        curves=read_training_curves(sweep, front.rows),
         facts=sweep.facts,
-        depths=teacher_depths(sweep.results, notes),
+        depths=depth_section(front) if sweep.is_of_depths else None,
         notes=[*sweep.notes, *notes],
-        elastic=elastic_section(front),
         claims=_measured_claims(front),
         folder=place / axes.slug,
     )

@@ -43,8 +43,6 @@ OVERHEADS = {
 }
 """Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
 teacher's."""
-LEFT_OUT_TITLE = "Left out"
-"""Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
 SETTINGS_TITLE, PROVENANCE_TITLE = "Settings", "Provenance"
@@ -69,17 +67,14 @@ class StoredSweep(Record):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on models that are left out of the front, and on the accuracy of a guess."""
-        left_out, chances = self.facts.get(LEFT_OUT_TITLE, {}), self.facts.get(CHANCE_TITLE, {})
-        return [
-            *(f"Run {name}: {reason}." for name, reason in left_out.items()),
-            *(f"Chance of {task}: {chance}." for task, chance in chances.items()),
-        ]
+        """Sentences on the accuracy of a guess."""
+        chances = self.facts.get(CHANCE_TITLE, {})
+        return [f"Chance of {task}: {chance}." for task, chance in chances.items()]
 
     @property
-    def is_search(self) -> bool:
-        """Whether its trials were suggested one after the other."""
-        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "search"
+    def is_of_depths(self) -> bool:
+        """Whether it is of kind `depth`."""
+        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "depth"
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""
@@ -118,8 +113,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     """
     check_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_FILE
-    remedy = "delete it and run the sweep again, which finds its trials finished"
-    found = StoredSweep.read(path, remedy=remedy)
+    found = StoredSweep.read(path)
     if found is None and (workspace.sweeps / name).is_dir():
         raise UserError(
             f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
@@ -248,9 +242,7 @@ def vanilla_of(table: DataFrame) -> dict[str, str]:
     found: dict[ModelConfig | OtherModel, str] = {}
     shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
-        # One that was trained from scratch comes before those that were distilled.
-        is_new = trial.parent is None or shapes[key] not in found
-        if trial.method == BASELINE_METHOD and is_new:
+        if trial.method == BASELINE_METHOD:
             found[shapes[key]] = str(key)
     return {key: found[shape] for key, shape in shapes.items() if shape in found}
 
@@ -334,10 +326,6 @@ def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
-HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
-"""Metric whose step is the number of finished models."""
-HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
-"""Metric whose step is the training so far in 1e9 FLOPs, rounded."""
 STUDENT_CHARTS = {
     "Validation loss while training": VALIDATION_METRIC,
     "Divergence from the teacher (KL) while training": "train/kl",
@@ -351,11 +339,6 @@ ACCURACY_CHARTS = (
     "Validation accuracy of full model and baselines",
 )
 """Titles for the students, and for the others; only where data have answers."""
-HISTORY_CHARTS = {
-    "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
-    "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
-}
-"""Title -> metric; the horizontal axis is named after the word `against`."""
 MAX_CURVE_POINTS = 400
 """A page cannot show more."""
 
@@ -384,17 +367,6 @@ def read_training_curves(
     for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
         charts[title] = _read_curves(runs, ACCURACY_METRIC)
     return {title: curves for title, curves in charts.items() if curves}
-
-
-def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
-    """Return the hypervolume while the sweep ran, by chart title; see `history_folder`."""
-    charts = {title: _read_curves([("front", folder)], m) for title, m in HISTORY_CHARTS.items()}
-    return {title: curves for title, curves in charts.items() if curves}
-
-
-def history_folder(sweep_folder: Path, plan_key: str) -> Path:
-    """Return the folder of a sweep's hypervolume journal; each plan of a sweep has its own."""
-    return sweep_folder / "history" / plan_key
 
 
 def _read_curves(journals: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:

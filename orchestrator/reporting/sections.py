@@ -1,4 +1,4 @@
-"""Sections of a report, and their four renderers: terminal, Markdown, HTML and JSON.
+"""Sections of a report, and their three renderers: terminal, HTML and JSON.
 
 A report is a list of sections; each renderer shows any list. All tables of this program are a
 `Table`, which arranges itself for the terminal's width. The page needs no server and no network:
@@ -191,23 +191,6 @@ def render_terminal(sections: Iterable[Section]) -> Iterator[RenderableType]:
         yield from section.tables
         yield from (f"  {note}" for note in section.notes)
         yield ""
-
-
-def render_markdown(title: str, sections: Iterable[Section]) -> str:
-    """Return all sections as Markdown; pictures lie beside the file."""
-    parts = [f"# {title}"]
-    for section in sections:
-        content = [*section.sentences]
-        if section.picture:
-            content.append(f"![{section.picture}]({section.picture}.png)")
-        for table in section.tables:
-            content += [f"### {table.title}"] if table.title else []
-            content.append(table.to_markdown())
-        content += [bullets(section.notes), *section.explanations]
-        content.append(bullets(f"{name}: {value}" for name, value in section.facts.items()))
-        if any(content):
-            parts += [f"## {section.title}" if section.title else "", *content]
-    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def render_json(sections: Iterable[Section]) -> dict[str, Any]:

@@ -10,9 +10,7 @@ same batches, and a student comes from its seed's teacher. A draw is a count for
 score is a ratio of sums, so one matrix product scores all models.
 
 The intervals do not cover other trainings of models with one seed, nor other texts to take items
-from. Bootstrap intervals are too short where few items differ, hence McNemar's exact test beside
-them: items that both models get right, or both wrong, say nothing. If the models are equally good,
-each of the other `n = b + c` items is as likely to favor one as the other.
+from. They are too short where few items differ; where none does, `Scores.kept` is cautious.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +89,26 @@ class Scores:
             return None
         drawn = self.drawn[:, model] / self.drawn[:, other]
         return interval_of(self.observed[model] / self.observed[other], drawn), drawn
+
+    def kept(self, model: int, other: int, *, num_items: int) -> tuple[Interval, Floats] | None:
+        """Return the share that a model keeps of another one's accuracy, and all its draws.
+
+        Where no item tells the two apart, draws of these items cannot either, and say nothing of
+        items that would. Then the share of items on which the model fails the other is drawn from
+        its posterior, after `num_items` on which it did not, and counts against the model.
+
+        None if the other one's accuracy is zero in a draw.
+        """
+        ratio = self.ratio(model, other)
+        if model == other or ratio is None or np.ptp(ratio[1]) > 0:
+            return ratio
+        interval, drawn = ratio
+        # Each pair has its own draws: equal ones would cancel in differences of kept shares.
+        random = np.random.default_rng((0, model, other))
+        failed = random.beta(1, num_items + 1, len(drawn))
+        drawn = drawn - failed / self.observed[other]
+        # Nothing speaks for more than what was measured.
+        return replace(interval_of(interval.value, drawn), high=interval.value), drawn
 
 
 def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:
@@ -330,43 +348,3 @@ def difference_metric(other: str, prefix: str = "") -> str:
 def keeps_metric(share: float) -> str:
     """Return the tracked name of the confidence that a model keeps a share of a quality."""
     return f"paired/confidence_keeps_{100 * share:.4g}"
-
-
-# McNemar's test
-
-
-def count_discordant(values: Floats) -> tuple[int, int] | None:
-    """Return how many items only the first, and only the second of two models gets right.
-
-    None if a value of the (2, items) is neither 0 nor 1.
-    """
-    if not np.isin(values, (0, 1)).all():
-        return None
-    first, second = values.astype(bool)
-    return int((first & ~second).sum()), int((second & ~first).sum())
-
-
-def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Return the probability of a difference at least this large between equally good models.
-
-    Source: McNemar 1947, Psychometrika 12.
-    """
-    from scipy.stats import binomtest  # Takes half a second.
-
-    num_items = only_first + only_second
-    return float(binomtest(only_first, num_items).pvalue) if num_items else 1.0
-
-
-def adjust_by_holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values that hold for all tests together: the chance of any false alarm is bounded.
-
-    `p'_(i) = max over j <= i of min(1, (n - j + 1) p_(j))` for the sorted p-values `p_(1..n)`.
-
-    Source: Holm 1979, Scandinavian Journal of Statistics 6.
-    """
-    adjusted: dict[str, float] = {}
-    largest = 0.0
-    for rank, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_value))
-        adjusted[name] = largest
-    return adjusted

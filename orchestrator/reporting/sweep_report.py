@@ -1,8 +1,7 @@
 """The content of a report: its sections, and the files that are made of them.
 
-`front.png` and `front.svg` for papers, `front.html` for browsing, `front.md` for an appendix,
-`front.csv` and `front.json` for programs, `influence.png` and `influence.svg`. The same results
-give the same bytes.
+`front.png` and `front.svg` for papers, `front.html` for browsing, `front.csv` and `front.json` for
+programs, `influence.png` and `influence.svg`. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.results import Curve
-from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
+from orchestrator.reporting.sections import Section, render_json, render_page
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
@@ -61,12 +60,10 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
-    depths: Sequence[Section] = ()
-    """The depth curves of teachers that were measured."""
+    depths: Section | None = None
+    """The depth curves of a sweep of kind `depth`."""
     about: str = ""
     """What was trained: data, model, tokens and date."""
-    elastic: Section | None = None
-    """Elastic weights against separate students, if the sweep has both."""
     claims: Sequence[Claim] = ()
     """The paper's claims, if the models say anything of one."""
     folder: Path = Path()
@@ -94,11 +91,10 @@ class SweepReport:
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def brief(self) -> list[Section]:
-        """Return what a terminal shows: the front and its findings, elastic weights, claims."""
+        """Return what a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        claims = claims_section(self.claims, CLAIMS_TITLE) if self.claims else None
-        return [section for section in (front, self.elastic, claims) if section]
+        return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
@@ -114,12 +110,12 @@ class SweepReport:
             )
         else:
             found.append(Section(notes=more))
+        if self.depths:
+            found.append(self.depths)
         if self.claims:
             found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
-        if self.elastic:
-            found.append(self.elastic)
         folded = []
         if tasks := task_tables(front):
             note = [TASK_TABLES_NOTE]
@@ -141,7 +137,6 @@ class SweepReport:
                     tables=[influence_table(influence)],
                 )
             )
-        folded += self.depths
         folded += [
             Section(title=title, chart=curves_chart(title, curves))
             for title, curves in self.curves.items()
@@ -165,7 +160,6 @@ class SweepReport:
         models = model_table(self.front, folder)
         texts = {
             **({"front.html": render_page(self.title, sections)} if self.front.rows else {}),
-            "front.md": render_markdown(self.title, sections),
             "front.csv": models.to_csv(index=False, lineterminator="\n"),
             "front.json": json_text(render_json(sections), allow_nan=False) + "\n",
         }

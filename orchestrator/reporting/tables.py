@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import COSTS, Front, Row, is_accuracy, known, metric_title
+from orchestrator.reporting.front import (
+    COSTS,
+    TIME_SPREAD,
+    Front,
+    Row,
+    is_accuracy,
+    known,
+    metric_title,
+)
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
@@ -112,6 +120,13 @@ def models_table(front: Front, title: str = "") -> Table:
         shown = str(row["threshold"])
         return shown if shown.startswith(">") else shown.removeprefix("<=").rpartition(" to ")[2]
 
+    def time_per_token(row: Row) -> str | None:
+        milliseconds = known(row, COSTS["ms"])
+        if milliseconds is None:
+            return None
+        spread = known(row, TIME_SPREAD)
+        return f"{milliseconds:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
     def kept(row: Row) -> str | None:
         share = front.share(row)
         return None if share is None else f"{share:.1%}"
@@ -130,7 +145,10 @@ def models_table(front: Front, title: str = "") -> Table:
     if cost not in COST_COLUMNS:
         number(SHORT_TITLES.get(cost, metric_title(cost)), 0, cost, "{:.4g}".format)
     for name, (head, priority, form) in COST_COLUMNS.items():
-        number(head, priority, name, form)
+        if name == COSTS["ms"]:
+            columns.append((Column(head, 0 if name == cost else priority), time_per_token))
+        else:
+            number(head, priority, name, form)
     if len({row["num_layers"] for row in front.rows}) > 1:
         columns.append((Column("layers", 4), lambda row: str(row["num_layers"])))
     counts = [count for row in front.rows if (count := known(row, "cost/num_parameters"))]
@@ -143,8 +161,6 @@ def models_table(front: Front, title: str = "") -> Table:
     columns += [(Column("of full", 2), kept), (Column(f"vs {full}", 6), difference)]
     columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
     number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
-    number("accepted", 12, "decoding/acceptance", "{:.0%}".format)
-    number("exact ms", 11, "decoding/exact_ms_per_token", "{:.2f}".format)
     columns.append((Column("front", is_text=True), front.verdict))
 
     cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]

@@ -5,7 +5,7 @@ keys are errors, and validation never edits a value. The tree is saved with ever
 that determine a result are hashed into its key. Importing it does not load PyTorch.
 """
 
-from orchestrator.settings.cluster import MLFLOW, ClusterSettings, TrackingSettings, storage_problem
+from orchestrator.settings.cluster import ClusterSettings, storage_problem
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
 from orchestrator.settings.files import SETTINGS_NAME, read_settings, to_yaml
@@ -24,10 +24,10 @@ from orchestrator.settings.training import (
 )
 
 __all__ = [
-    "BASELINE_METHOD", "DEFAULT_METHOD", "MLFLOW", "PCFORMER", "SETTINGS_NAME",
+    "BASELINE_METHOD", "DEFAULT_METHOD", "PCFORMER", "SETTINGS_NAME",
     "ClusterSettings", "DataSettings", "DistillationSettings", "ElasticSettings",
     "EvaluationSettings", "InfluenceSettings", "ModelSettings", "SearchSettings",
-    "Section", "Settings", "SweepSettings", "TrackingSettings", "TrainingSettings",
+    "Section", "Settings", "SweepSettings", "TrainingSettings",
     "find_field", "flatten", "read_settings", "resolve_settings", "storage_problem",
     "to_yaml",
 ]  # fmt: skip

@@ -1,16 +1,14 @@
-"""Settings of the Ray cluster, workers, GPUs and storage, and of loggers."""
+"""Settings of the Ray cluster, workers, GPUs and storage."""
 
 from __future__ import annotations
 
 import os
 import re
-from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, field_validator
+from pydantic import Field, StrictFloat, StrictInt, ValidationInfo, field_validator
 
-from iiet.extensions import ExtensionTable
-from orchestrator.settings.section import OneOf, Section
+from orchestrator.settings.section import Section
 from orchestrator.workspace.errors import UserError, has_secret, is_secret_name, quoted
 
 LOCAL = "local"
@@ -18,16 +16,6 @@ LOCAL = "local"
 AUTO = "auto"
 """Address of a cluster that this machine is part of."""
 ADDRESS_VARIABLE = "RAY_ADDRESS"
-
-MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
-
-LOGGERS: ExtensionTable[Any] = ExtensionTable(
-    "iiet_orch.loggers",
-    "logger",
-    {TENSORBOARD: "orchestrator.tracking.loggers:TensorBoardLogger"},
-    "orchestrator.tracking.loggers:RunLogger",
-)
-"""Loggers beside MLflow by name, also those of other packages."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 
@@ -52,9 +40,6 @@ class ClusterSettings(Section):
     min_gpus: StrictInt | None = Field(default=None, gt=0)
     """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
     takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""
-    wait_for_gpus: StrictBool = False
-    """Wait, before a job starts, until its GPUs are free, also those of nodes that join the cluster
-    later; otherwise a job that the nodes cannot hold is refused."""
     storage: str | None = None
     """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
     copied there during training, and fetched from there if the workspace has none."""
@@ -125,26 +110,6 @@ class ClusterSettings(Section):
                     "give only its name, and set it in the environment of the command"
                 )
         return entries
-
-
-class TrackingSettings(Section):
-    """Loggers of trainings and sweeps."""
-
-    loggers: tuple[Annotated[str, OneOf(LOGGERS, also=(MLFLOW,))], ...] = (MLFLOW,)
-    """`mlflow`, which always logs; with `tensorboard`, also TensorBoard's files, in the workspace's
-    folder `tensorboard`; and loggers of other packages."""
-
-    @field_validator("loggers")
-    @classmethod
-    def _refuse_what_cannot_log(cls, loggers: tuple[str, ...]) -> tuple[str, ...]:
-        if MLFLOW not in loggers:
-            raise ValueError("mlflow always logs, because reports link to it; name it, too")
-        if TENSORBOARD in loggers and find_spec(TENSORBOARD) is None:
-            raise ValueError(
-                "the package tensorboard is not installed; `pip install 'iiet-orch[tensorboard]'` "
-                "installs it, or leave tensorboard out"
-            )
-        return tuple(dict.fromkeys(loggers))
 
 
 def address_problem(address: str) -> str | None:

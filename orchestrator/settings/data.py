@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from pydantic import Field, StrictFloat, StrictInt, field_validator
 
-from iiet.extensions import ExtensionTable
-from orchestrator.settings.section import MAX_COUNT, OneOf, Section
+from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.workspace.errors import quoted
 
 TASK_KINDS = ("phop", "chain", "s5")
 MAX_SYMBOLS = 10_000
 MAX_VOCAB_SIZE = 1_000_000
 """The tokenizers library allocates all entries at once, and aborts the process if that fails."""
-OTHER_SOURCES = ("depth", "mixture")
-"""Values of `data.source` that are not texts."""
 _TASK_NAME = re.compile(rf"({'|'.join(TASK_KINDS)})_([0-9]+)")
 
 
@@ -44,17 +41,8 @@ def parse_task_name(name: str) -> tuple[str, int]:
     return match[1], depth
 
 
-TEXT_SOURCES: ExtensionTable[Any] = ExtensionTable(
-    "iiet_orch.data_sources",
-    "data source",
-    {
-        "python": "orchestrator.data.text:PythonTopics",
-        "files": "orchestrator.data.text:TextFiles",
-        "hub": "orchestrator.data.text:HubDataset",
-    },
-    "orchestrator.data.text:TextSource",
-)
-"""Text sources by name, also those of other packages; the values of `data.source`."""
+TEXT_SOURCES = ("python", "files", "hub")
+"""Text sources; `data/text.py` has their classes."""
 
 
 def source_order(names: Iterable[str]) -> list[str]:
@@ -89,16 +77,14 @@ class DepthSettings(Section):
 class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
-    source: Annotated[str, OneOf(TEXT_SOURCES, also=OTHER_SOURCES)] = "python"
+    source: Literal["python", "files", "hub", "depth", "mixture"] = "python"
     """`python`: the help topics that come with every Python; `files`: `files` below; `hub`: the
     data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
-    at the `shares` below; or a source of another package."""
+    at the `shares` below."""
     shares: dict[str, StrictFloat] = Field(default={})
     """For `source: mixture`: the share of the training sequences that each source gives, such as
-    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, those of other packages, and
-    depth tasks. Shares sum to 1 and are rounded to thousandths."""
-    source_options: dict[str, dict[str, Any]] = Field(default={})
-    """Options of sources of other packages, by their names: `{name: {option: value}}`."""
+    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, and depth tasks. Shares sum
+    to 1 and are rounded to thousandths."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or `.parquet`
     files; a folder means all such files in it and below it."""
@@ -129,8 +115,7 @@ class DataSettings(Section):
             elif name not in TEXT_SOURCES:
                 raise ValueError(
                     f"{quoted(name)} is not a source; sources are {', '.join(TEXT_SOURCES)} and "
-                    "depth tasks such as phop_6; one of another package needs this package "
-                    "installed"
+                    "depth tasks such as phop_6"
                 )
             if share <= 0:
                 raise ValueError(f"the share of {name} is {share:g}; it must be above 0")
@@ -151,7 +136,6 @@ class DataSettings(Section):
                     **alone,
                     **{k: v for k, v in unread.items() if k not in own_fields.get(name, ())},
                     "source": name,
-                    "source_options": {k: v for k, v in self.source_options.items() if k == name},
                 }
             )
             for name in source_order(self.shares)
@@ -167,6 +151,4 @@ class DataSettings(Section):
     def read_by_source(self) -> dict[str, Any]:
         """Return the settings that the source reads, as JSON values, for keys and manifests."""
         unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
-        if not self.source_options:
-            unread = unread | {"source_options"}
         return self.model_dump(mode="json", exclude=unread)

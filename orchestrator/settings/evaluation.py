@@ -70,8 +70,7 @@ class EvaluationSettings(Section):
     """Sequences in one forward pass of the evaluation."""
     precision: Precision | None = None
     """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
-    differ a little, so results of each are stored apart. Models that transformers runs keep their
-    own dtype."""
+    differ a little, so results of each are stored apart."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
 

@@ -105,6 +105,17 @@ def marked_yaml(settings: Settings, *, only_changed: bool = False) -> str:
     return "".join(_lines(settings, DEFAULTS, lambda _, is_usual: not (only_changed and is_usual)))
 
 
+def changed_values(section: Section, default: Any = DEFAULTS) -> dict[str, Any]:
+    """Return what differs from the defaults, as JSON values by name."""
+    changed: dict[str, Any] = {}
+    for name, value in section.model_dump(mode="json").items():
+        part, usual = getattr(section, name), getattr(default, name, None)
+        if part == usual:
+            continue
+        changed[name] = changed_values(part, usual) if isinstance(part, Section) else value
+    return changed
+
+
 def _lines(
     section: Section,
     default: Any,

@@ -19,7 +19,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from iiet.facts import metric_facts_of
-from orchestrator.settings.cluster import ClusterSettings, TrackingSettings
+from orchestrator.settings.cluster import ClusterSettings
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
 from orchestrator.settings.section import Section
@@ -37,7 +37,8 @@ _READ_BY_KINDS = {
     "asha": ("iterations",),
     "teachers, elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),
-    "baselines, distilled_baselines": ("threshold", "search"),
+    "baselines": ("threshold", "search"),
+    "baseline_runs": ("threshold", "search", "iterations"),
 }
 """Settings of a sweep -> the kinds of sweeps that read them."""
 
@@ -63,8 +64,6 @@ class Settings(Section):
     """Search for free schedules."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""
-    tracking: TrackingSettings = TrackingSettings()
-    """Loggers of metrics."""
 
     @model_validator(mode="after")
     def _follow_the_rules(self) -> Self:
@@ -129,8 +128,6 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
             "data.source, data.shares: a mixture, and nothing else, has shares, such as "
             "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
         )
-    if unread := [name for name in data.source_options if name not in read]:
-        yield f"data.source, data.source_options: {', '.join(unread)} is not read; leave it out"
     if data.files and "files" not in read:
         yield "data.source, data.files: only source files, or a mixture with their share, reads it"
     if data.depth.tasks and data.source != "depth":
@@ -171,11 +168,6 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "after the last step of the training; set the first below the second, or "
             "distillation.control=cross_entropy"
         )
-    if distillation.teacher_cache and distillation.hidden_weight:
-        yield (
-            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
-            "set teacher_cache to false, or hidden_weight to 0"
-        )
     for name in ("kl_weight", "temperature"):
         elastic, usual = distillation.training.elastic, ElasticSettings()
         if elastic and getattr(elastic, name) != getattr(usual, name):
@@ -186,7 +178,7 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
 
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
-    sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
+    sweep, kind = settings.sweep, settings.sweep.kind
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
     )  # fmt: skip
@@ -216,22 +208,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
     if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
         yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
-    if not sweep.distilled_baselines:
-        return
-    if distillation.control != "distill":
-        yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
-    if distillation.hidden_weight:
-        yield (
-            "sweep.distilled_baselines, distillation.hidden_weight: hidden states are compared "
-            "layer with layer, and the baselines have other numbers of layers; leave one out"
-        )
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
     sweep, elastic = settings.sweep, settings.distillation.training.elastic
     if not sweep.elastic:
-        if sweep.compare:
-            yield "sweep.compare, sweep.elastic: it compares elastic weights; set both or none"
         if elastic and sweep.kind != "iterations":
             names = "sweep.elastic, distillation.training.elastic"
             yield f"{names}: a student has one schedule; leave the second out, or set the first"

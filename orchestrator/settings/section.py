@@ -5,7 +5,6 @@ Sections use pydantic's strict types, so that `true` is not the number 1, and a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +49,6 @@ class OneOf:
     """
 
     table: ExtensionTable[Any]
-    also: tuple[str, ...] = ()
-    """Further names, which no package may add."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self.also, *self.table))
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -66,13 +60,13 @@ class OneOf:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         """List the names that are known now."""
-        return {**handler(schema), "enum": list(self)}
+        return {**handler(schema), "enum": list(self.table)}
 
     def checked(self, name: str) -> str:
         """Return the name if it can be used."""
-        if name not in (*self.also, *self.table):
-            *others, last = map(repr, self)
+        if name not in self.table:
+            *others, last = map(repr, self.table)
             raise ValueError(f"input should be {', '.join(others)} or {last}")
-        if name in self.table and name not in self.table.own:
+        if name not in self.table.own:
             self.table[name]  # Imports the class of another package.
         return name

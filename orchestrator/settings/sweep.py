@@ -57,7 +57,7 @@ def _refuse_unknown_model(name: str, *, may_have_layers: bool = False) -> str:
         split_count(model)
     except ValueError:
         raise ValueError(
-            f"{quoted(name)} is not a model; name a method ({', '.join(METHOD)}), or the "
+            f"{quoted(name)} is not a model; name a method ({', '.join(METHOD.table)}), or the "
             "corrections of an IIET, such as r = 3"
         ) from None
     return name
@@ -110,18 +110,6 @@ class SweepSettings(Section):
     a student for each. `distillation.training.elastic` says how."""
     elastic_steps: StrictInt | None = Field(default=None, gt=0, le=MAX_STEPS)
     """Optimizer steps of the elastic training (default: those of `distillation.training`)."""
-    compare: StrictBool = False
-    """With `elastic`, also train the student of each schedule, and compare."""
-    distilled_baselines: tuple[Literal["vanilla", "fewer_layers"], ...] = ()
-    """Baselines that are distilled from the teacher, at the FLOPs of students: `vanilla`, of as
-    many layers as a student has evaluations, from random weights; `fewer_layers`, the teacher
-    without its least important layers."""
-    num_distilled_baselines: StrictInt = Field(default=3, ge=1)
-    """Largest number of distilled baselines of each kind, spread over the students' costs."""
-    distilled_vanilla_steps: StrictInt | None = Field(default=None, gt=0, le=MAX_STEPS)
-    """Optimizer steps of the distilled vanilla models. They train at their method's own rate in
-    `learning_rates`, and otherwise as students do (default: the teacher's tokens and the students'
-    together, which the students' weights have seen, too)."""
     teachers: Annotated[tuple[ModelName, ...], _Different] = ()
     """Further teachers that a threshold sweep trains, by method (`pcformer`) or by the corrections
     of an IIET (`r = 2`), each with students of its own. Then `seeds` train teachers and baselines,
@@ -129,6 +117,9 @@ class SweepSettings(Section):
     baselines: Annotated[tuple[ModelName, ...], _Different] = ()
     """Further baselines that are trained with a teacher, beside vanilla and the teacher without
     corrections: `pcformer`, or the corrections of an IIET (`r = 1`)."""
+    baseline_runs: tuple[str, ...] = ()
+    """Trained models that stand beside the front, too: runs or checkpoints, by name or path. They
+    must read the sweep's tokens, and nothing else of them need be alike."""
     iterations: tuple[StrictInt | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
     """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
     over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""

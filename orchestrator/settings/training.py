@@ -51,7 +51,7 @@ class ModelSettings(Section):
     num_heads: StrictInt | None = Field(default=None, gt=0)
     """Query heads."""
     num_kv_heads: StrictInt | None = Field(default=None, gt=0)
-    """Key and value heads."""
+    """Key and value heads (default: as many as query heads)."""
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)
@@ -76,8 +76,6 @@ class ModelSettings(Section):
         sizes = self.model_dump(exclude=others, exclude_none=True)
         if context_length is not None:
             sizes.setdefault("context_length", context_length)
-        if "num_heads" in sizes:
-            sizes.setdefault("num_kv_heads", sizes["num_heads"])
         num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
         corrections = self.corrections if facts_of(self.method).has_corrections else 0
         try:
@@ -185,9 +183,6 @@ class TrainingSettings(Section):
     """Newest checkpoints kept on disk."""
     profile_steps: StrictInt = Field(default=0, ge=0)
     """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
-    keep_best: StrictBool = False
-    """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
-    checkpoints of steps with a validation loss are compared."""
 
 
 class DistillationSettings(Section):
@@ -208,9 +203,6 @@ class DistillationSettings(Section):
     """First step with the teacher, counted from 0; plain cross-entropy before."""
     teacher_until_step: StrictInt | None = Field(default=None, gt=0)
     """First step without the teacher; plain cross-entropy from there on (default: never)."""
-    teacher_cache: StrictBool = False
-    """Compute the teacher's logits once for all students of a sweep, and delete them at its end;
-    the losses are the same. They take 4 x vocabulary bytes per token (2 x in bf16)."""
     training: TrainingSettings = TrainingSettings(
         num_steps=60,
         learning_rate=5e-4,

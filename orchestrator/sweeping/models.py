@@ -1,4 +1,4 @@
-"""The models that a sweep trains from scratch or finds beside a teacher, and whether they can be.
+"""The models that a sweep trains from scratch, those that a user names, and whether they can be.
 
 A threshold sweep and a search train a teacher, vanilla and the model without corrections. An
 iterations sweep trains methods and iteration counts, with learning rates and seeds. Text may take
@@ -19,13 +19,12 @@ from iiet.cost import inference_cost
 from iiet.facts import METHODS, facts_of
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
-from orchestrator.data.preparation import sequence_length
+from orchestrator.data.preparation import reads_tokens, sequence_length
 from orchestrator.evaluation.tasks import check_task_names, lm_eval_task_fingerprints
-from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
-from orchestrator.models.lookup import run_folders
+from orchestrator.models.folder import load_config
+from orchestrator.models.lookup import resolve_model
 from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import Resources, check_available, check_run_resources
-from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
@@ -33,17 +32,15 @@ from orchestrator.settings import (
     ModelSettings,
     Settings,
     SweepSettings,
-    TrainingSettings,
 )
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, join_names
-from orchestrator.training.job import NON_KEY_FIELDS, sequences_per_step
+from orchestrator.training.job import sequences_per_step
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.layout import DONE_NAME, Workspace, checkpoint_name, find_checkpoints
+from orchestrator.workspace.layout import Workspace
 
 TEACHER = "teacher"
 STUDENTS_SECTION = "distillation.training"
@@ -123,9 +120,15 @@ def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]
     return _values_of(settings.sweep.learning_rates, model.keys, settings.training.learning_rate)
 
 
+def own_num_layers(settings: Settings) -> int | None:
+    """Return the number of layers of the settings' model; None of an unknown preset, which is
+    refused where the model is built."""
+    shape = settings.model
+    return shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
+
+
 def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
-    shape = settings.model  # An unknown preset is refused where the model is built.
-    own = shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
+    own = own_num_layers(settings)
     for number in _values_of(settings.sweep.num_layers, model.keys, own):
         yield replace(model, num_layers=None if number == own else number)
 
@@ -226,70 +229,81 @@ def claims_answered(settings: Settings) -> str:
     return f"of the paper's five claims, its models answer {which}"
 
 
-# Baselines of a given teacher
+# Baselines that the user names
 
 
-def find_baselines(
-    workspace: Workspace, teacher: Path, layers: Mapping[str, int | tuple[int, ...]]
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the workspace's newest models that can be a teacher's baselines: those without
-    corrections, and PCformer at its full level.
+def named_baselines(
+    settings: Settings, workspace: Workspace, teacher: Path | None
+) -> dict[str, Path]:
+    """Return label -> checkpoint of the runs in `sweep.baseline_runs`.
 
-    They have its tokens, shape and recipe, or a number of layers that `sweep.num_layers` names. A
-    run that was trained differently is reported only if there is no other model of its kind.
+    A label says method and corrections, as those of models that a sweep trains, and where that is
+    taken also the name of the run.
 
-    Returns:
-        Label -> checkpoint, and name of a run that is left out -> reason.
+    Args:
+        teacher: The given teacher; None if the sweep trains its models.
+
+    Raises:
+        UserError: If there is no such run, it is damaged, or it is the teacher.
     """
+    usual_layers = load_config(teacher).num_layers if teacher else own_num_layers(settings)
+    if teacher:
+        taken = {TEACHER}
+    elif settings.sweep.kind == "iterations":
+        taken = {variant.label for variant in swept_variants(settings)}
+    else:
+        taken = {*teachers_by_label(settings), *(m.label for m in baseline_models(settings))}
     found: dict[str, Path] = {}
-    left_out: dict[str, str] = {}
-    unlike: dict[str, tuple[str, str]] = {}
-    full = load_config(teacher)
-    wanted = _comparable(full, load_provenance(teacher))
-    for run in sorted(run_folders(workspace), key=last_recorded):
-        for checkpoint in find_checkpoints(run)[-1:]:
-            label = f"the run {run.name}"
-            try:
-                config, provenance = load_config(checkpoint), load_provenance(checkpoint)
-                count, level = config.corrections[0], facts_of(config.method).full_level
-                is_whole = config.method != full.method and set(config.corrections) == {level}
-                is_teacher = config.corrections.num_corrections and not is_whole
-                if is_teacher or "imported" in provenance:
-                    continue
-                label, number = model_label(config.method, count), config.num_layers
-                asked = _values_of(layers, (label, config.method), full.num_layers)
-                if number in asked and number != full.num_layers:
-                    label = model_label(config.method, count, number)
-                own = _comparable(config, provenance)
-                due = {**wanted, "model.num_layers": number if number in asked else asked[0]}
-                remedy = "delete it, and the same training again writes it"
-                outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
-                reason = "" if outcome else "its training is not finished"
-                if differing := [n for n in {**own, **due} if own.get(n) != due.get(n)]:
-                    name = differing[0]
-                    reason = f"{name} is {own.get(name)!r}, and {due.get(name)!r} is needed"
-                if reason or not outcome:
-                    unlike[label] = run.name, f"{label} is left out: {reason}"
-                    continue
-                check_checkpoint(run / checkpoint_name(outcome.step))
-                found[label] = run / checkpoint_name(outcome.step)
-            except UserError as error:
-                left_out[run.name] = f"{label} is left out: {error}"
-    return found, left_out | dict(pair for label, pair in unlike.items() if label not in found)
+    for name in settings.sweep.baseline_runs:
+        try:
+            checkpoint, _ = resolve_model(workspace, name)
+            config = load_config(checkpoint)
+        except UserError as error:
+            raise type(error)(f"sweep.baseline_runs: {error}") from None
+        if checkpoint == teacher:
+            raise UserError(
+                f"sweep.baseline_runs: {name} is the teacher of the sweep, which is on its front "
+                "anyway; leave it out"
+            )
+        if checkpoint in found.values():
+            continue
+        counts = tuple(config.corrections)
+        num_layers = None if config.num_layers == usual_layers else config.num_layers
+        is_uniform = len(set(counts)) == 1
+        label = model_label(config.method, counts[0] if is_uniform else counts, num_layers)
+        if label in taken:
+            label = f"{label} ({checkpoint.parent.name})"
+        taken.add(label)
+        found[label] = checkpoint
+    return found
 
 
-def _comparable(config: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    # Each method may have its own best learning rate, and only corrections have two stages.
-    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *NON_KEY_FIELDS)
-    # A checkpoint from before a setting existed was made as its default makes one.
-    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
-    of_method = ("method", "method_options", "schedule")
-    shape = {name: value for name, value in config.to_dict().items() if name not in of_method}
-    return {
-        **{f"model.{name}": value for name, value in shape.items()},
-        "tokens": provenance.get("tokens"),
-        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
-    }
+def check_named_baselines(
+    baselines: Mapping[str, Path], tokens: Path, models: Iterable[ModelConfig]
+) -> None:
+    """Check that the baselines that the user names can be measured as the models of a sweep.
+
+    Args:
+        tokens: Prepared tokens of the sweep.
+        models: Its models, or some of them.
+
+    Raises:
+        UserError: If one was trained on other tokens, was imported with another tokenizer, or reads
+            shorter texts.
+    """
+    length = max((model.context_length for model in models), default=0)
+    for checkpoint in baselines.values():
+        if not reads_tokens(checkpoint, tokens):
+            raise UserError(
+                f"sweep.baseline_runs: {checkpoint} was trained on other tokens than this sweep's "
+                f"({tokens.name}), or has another tokenizer, so their qualities would not compare; "
+                "name a run of the same tokens, or leave it out"
+            )
+        if (own_length := load_config(checkpoint).context_length) < length:
+            raise UserError(
+                f"sweep.baseline_runs: {checkpoint} reads {own_length} tokens, and the models of "
+                f"this sweep read {length}; name a run of their context length, or leave it out"
+            )
 
 
 # What must hold before anything starts
@@ -350,18 +364,13 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
     """Check that a teacher has what its sweep asks for.
 
     Raises:
-        UserError: If a budget is less than the cheapest schedule costs, or it has no layer to drop.
+        UserError: If a budget is less than the cheapest schedule costs.
     """
     least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
     if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
         raise UserError(
             f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
             f"the cheapest costs {least:,.10g}"
-        )
-    if "fewer_layers" in sweep.distilled_baselines and full.num_layers == 1:
-        raise UserError(
-            "sweep.distilled_baselines: a teacher of one layer has no layer to drop; leave "
-            "fewer_layers out"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
-from iiet.facts import metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
-    named_tasks,
-    needs_heldout,
-    needs_lm_eval,
     select_tasks,
-    tasks_of_source,
     user_task_folders,
 )
 from orchestrator.models.folder import load_config, text_files_key
@@ -49,13 +44,12 @@ from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
     baseline_models,
     check_teacher,
-    find_baselines,
     has_counts,
     settings_of,
     swept_variants,
     teachers_by_label,
 )
-from orchestrator.sweeping.students import Students, make_trial
+from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import finished_outcome, job_key, pretraining_job, share_first_stages
@@ -89,6 +83,7 @@ def plan_iterations(
     tokens: Path | None,
     models: Sequence[SweepModel] | None = None,
     *,
+    named_baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepPlan:
@@ -96,6 +91,7 @@ def plan_iterations(
 
     Args:
         models: Those of the settings when unset.
+        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     if models is None:
@@ -111,7 +107,8 @@ def plan_iterations(
     suite = TrialSuite(tokens_folder="")
     if tokens is not None:
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
-    return iterations_plan(models, jobs, suite=suite, name=name)
+    beside = baseline_trials(named_baselines or {}, suite, workspace)
+    return iterations_plan(models, jobs, suite=suite, beside=beside, name=name)
 
 
 def iterations_plan(
@@ -119,9 +116,14 @@ def iterations_plan(
     jobs: Sequence[TrainingJob],
     *,
     suite: TrialSuite,
+    beside: Sequence[Trial] = (),
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a sweep that pretrains models, each by its job; those of one job are one trial."""
+    """Plan a sweep that pretrains models, each by its job; those of one job are one trial.
+
+    Args:
+        beside: Trials of the baselines that the user names.
+    """
     trials = {}
     for model, job in zip(models, share_first_stages(jobs), strict=True):
         is_swept = has_counts(job.model.method)
@@ -134,7 +136,17 @@ def iterations_plan(
         trials[trial.key] = trial.model_copy(update=changes)
     seeds = {job.recipe.seed for model, job in zip(models, jobs, strict=True) if model.group}
     num_requested = len(models) // (len(seeds) or 1)
-    return _named_plan("iterations", name, [*trials.values()], num_requested)
+    return _named_plan("iterations", name, [*trials.values(), *beside], num_requested)
+
+
+def baseline_trials(
+    baselines: Mapping[str, Path], suite: TrialSuite, workspace: Workspace
+) -> list[Trial]:
+    """Return the trials that measure the baselines that the user names."""
+    return [
+        checkpoint_trial("baseline", label, checkpoint, load_config(checkpoint), suite, workspace)
+        for label, checkpoint in baselines.items()
+    ]
 
 
 def plan_students(
@@ -143,8 +155,8 @@ def plan_students(
     teachers: Mapping[str, Path],
     influence: Mapping[str, InfluenceTable],
     *,
-    note: Callable[[str], None] = lambda _: None,
     baselines: Mapping[str, Path] | None = None,
+    named_baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepPlan:
@@ -155,20 +167,18 @@ def plan_students(
     Args:
         teachers: Label of `teachers_by_label` -> checkpoint.
         influence: Label -> table; without them the plan has no students.
-        note: Called with a sentence for each run that cannot be a baseline.
-        baselines: Label -> checkpoint; those of `find_baselines` when unset. Those of several
-            teachers stand once for each seed.
+        baselines: Label -> checkpoint of those that the sweep has trained. A baseline of several
+            teachers is listed once for each seed.
+        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     sweep, models, parts = settings.sweep, teachers_by_label(settings), list[Students]()
-    left_out: dict[str, str] = {}
-    if baselines is None:
-        (teacher,) = teachers.values()
-        baselines, left_out = find_baselines(workspace, teacher, sweep.num_layers)
-        for run, reason in left_out.items():
-            note(f"run {run}: {reason}")
+    trained_baselines = baselines or {}
     for label, teacher in teachers.items():
-        full, model, beside, own_name = load_config(teacher), models[label], baselines, ""
+        full = load_config(teacher)
+        model = models[label]
+        beside = trained_baselines
+        own_name = ""
         check_teacher(sweep, full)
         suite = plan_suite(
             settings.evaluation,
@@ -184,24 +194,35 @@ def plan_students(
         if sweep.teachers:
             own_name, beside = model.name, {}
             if own_name == next(iter(models.values())).name:
-                own = [one for one in baseline_models(settings) if one.seed == model.seed]
-                known = baselines.keys()
-                beside = {one.name: baselines[one.label] for one in own if one.label in known}
+                beside = {
+                    baseline.name: trained_baselines[baseline.label]
+                    for baseline in baseline_models(settings)
+                    if baseline.seed == model.seed and baseline.label in trained_baselines
+                }
         table = mean_influence(tables) if tables else None
         where = settings, workspace, teacher, suite
         parts.append(Students(*where, table, beside, name=own_name, seed=model.seed))
-    plan = students_plan(*parts, name=None if sweep.kind == "search" else name)
-    plan = plan.model_copy(update={"left_out": left_out})
+    plan = students_plan(
+        *parts,
+        beside=baseline_trials(named_baselines or {}, parts[0].suite, workspace),
+        name=None if sweep.kind == "search" else name,
+    )
     return search_plan(plan, settings.search, name) if sweep.kind == "search" else plan
 
 
-def students_plan(*students: Students, name: str | None = None) -> SweepPlan:
+def students_plan(
+    *students: Students, beside: Sequence[Trial] = (), name: str | None = None
+) -> SweepPlan:
     """Plan the trials of one teacher's students or of several; those of one key are one trial.
 
-    The name is made from the plan's key when unset.
+    Args:
+        beside: Trials of the baselines that the user names.
+        name: Made from the plan's key when unset.
     """
     first, sweep = students[0], students[0].settings.sweep
     trials = {trial.key: trial for each in students for trial in each.trials()}
+    for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
+        trials.setdefault(trial.key, trial)
     number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     number *= len({each.name for each in students})
     return _named_plan("threshold", name, [*trials.values()], number, teacher=first.teacher)
@@ -411,28 +432,6 @@ def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
     return found
 
 
-def measuring_flops(
-    settings: Settings, teachers: Iterable[ModelConfig], models: Iterable[ModelConfig]
-) -> tuple[float, list[float]]:
-    """Return what measuring the influence of teachers takes, and the evaluation of each model.
-
-    Items are assumed to be half as long as the context. Of lm-eval's tasks, which may not be
-    loaded, each is assumed to have a thousand items with four answers.
-    """
-    evaluation, influence = settings.evaluation, settings.influence
-    is_of_stopping = metric_facts_of(influence.metric).is_of_stopping
-    passes = ((1 + sum(each.corrections) * is_of_stopping, each) for each in teachers)
-    flops = sum(n * inference_cost(each).forward_flops_per_token for n, each in passes)
-    num_heldout = len(tasks_of_source(settings.data)) if needs_heldout(evaluation) else 0
-    num_items = num_heldout * min(evaluation.num_items, evaluation.limit or evaluation.num_items)
-    if needs_lm_eval(evaluation):
-        num_items += 4 * max(1, len(named_tasks(evaluation))) * (evaluation.limit or 1000)
-    return flops * influence.num_tokens, [
-        inference_cost(each).forward_flops_per_token * num_items * each.context_length / 2
-        for each in models
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrialState:
     """How far a trial is."""
@@ -506,8 +505,6 @@ def plan_sentences(
     )
     if num_seeds := len({trial.seed for trial in plan.trials if trial.seed is not None}):
         first += f", each under {format_count(num_seeds, 'seed')}"
-    if baselines := {t.group or t.key for t in plan.trials if t.is_distilled_baseline}:
-        first += f"; {format_count(len(baselines), 'distilled baseline')}"
     if num_more := num_models(plan.trials) - plan.num_distinct:
         first += f"; {num_more:,} more that the search suggested"
 
@@ -543,20 +540,20 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
             "selection": sweep.selection,
             "control": settings.distillation.control,
             "elastic": sweep.elastic or None,
-            "distilled_baselines": sweep.distilled_baselines,
         }
         if choice == "budgets" or sweep.budget_unit != "evaluations":
             params["budget_unit"] = sweep.budget_unit
     if plan.kind == "search":
         params |= {f"search.{name}": value for name, value in settings.search}
     params["seeds"] = sweep.seeds
+    params["baseline_runs"] = sweep.baseline_runs
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
         return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
-    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    jobs = [t.job for t in plan.trials if t.job]
     shared = shared_parameters([job_parameters(job) for job in jobs])
     return {
         **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},

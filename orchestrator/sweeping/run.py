@@ -2,17 +2,14 @@
 
 Finished trials are read once, at the start, so the same command resumes after any interruption.
 Tune takes trials from a queue: one that measures the weights of another waits for it, and the
-suggestions of a search follow the plan's trials. One that another process runs stays in the queue
-until that process has ended or died, so two sweeps at the same time share the work. Whoever waits
-holds no lock and no CPUs, so two processes cannot wait for each other. MLflow shows each trial, and
-the front so far (`LiveSweep`). Milliseconds are measured last: trials would disturb the clock.
+suggestions of a search follow the plan's trials. One process at a time runs a sweep: its caller
+holds the lock of its folder. MLflow shows each trial, and the front so far (`LiveSweep`).
+Milliseconds are measured last: trials would disturb the clock.
 """
 
 from __future__ import annotations
 
-import os
 import queue
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,24 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.places import wait_for_gpus
 from orchestrator.cluster.ray import ray_cluster
-from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
-from orchestrator.planning.estimate import seconds_to_save
+from orchestrator.planning.estimate import note_saving
+from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, Status, status_after
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
-from orchestrator.reporting.front import Front, find_front
+from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
-from orchestrator.reporting.results import (
-    HYPERVOLUME_BY_GFLOPS,
-    HYPERVOLUME_BY_TRIALS,
-    MAX_CURVE_POINTS,
-    history_folder,
-    result_table,
-)
+from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.decode import with_costs, with_drafts
+from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.plan import (
     asha_rule,
     competing_trials,
@@ -52,20 +42,18 @@ from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.job import check_job, finished_outcome
-from orchestrator.training.teacher_cache import cache_plan, store_answers
+from orchestrator.training.job import check_job
 from orchestrator.training.watching import (
     JournalReader,
     describe_saved_state,
-    is_run_locked,
-    waiting_text,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.files import delete_folder, read_json, write_text
-from orchestrator.workspace.journal import Journal, now_ms, read_journal
+from orchestrator.workspace.files import read_json, write_text
+from orchestrator.workspace.journal import Journal, now_ms
 from orchestrator.workspace.layout import (
     JOB_NAME,
     PLAN_FILE,
+    RAY_FOLDER,
     STOPPED_NAME,
     Workspace,
     find_checkpoints,
@@ -81,7 +69,8 @@ MAX_NAMED = 3
 """Most running trials that the progress bar names."""
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
-FLOPS_PER_STEP = 1e9
+LIVE_FOLDER = "live"
+"""Folder in the sweep's with the picture of the front so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +86,7 @@ class SweepOutcome:
     stopped: dict[str, str]
     """Label -> reason of trials that were stopped early."""
     reused: frozenset[str]
-    """Keys of the trials that this call found finished: from before, or by another sweep."""
+    """Keys of the trials that this call found finished."""
 
 
 def run_plan(
@@ -133,29 +122,16 @@ def run_plan(
 
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
-    journal.event("started")
+    journal.event(STARTED_EVENT)
     journal.close()
     num_all = len(plan.trials) + (search.num_left if search else 0)
-    with LiveSweep(plan, settings, tracking, folder, num_trials=num_all) as live:
+    with LiveSweep(plan, settings, tracking, workspace, num_trials=num_all) as live:
         plan.write(folder / PLAN_FILE)
         live.on_results(*found.values())
         stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
-        # A trial that is only measured needs no teacher.
-        taught = [job for job in jobs if job.teacher_cache and finished_outcome(job) is None]
-        if search and settings.distillation.teacher_cache:
-            taught += search.jobs_left()
-        if taught:
-            # A teacher that runs in each trial is in the trials' own FLOPs.
-            device = trial_device(placed, workspace.root)
-            num_tokens, flops = store_answers(
-                taught, workspace.teachers, on_device=device, progress=progress
-            )
-            work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
-            if num_tokens:
-                live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search)
         try:
             _run_queue(trials, plan, placed, folder)
@@ -167,11 +143,10 @@ def run_plan(
                 new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
-        live.on_results(at_end=True)
-        if not trials.failures:  # A failed student will need them again.
-            for key in {stored.key for job in taught if (stored := cache_plan(job))}:
-                with suppress(OSError):
-                    delete_folder(workspace.teachers / key)
+        if trials.failures:
+            journal = Journal(folder)
+            journal.event(FAILED_EVENT, trials=[*trials.failures])
+            journal.close()
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -182,13 +157,12 @@ def run_plan(
             reasons = "; ".join(f"{label}: {reason}" for label, reason in trials.failures.items())
             raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = with_costs(results, plan, folder, settings, progress)
-        results = with_drafts(results, Path(plan.tokens_folder), folder, progress)
     return SweepOutcome(
         plan=plan,
         results=tuple(results),
         failures=trials.failures,
         stopped={label: stop.text for label, stop in trials.stopped.items()},
-        reused=frozenset(trials.found),
+        reused=frozenset(found),
     )
 
 
@@ -206,20 +180,17 @@ def _run_queue(trials: SweepQueue, plan: SweepPlan, placed: Settings, folder: Pa
             with ray_cluster(cluster, folder=folder, say=say):
                 from orchestrator.cluster import tune  # Ray reads its environment when imported.
 
-                if cluster.wait_for_gpus:
-                    wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
                 tune.run_trials(
-                    partial(run_trial, wait=False),
+                    run_trial,
                     trials,
-                    # One folder a process: the same sweep may run twice at the same time.
-                    folder / f"ray-{socket.gethostname()}-{os.getpid()}",
+                    folder / RAY_FOLDER,
                     sweep,
                     cluster,
                     num_trials=trials.num_ready,
                     scheduler=tune.AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
                 )
         if trials.search:
-            trials.search.enter(trials.results)  # With what another process has made.
+            trials.search.enter(trials.results)  # With those that an earlier call had suggested.
         trials.publish()
         progress.finish(trials.summary())
     except Interrupted:
@@ -251,26 +222,23 @@ class SweepQueue:
         """
         self.results, self.failures, self.search = dict(found), dict[str, str](), search
         self.progress, self.num_all = progress, live.num_trials
-        self.found, self.stopped = set(found), dict(stopped)
-        """Keys of the results that were not made here; label -> reason of what was stopped."""
+        self.stopped = dict(stopped)
+        """Label -> reason of what was stopped."""
         self.failed_while_stopping: dict[str, str] = {}
         self._live, self._num_before = live, len(found)
-        self._known = {*found, *(trial.key for trial in waiting)}
 
         def order(trial: Trial) -> tuple[bool, float]:
-            # The teacher comes first, because it spans the box of hypervolumes. Then the costly
-            # ones, so that none runs alone at the end; a training is three evaluations.
+            # The teacher comes first, because fronts are drawn beside it. Then the costly ones, so
+            # that none runs alone at the end; a training is three evaluations.
             work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)
             return trial.role != "teacher", -work
 
         self._waiting = sorted(waiting, key=order)
         self._taken: dict[str, Trial] = {}
         self._running: set[str] = set()
-        self._elsewhere: set[str] = set()
         self._interrupted: list[Trial] = []
         self._journals: dict[str, JournalReader] = {}
         self._ended: queue.SimpleQueue[tuple[Trial, Trial | None, str]] = queue.SimpleQueue()
-        self._has_told = False
 
     # Called in Tune's thread.
 
@@ -295,15 +263,9 @@ class SweepQueue:
         for trial in list(self._waiting):
             if self._lacks_weights(trial):
                 continue
-            if is_run_locked(Path(trial.folder)):
-                self._elsewhere.add(trial.key)
-                continue
             self._waiting.remove(trial)
             if trial.job is None and trial.is_elastic and not Path(str(trial.checkpoint)).is_dir():
                 self._end(trial, error="its weights are not trained")
-            elif trial.key in self._elsewhere and (result := trial.result()):
-                self.found.add(trial.key)
-                self._end(trial, result)
             else:
                 self._taken[trial.key] = trial
                 return trial
@@ -314,21 +276,15 @@ class SweepQueue:
                 return None  # The search learns from all of these.
             self.search.open(self.results)
         if suggested := self.search.suggest():
-            self._known.add(suggested.key)
             self._taken[suggested.key] = suggested
-            return suggested
-        # Another process may have suggested others, and may run them.
-        more = [trial for trial in self.search.suggested_trials() if trial.key not in self._known]
-        self._known |= {trial.key for trial in more}
-        self._waiting += more
-        return self.take() if more else None
+        return suggested
 
     def on_start(self, key: str) -> None:
         """Note that a trial has started."""
         self._running.add(key)
 
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        """Note how a trial ended; one that another process runs waits again."""
+        """Note how a trial ended; one whose process was asked to stop by others waits again."""
         trial = self._taken.pop(key)
         self._running.discard(key)
         if not result and stop_requested():
@@ -339,7 +295,6 @@ class SweepQueue:
             self.stopped[trial.label] = stop
             self._end(trial)
         else:
-            self._elsewhere.add(key)
             self._waiting.append(trial)
 
     def _end(self, trial: Trial, result: Trial | None = None, error: str = "") -> None:
@@ -361,6 +316,13 @@ class SweepQueue:
         return str(Path(trial.checkpoint).parent) in {o.folder for o in others if o.job}
 
     # Called in the main thread.
+
+    def start_again(self, reason: str) -> None:
+        """Put the trials back that were taken and have not ended, and say why."""
+        self._waiting = [*self._taken.values(), *self._waiting]
+        self._taken.clear()
+        self._running.clear()
+        self.progress.note(reason)
 
     @property
     def num_ended(self) -> int:
@@ -384,12 +346,6 @@ class SweepQueue:
         """Show what runs and what has ended."""
         self.publish()
         running = [trial for trial in list(self._taken.values()) if trial.key in self._running]
-        others = [trial for trial in list(self._waiting) if trial.key in self._elsewhere]
-        if others and not self._taken:
-            if not self._has_told:
-                self.progress.note(waiting_text([trial.label for trial in others]))
-                self._has_told = True
-            running = others
         shares = {}
         for trial in running:
             if trial.job:
@@ -411,17 +367,16 @@ class SweepQueue:
         text = f"{len(self.results)} of {self.num_all} trials are finished"
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
 
-    def seconds_to_save(self) -> float:
-        """Return the longest time until all running trials are saved."""
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any."""
         running = [trial for trial in self._taken.values() if trial.key in self._running]
-        jobs = [trial.job for trial in running if trial.job]
-        return seconds_to_save(jobs, self.progress.note) if running else 0.0
+        note_saving([trial.job for trial in running if trial.job], self.progress.note)
+        return bool(running)
 
     def summary(self) -> str:
         """Say in one line how the sweep ended."""
         counts = {
             "of them found finished": self._num_before,
-            "made by another process meanwhile": len(self.found) - self._num_before,
             "stopped early": len(self.stopped),
             "failed": len(self.failures),
         }
@@ -443,7 +398,7 @@ class LiveSweep:
         plan: SweepPlan,
         settings: Settings,
         tracking: Tracking,
-        folder: Path,
+        workspace: Workspace,
         *,
         num_trials: int,
         clock: Callable[[], float] = time.monotonic,
@@ -452,14 +407,20 @@ class LiveSweep:
 
         Its `num_trials` include those that a search will suggest.
         """
-        self._name, self.num_trials, self._tracking = plan.name, num_trials, tracking
-        self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
+        self.num_trials = num_trials
+        self._name = plan.name
+        self._tracking = tracking
+        self._workspace = workspace
+        self._folder = workspace.sweeps / plan.name
+        self._full = full_trial(plan)
         self._open: dict[str, Trial] = {}
+        self._measured: dict[str, Trial] = {}
         self._failures: dict[str, str] = {}
-        self._new_front: Front | None = None
-        self._clock, self._next_front = clock, clock()
+        self._has_new_results = False
+        self._clock = clock
+        self._next_front = clock()
         stored = tracking.stored("sweep", plan.key)
-        self._run = sweep_run(stored, plan.name, plan.key, folder)
+        self._run = sweep_run(stored, plan.name, plan.key, self._folder)
         self.change(
             status="RUNNING",
             params=sweep_parameters(plan, settings),
@@ -486,22 +447,31 @@ class LiveSweep:
         new = [trial for trial in running if trial.key not in self._open]
         self._open |= {trial.key: trial for trial in new}
         self._show(new, "RUNNING")
-        if self._new_front and self._clock() >= self._next_front:
-            num_measured, folder = self.history.num_measured, self.history.folder
-            notes = [f"{num_measured} of {self.num_trials} models are measured so far."]
-            notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
-            changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
-            self.change(**changes)
-            self._new_front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
+        if self._has_new_results and self._clock() >= self._next_front:
+            self._show_front()
 
-    def on_results(self, *results: Trial, at_end: bool = False) -> None:
-        """End the runs of measured trials, and show the front soon; `at_end`, no trial follows."""
+    def _show_front(self) -> None:
+        """Show the front so far, once the full model is measured."""
+        self._has_new_results = False
+        trials = [*self._measured.values()]
+        reason = reason_against_accuracy(self._workspace, trials)
+        front = find_front(result_table(trials), parse_axes(against_accuracy=reason))
+        if self._full.key not in self._measured or not front.members:
+            return
+        notes = [f"{len(self._measured)} of {self.num_trials} models are measured so far."]
+        notes += [f"{label} failed: {why}" for label, why in self._failures.items()]
+        notes += [reason] if reason else []
+        picture_folder = self._folder / LIVE_FOLDER
+        self.change(**front_so_far(front, name=self._name, notes=notes, folder=picture_folder))
+        self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
+
+    def on_results(self, *results: Trial) -> None:
+        """End the runs of measured trials, and show the front soon."""
         for result in results:
             self._open.pop(result.key, None)
-            self.history.add(result)
+            self._measured[result.key] = self._with_cost(result)
         self._show(results, "FINISHED")
-        if self.history.record(at_end=at_end):
-            self._new_front = self.history.front
+        self._has_new_results |= bool(results)
 
     def on_end(self, trial: Trial, status: Status, reason: str = "") -> None:
         """End the run of a trial without a result, as FAILED or KILLED."""
@@ -511,10 +481,9 @@ class LiveSweep:
         self._show([trial], status, reason)
 
     def close(self) -> None:
-        """End the runs of the trials that were running, but not of those that others run."""
+        """End the runs of the trials that were running."""
         for trial in list(self._open.values()):
-            if not is_run_locked(Path(trial.folder)):
-                self.on_end(trial, "KILLED")
+            self.on_end(trial, "KILLED")
 
     def _show(self, trials: Sequence[Trial], status: Status, reason: str = "") -> None:
         runs = []
@@ -523,8 +492,8 @@ class LiveSweep:
             journal = Path(trial.folder) if trial.job else None
             if not trial.job and trial.checkpoint and trial.role != "trial":
                 journal = Path(trial.checkpoint).parent
-            costed = self.history.with_cost(trial)
             ended: dict[str, Any] = {"status": status, "reason": reason}
+            costed = self._with_cost(trial)
             runs.append(trial_run(self._name, self._run.key, costed, journal, **ended))
             if status == "FINISHED" and journal and not trial.job:
                 # The run that showed it while it was trained for this sweep.
@@ -533,63 +502,6 @@ class LiveSweep:
                     self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(own.get("key")))
         self._tracking.publish(*runs)
 
-
-class FrontHistory:
-    """The front of a sweep while it runs, and a journal of its hypervolume, of NFE and accuracy.
-
-    That is a share of a box that the full model spans, against the number of finished models and
-    against the FLOPs of the sweep's own training.
-    """
-
-    def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
-        """Read the journal in `folder`; `num_trials` will be finished at the end."""
-        self.folder, self._full = folder, full_trial(plan)
-        self._results: dict[str, Trial] = {}
-        records, _ = read_journal(folder)
-        steps = [r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})]
-        self._last, self._interval = max(steps, default=0), max(1, num_trials // MAX_CURVE_POINTS)
-        self.front: Front | None = None
-        """The front that was recorded last."""
-
-    @property
-    def num_measured(self) -> int:
-        """Number of finished trials."""
-        return len(self._results)
-
-    def with_cost(self, trial: Trial) -> Trial:
+    def _with_cost(self, trial: Trial) -> Trial:
         """Return a trial with its exact cost."""
         return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))
-
-    def add(self, result: Trial) -> None:
-        """Take in a measured trial; one that is known already changes nothing."""
-        self._results[result.key] = self.with_cost(result)
-
-    def record(self, *, at_end: bool = False) -> bool:
-        """Record the hypervolume of the trials that are finished now; return whether it was.
-
-        It is not while the full model is not measured, if that has no accuracy, or if too few
-        trials were finished since the last time; the last point is always recorded.
-        """
-        if self.num_measured < self._last + (1 if at_end else self._interval):
-            return False
-        front = find_front(result_table([*self._results.values()]))
-        if front.hypervolume is None or self._full.key not in self._results:
-            return False
-        # A first stage in common counts for the model that made it.
-        flops = sum(
-            trial.numbers.get("train/flops", 0.0) - trial.numbers.get("train/shared_flops", 0.0)
-            for trial in self._results.values()
-            if trial.job
-        )
-        numbers = {
-            HYPERVOLUME_BY_TRIALS: front.hypervolume,
-            "sweep/front_size": len(front.members),
-            "sweep/training_flops": flops,
-        }
-        journal = Journal(self.folder)
-        journal.metrics(self.num_measured, numbers)
-        by_flops = {HYPERVOLUME_BY_GFLOPS: front.hypervolume}
-        journal.metrics(round(flops / FLOPS_PER_STEP), by_flops)
-        journal.close()
-        self._last, self.front = self.num_measured, front
-        return True

@@ -26,9 +26,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
-from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error
+from orchestrator.workspace.files import damage_named, damaged
 
 STUDY_FILE = "optuna.journal"
 GENERATION = "NSGAIISampler:generation"
@@ -87,8 +86,6 @@ class ScheduleSearch:
     @property
     def num_left(self) -> int:
         """Number of those that are not suggested yet."""
-        if self._study:
-            self._read(self._study)  # Another process may search, too.
         return max(0, self.num_wanted - (len(self._trials) - self._num_given))
 
     @property
@@ -108,7 +105,7 @@ class ScheduleSearch:
         return self._study is not None
 
     def suggested_trials(self) -> list[Trial]:
-        """Return the trials that were suggested so far, also by another process."""
+        """Return the trials that were suggested so far."""
         return [*self._trials.values()][self._num_given :]
 
     def jobs_left(self) -> list[TrainingJob]:
@@ -152,9 +149,7 @@ class ScheduleSearch:
             self._read(study)
             study.sampler = _sampler(self._settings, self._num_given, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
-                trial = self._trials.get(self._schedule(stored))
-                if self._is_whole(stored) and trial and not is_run_locked(Path(trial.folder)):
-                    study.tell(stored.number, state=TrialState.FAIL)
+                study.tell(stored.number, state=TrialState.FAIL)
             self._study = study
             self.enter(results)
 
@@ -234,12 +229,11 @@ class ScheduleSearch:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        remedy = "delete it; finished trials enter the new one"
         try:
-            with damage_as_user_error(self._path, remedy=remedy):
+            with damage_named(self._path):
                 yield
         except (AssertionError, OptunaError) as error:
-            raise UserError(f"{self._path} is damaged ({error!r}); {remedy}") from None
+            raise damaged(self._path, repr(error)) from None
 
 
 def _sampler(

@@ -3,7 +3,7 @@
 A trial's key is the hash of all that determines its result, and its folder is named by the hash of
 all that determines its weights. So any sweep or restart finds finished trials, and other tasks are
 measured with the same weights. Of elastic weights, the trial of the full schedule trains them, and
-those of the others wait for its checkpoint. Distilled baselines are other ways to save FLOPs.
+those of the others wait for its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from iiet.config import DistillationConfig, ModelConfig
-from iiet.cost import inference_cost
 from iiet.pruning import (
     Cost,
     FamilyMember,
@@ -27,27 +26,22 @@ from iiet.pruning import (
     spread_over_cost,
 )
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import load_config, load_provenance, weights_key
+from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial, TrialSuite
 from orchestrator.settings import (
-    BASELINE_METHOD,
     DistillationSettings,
     ElasticSettings,
     Settings,
     SweepSettings,
     TrainingSettings,
 )
-from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
 from orchestrator.sweeping.models import (
     STUDENTS_SECTION,
-    ModelVariant,
-    learning_rates,
     schedule_cost,
 )
 from orchestrator.terminal.render import format_count
-from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.workspace.errors import UserError
@@ -77,7 +71,7 @@ def choose_members(
             if member.threshold_above < threshold <= member.threshold_up_to
         }
     elif sweep.budgets:
-        wanted = {family.within(most, of=cost) for most in sweep.budgets}
+        wanted = {family.within_cost(most, cost) for most in sweep.budgets}
     else:
         number = min(sweep.num_schedules, len(family))
         wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
@@ -134,15 +128,13 @@ def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
     )
 
 
-def distillation_job(
-    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
-) -> TrainingJob:
-    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+def student_config(teacher: Path, schedule: str) -> ModelConfig:
+    """Return a teacher's configuration under the schedule of a student.
 
     Raises:
-        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+        UserError: If the schedule does not fit the teacher.
     """
-    full, distillation = load_config(teacher), settings.distillation
+    full = load_config(teacher)
     try:
         wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
         config = replace(full, schedule=wanted)
@@ -153,12 +145,35 @@ def distillation_job(
             f"the schedule {wanted} asks for more corrections than the teacher makes, "
             f"{full.corrections}"
         )
+    return config
+
+
+def distillation_job(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    tokens: Path,
+    kept_layers: tuple[int, ...] | None = None,
+) -> TrainingJob:
+    """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
+
+    Args:
+        kept_layers: Numbers of the teacher's layers that the student has, the first being 0; all
+            when unset.
+
+    Raises:
+        UserError: If the control trains nothing.
+    """
+    distillation = settings.distillation
     job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
     if job is None:
         raise UserError(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
+    if job.initial_folder:  # Random weights have no layers to keep.
+        job = job.model_copy(update={"kept_layers": kept_layers})
     return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
 
 
@@ -168,17 +183,12 @@ def student_estimate(
     """Return what a student takes whose teacher need not be trained."""
     is_distilled = settings.distillation.control == "distill"
     loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
-    from orchestrator.training.teacher_cache import answers_plan  # Imports PyTorch.
-
-    cache = answers_plan(teacher, recipe, loss)
     return Estimate(
         config=config,
         recipe=recipe,
         section=STUDENTS_SECTION,
         teacher=teacher if is_distilled else None,
         loss=loss,
-        cache=cache if is_distilled else None,
-        is_bound=True,
     )
 
 
@@ -195,24 +205,14 @@ def unknown_students(settings: Settings, teacher: ModelConfig) -> tuple[list[Est
         number = min(number + settings.search.num_trials, teacher.corrections.num_within)
     counts = format_count(number if is_pruned else number * num_seeds, "student")
     models: list[tuple[ModelConfig, TrainingSettings]] = []
-    if not is_pruned and (sweep.compare or not sweep.elastic):
+    if not is_pruned and not sweep.elastic:
         models += [(teacher, recipe)] * number
     if sweep.elastic:
         # Each step trains the full schedule and those that are drawn: as so many students.
         passes = 1 + (recipe.elastic or ElasticSettings()).num_drawn
         steps = sweep.elastic_steps or recipe.num_steps
         models += [(teacher, recipe.model_copy(update={"num_steps": steps}))] * passes
-        beside = f", and {counts}" if sweep.compare else ""
-        counts = f"{format_count(num_seeds, 'elastic training')}{beside}"
-    kinds, most = {*sweep.distilled_baselines}, sweep.num_distilled_baselines
-    if kinds:
-        counts += f" and {format_count(len(kinds) * most * num_seeds, 'distilled baseline')}"
-    if "fewer_layers" in kinds:
-        models += [(teacher, recipe)] * most
-    if "vanilla" in kinds:
-        num_tokens = settings.training.num_steps * settings.training.num_tokens_per_step
-        costliest = baseline_candidates("vanilla", teacher)[-1].config
-        models += [(costliest, vanilla_recipe(settings, num_tokens))] * most
+        counts = format_count(num_seeds, "elastic training")
     trainings = [
         student_estimate(
             settings, teacher, config, own.model_copy(update={"seed": seed, "elastic": None})
@@ -244,19 +244,6 @@ def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> Dist
         "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
     }
     return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
-
-
-def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:
-    """Return how distilled vanilla models train: as students, but from random weights.
-
-    So they take the learning rate of vanilla models that are trained from scratch, and train on as
-    many tokens as the students' weights have seen: the teacher's and their own.
-    """
-    recipe = settings.distillation.training
-    rate = learning_rates(settings, ModelVariant(method=BASELINE_METHOD))[0]
-    own_steps = recipe.num_steps + math.ceil(teacher_tokens / recipe.num_tokens_per_step)
-    steps = settings.sweep.distilled_vanilla_steps or min(own_steps, MAX_STEPS)
-    return recipe.model_copy(update={"learning_rate": rate, "num_steps": steps})
 
 
 # Trials
@@ -298,7 +285,7 @@ def checkpoint_trial(
 
 @dataclass(frozen=True)
 class Students:
-    """The trials of one teacher's students, and of what is distilled beside them."""
+    """The trials of one teacher's students, and of the baselines beside them."""
 
     settings: Settings
     """Sections `sweep` and `distillation` count."""
@@ -342,21 +329,18 @@ class Students:
         return choose_members(self.influence, sweep, cost=cost)
 
     def trials(self) -> list[Trial]:
-        """Return the trials of the teacher, elastic weights, students, and all baselines.
-
-        Elastic weights take the students' place, unless the two are compared.
-        """
+        """Return the trials of the teacher, of elastic weights or students, and of baselines."""
         sweep = self.settings.sweep
         found = [self._measured("teacher", self.name or "teacher", self.teacher, self.full)]
         if self.influence and sweep.elastic:
             found += self._elastic_trials()
-        if not sweep.elastic or sweep.compare:
+        if not sweep.elastic:
             is_trained = self.settings.distillation.control != "pruned"
             for seed in self.seeds if is_trained else (self.seed,):
                 found += [self.student(member, seed) for member in self.members]
         for label, folder in self.baselines.items():
             found.append(self._measured("baseline", label, folder, load_config(folder)))
-        return found + (self._distilled_baselines() if self.influence else [])
+        return found
 
     def _measured(self, role: Role, label: str, checkpoint: Path, config: ModelConfig) -> Trial:
         where = self.suite, self.workspace
@@ -364,10 +348,7 @@ class Students:
 
     def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
         tokens = self.suite.tokens_folder
-        job = student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
-        if job and job.objective == "distill" and distillation.teacher_cache:
-            return job.model_copy(update={"teacher_cache": str(self.workspace.teachers)})
-        return job
+        return student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
 
     def _trained(
         self, role: Role, label: str, job: TrainingJob, seed: int | None, **fields: Any
@@ -452,99 +433,7 @@ class Students:
                 )
         return trials
 
-    def _distilled_baselines(self) -> list[Trial]:
-        """Return the trials of the baselines that the sweep distills, with each of its seeds."""
-        provenance = load_provenance(self.teacher)
-        per_step = provenance.get("recipe", {}).get("num_tokens_per_step", 0)
-        num_tokens = int(provenance.get("step", 0) * per_step)
-        sweep, influence, trials = self.settings.sweep, self.influence, []
-        assert influence is not None
-        for seed in self.seeds:
-            for baseline in choose_distilled_baselines(sweep, self.full, self.members, influence):
-                job = self._job(without_elastic(self.settings).distillation, baseline.config)
-                assert job is not None, "check_sweep refuses controls"
-                own: dict[str, Any] = {"kept_layers": baseline.kept_layers}
-                if baseline.kept_layers is None:
-                    own = {"recipe": vanilla_recipe(self.settings, num_tokens)}
-                    own["initial_folder"] = None
-                job = job.model_copy(update=own)
-                trials.append(self._trained("baseline", baseline.label, job, seed))
-        return trials
-
 
 def _thresholds(member: FamilyMember | None) -> dict[str, float | None]:
     names = "threshold_above", "threshold_up_to"
     return {name: getattr(member, name) for name in names if member}
-
-
-class DistilledBaseline(NamedTuple):
-    """A baseline that learns from the teacher as its students do."""
-
-    label: str
-    """Name in tables and figures."""
-    config: ModelConfig
-    """The model."""
-    kept_layers: tuple[int, ...] | None = None
-    """Layers of the teacher that it starts from; None starts from random weights."""
-
-
-def choose_distilled_baselines(
-    sweep: SweepSettings,
-    full: ModelConfig,
-    members: Sequence[FamilyMember],
-    influence: InfluenceTable,
-) -> list[DistilledBaseline]:
-    """Return the baselines that a sweep asks for, cheapest first within each kind.
-
-    For each student the one whose FLOPs per decoded token are nearest is taken, and of these the
-    number asked for, spread from the cheapest to the costliest. The teacher's own schedule counts
-    only if it is the only one.
-    """
-
-    if not sweep.distilled_baselines:
-        return []
-
-    def flops(config: ModelConfig) -> float:
-        return inference_cost(config).decode_flops_per_token
-
-    schedules, most = {member.schedule for member in members}, sweep.num_distilled_baselines
-    cheaper = (schedules - {full.schedule}) or schedules
-    costs = [flops(replace(full, schedule=schedule)) for schedule in cheaper]
-    found: list[DistilledBaseline] = []
-    for kind in dict.fromkeys(sweep.distilled_baselines):
-        candidates = baseline_candidates(kind, full, influence)
-        own = [flops(candidate.config) for candidate in candidates]
-        nearest = sorted({min(range(len(own)), key=lambda n: abs(own[n] - cost)) for cost in costs})
-        if len(nearest) > most:
-            last = len(nearest) - 1
-            places = [round(n * last / (most - 1)) for n in range(most)] if most > 1 else []
-            nearest = [nearest[place] for place in places or [len(nearest) // 2]]
-        found += [candidates[number] for number in nearest]
-    return found
-
-
-def baseline_candidates(
-    kind: str, full: ModelConfig, influence: InfluenceTable | None = None
-) -> list[DistilledBaseline]:
-    """Return the baselines of a kind: vanilla models of one layer up to the teacher's evaluations,
-    or the teacher with one layer, with two, and so on; not with all.
-    """
-    if kind == "vanilla":
-        vanilla = replace(full, method=BASELINE_METHOD, method_options=None, schedule=None)
-        return [
-            DistilledBaseline(
-                f"{BASELINE_METHOD}, {format_count(count, 'layer')}, distilled",
-                replace(vanilla, num_layers=count),
-            )
-            for count in range(1, 1 + min(MAX_LAYERS, sum(full.evaluations_per_layer())))
-        ]
-    assert influence, "it says which layers are important"
-    kept = [
-        most_important_layers(influence.layer_values, count) for count in range(1, full.num_layers)
-    ]
-    return [
-        DistilledBaseline(
-            f"{len(layers)} of {full.num_layers} layers", kept_config(full, layers), layers
-        )
-        for layers in kept
-    ]

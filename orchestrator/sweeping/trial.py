@@ -33,19 +33,18 @@ if TYPE_CHECKING:
     from orchestrator.cluster.tune import TrialPlace
 
 
-def run_trial(trial: Trial, place: TrialPlace | None = None, *, wait: bool = True) -> Trial | None:
+def run_trial(trial: Trial, place: TrialPlace | None = None) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
-    The folder is locked until the result is written, so two sweeps at once make no trial twice.
+    The folder is locked until the result is written: a trial of another sweep that is the same
+    waits for this one, so none is made twice.
 
     Args:
         trial: What is trained and measured.
         place: Where; in this process, on the CPU, when unset.
-        wait: Wait for another process that runs this trial.
 
     Returns:
-        The trial with what was measured; None if another process runs it and `wait` is unset, after
-        a request to stop, or if it was stopped early.
+        The trial with what was measured; None after a request to stop, or if it was stopped early.
     """
     folder, is_beaten = Path(trial.folder), False
     verdict = folder / STOPPED_NAME
@@ -56,7 +55,7 @@ def run_trial(trial: Trial, place: TrialPlace | None = None, *, wait: bool = Tru
             place.report(step, numbers)
         is_beaten = verdict.exists()
 
-    with lock_run_folder(folder, wait=wait) as is_ours:
+    with lock_run_folder(folder, wait=True) as is_ours:
         if not is_ours:
             return None
         if finished := trial.result():

@@ -1,17 +1,17 @@
 """Progress of one task at a time: a bar on a terminal, plain lines elsewhere, one line at the end.
 
 Elsewhere is a pipe or a log file: a plain line appears every few seconds, also while nothing is
-reported, so that a slow task does not look dead. Where it is known how long the tasks of a command
-are expected to take, the first units of one tell how fast this machine is, and so what is left of
-all of them.
+reported, so that a slow task does not look dead. How much time is left is said once units have been
+counted for a while: what comes before the first one (processes that start, a compiler) says nothing
+about the speed of the others.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -25,8 +25,8 @@ from orchestrator.workspace.errors import mask_secrets
 
 SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
-LEAST_SECONDS = 10.0
-"""A task that is expected to take less says little about the speed of this machine."""
+SECONDS_TO_MEASURE = 10.0
+"""Units are counted for so long before they say how much time is left."""
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -36,16 +36,14 @@ class Progress(AbstractContextManager["Progress"]):
     _title, _state = "", ""
     _total: float | None = None
     _started, _printed = 0.0, 0.0
-    _first: tuple[float, float] | None = None
-    """When units were first reported, and how many; a task that resumes begins with some."""
+    _units_before: float | None = None
+    """Units of the first report; a task that resumes begins with some."""
+    _counted_from: tuple[float, float] | None = None
+    """When the first new units were reported, and how many there were then."""
     _bar: Bar | None = None
     _repeating: threading.Event | None = None
     """Ends the thread that repeats the last plain line of a silent task."""
     _printing = threading.Lock()
-    expected: Mapping[str, float] = {}
-    """First word of a task's title -> how many seconds it is expected to take; in their order."""
-    _slowness = 1.0
-    """How many times as long as expected the last long task took."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -54,7 +52,7 @@ class Progress(AbstractContextManager["Progress"]):
         """Begin a task of `total` units; None if the total is not known."""
         self.close()
         self._title, self._total, self._started = title, total, time.monotonic()
-        self._first = None
+        self._units_before = self._counted_from = None
         if self._console and self._console.is_terminal:
             text = partial(TextColumn, markup=False)
             self._bar = Bar(
@@ -80,7 +78,8 @@ class Progress(AbstractContextManager["Progress"]):
         """Report the units done since the start, and a few words, such as the current loss.
 
         Args:
-            seconds_left: Remaining time, if it does not follow from the units.
+            seconds_left: Remaining time, if it does not follow from the units; NaN while it is not
+                known.
         """
         left = self._time_left(done, seconds_left)
         if self._bar:
@@ -105,10 +104,7 @@ class Progress(AbstractContextManager["Progress"]):
             if self._console.is_terminal:
                 title = Text.assemble(("✓", "green"), " ", (self._title, "bold"))
             duration = format_duration(round(time.monotonic() - self._started))
-            if self._expected:
-                duration += f", {format_duration(round(self._expected))} expected"
             print_line(self._console, title.append(f" {summary} ({duration})"))
-        self._slowness = self._slowness_if(0.0)
 
     def close(self) -> None:
         """Stop drawing, also after an error."""
@@ -121,36 +117,23 @@ class Progress(AbstractContextManager["Progress"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _stage(self) -> str:
-        return self._title.partition(" ")[0]
-
-    @property
-    def _expected(self) -> float:
-        return self.expected.get(self._stage, 0.0) * self._slowness
-
     def _time_left(self, done: float, seconds_left: float | None) -> str:
-        """Return such as "40 s left", or "3 min left in all" if other tasks follow."""
+        """Return such as "40 s left"; empty while there is too little to measure by."""
         now = time.monotonic()
-        begun, first = self._first = self._first or (now, done)
-        if seconds_left is None and self._total and done > first:
-            seconds_left = (now - begun) * (self._total - done) / (done - first)
-        elif seconds_left is None and self._expected:
-            seconds_left = max(0.0, self._expected - (now - self._started))
-        if seconds_left is None:
+        if self._units_before is None:
+            self._units_before = done
+        if self._counted_from is None:
+            if done > self._units_before:
+                self._counted_from = (now, done)
             return ""
-        slowness = self._slowness_if(seconds_left) if done else self._slowness
-        names = [*self.expected]
-        after = names[names.index(self._stage) + 1 :] if self._stage in names else []
-        rest = slowness * sum(self.expected[name] for name in after)
-        return f"{format_duration(round(seconds_left + rest))} left{' in all' if rest else ''}"
-
-    def _slowness_if(self, seconds_left: float) -> float:
-        """Return how slow this machine is if this task ends so many seconds from now."""
-        expected = self.expected.get(self._stage, 0.0)
-        if expected < LEAST_SECONDS:
-            return self._slowness
-        return (time.monotonic() - self._started + seconds_left) / expected
+        begun, first = self._counted_from
+        if now - begun < SECONDS_TO_MEASURE or done <= first:
+            return ""
+        if seconds_left is None and self._total:
+            seconds_left = (now - begun) * (self._total - done) / (done - first)
+        if seconds_left is None or math.isnan(seconds_left):
+            return ""
+        return f"{format_duration(round(seconds_left))} left"
 
     def _repeat_line(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_SECONDS):
@@ -164,10 +147,8 @@ class Progress(AbstractContextManager["Progress"]):
             now = time.monotonic()
             if self._console and now - self._printed >= SECONDS_BETWEEN_LINES:
                 self._printed = now
-                seconds = f"{format_duration(round(now - self._started))} so far"
-                if self._expected:
-                    seconds += f" of about {format_duration(round(self._expected))}"
-                state = ", ".join(filter(None, (self._state, seconds)))
+                elapsed = f"{format_duration(round(now - self._started))} so far"
+                state = ", ".join(filter(None, (self._state, elapsed)))
                 print_line(self._console, f"  {self._title}: {state}")
 
     def _count(self, done: float) -> str:

@@ -21,6 +21,9 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.2
+SECONDS_TO_SAVE = 480.0
+"""Longest wait for jobs that were asked to save, where nobody sits at the terminal to end it: less
+than the ten minutes that the examples for SLURM and Kubernetes give."""
 
 T = TypeVar("T")
 
@@ -83,11 +86,23 @@ def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator
 def run_interruptibly(
     work: Callable[[], T],
     *,
-    ask_to_stop: Callable[[], float],
+    ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
 ) -> T:
     """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
+    with stop_on_signals():
+        future = start_thread(work)
+        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
+    return result
+
+
+def start_thread(work: Callable[[], T]) -> Future[T]:
+    """Run a function in a daemon thread.
+
+    A thread that waits for Ray may wait for ever once Ray has ended. A daemon thread then does not
+    keep the process alive, as the threads of a `ThreadPoolExecutor` do.
+    """
     future: Future[T] = Future()
 
     def fulfil() -> None:
@@ -96,16 +111,14 @@ def run_interruptibly(
         except BaseException as error:
             future.set_exception(error)
 
-    with stop_on_signals():
-        threading.Thread(target=fulfil, daemon=True).start()
-        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
-    return result
+    threading.Thread(target=fulfil, daemon=True).start()
+    return future
 
 
 def wait_for_work(
     futures: Sequence[Future[T]],
     *,
-    ask_to_stop: Callable[[], float],
+    ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
 ) -> list[T]:
@@ -115,25 +128,27 @@ def wait_for_work(
 
     Args:
         futures: The jobs; they end soon after `ask_to_stop`.
-        ask_to_stop: Called once, at the request; returns the longest time that saving takes, in
-            seconds, or 0 if there is no state to save.
+        ask_to_stop: Called once, at the request; returns whether there is state to save, which is
+            waited for.
         saved: Returns what is saved, such as "saved at step 40"; called after a request, when the
             error is shown.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
 
     Raises:
-        Interrupted: After a request, at the latest when the state should be saved, or after a
-            second signal. Work that is still running ends with the cluster.
+        Interrupted: After a request, at the latest after `SECONDS_TO_SAVE` or a second signal. Work
+            that is still running ends with the cluster.
         Exception: The first failed job's own; after a request, its text also says what is saved.
     """
-    seconds, deadline, is_over = 0.0, math.inf, False
+    must_save = False
+    deadline = math.inf
+    is_over = False
     try:
         while not (is_over := all(future.done() for future in futures)):
+            if stop_requested() and deadline == math.inf:
+                must_save = ask_to_stop()
+                deadline = time.monotonic() + (SECONDS_TO_SAVE if must_save else 0.0)
             if len(_signals) > 1 or time.monotonic() > deadline:
                 break
-            if stop_requested() and deadline == math.inf:
-                seconds = ask_to_stop()
-                deadline = time.monotonic() + seconds
             wait(futures, timeout=POLL_SECONDS)
             if watch:
                 watch()
@@ -144,8 +159,7 @@ def wait_for_work(
         raise
     if not stop_requested():
         return results
-    in_time = is_over or not seconds
-    raise Interrupted(lambda: interruption_text(saved(), in_time=in_time))
+    raise Interrupted(lambda: interruption_text(saved(), in_time=is_over or not must_save))
 
 
 def wait_interruptibly(

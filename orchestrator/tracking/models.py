@@ -3,15 +3,16 @@
 A logged model is found by its key, so publishing again makes no second one. It links the metrics of
 its runs with the data that they were measured on. Its weights stay in the workspace, which MLflow
 calls an external model, until `register` stores an exported folder with it.
+
+The folder is stored as it is, without a flavor of MLflow. `mlflow.transformers` takes a folder only
+together with a transformers 4. It takes a model in memory, too; that would need the weights a
+second time, and would store model and tokenizer apart, without card and manifest.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import warnings
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,15 +28,12 @@ from orchestrator.records.tracked_run import (
     TrackedRun,
     tag_filter,
 )
-from orchestrator.tracking import served_model
 from orchestrator.tracking.store import KEY_TAG, Point, StoredRun, valid_name
 from orchestrator.workspace.layout import portable_path, workspace_root
-from orchestrator.workspace.provenance import file_digest
 
 EXTERNAL_TAG = "mlflow.model.isExternal"
 VERSIONS_TAG = "mlflow.modelVersions"
 CHECKPOINT_PARAM = "checkpoint"
-REQUIRED_PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def log_model(client: MlflowClient, run: StoredRun, shown: TrackedRun) -> None:
@@ -76,9 +74,7 @@ def register(
     stored = _logged_model(client, run, given.model)
     if EXTERNAL_TAG in stored.tags:
         client.log_model_artifacts(stored.model_id, given.folder)
-        with TemporaryDirectory() as folder:
-            write_flavor(Path(folder, "flavor"), given, stored.model_id, run.id)
-            client.log_model_artifacts(stored.model_id, str(Path(folder, "flavor")))
+        _write_model_file(client, stored.model_id, run.id, is_external=False)
         # The last step: after a crash, the files are stored again.
         client.delete_logged_model_tag(stored.model_id, EXTERNAL_TAG)
 
@@ -113,51 +109,6 @@ def register(
         client.set_registered_model_alias(name, given.alias, version.version)
 
 
-def write_flavor(folder: Path, given: RegisteredModel, model_id: str, run_id: str) -> None:
-    """Write the files that let `mlflow.pyfunc.load_model` load an exported model from its folder.
-
-    `MLmodel` names the loader (`served_model.py`, which is copied into `code/`), the signature, an
-    example and the required versions. Transformers still loads the folder.
-    """
-    with warnings.catch_warnings():  # MLflow warns of its own types.
-        warnings.simplefilter("ignore")
-        from mlflow.models import Model, ModelSignature
-        from mlflow.pyfunc import save_model  # Takes seconds.
-        from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    config = json.loads(Path(given.folder, "config.json").read_text(encoding="utf-8"))
-    has_corrections = config.get("corrections") is not None
-    kinds = {int: "long", float: "double", str: "string"}
-    signature = ModelSignature(
-        inputs=Schema([ColSpec("string")]),
-        # The parameter `output` names the column that is returned.
-        outputs=Schema([ColSpec(k, n, required=False) for n, k in served_model.OUTPUTS.items()]),
-        params=ParamSchema(
-            [
-                ParamSpec(name, kinds[type(value)], value)
-                for name, value in served_model.PARAMS.items()
-                if has_corrections or name not in served_model.SCHEDULE_PARAMS
-            ]
-        ),
-    )
-    # A process imports a module once. By its content, it gets the one of each model's own version.
-    loader = f"iiet_served_model_{file_digest(Path(served_model.__file__))[:12]}"
-    with TemporaryDirectory() as code:
-        shutil.copyfile(served_model.__file__, Path(code, f"{loader}.py"))
-        save_model(
-            str(folder),
-            loader_module=loader,
-            code_paths=[str(Path(code, f"{loader}.py"))],
-            signature=signature,
-            input_example=[given.example],
-            # MLflow would load the model to find these. Builds such as +cpu are not on PyPI.
-            pip_requirements=[
-                f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIRED_PACKAGES
-            ],
-            mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
-        )
-
-
 def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> LoggedModel:
     """Find or create a logged model, as an output of the run."""
     found = client.search_logged_models([run.experiment_id], tag_filter({KEY_TAG: given.key}))
@@ -186,16 +137,27 @@ def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> 
         if not outputs or model.model_id not in [o.model_id for o in outputs.model_outputs]:
             client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
     if model.status != LoggedModelStatus.READY:
-        # As MLflow does: `mlflow.pyfunc.load_model` then says that it does not hold the files.
-        external: dict[str, Any] = {
-            "model_id": model.model_id,
-            "model_uuid": model.model_id,
-            "run_id": run.id,
-        }
-        external |= {"flavors": {}, "metadata": {EXTERNAL_TAG: True}}
-        with TemporaryDirectory() as folder:
-            path = Path(folder, "MLmodel")
-            path.write_text(yaml.safe_dump(external), encoding="utf-8")
-            client.log_model_artifact(model.model_id, str(path))
+        _write_model_file(client, model.model_id, run.id, is_external=True)
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model
+
+
+def _write_model_file(
+    client: MlflowClient, model_id: str, run_id: str, *, is_external: bool
+) -> None:
+    """Write the file `MLmodel` of a logged model, which every model of MLflow has.
+
+    Of an external model, MLflow then says that it does not hold the files.
+    """
+    values: dict[str, Any] = {
+        "model_id": model_id,
+        "model_uuid": model_id,
+        "run_id": run_id,
+        "flavors": {},
+    }
+    if is_external:
+        values["metadata"] = {EXTERNAL_TAG: True}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "MLmodel")
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        client.log_model_artifact(model_id, str(path))

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -26,10 +26,8 @@ from orchestrator.records.tracked_run import (
     TrackedRun,
     tag_filter,
 )
-from orchestrator.settings import MLFLOW
 from orchestrator.tracking import models
 from orchestrator.tracking.chart_view import ChartView
-from orchestrator.tracking.loggers import LoggedRuns
 from orchestrator.tracking.store import (
     FAILURES,
     KEY_TAG,
@@ -141,23 +139,16 @@ Warn = Callable[[str], None]
 class Tracking:
     """One experiment. Only `wait` and what returns something wait for the store."""
 
-    def __init__(
-        self, workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
-    ) -> None:
+    def __init__(self, workspace: Workspace, *, warn: Warn | None = None) -> None:
         """Name the store; `open_tracking` also connects.
 
         Args:
             warn: Called once when the store stops responding, and for what it refuses (default: a
                 log message).
-            loggers: As the setting; those beside `mlflow` get the runs, too.
-
-        Raises:
-            UserError: If the package of a logger is missing or broken.
         """
         self.store, self._workspace = Store(workspace), workspace
         self._warn = warn or logging.getLogger(__name__).warning
-        self._loggers = {n: LoggedRuns(n, workspace.root) for n in loggers if n != MLFLOW}
-        self._publisher = Publisher(self._publish)
+        self._publisher = Publisher(self.publish_now)
         self._pause_seconds = self._paused_until = 0.0
         self._has_lost = False
         self.copied: CopiedStoreError | None = None
@@ -189,20 +180,6 @@ class Tracking:
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
         return TrackedRun.stored(self._workspace, kind, key, parent)
-
-    def _publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
-        for name, logger in list(self._loggers.items()):
-            try:
-                for run in runs:
-                    if run.status != "WITHDRAWN":
-                        logger.log(run)
-            except Exception as error:  # A logger runs its own code.
-                del self._loggers[name]
-                self._warn(
-                    f"the logger {name} cannot log to {logger.folder} "
-                    f"({first_line(error, with_type=True)}); the work continues without it"
-                )
-        yield from self.publish_now(runs)
 
     def publish_now(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
         """Show runs in MLflow; yields after each whether it is shown, or refused for good."""
@@ -363,9 +340,7 @@ class Tracking:
         return found
 
 
-def open_tracking(
-    workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
-) -> Tracking:
+def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking:
     """Open the workspace's store; create its database and experiment if they are missing.
 
     Call it once before workers start. A server is connected to when the first run is published; one
@@ -374,7 +349,7 @@ def open_tracking(
     Raises:
         UserError: If the address is not one of MLflow's, or the local store is damaged.
     """
-    tracking = Tracking(workspace, warn=warn, loggers=loggers)
+    tracking = Tracking(workspace, warn=warn)
     if tracking.store.is_remote:
         return tracking
     uri = tracking.store.public_uri

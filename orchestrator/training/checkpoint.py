@@ -34,7 +34,6 @@ from orchestrator.models.folder import (
     FIRST_STAGE,
     JOB_KEY,
     METHOD_PACKAGE,
-    REMEDY,
     TOKENIZER,
     TRAINING_STATE,
     read_text_files,
@@ -49,18 +48,13 @@ from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
     checksums_of,
-    damage_as_user_error,
     delete_folder,
     new_folder,
-    read_json,
-    write_json,
 )
 from orchestrator.workspace.layout import (
-    BEST,
     PROVENANCE,
     checkpoint_name,
     find_checkpoints,
-    is_valid_name,
 )
 from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
 
@@ -88,8 +82,6 @@ class Position:
     """Time spent in steps, without validation and saving."""
     validation_loss: float = math.nan
     """Latest validation loss; NaN before the first."""
-    validated_step: int = 0
-    """Steps done at that validation."""
     num_skipped: int = 0
     """Steps without an update, because loss or gradient were bad."""
     num_skipped_in_row: int = 0
@@ -146,38 +138,12 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     except UnpicklingError:
         raise UserError(
             f"{file} holds objects that are neither tensors nor plain values, which could run "
-            f"code, so it is not loaded; {REMEDY}"
+            "code, so it is not loaded; copy the checkpoint here again, or move its folder away"
         ) from None
     return state
 
 
-def best_checkpoint(run_folder: Path) -> Path | None:
-    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
-    name = (read_json(run_folder / BEST) or {}).get("checkpoint")
-    folder = run_folder / str(name)
-    return folder if is_valid_name(name) and folder.is_dir() else None
-
-
-def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
-    """Record a checkpoint in `best.json`, unless the one there is at least as good or the loss is
-    not finite.
-    """
-    path = checkpoint.parent / BEST
-    best = read_json(path) if best_checkpoint(checkpoint.parent) else None
-    with damage_as_user_error(path):
-        is_better = best is None or validation_loss < best["validation_loss"]
-    if is_better and math.isfinite(validation_loss):
-        found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
-        write_json(path, found)
-
-
-def prune_checkpoints(
-    run_folder: Path, num_kept: int, *, keep: Collection[Path | None] = ()
-) -> None:
+def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Collection[Path] = ()) -> None:
     """Delete all checkpoints but the newest and those to keep."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder not in keep:
@@ -297,10 +263,7 @@ class CheckpointWriter:
             provenance=provenance,
             text_files=self._text_files,
         )
-        if recipe.keep_best and position.validated_step == step:
-            record_best(self.checkpoint, step, position.validation_loss)
-        best = best_checkpoint(folder) if recipe.keep_best else None
-        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep={*kept, best})
+        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept)
         seconds = round(time.perf_counter() - started, 3)
         self._event("checkpoint", step=step, path=str(self.checkpoint), seconds=seconds)
         if self.remote:

@@ -202,9 +202,9 @@ def with_all_gradients(model: Model) -> Model:
     if not hasattr(decoder, "set_requires_all_reduce"):
         return model
 
-    def call(*inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
-        def finish_with_zero(*answer: Any) -> Any:
-            result = finish(*answer)
+    def call(*inputs: Any, loss_fn: Callable[..., Any], **options: Any) -> Any:
+        def loss_with_zero(*answer: Any) -> Any:
+            result = loss_fn(*answer)
             parameters = decoder.method_parameters().values()
             zero = 0.0 * torch.cat([each.flatten() for each in parameters]).sum()
             if isinstance(result, Tensor):
@@ -212,7 +212,7 @@ def with_all_gradients(model: Model) -> Model:
             loss, *others = result
             return loss + zero, *others
 
-        return model(*inputs, finish=finish_with_zero, **options)
+        return model(*inputs, loss_fn=loss_with_zero, **options)
 
     return call
 
@@ -325,6 +325,15 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
             f"which has no bfloat16; type --set {section}.precision=fp32 "
             "--set evaluation.precision=fp32"
         )
+
+
+def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
+    """Return the frozen teacher on this worker's device; None if the job has none."""
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
 
 
 def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:

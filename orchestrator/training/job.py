@@ -37,8 +37,8 @@ from orchestrator.models.folder import (
     newest_checkpoint,
     weights_key,
 )
-from orchestrator.models.lookup import find_run_folder
-from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.models.lookup import find_pretraining
+from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import (
@@ -49,7 +49,7 @@ from orchestrator.training.schedules import (
     stable_steps,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import (
     DONE_NAME,
@@ -80,7 +80,6 @@ NON_KEY_FIELDS = {
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "num_checkpoints_kept",
-    "keep_best",
     "profile_steps",
 }
 """Fields of a recipe that are not part of the key."""
@@ -253,8 +252,9 @@ def write_job_file(job: TrainingJob) -> None:
     essence = check_folder(job)
     path = job.folder / JOB_NAME
     if not path.exists():
-        record = {"recipe_version": RECIPE_VERSION, "key": content_key(essence)}
-        write_json(path, {**record, "essence": essence, "job": job.stored_at(path)})
+        StoredJob(
+            recipe_version=RECIPE_VERSION, key=content_key(essence), essence=essence, job=job
+        ).write(path)
 
 
 def check_folder(job: TrainingJob) -> dict[str, Any]:
@@ -263,17 +263,20 @@ def check_folder(job: TrainingJob) -> dict[str, Any]:
     Raises:
         UserError: If it does; says what differs.
     """
-    earlier = read_json(job.folder / JOB_NAME)
-    if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
+    earlier = StoredJob.read(job.folder / JOB_NAME)
+    saved = find_checkpoints(job.folder)
+    if earlier is None and saved and "imported" in load_provenance(saved[-1]):
+        raise UserError(f"{job.folder} holds an imported model; choose another name")
+    if earlier and earlier.recipe_version != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this version "
             "cannot resume; choose another name or another workspace"
         )
     essence = key_fields(job)
-    if earlier is not None and earlier.get("key") != content_key(essence):
+    if earlier and earlier.key != content_key(essence):
         raise UserError(
             f"{job.folder} holds a run with other settings "
-            f"({describe_difference(earlier.get('essence'), essence)}); "
+            f"({describe_difference(earlier.essence, essence)}); "
             "choose another name, or delete the folder"
         )
     return essence
@@ -419,10 +422,9 @@ def continued_settings(
         UserError: If there is none, it is not finished or not shorter, or its tokens are others or
             are missing.
     """
-    folder = find_run_folder(workspace, run)
+    folder = find_pretraining(workspace, run)
     job = TrainingJob.of_folder(folder)
-    if job is None or not (folder / SETTINGS_NAME).is_file():
-        raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
+    assert job, "its file exists"
     checkpoints = find_checkpoints(folder)
     if not checkpoints or not (folder / DONE_NAME).is_file():
         raise UserError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,6 @@ from orchestrator.data.order import random_bits
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError
-
-if TYPE_CHECKING:
-    from iiet.distillation import Model
 
 DRAWS_VERSION = 2
 """Increase when the same seed and step draw other members."""
@@ -184,18 +180,13 @@ def _capped(schedule: IterationSchedule, most: int) -> IterationSchedule:
 
 
 def flops_per_token_by_step(
-    job: TrainingJob, teacher: Model | None = None
+    job: TrainingJob, teacher: ModelConfig | None = None
 ) -> Callable[[int], float]:
-    """Return step -> training FLOPs per token; a teacher that runs adds its forward pass."""
-    from iiet.decoder import Decoder
-
+    """Return step -> training FLOPs per token; a teacher adds its forward pass."""
     config, distillation = job.model, job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     drawn_at = drawn_by_step(config.corrections, job.recipe)
-    teacher_flops = 0.0
-    if isinstance(teacher, Decoder):
-        teacher_flops = inference_cost(teacher.config).forward_flops_per_token
-
+    teacher_flops = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
     reads_full = members_read_full(job.recipe.elastic, has_teacher=job.objective == "distill")
 
     @lru_cache

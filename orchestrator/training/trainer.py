@@ -44,6 +44,7 @@ from orchestrator.training.devices import (
     compile_layers,
     decoder_to_train,
     load_moments,
+    load_teacher,
     mean_over_workers,
     pass_of_several,
     replicate,
@@ -73,7 +74,6 @@ from orchestrator.training.schedules import (
     members_by_step,
     schedule_by_step,
 )
-from orchestrator.training.teacher_cache import CachedTeacher, load_teacher
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import delete_leftovers
@@ -180,11 +180,13 @@ class Trainer:
         self.position = Position()
         self.data = open_data(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
-        self.teacher = load_teacher(job, world)
+        teacher = load_teacher(job, world)
+        # All schedules of a step read the answers of one forward pass.
+        self.teacher = RememberingTeacher(teacher) if teacher and job.recipe.elastic else teacher
         self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
-        self.flops_per_token = flops_per_token_by_step(job, self.teacher)
+        self.flops_per_token = flops_per_token_by_step(job, teacher.config if teacher else None)
         self._should_stop, self._should_save, self._report = should_stop, should_save, report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Batch]] = {}
@@ -203,7 +205,7 @@ class Trainer:
     def prepare(self) -> None:
         """Make model, optimizer and losses, with the state of the newest checkpoint if there is
         one."""
-        job, recipe, world, teacher = self.job, self.recipe, self.world, self.teacher
+        job, recipe, world = self.job, self.recipe, self.world
         checkpoint = run_on_first(self._find_start, world)
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
@@ -216,7 +218,6 @@ class Trainer:
             "num_shards": world.num_shards,
             "device": world.device,
             "num_threads": torch.get_num_threads(),
-            "reads_teacher": isinstance(teacher, CachedTeacher),
             "pid": os.getpid(),
         }
         if checkpoint is None:
@@ -231,8 +232,6 @@ class Trainer:
             set_random_state(state["random"], world)
             self.event("resumed", step=self.position.step, path=str(checkpoint), **hardware)
 
-        if recipe.elastic and teacher:  # All schedules of a step read its answers.
-            self.teacher = RememberingTeacher(teacher)
         self.objective = make_objective(
             self.schedule_at, self.teacher, self.distillation, self.data.source_names
         )
@@ -325,7 +324,6 @@ class Trainer:
                 if validates:
                     metrics = self.validate()
                     position.validation_loss = metrics[VALIDATION_METRIC]
-                    position.validated_step = step
                     self.report(step, metrics)
                 if is_last or step % recipe.checkpoint_every_steps == 0:
                     self.writer.save(position, self.decoder, self.optimizer)
@@ -421,10 +419,9 @@ class Trainer:
         with suppress(RunFailed):  # The divergence is the error to report.
             self.writer.finish()
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
-        job, section = self.job, self.job.section
-        # Models from scratch, and vanilla ones that are distilled, may have a rate of their own.
-        has_own = section == "training" or (job.teacher_folder and not job.initial_folder)
-        own = " (or its own in sweep.learning_rates)" if has_own else ""
+        section = self.job.section
+        # Models from scratch may have a rate of their own.
+        own = " (or its own in sweep.learning_rates)" if section == "training" else ""
         return Diverged(
             f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
             f"{section}.learning_rate={self.recipe.learning_rate:g}{own}, lengthen "

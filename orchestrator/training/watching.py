@@ -9,6 +9,7 @@ be on a file system that supports locks.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -179,6 +180,8 @@ class JournalReader:
 
 MAX_SPEEDS = 10
 """Last records whose mean speed counts: a single one may lie in a pause."""
+MIN_SPEEDS = 2
+"""Records of each running job before the time left is said."""
 
 
 class RunMonitor:
@@ -192,6 +195,11 @@ class RunMonitor:
         self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
         self._losses: dict[str, float | None] = dict.fromkeys(jobs)
         self._speeds = {label: deque[float](maxlen=MAX_SPEEDS) for label in jobs}
+        self._begun: set[str] = set()
+        """Jobs with a record since the monitor started."""
+        self._warm: set[str] = set()
+        """Those of them whose first speed is known; it includes what is done once, so it does not
+        count."""
         self._kind = ""
         self._settings: dict[str, str] = {}
         self._started_ms = now_ms()
@@ -209,42 +217,65 @@ class RunMonitor:
     def poll(self) -> None:
         """Show new records; call it often."""
         self._read()
-        num_done, losses, total_speed = 0, [], 0.0
-        flops_left, flops_per_second, longest = 0.0, 0.0, 0.0
+        num_done = 0
+        losses: list[str] = []
+        total_speed = 0.0
         for label, job in self._jobs.items():
-            step, costs, loss = self._journals[label].step, self._costs[label], self._losses[label]
+            step, loss = self._journals[label].step, self._losses[label]
             num_done += step
-            flops_left += costs[step]
-            if loss is None or step >= job.recipe.num_steps:
-                continue
-            losses.append(f"{label} {loss:.2f}")
-            if step and self._speeds[label]:
-                speed = harmonic_mean(self._speeds[label])
-                total_speed += speed
-                # Corrections make steps slower, so steps are weighted by FLOPs.
-                own = speed * (costs[step - 1] - costs[step]) / job.recipe.num_tokens_per_step
-                flops_per_second += own
-                longest = max(longest, costs[step] / own)
+            if loss is not None and step < job.recipe.num_steps:
+                losses.append(f"{label} {loss:.2f}")
+                if self._speeds[label]:
+                    total_speed += harmonic_mean(self._speeds[label])
         text = "" if num_done else "waiting for the first step"
         if losses:
             text = f"loss {'; '.join(losses)}"
             text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
+        self._progress.advance(num_done, text, seconds_left=self._seconds_left())
+
+    def _seconds_left(self) -> float:
+        """Return the time that all jobs still take; NaN while a running one has no known speed.
+
+        Corrections make steps slower, so steps are weighted by FLOPs.
+        """
+        flops_left = 0.0
+        flops_per_second = 0.0
+        longest = 0.0
+        for label, job in self._jobs.items():
+            step, costs, speeds = (
+                self._journals[label].step,
+                self._costs[label],
+                self._speeds[label],
+            )
+            flops_left += costs[step]
+            if label not in self._begun or step >= job.recipe.num_steps:
+                continue
+            if not step or len(speeds) < MIN_SPEEDS:
+                return math.nan
+            flops_per_token = (costs[step - 1] - costs[step]) / job.recipe.num_tokens_per_step
+            flops_per_second_of_job = harmonic_mean(speeds) * flops_per_token
+            flops_per_second += flops_per_second_of_job
+            longest = max(longest, costs[step] / flops_per_second_of_job)
         # Jobs that wait start when others have ended; none ends sooner than by itself.
-        seconds = max(longest, flops_left / flops_per_second) if flops_per_second else None
-        self._progress.advance(num_done, text, seconds_left=seconds)
+        return max(longest, flops_left / flops_per_second) if flops_per_second else math.nan
 
     def _read(self) -> None:
         for label, journal in self._journals.items():
             for record in journal.read():
-                if record["kind"] == "metrics":
-                    values = record["values"]
-                    self._losses[label] = values.get("train/loss", self._losses[label])
-                    if speed := values.get(SPEED_METRIC):
+                values = record.get("values", {})
+                self._losses[label] = values.get("train/loss", self._losses[label])
+                if record["time"] < self._started_ms:
+                    continue
+                self._begun.add(label)
+                if speed := values.get(SPEED_METRIC):
+                    if label in self._warm:
                         self._speeds[label].append(speed)
-                elif record["time"] >= self._started_ms:
+                    self._warm.add(label)
+                if record["kind"] == "event":
                     self._note(label, record)
-                if record["time"] < self._started_ms or record.get("name") == "resumed":
-                    self._speeds[label].clear()  # Of an earlier process.
+                if record.get("name") in ("started", "resumed"):  # What came before is another's.
+                    self._warm.discard(label)
+                    self._speeds[label].clear()
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
         name = event["name"]

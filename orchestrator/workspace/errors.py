@@ -82,6 +82,13 @@ class UserError(_MaskedError, ValueError):
     """A mistake that the user can fix; its text says how. Exit code 2."""
 
 
+class DamagedFile(UserError):
+    """A stored file is missing or is not what was written; its text names it. Exit code 1.
+
+    It is a `UserError`, because whoever skips what cannot be used skips it, too.
+    """
+
+
 class DeviceError(UserError):
     """A setting that the device of one worker does not allow; its other workers may not notice."""
 

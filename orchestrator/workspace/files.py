@@ -4,13 +4,12 @@ A file is written to a temporary name, flushed and renamed, and then its folder 
 crash a reader finds the old content or the new one, and the new one once the writer has returned. A
 folder is filled under a temporary name and renamed; it is renamed before it is deleted, too. What a
 crash leaves in between has a hidden name, and the next writer in that parent deletes it. A damaged
-file is a `UserError` that names the file and the remedy.
+file is a `DamagedFile` that names it.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -22,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.workspace.errors import UserError, path_error_message, shortened
+from orchestrator.workspace.errors import DamagedFile, UserError, path_error_message, shortened
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import file_digest
 
-DELETE_AND_RERUN = "delete it and run the command again"
 INVALID_VALUE_ERRORS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
@@ -37,7 +35,6 @@ VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
 SCRATCH_NAME = "ray"
 """Begins the names of scratch folders; short because sockets in them have long paths."""
-_CHECKSUM_KEY = "sha256_of_content"
 _TEMPORARY, _UNLOCKED, _LOCK = ".iiet-temporary", ".iiet-unlocked", "lock"
 _SHORT_PARENT = Path("/tmp")
 
@@ -104,8 +101,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, with a checksum: a flipped bit may leave valid JSON."""
-    write_text(path, json_text({**value, _CHECKSUM_KEY: _checksum(value)}) + "\n")
+    """Write a JSON object atomically."""
+    write_text(path, json_text(value) + "\n")
 
 
 def json_text(value: Any, *, allow_nan: bool = True) -> str:
@@ -116,48 +113,44 @@ def json_text(value: Any, *, allow_nan: bool = True) -> str:
     return json.dumps(value, allow_nan=allow_nan, indent=2)
 
 
-def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> dict[str, Any] | None:
-    """Read a JSON object; None if the file is missing. Its checksum is verified and removed.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is missing.
 
     Raises:
-        UserError: If the file is damaged; tells the user the `remedy`.
+        DamagedFile: If the file holds none.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error, remedy) from None
+    except OSError as error:
+        sentence = path_error_message(error)
+        raise (UserError(sentence) if sentence else damaged(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
     if not isinstance(value, dict):
-        raise _damaged(path, "it is not a JSON object", remedy)
-    written = value.pop(_CHECKSUM_KEY, None)
-    if written is not None and written != _checksum(value):
-        raise _damaged(path, "its content is not what was written", remedy)
+        raise damaged(path, "it is not a JSON object")
     return value
 
 
 @contextmanager
-def damage_as_user_error(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Iterator[None]:
-    """Convert errors of a block that reads a file's values to a `UserError` that names the file."""
+def damage_named(path: Path) -> Iterator[None]:
+    """Convert errors of a block that reads a file's values to a `DamagedFile` that names it."""
     try:
         yield
     except UserError as error:
         raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
     except INVALID_VALUE_ERRORS as error:
-        raise _damaged(path, error, remedy) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, problem: Exception | str, remedy: str) -> UserError:
-    if isinstance(problem, OSError) and (sentence := path_error_message(problem)):
-        return UserError(sentence)
+def damaged(path: Path, problem: Exception | str) -> DamagedFile:
+    """Return the error that a stored file or folder is not what was written, and what to do."""
     reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
-    return UserError(f"{path} is damaged ({shortened(' '.join(reason.split()))}); {remedy}")
-
-
-def _checksum(value: Mapping[str, Any]) -> str:
-    # Floats survive JSON exactly, so the parsed value gives the same text.
-    text = json.dumps(value, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return DamagedFile(
+        f"{path} is damaged ({shortened(' '.join(reason.split()))}); restore it from a copy, or "
+        "delete it, and run the command again"
+    )
 
 
 # Folders

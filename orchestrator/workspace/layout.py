@@ -40,10 +40,10 @@ DONE_NAME = "done.json"
 RUN_LOCK_NAME = "trial.lock"
 """Locked by the command that trains or measures in a folder; trials that measure other tasks on the
 same weights share it."""
+SWEEP_LOCK_NAME = "sweep.lock"
+"""Locked by the command that runs the sweep of this folder."""
 WORKERS_LOCK_NAME = "lock"
 """Locked by the process that trains in a folder; workers outlive a killed command by seconds."""
-BEST = "best.json"
-"""Names the checkpoint with the lowest validation loss."""
 PROVENANCE = "provenance.json"
 """Origin and checksums of a checkpoint."""
 RAY_FOLDER = "ray"
@@ -56,7 +56,7 @@ PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
 """Plan and results of a sweep."""
 TEMPORARY_PREFIX = ".writing-"
-"""Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
+"""Begins the name of a folder of tokens that is not complete yet."""
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 
 Kind = Literal["runs", "checkpoints", "trials", "sweeps", "models"]
@@ -69,7 +69,6 @@ class RemovableKind(StrEnum):
 
     TEMPORARY = "temporary"
     RAY = "ray"
-    TEACHERS = "teachers"
     CHECKPOINTS = "checkpoints"
     DAMAGED = "damaged"
 
@@ -86,9 +85,8 @@ class Workspace:
         self.runs = root / "runs"
         self.sweeps = root / "sweeps"
         self.exports = root / "exports"
-        # One folder per content key: trials, teacher caches.
+        # One folder per content key.
         self.trials = root / "trials"
-        self.teachers = root / "teachers"
         # One folder per set of sweeps: reports on one front.
         self.overlays = root / "overlays"
         # One file per content key: task results; costs of models under given conditions.
@@ -133,7 +131,7 @@ def find_workspace(path: Workspace | Path | str | None = None) -> Workspace:
     if root.exists() and not root.is_dir():
         problem = os.strerror(errno.ENOTDIR)
         raise UserError(f"cannot use the workspace {root} ({problem}); {remedy}")
-    if read_json(root / WORKSPACE_FILE_NAME, remedy=remedy) not in (None, OWN_VERSION):
+    if read_json(root / WORKSPACE_FILE_NAME) not in (None, OWN_VERSION):
         raise UserError(
             f"the workspace {root} is of another version of this program, which this version "
             f"cannot read; nothing was changed; {remedy}"

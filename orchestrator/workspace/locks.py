@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from orchestrator.workspace.errors import UserError
+
 POLL_SECONDS = 0.1
 
 
@@ -82,8 +84,37 @@ def is_locked(path: Path) -> bool:
 
 def lock_holder(path: Path) -> int | None:
     """Return the id of the process that holds a lock; None if none of this machine is known to."""
+    holder = _read_holder(path)
+    if holder and is_locked(path) and holder[1] == socket.gethostname():
+        return holder[0]
+    return None
+
+
+def _read_holder(path: Path) -> tuple[int, str] | None:
+    """Return the process and the host that a lock's file names; they may have ended."""
     with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
         process, host = file.readline().split()
-        if is_locked(path) and host == socket.gethostname():
-            return int(process)
+        return int(process), host
     return None
+
+
+@contextmanager
+def refuse_second(path: Path, work: str) -> Iterator[None]:
+    """Hold the lock of a file in the block; work that another process does is refused.
+
+    Args:
+        path: The lock file; it is made with its folder if it is missing.
+        work: What the lock stands for, as the subject of the error's sentence.
+
+    Raises:
+        UserError: If another process holds the lock; names it and its host.
+    """
+    with lock_file(path, seconds=0.0) as is_ours:
+        if not is_ours:
+            holder = _read_holder(path)
+            place = f"process {holder[0]} on {holder[1]}" if holder else "another process"
+            raise UserError(
+                f"{work} runs already, in {place}; wait until it has ended, or stop it and run the "
+                "same command again"
+            )
+        yield

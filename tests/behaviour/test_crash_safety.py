@@ -30,7 +30,6 @@ from orchestrator.data.store import is_complete, verify_data
 from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
-from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.workspace.files import new_folder, read_json, write_json
 from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -207,19 +206,6 @@ def tokens(folder: Path) -> Answer:
     return [path.name for path in found]
 
 
-PLAN = CachePlan(origin={}, num_steps=2, num_sequences=2, context_length=3, vocab_size=5)
-
-
-def outputs_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sequences = torch.arange(6).view(2, 3) + 10 * step
-    return sequences, sequences[..., None] + torch.arange(5) / 5
-
-
-def teacher_outputs(folder: Path) -> Answer:
-    cache = open_cache(folder, PLAN)
-    return cache and [cache(outputs_of(step)[0]).tolist() for step in range(PLAN.num_steps)]
-
-
 def a_folder(*names: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         with new_folder(folder / "model") as filling:
@@ -255,11 +241,6 @@ CASES = {
         checkpoints,
     ),
     "tokens": Case(nothing, some_tokens, tokens, resumes=True),
-    "teacher-outputs": Case(
-        nothing,
-        lambda folder: write_cache(PLAN, folder, lambda _: map(outputs_of, range(PLAN.num_steps))),
-        teacher_outputs,
-    ),
     "replaced-folder": Case(a_folder("a", "b"), a_folder("b", "c"), files_of, is_replaced=True),
 }
 

@@ -39,23 +39,29 @@ for name, arguments in json.loads(sys.argv[1]).items():
     assert name.split()[0] in ("pick", "evaluate") or not loaded, (name, loaded)
 print(json.dumps(found))
 """
-OPTIONS = settings_options(SMALL)
+
+
+def small(*words: str) -> list[str]:
+    """Return a command with the options that make it small."""
+    return [*words, *settings_options(SMALL, words[0])]
+
+
 FROM_SETTINGS = {
-    "pretrain": ["pretrain", *OPTIONS],
-    "quickstart": ["quickstart", *OPTIONS],
-    "sweep-iterations": ["sweep-iterations", *OPTIONS],
+    "pretrain": small("pretrain"),
+    "quickstart": small("quickstart"),
+    "sweep-iterations": small("sweep-iterations"),
     **{f"sweep {name}": ["sweep", name] for name in shipped_sweeps()},
 }
 """Dry runs that need nothing of a workspace."""
 FROM_MODELS = {
-    "distill": ["distill", "full", "-r", "1", *OPTIONS],
-    "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
-    "search": ["sweep-threshold", "full", "--search", "2", *OPTIONS],
-    "influence": ["influence", "full", *OPTIONS],
+    "distill": small("distill", "full", "-r", "1"),
+    "distill --drop-layers": small("distill", "full", "--drop-layers", "1"),
+    "sweep-threshold": small("sweep-threshold", "full"),
+    "search": small("sweep-threshold", "full", "--search", "2"),
+    "influence": small("influence", "full"),
     "benchmark": ["benchmark", "full"],
     "pick": ["pick", "mine", "--best"],
-    "evaluate": ["evaluate", "full", *OPTIONS],
-    "evaluate --compare": ["evaluate", "--compare", "full", "full", "-r", "1", "-r", "0", *OPTIONS],
+    "evaluate": small("evaluate", "full"),
 }
 """Dry runs about a model or a sweep of a workspace."""
 

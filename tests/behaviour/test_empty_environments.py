@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from commands import settings_options
 from new_environment import ROOT, build, install, new_environment, run
 from small_size import SMALL
 
@@ -42,7 +43,7 @@ def test_the_core_runs_with_pytorch_alone(wheel, tmp_path):
 
 
 def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel, tmp_path):
-    settings = [part for setting in SMALL for part in ("--set", setting)]
+    settings = settings_options(SMALL, "sweep")
     workspace = ["--workspace", str(tmp_path / "workspace")]
     with new_environment() as python:
         install(python, str(wheel))

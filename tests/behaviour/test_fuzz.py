@@ -27,7 +27,6 @@ from orchestrator.settings import Section, Settings
 NUM_EXAMPLES = int(os.environ.get("IIET_FUZZ_SETTINGS", 1000))
 SECONDS_BEFORE_IT_HANGS = 60
 LONGEST_ANSWER = 20_000
-OPTIONS = settings_options(SMALL)
 
 
 def names_of(section: type[Section], prefix: str = "") -> Iterator[str]:
@@ -90,10 +89,11 @@ def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
         values = PLAUSIBLE if kind == "plausible" else SOUP | VALUES.map(str) | WORDS
         changes = draw(st.lists(st.tuples(NAMES | WORDS, values), min_size=1, max_size=3))
         changed = [f"--set={name}={value}" for name, value in changes]
-        return [*draw(PLANS).split(), *OPTIONS, *changed], None
+        words = draw(PLANS).split()
+        return [*words, *settings_options(SMALL, words[0]), *changed], None
     if kind == "option":
         command, values, options = draw(st.sampled_from(TAKEN))
-        small = OPTIONS if command == SWEEP else []
+        small = settings_options(SMALL, SWEEP.split()[0]) if command == SWEEP else []
         option = f"{draw(st.sampled_from(options))}={draw(values)}"
         return [*command.split(), *small, option], None
     return [*draw(st.sampled_from(NAMED)).split(), "--", draw(WORDS | SOUP)], None

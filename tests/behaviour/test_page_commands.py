@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import settings_options
 from documented import ROOT, blocks, shell_lines
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
@@ -49,8 +50,8 @@ SMALL_DEPTH = [
     "evaluation.num_items=20", "sweep.num_schedules=3",
 ]  # fmt: skip
 TAKES_SETTINGS = {
-    "prepare", "pretrain", "distill", "influence", "evaluate", "benchmark", "sweep",
-    "sweep-threshold", "sweep-iterations",
+    "prepare", "pretrain", "distill", "influence", "evaluate", "sweep", "sweep-threshold",
+    "sweep-iterations",
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def small(words: tuple[str, ...]) -> list[str]:
     changes = list(SMALL_DEPTH if is_depth else SMALL_TEXT)
     if "mixture.yaml" in words:
         changes.append("model.context_length=128")  # Its tasks do not fit into less.
-    return [f"--set={change}" for change in changes]
+    return settings_options(changes, words[0])
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,12 @@ def started_project(tmp_path_factory, ray_session) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("IIET_WORKSPACE", raising=False)
-        options = [f"--set={change}" for change in SMALL_TEXT]
+        options = settings_options(SMALL_TEXT, "pretrain")
         for number, name in enumerate(("my-run", "other", "tiny")):
             seed = f"--set=training.seed={number}"
             assert cli.main(["pretrain", "--local", "--name", name, seed, *options]) == 0
+        options = settings_options(SMALL_TEXT, "sweep-threshold")
         assert cli.main(["sweep-threshold", "tiny", *options]) == 0
-        for name, output in (("tiny", "one"), ("other", "two")):
-            task = ("--suite", "capitals", "--include-path", "tasks")
-            logged = ("--log-samples", f"outputs/{output}")
-            assert cli.main(["evaluate", name, *task, *logged, *options]) == 0
         assert cli.main(["export", "tiny", "--to", "my-chat-model", "--no-measure"]) == 0
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (folder / "my-chat-model" / "chat_template.jinja").write_text(template)
@@ -98,7 +96,9 @@ def write_files(folder: Path) -> None:
     docs = ROOT / "docs"
     (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "source: mixture" in b]
     (capitals,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "task: capitals" in b]
+    (depths,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "kind: depth" in b]
     (folder / "mixture.yaml").write_text(mixture)
+    (folder / "depths.yaml").write_text(depths)
     (folder / "tasks" / "capitals.yaml").write_text(capitals)
     cities = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima"}
     items = [json.dumps({"country": k, "city": v}) + "\n" for k, v in cities.items()]

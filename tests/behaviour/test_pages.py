@@ -120,7 +120,7 @@ def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
         assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         output = capsys.readouterr().out
         cells = []
-        for name in ("parameters", "memory", "of it training", "a checkpoint"):
+        for name in ("parameters", "memory", "training time", "a checkpoint"):
             [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
             found = FIRST.match(text)
             cells.append(found[0].strip())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import settings_options
 from pretended_cluster import environment_without_ray
 from small_size import SMALL
 
@@ -108,7 +109,7 @@ def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(server
     (folder / "own.yaml").write_text("training: {num_steps: 100000}\n")
     changes = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50000"]
     words = ["pretrain", "--config", "own.yaml"]
-    words += [word for change in changes for word in ("--set", change)]
+    words += settings_options(changes, "pretrain")
     environment = {"IIET_WORKSPACE": str(space), "RAY_JOB_STOP_WAIT_TIME_S": "3600"}
     submit = ["ray", "job", "submit", "--address", server, "--working-dir", "."]
     submit += ["--runtime-env-json", json.dumps({"env_vars": environment})]

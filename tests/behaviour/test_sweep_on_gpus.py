@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import settings_options
 from pretended_cluster import pretended_cluster
 from small_size import SMALL
 
@@ -37,7 +38,6 @@ ASSIGNMENTS = [
     *SMALL, "data.source=python", "data.tokenizer=train", "model.preset=tiny",
     "cluster.num_gpus=2", "sweep.iterations=[2]", "evaluation.limit=5",
 ]  # fmt: skip
-OPTIONS = [part for assignment in ASSIGNMENTS for part in ("--set", assignment)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,11 @@ def workspace(tmp_path_factory) -> Path:
 def run(command: str, workspace: Path, environment: dict[str, str], *more: str) -> str:
     """Run a command with CUDA forbidden, and return its log."""
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, command, "--workspace", str(workspace), *OPTIONS, *more],
+        [
+            *(sys.executable, "-c", COMMAND, command, "--workspace", str(workspace)),
+            *settings_options(ASSIGNMENTS, command),
+            *more,
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -84,13 +88,11 @@ def precisions(workspace: Path) -> set[str]:
 def test_models_are_trained_and_measured_on_reserved_gpus(workspace, environment):
     log = run("sweep-iterations", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    assert tasks(log) == ["sweeping.decode"]
+    assert tasks(log) == ["sweeping.costs"]
 
-    stored = ("--set", "distillation.teacher_cache=true")
-    log = run("sweep-threshold", workspace, environment, *stored)
+    log = run("sweep-threshold", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
-    expected = ["pipelines.influence", "training.teacher_cache", "sweeping.decode"]
-    assert tasks(log) == expected
+    assert tasks(log) == ["pipelines.influence", "sweeping.costs"]
     assert precisions(workspace) == {"bf16"}
 
 

@@ -52,3 +52,9 @@ def test_it_runs(tmp_path, monkeypatch):
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "nats per token on held-out text" in printed
     assert printed.count("layer 2, correction 2: moved by ") == 1
+    logged = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
+    assert "ray" not in logged.lower()
+    assert "experiment_analysis" not in logged
+    lines = printed + "".join(data.get("text/plain", "") for data in shown)
+    for task in ("pretrain", "influence (cosine)", "sweep", "report", "export", "evaluate"):
+        assert f"{task}: " in lines, "progress"

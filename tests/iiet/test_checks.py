@@ -11,8 +11,7 @@ import iiet
 from iiet import (
     Batch,
     DistillationConfig,
-    DraftRecord,
-    FamilyMember,
+    GenerationOptions,
     InferenceCost,
     InfluenceTable,
     IterationSchedule,
@@ -21,7 +20,9 @@ from iiet import (
 from iiet.facts import MethodFacts, MetricFacts
 from iiet.losses import LazyLogits
 from iiet.methods import METHODS
+from iiet.pruning import FamilyMember
 from iiet.sampling import Sampler
+from iiet.speculative import DraftRecord
 
 IDS = tokens(2, 4)
 ROWS = ((0.3, 0.1), (0.2,))
@@ -36,6 +37,7 @@ CORRECT = {
         "threshold_above": -math.inf,
         "threshold_up_to": 0.5,
     },
+    GenerationOptions: {"max_new_tokens": 1},
     ImplicitEulerOptions: {},
     InferenceCost: {field.name: 1 for field in dataclasses.fields(InferenceCost)},
     InfluenceTable: {
@@ -73,6 +75,10 @@ WRONG = [
     (FamilyMember, {"schedule": (1, 0)}),
     (FamilyMember, {"threshold_up_to": -math.inf}),
     (FamilyMember, {"threshold_up_to": math.nan}),
+    (GenerationOptions, {"max_new_tokens": 0, "eos_token_id": -1, "draft_tokens": "many"}),
+    (GenerationOptions, {"eos_token_id": [1, None], "draft_tokens": -1}),
+    (GenerationOptions, {"temperature": -1.0, "top_k": 0, "top_p": 1.5}),
+    (GenerationOptions, {"kv_strategy": "last", "draft": "0"}),
     (ImplicitEulerOptions, {"damping": 0.0}),
     (ImplicitEulerOptions, {"learn_damping": 1, "differentiated_corrections": 0}),
     (InferenceCost, {"decode_flops_per_token": -1.0, "num_parameters": math.inf}),

@@ -16,7 +16,7 @@ from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import DistillationConfig
 from iiet.distillation import distillation_loss, frozen_teacher
-from iiet.losses import LazyLogits, batch_cross_entropy
+from iiet.losses import LazyLogits, batch_cross_entropy, cross_entropy
 from orchestrator.training.objective import make_objective, validation_metrics
 from orchestrator.training.world import World
 
@@ -126,10 +126,10 @@ def hooked(decoder: Decoder) -> None:
 @pytest.mark.parametrize("change", [adapted, hooked, nn.Module.half])
 def test_a_head_that_must_be_called_gets_whole_logits(change):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), LazyLogits)
+    assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), LazyLogits)
     change(decoder)
-    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), Tensor)
-    chunked = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), Tensor)
+    chunked = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     assert torch.equal(chunked, batch_cross_entropy(decoder(batch.input_ids), batch))
 
 
@@ -138,11 +138,11 @@ def test_second_derivatives_exist_with_plain_formulas():
     decoder, ids = fresh_decoder(), some_batch("text").input_ids
     weights = list(decoder.parameters())
     with plain_formulas():
-        loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+        loss = decoder(ids, loss_fn=partial(next_token_loss, input_ids=ids))
         slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         sum(slope.square().sum() for slope in slopes if slope is not None).backward()
     assert decoder.model.embed_tokens.weight.grad is not None
-    loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+    loss = decoder(ids, loss_fn=partial(next_token_loss, input_ids=ids))
     with pytest.raises(RuntimeError, match="plain_formulas"):
         torch.autograd.grad(loss, decoder.model.norm.weight, create_graph=True)
 
@@ -155,7 +155,7 @@ def test_frozen_weights_get_no_gradient(frozen):
     decoder.requires_grad_(False)
     is_trained.requires_grad_()
     expected = value_and_gradients(decoder, batch_cross_entropy(decoder(batch.input_ids), batch))
-    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    loss = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     torch.testing.assert_close(value_and_gradients(decoder, loss), expected)
 
 
@@ -170,10 +170,10 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
     decoder = copy.deepcopy(exact).float()
     expected = value_and_gradients(exact, batch_cross_entropy(exact(batch.input_ids), batch))
 
-    def error(finish: Callable[..., Any] | None) -> float:
+    def error(loss_fn: Callable[..., Any] | None) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            answer = decoder(batch.input_ids, finish=finish)
-            loss = answer if finish else batch_cross_entropy(answer, batch)
+            answer = decoder(batch.input_ids, loss_fn=loss_fn)
+            loss = answer if loss_fn else batch_cross_entropy(answer, batch)
         found = value_and_gradients(decoder, loss)
         assert loss.dtype == found[-1].dtype == torch.float32
         return float((found[-1] - expected[-1]).norm() / expected[-1].norm())
@@ -185,4 +185,30 @@ def test_a_batch_of_another_shape_is_refused():
     decoder, batch = fresh_decoder(), some_batch("text")
     other = Batch.of_text(batch.input_ids.T)
     with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):
-        decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=other))
+        decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=other))
+
+
+@torch.no_grad()
+def test_the_loss_of_padded_text_is_that_of_its_tokens():
+    """Padding is on the left; its last position predicts no token."""
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    num_padding = torch.tensor([0, 4, ids.size(1) - 1])
+    mask = torch.arange(ids.size(1)) >= num_padding[:, None]
+    rows = [row[padding:][None] for row, padding in zip(ids, num_padding, strict=True)]
+    counts = [row.size(1) - 1 for row in rows]
+    expected = sum(n * decoder.loss(row) for n, row in zip(counts, rows, strict=True)) / sum(counts)
+    torch.testing.assert_close(decoder.loss(ids, attention_mask=mask.long()), expected)
+
+
+@torch.no_grad()
+def test_the_loss_of_targets_counts_where_there_are_any_and_no_padding():
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    targets = ids.flip(1)
+    targets[:, :3] = NO_TARGET
+    expected = cross_entropy(decoder(ids), targets)
+    torch.testing.assert_close(decoder.loss(ids, targets), expected)
+    mask = torch.ones_like(ids)
+    mask[:, -4:] = 0
+    expected = cross_entropy(decoder(ids)[:, :-4], targets[:, :-4])
+    torch.testing.assert_close(decoder.loss(ids, targets, mask), expected)
+    assert decoder.loss(ids, schedule=0) != decoder.loss(ids)

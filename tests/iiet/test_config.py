@@ -16,6 +16,7 @@ from iiet import (
     preset,
 )
 from iiet.facts import facts_of, metric_facts_of
+from iiet.weights import config_from_json, config_to_json
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,3 +120,13 @@ def test_classes_and_tables_state_the_same_facts():
         assert METHODS[method].facts == facts_of(method)
     for metric in INFLUENCE_METRICS.own:
         assert INFLUENCE_METRICS[metric].facts == metric_facts_of(metric)
+
+
+def test_there_are_as_many_key_and_value_heads_as_query_heads_unless_told():
+    sizes = {**PRESETS["tiny"], "method": "vanilla"}
+    assert ModelConfig(**sizes).num_kv_heads == 4
+    assert ModelConfig(**sizes | {"num_heads": 8}).num_kv_heads == 8
+    values = config_to_json(ModelConfig(**sizes, num_kv_heads=2))
+    assert config_from_json(values).num_kv_heads == 2
+    del values["num_key_value_heads"]
+    assert config_from_json(values).num_kv_heads == 4

@@ -120,7 +120,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_over_the_selected_positions(k
         "masked text": Batch.of_text(TOKENS, mask),
         "few targets": Batch(TOKENS, TOKENS.flip(1).masked_fill(~mask, NO_TARGET)),
     }[kind]
-    taught = torch.ones_like(mask) if batch.taught is None else batch.taught
+    taught = torch.ones_like(mask) if batch.teacher_mask is None else batch.teacher_mask
     assert 0 < batch.num_targets <= int(taught.sum())
     answers = teacher(TOKENS, return_hidden=True)
     ours = student(TOKENS, return_hidden=True)

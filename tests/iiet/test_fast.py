@@ -158,7 +158,7 @@ def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
         monkeypatch.setattr(f"iiet.{form}", None)
     everything(decoder)
     for model in (decoder, make_model()):
-        assert isinstance(model(IDS, finish=lambda logits: logits), LazyLogits)
+        assert isinstance(model(IDS, loss_fn=lambda logits: logits), LazyLogits)
 
 
 class Wrapped(torch.Tensor):

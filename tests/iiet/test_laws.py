@@ -6,6 +6,7 @@ are small. That an exported model equals the core is in `test_modeling.py`.
 
 import copy
 import math
+from functools import partial
 from itertools import accumulate, pairwise
 
 import pytest
@@ -23,9 +24,10 @@ from model_cases import (
     tokens,
 )
 
-from iiet import METHODS, Decoder, IterationSchedule, generate, next_token_loss, plain_formulas
+from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
+from iiet.losses import batch_cross_entropy
 
 TIME = 9
 NEAR = {"rtol": 0, "atol": 1e-9}
@@ -85,8 +87,8 @@ def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
 def test_save_and_load(method, tmp_path):
     options = {"damping": 0.5, "learn_damping": True} if method == "iiet" else None
     decoder = make_model(method, method_options=options, dtype=torch.float32)
-    decoder.save(tmp_path)
-    again = Decoder.load(tmp_path)
+    decoder.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
     assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
     found, expected = again.state_dict(), decoder.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -102,8 +104,8 @@ def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, dra
     drafted = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
-        expected = generate(decoder, tokens(2, TIME), **options)
-        found = generate(decoder, tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
+        expected = decoder.generate(tokens(2, TIME), **options)
+        found = decoder.generate(tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
         assert torch.equal(found, expected)
 
 
@@ -111,9 +113,13 @@ def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, dra
 def test_parts_of_a_batch_add_up_and_rows_are_independent(decoder, mask):
     ids = tokens(3, TIME)
     batch = Batch.of_text(ids, mask)
-    whole = gradients(decoder, decoder.loss(batch))
+
+    def loss(part):
+        return decoder(part.input_ids, loss_fn=partial(batch_cross_entropy, batch=part))
+
+    whole = gradients(decoder, loss(batch))
     counted = batch.counted_as(batch.num_targets, batch.num_positions)
-    parts = sum(len(part) / 3 * decoder.loss(part) for part in counted.split(2))
+    parts = sum(len(part) / 3 * loss(part) for part in counted.split(2))
     assert_same(gradients(decoder, parts), whole, rtol=1e-8, atol=1e-10)
     with torch.no_grad():
         together = decoder(ids, attention_mask=mask)

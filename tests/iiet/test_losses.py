@@ -141,7 +141,7 @@ def test_no_loss_waits_for_the_device(count):
         options = {"mask": mask, "count": count}
         batch = Batch.of_text(tokens, mask)
         for loss in (
-            cross_entropy(logits, batch.targets, mask=batch.taught, count=count),
+            cross_entropy(logits, batch.targets, mask=batch.teacher_mask, count=count),
             kl_divergence(torch.empty_like(logits), logits, **options),
             hidden_state_error([torch.empty_like(logits)], [logits], **options),
         ):

@@ -83,9 +83,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
     model.eval()
     cached = generated(model, ids, mask, use_cache=True)
     with torch.no_grad():
-        assert torch.equal(
-            cached, iiet.generate(decoder, ids, attention_mask=mask, max_new_tokens=10)
-        )
+        assert torch.equal(cached, decoder.generate(ids, attention_mask=mask, max_new_tokens=10))
     if cheaper(decoder):
         draft = model.with_schedule(0)
         assert draft.model.embed_tokens is model.model.embed_tokens
@@ -101,7 +99,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
     decoder, ids = make_model(method, dtype=torch.float32), tokens(1, 4)
-    decoder.save(tmp_path)
+    decoder.save_pretrained(tmp_path)
     moved = transformers_model(decoder).to(dtype)  # Also registers the class.
     loaded, half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), decoder.to(dtype)
     for model in (loaded, moved):
@@ -139,7 +137,7 @@ def test_other_attention_than_sdpa_and_attention_weights_are_refused(tmp_path):
     """They were ignored in silence, and the caller got the numbers of sdpa."""
     decoder, ids = make_model(dtype=torch.float32), tokens(1, 5)
     model = transformers_model(decoder)
-    decoder.save(tmp_path)
+    decoder.save_pretrained(tmp_path)
     for options in ({"attn_implementation": "eager"}, {"output_attentions": True}):
         with pytest.raises(ValueError, match=next(iter(options))):
             AutoModelForCausalLM.from_pretrained(tmp_path, **options)
@@ -213,7 +211,7 @@ def test_a_llama_and_its_copies_answer_alike(tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     decoder, ids = make_model(tie_embeddings=tied, dtype=torch.float32), tokens(2, 9) % 10
-    decoder.save(tmp_path / "first")
+    decoder.save_pretrained(tmp_path / "first")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
     assert torch.equal(model(ids).logits, model.with_schedule((1, 0, 0))(ids).logits)
     torch.testing.assert_close(
@@ -226,7 +224,9 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     model.resize_token_embeddings(20, mean_resizing=False)
     torch.testing.assert_close(model(ids).logits, before[..., :20])
     model.save_pretrained(tmp_path / "second")
-    again = Decoder.load(tmp_path / "second")  # The decoder reads what transformers wrote.
+    again = Decoder.from_pretrained(
+        tmp_path / "second"
+    )  # The decoder reads what transformers wrote.
     assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
     torch.testing.assert_close(again(ids), model(ids).logits)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early
+from commands import settings_options
 from one_evaluation import evaluate_model
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
@@ -35,16 +36,13 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping import decode
-from orchestrator.sweeping.decode import with_costs, with_drafts
+from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.models import TEACHER
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import pretraining_job
-from orchestrator.training.teacher_cache import answers_of, load_teacher, store_answers
 from orchestrator.training.trainer import run_job
-from orchestrator.training.world import World, on_cpu
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal
@@ -53,17 +51,21 @@ from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 SETTINGS = [
     *SMALL, "data.source=files", "data.files=[texts.jsonl]",
     "model.num_layers=2", "model.context_length=32", "model.corrections=1",
-    "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
+    "training.num_steps=2", "training.checkpoint_every_steps=1",
     "training.decay=constant", "distillation.training.num_steps=1",
-    "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
     "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
-OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
 STAGES = [*SETTINGS, "training.iterate_from_fraction=0.5"]
 SEARCH = ["full", "--search", "1", "--name", "search"]
 RACE = ["--asha", "--rates", "1e-3,2e-3", "-r", "1", "--methods", "iiet"]
+
+
+def small(*words: str) -> list[str]:
+    """Return a command with those of `SETTINGS` that it reads."""
+    return [*words, *settings_options(SETTINGS, words[0])]
+
 
 COMMANDS = {
     "list": ["list", "--json"],
@@ -71,17 +73,17 @@ COMMANDS = {
     "clean": ["clean", "--dry-run", "--json"],
     "generate": ["generate", "full", "--prompt", "The", "-n", "4"],
     "generate the pick": ["generate", "--prompt", "The", "-n", "4"],
-    "evaluate": ["evaluate", "full", "--json", *OPTIONS],
-    "evaluate the rest": ["evaluate", "full", "-r", "0", "--json", *OPTIONS],
-    "influence": ["influence", "full", "--json", *OPTIONS],
+    "evaluate": small("evaluate", "full", "--json"),
+    "evaluate the rest": small("evaluate", "full", "-r", "0", "--json"),
+    "influence": small("influence", "full", "--json"),
     "benchmark": ["benchmark", "full", "--new-tokens", "2", "--repetitions", "1"],
     "pick": ["pick", "--best", "--dry-run", "--json"],
-    "plan": ["sweep-threshold", "full", "--dry-run", *OPTIONS],
-    "plan a search": ["sweep-threshold", *SEARCH, "--dry-run", "--json", *OPTIONS],
-    "plan a race": ["sweep-iterations", *RACE, "--dry-run", "--json", *OPTIONS],
-    "pretrain": ["pretrain", "--local", "--name", "full", "--json", *OPTIONS],
+    "plan": small("sweep-threshold", "full", "--dry-run"),
+    "plan a search": small("sweep-threshold", *SEARCH, "--dry-run", "--json"),
+    "plan a race": small("sweep-iterations", *RACE, "--dry-run", "--json"),
+    "pretrain": small("pretrain", "--local", "--name", "full", "--json"),
     "continue": ["pretrain", "--continue", "full", "--steps", "4", "--dry-run", "--json"],
-    "prepare": ["prepare", "--json", *OPTIONS],
+    "prepare": small("prepare", "--json"),
     "export": ["export", "full", "--no-measure", "--json"],
     "import": ["import", "exports/full", "--name", "again", "--json"],
 }
@@ -98,7 +100,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "tokens/sources/*.json": ("prepare",),
     "runs/full/job.json": ("list", "list running", "clean", "plan", "pretrain"),
     "runs/full/done.json": ("list", "list running", "clean", "plan", "pretrain"),
-    "runs/full/best.json": ("clean", "pretrain"),
     "runs/full/journal.jsonl": ("list", "list running"),
     "runs/full/step_00000002/config.json": (*MODEL, "evaluate", "pretrain"),
     "runs/full/step_00000002/model.safetensors": (*MODEL, "clean", "evaluate", "pretrain"),
@@ -128,11 +129,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "evaluations/*.answers": ("list running", "evaluate the rest"),
     "benchmarks/*.json": ("clean",),
     "tracked/*.json": ("clean", "sync"),
-    "teachers/*/manifest.json": ("read stored outputs",),
-    "teachers/*/answers.bin": ("read stored outputs",),
-    "teachers/*/.verified.json": ("read stored outputs",),
     "sweeps/s/times.json": ("time the models",),
-    "sweeps/s/decoding.json": ("time the drafts",),
     "sweeps/s/journal.jsonl": ("list", "list running"),
     "sweeps/search/optuna.journal": ("plan a search",),
     "store.db": ("sync",),
@@ -166,23 +163,9 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
     return outcome.validation_loss
 
 
-def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
-    job = next(trial.job for trial in _plan(workspace).trials if trial.job)
-    store_answers([job], workspace.teachers, on_device=on_cpu, progress=notes)
-    teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
-    return teacher(sequences).tolist()
-
-
 def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
     plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
     found = with_costs(results, plan, workspace.sweeps / "s", read_settings(None, SETTINGS), notes)
-    return [trial.numbers for trial in found]
-
-
-def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
-    plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
-    tokens, folder = Path(plan.tokens_folder), workspace.sweeps / "s"
-    found = with_drafts(results, tokens, folder, notes, on_cpu)
     return [trial.numbers for trial in found]
 
 
@@ -208,15 +191,12 @@ Reader = Callable[[Workspace, Notes], Any]
 FUNCTIONS: dict[str, Reader] = {
     "sync": _sync,
     "train the second stage": _train_the_second_stage,
-    "read stored outputs": _read_stored_outputs,
     "time the models": _time_the_models,
-    "time the drafts": _time_the_drafts,
 }
 """What only a whole sweep does."""
 
 CLEANED_WITHOUT_FULL = (
-    "runs/first/step_00000001', 'reason': 'intermediate checkpoint of a finished training'}, "
-    "{'kind': 'teachers'"
+    "runs/first/step_00000001', 'reason': 'intermediate checkpoint of a finished training'}]"
 )
 SAID = {
     "tokens/*/heldout-*/suite.json": ("nothing is left",),  # Only notes on the tasks are missing.
@@ -227,7 +207,6 @@ SAID = {
     "sweeps/s/results.json": ("'has_report': False", "has no finished sweep"),
     "runs/full/step_00000002/influence-cosine.json": ("influence is not",),
     "sweeps/s/times.json": ("time per token",),
-    "sweeps/s/decoding.json": ("drafts",),
     "runs/*/stopped-early.json": ("'state': 'empty'", "'state': 'to train'"),
 }
 """Where a missing file is what an interrupted command leaves: words of the right answer."""
@@ -305,7 +284,6 @@ def copies(tmp_path_factory) -> Iterator[Copies]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
-        patch.setattr(decode, "NUM_TEXTS", 2)
         # Commands that other tests kill leave some while `clean` looks.
         patch.setattr("orchestrator.workspace.files.abandoned_folders", lambda: [])
         patch.chdir(folder)
@@ -338,7 +316,6 @@ def _fill(workspace: Workspace) -> None:
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
     results = with_costs(results, plan, folder, settings, context.progress)
-    results = with_drafts(results, Path(plan.tokens_folder), folder, context.progress, on_cpu)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
     journal = Journal(folder)
     journal.event("finished")
@@ -346,8 +323,6 @@ def _fill(workspace: Workspace) -> None:
     Picked(
         sweep="s", checkpoint=str(results[-1].checkpoint), schedule=(0, 0), time=time.time()
     ).write(workspace.picked)
-
-    _read_stored_outputs(workspace, Notes())
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
     plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="search")

@@ -27,13 +27,13 @@ from orchestrator.training.job import job_key
 
 NOT_IN_KEY: dict[type, set[str]] = {
     TrainingJob: {
-        "run_folder", "continued_from", "teacher_cache", "first_stages", "storage", "section",
+        "run_folder", "continued_from", "first_stages", "storage", "section",
         "provenance",
     },
     TrainingSettings: {
         "num_sequences_per_pass", "activation_checkpointing", "compile", "skip_bad_steps",
         "validate_every_steps", "num_validation_tokens", "checkpoint_every_steps",
-        "checkpoint_every_minutes", "num_checkpoints_kept", "keep_best", "profile_steps",
+        "checkpoint_every_minutes", "num_checkpoints_kept", "profile_steps",
     },
     TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
     Conditions: {"batch_size", "device", "trust_remote_code"},

@@ -10,11 +10,15 @@ from types import ModuleType
 import depth_study
 import elastic_study
 import iiad_study
+import numpy as np
 import pytest
 from depth_rules import Choices
+from sample_trials import sample_front, sample_trial
 from small_size import SMALL
 
-from orchestrator import read_settings
+from orchestrator import Trial, read_settings
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.reporting.front import with_confidence
 
 DEPTH = [
     "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
@@ -27,6 +31,20 @@ IIAD = [
     "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2",
     "training.iterate_from_fraction=0.5", "model.num_layers=2",
 ]  # fmt: skip
+
+
+def right_answers(share: float) -> EvaluationResult:
+    right = (np.arange(200) < 200 * share).astype(float)
+    result = TaskResult(
+        name="task",
+        version="1",
+        num_items=200,
+        num_fewshot=0,
+        metrics={"acc": float(right.mean())},
+        items=[f"item {number}" for number in range(200)],
+        values={"acc": right.tolist()},
+    )
+    return EvaluationResult(results={"task": result})
 
 
 @pytest.fixture
@@ -67,7 +85,7 @@ def test_mistakes_are_one_sentence(run, capfd):
 
 def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):
     path = Path(depth_study.__file__).with_suffix(".json")
-    stored = depth_study.StudyResults.read(path, remedy="-")
+    stored = depth_study.StudyResults.read(path)
     settings = read_settings(depth_study.SETTINGS)
     text = depth_study.study_markdown(stored, Choices(), settings, copied=0.518)
     assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds" in text
@@ -76,6 +94,40 @@ def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):
     chart = depth_study.accuracy_chart([*stored.arms.values()])
     chart.save(tmp_path / "accuracy.svg")
     assert "looped, r = 1" in (tmp_path / "accuracy.svg").read_text()
+
+
+def test_the_elastic_study_compares_what_was_trained_both_ways(tmp_path):
+    def trial(schedule: tuple[int, ...], accuracy: float, *, is_elastic: bool) -> Trial:
+        return sample_trial(
+            key=f"{schedule} {is_elastic}",
+            schedule=schedule,
+            is_elastic=is_elastic,
+            cost={"evaluations": sum(schedule) + len(schedule)},
+            quality={"accuracy": accuracy, "validation_loss": 5 - accuracy},
+        )
+
+    trials = [
+        trial((2, 1), 0.8, is_elastic=True),
+        trial((2, 1), 0.8, is_elastic=False),
+        trial((0, 0), 0.8, is_elastic=True),
+        trial((0, 0), 0.6, is_elastic=False),
+        trial((1, 0), 0.7, is_elastic=True),
+    ]
+    items = {one.key: right_answers(one.numbers["quality/accuracy"]) for one in trials}
+    front = sample_front(trials)
+    rows = elastic_study.compare_schedules(with_confidence(front, items, num_resamples=10))
+    assert [row["schedule"] for row in rows] == [(2, 1), (0, 0)]
+    same, better = (row["interval"] for row in rows)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert 0 < better.low < better.value == pytest.approx(0.2)
+    reading = elastic_study.Reading(
+        teacher="text", times=1, quality=front.axes.quality, rows=rows, longer=trials[0],
+        flops=(6e9, 16e9),
+    )  # fmt: skip
+    table = elastic_study.comparison_table(reading)
+    assert "| 0,0 | 2 | 80.0% | 60.0% | +20.0 (" in table
+    (alone, _) = elastic_study.compare_schedules(front)
+    assert alone["interval"] is None, "single items are missing"
 
 
 @pytest.mark.long

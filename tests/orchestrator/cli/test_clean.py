@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +13,17 @@ import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.evaluation.store import StoredItems
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
-from orchestrator.workspace.files import new_folder, write_json
-from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
+from orchestrator.workspace.files import checksums_of, new_folder, write_json
+from orchestrator.workspace.layout import (
+    RAY_FOLDER,
+    SWEEP_LOCK_NAME,
+    Workspace,
+    find_checkpoints,
+    open_workspace,
+)
 from orchestrator.workspace.locks import lock_file
 
 Clean = Callable[..., list[str]]
@@ -92,15 +97,8 @@ def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, c
 
 
 def test_what_a_process_holds_stays(space, whole, clean):
-    outputs = space.teachers / "abc"
-    outputs.mkdir(parents=True)
-    (outputs / "logits.bin").write_bytes(b"0" * 100)
     with lock_run_folder(whole):
         assert clean("--yes") == []
-    with lock_file(space.teachers / ".abc.lock"):
-        assert clean("teachers", "--yes") == []
-    assert clean("teachers", "--yes") == ["teachers/abc"]
-    assert not outputs.exists()
 
 
 def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, clean):
@@ -116,35 +114,33 @@ def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, cl
     assert (space.runs / "b").is_dir()
 
 
-def test_ray_folders_of_dead_processes_go(space, clean):
+def test_ray_folders_of_ended_commands_go(space, clean):
     killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
     scratch = Path(killed.stdout.decode().strip())
     assert scratch.is_dir()
-    sweep = space.sweeps / "a"
-    alive = sweep / f"ray-{socket.gethostname()}-{os.getpid()}"
-    dead = sweep / f"ray-{socket.gethostname()}-{2**22 + 1}"
-    elsewhere = sweep / "ray-another-machine-17"
-    for folder in (alive, dead, elsewhere):
-        folder.mkdir(parents=True)
-    assert clean("ray", "--yes") == [str(dead.relative_to(space.root))]
+    running, ended = space.sweeps / "running", space.sweeps / "ended"
+    for sweep in (running, ended):
+        (sweep / RAY_FOLDER).mkdir(parents=True)
+        (sweep / SWEEP_LOCK_NAME).touch()
+    with lock_file(running / SWEEP_LOCK_NAME):
+        assert clean("ray", "--yes") == [f"sweeps/ended/{RAY_FOLDER}"]
     assert not scratch.exists()
-    assert alive.exists()
-    assert elsewhere.exists()
-    (space.teachers / "abc").mkdir(parents=True)
-    assert clean("teachers", "--yes") == [], "the sweep may be between two trials"
+    assert (running / RAY_FOLDER).exists()
 
 
 def test_damaged_files_go(space, whole, clean, capsys):
     weights = whole / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    good, bad = space.evaluations / "good.json", space.evaluations / "bad.json"
-    write_json(good, {"a": 1})
-    write_json(bad, {"a": 1})
-    bad.write_text(bad.read_text().replace("1", "2", 1))
+    good, bad = space.evaluations / "good", space.evaluations / "bad"
+    for folder in (good, bad):
+        write_json(folder / "results_1.json", {"results": {"task": {"acc,none": 0.5}}})
+        items = StoredItems(items=[], values={}, checksums=checksums_of(folder))
+        items.write(folder / "items.json")
+    write_json(bad / "results_1.json", {"results": {"task": {"acc,none": 0.6}}})
     with only_readable(space.root):
         assert cli.main(["clean", "damaged", "--yes", "-w", str(space.root)]) == 1
     assert "cannot be deleted (Permission denied)" in capsys.readouterr().err
-    assert clean("damaged", "--yes") == ["evaluations/bad.json", "runs/whole/step_00000004"]
+    assert clean("damaged", "--yes") == ["evaluations/bad", "runs/whole/step_00000004"]
     assert good.exists()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
+from commands import settings_options
 from small_size import SMALL
 from typer.main import get_command
 
@@ -127,8 +128,7 @@ def test_the_device_of_a_training_is_an_option(asked, tmp_path, monkeypatch):
 
 
 def test_a_quiet_command_prints_its_result_only(tmp_path, capsys):
-    settings = [word for setting in SMALL for word in ("--set", setting)]
-    command = ["prepare", "--workspace", str(tmp_path), *settings]
+    command = ["prepare", "--workspace", str(tmp_path), *settings_options(SMALL, "prepare")]
     assert cli.main([*command, "--quiet"]) == 0
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("tokens: ")

@@ -10,6 +10,7 @@ from typing import Any
 
 import generated_pages
 import pytest
+from commands import settings_options
 from file_modes import only_readable
 from lm_eval_tasks import write_choices
 from sample_trials import sample_trial
@@ -61,7 +62,7 @@ def test_every_command_with_json_has_its_keys_in_the_reference():
     }
     assert with_json == {name for name in COMMANDS_BY_NAME if generated_pages.json_keys(name)}
     page = generated_pages.command_line_page()
-    assert "`evaluate --compare --json`:\n\n| key | content |" in page
+    assert "`evaluate --json`:\n\n| key | content |" in page
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +102,23 @@ def run(space, capfd) -> Run:
 
 
 SHORT = [
-    "--set=training.num_steps=2", "--set=training.num_tokens_per_step=96",
-    "--set=training.num_validation_tokens=96", "--set=distillation.training.num_steps=2",
-    "--set=distillation.training.num_tokens_per_step=96",
-    "--set=distillation.training.num_validation_tokens=96", "--set=influence.num_tokens=96",
+    "training.num_steps=2", "training.num_tokens_per_step=96", "training.num_validation_tokens=96",
+    "distillation.training.num_steps=2", "distillation.training.num_tokens_per_step=96",
+    "distillation.training.num_validation_tokens=96", "influence.num_tokens=96",
 ]  # fmt: skip
+
+
+def short(*words: str) -> list[str]:
+    """Return a command with those of `SHORT` that it reads."""
+    return [*words, *settings_options(SHORT, words[0])]
 
 
 COMMANDS = {
     "pick --dry-run": ["pick", "two", "--dry-run"],
-    "distill --dry-run": ["distill", "full", "-r", "1,0", "-r", "0", "--dry-run", *SHORT],
+    "distill --dry-run": short("distill", "full", "-r", "1,0", "-r", "0", "--dry-run"),
     "pretrain --dry-run": ["pretrain", "--dry-run"],
-    "sweep --dry-run": ["sweep-threshold", "full", "--dry-run", *SHORT],
-    "influence --dry-run": ["influence", "full", "--dry-run", *SHORT],
+    "sweep --dry-run": short("sweep-threshold", "full", "--dry-run"),
+    "influence --dry-run": short("influence", "full", "--dry-run"),
     "benchmark --dry-run": ["benchmark", "full", "--dry-run"],
     "generate": ["generate", "full", "--prompt", "abc", "-n", "3"],
     "export": ["export", "full", "--no-measure"],
@@ -133,8 +138,9 @@ def test_the_keys_are_those_of_the_page(run, space, capfd):
             assert [student["schedule"] for student in found["students"]] == [[1, 0], [0, 0]]
             for student in found["students"]:
                 _check("pretrain --dry-run", student)
-    assert cli.main(["config", "list", "--json"]) == 0
-    _check("config list", json.loads(capfd.readouterr().out))
+    for name in ("config list", "config show"):
+        assert cli.main([*name.split(), "--json"]) == 0
+        _check(name, json.loads(capfd.readouterr().out))
     assert cli.main(["influence", "none", "--json", "--workspace", str(space.root)]) == 2
     captured = capfd.readouterr()
     assert captured.out == "", "an error prints no JSON"
@@ -152,7 +158,7 @@ def test_generate_names_the_model_and_the_schedule(run, space):
 
 @pytest.mark.slow
 def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
-    found, progress = run("influence", "full", *SHORT)
+    found, progress = run(*short("influence", "full"))
     _check("influence", found)
     assert [len(row) for row in found["values"]] == found["schedule"] == [2, 1]
     assert "influence (cosine): 3 corrections" in progress
@@ -184,14 +190,13 @@ def test_evaluations_have_the_keys_of_the_page(run, tasks):
     assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
     assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
     assert "evaluate: accuracy" in progress
-    both = "evaluate", "--compare", "full", "full", "-r", "2,1", "-r", "0", *tasks
-    planned = run(*both, "--dry-run")[0]
-    _check("evaluate --compare --dry-run", planned)
+    planned = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks, "--dry-run")[0]
     assert [row["state"] for row in planned["tasks"]] == 2 * ["16 items, stored"]
-    compared, _ = run(*both)
-    _check("evaluate --compare", compared)
-    first = compared["rows"][0]
-    assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
+    difference = found["differences"][0]
+    accuracies = [model["quality"]["letters/acc_norm"] for model in found["models"]]
+    assert (difference["model"], difference["against"]) == ("r=0", "r=2,1")
+    assert difference["difference"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert difference["low"] <= difference["difference"] <= difference["high"]
 
 
 @pytest.mark.slow
@@ -230,16 +235,17 @@ def test_trainings_have_the_keys_of_the_page(tmp_path, capfd):
         "\n\n".join(f"The square of {n} is {n * n}, and its cube {n**3}." for n in range(400))
     )
     data = [
-        "--set=data.source=files", f"--set=data.files=[{text}]", "--set=data.vocab_size=300",
-        "--set=model.dim=16", "--set=model.num_layers=2", "--set=model.num_heads=2",
-        "--set=model.num_kv_heads=2", "--set=model.ffn_dim=32", "--set=model.context_length=48",
+        "data.source=files", f"data.files=[{text}]", "data.vocab_size=300", "model.dim=16",
+        "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.ffn_dim=32",
+        "model.context_length=48",
     ]  # fmt: skip
-    prepared = result("prepare", *data)
+    prepared = result("prepare", *settings_options(data, "prepare"))
     _check("prepare", prepared)
     assert prepared["vocab_size"] == 300
     assert prepared["num_tokens"] > prepared["num_documents"] > 1
-    _check("pretrain", result("pretrain", "-r", "2,1", "--local", *data, *SHORT))
-    found = result("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local", *SHORT)
+    shape = settings_options(data, "pretrain")
+    _check("pretrain", result(*short("pretrain", "-r", "2,1", "--local"), *shape))
+    found = result(*short("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local"))
     _check("distill", found)
     # `0` and `0,0` are the same student.
     assert [student["schedule"] for student in found["students"]] == [[1, 0], [0, 0]]

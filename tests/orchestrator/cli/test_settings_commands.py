@@ -11,6 +11,7 @@ import yaml
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.cli.command import COMMANDS
 from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
 
@@ -120,3 +121,73 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", typed)
     assert "no file matches 'nowhere'" in _printed(capsys, "config", "init", code=2)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+READ_BY = {name: set(Settings.model_fields) - {*c.unread} for name, c in COMMANDS.items()}
+"""Command -> sections of the settings that `--set` may change."""
+
+
+def test_each_command_with_set_names_what_it_reads():
+    with_set = {name for name, command in COMMANDS.items() if command.config}
+    assert {name for name in with_set if not COMMANDS[name].unread} == {
+        "config show", "quickstart", "sweep",  # The latter two read what their kind reads.
+    }  # fmt: skip
+    training = {"data", "model", "training"}
+    assert READ_BY["prepare"] == {"data"}
+    assert READ_BY["pretrain"] == {*training, "cluster"}
+    assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
+    assert READ_BY["influence"] == {"influence", "cluster"}
+    assert READ_BY["evaluate"] == {"evaluation", "cluster"}
+    assert READ_BY["export"] == {"influence", "evaluation", "cluster"}
+    assert READ_BY["sweep-iterations"] == {*training, "evaluation", "sweep", "cluster"}
+    students = {"distillation", "influence", "evaluation", "sweep", "search", "cluster"}
+    assert READ_BY["sweep-threshold"] == students
+    for command in COMMANDS.values():
+        assert {*command.unread} <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "decides"),
+    [
+        ("distill run -r 1", ["model.num_layers=3", "training.num_steps=7"], "distillation.train"),
+        ("distill run -r 1", ["data.vocab_size=300"], "tokens that their teacher"),
+        ("distill run -r 1", ["influence.metric=loss"], "--drop-layers"),
+        ("evaluate run", ["model={corrections: 1}"], "--schedule"),
+        ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
+        ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
+        ("prepare", ["cluster.num_gpus=1"], "data alone"),
+        ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
+        ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
+        ("sweep-threshold run", ["training.seed=1"], "distillation.training"),
+        ("sweep-threshold run", ["search.seed=1"], "--search"),
+        ("sweep toy", ["search.seed=1"], "kind search"),
+        ("sweep iterations", ["influence.metric=loss"], "from scratch"),
+        ("quickstart", ["search.seed=1"], "kind search"),
+    ],
+)
+def test_a_setting_that_a_command_does_not_read_is_refused(words, changes, decides, capsys):
+    options = [f"--set={change}" for change in changes]
+    printed = _printed(capsys, *words.split(), *options, "--workspace", "space", code=2)
+    for change in changes:
+        assert f"--set {change.partition('=')[0]}" in printed
+    assert decides in printed
+    assert not Path("space").exists()
+
+
+def test_a_file_may_have_what_a_command_does_not_read(tmp_path, capsys):
+    (tmp_path / "all.yaml").write_text(
+        "data: {source: files, files: [text/a.txt]}\nsearch: {seed: 1}\nmodel: {num_layers: 3}\n"
+    )
+    words = ["prepare", "--config", "all.yaml", "--workspace", "space"]
+    printed = _printed(capsys, *words, code=2)  # There is too little text.
+    assert "does not read" not in printed
+
+
+def test_settings_are_shown_as_json(capsys):
+    printed = json.loads(_printed(capsys, "config", "show", "demo", "--json"))["settings"]
+    assert Settings.model_validate_json(json.dumps(printed)) == read_settings("demo")
+    words = ["config", "show", "--changed", "--json", "--set", "training.elastic.num_drawn=2"]
+    changed = json.loads(_printed(capsys, *words, "--set", "sweep.seeds=[3]"))
+    assert changed["settings"]["sweep"] == {"seeds": [3]}
+    assert changed["settings"]["training"]["elastic"]["num_drawn"] == 2
+    assert {*changed["settings"]} == {"training", "sweep"}

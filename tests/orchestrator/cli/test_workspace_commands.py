@@ -120,6 +120,18 @@ def test_a_sweep_counts_its_finished_trials(space, tiny_plan, run):
     assert trial["sweeps"] == ["my-sweep"]
 
 
+def test_a_sweep_whose_trials_failed_says_so_until_it_is_started_again(space, tiny_plan, run):
+    _store_sweep(space, tiny_plan)
+    journal = Journal(space.sweeps / "my-sweep")
+    for event, state in (
+        ("started", "interrupted"), ("failed", "failed"), ("finished", "failed"),
+        ("started", "interrupted"),
+    ):  # fmt: skip
+        journal.event(event)
+        assert f" {state}, 0 of {len(tiny_plan.trials)} " in run("list", "sweeps")
+    journal.close()
+
+
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
@@ -153,6 +165,10 @@ def test_status_tells_queued_from_running_and_measured_trials(space, two_runs, t
     assert kinds(space.runs / "new" / RUN_LOCK_NAME, two_runs / RUN_LOCK_NAME) == {
         "runs/new": "queued", "runs/half": "queued",
     }  # fmt: skip
+    with lock_file(space.runs / "new" / RUN_LOCK_NAME):
+        assert "queued runs/new: waits for Ray to start its workers" in run("list", "running")
+        with lock_file(two_runs / WORKERS_LOCK_NAME):
+            assert "queued runs/new: waits for runs/half" in run("list", "running")
     assert kinds(two_runs / RUN_LOCK_NAME, two_runs / WORKERS_LOCK_NAME) == {
         "runs/half": "training"
     }
@@ -177,10 +193,10 @@ def test_status_shows_commands_and_what_is_prepared(space, run):
     with open_session(space.root, "sweep-threshold", verbose=None):
         assert f"command sweep-threshold: process {os.getpid()}" in run("list", "running")
     assert run("list", "running").startswith("nothing runs in")
-    with lock_file(space.tokens / ".lock"), lock_file(space.teachers / ".abc.lock"):
+    with lock_file(space.tokens / ".lock"):
         found = json.loads(run("list", "running", "--json"))
     kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
-    assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
+    assert kinds == {"preparing": "tokens"}
 
 
 FOREIGN = [None, "x", 3, 1e400, True, [], {"a": 1}]

@@ -109,3 +109,14 @@ def test_models_never_compete_and_the_reason_names_the_best_rival(tmp_path):
     assert stop.text == (
         "stopped early at step 2 of 8: its validation loss is 6.000, vanilla lower had 4.000"
     )
+
+
+def test_a_trial_that_starts_again_stays_one_competitor(tmp_path):
+    race = Race(tmp_path, {"iiet low": [4.0, 4.0, 9.0] + [9.0] * 5, "iiet high": [5.0] * 8})
+    race.validate("iiet low", 2)
+    second_start = SimpleNamespace(config={"key": "iiet low"}, trial_id="second start")
+    race.tune_trials["iiet low"] = second_start
+    race.scheduler.on_trial_add(None, second_start)
+    race.validate("iiet low", 3)
+    race.validate("iiet high", 2)
+    assert race.stopped == {"iiet high": 2}, "the loss of step 3 is not one of the first rung"

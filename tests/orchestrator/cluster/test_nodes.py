@@ -30,7 +30,7 @@ def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path):
     without = versions()
     assert {"python", "torch", "ray", CODE} <= set(without)
     assert problem_of_node(None, without) == ""
-    entry = {"iiet_orch.data_sources": {"letters": "letters:Letters"}}
+    entry = {"iiet.influence_metrics": {"distance": "metrics:Distance"}}
     for version in ("1.0", "1.1"):
         install(tmp_path / version, {}, entry, version=version)
     with on_path(tmp_path / "1.0"):

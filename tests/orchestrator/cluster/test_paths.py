@@ -13,6 +13,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+from commands import settings_options
 from small_size import SMALL
 
 import orchestrator
@@ -38,7 +39,7 @@ def own_calls(frame: FrameType | None = None) -> list[str]:
 def arguments(command: str, workspace: Path, *options: str) -> list[str]:
     """Return a command that trains the smallest model for a step."""
     settings = [*SMALL, *DEPTH.split(), "training.num_steps=1"]
-    sets = [word for setting in settings for word in ("--set", setting)]
+    sets = settings_options(settings, command)
     return [command, "--workspace", str(workspace), *options, *sets]
 
 

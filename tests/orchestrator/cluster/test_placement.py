@@ -121,9 +121,9 @@ def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
         ((Node(2),), {"gpus_per_trial": 0.5}, ["gpus_per_trial=0.5: ", "no GPU", "num_gpus=0"]),
         (DOCUMENTED, {"gpus_per_trial": 33}, [
             "has 4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs, and",
-            "type --set sweep.gpus_per_trial=32", "cluster.wait_for_gpus=true"]),
+            "type --set sweep.gpus_per_trial=32", "again when nodes that have them have joined"]),
         (FEW_CPUS, {"gpus_per_trial": 13}, ["needs a CPU and a GPU", "gpus_per_trial=12"]),
-        ((Node(0, 4), HEAD), {"gpus_per_trial": 1}, ["needs a CPU and a GPU; set cluster.wait"]),
+        ((Node(0, 4), HEAD), {"gpus_per_trial": 1}, ["needs a CPU and a GPU; run the"]),
     ],
 )  # fmt: skip
 def test_what_never_fits_says_what_the_nodes_have_and_what_would(nodes, sweep, words):

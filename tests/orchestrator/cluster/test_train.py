@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cluster import LOOPBACK, listening_addresses
+from commands import Started
+from pretended_cluster import LOOPBACK, environment_without_ray, listening_addresses
 from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import train
 from orchestrator.cluster.places import Placement, Signal
+from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
-from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.trainer import run_job
@@ -203,9 +205,6 @@ def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkey
 
     job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
     monkeypatch.setattr(train, "_train_worker", train_and_save_slowly)
-    # The driver looks at its workers more often than that before the checkpoint is written.
-    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(estimate, "WRITE_BYTES_PER_SECOND", 1000.0)  # 100 kB
     notes: list[str] = []
     looks: list[int] = []
 
@@ -263,3 +262,37 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
             run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
     finally:
         remove_placement_group(others)
+
+
+STOPPED_DRIVER = """
+import json, os, signal, sys
+from orchestrator.cluster.train import run_train_jobs
+from orchestrator.records.training import TrainingJob
+from orchestrator.workspace.errors import Interrupted
+
+jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
+looks = []
+
+def watch():
+    looks.append(1)
+    if len(looks) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+    run_train_jobs(jobs, watch=watch)
+except Interrupted as error:
+    print("said:", error, flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_step_ends_the_process_and_starts_no_other_ray(make_job):
+    jobs = [make_job(f"run-{number}") for number in range(5)]  # More than run at the same time.
+    values = json.dumps([job.model_dump(mode="json") for job in jobs])
+    local = {name: value for name, value in address_variables("local").items() if value}
+    process = Started(values, code=STOPPED_DRIVER, environment=environment_without_ray() | local)
+    printed, _ = process.communicate()
+    assert process.returncode == 130, printed
+    assert [line.partition(" ")[0] for line in printed.splitlines()][-1] == "said:"
+    assert printed.count("nothing was saved") == len(jobs)

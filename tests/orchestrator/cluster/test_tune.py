@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from changed_trials import in_folder, with_job
+from commands import Started
+from pretended_cluster import environment_without_ray
 
-from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace, run_trials
+from orchestrator.cluster import tune as module
+from orchestrator.cluster.places import Placement
+from orchestrator.cluster.ray import address_variables
+from orchestrator.cluster.tune import (
+    RESTART_PAUSES_SECONDS,
+    AshaByModel,
+    TrialFunction,
+    TrialPlace,
+    run_trials,
+)
 from orchestrator.models.open import load_model
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.slow
@@ -32,6 +48,7 @@ class ListQueue:
     def __init__(self, trials: list[Trial], *, watch: Callable[[], None] = lambda: None) -> None:
         self.waiting, self.taken = list(trials), dict[str, Trial]()
         self.ended: dict[str, tuple[Trial | None, str]] = {}
+        self.reasons = list[str]()
         self.most_at_once, self.threads, self.watch_too = 0, set[int](), watch
 
     @property
@@ -57,6 +74,11 @@ class ListQueue:
         del self.taken[key]
         self.ended[key] = result, error
 
+    def start_again(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.waiting = [*self.taken.values(), *self.waiting]
+        self.taken.clear()
+
     def watch(self) -> None:
         self.threads.add(threading.get_ident())
         self.watch_too()
@@ -64,8 +86,8 @@ class ListQueue:
     def saved(self) -> str:
         return f"{len(self.waiting)} are left"
 
-    def seconds_to_save(self) -> float:
-        return 60.0  # Any busy machine is fast enough.
+    def begin_saving(self) -> bool:
+        return True
 
 
 def run_queue(
@@ -175,7 +197,7 @@ def trains_only() -> TrialFunction:
         from orchestrator.sweeping import trial as module
 
         module.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
-        return module.run_trial(trial, place, wait=False)
+        return module.run_trial(trial, place)
 
     return train
 
@@ -257,3 +279,142 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
         assert time.monotonic() < give_up, "the workers keep their CPUs"
         time.sleep(0.2)
+
+
+NO_MEMORY = (
+    "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: "
+    "127.0.0.1, ID: dc26) was 5.81GB used / 23.54GB limit (0.246860)\nOOM kill reason: ...\nTop 10 "
+    "memory users: PID\tMEM(GB)\tCOMMAND\n999\t0.68\t/usr/bin/python --token SECRET\n17\t0.61\tgimp"
+)
+
+
+@pytest.mark.parametrize("num_shortages", [0, 3, 4])
+def test_tune_starts_again_three_times_when_memory_ran_low(
+    num_shortages, tiny_plan, tmp_path, monkeypatch
+):
+    starts: list[str] = []
+    queue = ListQueue(named(tiny_plan, "a", "b"))
+
+    class Tuner:
+        def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            trial = queue.take()
+            starts.append(trial.key)
+            if len(starts) <= num_shortages:
+                raise RuntimeError(f"Caught unexpected exception: {NO_MEMORY}")
+            queue.on_end(trial.key, trial, "")
+            while trial := queue.take():
+                queue.on_end(trial.key, trial, "")
+
+    monkeypatch.setattr(module.tune, "Tuner", Tuner)
+    monkeypatch.setattr(module, "ray_cluster", lambda: nullcontext(Resources((Node(2),))))
+    monkeypatch.setattr(module, "RESTART_PAUSES_SECONDS", (0.0,) * len(RESTART_PAUSES_SECONDS))
+    facts = "5.81 of 23.54 GB were used; the largest processes were python (process 999) 0.68 GB, "
+    if num_shortages > 3:
+        with pytest.raises(RunFailed, match=re.escape(facts)):
+            run_queue(queue, lambda trial, _: trial, tmp_path)
+        assert queue.ended == {}, "no trial has failed"
+    else:
+        run_queue(queue, lambda trial, _: trial, tmp_path)
+        assert {key: error for key, (_, error) in queue.ended.items()} == {"a": "", "b": ""}
+    assert starts == ["a"] * len(starts)
+    assert len(starts) == min(num_shortages + 1, 4)
+    assert len(queue.reasons) == min(num_shortages, 3)
+    assert all(facts in reason and "SECRET" not in reason for reason in queue.reasons)
+
+
+def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure(
+    tiny_plan, tmp_path
+):
+    queue = ListQueue(named(tiny_plan, "short", "raised", "lost", "silent"))
+    while queue.take():
+        pass
+    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
+    suggester = module._Suggester(queue, placement, None)
+    listener = module._Listener(queue, suggester)
+
+    def tune_trial(key: str, *texts: str, pickled: Exception | None = None) -> SimpleNamespace:
+        """Return a trial of Tune with the files that Tune writes for its errors."""
+        written, pickles = tmp_path / f"{key}.txt", tmp_path / f"{key}.pkl"
+        written.write_text("".join(f"Failure # 1 (occurred at noon)\n{text}\n" for text in texts))
+        if pickled:
+            pickles.write_bytes(pickle.dumps(pickled))
+        return SimpleNamespace(
+            config={"key": key}, error_file=str(written), pickled_error_file=str(pickles)
+        )
+
+    error = ValueError("bad luck")
+    listener.on_trial_error(trial=tune_trial("raised", "lost", "bad luck", pickled=error))
+    listener.on_trial_error(trial=tune_trial("lost", "bad luck", "the node died", pickled=error))
+    listener.on_trial_error(trial=tune_trial("silent"))
+    reasons = {key: reason for key, (_, reason) in queue.ended.items()}
+    assert reasons.pop("silent")
+    assert reasons == {"raised": "ValueError: bad luck", "lost": "the node died"}
+    assert not suggester.is_stopping
+
+    listener.on_trial_recover(trial=tune_trial("short", NO_MEMORY))
+    assert suggester.is_stopping, "no other trial starts until the running ones have ended"
+    assert listener.shortage == NO_MEMORY
+    listener.on_trial_error(trial=tune_trial("short", NO_MEMORY, "bad luck", pickled=error))
+    assert set(queue.taken) == {"short"}, "it starts again with the next Tune"
+
+
+SHORT_OF_MEMORY = """
+import json, sys
+from pathlib import Path
+from orchestrator.cluster import tune
+from orchestrator.records.trial import Trial
+from orchestrator.settings import ClusterSettings, SweepSettings
+from orchestrator.workspace.errors import RunFailed
+
+class Queue:
+    def __init__(self, trials):
+        self.waiting, self.taken, self.is_over = trials, [], False
+    @property
+    def num_taken(self):
+        return len(self.taken)
+    def take(self):
+        if self.waiting:
+            self.taken.append(self.waiting.pop())
+            return self.taken[-1]
+    def on_start(self, key):
+        pass
+    def on_end(self, key, result, error):
+        print("ended", key, error)
+    def start_again(self, reason):
+        print("again", reason)
+        self.waiting, self.taken = self.taken, []
+    def watch(self):
+        pass
+    def saved(self):
+        return ""
+
+def run(trial, place):
+    import time
+    time.sleep(1000)
+
+trial, folder = Trial.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+tune.RESTART_PAUSES_SECONDS = (0.0,)
+sweep = SweepSettings(max_failures_per_trial=0)
+try:
+    tune.run_trials(run, Queue([trial]), folder, sweep, ClusterSettings(), num_trials=1)
+except RunFailed as error:
+    print("failed", error)
+"""
+
+
+def test_ray_ends_trials_when_memory_runs_low_and_says_who_has_it(tiny_plan, tmp_path):
+    local = {name: value for name, value in address_variables("local").items() if value}
+    variables = environment_without_ray() | local | {"RAY_memory_usage_threshold": "0.001"}
+    process = Started(
+        tiny_plan.trials[0].model_dump_json(), str(tmp_path / "ray"),
+        code=SHORT_OF_MEMORY, environment=variables,
+    )  # fmt: skip
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    told = [line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))]
+    assert [line.split()[0] for line in told] == ["again", "failed"], printed
+    for line in told:
+        assert re.search(r"[\d.]+ of [\d.]+ GB were used; .* \(process \d+\) [\d.]+ GB", line)

@@ -77,6 +77,21 @@ def test_workers_share_a_step_as_evenly_as_possible(batch, workers, step):
             check_even_split(batch, workers)
 
 
+def test_training_and_validation_read_their_own_tokens():
+    manifest: Any = None
+    train, validation = np.arange(600, dtype=np.uint16), np.arange(600, 1000, dtype=np.uint16)
+    store = TokenStore(Path(), manifest, train, validation)
+    held_out = torch.cat(
+        [
+            batch.input_ids
+            for batch in store.validation_batches(context_length=10, num_tokens=400, batch_size=8)
+        ]
+    )
+    assert held_out.flatten().tolist() == validation.tolist()
+    trained = store.sequences(np.arange(300), context_length=10, seed=0).input_ids
+    assert int(trained.max()) < 600
+
+
 def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error():
     def batches(tokens: np.ndarray, **options: int) -> list[Any]:
         manifest: Any = None

@@ -15,7 +15,7 @@ from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 
@@ -66,7 +66,7 @@ def test_damaged_tokens_and_records_are_named(workspace, settings):
     [record] = (workspace.tokens / "sources").iterdir()
     for content in ('{"fingerprint": "../../elsewhere"}', "{}", "[]"):
         record.write_text(content)
-        with pytest.raises(UserError, match=rf"{record.name} is damaged .*delete it"):
+        with pytest.raises(DamagedFile, match=rf"{record.name} is damaged .*delete it"):
             prepare(settings, workspace)
     record.unlink()
     assert prepare(settings, workspace) == folder
@@ -75,10 +75,10 @@ def test_damaged_tokens_and_records_are_named(workspace, settings):
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"is damaged: train\.bin .*delete the folder"):
+    with pytest.raises(DamagedFile, match=rf"{folder.name} is damaged \(train\.bin .*delete it"):
         prepare(settings, workspace)
     # A change that keeps size and time is found by comparing everything.
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert prepare(settings, workspace) == folder
-    with pytest.raises(UserError, match=r"is damaged: train\.bin"):
+    with pytest.raises(DamagedFile, match=r"is damaged \(train\.bin"):
         prepare(settings, workspace, verify=True)

@@ -17,12 +17,18 @@ from hypothesis import strategies as st
 from sample_texts import lines_of, tokens_of
 
 from orchestrator.data import text, tokenize
-from orchestrator.data.store import MANIFEST_NAME, TokenStore, open_tokens, verify_data
+from orchestrator.data.store import (
+    MANIFEST_NAME,
+    Manifest,
+    TokenStore,
+    open_tokens,
+    verify_data,
+)
 from orchestrator.data.tokenize import first_occurrences, is_validation, write_text
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.files import VERIFIED_NAME
 from orchestrator.workspace.layout import TEMPORARY_PREFIX
 
@@ -103,9 +109,11 @@ def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path):
     folder = tokens_of(TEXTS, tmp_path, **OPTIONS)
     (folder / VERIFIED_NAME).write_text("{")
     (folder / "train.bin").unlink()
-    with pytest.raises(UserError, match=r"train\.bin is missing"):
+    with pytest.raises(DamagedFile, match=r"train\.bin is missing"):
         verify_data(folder)
-    (folder / MANIFEST_NAME).write_text('{"format": 99}')
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    assert manifest
+    manifest.model_copy(update={"format": 99}).write(folder / MANIFEST_NAME)
     with pytest.raises(UserError, match="another version"):
         verify_data(folder)
 

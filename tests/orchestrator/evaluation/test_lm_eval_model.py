@@ -257,6 +257,30 @@ def test_the_validation_loss_of_smaller_batches_is_the_same(decoder, tiny_tokens
 # Generated answers
 
 
+def test_examples_are_those_that_stock_lm_eval_draws_in_each_run(make_model, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"question": word, "answer": str(n)} for n, word in enumerate(QUESTIONS)]
+    folder = write_task(tmp_path, "questions", rows)
+    suite = load_suite(TaskSelection(folders=(folder,), num_fewshot=2))
+    ours = [run(suite, make_model())["questions"].samples for _ in range(2)]
+    with suppress_output():
+        stock = simple_evaluate(
+            model=make_model(),
+            tasks=["questions"],
+            task_manager=TaskManager(include_path=[folder], include_defaults=False),
+            num_fewshot=2,
+            bootstrap_iters=0,
+        )
+    prompts = [
+        [sample["arguments"][0][0] for sample in samples]
+        for samples in (*ours, stock["samples"]["questions"])
+    ]
+    assert all(len(prompt.split("\n\n")) == 3 for prompt in prompts[0])
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
 def test_answers_are_compared_under_each_filter(decoder, tokenizer, make_model, tmp_path):
     plain, answers = questions(tmp_path / "plain", decoder, tokenizer)
     results = [run(plain, make_model(size))["questions"].result for size in (1, 4)]

@@ -13,7 +13,7 @@ import torch
 from looped_models import MODELS, write_looped
 from transformers import AutoConfig, Inkling2LoopForConditionalGeneration
 
-from orchestrator.evaluation.looped import LoopedDecoder, check_loops, fix_start, load_transformers
+from orchestrator.evaluation.looped import LoopedDecoder, check_loops, load_transformers
 from orchestrator.models.folder import TOKENIZER
 from orchestrator.models.loops import Ouro
 from orchestrator.models.open import OpenedModel, open_model
@@ -135,15 +135,3 @@ def test_a_random_start_is_the_same_each_time(tmp_path, tiny_tokens):
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), drawn), "the numbers of the program are not touched"
     assert torch.equal(loaded(tokens).logits, first)
-    # A start that a seed fixes does not depend on what is read at once.
-    short = loaded(tokens[:, 5:6]).logits
-    fix_start(loaded, 3)
-    fixed = loaded.initialize_state(torch.zeros(2, 5, 32))
-    assert torch.equal(fixed, fixed[:1, :1].expand(2, 5, 32))
-    fix_start(loaded, 4)
-    assert not torch.equal(fixed, loaded.initialize_state(torch.zeros(2, 5, 32)))
-    fix_start(loaded, 3)
-    assert torch.equal(fixed[:1], loaded.initialize_state(torch.zeros(1, 5, 32)))
-    assert not torch.equal(loaded(tokens[:, 5:6]).logits, short)
-    with pytest.raises(UserError, match="no initialize_state"):
-        fix_start(torch.nn.Linear(1, 1), 3)

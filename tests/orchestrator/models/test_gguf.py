@@ -210,8 +210,6 @@ def test_it_becomes_a_run_that_is_found_again(file, workspace, capfd):
     imported = load_provenance(checkpoint)["imported"]
     assert imported["from"] == file.name
     assert import_model(file, workspace=workspace) == checkpoint
-    with pytest.raises(UserError, match=r"message 'short' is for a chat.*--chat"):
-        generating.generate(["a bag"], workspace=workspace, system="short")
     write_llama(file, tiny_llama(rms_norm_eps=1e-3))
     with pytest.raises(UserError, match="--tokenizer FILE"):
         import_model(file, workspace=workspace)
@@ -233,14 +231,13 @@ def test_answers_are_those_of_transformers(file, workspace, tmp_path):
         card=ModelCard(name="tiny", config=load_model(checkpoint).config),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "system", "content": "in 12"}, {"role": "user", "content": "a bag"}]
+    messages = [{"role": "user", "content": "a bag"}]
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
     greedy = stock.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.size(1) :]
     expected = tokenizer.decode(greedy, skip_special_tokens=True)
-    options: dict[str, Any] = {"workspace": workspace, "chat": True, "system": "in 12"}
-    options["max_new_tokens"] = 12
+    options: dict[str, Any] = {"workspace": workspace, "chat": True, "max_new_tokens": 12}
     streamed = "".join(generating.generate_stream("a bag", **options))
     assert streamed == expected.rstrip("\ufffd")
     assert generating.generate(["a bag"], **options) == [streamed]

@@ -287,7 +287,7 @@ MISTAKES = [
 NEEDS_NETWORK = [
     "evaluate hub:me/tiny",
     "benchmark hub:me/tiny",
-    "evaluate --compare tiny hub:me/tiny",
+    "evaluate tiny hub:me/tiny",
     "influence hub:me/tiny",
     "distill hub:me/tiny -r 0",
     "sweep-threshold hub:me/tiny",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_trials import sample_trial
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.models.lookup import (
     Picked,
     find_model_folder,
+    find_pretraining,
     parse_schedule,
     resolve_model,
     resolve_teacher,
@@ -59,7 +62,7 @@ def test_a_name_means_a_run_or_a_path_inside_the_workspace(
     assert found == checkpoint.parent
     nearer = find_model_folder(workspace, Path("teacher"), model_types={"llama"})
     assert nearer == tmp_path / "teacher"
-    with pytest.raises(UserError, match="is a model folder, not a checkpoint; `iiet-orch import`"):
+    with pytest.raises(UserError, match="has no weights"):
         resolve_teacher(workspace, nearer, None)
     for number in range(3):
         save_run(f"run{number:02}")
@@ -130,7 +133,7 @@ def test_no_command_replaces_a_damaged_model_by_an_older_one(workspace, save_run
         ("generate", "--prompt", "abc"),
     ):
         where = ["--workspace", str(workspace.root)]
-        assert cli.main([command, *options, *paths, *where]) == 2, command
+        assert cli.main([command, *options, *paths, *where]) == 1, command
         printed = " ".join(capfd.readouterr().err.split())
         assert f"{newest} is damaged: model.safetensors" in printed
         assert f"name an older model: {older}" in printed
@@ -144,3 +147,60 @@ def test_a_schedule_for_a_model_without_corrections_is_refused(save_run):
     with pytest.raises(UserError, match=r"^--schedule: method 'vanilla' makes no corrections, got"):
         parse_schedule("2", plain)
     assert parse_schedule("0", plain) == IterationSchedule((0, 0))
+
+
+def test_a_model_without_corrections_has_no_schedule_where_models_are_shown(
+    workspace, save_run, capfd
+):
+    checkpoint = save_run("plain", method="vanilla")
+    command = ["generate", "plain", "--prompt", "abc", "-n", "2", "-w", str(workspace.root)]
+    assert cli.main(command) == 0
+    assert f"model: {checkpoint}, schedule -\n" in capfd.readouterr().err
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["schedule"] is None
+
+
+def test_a_trial_is_named_as_the_list_shows_it(workspace, save_run, save_tiny, capsys):
+    """Also one that has no weights of its own, and one that is not measured yet."""
+    full = save_run("full")
+    student = save_tiny(workspace.trials / "0123456789abcdef", schedule=[1, 0])
+    pruned = workspace.trials / "fedcba9876543210"
+    for folder, schedule, checkpoint in (
+        (student.parent, (1, 0), student), (pruned, (2, 0), full),
+    ):  # fmt: skip
+        trial = sample_trial(
+            key=folder.name, schedule=schedule, checkpoint=str(checkpoint), folder=str(folder)
+        )
+        trial.write(trial.result_path)
+    named = {
+        pruned.name: (full, IterationSchedule((2, 0))),
+        f"trials/{pruned.name}": (full, IterationSchedule((2, 0))),
+        student.parent.name: (student, IterationSchedule((1, 0))),
+    }
+    for typed, expected in named.items():
+        assert resolve_model(workspace, typed) == expected
+        (model,) = open_models(workspace, [Path(typed)], None)
+        assert (model.path, model.config.corrections) == expected
+    unmeasured = save_tiny(workspace.trials / "00000000ffffffff")
+    assert resolve_model(workspace, unmeasured.parent.name) == (unmeasured, None)
+    where = ["--workspace", str(workspace.root)]
+    assert cli.main(["list", "trials", "--json", *where]) == 0
+    listed = [entry["name"] for entry in json.loads(capsys.readouterr().out)["trials"]]
+    for name in listed:
+        assert cli.main(["generate", name, "--prompt", "abc", "-n", "2", "--json", *where]) == 0
+        used = json.loads(capsys.readouterr().out)
+        checkpoint, schedule = named.get(name, (unmeasured, IterationSchedule((2, 1))))
+        assert (used["model"], used["schedule"]) == (str(checkpoint), list(schedule))
+        assert cli.main(["export", name, "--no-measure", "--json", *where]) == 0
+        assert Path(json.loads(capsys.readouterr().out)["folder"]).is_dir()
+
+
+def test_what_was_not_pretrained_cannot_be_continued(workspace, save_run, capfd):
+    save_run("imported", provenance={"imported": {"from": "elsewhere"}})
+    save_run("saved")
+    for run, words in (("imported", "was imported"), ("saved", "was not made by")):
+        with pytest.raises(UserError, match=words):
+            find_pretraining(workspace, Path(run))
+        command = ["pretrain", "--continue", run, "--steps", "9", "-w", str(workspace.root)]
+        assert cli.main(command) == 2
+        assert words in " ".join(capfd.readouterr().err.split())

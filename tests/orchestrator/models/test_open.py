@@ -17,6 +17,8 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.schedule import IterationSchedule
+from orchestrator import cli
+from orchestrator.models.folder import resolve_checkpoint
 from orchestrator.models.open import load_model, open_model
 from orchestrator.workspace.errors import UserError
 
@@ -129,3 +131,34 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path):
     changed = open_model(moved).key
     with_nan(moved)
     assert before != changed != open_model(moved).key != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "qwen2"}, "'qwen2'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
+    ],
+)
+def test_a_folder_that_no_decoder_can_run_is_refused_with_the_reason_of_the_import(
+    changes, reason, tmp_path, capfd
+):
+    """No command says that the import would help."""
+    llama_folder(tmp_path / "model")
+    changed_config(tmp_path / "model", **changes)
+    where = ["--workspace", str(tmp_path / "space")]
+    folder = str(tmp_path / "model")
+    for command in (
+        ["import", folder], ["generate", folder, "--prompt", "a"], ["influence", folder],
+        ["distill", folder, "-r", "0"], ["export", folder], ["benchmark", folder],
+    ):  # fmt: skip
+        assert cli.main([*command, *where]) == 2, command
+        printed = " ".join(capfd.readouterr().err.split())
+        assert reason in printed
+        assert "iiet-orch import" not in printed
+
+
+def test_a_folder_that_a_decoder_can_run_is_imported_first(tmp_path):
+    llama_folder(tmp_path / "model")
+    with pytest.raises(UserError, match=f"`iiet-orch import {tmp_path / 'model'}`"):
+        resolve_checkpoint(tmp_path / "model")

@@ -77,13 +77,16 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, 
     assert influence.checkpoint == pretrained.checkpoint
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
+    baselines = [run.name for run in workspace.runs.iterdir() if run.name not in (full, "another")]
+    beside = settings.sweep.model_copy(update={"baseline_runs": tuple(baselines)})
+    settings = settings.model_copy(update={"sweep": beside})
     dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert "to train" in set(dry_run.to_pandas()["state"])
     result = orchestrator.sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert result.failures == {}
     trials = result.to_pandas()
     roles = trials["role"].value_counts().to_dict()
-    assert roles == {"teacher": 1, "trial": 2, "baseline": 2}, "the workspace has baselines"
+    assert roles == {"teacher": 1, "trial": 2, "baseline": 2}
     assert trials["cost/evaluations"].notna().all()
     assert trials["quality/accuracy"].notna().all()
     assert len(trials) == len(result.trials)

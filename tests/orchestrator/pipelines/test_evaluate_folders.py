@@ -113,7 +113,9 @@ def llama_of_kind(save_llama) -> Callable[[str], Path]:
     return lambda kind: save_llama(**(SCALED if kind == "transformers" else {}))
 
 
-def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[list[float]]]:
+def by_lm_eval(
+    folder: Path, settings: EvaluationSettings, **options: Any
+) -> dict[str, list[list[float]]]:
     """Log-likelihoods per task and item by lm-eval's class, called as its documentation says."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -121,7 +123,9 @@ def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[lis
     folders = (Path(settings.include_path or ""),)
     suite = load_suite(TaskSelection(names=tuple(TASKS), folders=folders))
     with suppress_output():
-        model = HFLM(pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False)
+        model = HFLM(
+            pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False, **options
+        )
         output = evaluator.evaluate(
             lm=model, task_dict={"tasks": suite.tasks}, bootstrap_iters=0, log_samples=True
         )
@@ -145,6 +149,26 @@ def test_a_folder_scores_as_with_lm_evals_own_class(kind, settings, workspace, l
     ours = evaluate(model, settings, workspace)
     assert_alike(scored(model, settings, workspace), by_lm_eval(folder, settings))
     assert evaluate(folder, settings, workspace) == ours
+
+
+@pytest.mark.slow
+def test_the_precision_of_the_settings_is_that_of_a_model_of_transformers(
+    settings, workspace, llama_of_kind
+):
+    folder = llama_of_kind("transformers")
+    weights = load_file(folder / "model.safetensors")
+    halves = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(halves, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    ours = {
+        precision: scored(folder, settings.model_copy(update={"precision": precision}), workspace)
+        for precision in ("fp32", "bf16", None)
+    }
+    assert_alike(ours["fp32"], by_lm_eval(folder, settings, dtype="float32"), 1e-4)
+    assert ours[None] == ours["fp32"], "on a CPU"
+    with pytest.raises(AssertionError):
+        assert_alike(ours["fp32"], ours["bf16"], 1e-3)
 
 
 @pytest.mark.slow

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from fake_tracking import FakeTracking, untracked
 from kept_progress import KeptProgress
 from lm_eval_tasks import logged_responses, write_choices, write_task
 from one_evaluation import evaluate_model as evaluate
@@ -23,14 +22,10 @@ from orchestrator.evaluation import measuring
 from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
 from orchestrator.pipelines.evaluating import (
-    DepthEvaluations,
-    EvaluatePlan,
     ModelEvaluations,
     plan_evaluate,
-    run_evaluate,
 )
 from orchestrator.pipelines.models import export
-from orchestrator.records.evaluation import DepthCurve
 from orchestrator.records.trial import TrialSuite
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
@@ -72,47 +67,11 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     assert len(list(workspace.evaluations.iterdir())) == 2
     # Of each model, task and metric, a row.
     table = ModelEvaluations(evaluations={"full": fresh}).to_pandas()
-    assert list(table.columns) == ["model", "task", "metric", "value", "stderr", "num_items"]
+    columns = ["model", "task", "metric", "value", "stderr", "num_items"]
+    assert list(table.columns) == [*columns, "difference", "low", "high"]
     row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]
     assert row["value"] == fresh.results["first"].metrics["acc"]
     assert not table["metric"].str.endswith("_stderr").any()
-
-
-def test_a_depth_curve_is_an_evaluation_for_each_uniform_schedule(
-    checkpoint, settings, workspace, save_tiny, runs
-):
-    chosen = Settings(evaluation=settings.model_copy(update={"suite": "first"}))
-
-    def plan(*models: Path, **options: Any) -> EvaluatePlan:
-        options = {"workspace": workspace, "depth_curve": True, **options}
-        return plan_evaluate(chosen, models=models, **options)
-
-    known = evaluate(checkpoint, chosen.evaluation, workspace, schedule=IterationSchedule((1, 1)))
-    states = {row["model"]: row["state"] for row in plan(checkpoint).tasks}
-    assert [*states] == [f"r={r}" for r in range(5)], "up to twice the 2 of the schedule 2,1"
-    assert [model for model, state in states.items() if "stored" in state] == ["r=1"]
-    context = untracked(workspace)
-    found = run_evaluate(plan(checkpoint), context)
-    assert isinstance(found, DepthEvaluations)
-    assert runs == 5 * ["first"], "one was stored"
-    curve = found.depth_curve
-    assert found.to_json()["depth_curve"]["points"][1]["quality"] == known.quality()
-    assert [point.evaluations for point in curve.points] == [2, 4, 6, 8, 10]
-    assert (curve.trained, curve.tasks, curve.qualities) == ((2, 1), ("first",), ["accuracy"])
-    assert DepthCurve.read(checkpoint / "depth-curve.json") == curve
-    assert (checkpoint / "depth-curve.png").stat().st_size > 1000
-    published = cast("FakeTracking", context.tracking).published[-1]
-    points = {r: value for name, value, r in published.points if name == "depth/accuracy"}
-    assert points == {point.corrections: point.quality["accuracy"] for point in curve.points}
-
-    levels = save_tiny(workspace.runs / "levels", method="pcformer", schedule=[2, 2])
-    assert len(plan(levels).opened) == 3, "a method may allow no more"
-    vanilla = save_tiny(workspace.runs / "vanilla", method="vanilla", schedule=None)
-    with pytest.raises(UserError, match=r"vanilla.* makes no corrections"):
-        plan(vanilla)
-    for models, options in (((checkpoint, levels), {}), ((levels,), {"schedules": ["1"]})):
-        with pytest.raises(UserError, match="takes one model, and no --schedule"):
-            plan(*models, **options)
 
 
 @pytest.mark.slow

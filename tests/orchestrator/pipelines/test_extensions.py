@@ -1,53 +1,31 @@
-"""Five tables to which packages add: names, contracts, clashes, and what a broken package does."""
+"""Three tables to which packages add: names, contracts, clashes, and what a broken package does."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from installed_package import PACKAGE, install, on_path
-from small_size import SMALL
 
 from iiet import METHODS
 from iiet.extensions import ExtensionError
 from iiet.influence import INFLUENCE_METRICS
 from orchestrator.cli import main
-from orchestrator.data.text import source_state
 from orchestrator.pipelines.doctor import extension_points
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.provenance import extension_packages
 
 GROUPS = {table.group: table for table in extension_points()}
 SOURCE = """
-from itertools import product
-
 from iiet.influence import Comparison
-from orchestrator.data.text import TextSource
 
 
 class Distance(Comparison):
     def compare(self, before, after):
         return (after - before).norm(dim=-1)
-
-
-class Letters(TextSource):
-    version = 2
-
-    def state(self):
-        return "letters"
-
-    def documents(self, shard):
-        animals, places = ("lion", "zebra", "camel", "parrot"), ("river", "forest", "garden")
-        for number, (one, other, place) in enumerate(product(animals, animals, places)):
-            yield (
-                f"Letter {number}. The {one} went to the {place} and met the {other}, who was "
-                f"asleep there. Soon the {one} walked home with the {other} of the {place}."
-            ), "letters"
 """
 NAMES = {
     "iiet.influence_metrics": {
@@ -56,9 +34,6 @@ NAMES = {
         "broken": "of_mine_broken:Metric",
     },
     "iiet.methods": {"broken_method": "of_mine_broken:Method"},
-    "iiet_orch.tasks": {"broken_task": "of_mine_broken:Task"},
-    "iiet_orch.data_sources": {"letters": "of_mine:Letters", "broken_source": "of_mine_broken:A"},
-    "iiet_orch.loggers": {"broken_logger": "of_mine_broken:Logger"},
     "iiet_orch.depth": {"broken_kind": "of_mine_broken:Kind"},
 }
 BROKEN = "import iiet\nraise ImportError('libfoo.so is\\nmissing')\n"
@@ -77,9 +52,6 @@ def test_the_tables_hold_this_projects_classes_first():
     assert first == {
         "iiet.methods": "vanilla",
         "iiet.influence_metrics": "cosine",
-        "iiet_orch.tasks": "paper",
-        "iiet_orch.data_sources": "python",
-        "iiet_orch.loggers": "tensorboard",
         "iiet_orch.depth": "ouro",
     }
     for table in extension_points():
@@ -112,8 +84,6 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site):
 
 
 def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_path):
-    broken = "tracking.loggers=[mlflow, broken_logger]"
-    options = "data={source: letters, source_options: {letters: {size: 1}}}"
     for command, change, words in (
         (
             "influence", "influence.metric=broken",
@@ -126,12 +96,6 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_p
             "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "
             "or 'no_class'; got 'angel'",
         ),
-        ("prepare", "data.source=broken_source", "data.source: the data source 'broken_source'"),
-        ("pretrain", broken, "tracking.loggers: the logger 'broken_logger'"),
-        (
-            "prepare", options,
-            "data.source_options.letters: there is no option 'size'; options of letters: none",
-        ),
     ):  # fmt: skip
         assert main([command, "--set", change, "--workspace", str(tmp_path / "ws")]) == 2
         printed = capsys.readouterr().err
@@ -140,8 +104,6 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_p
     for change, words in (
         ("model.method=broken_method", "model.method: the method 'broken_method' of the package"),
         ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
-        ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
-        ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
     ):
         with pytest.raises(UserError) as error:
             resolve_settings({}, [change])
@@ -149,62 +111,18 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_p
 
 
 def test_settings_take_the_names_of_packages(site):
-    settings = resolve_settings({}, ["influence.metric=distance", "data.source=letters"])
+    settings = resolve_settings({}, ["influence.metric=distance"])
     assert settings.influence.metric == "distance"
     schema = Settings.model_json_schema()["$defs"]
-    for section, name in (("InfluenceSettings", "metric"), ("DataSettings", "source")):
-        assert {"distance", "letters"} & set(schema[section]["properties"][name]["enum"])
-    assert source_state(settings.data) == [2, "letters"], "the version is part of the key"
-    both = ["data.source=mixture", "data.shares={letters: 0.5, phop_2: 0.5}"]
-    data = resolve_settings({}, both).data
-    assert list(data.texts) == ["letters"]
-    assert data.texts["letters"].source == "letters"
-    assert data.tasks.tasks == ("phop_2",)
-
-
-def test_a_mixture_trains_on_a_source_of_a_package(site, tmp_path, capsys):
-    settings = [
-        *SMALL,
-        "data.source=mixture",
-        "data.shares={letters: 0.5, chain_2: 0.5}",
-        "data.depth.length=32",
-        "training.num_steps=4",
-    ]
-    changes = [part for setting in settings for part in ("--set", setting)]
-    where = ["--workspace", str(tmp_path / "ws")]
-    command = ["pretrain", "--local", "--name", "mixed", *changes, *where]
-    assert main(command) == 0
-    assert "corpus: 50% letters" in capsys.readouterr().out
-    values = {}
-    for record in read_journal(tmp_path / "ws" / "runs" / "mixed")[0]:
-        values |= record["values"] if record["kind"] == "metrics" else {}
-    for name in ("letters", "chain_2"):
-        assert values[f"train/loss_{name}"] > 0
-        assert values[f"{VALIDATION_METRIC}_{name}"] > 0
-    assert main(["evaluate", "mixed", "--set", "evaluation.num_items=8", *where]) == 0
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.path", [path for path in sys.path if path != str(site)])
-        for again, words in (
-            (command, "data.shares: 'letters' is not a source"),
-            (["evaluate", "mixed", *where], "'letters' is not a source"),
-        ):
-            assert main(again) == 2
-            printed = " ".join(capsys.readouterr().err.split())
-            assert words in printed
-            assert "another package" in printed
-            assert "Traceback" not in printed
+    assert "distance" in schema["InfluenceSettings"]["properties"]["metric"]["enum"]
 
 
 def test_doctor_lists_what_packages_add(site, tmp_path, capsys):
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     found = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(found) == 9
-    usable = {
-        f"the {what} of {PACKAGE} 1.0"
-        for what in ("influence metric distance", "data source letters")
-    }
-    assert {finding["text"] for finding in found if finding["state"] == "ok"} == usable
+    assert len(found) == 5
+    usable = {finding["text"] for finding in found if finding["state"] == "ok"}
+    assert usable == {f"the influence metric distance of {PACKAGE} 1.0"}
     remedies = {finding["remedy"] for finding in found if finding["state"] == "broken"}
     assert remedies == {f"repair the package {PACKAGE} 1.0, or uninstall it"}

@@ -25,16 +25,17 @@ from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loops import LoopedModel
 from orchestrator.models.open import OpenedModel, load_model, open_model
-from orchestrator.pipelines.generating import generate
 from orchestrator.pipelines.loops import (
     DepthPlan,
+    plan_depths,
     plan_loop_influence,
     run_depths,
     run_loop_influence,
 )
 from orchestrator.pipelines.models import export_checkpoint
+from orchestrator.reporting.depths import DEPTHS_TITLE, depth_section
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -165,6 +166,36 @@ def test_an_exported_model_has_the_same_front_through_its_class(
 
 
 @pytest.mark.slow
+def test_the_page_of_models_that_were_trained_here_shows_their_depth_curve(
+    workspace, tasks, save_tiny
+):
+    save_tiny(workspace.runs / "ours", schedule=[2, 1], context_length=64)
+    save_tiny(workspace.runs / "levels", method="pcformer", schedule=[2, 2], context_length=64)
+    changes = [
+        "sweep.kind=depth", "sweep.models=[ours, levels]", "sweep.depths=[0, 1, 2]",
+        f"evaluation.suite={SUITE}", f"evaluation.include_path={tasks}",
+    ]  # fmt: skip
+    plan = plan_depths(resolve_settings({}, changes), workspace=workspace)
+    report = run_depths(plan, untracked(workspace))
+    assert {row["name"] for row in report.rows()} == {
+        f"{name} r={depth}" for name in ("ours", "levels") for depth in range(3)
+    }
+    page = (report.folder / "front.html").read_text("utf-8")
+    assert DEPTHS_TITLE in page
+    section = depth_section(report.front)
+    assert section is not None
+    points = {tuple(row.cells[:3]) for row in section.tables[0].rows}
+    assert points == {
+        (name, str(depth), str(2 + 2 * depth)) for name in ("ours", "levels") for depth in range(3)
+    }
+    assert (report.folder / "depth-curve.png").stat().st_size > 1000
+    for name in ("baseline_runs=[ours]", "seeds=[0, 1]"):
+        settings = resolve_settings({}, [*changes, f"sweep.{name}"])
+        with pytest.raises(UserError, match=rf"sweep\.{name.partition('=')[0]}"):
+            plan_depths(settings, workspace=workspace)
+
+
+@pytest.mark.slow
 def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny, capfd):
     folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer, state_init="normal")
     save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
@@ -186,6 +217,8 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
         assert sentence in " ".join(capfd.readouterr().err.split())
     assert cli.main(["evaluate", str(folder), "-r", "2", *suite, *where]) == 2
     assert "--trust-remote-code runs it" in capfd.readouterr().err
+    assert cli.main(["generate", str(folder), "--prompt", "a", *where]) == 2
+    assert str(folder) in " ".join(capfd.readouterr().err.split())
 
     planned = run("sweep", str(depths), "--dry-run", *trusted)
     assert {row["state"] for row in planned["tasks"]} == {"6 items to measure"}
@@ -201,9 +234,12 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
     (again,) = [row for row in both["results"] if row["name"] == "loops depth=3"]
     bits = "rolling/bits_per_byte"
     assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
-    assert len(run("report", costs.parent.name, "--cost", "flops", *where)["front"]) > 1
-    compared = run("evaluate", str(folder), "ours", "-r", "3", "--compare", *suite, *trusted)
-    assert compared["models"] == ["loops depth=3", "ours r=3"]
+    assert "Quality by depth" in (costs.parent / "front.html").read_text("utf-8")
+    axes = "--cost", "flops", "--quality", "accuracy"  # Few answers are right.
+    assert len(run("report", costs.parent.name, *axes, *where)["front"]) > 1
+    compared = run("evaluate", str(folder), "ours", "-r", "3", *suite, *trusted)
+    names = {(one["against"], one["model"]) for one in compared["differences"]}
+    assert names == {("loops depth=3", "ours r=3")}
 
     timed = run("benchmark", str(folder), "ours", "-r1", "-r3", "--repetitions", "2",
                 "--batch-sizes", "1", "--contexts", "8", "--new-tokens", "4", *trusted)  # fmt: skip
@@ -246,27 +282,3 @@ def test_influence_says_where_steps_stop_shrinking(factor, first, workspace, tok
     assert all(row["turned"] == pytest.approx(0, abs=1e-6) for row in found.loops)
     assert len(found.notes) == (first is not None)
     assert first is None or f"do not shrink from loop {first} on" in found.notes[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_draft_changes_no_token(kind, workspace, tokenizer, tmp_path):
-    changes = {"state_init": "normal"} if kind == "huginn_raven" else {}
-    folder = write_looped(tmp_path / "loops", kind, tokenizer, **changes)
-    asked: dict[str, Any] = {"workspace": workspace, "model": folder, "schedule": "3"}
-    asked |= {"trust_remote_code": True, "max_new_tokens": 12}
-    prompts = ["a bag and", "the fog"]
-    if changes:
-        with pytest.raises(UserError, match=r"random state.*--seed N"):
-            generate(prompts, draft="1", **asked)
-        asked["seed"] = 5
-    plain = generate(prompts, **asked)
-    assert generate(prompts, draft="1", **asked) == plain
-    assert generate(prompts[0], draft="1", **asked) == plain[0]
-    assert generate(prompts[0], **{**asked, "schedule": "1"}) != plain[0]
-    for wrong, sentence in (
-        ({"draft": "0"}, "each 1 or more"),
-        ({"max_new_tokens": 64}, "do not fit the context_length of 64"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            generate(prompts, **{**asked, **wrong})

@@ -23,7 +23,7 @@ from orchestrator.pipelines.influence import InfluenceResult, plan_influence, ru
 from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.world import on_cpu
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
@@ -77,7 +77,7 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     table = result.to_pandas()
     assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
     assert table["influence"].tolist() == [value for row in found.rows() for value in row]
-    stored = json.loads((checkpoint / "influence-cosine.json").read_text())
+    stored = json.loads((checkpoint / "influence-cosine.json").read_text())["table"]
     assert InfluenceTable.from_dict(stored) == found
     assert stored["residuals"] == [list(row) for row in found.residual_rows]
     assert stored["contractions"] == [found.contractions[0], None]
@@ -94,16 +94,33 @@ def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens,
     measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))
     assert measured == ["cosine", "cosine", "loss"]
     path = checkpoint / "influence-cosine.json"
-    path.write_text('{"key"')
-    assert measured_or_stored(checkpoint, context) == first
-    assert len(measured) == 4
+    measured_or_stored(checkpoint, context)
+    stored = path.read_text()
+    path.write_text(stored.replace("0.", "0.1", 1))
+    with pytest.raises(DamagedFile, match=r"influence-cosine\.json is damaged"):
+        measured_or_stored(checkpoint, context)
+    assert len(measured) == 4, "it is neither taken nor written again"
 
 
-def test_a_model_without_corrections_or_of_other_tokens_is_refused(
-    make_checkpoint, tiny_tokens, context
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+def test_of_a_model_without_corrections_each_whole_layer_is_measured(
+    metric, make_checkpoint, tiny_tokens, context
 ):
-    with pytest.raises(UserError, match="without corrections"):
-        measured_or_stored(make_checkpoint(schedule=0), context)
+    settings = InfluenceSettings(metric=metric, num_tokens=64)
+    checkpoint = make_checkpoint(method="vanilla", schedule=None)
+    table = measured_or_stored(checkpoint, context, settings)
+    assert table.schedule == (0, 0)
+    assert all(value > 0 for value in table.layer_values)
+    assert measured_or_stored(checkpoint, context, settings) == table
+    result = InfluenceResult(checkpoint=checkpoint, table=table)
+    assert [table.title for table in [*result.shown()][1:]] == [
+        f"Influence ({metric}, {table.num_tokens} tokens)"
+    ]
+    assert tuple(result.to_pandas()["block_influence"]) == table.layer_values
+    assert "2 whole layers" in influence.summary(table)
+
+
+def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
     asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}

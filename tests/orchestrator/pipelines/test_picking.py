@@ -21,11 +21,11 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -79,6 +79,15 @@ def sweep(context, save_tiny) -> StoredSweep:
 
 def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [({"keep": 2.0}, "--keep"), ({"keep": 0.0}, "--keep"), ({"confidence": 1.5}, "--confidence")],
+)
+def test_a_share_above_one_is_a_mistake(context, sweep, rule, option):
+    with pytest.raises(UserError, match=f"^{option} "):
+        plan_pick(workspace=context.workspace, **rule)
 
 
 @pytest.mark.slow
@@ -136,32 +145,6 @@ def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path)
     assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()
     assert first.version == second.version
     assert not (tmp_path / "ran").exists()
-
-
-def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(context, sweep, tmp_path):
-    full, student, pruned = sweep.results
-
-    def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
-        drafts = [
-            trial.with_numbers(
-                "decoding", {"acceptance": 0.9, "exact_ms_per_token": 2.0, "speed_up": speed_up}
-            )
-            for trial, speed_up in zip((student, pruned), speed_ups, strict=True)
-        ]
-        changed = sweep.model_copy(update={"name": name, "results": (full, *drafts)})
-        changed.store(context.workspace)
-        choice = pick_from(context, name, draft_for="teacher", to=tmp_path / name)
-        model = IIETForCausalLM.from_pretrained(choice.folder)
-        assert version_of(context, NAME, "draft").description == choice.sentence
-        return choice, IterationSchedule(model.config.schedule)
-
-    choice, schedule = picked("own-weights", 1.1, 1.3)
-    assert choice.point.key == "pruned"
-    assert schedule == IterationSchedule((2, 1)), "the full model drafts under 0,0"
-    assert "takes 2.00 ms a token with 0,0 as its draft (90% of" in choice.sentence
-    choice, schedule = picked("other-weights", 1.3, 1.1)
-    assert choice.point.key == "cheap"
-    assert schedule == IterationSchedule((1, 0))
 
 
 def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny, tmp_path):
@@ -246,15 +229,20 @@ def table_of(metric: str, schedule: tuple[int, ...]) -> InfluenceTable:
     return InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)  # type: ignore[arg-type]
 
 
+def store_table(checkpoint: Path, metric: str, schedule: tuple[int, ...]) -> None:
+    stored = StoredInfluence(key="any", table=table_of(metric, schedule))
+    stored.write(influence_path(checkpoint, metric))
+
+
 def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     context, sweep, save_tiny, tmp_path
 ):
     teacher = Path(str(sweep.results[0].checkpoint))
     provenance, runs = {"teacher": weights_key(teacher)}, context.workspace.runs
     student = save_tiny(runs / "taught", seed=1, schedule=[1, 0], provenance=provenance)
-    write_json(student / "influence-cosine.json", table_of("cosine", (1, 0)).to_dict())
+    store_table(student, "cosine", (1, 0))
     for metric in ("cosine", "loss", "relative"):
-        write_json(teacher / f"influence-{metric}.json", table_of(metric, (2, 1)).to_dict())
+        store_table(teacher, metric, (2, 1))
 
     def card(name: str, *settings: str) -> str:
         folder = export(
@@ -292,12 +280,13 @@ def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny
         return found.metric if found else None
 
     assert metric() is None
-    write_json(checkpoint / "influence-relative.json", table_of("relative", (2, 1)).to_dict())
+    store_table(checkpoint, "relative", (2, 1))
     assert metric() == metric("loss") == "relative", "there is no other"
-    write_json(checkpoint / "influence-loss.json", table_of("loss", (2, 1)).to_dict())
+    store_table(checkpoint, "loss", (2, 1))
     assert metric("loss") == "loss"
     assert metric() is None, "it could be either"
-    write_json(checkpoint / "influence-cosine.json", table_of("cosine", (1, 1)).to_dict())
+    store_table(checkpoint, "cosine", (1, 1))
     assert metric("cosine") is None, "it is another schedule's"
-    (checkpoint / "influence-loss.json").write_text("{")
-    assert metric() == "relative"
+    influence_path(checkpoint, "loss").write_text("{")
+    with pytest.raises(DamagedFile, match=r"influence-loss\.json is damaged"):
+        metric("relative")

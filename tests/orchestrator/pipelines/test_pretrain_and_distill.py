@@ -10,13 +10,17 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
+from same_run import same_run, stop
 
-from orchestrator.models.folder import load_config, weights_key
+from orchestrator import cli
+from orchestrator.models.folder import load_config, load_provenance, weights_key
+from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines import training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import (
     DistillResult,
     PretrainResult,
+    TrainingPlan,
     plan_distill,
     plan_models,
     plan_pretrain,
@@ -28,10 +32,10 @@ from orchestrator.pipelines.training import (
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.job import pretraining_job
+from orchestrator.training.job import job_key, pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
-from orchestrator.workspace.files import write_text
+from orchestrator.workspace.files import read_json, write_json, write_text
 from orchestrator.workspace.layout import Workspace, find_checkpoints
 
 RECIPE = {
@@ -244,6 +248,153 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
+
+
+def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens, save_tiny):
+    save_tiny(context.workspace.runs / "imported", provenance={"imported": {"from": "elsewhere"}})
+    shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    wanted = settings()
+    options = {"workspace": context.workspace, "teacher": teacher, "local": True}
+    plan = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    (student,) = run_distill(plan, context).students
+    assert student.checkpoint.parent == context.workspace.runs / "mine"
+    again = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    assert list(again.finished.values()) == [student.checkpoint]
+    for schedules, name, words in (
+        (["1,0", "1"], "two", "--name two names one student"),
+        (["0,0"], "mine", "holds a run with other settings"),
+        (["1,0"], "imported", "holds an imported model"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_distill(wanted, schedules=schedules, name=name, **options)
+    command = [
+        "distill", str(teacher), "-r", "1,0", "--steps", "5", "--name", "other", "--dry-run",
+        "-w", str(context.workspace.root), "--json",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[Any] = []
+
+        def noted(given: Settings, **more: Any) -> Any:
+            asked.append((given.distillation.training.num_steps, more["name"]))
+            return plan
+
+        patch.setattr(training, "plan_distill", noted)
+        assert cli.main(command) == 0
+    assert asked == [(5, "other")]
+
+
+def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
     options = {"workspace": context.workspace, "teacher": teacher}
-    plan = plan_distill(settings(), schedules=["0,0"], **options)
-    assert list(plan.price.seconds) == ["start", "distill"]
+    with pytest.raises(UserError, match="more corrections than the teacher"):
+        plan_distill(settings(), schedules=["3"], **options)
+    with pytest.raises(UserError, match="iiet-orch prepare"):
+        plan_distill(settings(), schedules=["1"], **options)
+
+
+# Students of fewer layers
+
+
+def set_importance(path: Path, *layers: float) -> None:
+    """Change the stored block influence of a teacher."""
+    write_json(path, {**(read_json(path) or {}), "layers": layers})
+
+
+@pytest.mark.parametrize("method", ["iiet", "vanilla"])
+def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tokens, tracking):
+    tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    (trained,) = train({"teacher": settings(method)}, context, tokens).values()
+    teacher = trained.checkpoint
+
+    def plan() -> TrainingPlan:
+        return plan_distill(
+            settings(), workspace=context.workspace, drop_layers=1, teacher=teacher, local=True
+        )
+
+    before = sorted(context.workspace.root.rglob("*"))
+    unknown = plan()
+    assert sorted(context.workspace.root.rglob("*")) == before, "a plan only reads"
+    (student,) = unknown.to_json()["students"]
+    assert student["dropped_layers"] is None
+    assert "is not measured" in student["state"]
+    assert student["price"]["num_tokens"] == 6 * 64
+    [(label, bound)] = unknown.jobs.items()
+    assert label == "1 of 2 layers"
+
+    (first,) = run_distill(unknown, context).students
+    table = load_influence_table(teacher)
+    assert table is not None
+    least = min(range(2), key=lambda layer: table.layer_values[layer])
+    known = plan()
+    assert known.dropped_layers == (least + 1,)
+    assert known.state.startswith("finished")
+    (job,) = known.jobs.values()
+    assert job.kept_layers == (1 - least,)
+    assert (job.model.num_layers, job.model.method) == (1, method)
+    assert (job.objective, job.teacher_folder) == ("distill", str(teacher))
+    assert known.price.num_tokens == 0
+    assert first.checkpoint.parent == context.workspace.trials / job_key(job)
+    assert load_config(first.checkpoint).num_layers == 1
+    assert load_provenance(first.checkpoint)["kept_layers"] == [1 - least]
+    (run,) = [run for run in tracking.published if run.kind == "distill"][-1:]
+    assert run.params["kept_layers"] == str(1 - least)
+    assert run_distill(known, context).students == [first], "it is found again"
+
+    named = plan_distill(
+        settings(),
+        workspace=context.workspace,
+        drop_layers=1,
+        teacher=teacher,
+        name="smaller",
+        local=True,
+    )
+    (smaller,) = run_distill(named, context).students
+    assert smaller.checkpoint.parent == context.workspace.runs / "smaller"
+    assert weights_key(smaller.checkpoint) == weights_key(first.checkpoint)
+
+    # Another influence is another student.
+    set_importance(known.layers.path, *(0.9 if layer == least else 0.1 for layer in range(2)))
+    other = plan()
+    assert other.dropped_layers == (2 - least,)
+    assert job_key(next(iter(other.jobs.values()))) != job_key(job)
+    assert bound.model.num_layers == 1
+
+
+def test_a_student_of_fewer_layers_resumes_bitwise(context, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    (trained,) = train({"teacher": settings()}, context, tokens).values()
+    plan = plan_distill(
+        settings(), workspace=context.workspace, drop_layers=1, teacher=trained.checkpoint
+    )
+    (job,) = plan.jobs.values()
+    assert job.kept_layers is not None
+    same_run(job, stop(3))
+
+
+def test_layers_that_cannot_be_dropped_are_refused_by_the_name_of_the_option(context, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
+    models = {"teacher": settings(), "looped": settings("looped")}
+    trained = train(models, context, tokens)
+
+    def plan(*changes: str, teacher: str = "teacher", **options: Any) -> TrainingPlan:
+        changed = resolve_settings(settings().model_dump(mode="json"), changes)
+        return plan_distill(
+            changed,
+            workspace=context.workspace,
+            teacher=trained[teacher].checkpoint,
+            **{"drop_layers": 1, **options},
+        )
+
+    for number in (0, 2):
+        with pytest.raises(UserError, match=rf"^--drop-layers {number}: of the 2 layers"):
+            plan(drop_layers=number)
+    with pytest.raises(UserError, match=r"^--drop-layers 1 and --schedule 1: "):
+        plan(schedules=["1"])
+    with pytest.raises(UserError, match=r"--schedule .*--drop-layers"):
+        plan(drop_layers=None)
+    with pytest.raises(UserError, match=r"--drop-layers, distillation.control=pruned"):
+        plan("distillation.control=pruned")
+    with pytest.raises(UserError, match=r"--drop-layers, distillation.hidden_weight=0.5"):
+        plan("distillation.hidden_weight=0.5")
+    with pytest.raises(UserError, match="repeats the whole stack"):
+        plan(teacher="looped")
+    assert next(iter(plan("distillation.control=scratch").jobs.values())).kept_layers is None

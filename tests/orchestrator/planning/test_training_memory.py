@@ -45,7 +45,7 @@ def measured_bytes(
     def step() -> torch.Tensor:
         is_half = precision == "bf16"
         with torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext():
-            return decoder(input_ids, finish=partial(next_token_loss, input_ids=input_ids))
+            return decoder(input_ids, loss_fn=partial(next_token_loss, input_ids=input_ids))
 
     return peak_of(decoder, step)
 
@@ -71,10 +71,10 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
 
     def member() -> torch.Tensor:
         assert full.answer is not None
-        finish = member_loss(full.answer, batch, DistillationConfig())
-        return decoder(batch.input_ids, schedule=none, finish=finish)[0]
+        loss_fn = member_loss(full.answer, batch, DistillationConfig())
+        return decoder(batch.input_ids, schedule=none, loss_fn=loss_fn)[0]
 
-    first = partial(full, batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    first = partial(full, batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     assert peak_of(decoder, first, member) < 1.4 * alone
 
 

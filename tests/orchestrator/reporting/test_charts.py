@@ -174,6 +174,6 @@ def test_the_heat_map_has_every_number_and_the_cut(sample_influence):
 
 def test_curves_are_named_and_have_titles():
     curves = [("a", [(0, 3.0), (10, 2.0), (20, math.inf)]), ("b", [(0, 3.0), (10, 1.0)])]
-    svg = drawn(curves_chart("Hypervolume against trials finished", curves))
-    assert {"a", "b", "Hypervolume", "trials finished"} <= texts_in(svg)
+    svg = drawn(curves_chart("Validation loss", curves))
+    assert {"a", "b", "Validation loss", "Step"} <= texts_in(svg)
     assert len(re.findall(r'<path[^>]*stroke-width="1.8"', svg)) == 2

@@ -14,9 +14,16 @@ from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.claims import Claim, claim_metrics, claims_section, find_claims
+from orchestrator.reporting.claims import (
+    CONFIDENCE,
+    PAPER_KEPT_SHARE,
+    Claim,
+    claim_metrics,
+    claims_section,
+    find_claims,
+)
 from orchestrator.reporting.front import with_confidence
-from orchestrator.reporting.sections import render_markdown, render_terminal
+from orchestrator.reporting.sections import render_terminal
 
 HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
 """Of each item; a model answers those that are easier than its accuracy."""
@@ -108,16 +115,25 @@ def test_all_claims_hold_by_what_was_made_up():
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
 def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
-    trials = trials_with({"0,0": 0.9, "1,1": None, "1,0": None})
+    missing = ("1,1", "1,0", "pcformer", "pc 1,1", "pc 1,0")
+    trials = trials_with({"0,0": 0.9, **dict.fromkeys(missing)})
     items = {}
     for trial in trials:
         task = answers(trial).results["hops"]
         values = {"acc": task.values["acc"][:num_items]}
         changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
         items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
-    front = with_confidence(sample_front(trials), items, num_resamples=400)
+    front = with_confidence(
+        sample_front(trials), items, kept_share=PAPER_KEPT_SHARE, num_resamples=400
+    )
     found = find_claims(front)
     saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
+    # `pick` goes by the same confidence.
+    [student] = [row for row in front.rows if row["key"] == "0,0"]
+    confidence = front.keeps(student)
+    assert confidence is not None
+    assert f"in {confidence:.1%} of the draws" in saved.about
+    assert (confidence >= CONFIDENCE) == (verdict == "holds")
     assert (saved.here, saved.verdict, saved.high) == (100, verdict, 100)
     assert saved.low is not None
     assert 100 - 600 / num_items < saved.low < 100
@@ -201,6 +217,25 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
     assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
 
 
+@pytest.mark.parametrize(("spread", "is_measured"), [(0.09, True), (0.11, False)])
+def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
+    trials = [
+        t.with_numbers("cost", {"decode_ms_spread": spread * t.numbers["cost/decode_ms_per_token"]})
+        if t.key == "1,0"
+        else t
+        for t in trials_with({})
+    ]
+    found = found_of(trials)
+    assert found["saved_overhead_nfe"].verdict == "holds"
+    for key in ("saved_overhead_ms", "student_over_vanilla_ms"):
+        claim = found[key]
+        assert claim.is_measured == is_measured
+        assert is_measured or claim.about.startswith("the machine was busy: the time per token of ")
+    [table] = claims_section([*found.values()]).tables
+    cells = [row.cells for row in table.rows if row.cells[0].endswith("at less ms")]
+    assert is_measured or cells[0][1:] == ("not measured", "-55%", "the machine was busy")
+
+
 def test_seeds_of_a_student_are_compared_with_their_own_teachers():
     trials = []
     for seed, share in enumerate((1.0, 0.9, 0.8)):
@@ -239,4 +274,4 @@ def test_the_table_fits_a_terminal_and_says_why():
     assert " ".join(row.split()).endswith("NFE holds -55% -50% (99.7 to 100.0% kept)")
     (row,) = (line for line in lines if line.startswith(" 2 IIET"))
     assert "+0.8  no PCformer on this front" in row
-    assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in render_markdown("", [section])
+    assert "| 1 IIET beats vanilla | holds | +2.65 | +20.0 (" in section.tables[0].to_markdown()

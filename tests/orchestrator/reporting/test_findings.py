@@ -1,4 +1,4 @@
-"""Sentences claim no more than the numbers support; rules and drafts pick the model they say."""
+"""Sentences claim no more than the numbers support; rules pick the model they say."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sample_trials import sample_front, sample_trial
+from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
-    best_drafts,
     confidence_note,
-    draft_targets,
     findings,
-    pick_draft,
     pick_from_front,
 )
-from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.front import COSTS, Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import KEEPS_METRIC
 from orchestrator.reporting.tables import models_table
@@ -38,6 +35,25 @@ def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
     sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
     return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
+
+
+def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
+    better = with_accuracy(sample_results[-3], 0.5)
+    front = sample_front([*sample_results[:-3], better, *sample_results[-2:]])
+    assert better.role == "trial"
+    share = 0.5 / 0.4465
+    assert findings(front)[0].startswith(f"{better.label} keeps {share:.1%} of the teacher's")
+    assert f" {share:.1%} " in models_table(front).to_markdown()
+
+
+def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
+    axes = FrontAxes(cost=COSTS["ms"])
+    assert "decoding time" in findings(sample_front(sample_results, axes))[0]
+    busy = [*sample_results[:-1], sample_results[-1].with_numbers("cost", {"decode_ms_spread": 1})]
+    [sentence] = findings(sample_front(busy, axes))
+    assert sentence.startswith("Not measured: the machine was busy")
+    assert "report --time-again" in sentence
+    assert findings(sample_front(busy)) == findings(sample_front(sample_results))
 
 
 def test_sentences_of_a_front_without_items(sample_results, front):
@@ -167,82 +183,3 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front):
     for numbers in wrong:
         with pytest.raises(UserError, match=r"got -?\d"):
             PickRule(name="keep", **numbers)
-
-
-# Drafts
-
-
-def trial(
-    label: str, evaluations: int, checkpoint: str, speed_up: float | None = None, **values: Any
-) -> Trial:
-    numbers = {"acceptance": 0.8, "exact_ms_per_token": 5.0 / speed_up} if speed_up else {}
-    return sample_trial(
-        key=f"key of {label}",
-        label=label,
-        checkpoint=checkpoint,
-        cost={"evaluations": evaluations},
-        quality={"accuracy": 0.5},
-        decoding={**numbers, "speed_up": speed_up},
-        **values,
-    )
-
-
-TEACHER = trial("teacher", 8, "t", role="teacher")
-ELASTIC = trial("elastic 3,3", 8, "e")
-
-
-def test_a_trial_drafts_for_the_costliest_schedule_of_its_weights_or_for_the_teacher():
-    results = [
-        TEACHER,
-        ELASTIC,
-        trial("elastic 1,3", 6, "e"),
-        trial("elastic 0,0", 2, "e"),
-        trial("pruned 0,3", 5, "t"),
-        trial("student 3,3", 8, "s1"),
-        trial("student 0,3", 5, "s2"),
-        trial("vanilla", 2, "v", role="baseline"),
-    ]
-    targets = draft_targets(results)
-    assert {key.removeprefix("key of "): full.label for key, full in targets.items()} == {
-        "elastic 1,3": "elastic 3,3",
-        "elastic 0,0": "elastic 3,3",
-        "pruned 0,3": "teacher",
-        "student 0,3": "teacher",
-    }
-    assert draft_targets([ELASTIC, trial("vanilla", 2, "v", role="baseline")]) == {}
-
-
-def test_the_fastest_draft_of_each_full_model_is_picked():
-    results = [
-        TEACHER,
-        ELASTIC,
-        trial("elastic 1,3", 6, "e", 1.2),
-        trial("elastic 0,0", 2, "e", 1.25),
-        trial("elastic 0,1", 3, "e"),
-        trial("student 0,3", 5, "s", 0.8),
-    ]
-    assert {name: best.label for name, best in best_drafts(results).items()} == {
-        "elastic 3,3": "elastic 0,0",
-        "teacher": "student 0,3",
-    }
-    assert pick_draft(results, "elastic 3,3").label == "elastic 0,0"
-    unmeasured = [TEACHER, trial("student 0,3", 5, "s")]
-    for among, model, message in (
-        (results, "teacher", r"no draft speeds up teacher: .* 1\.25 times as long"),
-        (results, "full", r"no draft of 'full' was measured; say elastic 3,3; teacher"),
-        (unmeasured, "teacher", "no measured drafts"),
-    ):
-        with pytest.raises(UserError, match=message):
-            pick_draft(among, model)
-    front = sample_front(results)
-    said = [sentence for sentence in findings(front) if "draft" in sentence]
-    assert said == [
-        "The exact output of elastic 3,3 takes 4.00 ms a token with elastic 0,0 as its draft (80% "
-        "of the drafted tokens kept), plain decoding 1.25 times as long.",
-        "No draft speeds up the exact output of teacher; the best is student 0,3 as its draft (80% "
-        "of the drafted tokens kept).",
-    ]
-    table = models_table(front).to_markdown().splitlines()
-    assert "exact ms" in table[0]
-    assert any("80% | 4.00 |" in line for line in table)
-    assert not any("draft" in sentence for sentence in findings(sample_front([TEACHER])))

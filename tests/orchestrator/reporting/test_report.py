@@ -14,30 +14,33 @@ from mlflow import MlflowClient
 from sample_trials import sample_front, with_items
 
 from iiet.pruning import InfluenceTable
-from orchestrator.records.evaluation import DepthCurve
+from orchestrator.pipelines.models import plan_pick
+from orchestrator.pipelines.reports import report
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import confidence_note
-from orchestrator.reporting.front import FrontAxes, parse_axes, sweep_front
+from orchestrator.reporting.front import (
+    FrontAxes,
+    parse_axes,
+    reason_against_accuracy,
+    sweep_front,
+)
 from orchestrator.reporting.mlflow_report import run_note, trial_runs
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
-    HYPERVOLUME_BY_TRIALS,
-    LEFT_OUT_TITLE,
     PROVENANCE_TITLE,
     SETTINGS_TITLE,
     StoredSweep,
-    history_folder,
     load_sweep_results,
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
-FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
+FILES = {"front.png", "front.svg", "front.html", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}
 
 
@@ -79,72 +82,24 @@ def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
 
 @pytest.mark.slow
 def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
-    journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
-    for step in (1, 2, 3):
-        journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
-    journal.close()
     written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES
     assert all(path.stat().st_size > 100 for path in written.files)
     assert written.page is not None
     page = written.page.read_text(encoding="utf-8")
     assert "distillation.kl_weight" in page
-    assert "Hypervolume against trials finished" in page
     assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
     assert written.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
-    # Only a search has a history worth a picture.
-    facts = {**sweep.facts, PROVENANCE_TITLE: {"kind": "threshold"}}
-    alone = write_sweep_report(workspace, changed(sweep, facts=facts))
-    assert "Hypervolume against" not in (alone.folder / "front.md").read_text("utf-8")
-    write_sweep_report(workspace, sweep)
-
-    # Other axes get their own folder, without the hypervolume on the usual axes.
+    # Other axes get their own folder.
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert other.folder == written.folder / "perplexity-ms"
     assert {path.name for path in other.files} == FILES
     assert other.front.axes.quality == "quality/perplexity"
-    assert other.page is not None
-    assert "Hypervolume against" not in other.page.read_text(encoding="utf-8")
     assert {path.name: path.read_bytes() for path in written.files} == before
-
-
-@pytest.mark.slow
-def test_the_depth_curve_of_the_teacher_is_a_section(workspace, sweep):
-    [teacher] = [result for result in sweep.results if result.role == "teacher"]
-    points = [
-        {"corrections": r, "evaluations": 2 + 2 * r, "quality": quality}
-        for r, quality in enumerate(
-            ({"accuracy": 0.5, "accuracy_stderr": 0.02}, {"accuracy": 0.875}, {"accuracy": 0.75})
-        )
-    ]
-    curve = DepthCurve.model_validate({"trained": (1, 1), "tasks": ("piqa",), "points": points})
-    curve.write(path := Path(str(teacher.checkpoint)) / "depth-curve.json")
-    written = write_sweep_report(workspace, sweep)
-    assert {path.name for path in written.files} == FILES | {"depth-curve.png", "depth-curve.svg"}
-    text = (written.folder / "front.md").read_text("utf-8")
-    assert "trained with 1. Tasks: piqa." in text
-    assert "| 0 | 2 | 50.0 ± 2.0% |\n| 1 | 4 | 87.5% |\n| 2 | 6 | 75.0% |" in text
-    data = json.loads((written.folder / "front.json").read_text("utf-8"))
-    assert DepthCurve.model_validate(data["depth_curves"][teacher.label]) == curve
-    # A second teacher has a section of its own.
-    other = teacher.model_copy(
-        update={"key": "b" * 16, "label": "other", "checkpoint": str(path.parent / "other")}
-    )
-    curve.write(path.parent / "other" / path.name)
-    larger = StoredSweep(**{**dict(sweep), "results": (*sweep.results, other)})
-    two = write_sweep_report(workspace, larger)
-    assert {path.name for path in two.files} > {"depth-curve.png", "depth-curve-2.png"}
-    assert [section.title.rpartition(": ")[2] for section in two.depths] == [
-        teacher.label, "other"
-    ]  # fmt: skip
-    path.write_bytes(path.read_bytes().replace(b"piqa", b"pipa"))
-    damaged = write_sweep_report(workspace, sweep)
-    assert damaged.depths == []
-    assert "depth-curve.json is damaged" in damaged.notes[-1]
 
 
 @pytest.mark.slow
@@ -153,7 +108,8 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     written = write_sweep_report(workspace, sweep)
     assert written.front.basis is not None
     assert written.front.basis.num_items == 2000
-    assert "### lastword (acc)" in (written.folder / "front.md").read_text("utf-8")
+    assert written.page is not None
+    assert "lastword (acc)" in written.page.read_text(encoding="utf-8")
     # A model with a damaged file has no confidence; the report is written all the same.
     lost = sweep.results[1]
     (workspace.evaluations / f"{lost.key}-lastword" / "items.json").write_text("{")
@@ -164,18 +120,45 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {lost.name}.")
     assert said in write_sweep_report(workspace, "toy", "toy").sentences
-    # What is left out is said first.
     skipped = {"skipped": {"piqa": "it needs the hub"}}
     less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
-    reason = "vanilla is left out: done.json is damaged"
-    facts = {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}
     results = with_items(workspace, sweep.results, less)
-    written = write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
-    sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
-    assert written.sentences[1:3] == sentences
-    for name in ("front.html", "front.md"):
-        text = (written.folder / name).read_text(encoding="utf-8")
-        assert all(sentence in text for sentence in sentences)
+    written = write_sweep_report(workspace, changed(sweep, results=results))
+    sentence = "Averages do not include piqa: it needs the hub."
+    assert written.sentences[1] == sentence
+    assert written.page is not None
+    assert sentence in written.page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_right", [29, 30])
+def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep, num_right):
+    evaluations = {}
+    for result in sweep.results:
+        right = [float(n < num_right) for n in range(700)]
+        task = TaskResult(
+            name="lastword", version="1", num_items=700, metrics={"acc": num_right / 700},
+            items=[str(n) for n in range(700)], values={"acc": right},
+        )  # fmt: skip
+        evaluations[result.key] = EvaluationResult(results={"lastword": task})
+    few = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
+    written = write_sweep_report(workspace, few)
+    assert written.folder == few.folder(workspace)
+    in_bits = num_right < 30
+    quality = "bits_per_byte" if in_bits else "accuracy"
+    assert written.front.axes.quality == f"quality/{quality}"
+    assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == in_bits
+    # Either quality can be asked for; the one that is no default has its own folder.
+    for option, is_default in (("accuracy", not in_bits), ("bits", in_bits)):
+        found = report(workspace=workspace, sweeps=[few.name], quality=option)
+        assert (found.folder == written.folder) == is_default
+    picked = plan_pick(few.name, workspace=workspace, best=True)
+    assert picked.axes == written.front.axes
+    # Where some model has no bits per byte, accuracy stays.
+    first, *others = few.results
+    numbers = {n: v for n, v in others[0].numbers.items() if n != "quality/bits_per_byte"}
+    others[0] = others[0].model_copy(update={"numbers": numbers})
+    assert reason_against_accuracy(workspace, [first, *others]) == ""
 
 
 @pytest.mark.slow
@@ -237,7 +220,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     points = num_points(workspace)
     # What MLflow shows already is not shown again, so the store is not opened.
     write_sweep_report(workspace, "toy", tracking=pytest.fail)
-    (first.folder / "front.md").write_text("changed", encoding="utf-8")
+    (first.folder / "front.csv").write_text("changed", encoding="utf-8")
     write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
@@ -297,18 +280,18 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     front, said = written.front, ["x" * 200] * 40
     note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
-    assert "- More: `front/front.md` under Artifacts." in note
+    assert "- More: `front/front.html` under Artifacts." in note
     many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
     note = run_note(sample_front(many), [], ["front"])
     assert len(note) <= 8000
     assert "front/table.json" in note
-    assert "No trial of this sweep has" in (written.folder / "front.md").read_text("utf-8")
+    assert "No trial of this sweep has" in written.sentences[0]
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
     written = write_sweep_report(workspace, changed(sweep, results=placed))
     assert not written.front.members
-    assert (written.folder / "front.md").is_file()
+    assert (written.folder / "front.json").is_file()
 
 
 @pytest.mark.slow
@@ -328,14 +311,13 @@ def test_missing_and_damaged_sweeps_are_user_errors(workspace, sweep):
         write_sweep_report(workspace, "toy")
     # A copied sweep is its own sweep.
     stored.write_bytes(before)
-    values = {**sweep.model_dump(mode="json"), "facts": {}}
-    write_json(workspace.sweeps / "copy" / RESULTS_FILE, values)
+    sweep.model_copy(update={"facts": {}}).write(workspace.sweeps / "copy" / RESULTS_FILE)
     assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
     assert stored.read_bytes() == before
 
 
 def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path):
-    write_json(tmp_path / "outside" / RESULTS_FILE, sweep.model_dump(mode="json"))
+    sweep.write(tmp_path / "outside" / RESULTS_FILE)
     sweep.store(workspace)
     before = sorted(tmp_path.rglob("*"))
     for name in ("../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""):
@@ -343,8 +325,8 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path)
         with pytest.raises(UserError, match="a name has letters, digits"):
             write_sweep_report(workspace, name)
         for part in ("name", "key"):
-            stored = {**sweep.model_dump(mode="json"), part: name}
-            write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
+            renamed = sweep.model_copy(update={part: name})
+            renamed.write(workspace.sweeps / "toy" / RESULTS_FILE)
             with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
                 write_sweep_report(workspace, "toy")
     assert sorted(tmp_path.rglob("*")) == before
@@ -373,7 +355,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     store("second", better)
     written = write_sweep_report(workspace, "first", "second", "first")
     assert written.folder == workspace.overlays / "first+second"
-    assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
+    assert {path.suffix for path in written.files} >= {".png", ".html", ".csv", ".json"}
     front = written.front
     assert len(front.rows) == 3 + 9 + 5
     # A trial of the first sweep stays where the second one has none as cheap.

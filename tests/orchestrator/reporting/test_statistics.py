@@ -1,10 +1,8 @@
-"""Bootstrap against closed forms, McNemar's test against exact fractions, Holm's correction."""
+"""The bootstrap against closed forms."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
-from math import comb
 
 import numpy as np
 import pytest
@@ -13,13 +11,10 @@ from orchestrator.reporting.statistics import (
     Floats,
     ItemValues,
     Scores,
-    adjust_by_holm,
-    count_discordant,
     draw_item_counts,
     draw_seed_weights,
     front_shares,
     interval_of,
-    mcnemar_p_value,
     resample,
 )
 
@@ -142,22 +137,3 @@ def test_an_interval_contains_its_share_of_the_draws():
     interval = interval_of(0.5, np.linspace(0.0, 1.0, 1001), level=0.9)
     assert (interval.low, interval.high) == pytest.approx((0.05, 0.95))
     assert interval.excludes_zero
-
-
-def test_the_p_value_is_that_of_the_binomial_distribution():
-    for counts in ((0, 0), (0, 1), (5, 0), (6, 6), (3, 14), (120, 171)):
-        num_items = sum(counts)
-        tail = sum(comb(num_items, k) for k in range(min(counts) + 1))
-        exact = min(Fraction(1), Fraction(2 * tail, 2**num_items))
-        assert mcnemar_p_value(*counts) == pytest.approx(float(exact), rel=1e-10)
-        assert mcnemar_p_value(*counts[::-1]) == mcnemar_p_value(*counts)
-    # A difference of two standard deviations, sqrt(200,000), has the p-value of a normal deviate.
-    assert mcnemar_p_value(99_553, 100_447) == pytest.approx(0.0456, abs=3e-4)
-
-
-def test_items_are_counted_and_p_values_adjusted_by_the_number_of_tests():
-    values = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=float)
-    assert count_discordant(values) == (2, 1)
-    assert count_discordant(values * 0.5) is None, "items are neither right nor wrong"
-    adjusted = adjust_by_holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
-    assert adjusted == pytest.approx({"b": 0.04, "c": 0.09, "a": 0.09, "d": 0.9})

@@ -24,12 +24,15 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.command_tables import (
     average_notes,
     cost_and_share_tables,
+    difference_notes,
     evaluation_table,
     influence_table,
     influence_tables,
     tasks_with_other_items,
 )
+from orchestrator.reporting.comparison import Difference
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.statistics import Interval
 from orchestrator.reporting.tables import (
     confidence_text,
     cost_text,
@@ -75,8 +78,8 @@ def sure_front(front, sample_evaluations) -> Front:
 
 def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, sure_front):
     for width, titles in (
-        (110, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
-        (100, "schedule NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (113, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (103, "schedule NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
         (80, "schedule NFE FLOPs ms/token accuracy of front"),
         (56, "schedule NFE accuracy front"),
     ):
@@ -88,6 +91,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, s
         knee = next(line for line in found if "knee" in line)
         assert knee.split()[0] == "0,1,1,1,1,1"
         assert "44.4 ± 1.2" in knee
+        assert ("3.96 ± 0.05" in knee) == ("ms/token" in head)
     costs = [float(row["cost/evaluations"]) for row in model_rows(front)]
     assert costs == sorted(costs)
     assert "beats 1 ●" in next(line for line in lines(front, 100) if "vanilla" in line)
@@ -98,11 +102,11 @@ def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, s
     head = lines(sample_front(sample_results, axes), 110)[0]
     assert ("FLOPs/token" in head, head.count("bits/byte"), "accuracy" in head) == (True, 1, False)
     # The overheads are dropped first, then confidences.
-    head, _, *found = lines(sure_front, 160)
+    head, _, *found = lines(sure_front, 163)
     assert "vs teacher  P(99%)  P(front)  front" in head
     assert "-0.3 (-0.5 to -0.1)" in next(line for line in found if "knee" in line)
     assert " to " not in next(line for line in found if "teacher" in line)
-    assert "P(front)" not in lines(sure_front, 145)[0]
+    assert "P(front)" not in lines(sure_front, 148)[0]
     assert "vs teacher" not in lines(sure_front, 100)[0]
     assert "vs teacher" in models_table(sure_front).to_markdown()
 
@@ -227,6 +231,17 @@ def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
     assert average_notes({"a": one, "b": less}) == [
         "the average of b is over choices, without piqa"
     ]
+    # Beside the score of the second model stands its difference to the first.
+    interval = Interval(0.25, -0.125, 0.5)
+    difference = Difference(
+        model="b", against="a", task="choices", metric="acc_norm", num_items=2, interval=interval
+    )
+    found = rows(evaluation_table({"a": one, "b": one}, [difference]))
+    assert ["task", "metric", "a", "b", "vs", "a", "items"] in found
+    values = ["choices", "acc_norm", "*", "0.5000", "0.5000"]
+    assert [*values, "+0.2500", "(-0.1250", "to", "+0.5000)", "2"] in found
+    assert difference_notes([]) == []
+    assert difference_notes([difference])[0].startswith("vs a: ")
     changed = evaluation(task("choices", **CHOICES).model_copy(update={"items": ["one", "three"]}))
     assert tasks_with_other_items([one, one]) == []
     assert tasks_with_other_items([one, changed]) == ["choices"]

@@ -1,10 +1,9 @@
-"""Sections: addresses, variables, loggers and names, and a precision that follows the devices."""
+"""Sections: addresses, variables and names, and a precision that follows the devices."""
 
 from __future__ import annotations
 
 import pytest
 
-from orchestrator.cli import main
 from orchestrator.settings import (
     ClusterSettings,
     Settings,
@@ -13,7 +12,6 @@ from orchestrator.settings import (
     resolve_settings,
     to_yaml,
 )
-from orchestrator.settings import cluster as tracking_settings
 from orchestrator.workspace.errors import UserError
 
 
@@ -69,25 +67,6 @@ def test_secrets_are_not_given_by_value_and_are_not_repeated():
         with pytest.raises(UserError, match=f"cluster.env: .*{words}") as caught:
             resolve_settings({}, [f"cluster.env=['{entry}']"])
         assert "abc" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ("mlflow,tensorboard", "`pip install 'iiet-orch[tensorboard]'` installs it"),
-        ("mlflow,wandb", "'mlflow' or 'tensorboard'"),
-    ],
-)
-def test_mlflow_logs_alone_or_with_loggers_that_are_installed(names, words, monkeypatch, capsys):
-    assert resolve_settings({}).tracking.loggers == ("mlflow",)
-    both = resolve_settings({}, ["tracking.loggers=[mlflow, tensorboard]"])
-    assert both.tracking.loggers == ("mlflow", "tensorboard")
-    with pytest.raises(UserError, match="mlflow always logs"):
-        resolve_settings({}, ["tracking.loggers=[tensorboard]"])
-    monkeypatch.setattr(tracking_settings, "find_spec", lambda name: None)
-    for command in (["pretrain"], ["sweep", "toy"]):
-        assert main([*command, "--logger", names]) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):

@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tracking import FakeTracking
-from sample_trials import sample_front
+from sample_trials import with_items
 
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.front import with_confidence
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.several_schedules import ELASTIC_TITLE, elastic_section
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
@@ -66,7 +64,7 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
     waiting = [trial for trial in plan.trials if trial.key not in found]
     live = LiveSweep(
-        plan, resolve_settings({}), FakeTracking(), space.sweeps / "x",
+        plan, resolve_settings({}), FakeTracking(), space,
         num_trials=len(plan.trials),
     )  # fmt: skip
     queue = SweepQueue(waiting, found, {}, live, Progress())
@@ -119,39 +117,36 @@ def evaluation(share: float, name: str = "task") -> EvaluationResult:
     return EvaluationResult(results={name: result})
 
 
-def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
+def measured(trial: Trial, accuracy: float) -> Trial:
     trial = trial.with_numbers("cost", exact_cost(trial.model, trial.model))
-    trial = trial.with_numbers("quality", {"accuracy": accuracy, "validation_loss": loss})
-    return trial.with_numbers("train", {"flops": flops})
+    return trial.with_numbers("quality", {"accuracy": accuracy})
 
 
 @pytest.mark.slow
-def test_the_report_holds_both_side_by_side(plan_of, space):
-    plan = plan_of("sweep.compare=true")
-    results = []
-    for trial in plan.trials:
-        accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
-        results.append(measured(trial, accuracy, 5.0, 6e9 if trial.is_elastic else 4e9))
-    items = {result.key: evaluation(result.numbers["quality/accuracy"]) for result in results}
-    front = sample_front(results)
-    section = elastic_section(with_confidence(front, items, num_resamples=10))
-    assert section is not None
-    found = section.data["elastic"]["schedules"]
-    assert [row["schedule"] for row in found] == [[2, 1], [1, 1], [1, 0], [0, 0]]
-    same, better = found[0], found[-1]
-    assert (same["difference"], same["interval"]) == (0, [0, 0])
-    assert 0 < better["interval"][0] < better["difference"] == pytest.approx(0.2)
-    assert "38% of the 1.6e+10" in section.notes[0]
-    # Without single items, the difference has no interval.
-    alone = elastic_section(front)
-    assert alone is not None
-    assert alone.tables[0].rows[-1].cells[4] == "+20.0"
+def test_one_report_of_two_sweeps_holds_elastic_weights_and_students(plan_of, space):
+    sweeps = []
+    for name, plan in (("elastic", plan_of()), ("students", plan_of("sweep.elastic=false"))):
+        results, items = [], {}
+        for trial in plan.trials:
+            accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
+            results.append(measured(trial, accuracy))
+            items[trial.key] = evaluation(accuracy)
+        stored = with_items(space, results, items)
+        sweeps.append(StoredSweep(name=name, key=name, results=stored))
 
-    written = write_sweep_report(space, StoredSweep(name="x", key="x", results=tuple(results)))
-    assert f"## {ELASTIC_TITLE}" in (written.folder / "front.md").read_text("utf-8")
-    assert ELASTIC_TITLE in (written.folder / "front.html").read_text("utf-8")
-    stored = json.loads((written.folder / "front.json").read_text("utf-8"))["elastic"]
-    assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]
-    assert stored["training_flops"] == [6e9, 16e9]
-    # Elastic weights alone have nothing beside them.
-    assert elastic_section(sample_front(results[:5])) is None
+    report = write_sweep_report(space, *sweeps)
+    by_name = {row["label"]: row for row in report.front.rows}
+    schedules = ("2,1", "1,1", "1,0", "0,0")
+    own = {name for one in schedules for name in (one, f"{one}, elastic")}
+    assert by_name.keys() == {"teacher", *own}
+    stored = json.loads((report.folder / "front.json").read_text("utf-8"))
+    assert {row["name"] for row in stored["results"]} == by_name.keys()
+    quality = report.front.axes.quality
+    to_full = {
+        name: report.front.intervals[row["key"], quality, "teacher"]
+        for name, row in by_name.items()
+        if name != "teacher"
+    }
+    assert to_full["0,0, elastic"].value == to_full["0,0, elastic"].high == 0
+    assert to_full["0,0"].low < to_full["0,0"].value == pytest.approx(-0.2)
+    assert to_full["0,0"].high < 0

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 
 import pytest
 from fake_runs import finished
 from mlflow.entities import Run
-from sample_trials import sample_front
 
 from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
-from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
-from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import (
-    HYPERVOLUME_BY_GFLOPS,
-    HYPERVOLUME_BY_TRIALS,
     SECONDS_BETWEEN_FRONTS,
-    FrontHistory,
     LiveSweep,
 )
 from orchestrator.tracking.tracker import open_tracking
-from orchestrator.training.watching import lock_run_folder
-from orchestrator.workspace.journal import Journal, read_journal, recorded_times
+from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
 
 # Runs in MLflow
@@ -38,7 +31,7 @@ class Watched:
         workspace = open_workspace(folder)
         self.tracking, self.plan, self.now = open_tracking(workspace, warn=pytest.fail), plan, 0.0
         self.live = LiveSweep(
-            plan, resolve_settings({}), self.tracking, workspace.sweeps / "toy",
+            plan, resolve_settings({}), self.tracking, workspace,
             num_trials=len(plan.trials), clock=lambda: self.now,
         )  # fmt: skip
 
@@ -76,8 +69,13 @@ def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
 
 @pytest.mark.slow
 def test_a_sweep_is_seen_while_it_runs(watched):
-    teacher, first, second, *_ = watched.plan.trials
+    teacher, first, second, third, *_ = watched.plan.trials
     assert not watched.trials()
+
+    # There is no front before the full model is measured.
+    watched.finish(third, 0.4)
+    watched.live.watch([])
+    assert NOTE_TAG not in watched.sweep.data.tags
 
     # The teacher is only measured; its run has the times and the curve of its own training.
     watched.live.watch([teacher])
@@ -106,7 +104,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
 
     # The front so far is in the sweep's run, with its picture.
     noted = watched.sweep
-    assert f"1 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
+    assert f"2 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
     picture = f"get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={noted.info.run_id}"
     assert picture in noted.data.tags[NOTE_TAG]
     assert VIEW_TAG in noted.data.tags
@@ -120,7 +118,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     assert watched.losses(first) == [1, 2, 3]
     assert (found.info.start_time, found.info.end_time) == times
     assert found.data.metrics["quality/accuracy"] == 0.49
-    for num_shown in (1, 2):
+    for num_shown in (2, 3):
         watched.live.watch([second])
         note = watched.sweep.data.tags[NOTE_TAG]
         assert f"{num_shown} of {len(watched.plan.trials)} models" in note
@@ -133,9 +131,7 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     watched.live.watch([first, second, third])
     watched.live.on_end(first, "FAILED", "its loss is not finite")
     watched.live.on_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
-    with lock_run_folder(Path(teacher.folder)):  # Another process runs it.
-        watched.live.watch([teacher])
-        watched.live.close()
+    watched.live.close()
     found = watched.trial(first)
     assert found.info.status == "FAILED"
     assert found.data.tags[REASON_TAG] == "its loss is not finite"
@@ -144,7 +140,6 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     assert (found.info.status, found.data.tags[NOTE_TAG][:13]) == ("KILLED", "Stopped early")
     assert watched.trial(third).info.status == "KILLED"
     assert REASON_TAG not in watched.trial(third).data.tags
-    assert watched.trial(teacher).info.status == "RUNNING"
 
     watched.finish(teacher, 0.5)
     watched.live.watch([first])
@@ -153,76 +148,3 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     assert found.info.status == "RUNNING"
     assert not {REASON_TAG, NOTE_TAG} & found.data.tags.keys()
     assert len(watched.trials()) == 4, "no run is made twice"
-
-
-# The front over time
-
-
-class Past:
-    """A sweep whose trials have results as they come, and the journal of its front."""
-
-    def __init__(self, results: list[Trial], folder: Path) -> None:
-        self.results, self.folder = results, folder
-        job = TrainingJob(
-            run_folder="", tokens_folder="", model=results[0].model, recipe=TrainingSettings(),
-            objective="distill",
-        )  # fmt: skip
-        trials = [
-            result.model_copy(update={"job": job if result.role == "trial" else None})
-            for result in results
-        ]
-        self.plan = SweepPlan(
-            key="k", name="n", kind="threshold", tokens_folder="", teacher="t", num_requested=9,
-            trials=tuple(trials),
-        )  # fmt: skip
-
-    def history(self, num_trials: int | None = None) -> FrontHistory:
-        number = num_trials or len(self.plan.trials)
-        return FrontHistory(self.plan, self.folder, num_trials=number)
-
-    def record(self, *numbers: int) -> bool:
-        """Record the front of these results in a process of its own."""
-        history = self.history()
-        for number in numbers:
-            history.add(self.plan.trials[number])
-        return history.record()
-
-    def series(self, metric: str) -> list[tuple[int, float]]:
-        records = [r for r in read_journal(self.folder)[0] if metric in r["values"]]
-        return [(record["step"], record["values"][metric]) for record in records]
-
-
-@pytest.fixture
-def past(sample_results, tmp_path) -> Past:
-    return Past(sample_results, tmp_path / "history")
-
-
-def test_it_grows_in_any_order_and_ends_at_the_front(past):
-    order = [*range(1, len(past.results))]
-    random.Random(0).shuffle(order)
-    order.insert(0, 0)  # The teacher spans the box.
-    for number in range(len(order)):
-        assert past.record(*order[: number + 1])
-        assert not past.record(*order[: number + 1]), "what is known is not written again"
-    found = past.series(HYPERVOLUME_BY_TRIALS)
-    assert [step for step, _ in found] == list(range(1, len(order) + 1))
-    volumes = [volume for _, volume in found]
-    assert volumes == sorted(volumes), "the box is the same all along"
-    assert volumes[0] < volumes[-1]
-    assert volumes[-1] == pytest.approx(sample_front(past.results).hypervolume)
-    spent = past.series("sweep/training_flops")
-    assert spent[-1][1] == pytest.approx(9 * 1.2e12), "that of the students; no one else has a job"
-    assert past.series(HYPERVOLUME_BY_GFLOPS)[-1] == (10_800, volumes[-1])
-
-
-def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(past):
-    shared = past.plan.trials[2].with_numbers("train", {"shared_flops": 0.9e12})
-    trials = (*past.plan.trials[:2], shared, *past.plan.trials[3:])
-    past.plan = past.plan.model_copy(update={"trials": trials})
-    assert not past.record(1, 2)
-    assert past.record(1, 2, 0)
-    [(_, spent)] = past.series("sweep/training_flops")
-    assert spent == pytest.approx(1.2e12 + 0.3e12)
-
-
-# Parameters of the sweep's run

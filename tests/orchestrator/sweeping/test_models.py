@@ -12,20 +12,23 @@ from sample_texts import tokens_of
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
+from orchestrator.models.folder import load_config
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import (
+    TEACHER,
     check_models,
+    check_named_baselines,
     claims_answered,
-    find_baselines,
+    named_baselines,
     settings_of,
     swept_variants,
     teacher_and_baselines,
 )
-from orchestrator.sweeping.plan import plan_students
+from orchestrator.sweeping.plan import plan_iterations, plan_students
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -195,7 +198,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, m
         plan_sweep(resolve_settings({}, ["evaluation.suite=hellaswagg,piqa"]))
 
 
-# Baselines of a given teacher
+# Several teachers, and runs that the user names
 
 VANILLA = {"method": "vanilla", "schedule": None}
 
@@ -267,55 +270,80 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
 
-def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
-    space, pretrain, tmp_path
+def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    teacher = pretrain("teacher", {}, tokens)
+    runs = {
+        "v": pretrain("v", VANILLA, tokens),
+        "again": pretrain("again", VANILLA, tokens, seed=1),
+        "deep": pretrain("deep", {**VANILLA, "num_layers": 3}, tokens),
+        "ragged": pretrain("ragged", {"schedule": [1, 0]}, tokens),
+        "pc": pretrain("pc", {"method": "pcformer", "schedule": "2,2"}, tokens),
+    }
+    names = [*runs, f"runs/v/{runs['v'].name}"]
+    settings = resolve_settings({}, [f"sweep.baseline_runs={names}"])
+    found = named_baselines(settings, space, teacher)
+    assert found == {
+        "vanilla": runs["v"],
+        "vanilla (again)": runs["again"],
+        "vanilla, 3 layers": runs["deep"],
+        "r = 1,0": runs["ragged"],
+        "pcformer": runs["pc"],
+    }, "one that is named twice stands there once"
+    check_named_baselines(found, tokens, [load_config(teacher)])
+
+    plan = plan_students(settings, space, {TEACHER: teacher}, {}, named_baselines=found)
+    assert [(trial.role, trial.label) for trial in plan.trials] == [
+        ("teacher", "teacher"), *(("baseline", label) for label in found)
+    ]  # fmt: skip
+    assert [trial.checkpoint for trial in plan.trials] == [
+        str(checkpoint) for checkpoint in (teacher, *found.values())
+    ]
+    bare = plan_students(settings, space, {TEACHER: teacher}, {})
+    assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
+    # Of models that the sweep trains, names are taken; the teacher of a plan stays one.
+    own = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
+    assert named_baselines(own, space, None) == {"vanilla (v)": runs["v"]}
+    again = {"r = 2,1 (teacher)": teacher}
+    plan = plan_students(own, space, {TEACHER: teacher}, {}, named_baselines=again)
+    assert [trial.role for trial in plan.trials] == ["teacher"]
+
+
+def test_a_sweep_that_trains_its_models_measures_the_named_ones_too(space, pretrain, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    checkpoint = pretrain("v", VANILLA, tokens)
+    settings = resolve_settings(
+        {},
+        ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]",
+         "model.context_length=32", "training.num_tokens_per_step=64"],
+    )  # fmt: skip
+    plain = plan_iterations(settings, space, tokens)
+    named = plan_iterations(settings, space, tokens, named_baselines={"vanilla": checkpoint})
+    assert named.trials[:-1] == plain.trials
+    assert (named.trials[-1].role, named.trials[-1].job) == ("baseline", None)
+    assert (named.num_distinct, named.num_requested) == (plain.num_distinct, plain.num_requested)
+    assert named.key != plain.key
+
+
+def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
+    space, pretrain, tiny_tokens, tmp_path
 ):
-    # It needs none of the options of its teacher's method.
-    teacher = pretrain("teacher", {"method_options": {"damping": 0.5}})
-    words = [f"word {number} " * 40 for number in range(40)]
-    tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
-    pretrain("others", VANILLA, tokens)
-    found, left_out = find_baselines(space, teacher, {})
-    assert not found
-    assert "vanilla is left out: tokens is " in left_out["others"]
-    pretrain("long", VANILLA, num_steps=3)
-    reason = "vanilla is left out: training.num_steps is 3, and 2 is needed"
-    assert find_baselines(space, teacher, {}) == ({}, {"long": reason})
-
-    # One that is saved and watched in another way is alike.
-    ways = {
-        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
-        "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
-        "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
-    }  # fmt: skip
-    vanilla, none = pretrain("v", VANILLA, **ways), pretrain("n", {"schedule": [0, 0]})
-    both = {"vanilla": vanilla, "r = 0": none}
-    assert find_baselines(space, teacher, {}) == (both, {}), "one stands there"
-
-    deep = pretrain("deep", {**VANILLA, "num_layers": 3})
-    assert find_baselines(space, teacher, {}) == (both, {})
-    assert find_baselines(space, teacher, {"vanilla": 3}) == (
-        {"vanilla, 3 layers": deep, "r = 0": none},
-        {"v": "vanilla is left out: model.num_layers is 2, and 3 is needed"},
-    )
-    pretrain("shallow", {**VANILLA, "num_layers": 1}, num_steps=3)
-    assert find_baselines(space, teacher, {"vanilla": (1, 2, 3)}) == (
-        {**both, "vanilla, 3 layers": deep},
-        {"shallow": "vanilla, 1 layer is left out: training.num_steps is 3, and 2 is needed"},
-    )
+    texts = [f"word {number} " * 40 for number in range(40)]
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    teacher = pretrain("teacher", {}, tokens)
+    others = pretrain("others", VANILLA, tokens_of(texts, tmp_path / "other", vocab_size=300))
+    half = load_config(teacher).context_length // 2
+    short = pretrain("short", {**VANILLA, "context_length": half}, tokens)
+    for name in ("nothing", "teacher"):
+        settings = resolve_settings({}, [f"sweep.baseline_runs=[{name}]"])
+        with pytest.raises(UserError, match=rf"^sweep\.baseline_runs: .*{name}"):
+            plan_sweep(settings, workspace=space, teacher=teacher)
+    for checkpoint, words in ((others, "other tokens"), (short, f"reads {half} tokens")):
+        with pytest.raises(UserError, match=rf"^sweep\.baseline_runs: .*{words}"):
+            check_named_baselines({"vanilla": checkpoint}, tokens, [load_config(teacher)])
 
 
-def test_pcformer_stands_beside_others_at_its_full_level_and_sweeps_its_levels(
-    space, pretrain, tiny_tokens
-):
-    """Trained at its own levels from the first step on, whatever stages an IIET has."""
+def test_pcformer_is_trained_at_its_own_levels_from_the_first_step_on(space, tiny_tokens):
     of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
     job = pretraining_job(of_file, space, tiny_tokens)
     assert (str(job.model.schedule), job.recipe.iterate_from_fraction) == ("2,2,2,2,2,2", 0.0)
-
-    teacher = pretrain("iiet", {})
-    levels = {text: {"method": "pcformer", "schedule": text} for text in ("2,2", "2,1", "0,0")}
-    other, _, none = [pretrain(f"levels {text}", model) for text, model in levels.items()]
-    found = {"pcformer": other, "pcformer, level 0": none}
-    assert find_baselines(space, teacher, {}) == (found, {})
-    assert find_baselines(space, other, {}) == ({"pcformer, level 0": none}, {})

@@ -17,9 +17,6 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import (
-    LEAST_SECONDS,
-    SECONDS,
-    WRITE_BYTES_PER_SECOND,
     Price,
     assign_trial_gpus,
     on_trial_devices,
@@ -53,11 +50,10 @@ def settings(*assignments: str) -> Settings:
     return resolve_settings({}, assignments)
 
 
-def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
+def price_left(plan: SweepPlan, chosen: Settings, folder: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
     placed = assign_trial_gpus(chosen)
-    stored = teachers if chosen.distillation.teacher_cache else None
-    return price_of(on_trial_devices(trainings, placed), teachers.parent, teachers=stored)
+    return price_of(on_trial_devices(trainings, placed), folder)
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
@@ -107,57 +103,36 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
 
 
 def test_the_price_by_hand(tiny_plan, tmp_path):
-    chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
-    price = price_left(tiny_plan, chosen, tmp_path)
-    assert price.num_tokens == 4 * 40 * STEP
-    assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
-    assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
+    price = price_left(tiny_plan, settings("sweep.trials_at_once=1"), tmp_path)
+    assert price.num_tokens == price.num_teacher_tokens == 4 * 40 * STEP
+    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     shortest, longest = price.hours
     highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
     assert shortest == pytest.approx(price.flops / highest / 3600)
     assert longest == pytest.approx(4 * shortest), "a CPU reaches 20 to 80% of its peak"
-    assert price.disk == {
-        "checkpoints": 4 * 12 * 10_138,
-        "teacher outputs": 40 * STEP * 300 * 4,  # Logits in float32.
-    }
+    assert price.disk == {"checkpoints": 4 * 12 * 10_138}
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
-        "4 trainings: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs"
+        "4 trainings: 10,240 tokens, and the teacher reads 10,240; 1.3e+09 FLOPs"
     )
-    assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["of it training"]
-    assert price.seconds["sweep"] == pytest.approx(4 * SECONDS["sweep"], abs=0.1)
-    assert words["time"] == "about 28 s: start 20 s, sweep 8 s"
-    assert words["disk"].startswith(
-        "at most 3.39 MiB: checkpoints 475 KiB, teacher outputs 2.93 MiB; "
-    )
+    assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
+    assert [name for name in words if "time" in name] == ["training time"]
+    assert words["disk"].startswith("at most 475 KiB: checkpoints 475 KiB; ")
     resumed = dict(price_rows(price.model_copy(update={"disk": {}}), {}))
     assert resumed["disk"].startswith("nothing more; ")
     assert words["on this machine"] == "it fits"
-    assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
-    # Two that are stopped at the same time write on the same disk.
-    both = price_left(tiny_plan, settings("sweep.trials_at_once=2"), tmp_path)
-    writing = 2 * 12 * 10_138 / WRITE_BYTES_PER_SECOND
-    assert price.stop_seconds == pytest.approx(LEAST_SECONDS + writing, abs=writing / 4)
-    assert both.stop_seconds == pytest.approx(LEAST_SECONDS + 2 * writing, abs=writing / 4)
-    assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
 
-
-def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan, tmp_path):
-    live, two = "distillation.teacher_cache=false", ["gpus_per_trial=1", "trials_at_once=2"]
-    chosen = settings(live, *(f"sweep.{one}" for one in two))
-    cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
-    price = price_left(cheapest_first, chosen, tmp_path)
-    assert price.num_teacher_tokens == 4 * 40 * STEP
-    assert "teacher outputs" not in price.disk
-    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
-    assert price.uses_gpus
     # The longest training starts first: one GPU trains 2,1 and 0,0, the other one 1,1 and 1,0.
+    on_gpus = settings("sweep.gpus_per_trial=1", "sweep.trials_at_once=2")
+    cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
+    price = price_left(cheapest_first, on_gpus, tmp_path)
+    assert price.uses_gpus
     seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
     assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 
 
 def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
-    chosen = settings("distillation.teacher_cache=false")
+    chosen = settings()
     student = tiny_plan.trials[1]
     spent = begin(student, 30)
     states = trial_states(tiny_plan, chosen.sweep)

@@ -4,8 +4,9 @@ says what became of each trial."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,27 @@ from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 
-from iiet.cost import inference_cost
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
+from orchestrator.pipelines.reports import report
+from orchestrator.records import status
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, run_plan
+from orchestrator.sweeping import costs
+from orchestrator.sweeping.run import (
+    STOPPED_TAG,
+    LiveSweep,
+    SweepOutcome,
+    SweepQueue,
+    run_plan,
+)
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.teacher_cache import ANSWERS
-from orchestrator.workspace.errors import Interrupted, RunFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
-from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
 
 class Sweep:
@@ -68,7 +76,9 @@ def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 
-def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, sweep, monkeypatch):
+def test_what_was_stopped_is_told_and_trained_on_without_stopping(
+    tiny_plan, sweep, tmp_path, monkeypatch
+):
     teacher, stopped, better, *others = tiny_plan.trials
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
@@ -93,37 +103,49 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(tiny_plan, swe
     assert outcome.reused == {result.key for result in outcome.results}
     assert better.label in sweep.shown.tags[STOPPED_TAG]
     assert sweep.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
-    records, _ = read_journal(Path(str(sweep.shown.journal)))
-    assert len(records) == 2, "the front over time, from what was found finished"
     ended = sweep.ended
     assert ended.pop(stopped.key) == "KILLED"
     assert set(ended.values()) == {"FINISHED"}
 
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
+    assert status.Sweep(open_workspace(tmp_path).sweeps / plan.name).has_failed
     assert asked == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
 
 @pytest.mark.slow
-def test_what_a_stored_teacher_costs_is_counted_once(tiny_plan, sweep, monkeypatch):
-    teachers = sweep.folder / "teachers"
-    teacher, *students = tiny_plan.trials
-    reading = [with_job(student, {}, teacher_cache=str(teachers)) for student in students]
+def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, monkeypatch):
+    spread = 0.5
 
-    def end(trial: Trial) -> Trial:
-        assert len(list(teachers.glob(f"*/{ANSWERS}"))) == 1, "before the first trial"
-        return finished(trial)
+    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
+        numbers = {"decode_ms_per_token": 1.0, "decode_ms_spread": spread}
+        return dict.fromkeys(decoders, numbers)
 
-    end_trials(monkeypatch, end)
-    outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
-    assert outcome.reused == frozenset()
-    job = tiny_plan.trials[-1].job
-    num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
-    forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
-    assert sweep.metrics["sweep/teacher_tokens"] == num_tokens
-    assert sweep.metrics["sweep/teacher_flops"] == num_tokens * forward
-    assert not list(teachers.glob("*/")), "all students are finished"
+    monkeypatch.setattr(costs, "time_per_token", time_per_token)
+    end_trials(monkeypatch, finished)
+    outcome, workspace = sweep.run(tiny_plan), open_workspace(sweep.folder)
+    StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
+
+    def spreads(**options: Any) -> set[float]:
+        rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
+        return {row["cost/decode_ms_spread"] for row in rows}
+
+    assert spreads(time_again=True) == {0.5}
+    spread = 0.01
+    assert spreads() == {0.5}
+    assert spreads(time_again=True) == {0.01}
+    assert spreads() == {0.01}, "it is stored"
+    again = sweep.run(tiny_plan)
+    assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
+    shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
+    (workspace.sweeps / "copy" / PLAN_FILE).unlink()
+    for names, reason in (
+        ([tiny_plan.name, "copy"], "measures one sweep; got 2"),
+        (["copy"], r"copy has no plan\.json; delete .*times\.json"),
+    ):
+        with pytest.raises(UserError, match=f"--time-again:? {reason}"):
+            report(workspace=workspace, sweeps=names, time_again=True)
 
 
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
@@ -150,43 +172,6 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda one, _: one)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
-
-
-@pytest.mark.slow
-def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    tiny_plan, sweep, ray_session, monkeypatch
-):
-    without_tasks(monkeypatch)
-    plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[:4]})
-    left, made_elsewhere = plan.trials[2:]
-    locks = {trial.key: ExitStack() for trial in (left, made_elsewhere)}
-    for trial in (left, made_elsewhere):
-        path = Path(trial.folder) / RUN_LOCK_NAME
-        locks[trial.key].enter_context(lock_file(path))
-
-    class Told(KeptProgress):
-        def note(self, text: str) -> None:
-            super().note(text)
-            finished_so_far = [trial.result() is not None for trial in plan.trials]
-            assert finished_so_far == [True, True, False, False]
-            locks[left.key].close()  # Its process died.
-            finished(made_elsewhere)
-            locks[made_elsewhere.key].close()
-
-    progress = Told()
-    outcome = sweep.run(plan, progress=progress)
-    (waited,) = progress.notes
-    assert waited.startswith("waiting for another process, which trains ")
-    assert {left.label, made_elsewhere.label} <= {*waited.split(" trains ")[1].split("; ")}
-    assert "4 trials, 1 made by another process meanwhile" in progress.summaries
-    assert outcome.reused == {made_elsewhere.key}
-    assert outcome.failures == {}
-    assert set(sweep.ended.values()) == {"FINISHED"}
-    started = [
-        [r.get("name") for r in read_journal(Path(t.folder))[0]].count("started")
-        for t in plan.trials
-    ]
-    assert started == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -219,3 +204,19 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
         assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
     assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
     assert sweep.shown.status == ("FAILED" if fails else "KILLED")
+
+
+def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan, sweep):
+    waiting = tiny_plan.trials[1:]
+    live = LiveSweep(
+        tiny_plan, resolve_settings({}), sweep.tracking, open_workspace(sweep.folder),
+        num_trials=len(waiting),
+    )  # fmt: skip
+    progress = KeptProgress()
+    queue = SweepQueue(waiting, {}, {}, live, progress)
+    taken = [queue.take(), queue.take()]
+    queue.start_again("memory ran low")
+    assert progress.notes == ["memory ran low"]
+    assert queue.num_taken == 0
+    assert [queue.take(), queue.take()] == taken
+    assert queue.failures == {}

@@ -24,8 +24,7 @@ from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
-from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.layout import open_workspace
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]
@@ -145,7 +144,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     search, family = world.search(num_trials=24), world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
-    live = LiveSweep(plan, resolve_settings({}), tracking, tmp_path / "s", num_trials=28)
+    live = LiveSweep(plan, resolve_settings({}), tracking, open_workspace(tmp_path), num_trials=28)
     queue = SweepQueue(family, {}, {}, live, Shown(), search=search)
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]
@@ -173,20 +172,6 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(tmp
     assert world.made == made + len(half_trained) + len(after) == 12 + len(FAMILY)
     assert world.study().get_trials(states=(TrialState.RUNNING,)) == []
     assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
-
-
-def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_path):
-    world = World(tmp_path)
-    world.run(num_trials=12, at_once=2, most=4)
-    [theirs] = [trial for trial in world.search().suggested_trials() if not trial.result()]
-    search = world.search(num_trials=12)
-    with lock_file(Path(theirs.folder) / RUN_LOCK_NAME):
-        search.open(world.results(search))
-    assert len(world.study().get_trials(states=(TrialState.RUNNING,))) == 1
-    assert search.num_left == 8
-    others = [trial.label for _ in range(8) if (trial := search.suggest())]
-    assert len(others) == 8
-    assert theirs.label not in others
 
 
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from iiet.config import ModelConfig, preset
-from iiet.cost import inference_cost
-from iiet.pruning import FamilyMember, InfluenceTable
+from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan
-from orchestrator.settings import DistillationSettings, SweepSettings, resolve_settings
-from orchestrator.sweeping.plan import num_models, students_plan
+from orchestrator.settings import DistillationSettings, resolve_settings
+from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.students import (
     Students,
-    choose_distilled_baselines,
     choose_members,
     distillation_job,
+    student_config,
     student_job,
 )
 from orchestrator.training.job import finished_outcome
@@ -99,9 +95,8 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
         pairs = list(zip(usual.trials, other.trials, strict=True))
         assert all(a.folder != b.folder and a.key != b.key for a, b in pairs[1:])
         assert pairs[0][0].key == pairs[0][1].key, "the teacher is measured as it is"
-    for change in ("training.checkpoint_every_steps=3", "teacher_cache=true"):
-        other = plan(f"distillation.{change}")
-        assert [t.key for t in usual.trials] == [t.key for t in other.trials]
+    other = plan("distillation.training.checkpoint_every_steps=3")
+    assert [t.key for t in usual.trials] == [t.key for t in other.trials]
     other, moved = plan(suite="y"), plan(suite_folder="/b")
     for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
         assert a.folder == b.folder == c.folder, "other tasks are put to the same weights"
@@ -186,11 +181,6 @@ def test_one_training_serves_all_schedules(plan, teacher):
     assert len({trial.folder for trial in seeded.trials if trial.job}) == 2
     assert seeded.num_distinct == 4
 
-    compared, plain = plan(*ELASTIC, "sweep.compare=true"), plan(*SMALL)
-    keys = {trial.key for trial in compared.trials}
-    assert {trial.key for trial in plain.trials} < keys
-    assert len(keys) == len(plain.trials) + 4
-    assert compared.num_distinct == plain.num_distinct == 4
     with pytest.raises(UserError, match=r"^sweep.elastic trains schedules that are cheaper"):
         plan(*ELASTIC, "sweep.thresholds=[0.01]")
 
@@ -199,7 +189,8 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     def job(schedule: str, *changes: str) -> TrainingJob:
         family = "distillation.training.elastic.schedules=['1,0']"
         settings = resolve_settings({}, [*SMALL, family, *changes])
-        return distillation_job(settings, space, teacher, schedule, tiny_tokens)
+        config = student_config(teacher, schedule)
+        return distillation_job(settings, space, teacher, config, tiny_tokens)
 
     distilled = job("2,1", "distillation.kl_weight=2")
     assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))
@@ -211,101 +202,3 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
     with pytest.raises(UserError, match=r"elastic.kl_weight=2.0: .* set distillation.kl_weight"):
         job("2,1", own)
-
-
-# Distilled baselines
-
-FULL = preset("tiny", schedule=2)  # 6 layers, 18 evaluations
-SCHEDULES = ("0", "1,0,0,1,0,0", "1", "2,2,1,1,1,1", "2")  # 6, 8, 12, 14, 18 evaluations
-IMPORTANCE = (0.9, 0.1, 0.3, 0.2, 0.5, 0.4)
-BOTH = ["fewer_layers", "vanilla"]
-
-
-def chosen(*schedules: str, **sweep: Any) -> list[Any]:
-    members = [
-        FamilyMember(IterationSchedule.parse(schedule, num_layers=6), math.nan, math.nan)
-        for schedule in schedules
-    ]
-    rows = tuple((0.1,) * count for count in FULL.corrections)
-    table = InfluenceTable("cosine", rows, rows, 64, rows, IMPORTANCE)
-    settings = SweepSettings.model_validate({"num_distilled_baselines": 9, **sweep})
-    return choose_distilled_baselines(settings, FULL, members, table)
-
-
-def flops(config: ModelConfig) -> float:
-    return inference_cost(config).decode_flops_per_token
-
-
-def test_a_vanilla_model_has_as_many_layers_as_a_student_has_evaluations():
-    found = chosen(*SCHEDULES, distilled_baselines=["vanilla"])
-    assert [baseline.label for baseline in found] == [
-        f"vanilla, {count} layers, distilled" for count in (6, 8, 12, 14)
-    ], "a student that saves nothing needs no baseline"
-    for baseline, schedule in zip(found, SCHEDULES, strict=False):
-        assert (baseline.config.method, baseline.kept_layers) == ("vanilla", None)
-        same = replace(baseline.config, method="iiet", num_layers=6, schedule=FULL.schedule)
-        assert same == FULL, "the same shape apart from the layers"
-        student = replace(FULL, schedule=IterationSchedule.parse(schedule, num_layers=6))
-        assert flops(baseline.config) == pytest.approx(flops(student), rel=0.02)
-        assert flops(baseline.config) < flops(FULL)
-
-
-def test_fewer_layers_are_the_most_important_ones_with_all_corrections():
-    found = chosen(*SCHEDULES, distilled_baselines=["fewer_layers"])
-    assert {baseline.label: baseline.kept_layers for baseline in found} == {
-        "2 of 6 layers": (0, 4),  # 6 evaluations
-        "3 of 6 layers": (0, 4, 5),
-        "4 of 6 layers": (0, 2, 4, 5),
-        "5 of 6 layers": (0, 2, 3, 4, 5),
-    }
-    assert all(set(baseline.config.corrections) == {2} for baseline in found)
-
-
-def test_equal_ones_are_one_and_too_many_are_spread_over_cost():
-    def labels(*schedules: str, most: int) -> list[str]:
-        found = chosen(*schedules, distilled_baselines=BOTH, num_distilled_baselines=most)
-        return [b.label.removesuffix(", distilled") for b in found]
-
-    assert labels("0", "0,0,0,0,0,1", most=9) == [
-        "2 of 6 layers", "vanilla, 6 layers", "vanilla, 7 layers"
-    ]  # fmt: skip
-    assert labels(*SCHEDULES, most=2) == [
-        "2 of 6 layers", "5 of 6 layers", "vanilla, 6 layers", "vanilla, 14 layers"
-    ]  # fmt: skip
-    assert labels(*SCHEDULES, most=3)[3:] == [
-        "vanilla, 6 layers", "vanilla, 12 layers", "vanilla, 14 layers"
-    ]  # fmt: skip
-    assert labels(*SCHEDULES, most=1) == ["4 of 6 layers", "vanilla, 12 layers"]
-    assert labels("2", most=1) == ["5 of 6 layers", "vanilla, 18 layers"]
-    assert chosen(*SCHEDULES) == []
-
-
-def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(plan):
-    asked = ["sweep.distilled_baselines=[vanilla, fewer_layers]", "sweep.seeds=[3, 4]"]
-    asked.append("sweep.num_distilled_baselines=1")
-    whole, longer = plan(*asked), plan(*asked, "sweep.distilled_vanilla_steps=500")
-    jobs, others = ({t.label: t.job for t in one.trials if t.job} for one in (whole, longer))
-    baselines = [t for t in whole.trials if t.role == "baseline"]
-    assert [(t.group, t.seed) for t in baselines] == [
-        ("vanilla, 3 layers, distilled", 3), ("1 of 2 layers", 3),
-        ("vanilla, 3 layers, distilled", 4), ("1 of 2 layers", 4),
-    ]  # fmt: skip
-    assert num_models(whole.trials) == 4
-    assert all(t.parent == whole.trials[1].parent and not t.threshold_text for t in baselines)
-    student = jobs["1,0, seed 3"]
-    vanilla, smaller = (jobs[baseline.label] for baseline in baselines[:2])
-    assert smaller.kept_layers == (1,)
-    assert smaller.initial_folder == student.initial_folder
-    assert vanilla.initial_folder is None
-    for job in (smaller, vanilla):
-        assert job.teacher_folder == student.teacher_folder
-        assert (job.objective, job.distillation) == ("distill", student.distillation)
-    assert smaller.recipe == student.recipe
-    # The rate is that of vanilla models which start from random weights, and the tokens are those
-    # that the student's weights have seen.
-    steps = student.recipe.num_steps + math.ceil(2 * 64 / student.recipe.num_tokens_per_step)
-    changes = {"learning_rate": 4e-3, "num_steps": steps}
-    assert vanilla.recipe == student.recipe.model_copy(update=changes)
-    assert others["vanilla, 3 layers, distilled, seed 3"].recipe.num_steps == 500
-    assert others["1 of 2 layers, seed 3"] == smaller
-    assert others["1,0, seed 3"] == student

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -99,26 +102,29 @@ def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch):
     assert out.getvalue().startswith("  evaluate: 0/12,000, 0 s so far\n")
 
 
-def test_the_first_units_of_a_task_tell_how_long_all_of_them_take(monkeypatch):
+def test_the_time_left_follows_from_units_that_were_counted_for_a_while(monkeypatch):
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
+    clock = [0.0]
+    stopped = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("orchestrator.terminal.progress.time", stopped)
     lines = io.StringIO()
+
+    def advance(seconds: float, done: float, **options: Any) -> str:
+        clock[0] += seconds
+        progress.advance(done, **options)
+        return lines.getvalue().splitlines()[-1].strip()
+
     with Progress(Console(file=lines, width=200)) as progress:
-        progress.expected = {"pretrain": 6000.0, "influence": 1.0, "sweep": 3000.0}
-        progress.start("pretrain", 100)
-        progress.advance(0)
-        progress.advance(1, "loss 2", seconds_left=12000.0)  # Half as fast as expected.
-        progress.finish("done")  # At once, so what follows takes no time.
-        progress.start("influence (cosine)")
-        progress.finish("done")
-        progress.start("sweep", 4)
-        progress.advance(3)  # Three were finished before.
-        progress.advance(3.5)
-    found = [line.strip() for line in lines.getvalue().splitlines()]
-    assert found[0].startswith("pretrain: 0/100, 2.5 h left in all, 0 s so far of about 1.7")
-    assert found[1].startswith("pretrain: 1/100 loss 2, 5 h left in all, 0 s so far of")
-    assert found[2] == "pretrain: done (0 s, 1.7 h expected)"
-    assert found[3] == "influence (cosine): done (0 s, 0 s expected)"
-    assert found[4].startswith("sweep: 3/4, 0 s left")
+        progress.start("sweep", 100)
+        assert advance(0, 30) == "sweep: 30/100, 0 s so far", "30 were finished before"
+        assert advance(40, 30) == "sweep: 30/100, 40 s so far", "processes start"
+        assert advance(1, 31) == "sweep: 31/100, 41 s so far"
+        assert advance(4, 40) == "sweep: 40/100, 45 s so far"
+        assert advance(6, 51) == "sweep: 51/100, 24 s left, 51 s so far", "20 took 10 s"
+        assert advance(0, 51, seconds_left=90.0) == "sweep: 51/100, 1.5 min left, 51 s so far"
+        assert advance(0, 51, seconds_left=math.nan) == "sweep: 51/100, 51 s so far"
+        progress.start("influence")
+        assert advance(20, 0) == "influence: 0, 20 s so far", "of another task nothing is known"
 
 
 def test_progress_is_printed_while_library_output_is_suppressed(tmp_path, monkeypatch, capsys):

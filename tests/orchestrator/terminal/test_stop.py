@@ -27,9 +27,9 @@ def press(number: int = signal.SIGINT) -> None:
 
 
 def run(work: Callable[[], Any], **changes: Any) -> Any:
-    """Run work that saves step 40 within an hour; `pressed`: the signals during it, in order."""
+    """Run work that saves step 40; `pressed`: the signals during it, in order."""
     pressed = iter(changes.pop("pressed", ()))
-    options: dict[str, Any] = {"ask_to_stop": lambda: 3600.0, "saved": lambda: "saved at step 40"}
+    options: dict[str, Any] = {"ask_to_stop": lambda: True, "saved": lambda: "saved at step 40"}
 
     def watch() -> None:
         if number := next(pressed, None):
@@ -52,7 +52,7 @@ def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored():
 
     with ThreadPoolExecutor(2) as pool, stop_on_signals():
         futures = [pool.submit(meet, number) for number in range(6)]
-        assert wait_for_work(futures, ask_to_stop=float, saved=str) == [*range(6)]
+        assert wait_for_work(futures, ask_to_stop=bool, saved=str) == [*range(6)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -60,10 +60,10 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number):
     asked = threading.Event()
     requests: list[bool] = []
 
-    def ask() -> float:
+    def ask() -> bool:
         requests.append(True)
         asked.set()
-        return 3600.0
+        return True
 
     with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
         run(asked.wait, ask_to_stop=ask, pressed=[number])
@@ -91,14 +91,17 @@ def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_b
     assert not stop_requested()
 
 
-def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for():
+def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(monkeypatch):
     never, newest = threading.Event(), ["step 40"]
     with pytest.raises(Interrupted) as caught:
         run(never.wait, saved=lambda: newest[-1], pressed=[signal.SIGINT] * 9)
     newest.append("step 50")  # A worker finishes its save while Ray ends.
     assert "not saved in time; step 50" in str(caught.value)
     with pytest.raises(Interrupted, match=r"^interrupted; nothing; "):
-        run(never.wait, ask_to_stop=float, saved=lambda: "nothing", pressed=[signal.SIGINT])
+        run(never.wait, ask_to_stop=bool, saved=lambda: "nothing", pressed=[signal.SIGINT])
+    monkeypatch.setattr("orchestrator.terminal.stop.SECONDS_TO_SAVE", 0.0)
+    with pytest.raises(Interrupted, match="not saved in time"):
+        run(never.wait, pressed=[signal.SIGTERM])
     never.set()
 
 
@@ -107,11 +110,11 @@ def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for():
 def test_an_error_after_a_signal_also_says_what_is_saved(error, what_fails):
     asked = threading.Event()
 
-    def ask() -> float:
+    def ask() -> bool:
         if what_fails == "the request":
             raise error("the disk is full")
         asked.set()
-        return 3600.0
+        return True
 
     def fail() -> None:
         asked.wait()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -14,12 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
-from transformers import PreTrainedTokenizerFast
 
-from orchestrator.data.depth import symbol_tokenizer
-from orchestrator.models.tokenizer import END_OF_TEXT
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.tracking import served_model
 from orchestrator.tracking.tracker import Tracking, open_tracking
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
@@ -131,61 +125,12 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(tracking, tmp_pat
     assert json.loads((place / "config.json").read_text()) == {"size": "small"}
 
 
-def test_the_signature_names_what_a_model_takes_and_returns(tracking, tmp_path):
-    for key, corrections in (("iiet", [2, 1]), ("vanilla", None)):
-        folder = folder_of(tmp_path / key, corrections=corrections)
-        register(tracking, "signed", folder, key=key, alias="best", example="Once")
-        found = client(tracking).get_model_version_by_alias("signed", "best")
-        source = found.source.removeprefix("file://")
-        model = mlflow.models.Model.load(source)
-        params = {spec.name: spec.default for spec in model.signature.params}
-        assert params["output"] == "text"
-        assert sum(name in params for name in ("schedule", "draft")) == (2 if corrections else 0)
-        assert model.signature.outputs.input_names() == ["text", "logprob"]
-        assert model.load_input_example(source) == ["Once"]
-        assert json.loads(str(model.get_serving_input(source))) == {"inputs": ["Once"]}
-    requirements = Path(source, "requirements.txt").read_text()
-    assert "transformers==" in requirements
-    assert "+" not in requirements
-
-
-CONSTANT = """
-import pandas
-
-class Model:
-    def predict(self, model_input, params=None):
-        return pandas.DataFrame({{"text": [{answer!r}] * len(model_input)}})
-
-def _load_pyfunc(data_path):
-    return Model()
-"""
-
-
-@pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
-def test_two_models_in_one_process_share_no_module(tracking, tmp_path, monkeypatch):
-    """They may have been registered by two versions of this package."""
-    sources = []
-    for answer in ("old", "new"):
-        loader = tmp_path / f"{answer}.py"
-        loader.write_text(CONSTANT.format(answer=answer))
-        monkeypatch.setattr(served_model, "__file__", str(loader))
-        register(tracking, answer, folder_of(tmp_path / answer), key=answer, alias="best")
-        sources.append(client(tracking).get_model_version_by_alias(answer, "best").source)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    loaded = [mlflow.pyfunc.load_model(source) for source in sources]
-    answers = [model.predict(["a"], params={})["text"][0] for model in loaded]
-    assert answers == ["old", "new"]
-
-
-def test_a_text_outside_the_vocabulary_is_one_sentence():
-    """Such as one for a model of a depth task, whose tokenizer knows its symbols only."""
-    symbols = symbol_tokenizer(["s1 ", "s2 ", "s3 "])
-    model = object.__new__(served_model.TextModel)
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=symbols, eos_token=END_OF_TEXT)
-    model.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
-    with pytest.raises(MlflowException) as caught:
-        model.predict(["Once upon a time"], params={"output": "logprob"})
-    assert str(caught.value) == (
-        "the model's vocabulary has no tokens for 'Once upon a time'; it has 4 tokens, "
-        "such as 's1 ', 's2 ', 's3 '"
-    )
+def test_what_is_registered_is_the_folder_as_it_is(tracking, tmp_path):
+    folder = folder_of(tmp_path / "exported", size="small")
+    register(tracking, "stored", folder, key="s", alias="best")
+    source = client(tracking).get_model_version_by_alias("stored", "best").source
+    place = Path(source.removeprefix("file://"))
+    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert files == {"config.json", "MLmodel"}
+    with pytest.raises(MlflowException, match="python_function"):  # Nothing says it is elsewhere.
+        mlflow.pyfunc.load_model(source)

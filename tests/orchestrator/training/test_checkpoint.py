@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,12 +15,9 @@ from same_run import events, state_of, steps_of, stop_at, workers
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
-from orchestrator.training import trainer as trainer_module
-from orchestrator.training.checkpoint import best_checkpoint
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 
 RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 2}
@@ -75,31 +70,6 @@ def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "time", watch)
     run_job(make_job("timed", checkpoint_every_minutes=1.5, **seldom))
     assert steps_of(make_job("timed")) == [1, 3, 5, 7, 8]
-
-
-def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(make_job, monkeypatch):
-    validation = {2: math.nan, 4: 1.0, 6: 2.0, 8: 1.5}  # NaN: there was no target.
-    monkeypatch.setattr(
-        trainer_module.Trainer,
-        "validate",
-        lambda self: {VALIDATION_METRIC: validation[self.position.step]},
-    )
-    recipe = {"validate_every_steps": 2, "num_checkpoints_kept": 1, "keep_best": True}
-    job = make_job(**recipe)
-    run_job(job, should_stop=stop_at(5))
-    run_job(job)
-    assert steps_of(job) == [4, 8]
-    best = best_checkpoint(job.folder)
-    assert best == job.folder / "step_00000004"
-    check_checkpoint(best)
-    assert json.loads((job.folder / "best.json").read_text())["validation_loss"] == 1.0
-    for name in ("../teacher", ".", None):
-        (job.folder / "best.json").write_text(json.dumps({"checkpoint": name}))
-        assert best_checkpoint(job.folder) is None
-    plain = make_job("plain", **{**recipe, "keep_best": False})
-    run_job(plain)
-    assert steps_of(plain) == [8]
-    assert best_checkpoint(plain.folder) is None
 
 
 # Copies in the run's storage

@@ -195,7 +195,7 @@ def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) ->
             several = pass_of_several(decoder, world, is_last=number == num_passes - 1)
             with several if num_passes > 1 else nullcontext():
                 with autocast(precision, world):
-                    loss = decoder(tokens, finish=partial(next_token_loss, input_ids=tokens))
+                    loss = decoder(tokens, loss_fn=partial(next_token_loss, input_ids=tokens))
                 loss.backward()  # type: ignore[no-untyped-call]
     return seen.counts
 
@@ -295,7 +295,7 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):
         run_folder=str(tmp_path / "run"), tokens_folder="", model=config, recipe=TrainingSettings()
     )
     loaded = new.model_copy(update={"initial_folder": str(tmp_path / "initial")})
-    Decoder(config).save(tmp_path / "initial")
+    Decoder(config).save_pretrained(tmp_path / "initial")
     for job in (new, loaded):
         whole = decoder_to_train(job, World(), None).state_dict()
         random_state = torch.get_rng_state()

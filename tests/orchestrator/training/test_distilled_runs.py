@@ -18,10 +18,9 @@ from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.students import student_job
-from orchestrator.training.devices import decoder_to_train
+from orchestrator.training.devices import decoder_to_train, load_teacher
 from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
-from orchestrator.training.teacher_cache import load_teacher
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError

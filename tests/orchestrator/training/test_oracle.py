@@ -77,8 +77,8 @@ def test_a_plain_loop_ends_with_the_same_weights(
     if objective == "distill":
         folder = save_tiny(tmp_path / "teacher")
         teacher, model = (
-            Decoder.load(folder).requires_grad_(False),
-            Decoder.load(folder, torch.float32),
+            Decoder.from_pretrained(folder).requires_grad_(False),
+            Decoder.from_pretrained(folder, torch.float32),
         )
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         schedules = [IterationSchedule((1, 0))] * STEPS

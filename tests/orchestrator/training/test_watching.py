@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from typing import cast
@@ -17,6 +18,8 @@ from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, job_model, tracked_model, trial_model
 from orchestrator.workspace.journal import Journal
+
+UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 
 
 class RecordingProgress(Progress):
@@ -36,53 +39,70 @@ def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=100, iterate_from_fraction=0.5)
 
 
+SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
+
+
 def test_the_time_left_accounts_for_corrections(job):
     progress, journal = RecordingProgress(), Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
-    assert progress.shown[-1] == (0, "waiting for the first step", None)
-    speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
-    journal.metrics(10, speed)
+    assert progress.shown[-1] == (0, "waiting for the first step", UNKNOWN)
+    journal.event("started")
+    journal.metrics(2, {**SPEED, "train/tokens_per_second": 1.0})  # With what is done once.
+    monitor.poll()
+    assert progress.shown[-1] == (2, "loss iiet 5.50", UNKNOWN)
+    journal.metrics(6, SPEED)
+    monitor.poll()
+    assert progress.shown[-1] == (6, "loss iiet 5.50, 640 tokens/s", UNKNOWN)
+    journal.metrics(10, SPEED)
     monitor.poll()
     done, text, first = progress.shown[-1]
     assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
     # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
     assert first is not None
     assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
-    journal.metrics(60, speed)
+    journal.metrics(60, SPEED)
     monitor.poll()
     assert progress.shown[-1][2] == pytest.approx(40 * 0.1)
     # A worker died, or this is another process: the speed was that of an earlier one.
     journal.event("resumed", step=60)
     monitor.poll()
-    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
-    journal.metrics(70, speed)
+    assert progress.shown[-1] == (60, "loss iiet 5.50", UNKNOWN)
+    journal.metrics(70, SPEED)
+    journal.metrics(70, SPEED)
     time.sleep(0.01)  # Records are stamped in milliseconds.
     later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     later.poll()
-    assert progress.shown[-1] == (70, "loss iiet 5.50", None)
+    assert progress.shown[-1] == (70, "loss iiet 5.50", UNKNOWN)
+    journal.metrics(75, SPEED)
     journal.metrics(80, {"train/tokens_per_second": 480.0})
     journal.metrics(90, {"train/tokens_per_second": 960.0})
     later.poll()  # Ten steps took as long at both speeds together as at 640 tokens/s.
     assert progress.shown[-1] == (90, "loss iiet 5.50, 640 tokens/s", pytest.approx(1.0))
-    journal.metrics(100, speed)
+    journal.metrics(100, SPEED)
     later.poll()
-    assert progress.shown[-1] == (100, "", None)
+    assert progress.shown[-1] == (100, "", UNKNOWN)
     journal.close()
 
 
-def test_the_time_left_counts_jobs_that_wait(tiny_job):
+def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tiny_job):
     jobs = {
         name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
         for name in ("first", "second")
     }
     progress, journal = RecordingProgress(), Journal(jobs["first"].folder)
     monitor = RunMonitor(jobs, cast("Tracking", None), progress)
-    journal.metrics(4, {"train/loss": 2.0, "train/tokens_per_second": 32.0})
+    for step in (2, 3, 4):
+        journal.metrics(step, {"train/loss": 2.0, "train/tokens_per_second": 32.0})
     monitor.poll()
     journal.close()
     # 16 steps of 64 tokens.
     assert progress.shown == [(4, "loss first 2.00, 32 tokens/s", pytest.approx(32.0))]
+    other = Journal(jobs["second"].folder)
+    other.event("started")
+    other.close()
+    monitor.poll()
+    assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
 
 
 def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.training.trainer import LOCK_SECONDS
-from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.locks import is_locked, lock_file, lock_holder, refuse_second
 
 HOLDER = """
 import sys
@@ -61,6 +63,9 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
     with lock_file(path, seconds=0.1) as is_ours:
         assert not is_ours
         assert lock_holder(path) == holder.pid
+    place = f"the sweep x runs already, in process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(UserError, match=re.escape(place)), refuse_second(path, "the sweep x"):
+        pytest.fail("another process holds the lock")
     assert 0.1 <= time.monotonic() - started < 5.0
     with lock_file(path, should_stop=lambda: True) as is_ours:
         assert not is_ours, "the wait ends on request"
@@ -81,3 +86,5 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
     with lock_file(path, should_stop=kill_then_stop) as is_ours:
         assert is_ours, "the system releases the lock of a killed process"
     assert len(asked) >= 2
+    with refuse_second(path, "the sweep x"):
+        assert lock_holder(path) == os.getpid(), "what a dead process wrote refuses nobody"

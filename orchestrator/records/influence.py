@@ -1,0 +1,23 @@
+"""A teacher's influence table as it is stored beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.records.record import Influence, Record
+
+INFLUENCE_PATTERN = "influence-*.json"
+"""Names of the files of influence tables in a checkpoint."""
+
+
+class StoredInfluence(Record):
+    """An influence table, and what it was measured on."""
+
+    key: str
+    """Hash of all that determines the table: weights, schedule, tokens, metric."""
+    table: Influence
+
+
+def influence_path(checkpoint: Path, metric: str) -> Path:
+    """Return the file of the table of a metric."""
+    return checkpoint / INFLUENCE_PATTERN.replace("*", metric)

@@ -1,0 +1,82 @@
+"""The depth curve of a sweep of kind `depth`: weights stay, and quality changes with the depth.
+
+The points are the models of the sweep's front: one that was trained here under several iteration
+schedules, or a looped model of another project at several depths. Nothing was trained between them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.charts import DepthPoint, depth_chart
+from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
+from orchestrator.reporting.sections import Column, Section, Table, TableRow
+from orchestrator.reporting.tables import cost_text, quality_text
+from orchestrator.terminal.render import shortest_schedule
+from orchestrator.workspace.layout import CHECKPOINT_NAME
+
+DEPTHS_TITLE = "Quality by depth"
+DEPTH_CURVE = "depth-curve"
+"""Name of the picture."""
+
+
+def depth_section(front: Front) -> Section | None:
+    """Return the section on a sweep's depth curves; None if no model has two depths."""
+    rows_of: dict[str, list[Row]] = {}
+    for row in front.rows:  # The cheapest first.
+        rows_of.setdefault(str(row["checkpoint"]), []).append(row)
+    rows_of = {checkpoint: rows for checkpoint, rows in rows_of.items() if len(rows) > 1}
+    if not rows_of:
+        return None
+    points: list[DepthPoint] = []
+    cells: list[TableRow] = []
+    for name, rows in zip(_names([*rows_of]), rows_of.values(), strict=True):
+        for row in rows:
+            depth = _depth_text(row["trial"])
+            points.append(
+                DepthPoint(
+                    model=name,
+                    depth=depth,
+                    cost=row["cost"],
+                    quality=row["quality"],
+                    error=known(row, "error") or 0.0,
+                )
+            )
+            cells.append(TableRow((name, depth, cost_text(row["cost"]), quality_text(front, row))))
+    cost, quality = metric_title(front.axes.cost), metric_title(front.axes.quality)
+    unit = " %" if is_accuracy(front.axes.quality) else ""
+    columns = (
+        Column("model", is_text=True),
+        Column("depth", is_text=True),
+        Column(cost),
+        Column(f"{quality}{unit}"),
+    )
+    return Section(
+        title=DEPTHS_TITLE,
+        sentences=[
+            "The same weights, without further training, at each depth: corrections per layer of "
+            "a model that was trained here, loops of another. Bars: one standard error."
+        ],
+        chart=depth_chart(points, front.axes),
+        picture=DEPTH_CURVE,
+        tables=[Table(columns, cells)],
+    )
+
+
+def _names(checkpoints: list[str]) -> list[str]:
+    """Return a name for each model: that of its run or folder, where it is unique."""
+    names = []
+    for checkpoint in map(Path, checkpoints):
+        is_in_run = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+        names.append(checkpoint.parent.name if is_in_run else checkpoint.name)
+    return [
+        name if names.count(name) == 1 else "/".join(Path(checkpoint).parts[-2:])
+        for name, checkpoint in zip(names, checkpoints, strict=True)
+    ]
+
+
+def _depth_text(trial: Trial) -> str:
+    if trial.architecture:
+        return trial.architecture.depth
+    return shortest_schedule(tuple(trial.model.corrections))

@@ -1,0 +1,65 @@
+"""What the models of a sweep cost: exact counts, and milliseconds, which are measured once, or
+again if that is asked for.
+
+Milliseconds depend on the shapes of the models only, so the weights are random, and all schedules
+of one shape share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from iiet.config import ModelConfig
+from orchestrator.cluster.task import trial_device
+from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
+from orchestrator.records.record import Record
+from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.settings import Settings
+from orchestrator.sweeping.plan import exact_cost, full_trial
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.provenance import content_key, environment
+
+TIMES_NAME = "times.json"
+
+
+class Measured(Record):
+    """What was measured on one machine, by model or shape."""
+
+    state: str
+    """Hash of what else counts: shapes, the kind of device, this machine and its libraries."""
+    by_name: dict[str, dict[str, float]]
+    """Model or shape -> its numbers."""
+
+
+def with_costs(
+    found: Sequence[Trial],
+    plan: SweepPlan,
+    folder: Path,
+    settings: Settings,
+    progress: Progress,
+    *,
+    again: bool = False,
+) -> list[Trial]:
+    """Add what each model costs: exact counts, and milliseconds; `again` replaces stored ones."""
+    full = full_trial(plan).model
+    counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
+    shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
+    on_gpu = ["GPU"] if settings.trials_use_gpus else []
+    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
+    path = folder / TIMES_NAME
+    times = Measured.read(path)
+    if again or times is None or times.state != state:
+        models = {shapes[trial.key]: trial.model for trial in counted}
+        progress.start("time per token")  # A GPU may have to be waited for.
+        by_shape = trial_device(settings, folder)(partial(_time, models), progress)
+        times = Measured(state=state, by_name=by_shape)
+        times.write(path)
+    return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
+
+
+def _time(
+    models: Mapping[str, ModelConfig], device: str, progress: Progress
+) -> dict[str, dict[str, float]]:
+    return time_per_token(random_decoders(models, device), progress)
