@@ -218,7 +218,8 @@ def _windows(
     problems: list[str],
 ) -> tuple[int | None, ...] | None:
     """Return the window of each layer; adds to the problems."""
-    window, num_layers = values.get("sliding_window"), values["num_hidden_layers"]
+    window: int | None = values.get("sliding_window")
+    num_layers: int = values["num_hidden_layers"]
     if model_type.windows == "none":
         return None
     if model_type.windows == "all":
