@@ -41,9 +41,6 @@ from iiet import (
     IterationSchedule,
     KeyValueCache,
     ModelConfig,
-    generate,
-    published_from_decoder,
-    stream,
 )
 from orchestrator.models.gguf import read_gguf
 
@@ -73,7 +70,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
             length = prompt_tokens + new_tokens
             config = shaped_config(dim, layers, vocabulary, length, method="vanilla")
             decoder = fresh_decoder(config).eval()
-            llama = llama_of(config, published_from_decoder(decoder))
+            llama = llama_of(config, decoder.state_dict())
         config = decoder.config
         weights = f"weights of {gguf.name}" if gguf else f"{SHAPE}, tied head"
         yield Row(
@@ -106,7 +103,7 @@ def _without_corrections(setup: Setup) -> Iterator[Row]:
 
         def task(decoder: Decoder, prompt: Tensor = prompt) -> Callable[[], float]:
             def run() -> float:
-                steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+                steps = decoder.stream(prompt, max_new_tokens=new_tokens)
                 next(steps)
                 started = time.process_time()
                 for _ in steps:
@@ -123,7 +120,7 @@ def _without_corrections(setup: Setup) -> Iterator[Row]:
 
 
 def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
-    """Return transformers' Llama of a shape, with weights by their published names."""
+    """Return transformers' Llama of a shape, with weights by their names."""
     llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -151,7 +148,7 @@ def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
 def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int) -> Row:
     """Compare logits over our own continuation, and check that each of its tokens is the
     likeliest."""
-    continued = generate(decoder, prompt, max_new_tokens=new_tokens)
+    continued = decoder.generate(prompt, max_new_tokens=new_tokens)
     with torch.inference_mode():
         ours, theirs = decoder(continued), llama(continued).logits
     before = prompt.size(1) - 1
@@ -189,7 +186,7 @@ def _rows(
 
 def _time_ours(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     started = time.process_time()
-    steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+    steps = decoder.stream(prompt, max_new_tokens=new_tokens)
     next(steps)
     first = time.process_time()
     for _ in steps:

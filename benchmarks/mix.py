@@ -1,15 +1,16 @@
 """The learned mix in training: its memory and its time.
 
 Claims: compared with a stack of all estimates, the lean mix needs less memory (that of a stack
-grows with the square of the depth) and less time; with checkpointing it needs little memory. The
-stack must first give the same loss and gradients.
+grows with the square of the depth) and less time; with checkpointing it needs little memory. All
+forms must first give the same loss and gradients.
 
-`lean` is the project's form. `stacked` stacks all estimates and multiplies by the row; autograd
-then keeps one stack per evaluation. Of the straightforward forms it needs the least memory (an
-einsum needs the same, a product and a sum need more). `checkpointed` is `lean` with each layer
-recomputed in the backward pass. Memory is that of the tensors that are alive at once, beyond
-weights and gradients. They are counted as they are made and freed; the memory that a fresh process
-takes from the system is larger by one percent.
+`lean` is the project's form: sums over a list of estimates, those over the earlier layers' once per
+layer. `stacked` stacks all estimates and multiplies by the row, as the published code does;
+autograd then keeps one stack per evaluation. (An einsum needs the same memory, a product and a sum
+need more.) `summed` is Python's `sum` over the list, anew for each point. `checkpointed` is `lean`
+with each layer recomputed in the backward pass. Memory is that of the tensors that are alive at
+once, beyond weights and gradients. They are counted as they are made and freed; the memory that a
+fresh process takes from the system is larger by one percent.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from benchmarks.runner import Setup
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, stopwatch, take_turns
 from iiet import Decoder, next_token_loss
-from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.mix import Mix
 
-_COMPARED = ("lean", "checkpointed")
+_COMPARED = ("lean", "summed", "checkpointed")
 """Variants that are compared with `stacked`."""
 _GOALS = {"memory, lean": 0.6, "memory, checkpointed": 0.2, "time, lean": 0.97}
 _GOAL_LAYERS = 24
@@ -66,7 +67,7 @@ def mix(setup: Setup) -> Iterator[Row]:
         f"{one.dim * 11 // 4}, vocabulary {one.vocab_size}, {one.batch_size} x {one.num_tokens} "
         f"tokens, float32; time of forward and backward, {repetitions} repetitions in turns"
     )
-    for variant in ("stacked", "checkpointed"):
+    for variant in ("stacked", "summed", "checkpointed"):
         what = f"loss and gradients of lean and {variant}, {one.num_layers} layers in float64,"
         yield checked(what, largest_difference(one, variant), 1e-9)
     for size in sizes:
@@ -124,35 +125,54 @@ def _step_of(size: StepSize, variant: str) -> Callable[[], None]:
 def _written_as(variant: str, decoder: Decoder) -> Iterator[None]:
     """Run a decoder's steps as one variant within the context."""
     decoder.activation_checkpointing = variant == "checkpointed"
-    start = ImplicitEuler.start
-    if variant == "stacked":
-        start = lambda embeddings, _: _StackedHistory((embeddings,))  # type: ignore[assignment, return-value]  # noqa: E731
+    form = {"stacked": _Stacked, "summed": _Summed}.get(variant)
     try:
-        with mock.patch.object(ImplicitEuler, "start", start):
+        with mock.patch.object(Mix, "sums", Mix.sums if form is None else _whole_sums(form)):
             yield
     finally:
         decoder.activation_checkpointing = False
 
 
-@dataclass(frozen=True)
-class _StackedHistory:
-    """A history that stacks all estimates again for each sum and multiplies them by a whole row."""
+class _WholeSum:
+    """A row and the earlier estimates; nothing is computed before the layer's own is there."""
 
-    estimates: tuple[Tensor, ...]
+    def __init__(self, row: Tensor, estimates: tuple[Tensor, ...]) -> None:
+        self.row = row
+        self.estimates = estimates
 
-    def sums(self, rows: Tensor) -> tuple[_StackedHistory, tuple[Tensor, ...]]:
-        return self, tuple(rows)  # Sums wait for the layer's own estimate.
+    def plus(self, estimate: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.total((*self.estimates, estimate)).to(dtype)
 
-    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        row = torch.cat([base, weight[None]])
-        mixed: Tensor = torch.tensordot(row, torch.stack([*self.estimates, estimate]), dims=1)
-        return mixed.to(dtype)
+    def total(self, estimates: tuple[Tensor, ...]) -> Tensor:
+        raise NotImplementedError
 
-    def leave(
-        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, _StackedHistory]:
-        hidden = self.add(base, estimate, weight, dtype)
-        return hidden, _StackedHistory((*self.estimates, estimate))
+
+class _Stacked(_WholeSum):
+    """Stacks all estimates again for each sum, and multiplies them by the row."""
+
+    def total(self, estimates: tuple[Tensor, ...]) -> Tensor:
+        mixed: Tensor = torch.tensordot(self.row, torch.stack(estimates), dims=1)
+        return mixed
+
+
+class _Summed(_WholeSum):
+    """Adds up a product for each estimate."""
+
+    def total(self, estimates: tuple[Tensor, ...]) -> Tensor:
+        products = [weight * s for weight, s in zip(self.row.unbind(), estimates, strict=True)]
+        return sum(products[1:], start=products[0])
+
+
+def _whole_sums(form: type[_WholeSum]) -> Callable[..., tuple[_WholeSum, _WholeSum]]:
+    """Return a `Mix.sums` that waits for each estimate of the layer."""
+
+    def sums(
+        mix: Mix, estimates: tuple[Tensor, ...], *, corrects: bool
+    ) -> tuple[_WholeSum, _WholeSum]:
+        assert corrects
+        return form(mix.inner, estimates), form(mix.outer, estimates)
+
+    return sums
 
 
 def largest_difference(size: StepSize, variant: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iiet import Decoder, ModelConfig, generate, preset
+from iiet import Decoder, ModelConfig, preset
 
 SHAPE = "heads of 64, ffn 2.75 d, float32"
 """What `shaped_config` does not take as an argument, for the reports."""
@@ -54,7 +54,7 @@ def largest_regret(decoder: Decoder, prompt: Tensor, new_tokens: int) -> float:
     Logits are those of the full forward pass, the unit is their standard deviation. Rounding alone
     makes it positive where two tokens are almost equally likely.
     """
-    tokens = generate(decoder.eval(), prompt, max_new_tokens=new_tokens)
+    tokens = decoder.eval().generate(prompt, max_new_tokens=new_tokens)
     with torch.inference_mode():
         logits = decoder(tokens)[:, prompt.size(1) - 1 : -1].float()
     chosen = logits.gather(-1, tokens[:, prompt.size(1) :, None])

@@ -24,8 +24,8 @@ from benchmarks.report import RATIO, Goal, Row, checked, milliseconds
 from benchmarks.runner import Setup
 from benchmarks.shape import SHAPE, fresh_decoder, shaped_config
 from benchmarks.timing import paired_ratio, take_turns
-from iiet import Decoder, DraftRecord, IterationSchedule, generate, next_token_loss
-from iiet.speculative import MAX_DRAFT_TOKENS
+from iiet import Decoder, IterationSchedule, next_token_loss
+from iiet.speculative import MAX_DRAFT_TOKENS, DraftRecord
 from orchestrator.data.store import open_tokens
 from orchestrator.settings import DataSettings
 
@@ -110,9 +110,9 @@ def _check(full: Decoder, small: Decoder, prompt: Tensor) -> Row:
     """Compare the tokens with those of plain decoding, in float64."""
     exact = copy.deepcopy(full).double()
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    expected, differing = generate(exact, prompt, **options), 0
+    expected, differing = exact.generate(prompt, **options), 0
     for draft in ("auto", copy.deepcopy(small).double()):
-        found = generate(exact, prompt, draft=draft, draft_tokens=3, **options)
+        found = exact.generate(prompt, draft=draft, draft_tokens=3, **options)
         differing += int((found != expected).sum())
     return checked(f"tokens with and without drafts, batch {len(prompt)},", differing, 0)
 
@@ -128,7 +128,7 @@ def _rows(
 
         def run() -> float:
             started = time.process_time()
-            generate(full, prompt, max_new_tokens=size.new_tokens, **options, **drafting)
+            full.generate(prompt, max_new_tokens=size.new_tokens, **options, **drafting)
             return (time.process_time() - started) / size.new_tokens
 
         return run

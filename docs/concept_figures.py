@@ -91,9 +91,8 @@ def implicit_step(estimate: torch.Tensor) -> torch.Tensor:
 def _iteration() -> altair.LayerChart:
     def estimate_after(num_corrections: int) -> float:
         # The prediction is the explicit step from the state itself.
-        return float(
-            fixed_point(implicit_step, lambda: implicit_step(torch.tensor(0.1)), num_corrections)
-        )
+        prediction = implicit_step(torch.tensor(0.1))
+        return float(fixed_point(implicit_step, prediction, num_corrections))
 
     solution = {"y": estimate_after(200), "x": 1, "label": "fixed point"}
     rows = [

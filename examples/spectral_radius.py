@@ -50,7 +50,7 @@ def correction_maps(decoder: Decoder, input_ids: Tensor) -> dict[int, tuple[Step
                 seen.estimate - seen.residual
             )  # What the last correction starts from.
 
-    hooks = [layer.register_forward_pre_hook(note_inputs) for layer in decoder.layers]
+    hooks = [layer.register_forward_pre_hook(note_inputs) for layer in decoder.model.layers]
     maps = {}
     with torch.no_grad(), plain_formulas():
         decoder(input_ids, observe=observe, last_only=True)
@@ -71,14 +71,14 @@ def correction_map(layer, hidden, state, call) -> Step:
         state: the earlier estimates.
         call: what all evaluations share.
     """
-    mix = layer.mix(state, dtype=hidden.dtype, corrects=True)
+    point_sum, _ = layer.mix.sums(state.estimates, corrects=True)
     if layer.reinjection is not None:
         prediction = layer.prediction_norm(layer.field(hidden, call.context))
-        mix = mix.with_prediction(prediction, layer.reinjection.squeeze())
+        point_sum = point_sum.with_term(layer.reinjection, prediction)
     damping = layer.options.damping if layer.damping is None else layer.damping
 
     def step(estimate: Tensor) -> Tensor:
-        output = layer.field(mix.point(estimate), call.context)
+        output = layer.field(point_sum.plus(estimate, hidden.dtype), call.context)
         return estimate + damping * (layer.correction_norm(output) - estimate)
 
     return step
@@ -130,13 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(0)
     if chosen.folder:
-        decoder = Decoder.load(chosen.folder, dtype=torch.float32)
+        decoder = Decoder.from_pretrained(chosen.folder, dtype=torch.float32)
     else:
         decoder = Decoder(preset(chosen.preset))
     decoder.requires_grad_(False)
     config = decoder.config
     method = METHODS[config.method]
-    if method.repeats_stack or not decoder.schedule.num_corrections:
+    if method.facts.repeats_stack or not decoder.schedule.num_corrections:
         parser.error(
             f"the model ({config.method}) makes no corrections of single layers; take an IIET with "
             "r >= 1"

@@ -39,7 +39,7 @@ def main(folder: str, *, num_steps: int = 200) -> dict[str, float]:
 
     table = iiet.influence_table(model, ids)
     print(table)
-    schedule = iiet.schedule_family(table).within(cost=6)  # Of nine evaluations per token.
+    schedule = iiet.schedule_family(table).within(nfe=6)  # Of nine evaluations per token.
     print(f"distilled under the schedule {schedule}")
     student = model.copy(schedule=schedule)
     pruned = student.loss(ids).item()
@@ -51,7 +51,7 @@ def main(folder: str, *, num_steps: int = 200) -> dict[str, float]:
         optimizer.step()
 
     # The cheapest schedule drafts, which changes no token.
-    tokens = iiet.generate(student, ids[:1, :8], max_new_tokens=24, draft="0")
+    tokens = student.generate(ids[:1, :8], max_new_tokens=24, draft="0")
     print(bytes(tokens[0].tolist()).decode())
     iiet.export(student, folder)
     return {"trained": loss.item(), "pruned": pruned, **{k: v.item() for k, v in parts.items()}}

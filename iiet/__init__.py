@@ -9,7 +9,6 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iiet.arithmetic import plain_formulas as plain_formulas
     from iiet.batch import Batch as Batch
     from iiet.cache import KeyValueCache as KeyValueCache
     from iiet.config import PRESETS as PRESETS
@@ -24,16 +23,14 @@ if TYPE_CHECKING:
     from iiet.distillation import distillation_loss as distillation_loss
     from iiet.distillation import frozen_teacher as frozen_teacher
     from iiet.exporting import export as export
-    from iiet.generation import generate as generate
-    from iiet.generation import stream as stream
+    from iiet.fast import plain_formulas as plain_formulas
+    from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.influence import influence_table as influence_table
-    from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.losses import cross_entropy as cross_entropy
     from iiet.losses import hidden_state_error as hidden_state_error
     from iiet.losses import kl_divergence as kl_divergence
     from iiet.losses import next_token_loss as next_token_loss
     from iiet.methods import METHODS as METHODS
-    from iiet.pruning import FamilyMember as FamilyMember
     from iiet.pruning import InfluenceTable as InfluenceTable
     from iiet.pruning import ScheduleFamily as ScheduleFamily
     from iiet.pruning import knapsack as knapsack
@@ -41,10 +38,8 @@ if TYPE_CHECKING:
     from iiet.pruning import schedule_family as schedule_family
     from iiet.pruning import spread_over_cost as spread_over_cost
     from iiet.published import decoder_from_published as decoder_from_published
-    from iiet.published import published_from_decoder as published_from_decoder
+    from iiet.request import GenerationOptions as GenerationOptions
     from iiet.schedule import IterationSchedule as IterationSchedule
-    from iiet.speculative import DraftRecord as DraftRecord
-    from iiet.static_steps import StaticSteps as StaticSteps
 
 try:
     __version__ = metadata.version("iiet-orch")
@@ -52,7 +47,6 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 _NAMES_OF_MODULE = {
-    "arithmetic": "plain_formulas",
     "batch": "Batch",
     "cache": "KeyValueCache",
     "config": "DistillationConfig ModelConfig PRESETS preset",
@@ -60,19 +54,17 @@ _NAMES_OF_MODULE = {
     "decoder": "Decoder",
     "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
-    "generation": "generate stream",
-    "influence": "influence_table",
-    "influence_metrics": "INFLUENCE_METRICS",
+    "fast": "plain_formulas",
+    "influence": "INFLUENCE_METRICS influence_table",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (
-        "FamilyMember InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
+        "InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
         "schedule_family spread_over_cost"
     ),
-    "published": "decoder_from_published published_from_decoder",
+    "published": "decoder_from_published",
+    "request": "GenerationOptions",
     "schedule": "IterationSchedule",
-    "speculative": "DraftRecord",
-    "static_steps": "StaticSteps",
 }
 _MODULE_OF = {name: m for m, names in _NAMES_OF_MODULE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
@@ -87,4 +79,5 @@ if not TYPE_CHECKING:  # A type checker knows the names from the imports above, 
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    """Return the interface alone."""
+    return ["__version__", *__all__]

@@ -16,10 +16,16 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from iiet.checks import is_number_from
+
 __all__ = ["NO_TARGET", "Batch", "Count"]
 
 NO_TARGET = -100
 """The value in `targets` where there is nothing to predict."""
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 Count = float | Tensor | None
@@ -29,7 +35,12 @@ GPU."""
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences with their targets. All tensors are (batch, time); else a ValueError."""
+    """Sequences with their targets. All tensors are (batch, time).
+
+    Raises:
+        ValueError: tensors of other shapes, tokens or sources that are no integers, or negative
+            counts.
+    """
 
     input_ids: Tensor
     targets: Tensor
@@ -56,6 +67,16 @@ class Batch:
                 raise ValueError(
                     f"{name} must be (batch, time), here {tuple(shape)}, got {tuple(values.shape)}"
                 )
+        numbers = {"input_ids": self.input_ids, "targets": self.targets, "sources": self.sources}
+        for name, values in numbers.items():
+            if values is not None and values.dtype not in _INTEGERS:
+                raise ValueError(f"{name} must be integers, got {values.dtype}")
+        counts = {"target_count": self.target_count, "position_count": self.position_count}
+        for name, count in counts.items():
+            # A tensor is not read, because that would wait for a GPU.
+            is_allowed = count.dim() == 0 if isinstance(count, Tensor) else is_number_from(0, count)
+            if count is not None and not is_allowed:
+                raise ValueError(f"{name} must be a number from 0, a scalar or None, got {count!r}")
 
     @classmethod
     def of_text(cls, input_ids: Tensor, mask: Tensor | None = None) -> Batch:
@@ -71,7 +92,7 @@ class Batch:
         return cls(input_ids, targets, mask, is_text=True)
 
     @property
-    def taught(self) -> Tensor | None:
+    def teacher_mask(self) -> Tensor | None:
         """The positions at which a student learns from a teacher; None: all."""
         return self.mask if self.is_text else self.counted
 
@@ -88,9 +109,9 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
-        """Positions in `taught`. Waits for a GPU, too."""
-        taught = self.taught
-        return self.input_ids.numel() if taught is None else int(taught.sum())
+        """Positions in `teacher_mask`. Waits for a GPU, too."""
+        teacher_mask = self.teacher_mask
+        return self.input_ids.numel() if teacher_mask is None else int(teacher_mask.sum())
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -110,8 +131,8 @@ class Batch:
         if targets is None:
             targets = self.counted.sum()
         if positions is None:
-            taught = self.taught
-            positions = self.input_ids.numel() if taught is None else taught.sum()
+            teacher_mask = self.teacher_mask
+            positions = self.input_ids.numel() if teacher_mask is None else teacher_mask.sum()
         flat = self._map(lambda values: values.reshape(1, -1))
         return replace(flat, target_count=targets, position_count=positions)
 

@@ -6,23 +6,24 @@ angles and plain sums are left out, together about a hundredth of the rest. Byte
 decoding step reads from memory: weights once per step, whatever the batch, keys and values for each
 row.
 
-Sizes and what a method does beside its fields are counted in `iiet.counting`, which loads torch
-when the first cost is asked for. Source: this project.
+What a method does beside its fields has closed forms (`iiet.facts`). Parameters are counted on a
+decoder without values, which loads torch when the first cost is asked for. Source: this project.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from iiet.checks import check_rules, is_nan, is_number_from
 from iiet.config import ModelConfig
-from iiet.facts import facts_of
+from iiet.facts import LayerCounts, facts_of
 from iiet.schedule import ScheduleLike
 
 if TYPE_CHECKING:
     from iiet.cache import KvStrategy
-    from iiet.counting import LayerCounts, Sizes
 
 __all__ = [
     "InferenceCost",
@@ -37,7 +38,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceCost:
-    """The cost of one schedule at one context length and batch size."""
+    """The cost of one schedule at one context length and batch size.
+
+    Raises:
+        ValueError: naming every value that is negative or no number.
+    """
 
     evaluations_per_token: int
     """Field evaluations, over all layers."""
@@ -58,6 +63,14 @@ class InferenceCost:
     (norms, mix, gates) are left out: under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, including the method's own."""
+
+    def __post_init__(self) -> None:
+        rules = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            rule = f"{field.name} must be a number from 0, or NaN where it is unknown"
+            rules[rule] = is_number_from(0, value) or is_nan(value)
+        check_rules("inference cost", self, rules)
 
 
 def inference_cost(
@@ -159,18 +172,41 @@ def field_parameters(config: ModelConfig) -> int:
 
 def layer_counts(config: ModelConfig, layer: int) -> LayerCounts:
     """Count what the config's method does in a layer, the first being 0, under its schedule."""
-    from iiet.counting import counted_layers
-
-    return counted_layers(
-        config.method, config.options, config.dim, config.num_layers, config.corrections[layer]
-    )[layer]
+    return facts_of(config.method).layer_counts(config.corrections, layer, config.options)
 
 
-def _sizes(config: ModelConfig) -> Sizes:
-    """Count the parameters, which are the same for all schedules."""
-    from iiet.counting import sizes_of
+class _Sizes(NamedTuple):
+    """Numbers of parameters, the same for all schedules."""
 
-    return sizes_of(config if config.schedule is None else config.with_schedule(0))
+    all: int
+    of_method: int
+    field: int
+    matrices: int
+    """Those of the matrices of a field."""
+
+
+def _sizes(config: ModelConfig) -> _Sizes:
+    return _counted_sizes(config if config.schedule is None else config.with_schedule(0))
+
+
+@lru_cache(maxsize=64)
+def _counted_sizes(config: ModelConfig) -> _Sizes:
+    """Count the parameters of a decoder on the meta device."""
+    import torch
+
+    from iiet.backbone import Backbone
+
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    head = 0 if config.tie_embeddings else config.dim * config.vocab_size
+    first_layer: Any = backbone.layers[0]
+    field = list(first_layer.field_parameters())
+    return _Sizes(
+        all=sum(p.numel() for p in backbone.parameters()) + head,
+        of_method=sum(p.numel() for p in backbone.method_parameters().values()),
+        field=sum(p.numel() for p in field),
+        matrices=sum(p.numel() for p in field if p.dim() == 2),
+    )
 
 
 def _checked(
@@ -196,8 +232,9 @@ def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
 def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
     """Count all but the head, for one token."""
     evaluations = sum(config.evaluations_per_layer())
-    own = sum(counts.flops for counts in _all_layers(config))
-    return evaluations * _field_flops(config, mean_tokens_seen=mean_tokens_seen) + own
+    num_terms = sum(counts.num_terms for counts in _all_layers(config))
+    fields_flops = evaluations * _field_flops(config, mean_tokens_seen=mean_tokens_seen)
+    return fields_flops + 2 * config.dim * num_terms
 
 
 def _all_layers(config: ModelConfig) -> Iterator[LayerCounts]:

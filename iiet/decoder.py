@@ -1,8 +1,10 @@
 """The decoder: embed, advance L times, norm, logits. The same for every method.
 
-    h_0    = embedding(input_ids)
+    h_0    = embed_tokens(input_ids)
     h_l    = layer_l(h_{l-1}, ...)        for l = 1..L; where the method repeats the stack, again
-    logits = head(RMSNorm(h_L))
+    logits = lm_head(norm(h_L))
+
+What a Llama has is named as in transformers' Llama; what a method adds, by the method.
 
 The iteration schedule belongs to a call, not to the weights: a decoder has all parameters of its
 method and runs under any schedule. So both stages of training use one model, and so do teacher and
@@ -12,8 +14,8 @@ students.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -23,17 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.arithmetic import product_dtype
+from iiet.backbone import Backbone
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
-from iiet.config import ModelConfig
-from iiet.context import Rope, make_context
-from iiet.fast import accelerate, can_step, few_rows_product, is_bare, may_read_weights
-from iiet.layers import Field, RMSNorm, draw_weights, make_embedding
+from iiet.config import ModelConfig, preset
+from iiet.context import make_context
+from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
+from iiet.generation import stream
+from iiet.layers import Rope, draw_weights, product_dtype
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
+from iiet.request import GenerationOptions
 from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.speculative import DraftRecord
+from iiet.static_steps import StaticSteps
 from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
@@ -48,33 +54,25 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = make_embedding(config.vocab_size, config.dim)
-        method, options = METHODS[config.method], config.options
-        self.layers = nn.ModuleList(
-            method(
-                Field(config),
-                layer,
-                dim=config.dim,
-                layer_norm_eps=config.layer_norm_eps,
-                options=options,
-            )
-            for layer in range(config.num_layers)
-        )
-        self.shared = method.make_shared(
-            dim=config.dim, layer_norm_eps=config.layer_norm_eps, options=options
-        )
-        self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
-        self.head: nn.Module | None = (
-            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        )
+        self.model = Backbone(config)
+        self.lm_head: nn.Module | None = None  # Tied to the embedding.
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
         for module in self.modules():
             draw_weights(module, config.initializer_std)
-        accelerate(self)
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
-        """Load what `save` wrote, or a checkpoint of the orchestrator.
+    def from_preset(cls, name: str, **overrides: Any) -> Decoder:
+        """Make a decoder of a named size with fresh weights; arguments and errors of
+        `iiet.preset`."""
+        return cls(preset(name, **overrides))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike[str], dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """Load what `save_pretrained` wrote, or a checkpoint of the orchestrator.
 
         Args:
             folder: holds `config.json` and `model.safetensors`.
@@ -97,7 +95,7 @@ class Decoder(nn.Module):
             ) from None
         return decoder if dtype is None else decoder.to(dtype)
 
-    def save(self, folder: str | PathLike[str], **others: Any) -> None:
+    def save_pretrained(self, folder: str | PathLike[str], **others: Any) -> None:
         """Write `config.json`, perhaps with other values, and `model.safetensors`; makes the
         folder."""
         write_folder(folder, self.config, self.state_dict(), **others)
@@ -112,18 +110,9 @@ class Decoder(nn.Module):
         """The class of the layers."""
         return METHODS[self.config.method]
 
-    @property
-    def fields(self) -> list[nn.Module]:
-        """The fields of all layers, in order."""
-        return [cast("Layer", layer).field for layer in self.layers]
-
     def method_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that belong to no field, embedding, final norm or head, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if name.startswith("shared.") or re.match(r"layers\.\d+\.(?!field\.)", name)
-        }
+        """Return the parameters that a plain Llama of the same sizes does not have, by name."""
+        return {f"model.{name}": p for name, p in self.model.method_parameters().items()}
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -131,7 +120,7 @@ class Decoder(nn.Module):
         kind = self.device.type
         if torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
-        return self.embedding.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def new_cache(
         self, *, batch_size: int, max_tokens: int, strategy: KvStrategy = "exact"
@@ -149,7 +138,7 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.embedding.weight.device
+        return self.model.embed_tokens.weight.device
 
     def copy(self, *, schedule: ScheduleLike | None = None) -> Decoder:
         """Return a decoder with weights of its own, perhaps under another schedule."""
@@ -185,7 +174,7 @@ class Decoder(nn.Module):
         last_only: bool = False,
         return_hidden: bool = False,
         observe: Observer | None = None,
-        finish: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
     ) -> Any:
         """Compute the logits of each token's successor.
 
@@ -203,7 +192,7 @@ class Decoder(nn.Module):
             return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too;
                 those of the last run where the method repeats the stack.
             observe: called after each field evaluation.
-            finish: called with what would be returned; its result is returned instead. It may get
+            loss_fn: called with what would be returned; its result is returned instead. It may get
                 `LazyLogits`, from which the losses of this package compute logits in chunks.
 
         Returns:
@@ -217,7 +206,7 @@ class Decoder(nn.Module):
             raise ValueError("pass either input_ids or inputs_embeds")
         hiddens = []
         for hidden in self.hidden_states(
-            self.embedding(input_ids) if inputs_embeds is None else inputs_embeds,
+            self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds,
             schedule=schedule,
             cache=cache,
             attention_mask=attention_mask,
@@ -228,21 +217,89 @@ class Decoder(nn.Module):
             if return_hidden:
                 hiddens.append(hidden)
         last = last[:, -1:] if last_only else last
-        logits = self.logits(last) if finish is None else self._lazy_logits(last)
+        logits = self.logits(last) if loss_fn is None else self._lazy_logits(last)
         answer = (logits, tuple(hiddens)) if return_hidden else (logits,)
-        if finish is not None:
-            return finish(*answer)
+        if loss_fn is not None:
+            return loss_fn(*answer)
         return answer if return_hidden else logits
 
-    def loss(self, batch: Batch | Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
-        """Compute the mean cross-entropy of a batch's targets, a scalar; tokens, (batch, time), are
-        text. The logits are computed in chunks and never whole.
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        schedule: ScheduleLike | None = None,
+    ) -> Tensor:
+        """Compute the mean cross-entropy of the targets, a scalar.
+
+        The logits are computed in chunks and never whole.
+
+        Args:
+            input_ids: (batch, time).
+            targets: (batch, time), the token that each position must predict, or `NO_TARGET` (-100)
+                where it predicts none; nothing shifts them. None: the next token, as in text.
+            attention_mask: (batch, time), false for padding, which is neither read nor predicted.
+            schedule: corrections of this call, instead of the config's.
+
+        Raises:
+            ValueError: tensors of other shapes, and as `forward`.
         """
-        known = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
-        found: Tensor = self(
-            known.input_ids, schedule=schedule, finish=partial(batch_cross_entropy, batch=known)
+        if targets is None:
+            batch = Batch.of_text(input_ids, attention_mask)
+        else:
+            batch = Batch(input_ids, targets, attention_mask)
+        if batch.mask is not None and attention_mask is not None:
+            # The last padding before a text does not predict its first token.
+            batch = replace(batch, mask=batch.mask.bool() & attention_mask.bool())
+        loss: Tensor = self(
+            input_ids,
+            schedule=schedule,
+            attention_mask=attention_mask,
+            loss_fn=partial(batch_cross_entropy, batch=batch),
         )
-        return found
+        return loss
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Continue prompts; return them with their continuations, (batch, time + new).
+
+        Arguments and errors are those of `stream`. It ends early when all rows have ended.
+        """
+        following = self.stream(input_ids, attention_mask, **options)
+        return torch.cat([input_ids, *(tokens.unsqueeze(1) for tokens in following)], dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        record: DraftRecord | None = None,
+        steps: StaticSteps | None = None,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Continue prompts, one step at a time: yield the next tokens, (batch,).
+
+        Args:
+            input_ids: prompts, (batch, time).
+            attention_mask: (batch, time), false for padding on the left.
+            record: gets what drafts did, while it happens.
+            steps: decodes in steps of fixed shapes, and lets several generations, one after the
+                other, share a cache and graphs. None: on a GPU those that the decoder keeps, and
+                steps that follow the number of tokens elsewhere.
+            options: the fields of `iiet.GenerationOptions`, such as `max_new_tokens`,
+                `eos_token_id`, `temperature` and `draft`.
+
+        Raises:
+            ValueError: an option out of range, or more tokens than the context holds; at the call,
+                not at the first step. At a step: its logits are not finite.
+            TypeError: there is no such option.
+        """
+        chosen = GenerationOptions(**options)
+        return stream(
+            self, input_ids, chosen, attention_mask=attention_mask, record=record, steps=steps
+        )
 
     def hidden_states(
         self,
@@ -273,7 +330,7 @@ class Decoder(nn.Module):
         context = make_context(
             embeddings,
             self.rope,
-            is_token_step=cache is not None and can_step(embeddings, self.fields),
+            is_token_step=self._is_token_step(embeddings, cache),
             cache=cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -284,15 +341,15 @@ class Decoder(nn.Module):
             schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
-        state = self.method.start(embeddings, self.config.num_layers)
-        num_runs = self.method.num_runs(schedule)
+        state = self.method.start(embeddings)
+        num_runs = self.method.facts.num_runs(schedule)
         for run in range(num_runs):
-            for number, layer in enumerate(self.layers):
+            for number, layer in enumerate(self.model.layers):
                 call = LayerCall(
                     schedule[number],
                     context,
                     slots=None if slots is None else slots[number],
-                    shared=self.shared,
+                    shared=self.model.shared,
                     recompute=self.activation_checkpointing and cache is None,
                     observe=observe,
                     first_evaluation=run * (evaluations_per_layer[number] // num_runs),
@@ -321,7 +378,7 @@ class Decoder(nn.Module):
             record[seen.layer, seen.k] = seen.input if inputs else seen.output
 
         for _ in self.hidden_states(
-            self.embedding(input_ids),
+            self.model.embed_tokens(input_ids),
             schedule=schedule,
             attention_mask=attention_mask,
             observe=observe,
@@ -329,25 +386,35 @@ class Decoder(nn.Module):
             pass
         return record
 
+    def _is_token_step(self, embeddings: Tensor, cache: KeyValueCache | None) -> bool:
+        if cache is None or not can_step(embeddings):
+            return False
+        return all(cast("Layer", layer).is_bare() for layer in self.model.layers)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
-        normed = self.norm(hidden)
-        if can_step(normed, ()) and (self.head is None or is_bare(self.head, nn.Linear)):
-            product = few_rows_product(normed, self.head or self.embedding, len(normed))
+        normed = self.model.norm(hidden)
+        head = self.lm_head
+        if can_step(normed) and (head is None or is_bare(head, nn.Linear)):
+            product = few_rows_product(normed, head or self.model.embed_tokens, len(normed))
             return product.view(len(normed), 1, -1)
-        if self.head is None:
-            return F.linear(normed, self.embedding.weight)
-        logits: Tensor = self.head(normed)
+        if head is None:
+            return F.linear(normed, self.model.embed_tokens.weight)
+        logits: Tensor = head(normed)
         return logits
 
     def _lazy_logits(self, hidden: Tensor) -> Logits:
         """Return logits that a loss can compute in chunks, unless the head must be called."""
-        head, kind = (self.embedding, nn.Embedding) if self.head is None else (self.head, nn.Linear)
-        reads_weight = may_read_weights() and is_bare(head, kind)
+        if self.lm_head is None:
+            head: nn.Module = self.model.embed_tokens
+            reads_weight = may_read_weights() and is_bare(head, nn.Embedding)
+        else:
+            head = self.lm_head
+            reads_weight = may_read_weights() and is_bare(head, nn.Linear)
         # The gradients of a chunk are computed before a loss is scaled, and float16 loses them.
         if not reads_weight or product_dtype(hidden) == torch.float16:
             return self.logits(hidden)
-        return LazyLogits(self.norm(hidden), cast("Tensor", head.weight))
+        return LazyLogits(self.model.norm(hidden), cast("Tensor", head.weight))
 
     def evaluations_per_layer(self, schedule: ScheduleLike | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.

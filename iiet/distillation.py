@@ -4,7 +4,7 @@ In: student, teacher and a batch. Out: the loss and its parts, for any training 
 starts from the teacher's weights; the teacher is a frozen copy of its own, because the optimizer
 changes weights in place. A step costs the student's forward and backward and the teacher's forward.
 Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code;
-reverse and Jensen-Shannon divergence and the hidden-state term: this project.
+reverse divergence and hidden-state term: this project.
 
 Elastic training makes one set of weights learn every schedule of a family:
 
@@ -61,16 +61,17 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def frozen_teacher(decoder: ModuleT) -> ModuleT:
     """Copy a model for teaching: own storage, eval mode, no gradients.
 
-    A `forward` that was compiled or wrapped on the original is dropped; the copy may be compiled
-    again.
+    A `forward`, or a layer's `field`, that was compiled or wrapped on the original is dropped; the
+    copy may be compiled again.
     """
     teacher = copy.deepcopy(decoder)
     for module in teacher.modules():
         # A copied function still calls the original module; a copied bound method calls the copy.
         # The result of `torch.compile(module)` builds its function again when copied.
-        is_function = isinstance(vars(module).get("forward"), FunctionType)
-        if is_function and "_orig_mod" not in module._modules:
-            del module.forward
+        for name in ("forward", "field"):
+            is_function = isinstance(vars(module).get(name), FunctionType)
+            if is_function and "_orig_mod" not in module._modules:
+                delattr(module, name)
     return teacher.requires_grad_(False).eval()
 
 
@@ -100,7 +101,7 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
 
-    The cross-entropy is over the targets that count, the other terms are over `batch.taught`.
+    The cross-entropy is over the targets that count, the other terms are over `batch.teacher_mask`.
 
     Args:
         student: called once.
@@ -128,7 +129,7 @@ def student_loss(
     """Run the teacher; return `distillation_loss` as a function of what the student computes.
 
     It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
-    may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
+    may be a decoder's `loss_fn`. Arguments and errors are those of `distillation_loss`.
     """
     answer: tuple[Any, ...] = ()
     if config.uses_teacher(step):
@@ -152,7 +153,7 @@ def student_loss(
             part,
             temperature=config.temperature,
             kind=config.divergence,
-            mask=span.taught,
+            mask=span.teacher_mask,
             count=span.position_count,
         )
         entropy = batch_cross_entropy(part, span)
@@ -163,7 +164,7 @@ def student_loss(
         parts = dict(zip(("cross_entropy", "kl"), details, strict=False))
         if config.needs_hidden(step):
             error = hidden_state_error(
-                answer[1], hidden, mask=batch.taught, count=batch.position_count
+                answer[1], hidden, mask=batch.teacher_mask, count=batch.position_count
             )
             loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
         return loss, parts
@@ -174,7 +175,7 @@ def student_loss(
 class AnswerKeeper:
     """A model that keeps what it predicted in its latest call, for `member_loss`.
 
-    Called as the model is, with a `finish`.
+    Called as the model is, with a `loss_fn`.
     """
 
     def __init__(self, model: Model) -> None:
@@ -182,20 +183,20 @@ class AnswerKeeper:
         self.answer: Logits | None = None
         """Detached: logits, or the hidden states that they follow from."""
 
-    def __call__(self, *inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
+    def __call__(self, *inputs: Any, loss_fn: Callable[..., Any], **options: Any) -> Any:
         """Call the model; its answer is kept within its forward pass."""
 
         def keep(logits: Logits, *others: Any) -> Any:
             self.answer = logits.detach()
-            return finish(logits, *others)
+            return loss_fn(logits, *others)
 
-        return self._model(*inputs, finish=keep, **options)
+        return self._model(*inputs, loss_fn=keep, **options)
 
 
 def member_loss(
     answer: Logits, batch: Batch, config: DistillationConfig
 ) -> Callable[[Logits], tuple[Tensor, dict[str, Tensor]]]:
-    """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `finish`.
+    """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `loss_fn`.
 
     `answer` is the full schedule's for this batch, from an `AnswerKeeper`.
     """
@@ -214,6 +215,6 @@ def _answer_of(model: Model, input_ids: Tensor, *, with_hidden: bool) -> tuple[A
     """Return a model's logits, and its hidden states if wanted."""
     options: dict[str, Any] = {"return_hidden": True} if with_hidden else {}
     if isinstance(model, Decoder):
-        options["finish"] = lambda *answer: answer
+        options["loss_fn"] = lambda *answer: answer
     found: Any = model(input_ids, **options)
     return found if isinstance(found, tuple) else (found,)

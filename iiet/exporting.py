@@ -71,9 +71,9 @@ def export(
         )
         end = tokenizer.eos_token_id
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
-    dtype = str(decoder.embedding.weight.dtype).removeprefix("torch.")
+    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
-    decoder.save(folder, dtype=dtype, **names, **(token_ids or {}))
+    decoder.save_pretrained(folder, dtype=dtype, **names, **(token_ids or {}))
     shutil.copyfile(code, folder / CODE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -93,12 +93,12 @@ def modeling_file(method: str) -> Path:
     layer = METHODS[method]
     if METHODS.package(method) is None and layer.__module__.startswith("iiet."):
         return Path(__file__).with_name(CODE)
-    if layer.modeling_file is None:
+    if layer.facts.modeling_file is None:
         raise ValueError(
-            f"method {method!r} of another package cannot be exported: its class does not set "
+            f"method {method!r} of another package cannot be exported: its facts have no "
             "modeling_file, a file like iiet/modeling_iiet.py that also computes this method"
         )
-    return Path(inspect.getfile(layer)).parent / layer.modeling_file
+    return Path(inspect.getfile(layer)).parent / layer.facts.modeling_file
 
 
 def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -> IIETForCausalLM:

@@ -1,4 +1,5 @@
-"""Tables of what other packages can add, by name: methods, influence metrics, and more.
+"""Tables of what other packages can add, by name: methods and influence metrics (`iiet.facts`),
+and more.
 
 A table knows the places of this project's own classes. Another package adds one by an entry point
 in its metadata: the table's group, a name, and the place of the class. Names are known without an
@@ -15,7 +16,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-__all__ = ["INFLUENCE_METRICS", "METHODS", "ExtensionError", "ExtensionTable", "package_of"]
+__all__ = ["ExtensionError", "ExtensionTable", "package_of"]
 
 T = TypeVar("T")
 
@@ -107,32 +108,3 @@ def package_of(entry: EntryPoint) -> str:
 def _entry_points(group: str, _: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     # Reading all metadata takes milliseconds; the result depends on the path.
     return tuple(entry_points(group=group))
-
-
-METHODS: ExtensionTable[Any] = ExtensionTable(
-    "iiet.methods",
-    "method",
-    {
-        "vanilla": "iiet.methods:ExplicitEuler",
-        "iiet": "iiet.methods:ImplicitEuler",
-        "pcformer": "iiet.methods:PredictorCorrectorRK2",
-        "pcformer_rk4": "iiet.methods:PredictorCorrectorRK4",
-        "ode_rk2": "iiet.methods:ExplicitRK2",
-        "ode_rk4": "iiet.methods:ExplicitRK4",
-        "ode_rk2_gated": "iiet.methods:GatedRK2",
-        "looped": "iiet.methods:Looped",
-    },
-    "iiet.methods:Layer",
-)
-"""Methods, by the papers' names; class and file names carry the mathematics."""
-INFLUENCE_METRICS: ExtensionTable[Any] = ExtensionTable(
-    "iiet.influence_metrics",
-    "influence metric",
-    {
-        "cosine": "iiet.influence_metrics:Cosine",
-        "relative": "iiet.influence_metrics:Relative",
-        "loss": "iiet.influence_metrics:LossRise",
-    },
-    "iiet.influence_metrics:InfluenceMetric",
-)
-"""Influence metrics; the names are the values of the setting `influence.metric`."""

@@ -1,39 +1,172 @@
 """The field of a layer: one pre-norm Llama block, a function from hidden states to hidden states.
 
-    u    = x + attention(norm1(x))
-    F(x) = u + feed_forward(norm2(u))
+    u    = x + self_attn(input_layernorm(x))
+    F(x) = u + mlp(post_attention_layernorm(u))
 
 Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other
 method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
-of cost. These are the plain formulas; `iiet.fast` replaces some of them on CPUs.
+of cost. Modules have the names that they have in transformers' Llama, so weights do, too.
 
-Source: Touvron et al. 2023 (Llama); grouped key/value heads as in Ainslie et al. 2023; SwiGLU,
-Shazeer 2020.
+A decoding step on a CPU has a form of its own, `Block.field_of_one_token`. Each weight is read once
+there, which evicts the interpreter from the processor's cache, so each operation, view and module
+call costs several times as much: it makes few of them, and its products run at memory's speed.
+In half precision, some values and parameters stay float32 (`at_least_float32`, `KeepsFloat32`).
+
+Source: Touvron et al. 2023 (Llama); rotary embedding, Su et al. 2021 (RoFormer, section 3.2);
+grouped key/value heads as in Ainslie et al. 2023; SwiGLU, Shazeer 2020.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iiet.arithmetic import HALF, needs_all_derivatives
+from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
-from iiet.context import PassContext, RopeTables, rotate
+from iiet.fast import (
+    add_few_rows_product,
+    can_use_fast_linear,
+    few_rows_product,
+    gated_product,
+    is_bare,
+    needs_all_derivatives,
+    normalize_few_rows,
+    rotate_in_place,
+)
 
 __all__ = [
+    "HALF",
     "Attention",
+    "Block",
     "FeedForward",
-    "Field",
+    "KeepsFloat32",
+    "PassContext",
     "RMSNorm",
+    "Rope",
+    "RopeTables",
+    "at_least_float32",
     "attend",
     "draw_weights",
     "initial_weights",
     "make_embedding",
+    "product_dtype",
+    "rotate",
 ]
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a float32 or float64 tensor as it is, and any other as float32."""
+    # `torch.promote_types` says the same and costs a decoding step as much as a kernel.
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of the tensor is computed."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 when the model is moved to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype not in HALF or tensor.dtype in HALF:
+                return result
+            return tensor.to(result.device, torch.float32)
+
+        module: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return module
+
+
+class RopeTables(NamedTuple):
+    """Cosines and sines of some positions, each (time, 1, head_dim) or (batch, time, 1, head_dim).
+
+    The sine's first half is negative, so that rotating is `x * cos + swap_halves(x) * sin`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `heads`, (batch, time, heads, head_dim). With `-sin` it rotates back."""
+    swapped = heads.roll(heads.size(-1) // 2, dims=-1)
+    return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
+
+
+class Rope:
+    """The rotary tables of one model, made on first use; not part of the state dict.
+
+    Each pair of a head's channels turns by an angle that grows with the position; channels j and
+    j + head_dim/2 are a pair (Llama's layout). Angles, cosines and sines are float32 also in a bf16
+    model; a rotated head is rounded once.
+    """
+
+    def __init__(self, head_dim: int, num_positions: int, theta: float) -> None:
+        self.head_dim = head_dim
+        self.num_positions = num_positions
+        self.theta = theta
+        self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
+
+    def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        """Look up positions: a slice, or (batch, time); `dtype` is that of the hidden states."""
+        # A table as exact as the model, and at least float32.
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cos, sin = self._all_positions(device, dtype)
+        return RopeTables(cos[positions], sin[positions])
+
+    def _all_positions(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        if torch.compiler.is_compiling():  # A graph must not fill a dictionary outside of it.
+            return self._make_tables(device, dtype)
+        tables = self._tables.get((device, dtype))
+        if tables is None:
+            # Tables made in inference mode could not serve training later.
+            with torch.inference_mode(False), torch.no_grad():
+                tables = self._make_tables(device, dtype)
+            # Fake tensors (tracing) hold no numbers and are valid in one mode only: do not keep.
+            if type(tables.cos) is Tensor:
+                self._tables[device, dtype] = tables
+        return tables
+
+    def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+        channels = torch.arange(0, self.head_dim, 2, dtype=dtype, device="cpu") / self.head_dim
+        positions = torch.arange(self.num_positions, dtype=dtype, device="cpu")
+        angles = torch.outer(positions, 1.0 / self.theta**channels)
+        cos, sin = angles.cos(), angles.sin()
+        return RopeTables(
+            torch.cat([cos, cos], -1).unsqueeze(1).to(device),
+            torch.cat([-sin, sin], -1).unsqueeze(1).to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What all evaluations of one forward pass share."""
+
+    rope: RopeTables
+    mask: Tensor | None
+    """(batch or 1, 1, time, total): bool, true where a query may look, or a number that is added to
+    the scores; or PyTorch's object for the causal mask of a pass that continues a cache; or
+    None."""
+    is_causal: bool
+    """Whether the kernel's own causal mask applies; false with a mask."""
+    cache: KeyValueCache | None
+    """Keys and values of earlier tokens; None when all tokens are in this pass."""
+    is_token_step: bool = False
+    """Whether this is a decoding step that `iiet.fast` computes."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -50,67 +183,62 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions.
-
-    One matrix makes queries, keys and values.
-    """
-
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, dim + 2 * num_kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
-        """Attend within `x` and to the tokens in the cache's `slot`."""
-        queries, keys, values = self.heads(x, context.rope)
-        if slot is not None and context.cache is not None:
-            keys, values = context.cache.update(keys, values, slot)
-        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
-
-    def heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
-        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        heads = self.qkv(x).view(x.size(0), x.size(1), -1, self.head_dim)
-        turned, values = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 2)
-        queries, keys = rotate(turned, *rope).split_with_sizes([num_heads, num_kv_heads], 2)
-        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """Map (batch, time, dim) to (batch, time, dim), each token by itself: `down(silu(gate) * up)`.
-
-    One matrix makes gate and up.
-    """
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
-        self.down = nn.Linear(ffn_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the network."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        result: Tensor = self.down(F.silu(gate) * up)
-        return result
-
-
-class Field(nn.Module):
-    """One layer's block."""
+    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        dim, eps = config.dim, config.rms_norm_eps
-        self.attention_norm = RMSNorm(dim, eps=eps)
-        self.attention = Attention(dim, config.num_heads, config.num_kv_heads)
-        self.feed_forward_norm = RMSNorm(dim, eps=eps)
-        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+        """Attend within `x` and to the tokens in the cache's `slot`."""
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        queries = rotate(self.q_proj(x).view(by_head), *context.rope).transpose(1, 2)
+        keys = rotate(self.k_proj(x).view(by_head), *context.rope).transpose(1, 2)
+        values = self.v_proj(x).view(by_head).transpose(1, 2)
+        if slot is not None and context.cache is not None:
+            keys, values = context.cache.update(keys, values, slot)
+        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
+        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class FeedForward(nn.Module):
+    """Map (batch, time, dim) to the same by `down(silu(gate) * up)`, each token by itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the network."""
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        if can_use_fast_linear(self.down_proj, x):
+            return gated_product(gate, up, self.down_proj.weight)
+        result: Tensor = self.down_proj(F.silu(gate) * up)
+        return result
+
+
+class Block(nn.Module):
+    """The modules of one layer's block, and the field that they make."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def field(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
         """Evaluate F(x), (batch, time, dim) to (batch, time, dim).
 
         Args:
@@ -118,9 +246,65 @@ class Field(nn.Module):
             context: what all evaluations of this pass share.
             slot: the cache slot of this evaluation; None without a cache.
         """
-        u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        result: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
+        if context.is_token_step:
+            return self.field_of_one_token(x, context, slot)
+        u: Tensor = x + self.self_attn(self.input_layernorm(x), context, slot)
+        result: Tensor = u + self.mlp(self.post_attention_layernorm(u))
         return result
+
+    def field_of_one_token(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
+        """Do `field` for one token per row, (batch, 1, dim), with a cache.
+
+        It reads weights instead of calling modules, so the block must be bare (`is_bare`).
+        """
+        assert slot is not None
+        assert context.cache is not None
+        attention = self.self_attn
+        num_rows = len(x)
+        normed = normalize_few_rows(x, self.input_layernorm)
+        queries = few_rows_product(normed, attention.q_proj, num_rows)
+        keys = few_rows_product(normed, attention.k_proj, num_rows)
+        values = few_rows_product(normed, attention.v_proj, num_rows)
+        # With one token, heads before time is the same memory as time before heads.
+        heads = torch.cat([queries, keys, values], -1).view(num_rows, -1, 1, attention.head_dim)
+        num_heads = attention.num_heads
+        num_kv_heads = attention.num_kv_heads
+        rotate_in_place(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
+        held = context.cache.append(heads.narrow(1, num_heads, 2 * num_kv_heads), slot)
+        mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
+        u = add_few_rows_product(x, mixed, attention.o_proj, num_rows)
+        normed = normalize_few_rows(u, self.post_attention_layernorm)
+        gate = few_rows_product(normed, self.mlp.gate_proj, num_rows)
+        up = few_rows_product(normed, self.mlp.up_proj, num_rows)
+        return add_few_rows_product(u, F.silu(gate).mul_(up), self.mlp.down_proj, num_rows)
+
+    def is_bare(self) -> bool:
+        """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the
+        field itself, was replaced, wrapped or hooked."""
+        if "field" in self.__dict__ or type(self).field is not Block.field:
+            return False
+        for name, kind in _KINDS.items():
+            module = self._modules[name]  # Attribute access would take three times as long.
+            if module is None or not is_bare(module, kind):
+                return False
+            for linear in module._modules.values():
+                if linear is None or not is_bare(linear, nn.Linear):
+                    return False
+        return True
+
+    def field_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the block, without what a method adds to the layer."""
+        for name in _KINDS:
+            yield from getattr(self, name).parameters()
+
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "input_layernorm": RMSNorm,
+    "self_attn": Attention,
+    "post_attention_layernorm": RMSNorm,
+    "mlp": FeedForward,
+}
+"""The modules of a block."""
 
 
 def attend(

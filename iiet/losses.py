@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.arithmetic import at_least_float32, product_dtype
 from iiet.batch import NO_TARGET, Batch, Count
 from iiet.config import DivergenceKind
+from iiet.layers import at_least_float32, product_dtype
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -54,12 +54,23 @@ them."""
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    """Logits that are not computed yet: `hidden @ weight.T`."""
+    """Logits that are not computed yet: `hidden @ weight.T`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
 
     hidden: Tensor
     """(batch, time, dim), after the final norm."""
     weight: Tensor
     """(vocab, dim), of the head."""
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.hidden.size(-1) != self.weight.size(1):
+            raise ValueError(
+                f"weight must be (vocab, dim) for hidden of {tuple(self.hidden.shape)}, got "
+                f"{tuple(self.weight.shape)}"
+            )
 
     def detach(self) -> LazyLogits:
         """Return the same without gradients, and with the weight in the precision of products."""
@@ -224,7 +235,7 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
     """Compute the `cross_entropy` of a batch's targets."""
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor]:
-        return (cross_entropy(part, span.targets, mask=span.taught, count=span.target_count),)
+        return (cross_entropy(part, span.targets, mask=span.teacher_mask, count=span.target_count),)
 
     return loss_by_chunks(logits, batch, loss_of)[0]
 
@@ -233,7 +244,7 @@ def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Te
     """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, Tensor]:
-        losses, counted = _target_losses(part, span.targets, span.taught, "sum")
+        losses, counted = _target_losses(part, span.targets, span.teacher_mask, "sum")
         divisor = _divisor(span.target_count, counted, losses.dtype)
         is_right = (part.argmax(dim=-1) == span.targets) & counted
         return losses / divisor, is_right.sum() / divisor
@@ -254,7 +265,7 @@ def cross_entropy_by_source(
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, ...]:
         assert span.sources is not None
-        losses, counted = _target_losses(part, span.targets, span.taught, "none")
+        losses, counted = _target_losses(part, span.targets, span.teacher_mask, "none")
         divisor = _divisor(span.target_count, counted, losses.dtype)
         # All sources at once: a GPU launches as many kernels for many as for one.
         numbers = torch.arange(num_sources, device=losses.device)
@@ -335,11 +346,10 @@ def kl_divergence(
 ) -> Tensor:
     """Compute the mean divergence between next-token distributions, times T^2.
 
-    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`:
+    With `p = softmax(teacher / T)` and `q = softmax(student / T)`:
 
-        forward          KL(p || q) = sum p log(p / q)
-        reverse          KL(q || p)
-        jensen_shannon   (KL(p || m) + KL(q || m)) / 2
+        forward   KL(p || q) = sum p log(p / q)
+        reverse   KL(q || p)
 
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
 
@@ -404,22 +414,9 @@ def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, _product(q, log_ratio - value.unsqueeze(-1))
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(p || m) + KL(q || m)) / 2; slope q (log(q/m) - KL(q || m)) / 2."""
-    p, q = log_p.exp(), log_q.exp()
-    difference = log_q - log_p
-    # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
-    half = torch.log1p(torch.expm1(-difference.abs()) / 2)
-    log_ratio = difference.clamp(max=0) - half
-    student_value = _product(q, log_ratio).sum(-1)
-    teacher_value = _product(p, (-difference).clamp(max=0) - half).sum(-1)
-    slope = _product(q, log_ratio - student_value.unsqueeze(-1)) / 2
-    return (teacher_value + student_value) / 2, slope
-
-
 def _product(probability: Tensor, value: Tensor) -> Tensor:
     """`probability * value`, and 0 where the probability is 0 and the value infinite."""
     return torch.where(probability > 0, probability * value, 0)
 
 
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse}

@@ -13,8 +13,7 @@ them through learned rows, the *mix*.
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar, NamedTuple
@@ -63,14 +62,14 @@ class IIETConfig(PreTrainedConfig):
     """How a layer advances the hidden state: a key of `LAYERS`."""
     method_options: dict[str, Any] | None = None
     """Options of the method that are not at their defaults; see `ImplicitEuler`."""
-    corrections: list[int] | tuple[int, ...] | str | int | None = None
-    """The iteration schedule: corrections per layer (PCformer: levels, None for the full one), text
-    ("1,0,0", "3..0"), or one number for all layers; None for methods without corrections."""
+    corrections: list[int] | tuple[int, ...] | int | None = None
+    """The iteration schedule: corrections per layer (PCformer: levels, None for the full one), or
+    one number for all layers; None for methods without corrections."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 4
-    num_key_value_heads: int = 4
+    num_key_value_heads: int | None = None
     intermediate_size: int = 1408
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
@@ -84,11 +83,16 @@ class IIETConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
     @property
     def schedule(self) -> tuple[int, ...]:
         """Corrections per layer, zeros for methods without corrections."""
         full = LAYERS[self.method].full_level if self.corrections is None else self.corrections
-        return parse_schedule(full or 0, self.num_hidden_layers)
+        return full_schedule(full or 0, self.num_hidden_layers)
 
     def check(self) -> None:
         """Raise a ValueError for values that do not fit together."""
@@ -109,31 +113,33 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError(f"method {self.method!r} has levels 0 to {layer.full_level}")
         if layer.repeats_stack and len(set(self.schedule)) > 1:
             raise ValueError(f"all layers of method {self.method!r} make the same corrections")
+        check_attention(self._attn_implementation, self.output_attentions)
 
 
-def parse_schedule(written: str | int | Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """Read "2", "2,0,1", "2*4,0*2", the ramp "3..0", one number, or one number for each layer.
-
-    What is not a schedule for so many layers is a ValueError.
-    """
-    if isinstance(written, str) and (ramp := re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", written)):
-        first, last, steps = int(ramp[1]), int(ramp[2]), max(1, num_layers - 1)
-        line = [first * (steps - layer) + last * layer for layer in range(num_layers)]
-        return tuple((2 * height + steps) // (2 * steps) for height in line)
-    try:
-        if isinstance(written, str):
-            parts = [part.partition("*") for part in written.strip(" ()[],").split(",")]
-            numbers = [int(part[0]) for part in parts for _ in range(int(part[2] or 1))]
-        else:
-            numbers = [int(n) for n in written] if isinstance(written, Iterable) else [written]
-    except ValueError:
-        raise ValueError(f"{written!r} is not an iteration schedule") from None
-    if re.fullmatch(r"\s*\d+\s*", str(written)):
-        numbers *= num_layers
-    if len(numbers) != num_layers or min(numbers) < 0:
+def check_attention(implementation: Any, output_attentions: bool | None) -> None:
+    """Raise a ValueError for kinds and outputs of attention that this file does not compute."""
+    if output_attentions:
         raise ValueError(
-            f"the iteration schedule {written} is for {len(numbers)} layers, the model has "
-            f"{num_layers}; each makes 0 or more corrections"
+            "output_attentions must be false, got True: sdpa computes no attention weights"
+        )
+    if implementation not in (None, "sdpa"):
+        raise ValueError(f"attn_implementation must be 'sdpa', got {implementation!r}")
+
+
+def full_schedule(
+    corrections: int | list[int] | tuple[int, ...], num_layers: int
+) -> tuple[int, ...]:
+    """Return the corrections of each layer, from one number for all layers or one for each.
+
+    Anything else is a ValueError.
+    """
+    is_for_each = isinstance(corrections, list | tuple)
+    numbers = list(corrections) if is_for_each else [corrections] * num_layers
+    are_counts = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if len(numbers) != num_layers or not are_counts:
+        raise ValueError(
+            f"corrections must be one number from 0, or one for each of {num_layers} layers, got "
+            f"{corrections!r}"
         )
     return tuple(numbers)
 
@@ -165,7 +171,7 @@ class Pass(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions; one matrix makes queries, keys and values."""
+    """Causal attention with rotary positions."""
 
     is_causal = True
 
@@ -174,50 +180,35 @@ class Attention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        kv_size = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: Pass) -> Tensor:
         """Attend within `x`, (batch, time, dim), and to the tokens in the cache's next slot."""
-        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
-        queries, keys, values = heads.split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
-        )
-        queries, keys = rotate(queries, *call.rope), rotate(keys, *call.rope)
-        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        queries = rotate(self.q_proj(x).view(by_head), *call.rope).transpose(1, 2)
+        keys = rotate(self.k_proj(x).view(by_head), *call.rope).transpose(1, 2)
+        values = self.v_proj(x).view(by_head).transpose(1, 2)
         if call.cache is not None:
             keys, values = call.cache.update(keys, values, next(call.slots))
         mixed, _ = sdpa_attention_forward(self, queries, keys, values, call.mask)
-        return self.out(mixed.reshape(x.shape))
+        return self.o_proj(mixed.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: `down(silu(gate) * up)`; one matrix makes gate and up."""
+    """SwiGLU: `down(silu(gate) * up)`."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-class Field(nn.Module):
-    """u = x + attention(norm(x)); F(x) = u + feed_forward(norm(u))."""
-
-    def __init__(self, config: IIETConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x: Tensor, call: Pass) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), call)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -271,7 +262,7 @@ class Mix(KeepsFloat32):
 
 
 class Layer(GradientCheckpointingLayer):
-    """Base of all methods: a field, and what the method learns for this layer.
+    """Base of all methods: a Llama block, and what the method learns for this layer.
 
     `forward` takes the hidden state and, where the method `has_mix`, the estimates of all earlier
     layers, each (batch, time, dim).
@@ -291,13 +282,21 @@ class Layer(GradientCheckpointingLayer):
 
     def __init__(self, config: IIETConfig, index: int) -> None:
         super().__init__()
-        self.field = Field(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
         self.index = index
         self.chosen = {**self.options, **(config.method_options or {})}
         self.build(config)
 
     def build(self, config: IIETConfig) -> None:
-        """Make what the layer has beside its field."""
+        """Make what the layer has beside its block."""
+
+    def field(self, x: Tensor, call: Pass) -> Tensor:
+        """Evaluate F(x), (batch, time, dim)."""
+        x = x + self.self_attn(self.input_layernorm(x), call)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class ExplicitEuler(Layer):
@@ -501,6 +500,21 @@ LAYERS: dict[str, type[Layer]] = {
 """Methods by the names of the papers."""
 
 
+class Backbone(nn.Module):
+    """All of a model but its head."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        method = LAYERS[config.method]
+        order = method.predictor_order
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            method(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.shared = MovingAverageRungeKutta(config, order) if order else None
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     """Embed, advance L times, norm, logits.
 
@@ -511,7 +525,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = IIETConfig
     config: IIETConfig
     base_model_prefix = "model"
-    _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # Layers read each other's estimates, so a model stays on one device.
@@ -522,19 +535,12 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: IIETConfig) -> None:
         config.check()
         super().__init__(config)
-        method = LAYERS[config.method]
-        if method.has_corrections:
+        if LAYERS[config.method].has_corrections:
             config.corrections = list(config.schedule)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            method(config, index) for index in range(config.num_hidden_layers)
-        )
-        order = method.predictor_order
-        self.shared = MovingAverageRungeKutta(config, order) if order else None
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = None
+        self.model = Backbone(config)
+        self.lm_head = None
         if not config.tie_word_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -549,6 +555,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -558,11 +565,16 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         a cache is made only if `use_cache` is true, because scoring would fill a slot per
         evaluation and throw them away; and it must be used under the schedule that filled it.
         `past_key_values` is the older name of `cache`, `kwargs` go to the loss. More tokens than
-        the context, or a cache of another schedule, are a ValueError.
+        the context, a cache of another schedule, or `output_attentions`, are a ValueError.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        check_attention(self.config._attn_implementation, output_attentions)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        hidden: Any = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden: Any = inputs_embeds
+        if inputs_embeds is None:
+            hidden = self.model.embed_tokens(input_ids)
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -592,23 +604,26 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         states, estimates = [hidden], [at_least_float32(hidden)] if method.has_mix else []
         for _ in range(1 + max(schedule) if method.repeats_stack else 1):
             del states[1:]
-            for layer, corrections in zip(self.layers, schedule, strict=True):
+            for layer, corrections in zip(self.model.layers, schedule, strict=True):
                 hidden, estimate = layer(
                     hidden,
                     *estimates,
                     evaluate=partial(layer.field, call=call),
                     corrections=corrections,
-                    shared=self.shared,
+                    shared=self.model.shared,
                 )
                 states.append(hidden)
                 if method.has_mix:
                     estimates.append(estimate)
 
-        hidden = self.norm(hidden)
+        hidden = self.model.norm(hidden)
         if not isinstance(logits_to_keep, Tensor):
             logits_to_keep = slice(-(logits_to_keep or 0), None)
         kept = hidden[:, logits_to_keep]
-        logits = F.linear(kept, self.embedding.weight) if self.head is None else self.head(kept)
+        if self.lm_head is None:
+            logits = F.linear(kept, self.model.embed_tokens.weight)
+        else:
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -634,25 +649,32 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
             missing = range(num_slots - len(cache.layers))
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in missing]
 
-    def with_schedule(self, schedule: str | int | Iterable[int]) -> "IIETForCausalLM":
+    def with_schedule(self, schedule: int | list[int] | tuple[int, ...]) -> "IIETForCausalLM":
         """Return a model with the same weights, shared, under another iteration schedule.
 
-        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule("0"))`.
+        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule(0))`.
         """
         twin = copy.copy(self)
         for name, value in self.__dict__.items():  # A hook or module set on one is not the other's.
             twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
         twin.config = copy.deepcopy(self.config)
-        twin.config.corrections = list(parse_schedule(schedule, self.config.num_hidden_layers))
+        twin.config.corrections = list(full_schedule(schedule, self.config.num_hidden_layers))
         twin.config.check()
         twin.generation_config = copy.deepcopy(self.generation_config)
         return twin
 
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Do nothing for sdpa, which is in use; anything else is a ValueError."""
+        check_attention(attn_implementation, output_attentions=False)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.head
+        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.head = value
+        self.lm_head = value
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -17,8 +17,10 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import Any
 
+from iiet.checks import check_rules, is_integer_from, is_nan, is_number_from
 from iiet.facts import metric_facts_of
 from iiet.schedule import IterationSchedule
+from iiet.tables import SmallTable
 
 __all__ = [
     "Cost",
@@ -43,7 +45,11 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class InfluenceTable:
-    """The influence of each correction, its error, and how well the iteration converged."""
+    """The influence of each correction, its error, and how well the iteration converged.
+
+    Raises:
+        ValueError: naming every value that is out of range or does not fit the others.
+    """
 
     metric: str
     """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
@@ -63,6 +69,36 @@ class InfluenceTable:
     accuracy_lost_rows: Rows = ()
     """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
     targets that get the largest logit. Text has none: its targets are not answers."""
+
+    def __post_init__(self) -> None:
+        counts = [len(row) for row in self.value_rows]
+        values = [value for row in self.value_rows for value in row]
+        errors = [error for row in self.error_rows for error in row]
+        check_rules(
+            "influence table",
+            self,
+            {
+                "metric must be a name": isinstance(self.metric, str) and bool(self.metric),
+                "value_rows must be a row of finite numbers per layer": (
+                    bool(counts) and all(is_number_from(-math.inf, value) for value in values)
+                ),
+                "error_rows must have the lengths of value_rows and numbers from 0, or NaN": (
+                    [len(row) for row in self.error_rows] == counts
+                    and all(is_number_from(0, error) or is_nan(error) for error in errors)
+                ),
+                "num_tokens must be an integer from 1": is_integer_from(1, self.num_tokens),
+                "residual_rows must be a row per layer, or empty": (
+                    len(self.residual_rows) in (0, len(counts))
+                ),
+                "layer_values must be a number per layer, or empty": (
+                    len(self.layer_values) in (0, len(counts))
+                ),
+                "accuracy_lost_rows must have the lengths of value_rows, or be empty": (
+                    not self.accuracy_lost_rows
+                    or [len(row) for row in self.accuracy_lost_rows] == counts
+                ),
+            },
+        )
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -98,14 +134,25 @@ class InfluenceTable:
             for row in self.value_rows
         )
 
+    def as_table(self) -> SmallTable:
+        """Return a line per layer: the influence of each correction, and of the whole layer."""
+        num_columns = max(map(len, self.value_rows), default=0)
+        rows = []
+        for layer, values in enumerate(self.value_rows):
+            cells = [f"{value:.5f}" for value in values]
+            cells += [""] * (num_columns - len(cells))
+            if self.layer_values:
+                cells.append(f"{self.layer_values[layer]:.5f}")
+            rows.append([str(layer + 1), *cells])
+        heads = ["layer", *(f"correction {number + 1}" for number in range(num_columns))]
+        heads += ["whole layer"] if self.layer_values else []
+        return SmallTable(f"influence ({self.metric}, {self.num_tokens} tokens)", heads, rows)
+
     def __str__(self) -> str:
-        """Return a table: a line per layer, with the influence of each correction."""
-        most = max(map(len, self.value_rows), default=0)
-        head = "".join(f"{f'correction {i + 1}':>14}" for i in range(most))
-        lines = [f"influence ({self.metric}, {self.num_tokens} tokens)", f"layer{head}"]
-        for layer, row in enumerate(self.value_rows, start=1):
-            lines.append(f"{layer:>5}" + "".join(f"{value:>14.5f}" for value in row))
-        return "\n".join(lines)
+        return str(self.as_table())
+
+    def _repr_html_(self) -> str:
+        return self.as_table().to_html()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; an unknown error or contraction factor becomes None."""
@@ -154,12 +201,32 @@ Cost = Callable[[IterationSchedule], float]
 class FamilyMember:
     """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`.
 
-    The ends of a family are minus infinity and infinity.
+    The ends of a family are minus infinity and infinity. Both are NaN where no threshold chose the
+    schedule.
+
+    Raises:
+        ValueError: no schedule, or no thresholds between these.
     """
 
     schedule: IterationSchedule
     threshold_above: float
     threshold_up_to: float
+
+    def __post_init__(self) -> None:
+        above = self.threshold_above
+        up_to = self.threshold_up_to
+        are_numbers = isinstance(above, int | float) and isinstance(up_to, int | float)
+        check_rules(
+            "family member",
+            self,
+            {
+                "schedule must be an IterationSchedule": isinstance(
+                    self.schedule, IterationSchedule
+                ),
+                "threshold_up_to must be above threshold_above, or both NaN": are_numbers
+                and (above < up_to or (is_nan(above) and is_nan(up_to))),
+            },
+        )
 
 
 class ScheduleFamily(tuple[FamilyMember, ...]):
@@ -167,20 +234,53 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
 
     __slots__ = ()
 
-    def within(self, cost: float, *, of: Cost | None = None) -> IterationSchedule:
-        """Return the first schedule, the one with the most corrections, that costs at most `cost`.
+    def as_table(self) -> SmallTable:
+        """Return a line per schedule: its NFE, and the thresholds that give it."""
+        rows = [
+            (str(member.schedule), str(member.schedule.num_evaluations), _thresholds_of(member))
+            for member in self
+        ]
+        return SmallTable(f"{len(self)} schedules", ("schedule", "NFE", "thresholds"), rows)
 
-        `of` is the cost of a schedule, by default its field evaluations.
+    def __str__(self) -> str:
+        return str(self.as_table())
+
+    def _repr_html_(self) -> str:
+        return self.as_table().to_html()
+
+    def within(self, *, nfe: float) -> IterationSchedule:
+        """Return the schedule with the most corrections that makes at most `nfe` evaluations.
 
         Raises:
             ValueError: none is that cheap.
         """
-        costs = [(of or num_evaluations)(member.schedule) for member in self]
-        for member, own in zip(self, costs, strict=True):
-            if own <= cost:
+        return self.within_cost(nfe, num_evaluations)
+
+    def within_cost(self, max_cost: float, cost: Cost) -> IterationSchedule:
+        """Return the schedule with the most corrections of at most this cost, in any unit.
+
+        Raises:
+            ValueError: none is that cheap.
+        """
+        costs = [cost(member.schedule) for member in self]
+        for member, member_cost in zip(self, costs, strict=True):
+            if member_cost <= max_cost:
                 return member.schedule
         cheapest = min(costs, default=math.nan)
-        raise ValueError(f"no schedule costs at most {cost}: the cheapest costs {cheapest}")
+        raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
+
+
+def _thresholds_of(member: FamilyMember) -> str:
+    above, up_to = member.threshold_above, member.threshold_up_to
+    if math.isnan(above):
+        return ""
+    if math.isinf(above) and math.isinf(up_to):
+        return "all"
+    if math.isinf(above):
+        return f"up to {up_to:.3g}"
+    if math.isinf(up_to):
+        return f"above {above:.3g}"
+    return f"{above:.3g} to {up_to:.3g}"
 
 
 def num_evaluations(schedule: IterationSchedule) -> float:

@@ -1,12 +1,13 @@
-"""Converts weights with published names to a decoder and back.
+"""Reads the published naming (IIET, PCformer), and plain Llamas, into a decoder.
 
-The published modelling code follows Hugging Face's Llama names and adds those of the mix, so a
-plain Llama checkpoint is the case without them. Three things differ here: queries, keys and values
-are one matrix, so are gate and up, and the matrices A and C are cut into the rows of the layers.
+The published modelling code follows transformers' Llama, as a decoder does: only what a method adds
+has other names there. The matrices A and C are whole in the published files, and here they are cut
+into the rows of the layers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,10 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import non_finite
 
-__all__ = [
-    "config_from_published",
-    "decoder_from_published",
-    "published_from_decoder",
-]
+__all__ = ["config_from_published", "decoder_from_published", "renamed_from_published"]
 
 # Field of ModelConfig -> published keys; the first one that exists counts.
 _KEYS = {
@@ -44,23 +40,16 @@ _REQUIRED = ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
 # Llama's defaults where ModelConfig has others.
 _DEFAULTS = {"context_length": 2048, "tie_embeddings": False}
 
-# Weight of a field -> the published weights that are concatenated to it.
-_FIELD = {
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    "attention.out.weight": ("self_attn.o_proj.weight",),
-    "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
-    "feed_forward.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "feed_forward.down.weight": ("mlp.down_proj.weight",),
+# Published names of what a method adds, and those of a decoder.
+_NAMES = {
+    r"model\.history\.rouge_predictions_norm\.(\d+)": r"model.layers.\1.prediction_norm",
+    r"model\.history\.layer_norms\.(\d+)": r"model.layers.\1.correction_norm",
+    r"model\.RK_norm\.(\d+)": r"model.shared.norms.\1",
+    r"model\.alpha": "model.shared.alpha",
 }
-_MIX_NORMS = {
-    "prediction_norm": "model.history.rouge_predictions_norm",
-    "correction_norm": "model.history.layer_norms",
-}
-# Row of a layer -> the lower-triangular matrix that holds it.
-_MIX_ROWS = {"mix.inner": "model.history.weight", "mix.outer": "model.history.weight_c"}
+# Lower-triangular matrices, and what a layer calls its row.
+_MATRICES = {"model.history.weight": "mix.inner", "model.history.weight_c": "mix.outer"}
 _METHOD_OF_ORDER = {2: "pcformer", 4: "pcformer_rk4"}
-_ORDER_OF_METHOD = {method: order for order, method in _METHOD_OF_ORDER.items()}
 
 
 def config_from_published(
@@ -90,7 +79,6 @@ def config_from_published(
     rope = config.get("rope_parameters") or {}
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_theta"] = float(values["rope_theta"])
-    values.setdefault("num_kv_heads", values["num_heads"])
     if method == "iiet":
         if config.get("corrections") is None:
             raise ValueError("the published config of kind 'iiet' does not say corrections")
@@ -147,7 +135,7 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
 
     Args:
         config: as for `config_from_published`.
-        weights: by published name; copied, their dtype and device kept.
+        weights: by published name; used as they are, with their dtype and device.
 
     Raises:
         ValueError: the config cannot be read, or weights are missing, left over, of the wrong
@@ -156,110 +144,46 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
     model_config = config_from_published(config, weights)
     with torch.device("meta"):
         decoder = Decoder(model_config)
-    weights = {
-        name: tensor.detach()
-        for name, tensor in weights.items()
-        if not name.endswith("rotary_emb.inv_freq")
-    }
-    # Some programs store a tied head a second time.
-    head = weights.pop("lm_head.weight", None) if model_config.tie_embeddings else None
-    wanted = _to_published(model_config, decoder.state_dict())
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - weights)]
-    problems += [f"unexpected {name}" for name in sorted(weights.keys() - wanted)]
-    problems += non_finite(weights)
+    wanted = decoder.state_dict()
+    renamed = renamed_from_published(weights, model_config.num_layers)
+    problems: list[str] = []
+    if model_config.tie_embeddings and "lm_head.weight" in renamed:
+        # Some programs store a tied head a second time.
+        head = renamed.pop("lm_head.weight")
+        if not torch.equal(head, renamed.get("model.embed_tokens.weight", head)):
+            problems.append(
+                "lm_head.weight differs from model.embed_tokens.weight, though the config says "
+                "tie_word_embeddings=true; set it to false in config.json to keep both, or remove "
+                "lm_head.weight"
+            )
+    problems += [f"missing {name}" for name in sorted(wanted.keys() - renamed)]
+    problems += [f"unexpected {name}" for name in sorted(renamed.keys() - wanted)]
+    problems += non_finite(renamed)
     problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+        f"{name} has shape {tuple(renamed[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
+        if name in renamed and renamed[name].shape != tensor.shape
     ]
-    if head is not None and not torch.equal(head, weights.get("model.embed_tokens.weight", head)):
-        problems.append(
-            "lm_head.weight differs from model.embed_tokens.weight, though the config says "
-            "tie_word_embeddings=true; set it to false in config.json to keep both, or remove "
-            "lm_head.weight"
-        )
     if problems:
         raise ValueError("the published weights do not fit: " + "; ".join(problems))
-    state = {
-        ours: torch.cat([weights[name] for name in theirs])
-        for ours, theirs in _names(model_config).items()
-    }
-    for ours, (matrix, row) in _rows_of_mix(model_config).items():
-        state[ours] = weights[matrix][row, : row + 1].clone()
-    decoder.load_state_dict(state, assign=True)
+    decoder.load_state_dict(renamed, assign=True)
     return decoder
 
 
-def published_from_decoder(decoder: Decoder) -> dict[str, Tensor]:
-    """Return copies of the weights by published name; a tied head is not stored twice.
+def renamed_from_published(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Return tensors by a decoder's names, which differ for what a method adds to a Llama.
 
-    Raises:
-        ValueError: the method, or its options, have no published naming.
+    Row 0 of the matrices A and C, and what lies right of their diagonal, belong to no layer.
     """
-    published = _to_published(decoder.config, decoder.state_dict())
-    for matrix in published.keys() & _MIX_ROWS.values():
-        published[matrix][0, 0] = 1.0  # Nothing reads row 0; published files hold its start.
-    return published
-
-
-def _to_published(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names, rows_of_mix = _names(config), _rows_of_mix(config)
-    kv_dim, size = config.num_kv_heads * config.head_dim, config.num_layers + 1
-    # Rows of q, k and v; of gate and up.
-    num_rows = {3: [config.dim, kv_dim, kv_dim], 2: [config.ffn_dim, config.ffn_dim]}
-    published: dict[str, Tensor] = {}
-    for ours, tensor in tensors.items():
-        if ours in rows_of_mix:
-            matrix, row = rows_of_mix[ours]
-            whole = published.setdefault(matrix, tensor.new_zeros(size, size))
-            whole[row, : row + 1] = tensor.detach()
-            continue
-        theirs = names[ours]
-        parts = torch.split(tensor.detach(), num_rows.get(len(theirs), len(tensor)))
-        published |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
-    return published
-
-
-def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Map each weight of a decoder, except rows of the mix, to the published ones that it joins."""
-    order, has_mix = _ORDER_OF_METHOD.get(config.method), config.method != "vanilla"
-    if order is None and config.method not in ("vanilla", "iiet"):
-        raise ValueError(f"there is no published naming for method {config.method!r}")
-    if config.options != METHODS[config.method].Options():
-        raise ValueError(f"there is no published naming for the options {config.options}")
-    names: dict[str, tuple[str, ...]] = {
-        "embedding.weight": ("model.embed_tokens.weight",),
-        "norm.weight": ("model.norm.weight",),
-    }
-    if not config.tie_embeddings:
-        names["head.weight"] = ("lm_head.weight",)
-    norms: dict[str, str] = {}
-    for layer in range(config.num_layers):
-        for ours, theirs in _FIELD.items():
-            names[f"layers.{layer}.field.{ours}"] = tuple(
-                f"model.layers.{layer}.{part}" for part in theirs
-            )
-        if has_mix:
-            for norm, published_norm in _MIX_NORMS.items():
-                norms[f"layers.{layer}.{norm}"] = f"{published_norm}.{layer}"
-    if order is not None:
-        names["shared.alpha"] = ("model.alpha",)
-        norms |= {f"shared.norms.{stage}": f"model.RK_norm.{stage}" for stage in range(order)}
-    for norm, published_norm in norms.items():
-        for kind in ("weight", "bias"):
-            names[f"{norm}.{kind}"] = (f"{published_norm}.{kind}",)
-    return names
-
-
-def _rows_of_mix(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Map each row of the mix to its published matrix and the row's number there.
-
-    Row 0 of a matrix, and what lies right of the diagonal, belong to no layer.
-    """
-    if config.method == "vanilla":
-        return {}
-    return {
-        f"layers.{layer}.{ours}": (matrix, layer + 1)
-        for layer in range(config.num_layers)
-        for ours, matrix in _MIX_ROWS.items()
-    }
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if row_name := _MATRICES.get(name):
+            for layer in range(num_layers):
+                row = tensor[layer + 1 : layer + 2, : layer + 2].flatten()
+                renamed[f"model.layers.{layer}.{row_name}"] = row.clone()
+        elif not name.endswith("rotary_emb.inv_freq"):  # Older versions of transformers stored it.
+            new_name = name
+            for pattern, replacement in _NAMES.items():
+                new_name = re.sub(rf"^{pattern}(?=\.|$)", replacement, new_name)
+            renamed[new_name] = tensor.detach()
+    return renamed

@@ -18,25 +18,28 @@ is from Steele, Lea, Flood 2014.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from operator import index
-from typing import Final, NamedTuple, SupportsIndex
+from typing import Final, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from iiet.checks import check_rules, is_integer_from, is_number_from
+
 __all__ = [
     "LogitsNotFinite",
-    "Request",
     "Sampler",
     "Seed",
     "not_finite",
     "row_keys",
+    "sampling_rules",
 ]
 
 Seed = SupportsIndex | Sequence[SupportsIndex] | None
-"""A random seed, or one for each row; None: a random one."""
+"""A random seed, or one for each row; None: one that PyTorch's generator draws, which
+`torch.manual_seed` controls."""
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR: Final = 0x94D049BB133111EB
@@ -52,6 +55,17 @@ class LogitsNotFinite(ValueError):
             "the model's logits are not finite, so no token can be chosen; its weights are "
             "damaged or diverged, or too large for its dtype (then float32 helps)"
         )
+
+
+def sampling_rules(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, bool]:
+    """Return the rules of the settings by which tokens are chosen, and whether they hold."""
+    return {
+        "temperature must be a number from 0": is_number_from(0, temperature),
+        "top_k must be an integer from 1, or None": top_k is None or is_integer_from(1, top_k),
+        "top_p must be a number above 0 and at most 1, or None": (
+            top_p is None or (is_number_from(0, top_p, 1) and top_p > 0)
+        ),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +86,17 @@ class Sampler:
     """A number per row, (batch,), from `row_keys`; needed where the temperature is above 0."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        if not 0.0 <= self.temperature < float("inf"):
-            problems.append(f"temperature must be 0 or larger, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            problems.append(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_rules(
+            "sampling",
+            self,
+            {
+                **sampling_rules(self.temperature, self.top_k, self.top_p),
+                "row_keys must be a tensor of integers, (batch,), or None": (
+                    self.row_keys is None
+                    or (self.row_keys.dim() == 1 and self.row_keys.dtype == torch.long)
+                ),
+            },
+        )
 
     def __call__(self, logits: Tensor, positions: Tensor | int) -> Tensor:
         """Choose a token for each row of logits.
@@ -132,30 +148,6 @@ class Sampler:
         return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
 
 
-class Request(NamedTuple):
-    """What to generate."""
-
-    input_ids: Tensor
-    """Prompts, (batch, time)."""
-    max_new_tokens: int
-    """At least 1."""
-    sampler: Sampler
-    """Chooses the tokens."""
-    stop_tokens: Collection[int] = ()
-    """Tokens that end a row."""
-    attention_mask: Tensor | None = None
-    """(batch, time), false for padding on the left."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and continuation together, at most."""
-        return self.input_ids.size(1) + self.max_new_tokens
-
-    def stops(self) -> Tensor:
-        """Return the stop tokens on the device of the prompts."""
-        return self.input_ids.new_tensor(sorted(self.stop_tokens))
-
-
 def not_finite(logits: Tensor) -> Tensor:
     """Return whether the largest logit of a row is not finite, (); waits for nothing."""
     largest = logits.amax(-1)
@@ -167,7 +159,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
 
     Args:
         seed: one for each row, or one from which those of all rows follow; the first row's is the
-            seed itself. None: a random one.
+            seed itself. None: the next random number of PyTorch's generator.
         batch_size: the number of rows.
         device: of the result.
 
@@ -175,7 +167,7 @@ def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") ->
         ValueError: another number of seeds.
     """
     if seed is None:
-        seed = torch.Generator().seed()
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
     if not isinstance(seed, Sized):
         first = index(seed)
         seeds = [first, *(_mix(first + row * _STEP) for row in range(1, batch_size))]

@@ -23,10 +23,11 @@ _PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
 _LONGEST_QUOTE = 80
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class IterationSchedule:
     """The number of corrections `r_1, ..., r_L` of each layer; layer l costs `1 + r_l` evaluations.
 
+    It equals the tuple of these numbers, and has its hash. Text is compared after `parse`.
     Anything but at least one layer, each with 0 to `MAX_CORRECTIONS`, is a ValueError.
     """
 
@@ -134,6 +135,14 @@ class IterationSchedule:
         """Return the schedule with another number of corrections in one layer, counted from 0."""
         before, after = self.corrections[:layer], self.corrections[layer + 1 :]
         return IterationSchedule((*before, count, *after))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, IterationSchedule):
+            return self.corrections == other.corrections
+        return self.corrections == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.corrections)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.corrections)

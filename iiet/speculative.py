@@ -28,18 +28,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.cache import KeyValueCache
+from iiet.checks import check_rules, is_integer_from
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Request, not_finite
-from iiet.schedule import IterationSchedule
+from iiet.facts import facts_of
+from iiet.request import GenerativeModel, Request
+from iiet.sampling import LogitsNotFinite, not_finite
+from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = [
     "MAX_DRAFT_TOKENS",
@@ -63,7 +65,11 @@ _GPU_FLOPS_PER_BYTE: Final = 100.0
 
 @dataclass
 class DraftRecord:
-    """What drafting did. In a batch, each row counts by itself."""
+    """What drafting did. In a batch, each row counts by itself.
+
+    Raises:
+        ValueError: naming every count that is negative or no integer.
+    """
 
     drafted: int = 0
     """Drafted tokens."""
@@ -78,6 +84,17 @@ class DraftRecord:
     """Passes without drafted tokens, after the prompt's."""
     rounds_by_draft: dict[str, int] = field(default_factory=dict)
     """Rounds of the batch by the name of the draft."""
+
+    def __post_init__(self) -> None:
+        counts = ("drafted", "accepted", "verifications", "verified", "plain_steps")
+        rules = {
+            f"{name} must be an integer from 0": is_integer_from(0, getattr(self, name))
+            for name in counts
+        }
+        rules["rounds_by_draft must hold integers from 0"] = all(
+            is_integer_from(0, rounds) for rounds in self.rounds_by_draft.values()
+        )
+        check_rules("draft record", self, rules)
 
     @property
     def acceptance(self) -> float | None:
@@ -101,17 +118,17 @@ class DraftRecord:
 
 
 def draft_models(
-    decoder: Decoder,
-    draft: IterationSchedule | Decoder | str,
+    decoder: GenerativeModel,
+    draft: ScheduleLike | GenerativeModel,
     *,
     family: Collection[IterationSchedule] = (),
     num_tokens: int,
-) -> dict[str, Decoder]:
+) -> dict[str, GenerativeModel]:
     """Return the drafts to choose from by name; none where `auto` finds no cheaper schedule.
 
     Args:
         decoder: the model that verifies, under its own schedule.
-        draft: a schedule, as value or text; another decoder of the same vocabulary; or `auto` for
+        draft: a schedule, as people write it; another decoder of the same vocabulary; or `auto` for
             the schedules that `cheaper_schedules` names.
         family: schedules that the weights serve, for `auto`.
         num_tokens: prompt and continuation together.
@@ -119,7 +136,7 @@ def draft_models(
     Raises:
         ValueError: the draft does not fit the model.
     """
-    if isinstance(draft, Decoder):
+    if not isinstance(draft, IterationSchedule | str | SupportsIndex | Iterable):
         ours, theirs = decoder.config, draft.config
         if theirs.vocab_size != ours.vocab_size or theirs.context_length < num_tokens:
             raise ValueError(
@@ -131,9 +148,9 @@ def draft_models(
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
         found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
-        if decoder.method.repeats_stack:  # All layers make as many corrections.
+        if facts_of(decoder.config.method).repeats_stack:  # All layers make as many corrections.
             found = [s for s in found if len(set(s)) == 1]
-    elif decoder.method.has_corrections:
+    elif facts_of(decoder.config.method).has_corrections:
         found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(
@@ -159,14 +176,14 @@ def cheaper_schedules(
 
 
 def step_costs(
-    model: Decoder, draft: Decoder, *, batch_size: int, num_tokens: int
+    model: GenerativeModel, draft: GenerativeModel, *, batch_size: int, num_tokens: int
 ) -> tuple[float, float]:
     """Count a draft's step, and each further token of a verification, in plain steps.
 
     A pass takes as long as its bytes and, at the device's rate, its FLOPs together. The step has
     `batch_size` rows and sees `num_tokens` tokens.
     """
-    weight = model.embedding.weight
+    weight = model.model.embed_tokens.weight
     rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
     def counted(config: ModelConfig) -> tuple[float, float]:
@@ -187,17 +204,22 @@ def step_costs(
 class _Draft:
     """A draft of a model with its cache, its costs, and how many of its tokens were kept.
 
-    A draft within the model's schedule gets a view of the model's cache, which holds the prompts;
-    verification fills it with the decided tokens.
+    Drafts differ in one thing: whether verification fills their cache. It does where the draft has
+    the model's weights and a schedule within the model's; its cache is then a view of the model's.
     """
 
-    def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
-        self.name, self._decoder = name, decoder
-        self.num_tried = self._num_kept = self._num_held = 0
-        rows, num_tokens = cache.batch_size, cache.max_tokens
-        is_own = decoder.layers is model.layers
-        self._is_view = is_own and decoder.schedule.is_within(model.schedule)
-        if self._is_view:
+    def __init__(
+        self, name: str, decoder: GenerativeModel, model: GenerativeModel, cache: KeyValueCache
+    ) -> None:
+        self.name = name
+        self.num_tried = 0
+        self._num_kept = 0
+        self._decoder = decoder
+        rows = cache.batch_size
+        num_tokens = cache.max_tokens
+        has_same_weights = decoder.model is model.model
+        self._is_filled = has_same_weights and decoder.schedule.is_within(model.schedule)
+        if self._is_filled:
             self._cache = cache.view(decoder.config)
         else:
             self._cache = decoder.new_cache(batch_size=rows, max_tokens=num_tokens)
@@ -222,32 +244,33 @@ class _Draft:
     def propose(self, request: Request, tokens: Tensor, length: int, count: int) -> None:
         """Write `count` tokens after the first `length` of each row, step by step.
 
-        The first step reads what an own cache lacks: all tokens, at the first call, and what
-        verification decided since the last.
+        The first step reads what the cache lacks of the decided tokens: the last one, or where
+        verification does not fill the cache also others, at the first call all of them.
         """
-        num_prompt, mask = request.input_ids.size(1), None
-        start = length - 1 if self._is_view else min(self._num_held, length - 1)
-        if start == 0 and request.attention_mask is not None:
+        num_held = length - 1
+        if not self._is_filled:
+            num_held = min(num_held, self._cache.get_seq_length())
+        num_prompt = request.input_ids.size(1)
+        mask = None
+        if num_held == 0 and request.attention_mask is not None:
             mask = F.pad(request.attention_mask.bool(), (0, length - num_prompt), value=True)
         for column in range(length, length + count):
-            self._cache.set_length(start)
+            self._cache.set_length(num_held)
             logits = self._decoder(
-                tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
+                tokens[:, num_held:column], cache=self._cache, attention_mask=mask, last_only=True
             )
             tokens[:, column] = request.sampler(logits[:, -1], column - num_prompt)
-            start, mask = column, None
-        self._num_held = length + count - 1  # The last proposed token was not read.
+            num_held = column
+            mask = None
 
 
 def drafted_steps(
-    decoder: Decoder,
-    drafts: dict[str, Decoder],
+    decoder: GenerativeModel,
+    drafts: dict[str, GenerativeModel],
     request: Request,
-    *,
-    draft_tokens: int | Literal["auto"],
     record: DraftRecord,
 ) -> Iterator[Tensor]:
-    """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.generation.stream`.
+    """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.Decoder.stream`.
 
     All rows advance together, by what the row with the fewest accepted tokens keeps.
 
@@ -256,16 +279,15 @@ def drafted_steps(
         drafts: at least one, from `draft_models`. Of several, each drafts a few tokens, then the
             one with the largest expected gain stays.
         request: what to generate; its sampler chooses for the draft as for the model.
-        draft_tokens: how many tokens to draft at once, or `auto`.
         record: gets what happened, while it happens.
     """
     # Prompts, then what is decided, then what is drafted.
-    tokens = F.pad(request.input_ids, (0, request.max_new_tokens))
+    tokens = F.pad(request.input_ids, (0, request.options.max_new_tokens))
     batch_size, num_prompt = request.input_ids.shape
     with torch.inference_mode():
         cache = decoder.new_cache(batch_size=batch_size, max_tokens=tokens.size(1))
     has_ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    stops, length, start = request.stops(), num_prompt, 0
+    stops, length, start = request.end_tokens(), num_prompt, 0
     candidates: list[_Draft] = []
     draft, num_drafted = None, 0  # The first pass reads the prompts.
     while True:
@@ -321,7 +343,7 @@ def drafted_steps(
         if start == 0:
             candidates = [_Draft(name, each, decoder, cache) for name, each in drafts.items()]
         # The last token is the model's own.
-        draft, num_drafted = _chosen_draft(candidates, draft_tokens, num_left - 1)
+        draft, num_drafted = _chosen_draft(candidates, request.options.draft_tokens, num_left - 1)
         start = length - 1
 
 

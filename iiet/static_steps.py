@@ -3,9 +3,9 @@
 To decode one token, a GPU runs over a thousand kernels. Starting each of them takes the CPU longer
 than the kernel runs. A CUDA graph is a recorded list of kernels that start together, always with
 the same arguments and shapes. So values that change from token to token are stored on the device
-(`iiet.context`), and attention reads the cache up to a multiple of `WINDOW` tokens. There is one
-graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps the
-graphs that were used last, also after a generation.
+(`iiet.cache.Window`), and attention reads the cache up to a multiple of `WINDOW` tokens. There is
+one graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps
+the graphs that were used last, also after a generation.
 
 A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
 stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy, Window
-from iiet.decoder import Decoder
 from iiet.fast import may_read_weights
+from iiet.request import GenerativeModel
 
 __all__ = ["Capture", "StaticSteps", "capture_graph", "keep_steps", "kept_steps"]
 
@@ -52,7 +52,7 @@ class StaticSteps:
             GPU. Elsewhere, under autocast, and where a module has a hook, each step runs.
     """
 
-    def __init__(self, decoder: Decoder, *, capture: Capture | None = None) -> None:
+    def __init__(self, decoder: GenerativeModel, *, capture: Capture | None = None) -> None:
         # Weak, so that memory kept for a decoder (`keep_steps`) goes with it.
         self._decoder = weakref.ref(decoder)
         if capture is None and decoder.device.type == "cuda":
@@ -64,7 +64,7 @@ class StaticSteps:
         self._may_capture = False
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> GenerativeModel:
         """The decoder, which the caller must hold.
 
         Raises:
@@ -154,7 +154,7 @@ class StaticSteps:
 class _Buffers:
     """What the graphs of one batch size read and write, and these graphs."""
 
-    def __init__(self, decoder: Decoder, shape: _Shape, max_tokens: int) -> None:
+    def __init__(self, decoder: GenerativeModel, shape: _Shape, max_tokens: int) -> None:
         self.shape = shape
         batch_size, dtype, strategy, device = shape
         self.cache = decoder.new_cache(
@@ -166,15 +166,17 @@ class _Buffers:
         """By the size of the window, the least recently used first."""
 
 
-_kept: weakref.WeakKeyDictionary[Decoder, StaticSteps] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[GenerativeModel, StaticSteps] = weakref.WeakKeyDictionary()
 
 
-def kept_steps(decoder: Decoder) -> StaticSteps:
+def kept_steps(decoder: GenerativeModel) -> StaticSteps:
     """Return the steps that the decoder's last generation left; new ones while another has them."""
     return _kept.pop(decoder, None) or StaticSteps(decoder)
 
 
-def keep_steps(decoder: Decoder, steps: StaticSteps, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+def keep_steps(
+    decoder: GenerativeModel, steps: StaticSteps, tokens: Iterator[Tensor]
+) -> Iterator[Tensor]:
     """Yield the tokens of a generation; at its end, keep its steps for the decoder's next."""
     try:
         yield from tokens
@@ -182,11 +184,11 @@ def keep_steps(decoder: Decoder, steps: StaticSteps, tokens: Iterator[Tensor]) -
         _kept[decoder] = steps
 
 
-def _addresses(decoder: Decoder) -> list[int]:
+def _addresses(decoder: GenerativeModel) -> list[int]:
     return [parameter.data_ptr() for parameter in decoder.parameters()]
 
 
-def _has_no_hooks(decoder: Decoder) -> bool:
+def _has_no_hooks(decoder: GenerativeModel) -> bool:
     """Return whether a step is kernels only, and reads weights that stay where they are."""
     return (
         may_read_weights()

@@ -201,7 +201,7 @@ def read_checkpoint(
     folder: Path, data: PreparedData, *, num_sequences: int = NUM_SEQUENCES
 ) -> CheckpointReadings:
     """Read a checkpoint under its own and, if its method has corrections, under other schedules."""
-    decoder = Decoder.load(folder)
+    decoder = Decoder.from_pretrained(folder)
     length, layers = decoder.config.context_length, decoder.config.num_layers
     batches = [
         *data.validation_batches(
@@ -213,7 +213,7 @@ def read_checkpoint(
         found = validation_metrics(decoder, batches, schedule, precision="fp32", world=World())
         return Reading(loss=found[VALIDATION_METRIC], accuracy=found[ACCURACY_METRIC])
 
-    has_counts = decoder.method.has_corrections and decoder.method.full_level is None
+    has_counts = decoder.method.facts.has_corrections and decoder.method.facts.full_level is None
     counts = other_corrections(max(decoder.schedule)) if has_counts else []
     others = {count: reading(IterationSchedule.uniform(layers, count)) for count in counts}
     return CheckpointReadings(own=reading(decoder.schedule), others=others)

@@ -47,9 +47,9 @@ def main():
         "losses": losses,
         "influences": [len(row) for row in table.value_rows],
         "distillation": distilled.item(),
-        "generated": list(iiet.generate(teacher, tokens[:1, :4], max_new_tokens=3).shape),
-        "save": message_of(teacher.save, mkdtemp()),
-        "load": message_of(iiet.Decoder.load, mkdtemp()),
+        "generated": list(teacher.generate(tokens[:1, :4], max_new_tokens=3).shape),
+        "save": message_of(teacher.save_pretrained, mkdtemp()),
+        "load": message_of(iiet.Decoder.from_pretrained, mkdtemp()),
         "file": iiet.__file__,
     }
     print(json.dumps(found))

@@ -13,7 +13,6 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
-from iiet.published import _to_published
 from iiet.schedule import IterationSchedule
 
 VOCAB = 31
@@ -45,11 +44,11 @@ def make_model(
 def schedule_for(method: str, corrections: Sequence[int]) -> IterationSchedule | None:
     """Return these corrections, at most the full level where the method has levels, their maximum
     in all layers where it repeats the stack, or None where it makes none."""
-    if not METHODS[method].has_corrections:
+    if not METHODS[method].facts.has_corrections:
         return None
-    if (most := METHODS[method].full_level) is not None:
+    if (most := METHODS[method].facts.full_level) is not None:
         return IterationSchedule(tuple(min(most, count) for count in corrections))
-    if METHODS[method].repeats_stack:
+    if METHODS[method].facts.repeats_stack:
         return IterationSchedule.uniform(len(corrections), max(corrections))
     return IterationSchedule(tuple(corrections))
 
@@ -124,9 +123,3 @@ def assert_same(found: Gradients, expected: Gradients, **tolerance: float) -> No
     for name, gradient in found.items():
         assert (gradient is None) == (expected[name] is None), name
         torch.testing.assert_close(gradient, expected[name], **(tolerance or EXACT))
-
-
-def published_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Return the gradients, where there are any, under the published names of the weights."""
-    found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
-    return _to_published(decoder.config, found)

@@ -38,7 +38,7 @@ def sample_trial(
         ffn_dim=32,
         context_length=16,
         method=method,
-        schedule=IterationSchedule(corrections) if METHODS[method].has_corrections else None,
+        schedule=IterationSchedule(corrections) if METHODS[method].facts.has_corrections else None,
     )
     groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train")}
     given = {"role": "trial", "folder": "", "suite": TrialSuite(tokens_folder=""), **values}

@@ -45,7 +45,7 @@ def test_the_spectral_radius_is_that_of_the_whole_jacobian(options):
 
 def test_the_table_of_a_folder(tmp_path, tiny_tokens, capsys):
     decoder = small_decoder().float()
-    decoder.save(tmp_path)
+    decoder.save_pretrained(tmp_path)
     example.main([str(tmp_path), "--tokens", "8"])
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert title == "iteration schedule 3,0,2, 8 tokens"
@@ -65,5 +65,5 @@ def test_the_core_trains_distills_and_exports_as_the_example_shows(tmp_path, cap
     printed = capsys.readouterr().out
     assert "influence (cosine, 256 tokens)" in printed
     assert "distilled under the schedule" in printed
-    assert Decoder.load(tmp_path).schedule.num_evaluations <= 6
+    assert Decoder.from_pretrained(tmp_path).schedule.num_evaluations <= 6
     assert (tmp_path / "modeling_iiet.py").is_file()

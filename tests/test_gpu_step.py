@@ -118,9 +118,9 @@ def steps(tmp_path_factory) -> dict[str, dict[str, Any]]:
     ("case", "num_attentions", "num_norms", "most_kernels"),
     [
         # Two passes over two layers with four evaluations, forward and backward.
-        ("training", 2 * 2 * 8, 2 * 2 * (2 * 8 + 1), 1540),
+        ("training", 2 * 2 * 8, 2 * 2 * (2 * 8 + 1), 1640),
         # A pass of the teacher's eight evaluations, forward; the student's four, both ways.
-        ("distillation", 8 + 2 * 4, 2 * 8 + 1 + 2 * (2 * 4 + 1), 970),
+        ("distillation", 8 + 2 * 4, 2 * 8 + 1 + 2 * (2 * 4 + 1), 1015),
     ],
 )
 def test_a_step_waits_once_and_computes_in_bfloat16(
@@ -136,9 +136,7 @@ def test_a_step_waits_once_and_computes_in_bfloat16(
     assert launches("flash_attention") == num_attentions
     assert launches("_fused_rms_norm") == num_norms
     assert launches("adam") >= 1
-    # The rest are sums over a few estimates and their gradients.
-    products = step["products"]
-    assert products["torch.bfloat16"] > 0.999 * sum(products.values())
+    assert step["products"].keys() == {"torch.bfloat16"}
     assert sum(step["names"].values()) <= most_kernels
 
 

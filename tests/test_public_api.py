@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import iiet
-import iiet.influence_metrics
+import iiet.influence
 import iiet.methods
 import orchestrator
 import orchestrator.models.loops
@@ -17,9 +17,9 @@ import orchestrator.models.loops
 PACKAGES = (iiet, orchestrator)
 CONTRACTS = (
     iiet.methods.Layer,
-    iiet.influence_metrics.InfluenceMetric,
-    iiet.influence_metrics.Comparison,
-    iiet.influence_metrics.MeasuredBatch,
+    iiet.influence.InfluenceMetric,
+    iiet.influence.Comparison,
+    iiet.influence.MeasuredBatch,
     orchestrator.models.loops.LoopedModel,
 )
 """What packages subclass or get, besides the exported names."""
@@ -85,3 +85,8 @@ def test_packages_are_marked_as_typed_and_export_each_name_once():
     for package in PACKAGES:
         assert (Path(str(package.__file__)).parent / "py.typed").read_text() == ""
         assert len(package.__all__) == len(set(package.__all__))
+
+
+def test_dir_lists_the_interface_alone():
+    assert dir(iiet) == sorted(["__version__", *iiet.__all__])
+    assert dir(orchestrator) == sorted(orchestrator.__all__)

@@ -2,7 +2,7 @@
 
 from torch.nn import functional
 
-from iiet.influence_metrics import Comparison
+from iiet.influence import Comparison
 
 
 class Angle(Comparison):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from iiet.facts import LayerCounts, MethodFacts
 from iiet.methods import Advance, Layer
 
 
@@ -20,22 +21,24 @@ class HeavyBallOptions:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
 
+def counts(layer, num_corrections, options):
+    """One evaluation; each layer but the first adds a term, and keeps it for its gradient."""
+    num_terms = min(layer, 1)
+    return LayerCounts(num_differentiated=1, num_terms=num_terms, num_kept=num_terms)
+
+
 class HeavyBall(Layer):
     """h_l = F_l(h_{l-1}) + m_l (h_{l-1} - h_{l-2}); m_l is learned in each layer but the first."""
 
-    Options = HeavyBallOptions
+    facts = MethodFacts(Options=HeavyBallOptions, counts=counts)
 
-    def build(self, dim, layer_norm_eps):
+    def build(self, config):
         self.momentum = nn.Parameter(torch.empty(1)) if self.index > 0 else None
         self.reset_parameters()
 
     def reset_parameters(self):
         if self.momentum is not None:
             nn.init.constant_(self.momentum, self.options.momentum)
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule, layer):
-        return 1
 
     def advance(self, evaluate, hidden, state, *, num_corrections, shared):
         result = evaluate(hidden)

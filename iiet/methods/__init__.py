@@ -6,7 +6,7 @@ the method's, its object the class. An entry point is imported when its method i
 
 from __future__ import annotations
 
-from iiet import extensions
+from iiet import facts
 from iiet.extensions import ExtensionTable
 from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
 from iiet.methods.explicit import ExplicitEuler, ExplicitRK2, ExplicitRK4, GatedRK2, Looped
@@ -33,5 +33,5 @@ __all__ = [
     "PredictorCorrectorRK4",
 ]
 
-METHODS: ExtensionTable[type[Layer]] = extensions.METHODS
+METHODS: ExtensionTable[type[Layer]] = facts.METHODS
 """All methods by name."""

@@ -1,8 +1,9 @@
 """A method is a kind of layer: a rule by which a layer advances the hidden state with its field.
 
-A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
-passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. Its class states its evaluations (`iiet.facts`); other costs are counted.
+A layer is a Llama block, whose field it evaluates, and what the method learns for it (norms, rows
+of the mix, gates). State is passed, never kept: a layer gets the hidden state and what earlier
+layers left, and returns both for the next one. What it costs beside its field is stated, not
+measured (`iiet.facts`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -13,14 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.context import PassContext
+from iiet.config import ModelConfig
 from iiet.facts import MethodFacts
+from iiet.layers import Block, PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 
@@ -40,7 +42,7 @@ class Evaluation(NamedTuple):
     """The normalized output, g(e) for a correction, (batch, time, dim); None without a norm."""
     residual: Tensor | None
     """`g(e) - e`: how far the correction moves the previous estimate; None for predictions."""
-    left_here: Callable[[], Tensor] | None = None
+    output_if_last: Callable[[], Tensor] | None = None
     """Where the output is not what the layer would leave if it ended here (a Runge-Kutta stage):
     computes that estimate, (batch, time, dim)."""
 
@@ -89,12 +91,12 @@ class Evaluate:
         x: Tensor,
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
-        leaves: Callable[[Tensor], Tensor] | None = None,
+        output_if_last: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return F(x), or norm(F(x)), for x of (batch, time, dim).
 
-        For observers: `previous` is the estimate that this evaluation corrects, and `leaves` makes
-        of the returned value what the layer would leave if it ended here.
+        For observers: `previous` is the estimate that this evaluation corrects, and
+        `output_if_last` makes of the returned value what the layer would leave if it ended here.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -104,46 +106,43 @@ class Evaluate:
         result = output if estimate is None else estimate
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous
-            left_here = None if leaves is None else partial(leaves, result)
-            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, left_here))
+            if_last = None if output_if_last is None else partial(output_if_last, result)
+            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, if_last))
         return result
 
-    def unseen(self, x: Tensor) -> Tensor:
+    def uncounted(self, x: Tensor) -> Tensor:
         """Return F(x) without counting: neither observers nor caches see this evaluation."""
         output: Tensor = self._layer.field(x, replace(self._call.context, cache=None), None)
         return output
 
 
-class Layer(MethodFacts, nn.Module, ABC):
+class Layer(Block, ABC):
     """Base of all methods: one layer, the unit of activation checkpointing and of sharding.
 
     Args:
-        layer_field: the layer's block, an `iiet.layers.Field`.
+        config: sizes, and the options of the method.
         index: the layer, the first being 0.
-        dim: width of the hidden state.
-        layer_norm_eps: epsilon of the method's LayerNorms.
-        options: an instance of the method's `Options`.
     """
 
-    def __init__(
-        self, layer_field: nn.Module, index: int, *, dim: int, layer_norm_eps: float, options: Any
-    ) -> None:
-        super().__init__()
-        self.field = layer_field
-        self.index = index
-        self.options = options
-        self.build(dim, layer_norm_eps)
+    facts: ClassVar[MethodFacts] = MethodFacts()
+    """What is known of the method beside its formula."""
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        """Make the modules and parameters that the layer has beside its field."""
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config)
+        self.index = index
+        self.options = config.options
+        self.build(config)
+
+    def build(self, config: ModelConfig) -> None:
+        """Make the modules and parameters that the layer has beside its block."""
 
     @classmethod
-    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module | None:
+    def make_shared(cls, config: ModelConfig) -> nn.Module | None:
         """Make the module that all layers share; None for nothing."""
         return None
 
     @classmethod
-    def start(cls, embeddings: Tensor, num_layers: int) -> Any:
+    def start(cls, embeddings: Tensor) -> Any:
         """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
 
@@ -174,7 +173,7 @@ class Layer(MethodFacts, nn.Module, ABC):
 
         if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
             return advance(hidden, state)
-        keep = self.is_random
+        keep = self.facts.is_random
         recomputed: Any = checkpoint(
             advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
         )

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from iiet.facts import ExplicitRK2Facts, ExplicitRK4Facts, LoopedFacts
+from iiet.config import ModelConfig
+from iiet.facts import facts_of
 from iiet.methods.base import Advance, Evaluate, Layer
 
 __all__ = [
@@ -40,7 +41,7 @@ class ExplicitEuler(Layer):
         return Advance(evaluate(hidden), state)
 
 
-class Looped(LoopedFacts, ExplicitEuler):
+class Looped(ExplicitEuler):
     """Run the stack of layers `1 + r` times.
 
         h = h_0
@@ -55,6 +56,8 @@ class Looped(LoopedFacts, ExplicitEuler):
     Not to be confused with: IIET, whose layers repeat their own evaluation before the next layer
     begins, and read the earlier layers' estimates.
     """
+
+    facts = facts_of("looped")
 
 
 _STEPS: Final = {1: (), 2: (1.0,), 4: (0.5, 0.5, 1.0)}
@@ -74,7 +77,7 @@ def runge_kutta_stages(
     return stages
 
 
-class ExplicitRK2(ExplicitRK2Facts, Layer):
+class ExplicitRK2(Layer):
     """Advance by the Runge-Kutta method of order 2.
 
         k1 = G(h); k2 = G(h + k1);   h_l = h + (k1 + k2) / 2;   h = h_{l-1}, G(x) = F_l(x) - x
@@ -84,12 +87,14 @@ class ExplicitRK2(ExplicitRK2Facts, Layer):
     Not to be confused with: PCformer's predictor, which has norms and learned weights.
     """
 
+    facts = facts_of("ode_rk2")
     coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
     """Weights of the stages; they sum to one."""
 
     def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
         # G(x), the same for all stages.
-        stages = runge_kutta_stages(lambda _, x: evaluate(x) - x, hidden, self.num_evaluations)
+        order = self.facts.num_evaluations
+        stages = runge_kutta_stages(lambda _, x: evaluate(x) - x, hidden, order)
         return Advance(self.combine(hidden, stages), state)
 
     def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
@@ -99,7 +104,7 @@ class ExplicitRK2(ExplicitRK2Facts, Layer):
         return hidden
 
 
-class ExplicitRK4(ExplicitRK4Facts, ExplicitRK2):
+class ExplicitRK4(ExplicitRK2):
     """Advance by the classical Runge-Kutta method of order 4.
 
         h_l = h + (k1 + 2 k2 + 2 k3 + k4) / 6, stages as in `runge_kutta`
@@ -109,6 +114,7 @@ class ExplicitRK4(ExplicitRK4Facts, ExplicitRK2):
     Not to be confused with: `pcformer_rk4`, a predictor followed by a corrector.
     """
 
+    facts = facts_of("ode_rk4")
     coefficients: ClassVar[tuple[float, ...]] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
@@ -124,8 +130,10 @@ class GatedRK2(ExplicitRK2):
     Not to be confused with: PCformer's learned a, one number for the whole model.
     """
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:  # noqa: ARG002
-        self.gate = nn.Linear(2 * dim, 1)
+    facts = facts_of("ode_rk2_gated")
+
+    def build(self, config: ModelConfig) -> None:
+        self.gate = nn.Linear(2 * config.dim, 1)
 
     def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
         gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))

@@ -6,8 +6,6 @@ Damping as in Bai et al. 2019 (deep equilibrium models), the truncated backward 
 backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 """
 
-# ruff: noqa: ARG003 - all methods share their signatures
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -17,15 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iiet.arithmetic import KeepsFloat32, at_least_float32
-from iiet.facts import (
-    ImplicitEulerFacts,
-    PredictorCorrectorRK2Facts,
-    PredictorCorrectorRK4Facts,
-)
+from iiet.config import ModelConfig
+from iiet.facts import facts_of
+from iiet.layers import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import EstimateNorm, History, Mix, start
+from iiet.mix import EstimateNorm, History, Mix
 
 __all__ = [
     "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",
@@ -36,14 +31,14 @@ __all__ = [
 class MixedLayer(Layer):
     """Base of the methods that read the earlier layers' estimates."""
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
-        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+    def build(self, config: ModelConfig) -> None:
+        self.prediction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
+        self.correction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
         self.mix = Mix(self.index)
 
     @classmethod
-    def start(cls, embeddings: Tensor, num_layers: int) -> History:
-        return start(embeddings, num_layers)
+    def start(cls, embeddings: Tensor) -> History:
+        return History.started(embeddings)
 
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
@@ -51,22 +46,21 @@ class MixedLayer(Layer):
 
 def fixed_point(
     step: Callable[[Tensor], Tensor],
-    guess: Callable[[], Tensor],
+    guess: Tensor,
     num_steps: int,
     *,
     damping: Tensor | float | None = None,
-    num_differentiated: int | None = None,
+    num_constant: int = 0,
 ) -> Tensor:
     """Iterate `e <- e + damping * (step(e) - e)`, `num_steps` times.
 
     Args:
         step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
-        guess: makes the start value, which is the result if there are no steps.
+        guess: the start value, which is the result if there are no steps.
         num_steps: how often to apply the map, at least 0.
         damping: the share of each step that is applied, a number or a tensor of one element; None
             for all of it, `e <- step(e)`.
-        num_differentiated: gradients flow only through this many last steps; the guess and the
-            earlier steps are constants and keep nothing. None for all.
+        num_constant: the first steps that are constants to gradients, and keep nothing.
     """
 
     def iterate(value: Tensor, times: int) -> Tensor:
@@ -74,17 +68,16 @@ def fixed_point(
             value = step(value) if damping is None else torch.lerp(value, step(value), damping)
         return value
 
-    num_constant = 0 if num_differentiated is None else max(0, num_steps - num_differentiated)
-    if not num_constant or not torch.is_grad_enabled():
-        return iterate(guess(), num_steps)
+    if num_constant == 0:
+        return iterate(guess, num_steps)
     with torch.no_grad():
-        value = iterate(guess(), num_constant)
+        value = iterate(guess, num_constant)
     # Older versions of PyTorch would reuse weights that autocast cast without gradients here.
     torch.clear_autocast_cache()
     return iterate(value, num_steps - num_constant)
 
 
-class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
+class ImplicitEuler(MixedLayer):
     """Predict once, then correct `r_l` times towards the fixed point.
 
         e   = P_l(F_l(h_{l-1}))                                        prediction
@@ -101,8 +94,10 @@ class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
     only the one before it; here each correction also reads the earlier layers' estimates.
     """
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
-        super().build(dim, layer_norm_eps)
+    facts = facts_of("iiet")
+
+    def build(self, config: ModelConfig) -> None:
+        super().build(config)
         options = self.options
         self.damping = nn.Parameter(torch.empty(1)) if options.learn_damping else None
         self.reinjection = nn.Parameter(torch.empty(1)) if options.reinject_prediction else None
@@ -118,33 +113,42 @@ class ImplicitEuler(ImplicitEulerFacts, MixedLayer):
     def advance(
         self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
-        mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
-        if num_corrections == 0:
-            return Advance(*mix.leave(evaluate(hidden, norm=self.prediction_norm)))
-        has_gradients = torch.is_grad_enabled()
-
-        def predict() -> Tensor:
-            nonlocal mix
+        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=num_corrections > 0)
+        num_constant = self._num_constant(num_corrections)
+        # What comes before a constant correction is a constant, too.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and num_constant == 0):
             prediction = evaluate(hidden, norm=self.prediction_norm)
-            if self.reinjection is not None and num_corrections > 0:
-                # The weight is learned even where the prediction is a constant.
-                with torch.set_grad_enabled(has_gradients):
-                    weight = at_least_float32(self.reinjection).squeeze()
-                    mix = mix.with_prediction(prediction, weight)
-            return prediction
+        if point_sum is None:
+            return Advance(hidden_sum.plus(prediction, hidden.dtype), state.followed_by(prediction))
+        points = point_sum
+        if self.reinjection is not None:
+            points = points.with_term(at_least_float32(self.reinjection), prediction)
 
         def correct(estimate: Tensor) -> Tensor:
-            return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)
+            point = points.plus(estimate, hidden.dtype)
+            return evaluate(point, norm=self.correction_norm, previous=estimate)
 
-        damping = self.options.damping if self.damping is None else at_least_float32(self.damping)
         estimate = fixed_point(
             correct,
-            predict,
+            prediction,
             num_corrections,
-            damping=None if self.damping is None and damping == 1.0 else damping,
-            num_differentiated=self.options.differentiated_corrections,
+            damping=self._damping(),
+            num_constant=num_constant,
         )
-        return Advance(*mix.leave(estimate))
+        return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
+
+    def _num_constant(self, num_corrections: int) -> int:
+        """Count the first corrections that are constants to gradients."""
+        num_differentiated: int | None = self.options.differentiated_corrections
+        if num_differentiated is None or not torch.is_grad_enabled():
+            return 0
+        return max(0, num_corrections - num_differentiated)
+
+    def _damping(self) -> Tensor | float | None:
+        """Return the share of each correction that is applied; None for all of it."""
+        if self.damping is not None:
+            return at_least_float32(self.damping)
+        return None if self.options.damping == 1.0 else self.options.damping
 
 
 class MovingAverageRungeKutta(KeepsFloat32):
@@ -155,9 +159,11 @@ class MovingAverageRungeKutta(KeepsFloat32):
     The norms R_j of at most `order` stages and the learned a are shared by all layers.
     """
 
-    def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
+    def __init__(self, config: ModelConfig, order: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
+        self.norms = nn.ModuleList(
+            EstimateNorm(config.dim, eps=config.layer_norm_eps) for _ in range(order)
+        )
         self.alpha = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
@@ -178,7 +184,7 @@ class MovingAverageRungeKutta(KeepsFloat32):
         return prediction
 
 
-class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
+class PredictorCorrectorRK2(MixedLayer):
     """Predict with a Runge-Kutta step of order 2, correct once.
 
         k1  = R_1(F_l(h_{l-1}));   k2 = R_2(F_l(h_{l-1} + k1))
@@ -195,12 +201,13 @@ class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
     Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
     """
 
+    facts = facts_of("pcformer")
     order: ClassVar[int] = 2
     """Order of the predictor at the full level, and the number of its evaluations."""
 
     @classmethod
-    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
-        return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
+    def make_shared(cls, config: ModelConfig) -> nn.Module:
+        return MovingAverageRungeKutta(config, cls.order)
 
     def advance(
         self,
@@ -212,37 +219,45 @@ class PredictorCorrectorRK2(PredictorCorrectorRK2Facts, MixedLayer):
         shared: Any,
         **_: Any,
     ) -> Advance:
-        level = num_corrections if self.has_corrections else 2
-        make_mix = partial(self.mix, state, dtype=hidden.dtype, corrects=level > 0)
+        level = num_corrections if self.facts.has_corrections else 2
+        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=level > 0)
         stages: list[Tensor] = []
 
-        def left_at(number: int, value: Tensor) -> Tensor:
+        def predict(stages: list[Tensor]) -> Tensor:
+            prediction: Tensor = self.prediction_norm(shared(hidden, stages))
+            return prediction
+
+        def output_at(number: int, value: Tensor) -> Tensor:
             """Return what the layer would leave at the level whose last evaluation this is."""
-            left: Tensor = self.prediction_norm(shared(hidden, [stages[0] if number else value]))
-            if number > 0:
-                left = self.correction_norm(evaluate.unseen(make_mix().point(left)))
-            return left
+            if number == 0:
+                return predict([value])
+            assert point_sum is not None
+            point = point_sum.plus(predict(stages[:1]), hidden.dtype)
+            corrected: Tensor = self.correction_norm(evaluate.uncounted(point))
+            return corrected
 
         def stage(number: int, point: Tensor) -> Tensor:
-            norm, leaves = shared.norms[number], partial(left_at, number)
-            value = evaluate(point.to(hidden.dtype), norm=norm, leaves=leaves)
+            value = evaluate(
+                point.to(hidden.dtype),
+                norm=shared.norms[number],
+                output_if_last=partial(output_at, number),
+            )
             stages.append(value)
             return value
 
         runge_kutta_stages(stage, hidden, self.order if level == 2 else 1)
-        estimate = prediction = self.prediction_norm(shared(hidden, stages))
-        mix = make_mix()
-        if level > 0:
+        estimate = prediction = predict(stages)
+        if point_sum is not None:
             estimate = evaluate(
-                mix.point(prediction),
+                point_sum.plus(prediction, hidden.dtype),
                 norm=self.correction_norm,
                 previous=prediction,
-                leaves=lambda estimate: estimate,
+                output_if_last=lambda estimate: estimate,
             )
-        return Advance(*mix.leave(estimate))
+        return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))
 
 
-class PredictorCorrectorRK4(PredictorCorrectorRK4Facts, PredictorCorrectorRK2):
+class PredictorCorrectorRK4(PredictorCorrectorRK2):
     """Predict with a Runge-Kutta step of order 4, correct once.
 
     Cost: 5 evaluations per layer; there are no levels.
@@ -250,4 +265,5 @@ class PredictorCorrectorRK4(PredictorCorrectorRK4Facts, PredictorCorrectorRK2):
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
+    facts = facts_of("pcformer_rk4")
     order: ClassVar[int] = 4

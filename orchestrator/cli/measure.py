@@ -58,7 +58,8 @@ def influence(
     schedule: SchedulesOption = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
-    """Measure how much each correction of each layer matters; or each loop of a looped model.
+    """Measure how much each correction of each layer matters, and each whole layer; or each loop
+    of a looped model.
 
     Example: iiet-orch influence my-run --metric loss
 

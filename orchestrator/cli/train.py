@@ -347,7 +347,7 @@ def sweep_iterations(
     call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
-        from iiet.extensions import METHODS
+        from iiet.facts import METHODS
 
         call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
     from orchestrator.sweeping.models import has_counts

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import DeviceError, RunFailed, UserError
@@ -53,7 +52,7 @@ class Sampling:
     """Random seed for sampling; random when unset."""
 
     def options(self, free_tokens: int) -> dict[str, Any]:
-        """Return arguments of `iiet.generation.stream`, where the context has so much place."""
+        """Return options of `iiet.Decoder.stream`, where the context has so much place."""
         chosen = asdict(self)
         del chosen["stop"]
         if self.max_new_tokens is None:
@@ -68,7 +67,7 @@ def generate_answers(
     contexts: Sequence[Sequence[int]],
     sampling: Sampling,
     seeds: Sequence[int],
-    decode: Decode = stream,
+    decode: Decode = Decoder.stream,
 ) -> list[str]:
     """Return what continues each context, without the text that ended it, decoded as one batch.
 
@@ -78,7 +77,7 @@ def generate_answers(
         contexts: Tokens, at least one. A context that leaves no place for the answer loses its
             beginning.
         seeds: Random seed of each context, if tokens are sampled.
-        decode: Yields the tokens of a batch, step by step, as `iiet.generation.stream` does.
+        decode: Yields the tokens of a batch, step by step, as `iiet.Decoder.stream` does.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -95,7 +94,7 @@ def generate_answers(
         decoder,
         torch.tensor(padded, device=decoder.device),
         attention_mask=is_token.to(decoder.device) if any(missing) else None,
-        **{**options, "seed": seeds, "stop_tokens": tokenizer.end_ids},
+        **{**options, "seed": seeds, "eos_token_id": tokenizer.end_ids},
     )
     stops = [text for text in sampling.stop if text]
     # A token stands for at least one byte.

@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
-from iiet.generation import stream
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
@@ -235,7 +234,7 @@ def _stream(
     decoder: Timed, prompt: Tensor, new_tokens: int, graphs: StaticSteps | None = None
 ) -> Iterator[Tensor]:
     if isinstance(decoder, Decoder):
-        return stream(decoder, prompt, steps=graphs, max_new_tokens=new_tokens)
+        return decoder.stream(prompt, steps=graphs, max_new_tokens=new_tokens)
     return decoder.stream(prompt, new_tokens)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from iiet.config import ModelConfig
-from iiet.extensions import METHODS, ExtensionError
-from iiet.facts import facts_of
+from iiet.extensions import ExtensionError
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
 from orchestrator.workspace.errors import DamagedFile, UserError, shortened

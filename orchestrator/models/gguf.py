@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from iiet.decoder import Decoder
-from iiet.published import decoder_from_published, published_from_decoder
+from iiet.published import decoder_from_published
 from iiet.weights import CONFIG
 from orchestrator.models.hub import offline
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
@@ -187,12 +186,9 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
         writer.add_bool("nanbeige.skip_loop_final_norm", True)
     _add_tokenizer(writer, folder, config.vocab_size)
 
-    with torch.device("meta"):  # A looped decoder has the weights of a vanilla one.
-        plain = Decoder(replace(config, method="vanilla", schedule=None))
-    plain.load_state_dict(decoder.state_dict(), assign=True)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    for name, weight in published_from_decoder(plain).items():
+    for name, weight in decoder.state_dict().items():
         stem, suffix = name.rpartition(".")[::2]
         rows = weight.float()
         if num_heads := heads.get(stem.rpartition(".")[2]):

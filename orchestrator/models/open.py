@@ -114,7 +114,7 @@ def load_model(
     try:
         if is_ours:
             load_config(folder)  # Names the package of a method that is not installed.
-            decoder = Decoder.load(folder)
+            decoder = Decoder.from_pretrained(folder)
         else:
             decoder = decoder_from_published(read_config(folder), _weights(folder))
         if schedule is not None:

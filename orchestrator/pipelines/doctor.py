@@ -103,7 +103,7 @@ def _versions(_: Workspace) -> Found:
 
 def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
-    from iiet.extensions import INFLUENCE_METRICS, METHODS
+    from iiet.facts import INFLUENCE_METRICS, METHODS
     from orchestrator.models.loops import LOOPED_MODELS
 
     return (METHODS, INFLUENCE_METRICS, LOOPED_MODELS)

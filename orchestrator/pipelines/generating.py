@@ -20,7 +20,6 @@ from tokenizers.decoders import DecodeStream
 from iiet.decoder import Decoder
 from iiet.facts import facts_of
 from iiet.generation import does_not_fit
-from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
@@ -161,13 +160,13 @@ class TextGenerator:
         has_corrections = facts_of(self.decoder.config.method).has_corrections
         self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
         """Its iteration schedule, if it has one."""
-        self._stream: Decode = stream_tokens
+        self._stream: Decode = Decoder.stream
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
         if drafting is not None:
             self.record, text = DraftRecord(), drafting.draft
             self._stream = partial(
-                stream_tokens,
+                Decoder.stream,
                 draft=text
                 if text == "auto"
                 else lookup.parse_schedule(text, checkpoint, "--draft"),
@@ -200,7 +199,7 @@ class TextGenerator:
         ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
         options = sampling.options(self.decoder.config.context_length - len(context))
         try:
-            steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
+            steps = self._stream(self.decoder, ids, eos_token_id=ends, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))

@@ -105,8 +105,14 @@ class InfluenceResult(Result):
         return list(self.table.schedule)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per layer and correction: influence, its standard error, residual."""
+        """Return one row per layer and correction: influence, its standard error, residual.
+
+        Without corrections, one row per layer: its block influence.
+        """
         table = self.table
+        if not table.schedule.num_corrections:
+            layers = enumerate(table.layer_values, start=1)
+            return [{"layer": layer, "block_influence": value} for layer, value in layers]
         residuals = table.residual_rows or [()] * len(table.value_rows)
         return [
             {"layer": layer, "correction": number, "influence": v, "stderr": e, "residual": r}
@@ -126,30 +132,23 @@ def plan_influence(
     *,
     workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
-    of_layers: bool = False,
     progress: Progress | None = None,
 ) -> InfluencePlan:
     """Return the stored influence of a checkpoint, or what is to measure.
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest finished IIET with
-            corrections when unset.
-        of_layers: Whether the influence of whole layers is enough, which models without corrections
-            have, too.
+        model: A checkpoint or run, by path or name; the newest finished IIET with corrections when
+            unset. Of a model without corrections, each whole layer is measured.
 
     Raises:
-        UserError: If there is no such model, it makes no corrections, its tokens are not in the
-            workspace, or the checkpoint or the tokens are damaged, or do not go together.
+        UserError: If there is no such model, its method repeats the whole stack, its tokens are
+            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
+            together.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
     config = load_config(checkpoint)
-    if not config.corrections.num_corrections and not of_layers:
-        raise UserError(
-            f"{checkpoint} is a model ({config.method}) without corrections, so there is "
-            "no influence to measure; take an IIET with r >= 1"
-        )
     if facts_of(config.method).repeats_stack:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
@@ -204,9 +203,9 @@ def run_influence(
         table = on_device(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
+        title = "Influence of each correction"
         try:
-            if any(table.rows()):
-                title = "Influence of each correction"
+            if table.schedule.num_corrections:
                 chart = influence_chart(table.rows(), metric=table.metric, title=title)
                 save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
@@ -224,7 +223,7 @@ def run_influence(
     contractions = enumerate(table.contractions, start=1)
     points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
     files = [str(plan.path)]
-    if any(table.rows()):  # Else there is no picture.
+    if table.schedule.num_corrections:  # Else there is no picture.
         files.append(str(plan.path.with_suffix(".png")))
     context.log_measurement(
         TrackedRun.of(
@@ -271,13 +270,13 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
 
 def summary(table: InfluenceTable) -> str:
     """Return the range of a table's values, and how many layers do not contract, as text."""
-    values = [value for row in table.rows() for value in row]
-    if not values:
-        most, least = max(table.layer_values), min(table.layer_values)
+    if not table.schedule.num_corrections:
+        layers = table.layer_values
         return (
-            f"{len(table.layer_values)} layers, from {most:.2g} down to {least:.2g}, over "
-            f"{table.num_tokens:,} tokens"
+            f"no corrections; {len(layers)} whole layers, from {max(layers):.2g} down to "
+            f"{min(layers):.2g}, over {table.num_tokens:,} tokens"
         )
+    values = [value for row in table.rows() for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)
     return (

@@ -438,7 +438,7 @@ def plan_distill(
                 f"{num_layers - 1}, or take a teacher of more layers"
             )
         _check_fewer_layers(settings)
-        layers = plan_influence(settings, workspace=space, model=checkpoint, of_layers=True)
+        layers = plan_influence(settings, workspace=space, model=checkpoint)
         return _plan_fewer_layers(settings, space, layers, drop_layers, name=name, local=local)
     # A schedule that does not fit is refused before tokens are asked for.
     students = [student_config(checkpoint, str(schedule)) for schedule in schedules]

@@ -216,7 +216,7 @@ def influence_tables(influence: InfluenceTable) -> list[Table]:
     ]
     title = f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)"
     tables = [_by_layer(title, values, _whole_layers(influence))]
-    if influence.residual_rows:
+    if any(influence.residual_rows):
         residuals = [[f"{value:.2g}" for value in row] for row in influence.residual_rows]
         title = "Residual |g(e) - e| / |g(e)|, and its contraction factor"
         tables.append(_by_layer(title, residuals, _contractions(influence, ".2g")))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictInt
 
-from iiet.extensions import INFLUENCE_METRICS
+from iiet.facts import INFLUENCE_METRICS
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
 from orchestrator.settings.training import Precision
 from orchestrator.workspace.provenance import content_key

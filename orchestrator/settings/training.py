@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
-from iiet.extensions import METHODS
-from iiet.facts import facts_of
+from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError
@@ -52,7 +51,7 @@ class ModelSettings(Section):
     num_heads: StrictInt | None = Field(default=None, gt=0)
     """Query heads."""
     num_kv_heads: StrictInt | None = Field(default=None, gt=0)
-    """Key and value heads."""
+    """Key and value heads (default: as many as query heads)."""
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)
@@ -77,8 +76,6 @@ class ModelSettings(Section):
         sizes = self.model_dump(exclude=others, exclude_none=True)
         if context_length is not None:
             sizes.setdefault("context_length", context_length)
-        if "num_heads" in sizes:
-            sizes.setdefault("num_kv_heads", sizes["num_heads"])
         num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
         corrections = self.corrections if facts_of(self.method).has_corrections else 0
         try:
@@ -170,8 +167,8 @@ class TrainingSettings(Section):
     activation_checkpointing: StrictBool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     compile: StrictBool | None = None
-    """Compile the layers' fields with `torch.compile`: about a minute in the first step, then
-    faster; needs a C++ compiler (default: on GPUs only)."""
+    """Compile fields and sums of the mix with `torch.compile`: about a minute in the first step,
+    then faster; needs a C++ compiler (default: on GPUs only)."""
     seed: StrictInt = Field(default=0, ge=0)
     """Seed of the weights and of the data order."""
     validate_every_steps: StrictInt = Field(default=100, gt=0)
@@ -198,8 +195,8 @@ class DistillationSettings(Section):
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
     temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the loss is scaled by its square."""
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    """KL(teacher || student), its reverse, or Jensen-Shannon."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """KL(teacher || student), or its reverse."""
     hidden_weight: StrictFloat = Field(default=0.0, ge=0.0)
     """Weight of the error of the layers' hidden states; 0 leaves it out."""
     teacher_from_step: StrictInt = Field(default=0, ge=0)

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.cost import inference_cost
-from iiet.extensions import METHODS
-from iiet.facts import facts_of
+from iiet.facts import METHODS, facts_of
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import reads_tokens, sequence_length

@@ -71,7 +71,7 @@ def choose_members(
             if member.threshold_above < threshold <= member.threshold_up_to
         }
     elif sweep.budgets:
-        wanted = {family.within(most, of=cost) for most in sweep.budgets}
+        wanted = {family.within_cost(most, cost) for most in sweep.budgets}
     else:
         number = min(sweep.num_schedules, len(family))
         wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}

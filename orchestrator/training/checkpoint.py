@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.extensions import METHODS
+from iiet.facts import METHODS
 from iiet.weights import WEIGHTS, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (

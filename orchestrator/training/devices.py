@@ -1,4 +1,4 @@
-"""Where a training runs: its workers and devices, precision, sharding, and compiled fields.
+"""Where a training runs: its workers and devices, precision, sharding, and compiled layers.
 
 Each function does nothing for one worker. All workers agree on every number that decides what
 happens next (stop, divergence, losses) before they act on it: a collective operation that one
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.layers import initial_weights
+from iiet.methods.implicit_euler import MixedLayer
 from orchestrator.models.open import has_bf16, load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.dropping import drop_layers
@@ -30,6 +31,7 @@ from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, shortened
 
 T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 POLL_SECONDS = 0.1
 _COMPILED_GRAPHS = {
     # Recompute what is cheap, as the uncompiled forms do: a fifth less memory for 3 % more time
@@ -109,7 +111,7 @@ def replicate(decoder: Decoder, world: World) -> nn.Module:
         return decoder
     # Correction norms of layers without corrections get no gradient. Finding them costs a walk over
     # the graph per step.
-    has_idle_parameters = decoder.method.has_corrections
+    has_idle_parameters = decoder.method.facts.has_corrections
     return DistributedDataParallel(
         decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
     )
@@ -147,10 +149,11 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
         )
     # FSDP warns that views of outputs may be modified in place; ours never are.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    matrices = {p for field in decoder.fields for p in field.parameters() if p.ndim > 1}
+    layers: Any = decoder.model.layers
+    matrices = {p for layer in layers for p in layer.field_parameters() if p.ndim > 1}
     # A unit has one dtype. The root comes first: it would not look into layers that are units.
     fully_shard(decoder, mesh=mesh, ignored_params=matrices)
-    for layer in decoder.layers:
+    for layer in layers:
         others = set(layer.parameters()) - matrices
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=others)
 
@@ -176,7 +179,7 @@ def pass_of_several(
 def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
     def keep_weights(*, forward: bool, backward: bool) -> None:
         model.set_reshard_after_backward(not backward)
-        for layer in model.layers:  # The root never gives up its own after a forward pass.
+        for layer in model.model.layers:  # The root never gives up its own after a forward pass.
             layer.set_reshard_after_forward(not forward, recurse=False)
 
     keep_weights(forward=True, backward=not is_last)
@@ -199,9 +202,9 @@ def with_all_gradients(model: Model) -> Model:
     if not hasattr(decoder, "set_requires_all_reduce"):
         return model
 
-    def call(*inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
-        def finish_with_zero(*answer: Any) -> Any:
-            result = finish(*answer)
+    def call(*inputs: Any, loss_fn: Callable[..., Any], **options: Any) -> Any:
+        def loss_with_zero(*answer: Any) -> Any:
+            result = loss_fn(*answer)
             parameters = decoder.method_parameters().values()
             zero = 0.0 * torch.cat([each.flatten() for each in parameters]).sum()
             if isinstance(result, Tensor):
@@ -209,7 +212,7 @@ def with_all_gradients(model: Model) -> Model:
             loss, *others = result
             return loss + zero, *others
 
-        return model(*inputs, finish=finish_with_zero, **options)
+        return model(*inputs, loss_fn=loss_with_zero, **options)
 
     return call
 
@@ -339,15 +342,17 @@ def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if is_half else torch.float32
 
 
-# Compiled fields
+# Compiled layers
 
 
-def compile_fields(
+def compile_layers(
     decoder: Decoder, event: Callable[..., None], backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile each field in place, at its first call with gradients; only rounding changes.
+    """Compile fields and sums of the mix in place, at their first calls with gradients; only
+    rounding changes.
 
-    One graph serves all evaluations, layers and iteration schedules. Passes without gradients run
+    One graph serves the fields of all evaluations, layers and iteration schedules, and a few graphs
+    the sums of all layers (`iiet.mix.TERMS_AT_ONCE`). Passes without gradients run
     as they are: a graph of their own would take longer than the few validations of a run. After a
     failure of the compiler training continues uncompiled. `event` gets `compiled` with the seconds
     of the first call, or `not compiled` with a text.
@@ -361,10 +366,10 @@ def compile_fields(
         setattr(config, name, _COMPILED_GRAPHS[name])
     ends: set[str] = set()
 
-    def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def compiled(plain: Callable[..., ResultT]) -> Callable[..., ResultT]:
         fast = torch.compile(plain, backend=backend)
 
-        def run(*args: Any, **options: Any) -> Tensor:
+        def run(*args: Any, **options: Any) -> ResultT:
             if "not compiled" in ends or not torch.is_grad_enabled():
                 return plain(*args, **options)
             started = time.perf_counter()
@@ -384,6 +389,8 @@ def compile_fields(
 
         return run
 
-    for field in decoder.fields:
-        # Compile the method, not the module: the hooks of sharding stay outside the graph.
-        field.forward = compiled(field.forward)
+    layers: Any = decoder.model.layers
+    for layer in layers:
+        layer.field = compiled(layer.field)
+        if isinstance(layer, MixedLayer):
+            layer.mix.add_terms = compiled(layer.mix.add_terms)  # type: ignore[method-assign]

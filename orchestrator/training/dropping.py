@@ -20,10 +20,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +57,11 @@ def drop_layers(decoder: Decoder, kept_layers: Sequence[int]) -> Decoder:
     }
     weights: dict[str, Tensor] = {}
     for name, tensor in decoder.state_dict().items():
-        layer = re.match(r"layers\.(\d+)\.", name)
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is None:
             weights[name] = tensor.clone()
         elif int(layer[1]) in kept_layers:
-            new_name = f"layers.{kept_layers.index(int(layer[1]))}.{name[layer.end() :]}"
+            new_name = f"model.layers.{kept_layers.index(int(layer[1]))}.{name[layer.end() :]}"
             folded = _folded_row(tensor, kept_layers) if name in rows_of_mix else tensor.clone()
             weights[new_name] = folded
     with torch.device("meta"):
@@ -82,10 +81,12 @@ def kept_config(config: ModelConfig, kept_layers: Sequence[int]) -> ModelConfig:
             f"kept layers must be numbers from 0 to {config.num_layers - 1} in ascending order, at "
             f"least one, got {layers}"
         )
-    schedule = config.schedule
-    if schedule is not None:
-        schedule = IterationSchedule(tuple(schedule[layer] for layer in layers))
-    return replace(config, num_layers=len(layers), schedule=schedule)
+    changes: dict[str, Any] = {}
+    for name in ("schedule", "rotary_layers", "sliding_windows"):  # A value for each layer.
+        values = getattr(config, name)
+        if values is not None:
+            changes[name] = tuple(values[layer] for layer in layers)
+    return replace(config, num_layers=len(layers), **changes)
 
 
 def most_important_layers(importance: Sequence[float], count: int) -> tuple[int, ...]:

@@ -57,15 +57,15 @@ def make_objective(
         # The loss is computed within the model's forward pass, where replicas and shards expect it.
         student = partial(model, batch.input_ids, schedule=schedule_at(step))
         if teacher is not None:
-            taught: Loss = student(
+            distilled: Loss = student(
                 return_hidden=config.needs_hidden(step),
-                finish=student_loss(teacher, batch, config=config, step=step),
+                loss_fn=student_loss(teacher, batch, config=config, step=step),
             )
-            return taught
+            return distilled
         if not source_names:
-            return student(finish=partial(batch_cross_entropy, batch=batch)), {}
+            return student(loss_fn=partial(batch_cross_entropy, batch=batch)), {}
         by_source = partial(cross_entropy_by_source, batch=batch, num_sources=len(source_names))
-        loss, losses, shares = student(finish=by_source)
+        loss, losses, shares = student(loss_fn=by_source)
         parts: dict[str, Tensor] = {}
         for name, of_source, share in zip(source_names, losses, shares, strict=True):
             parts |= {LOSS + name: of_source, SHARE + name: share}
@@ -120,13 +120,13 @@ def losses_of(
     yield loss, {**parts, "full_loss": loss}
     for member in members:
         if teacher:
-            taught = make_objective(lambda _: member, teacher, distillation)  # noqa: B023 - used at once
-            loss, parts = taught(model, batch, step)
+            objective_of_member = make_objective(lambda _: member, teacher, distillation)  # noqa: B023 - used at once
+            loss, parts = objective_of_member(model, batch, step)
         else:
             assert full.answer is not None
             own = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
-            finish = member_loss(full.answer, batch, own)
-            loss, parts = model(batch.input_ids, schedule=member, finish=finish)
+            loss_fn = member_loss(full.answer, batch, own)
+            loss, parts = model(batch.input_ids, schedule=member, loss_fn=loss_fn)
         means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
         yield elastic.weight * loss, means
 
@@ -199,8 +199,8 @@ def validation_metrics(
         batch = batch.to(world.device)
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
-            finish = partial(loss_of, batch=batch)
-            found = decoder(batch.input_ids, schedule=schedule, finish=finish)
+            loss_fn = partial(loss_of, batch=batch)
+            found = decoder(batch.input_ids, schedule=schedule, loss_fn=loss_fn)
         if number < len(batches):
             loss, *accuracies = found if isinstance(found, tuple) else (found,)
             sums["loss" + name] += loss.item() * num_targets

@@ -41,7 +41,7 @@ from orchestrator.training.devices import (
     autocast,
     check_precision,
     clip_gradients,
-    compile_fields,
+    compile_layers,
     decoder_to_train,
     load_moments,
     load_teacher,
@@ -210,7 +210,7 @@ class Trainer:
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if world.is_gpu if recipe.compile is None else recipe.compile:
-            compile_fields(self.decoder, self.event)
+            compile_layers(self.decoder, self.event)
         self.optimizer = make_optimizer(self.decoder, recipe)
         hardware = {
             "num_workers": world.size,

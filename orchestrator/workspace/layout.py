@@ -27,8 +27,8 @@ DEFAULT_NAME = "iiet-workspace"
 WORKSPACE_FILE_NAME = "workspace.json"
 """The file in the root of every workspace; it holds the version that wrote the workspace."""
 RECORD_VERSION = 4
-"""Raise it when stored records get other fields; the recipe's version would change what is trained,
-because data and seeds depend on it."""
+"""Raise it when stored records get other fields, or weights other names; the recipe's version would
+change what is trained, because data and seeds depend on it."""
 OWN_VERSION = {"recipe_version": RECIPE_VERSION, "record_version": RECORD_VERSION}
 MAX_NAME_BYTES = 200
 """File systems allow 255; temporary names are a little longer than the name."""

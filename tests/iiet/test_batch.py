@@ -19,7 +19,7 @@ def test_the_targets_of_text_are_the_next_tokens():
         [9, 10, 11, NO_TARGET],
     ]
     assert batch.num_targets == 9
-    assert batch.taught is None
+    assert batch.teacher_mask is None
     assert batch.num_positions == 12, "a teacher has something to teach at the last ones"
 
 
@@ -39,10 +39,10 @@ def test_a_mask_of_text_names_the_tokens_that_are_targets():
 def test_outside_text_only_positions_with_a_target_count():
     targets = TOKENS.masked_fill(~MASK, NO_TARGET)
     batch = Batch(TOKENS, targets)
-    assert torch.equal(batch.taught, MASK)
+    assert torch.equal(batch.teacher_mask, MASK)
     assert (batch.num_targets, batch.num_positions) == (4, 4)
     some = Batch(TOKENS, targets, torch.tensor([[True, True, False, True]] * 3))
-    assert some.taught.tolist() == [
+    assert some.teacher_mask.tolist() == [
         [True, False, False, True],
         [False, True, False, False],
         [False] * 4,

@@ -16,7 +16,7 @@ from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import DistillationConfig
 from iiet.distillation import distillation_loss, frozen_teacher
-from iiet.losses import LazyLogits, batch_cross_entropy
+from iiet.losses import LazyLogits, batch_cross_entropy, cross_entropy
 from orchestrator.training.objective import make_objective, validation_metrics
 from orchestrator.training.world import World
 
@@ -72,7 +72,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "cross-entropy": {"kl_weight": 0.0},
     "forward": {"kl_weight": 0.7, "temperature": 2.0},
     "reverse": {"divergence": "reverse"},
-    "Jensen-Shannon": {"divergence": "jensen_shannon", "temperature": 0.8},
     "hidden": {"kl_weight": 0.7, "hidden_weight": 0.3},
     "hidden alone": {"kl_weight": 0.0, "hidden_weight": 0.3},
 }
@@ -115,22 +114,22 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss):
 
 
 def adapted(decoder: Decoder) -> None:
-    adapter = nn.Sequential(decoder.head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
-    decoder.head = adapter
+    adapter = nn.Sequential(decoder.lm_head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
+    decoder.lm_head = adapter
 
 
 def hooked(decoder: Decoder) -> None:
-    decoder.head.register_forward_hook(lambda *_: None)
+    decoder.lm_head.register_forward_hook(lambda *_: None)
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("change", [adapted, hooked, nn.Module.half])
 def test_a_head_that_must_be_called_gets_whole_logits(change):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), LazyLogits)
+    assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), LazyLogits)
     change(decoder)
-    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), Tensor)
-    chunked = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), Tensor)
+    chunked = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     assert torch.equal(chunked, batch_cross_entropy(decoder(batch.input_ids), batch))
 
 
@@ -139,24 +138,24 @@ def test_second_derivatives_exist_with_plain_formulas():
     decoder, ids = fresh_decoder(), some_batch("text").input_ids
     weights = list(decoder.parameters())
     with plain_formulas():
-        loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+        loss = decoder(ids, loss_fn=partial(next_token_loss, input_ids=ids))
         slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         sum(slope.square().sum() for slope in slopes if slope is not None).backward()
-    assert decoder.embedding.weight.grad is not None
-    loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+    assert decoder.model.embed_tokens.weight.grad is not None
+    loss = decoder(ids, loss_fn=partial(next_token_loss, input_ids=ids))
     with pytest.raises(RuntimeError, match="plain_formulas"):
-        torch.autograd.grad(loss, decoder.norm.weight, create_graph=True)
+        torch.autograd.grad(loss, decoder.model.norm.weight, create_graph=True)
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
 def test_frozen_weights_get_no_gradient(frozen):
     decoder, batch = fresh_decoder(tied=False), some_batch("text")
-    is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
+    is_trained = {"embedding": decoder.model.layers, "all but the head": decoder.lm_head}[frozen]
     decoder.requires_grad_(False)
     is_trained.requires_grad_()
     expected = value_and_gradients(decoder, batch_cross_entropy(decoder(batch.input_ids), batch))
-    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    loss = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     torch.testing.assert_close(value_and_gradients(decoder, loss), expected)
 
 
@@ -171,10 +170,10 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
     decoder = copy.deepcopy(exact).float()
     expected = value_and_gradients(exact, batch_cross_entropy(exact(batch.input_ids), batch))
 
-    def error(finish: Callable[..., Any] | None) -> float:
+    def error(loss_fn: Callable[..., Any] | None) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            answer = decoder(batch.input_ids, finish=finish)
-            loss = answer if finish else batch_cross_entropy(answer, batch)
+            answer = decoder(batch.input_ids, loss_fn=loss_fn)
+            loss = answer if loss_fn else batch_cross_entropy(answer, batch)
         found = value_and_gradients(decoder, loss)
         assert loss.dtype == found[-1].dtype == torch.float32
         return float((found[-1] - expected[-1]).norm() / expected[-1].norm())
@@ -186,4 +185,30 @@ def test_a_batch_of_another_shape_is_refused():
     decoder, batch = fresh_decoder(), some_batch("text")
     other = Batch.of_text(batch.input_ids.T)
     with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):
-        decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=other))
+        decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=other))
+
+
+@torch.no_grad()
+def test_the_loss_of_padded_text_is_that_of_its_tokens():
+    """Padding is on the left; its last position predicts no token."""
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    num_padding = torch.tensor([0, 4, ids.size(1) - 1])
+    mask = torch.arange(ids.size(1)) >= num_padding[:, None]
+    rows = [row[padding:][None] for row, padding in zip(ids, num_padding, strict=True)]
+    counts = [row.size(1) - 1 for row in rows]
+    expected = sum(n * decoder.loss(row) for n, row in zip(counts, rows, strict=True)) / sum(counts)
+    torch.testing.assert_close(decoder.loss(ids, attention_mask=mask.long()), expected)
+
+
+@torch.no_grad()
+def test_the_loss_of_targets_counts_where_there_are_any_and_no_padding():
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    targets = ids.flip(1)
+    targets[:, :3] = NO_TARGET
+    expected = cross_entropy(decoder(ids), targets)
+    torch.testing.assert_close(decoder.loss(ids, targets), expected)
+    mask = torch.ones_like(ids)
+    mask[:, -4:] = 0
+    expected = cross_entropy(decoder(ids)[:, :-4], targets[:, :-4])
+    torch.testing.assert_close(decoder.loss(ids, targets, mask), expected)
+    assert decoder.loss(ids, schedule=0) != decoder.loss(ids)

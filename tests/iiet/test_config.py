@@ -6,7 +6,18 @@ import json
 import pytest
 import torch
 
-from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, preset
+from iiet import (
+    INFLUENCE_METRICS,
+    METHODS,
+    PRESETS,
+    Decoder,
+    IterationSchedule,
+    ModelConfig,
+    preset,
+)
+from iiet.config import ATTENTION_OPTIONS
+from iiet.facts import facts_of, metric_facts_of
+from iiet.weights import config_from_json, config_to_json
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -14,7 +25,7 @@ from iiet import METHODS, PRESETS, Decoder, IterationSchedule, ModelConfig, pres
 def test_every_preset_with_every_method(name, method):
     config = preset(name, method=method)
     assert config.method == method
-    usual = METHODS[method].full_level or (3 if METHODS[method].has_corrections else 0)
+    usual = METHODS[method].facts.full_level or (3 if METHODS[method].facts.has_corrections else 0)
     assert config.corrections == IterationSchedule.uniform(config.num_layers, usual)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -91,11 +102,11 @@ def test_weights_start_as_configured():
             assert abs(parameter.mean().item()) < 1e-3, name
         elif name.endswith("bias"):
             assert not parameter.any(), name
-    assert "head.weight" in dict(decoder.named_parameters())
+    assert "lm_head.weight" in dict(decoder.named_parameters())
 
 
 def test_plain_values_hold_only_options_that_differ_from_the_defaults():
-    options = METHODS["iiet"].Options
+    options = METHODS["iiet"].facts.Options
     damped = preset("tiny", method_options={"damping": 0.5})
     assert damped.method_options == options(damping=0.5)
     assert damped.to_dict()["method_options"] == {"damping": 0.5}
@@ -103,3 +114,92 @@ def test_plain_values_hold_only_options_that_differ_from_the_defaults():
     # A config says what was chosen.
     for usual in (None, options(), options(damping=1.0)):
         assert "method_options" not in preset("tiny", method_options=usual).to_dict()
+
+
+def test_classes_and_tables_state_the_same_facts():
+    for method in METHODS.own:
+        assert METHODS[method].facts == facts_of(method)
+    for metric in INFLUENCE_METRICS.own:
+        assert INFLUENCE_METRICS[metric].facts == metric_facts_of(metric)
+
+
+def test_there_are_as_many_key_and_value_heads_as_query_heads_unless_told():
+    sizes = {**PRESETS["tiny"], "method": "vanilla"}
+    assert ModelConfig(**sizes).num_kv_heads == 4
+    assert ModelConfig(**sizes | {"num_heads": 8}).num_kv_heads == 8
+    values = config_to_json(ModelConfig(**sizes, num_kv_heads=2))
+    assert config_from_json(values).num_kv_heads == 2
+    del values["num_key_value_heads"]
+    assert config_from_json(values).num_kv_heads == 4
+
+
+ATTENTION = {
+    "head_dim": 48,
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "head_norms": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "rotary_layers": [True, True, True, False, True, True],
+    "sliding_windows": [16, None, 16, None, 16, None],
+}
+
+
+def test_options_of_attention_are_kept_and_left_out_at_their_defaults():
+    plain = preset("tiny")
+    assert set(ATTENTION) == {"head_dim", *ATTENTION_OPTIONS}
+    assert not set(ATTENTION) & (set(plain.to_dict()) | set(config_to_json(plain)))
+    defaults = {
+        "head_dim": 32, "qkv_bias": False, "attention_out_bias": False, "head_norms": False,
+        "rope_scaling": None, "rotary_layers": [True] * 6, "sliding_windows": [None] * 6,
+    }  # fmt: skip
+    assert preset("tiny", **defaults) == plain
+    config = preset("tiny", **ATTENTION)
+    assert config.to_dict() == {**plain.to_dict(), **ATTENTION}
+    assert len({plain, config}) == 2, "a config can be the key of a dictionary"
+    for values in (config.to_dict(), json.loads(json.dumps(config.to_dict()))):
+        assert ModelConfig.from_dict(values) == config
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+
+
+def test_a_window_as_long_as_the_context_hides_nothing():
+    config = preset("tiny", sliding_windows=[127, 128, 500, None, 1, 128])
+    assert [config.window_of(layer) for layer in range(6)] == [127, None, None, None, 1, None]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"head_dim": 7}, "head_dim"),
+        ({"qkv_bias": 1}, "qkv_bias"),
+        ({"rotary_layers": [1] * 6}, "rotary_layers"),
+        ({"rotary_layers": [True] * 5}, "rotary_layers"),
+        ({"rotary_layers": True}, "rotary_layers"),
+        ({"sliding_windows": [0] * 6}, "sliding_windows"),
+        ({"sliding_windows": 8}, "sliding_windows"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embed"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_slow"),
+        ({"rope_scaling": {**YARN, "short_factor": [1.0]}}, "short_factor"),
+        (
+            {"rope_scaling": {**ATTENTION["rope_scaling"], "high_freq_factor": 1.0}},
+            "low_freq_factor",
+        ),
+    ],
+)
+def test_options_of_attention_are_checked(changes, name):
+    with pytest.raises(ValueError, match=name):
+        preset("tiny", **changes)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_cases import left_padding, make_model, tokens
 
-from iiet import IterationSchedule, KeyValueCache, generate
+from iiet import IterationSchedule, KeyValueCache
 from iiet.sampling import LogitsNotFinite
 
 PROMPT = tokens(2, 5)
@@ -68,9 +68,9 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
         def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
             return found * math.nan if next(passes) == bad_pass else found
 
-        decoder.norm.register_forward_hook(spoil)
+        decoder.model.norm.register_forward_hook(spoil)
         with pytest.raises(LogitsNotFinite, match="logits are not finite"):
-            generate(decoder, PROMPT, max_new_tokens=20, draft=draft, **settings)
+            decoder.generate(PROMPT, max_new_tokens=20, draft=draft, **settings)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_a_view_serves_fewer_corrections_in_the_same_memory(schedule):
 
 def test_greedy_equals_the_full_forward_token_by_token():
     decoder = decoder_of()
-    ids = generate(decoder, PROMPT, max_new_tokens=9)
+    ids = decoder.generate(PROMPT, max_new_tokens=9)
     assert ids.shape == (2, 14)
     assert torch.equal(ids[:, :5], PROMPT)
     for time in range(5, 14):
@@ -146,24 +146,40 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
 
 def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
     decoder, settings = decoder_of(), {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
-    first = generate(decoder, PROMPT, seed=1, **settings)
+    first = decoder.generate(PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(generate(decoder, PROMPT, seed=1, **settings), first)
+    assert torch.equal(decoder.generate(PROMPT, seed=1, **settings), first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(generate(decoder, PROMPT, seed=2, **settings), first)
-    together = generate(decoder, PROMPT, seed=[7, 8], **settings)
+    assert not torch.equal(decoder.generate(PROMPT, seed=2, **settings), first)
+    together = decoder.generate(PROMPT, seed=[7, 8], **settings)
     for row, seed in enumerate((7, 8)):
-        alone = generate(decoder, PROMPT[row : row + 1], seed=seed, **settings)
+        alone = decoder.generate(PROMPT[row : row + 1], seed=seed, **settings)
         assert torch.equal(together[row], alone[0])
 
 
-def test_stop_tokens_end_rows_and_then_the_batch():
+@pytest.mark.parametrize("draft", [None, "0"])
+def test_without_a_seed_the_generator_of_pytorch_decides(draft):
     decoder = decoder_of()
-    free = generate(decoder, PROMPT, max_new_tokens=10)
+    options = {"max_new_tokens": 12, "temperature": 1.5, "draft": draft}
+    torch.manual_seed(5)
+    first = decoder.generate(PROMPT, **options)
+    second = decoder.generate(PROMPT, **options)
+    torch.manual_seed(5)
+    assert torch.equal(decoder.generate(PROMPT, **options), first)
+    assert torch.equal(decoder.generate(PROMPT, **options), second)
+    assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    decoder.generate(PROMPT, max_new_tokens=12, draft=draft)
+    assert torch.equal(torch.get_rng_state(), state), "the likeliest token needs no noise"
+
+
+def test_end_tokens_end_rows_and_then_the_batch():
+    decoder = decoder_of()
+    free = decoder.generate(PROMPT, max_new_tokens=10)
     stop = [int(free[0, 6]), int(free[1, 8])]
     ends = [next(time for time in range(5, 15) if int(free[row, time]) in stop) for row in range(2)]
-    ended = generate(decoder, PROMPT, max_new_tokens=10, stop_tokens=stop)
+    ended = decoder.generate(PROMPT, max_new_tokens=10, eos_token_id=stop)
     assert ended.size(1) == max(ends) + 1
     for row, end in enumerate(ends):
         assert torch.equal(ended[row, : end + 1], free[row, : end + 1])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from iiet import losses
-from iiet.arithmetic import plain_formulas
 from iiet.batch import Batch
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import AnswerKeeper, distillation_loss, member_loss
+from iiet.fast import plain_formulas
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 
@@ -33,16 +33,16 @@ def member_gradients(
     decoder: Decoder, batch: Batch, schedule: tuple[int, ...], **loss: float
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     keeper = AnswerKeeper(decoder)
-    keeper(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
-    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))
-    value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), finish=finish)
+    keeper(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
+    loss_fn = member_loss(keeper.answer, batch, DistillationConfig(**loss))
+    value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), loss_fn=loss_fn)
     return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
 
 
 def test_the_full_schedule_teaches_itself_nothing(decoder, batch):
     parts, found = member_gradients(decoder, batch, (2, 1), kl_weight=5.0)
     assert parts["kl"] == 0
-    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    loss = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-14)
 

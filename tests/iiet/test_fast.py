@@ -8,10 +8,18 @@ from model_cases import make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas
-from iiet.context import Rope, make_context, rotate
-from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
-from iiet.layers import Attention, FeedForward, RMSNorm
+from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
+from iiet.context import make_context
+from iiet.fast import (
+    add_few_rows_product,
+    can_use_fast_linear,
+    few_rows_product,
+    gated_product,
+    normalize_few_rows,
+    rotate_in_place,
+)
+from iiet.layers import FeedForward, RMSNorm, Rope, rotate
+from iiet.losses import LazyLogits
 
 IDS = tokens(2, 8)
 
@@ -36,70 +44,39 @@ def tables(time, head_dim=4, theta=10.0, dtype=torch.float64):
     return Rope(head_dim, time, theta).at(slice(0, time), torch.device("cpu"), dtype)
 
 
-def test_rms_norm():
-    torch.manual_seed(0)
-
-    def plain(x, weight):
-        return F.rms_norm(x, (6,), weight, 1e-2)
-
-    check_equal(lambda x, weight: rms_norm(x, weight, 1e-2), plain, tensor(2, 3, 6), tensor(6))
-
-
-@pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_project_heads(num_kv_heads):
-    torch.manual_seed(0)
-    attention = Attention(8, 2, num_kv_heads).double()
-    rope = tables(3)
-
-    def joined(heads):
-        return torch.cat(heads, 1)
-
-    def fast(x, weight):
-        return joined(project_heads(x, weight, *rope, 2, num_kv_heads))
-
-    def plain(x, weight):
-        qkv = F.linear(x, weight).unflatten(-1, (-1, 4))
-        turned, values = qkv.split([2 + num_kv_heads, num_kv_heads], 2)
-        return torch.cat([rotate(turned, *rope), values], 2).transpose(1, 2)
-
-    check_equal(fast, plain, tensor(2, 3, 8), attention.qkv.weight)
-
-
 def test_gated_product():
     torch.manual_seed(0)
 
-    def plain(gate_up, down):
-        gate, up = gate_up.chunk(2, -1)
+    def plain(gate, up, down):
         return F.linear(F.silu(gate) * up, down)
 
-    check_equal(gated_product, plain, tensor(2, 3, 12), tensor(4, 6))
+    check_equal(gated_product, plain, tensor(2, 3, 6), tensor(2, 3, 6), tensor(4, 6))
 
 
 def test_rotation_in_half_precision_is_rounded_once():
     torch.manual_seed(0)
     rope = tables(5, dtype=torch.bfloat16)
     assert {table.dtype for table in rope} == {torch.float32}
-    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
-    weight = torch.randn(24, 8, dtype=torch.bfloat16)
-    exact = F.linear(x, weight).unflatten(-1, (-1, 4)).float()[:, :, :4]
-    expected = rotate(exact, *rope).bfloat16()
-    queries, keys, _ = project_heads(x, weight, *rope, 2, 2)
-    assert torch.equal(torch.cat([queries, keys], 1).transpose(1, 2), expected)
-    assert torch.equal(rotate(exact.bfloat16(), *rope), expected)
+    heads = torch.randn(2, 5, 3, 4, dtype=torch.bfloat16)
+    assert torch.equal(rotate(heads, *rope), rotate(heads.float(), *rope).bfloat16())
 
 
-@pytest.mark.parametrize("is_intel", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
-@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (8, 3)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
 @torch.no_grad()
-def test_product_of_few_rows(rows, shape, is_intel, monkeypatch):
-    monkeypatch.setattr(fast, "_is_intel", lambda: is_intel)
-    monkeypatch.setattr(fast, "_NUMBERS_IN_SECOND_CACHE", 21)
-    linear = nn.Linear(shape[1], shape[0], bias=False).double()
-    x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
+def test_products_sums_norms_and_rotations_of_few_rows(rows):
+    linear, norm = nn.Linear(7, 3, bias=False).double(), RMSNorm(7, eps=1e-2).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(rows, 1, 7, dtype=torch.float64)
+    base = torch.randn(rows, 1, 3, dtype=torch.float64)
     product = few_rows_product(x, linear, rows)
-    torch.testing.assert_close(product.view(rows, 1, -1), linear(x))
     assert product.is_contiguous()
+    torch.testing.assert_close(product.view(rows, 1, -1), linear(x))
+    torch.testing.assert_close(add_few_rows_product(base, x, linear, rows), base + linear(x))
+    torch.testing.assert_close(normalize_few_rows(x, norm).view_as(x), norm(x))
+    heads = torch.randn(rows, 2, 1, 4, dtype=torch.float64)
+    expected = rotate(heads, *tables(1))
+    rotate_in_place(heads, *tables(1))
+    torch.testing.assert_close(heads, expected)
 
 
 def everything(decoder):
@@ -114,10 +91,25 @@ def everything(decoder):
     return {"logits": logits.detach(), "steps": torch.cat(steps, 1), **gradients}
 
 
+def noting(form, calls):
+    """Return a form that adds its name to a list at each call."""
+
+    def noted(*args):
+        calls.append(form.__name__)
+        return form(*args)
+
+    return noted
+
+
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
+    calls = []
+    for form in (gated_product, add_few_rows_product):
+        monkeypatch.setattr(f"iiet.layers.{form.__name__}", noting(form, calls))
     decoder = make_model(method)
     found = everything(decoder)
+    assert {form.__name__ for form in (gated_product, add_few_rows_product)} == set(calls)
+    calls.clear()
     with plain_formulas():
         plain = everything(decoder)
     monkeypatch.setattr(fast, "ENABLED", False)
@@ -125,7 +117,18 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     for name, value in found.items():
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
-    assert any(not torch.equal(off[name], value) for name, value in found.items())
+    assert not calls
+
+
+def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
+    """Also those of a decoder that was made before."""
+    decoder = make_model()
+    monkeypatch.setattr(fast, "ENABLED", False)
+    for form in ("layers.gated_product", "layers.few_rows_product", "decoder.few_rows_product"):
+        monkeypatch.setattr(f"iiet.{form}", None)
+    everything(decoder)
+    for model in (decoder, make_model()):
+        assert isinstance(model(IDS, loss_fn=lambda logits: logits), LazyLogits)
 
 
 class Wrapped(torch.Tensor):
@@ -161,11 +164,9 @@ def test_global_hooks_turn_them_off():
 @pytest.mark.parametrize("method", ["vanilla", "iiet"])
 def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """They have no values; a cached one would make every later run of the process fail."""
-    fast._constants.clear()
     used, unused = make_model(method, dtype=torch.float32), make_model(method, dtype=torch.float32)
     with torch.set_grad_enabled(with_gradients):
         expected = used(IDS)
-        fast._constants.clear()
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert type(unused(IDS)) is not torch.Tensor
             loss = next_token_loss(used(IDS), IDS)
@@ -182,10 +183,11 @@ def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
 
 def test_plain_modules_are_their_formulas():
     torch.manual_seed(0)
-    network, norm = FeedForward(4, 6).double(), RMSNorm(4, eps=1e-2).double()
+    config = preset("tiny", dim=4, num_heads=2, num_kv_heads=2, ffn_dim=6)
+    network, norm = FeedForward(config).double(), RMSNorm(4, eps=1e-2).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    gate, up = network.gate_up.weight.chunk(2)
-    expected = (F.silu(x @ gate.T) * (x @ up.T)) @ network.down.weight.T
+    gate, up = x @ network.gate_proj.weight.T, x @ network.up_proj.weight.T
+    expected = (F.silu(gate) * up) @ network.down_proj.weight.T
     root = ((x * x).mean(-1, keepdim=True) + 1e-2).sqrt()
     for _ in range(2):
         torch.testing.assert_close(network(x), expected)
@@ -197,11 +199,12 @@ def test_plain_modules_are_their_formulas():
 
 def test_the_last_sum_of_a_field_is_not_rounded():
     decoder = make_model(dtype=torch.float32)
-    field, x, seen = decoder.fields[0], torch.randn(2, 8, 16), {}
-    field.feed_forward_norm.register_forward_hook(lambda _, given, __: seen.update(u=given[0]))
-    field.feed_forward.register_forward_hook(lambda _, __, found: seen.update(change=found))
+    layer, x, seen = decoder.model.layers[0], torch.randn(2, 8, 16), {}
+    norm = layer.post_attention_layernorm
+    norm.register_forward_hook(lambda _, inputs, __: seen.update(u=inputs[0]))
+    layer.mlp.register_forward_hook(lambda _, __, output: seen.update(change=output))
     with torch.autocast("cpu", torch.bfloat16):
-        found = field(x, make_context(x, decoder.rope))
+        found = layer.field(x, make_context(x, decoder.rope))
     assert seen["change"].dtype == torch.bfloat16
     assert torch.equal(found, seen["u"] + seen["change"].float())
 

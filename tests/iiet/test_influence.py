@@ -16,13 +16,12 @@ from model_cases import make_model, tokens
 from safetensors.torch import load_file
 
 from iiet import INFLUENCE_METRICS
-from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionError
-from iiet.influence import influence_table
-from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric
+from iiet.fast import plain_formulas
+from iiet.influence import BatchInfluence, Comparison, InfluenceMetric, influence_table
 from iiet.losses import next_token_loss
 from iiet.pruning import InfluenceTable, schedule_family
 from iiet.published import decoder_from_published
@@ -104,7 +103,7 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
 def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
     decoder, ids = decoder_of(), tokens(2, 8)
     _, hidden = decoder(ids, return_hidden=True)
-    states = [decoder.embedding(ids), *hidden]
+    states = [decoder.model.embed_tokens(ids), *hidden]
     if metric == "loss":  # Only positions with a target count.
         states = [state[:, :-1] for state in states]
     expected = [
@@ -232,7 +231,8 @@ def test_residuals_are_those_of_the_estimates():
     decoder, ids = decoder_of(), tokens(2, 8)
     outputs, table = decoder.evaluations(ids), influence_table(decoder, ids)
     assert table.residual_rows == influence_table(decoder, ids, metric="relative").residual_rows
-    for number, (layer, row) in enumerate(zip(decoder.layers, table.residual_rows, strict=True)):
+    layers = decoder.model.layers
+    for number, (layer, row) in enumerate(zip(layers, table.residual_rows, strict=True)):
         estimate, expected = layer.prediction_norm(outputs[number, 0]), []
         for k in range(1, len(row) + 1):
             after = layer.correction_norm(outputs[number, k])
@@ -265,7 +265,7 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
     left = {}
     for layer, level in enumerate(full):
         for lower in range(level + 1):
-            hook = decoder.layers[layer].register_forward_hook(
+            hook = decoder.model.layers[layer].register_forward_hook(
                 lambda *args, place=(layer, lower): left.update({place: args[-1].state})
             )
             with plain_formulas():

@@ -6,6 +6,7 @@ are small. That an exported model equals the core is in `test_modeling.py`.
 
 import copy
 import math
+from functools import partial
 from itertools import accumulate, pairwise
 
 import pytest
@@ -23,9 +24,10 @@ from model_cases import (
     tokens,
 )
 
-from iiet import METHODS, Decoder, IterationSchedule, generate, next_token_loss, plain_formulas
+from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
+from iiet.losses import batch_cross_entropy
 
 TIME = 9
 NEAR = {"rtol": 0, "atol": 1e-9}
@@ -85,8 +87,8 @@ def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
 def test_save_and_load(method, tmp_path):
     options = {"damping": 0.5, "learn_damping": True} if method == "iiet" else None
     decoder = make_model(method, method_options=options, dtype=torch.float32)
-    decoder.save(tmp_path)
-    again = Decoder.load(tmp_path)
+    decoder.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
     assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
     found, expected = again.state_dict(), decoder.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -97,13 +99,13 @@ def test_save_and_load(method, tmp_path):
 @of_every_method(paddings(), st.sampled_from(["0", "1", "3"]), st.integers(1, 4), max_examples=4)
 def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, draft_tokens):
     """Greedy and sampled; under cheaper and costlier drafts."""
-    if (most := decoder.method.full_level) is not None:
+    if (most := decoder.method.facts.full_level) is not None:
         schedule = str(min(most, int(schedule)))
-    drafted = {"draft": schedule if decoder.method.has_corrections else "auto"}
+    drafted = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
-        expected = generate(decoder, tokens(2, TIME), **options)
-        found = generate(decoder, tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
+        expected = decoder.generate(tokens(2, TIME), **options)
+        found = decoder.generate(tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
         assert torch.equal(found, expected)
 
 
@@ -111,9 +113,13 @@ def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, dra
 def test_parts_of_a_batch_add_up_and_rows_are_independent(decoder, mask):
     ids = tokens(3, TIME)
     batch = Batch.of_text(ids, mask)
-    whole = gradients(decoder, decoder.loss(batch))
+
+    def loss(part):
+        return decoder(part.input_ids, loss_fn=partial(batch_cross_entropy, batch=part))
+
+    whole = gradients(decoder, loss(batch))
     counted = batch.counted_as(batch.num_targets, batch.num_positions)
-    parts = sum(len(part) / 3 * decoder.loss(part) for part in counted.split(2))
+    parts = sum(len(part) / 3 * loss(part) for part in counted.split(2))
     assert_same(gradients(decoder, parts), whole, rtol=1e-8, atol=1e-10)
     with torch.no_grad():
         together = decoder(ids, attention_mask=mask)
@@ -174,7 +180,7 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
     used = {name: gradient for name, gradient in found.items() if gradient is not None}
     of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection", "shared.norms.1")
     for name in found.keys() - used.keys():
-        assert decoder.method.has_corrections, name
+        assert decoder.method.facts.has_corrections, name
         assert any(part in name for part in of_corrections), name
     torch.manual_seed(2)
     direction = {name: torch.randn_like(gradient) for name, gradient in used.items()}
@@ -195,14 +201,14 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
     places = [(layer, k) for layer, count in enumerate(claimed) for k in range(count)]
     outputs, inputs = decoder.evaluations(ids), decoder.evaluations(ids, inputs=True)
     assert sorted(outputs) == sorted(inputs) == places
-    torch.testing.assert_close(inputs[0, 0], decoder.embedding(ids))
+    torch.testing.assert_close(inputs[0, 0], decoder.model.embed_tokens(ids))
     logits, hidden = decoder(ids, return_hidden=True)
     assert len(hidden) == decoder.config.num_layers
     torch.testing.assert_close(decoder.logits(hidden[-1]), logits)
     torch.testing.assert_close(decoder(ids, last_only=True), logits[:, -1:])
     calls = []
-    for field in decoder.fields:
-        field.register_forward_hook(lambda *_: calls.append(None))
+    for layer in decoder.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(None))
     decoder(ids)
     assert len(calls) == sum(claimed)
 
@@ -210,7 +216,7 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
 @of_every_method()
 def test_a_schedule_of_a_call_is_that_of_a_twin_with_the_same_weights(decoder):
     ids, other = tokens(2, TIME), cheaper(decoder)
-    if not decoder.method.has_corrections:
+    if not decoder.method.facts.has_corrections:
         with pytest.raises(ValueError, match="makes no corrections"):
             decoder(ids, schedule=IterationSchedule.uniform(decoder.config.num_layers, 3))
         return
@@ -254,10 +260,13 @@ def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decode
     own = iiet.method_parameters()
     vanilla.load_state_dict({n: w for n, w in iiet.state_dict().items() if n not in own})
     with torch.no_grad():
-        for layer, plain in zip(iiet.layers, vanilla.layers, strict=True):
+        for layer, plain in zip(iiet.model.layers, vanilla.model.layers, strict=True):
             layer.mix.outer.zero_()[-1] = 1.0
-            norm = layer.prediction_norm
-            plain.field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
+            plain.register_forward_hook(
+                lambda _layer, _inputs, result, norm=layer.prediction_norm: result._replace(
+                    hidden=norm(result.hidden)
+                )
+            )
         torch.testing.assert_close(iiet(tokens(2, TIME)), vanilla(tokens(2, TIME)), **NEAR)
 
 
@@ -269,7 +278,7 @@ def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights
     deep.load_state_dict(
         {name: w for name, w in looped.state_dict().items() if "layers" not in name}, strict=False
     )
-    deep.layers = torch.nn.ModuleList([*looped.layers] * (1 + r))
+    deep.model.layers = torch.nn.ModuleList([*looped.model.layers] * (1 + r))
     logits, hidden = looped(tokens(2, TIME), return_hidden=True)
     expected, deep_hidden = deep(tokens(2, TIME), return_hidden=True)
     assert torch.equal(logits, expected)
@@ -285,15 +294,12 @@ def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights
 def test_order_of_convergence(method, order, z):
     """Halving the step of `x' = z x` divides the error of one step by `2^(order + 1)`."""
 
-    class Linear(torch.nn.Module):
-        def forward(self, x, context, slot):
-            return x + self.z * x
-
     decoder = make_model(method, (0,))
-    decoder.layers[0].field = field = Linear()
+    (layer,) = decoder.model.layers
     errors = []
-    for field.z in (2 * z, z):
+    for step in (2 * z, z):
+        layer.field = lambda x, _context, _slot, step=step: x + step * x
         ones = torch.ones(1, 1, decoder.config.dim, dtype=torch.float64)
         (hidden,) = decoder.hidden_states(ones)
-        errors.append(abs(hidden[0, 0, 0].item() - math.exp(field.z)))
+        errors.append(abs(hidden[0, 0, 0].item() - math.exp(step)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.05)

@@ -15,7 +15,7 @@ from iiet import losses
 from iiet.batch import NO_TARGET, Batch
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence
 
-KINDS = ("forward", "reverse", "jensen_shannon")
+KINDS = ("forward", "reverse")
 
 
 def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
@@ -29,12 +29,7 @@ def divergence_of(p, q, kind):
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
 
-    if kind == "forward":
-        return kl(p, q)
-    if kind == "reverse":
-        return kl(q, p)
-    middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return (kl(p, middle) + kl(q, middle)) / 2
+    return kl(p, q) if kind == "forward" else kl(q, p)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,8 +74,6 @@ def test_never_negative_however_close(kind, seed, scale, temperature):
     student = teacher + random_logits(1, 4, 33, seed=seed + 1, scale=scale, dtype=torch.float32)
     loss = kl_divergence(teacher, student, temperature=temperature, kind=kind).item()
     assert loss >= 0
-    if kind == "jensen_shannon":
-        assert loss <= temperature**2 * math.log(2) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,7 +141,7 @@ def test_no_loss_waits_for_the_device(count):
         options = {"mask": mask, "count": count}
         batch = Batch.of_text(tokens, mask)
         for loss in (
-            cross_entropy(logits, batch.targets, mask=batch.taught, count=count),
+            cross_entropy(logits, batch.targets, mask=batch.teacher_mask, count=count),
             kl_divergence(torch.empty_like(logits), logits, **options),
             hidden_state_error([torch.empty_like(logits)], [logits], **options),
         ):

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from iiet.facts import MethodFacts
 from iiet.methods import Advance, Layer
 
 
@@ -42,18 +43,15 @@ class RelaxedOptions:
 class RelaxedEuler(Layer):
     """h_l = h + gain * step * (F(h) - h), twice."""
 
-    Options = RelaxedOptions
-    modeling_file = "modeling_relaxed.py"
+    facts = MethodFacts(
+        Options=RelaxedOptions, modeling_file="modeling_relaxed.py", num_evaluations=2
+    )
 
-    def build(self, dim, layer_norm_eps):
+    def build(self, config):
         self.gain = nn.Parameter(torch.ones(1))
 
     def reset_parameters(self):
         nn.init.ones_(self.gain)
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule, layer):
-        return 2
 
     def advance(self, evaluate, hidden, state, *, num_corrections, shared):
         for _ in range(2):
@@ -98,7 +96,7 @@ from transformers import AutoModelForCausalLM
 expected = load_file(sys.argv[1] + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 difference = (model(expected["ids"]).logits - expected["logits"]).abs().max().item()
-print(json.dumps([type(model.layers[0]).__name__, difference]))
+print(json.dumps([type(model.model.layers[0]).__name__, difference]))
 """
 
 

@@ -1,13 +1,12 @@
-"""The mix: starting rows, the forms of its sums, gradients, and what is kept for the backward."""
+"""The mix: starting rows, how often its sums are computed, precision, and what is kept for the
+backward pass. That they equal the formulas is tested in `test_plain_formulas.py`."""
 
 import pytest
 import torch
 from live_tensors import SeenOperations
 
-from iiet import Decoder, next_token_loss, plain_formulas, preset
-from iiet.mix import FusedHistory, Mix, _inner_products, start
-
-SHAPE = (2, 3, 4)
+from iiet import Decoder, next_token_loss, preset
+from iiet.mix import Mix
 
 
 def test_starting_rows_are_means():
@@ -17,68 +16,31 @@ def test_starting_rows_are_means():
             assert row.tolist() == pytest.approx([1 / (layer + 2)] * (layer + 2))
 
 
-def run(tensors, num_layers=4, *, corrections=(2, 0, 1, 2)):
-    """Everything that layers ask of a history, with fields that one can write down."""
-    embeddings, rows = tensors[0], tensors[1:]
-    history, outputs = start(embeddings, num_layers), []
-    hidden = embeddings
-    for layer in range(num_layers):
-        mix = Mix(layer).double()
-        del mix.inner, mix.outer
-        mix.inner, mix.outer = rows[2 * layer : 2 * layer + 2]
-        layer_mix = mix(history, dtype=torch.float64, corrects=corrections[layer] > 0)
-        estimate = hidden.sin()
-        for _ in range(corrections[layer]):
-            estimate = layer_mix.point(estimate).cos()
-        hidden, history = layer_mix.leave(estimate)
-        outputs.append(hidden)
-    return torch.stack(outputs)
-
-
-def inputs(num_layers=4):
+@pytest.mark.parametrize("num_estimates", range(1, 9))
+def test_sums_are_those_of_all_estimates(num_estimates):
     torch.manual_seed(0)
-    sizes = [SHAPE, *((layer + 2,) for layer in range(num_layers) for _ in "AC")]
-    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    mix = Mix(num_estimates - 1).double()
+    for row in (mix.inner, mix.outer):
+        torch.nn.init.normal_(row)
+    *estimates, own = torch.randn(num_estimates + 1, 1, 2, 3, dtype=torch.float64)
+    for row, total in zip((mix.inner, mix.outer), mix.sums(estimates, corrects=True), strict=True):
+        expected = torch.tensordot(row, torch.stack([*estimates, own]), dims=1)
+        torch.testing.assert_close(total.plus(own, torch.float64), expected)
 
 
-@torch.inference_mode()
-def test_a_layer_without_corrections_adds_few_operations_to_a_vanilla_step():
-    """A norm, a copy into the stack, a product with the row of C and two views, at each layer."""
-    counts = {}
-    for method, options in (("vanilla", {}), ("iiet", {"schedule": 0})):
-        decoder = Decoder(preset("tiny", method=method, num_layers=6, **options)).eval()
-        cache = decoder.new_cache(batch_size=1, max_tokens=4)
-        decoder(torch.ones(1, 3, dtype=torch.long), cache=cache)
-        with SeenOperations() as seen:
-            decoder(torch.ones(1, 1, dtype=torch.long), cache=cache, last_only=True)
-        counts[method] = len(seen.names)
-    assert counts["iiet"] - counts["vanilla"] <= 6 * 5 + 6
-
-
-@pytest.mark.parametrize("used", [slice(None), slice(-1, None), slice(0, 1), slice(1, 3)])
-def test_both_forms_give_the_same_gradients_and_twice_the_same(used):
-    """Also where the loss reads only some layers, so that others get no gradient. The gradient
-    buffer is made anew in each pass, though layers add to it in place."""
-    fused, plain = inputs(), inputs()
-    loss = run(fused)[used].sin().sum()
-    first = torch.autograd.grad(loss, fused, retain_graph=True, allow_unused=True)
-    loss.backward()
-    for one, other in zip(fused, first, strict=True):
-        torch.testing.assert_close(one.grad, other, rtol=0, atol=0)
-    with plain_formulas():
-        run(plain)[used].sin().sum().backward()
-    for one, other in zip(fused, plain, strict=True):
-        if one.grad is None or other.grad is None:  # Zero in the other, if it is there.
-            assert not any(t.grad is not None and t.grad.any() for t in (one, other))
-        else:
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
-
-
-def test_the_plain_form_is_differentiable_twice():
-    with plain_formulas():
-        assert torch.autograd.gradgradcheck(
-            lambda *tensors: run(tensors, 2, corrections=(1, 0)), inputs(2)
-        )
+@torch.no_grad()
+@pytest.mark.parametrize("num_corrections", [0, 1, 3])
+def test_sums_over_earlier_estimates_are_computed_once_per_layer(num_corrections):
+    """Each further correction adds one term; a layer without corrections computes no points."""
+    decoder = Decoder(preset("tiny", num_layers=4, schedule=num_corrections))
+    for layer in decoder.model.layers:
+        layer.field = lambda x, _context, _slot: x  # A field that makes no operations.
+    with SeenOperations() as seen:
+        for _ in decoder.hidden_states(torch.randn(1, 2, 128)):
+            pass
+    num_rows = 2 if num_corrections else 1
+    # The first layer's sum has one earlier term, to which nothing is added; the last's has four.
+    assert seen.names.count("addcmul") == num_rows * (0 + 1 + 2 + 3) + 4 * (num_corrections + 1)
 
 
 def bytes_kept(forward):
@@ -136,20 +98,13 @@ def test_in_half_precision_rows_norms_and_sums_stay_float32(method):
 
 
 def test_sums_are_exact_under_autocast():
-    """Rows that differ in the ninth bit are different in float32 and the same in bfloat16."""
-    history = FusedHistory.started(torch.ones(1, 1, 4), 1)
-    rows = torch.tensor([[1.0], [1.0 + 2.0**-9]], requires_grad=True)
+    """Weights that differ in the ninth bit are different in float32 and the same in bfloat16."""
+    mix = Mix(1)
+    mix.outer.data = torch.tensor([1.0, 1.0 + 2.0**-9, 1.0])
+    estimates = [torch.full((1, 1, 4), 1.0), torch.full((1, 1, 4), -1.0)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, (one, more) = history.sums(rows)
-        (more - one).sum().backward()
-    assert (more - one).unique().item() == 2.0**-9
-    assert rows.grad.tolist() == [[-4.0], [4.0]]
-
-
-def test_products_in_blocks_of_tokens_are_the_whole_ones():
-    """A GPU sums the gradient of the rows so."""
-    grads, estimates = torch.randn(2, 3, 8, 5).double(), torch.randn(7, 3, 8, 5).double()
-    whole = _inner_products(grads, estimates)
-    torch.testing.assert_close(whole, torch.einsum("rbtd,kbtd->rk", grads, estimates))
-    for num_blocks in (2, 8, 24):
-        torch.testing.assert_close(_inner_products(grads, estimates, num_blocks), whole)
+        _, hidden_sum = mix.sums(estimates, corrects=False)
+        hidden = hidden_sum.plus(torch.zeros(1, 1, 4), torch.float32)
+        hidden.sum().backward()
+    assert hidden.unique().item() == -(2.0**-9)
+    assert mix.outer.grad.tolist() == [4.0, -4.0, 0.0]

@@ -24,7 +24,7 @@ import iiet
 from iiet.decoder import Decoder
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.published import decoder_from_published, published_from_decoder
+from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
 END = "<|endoftext|>"
@@ -53,7 +53,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
     found = model(ids, position_ids=packed, output_hidden_states=True)
     logits, hidden = decoder(ids, position_ids=packed, return_hidden=True)
     torch.testing.assert_close(found.logits, logits, **near)
-    expected = (decoder.embedding(ids), *hidden[:-1], decoder.norm(hidden[-1]))
+    expected = (decoder.model.embed_tokens(ids), *hidden[:-1], decoder.model.norm(hidden[-1]))
     torch.testing.assert_close(found.hidden_states, expected, **near)
 
     gradients = []
@@ -83,12 +83,10 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
     model.eval()
     cached = generated(model, ids, mask, use_cache=True)
     with torch.no_grad():
-        assert torch.equal(
-            cached, iiet.generate(decoder, ids, attention_mask=mask, max_new_tokens=10)
-        )
+        assert torch.equal(cached, decoder.generate(ids, attention_mask=mask, max_new_tokens=10))
     if cheaper(decoder):
-        draft = model.with_schedule("0")
-        assert draft.embedding is model.embedding
+        draft = model.with_schedule(0)
+        assert draft.model.embed_tokens is model.model.embed_tokens
         assert draft.config is not model.config
         plain = model.generate(ids[:1])
         assert torch.equal(model.generate(ids[:1], assistant_model=draft), plain)
@@ -101,7 +99,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
     decoder, ids = make_model(method, dtype=torch.float32), tokens(1, 4)
-    decoder.save(tmp_path)
+    decoder.save_pretrained(tmp_path)
     moved = transformers_model(decoder).to(dtype)  # Also registers the class.
     loaded, half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), decoder.to(dtype)
     for model in (loaded, moved):
@@ -125,13 +123,37 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
     whole = torch.cat([model(part, cache=cache).logits for part in parts], 1)
     torch.testing.assert_close(whole, decoder(ids), rtol=1e-11, atol=1e-11)
     assert len(cache.layers) == 3 + 2 + 0 + 3
-    student = model.with_schedule("0,5,0")  # It makes as many evaluations.
+    student = model.with_schedule((0, 5, 0))  # It makes as many evaluations.
     with pytest.raises(ValueError, match="filled by another model or iteration schedule"):
         student(ids[:, :1], cache=cache)
     cache.reset()
     torch.testing.assert_close(student(ids, cache=cache).logits, student(ids).logits)
     with pytest.raises(ValueError, match="49 tokens do not fit the context of 48"):
         model(tokens(1, 49))
+
+
+@torch.no_grad()
+def test_other_attention_than_sdpa_and_attention_weights_are_refused(tmp_path):
+    """They were ignored in silence, and the caller got the numbers of sdpa."""
+    decoder, ids = make_model(dtype=torch.float32), tokens(1, 5)
+    model = transformers_model(decoder)
+    decoder.save_pretrained(tmp_path)
+    for options in ({"attn_implementation": "eager"}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert torch.equal(loaded(ids, output_attentions=False).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=1)
+    for other in ("eager", "flash_attention_2", {"": "eager"}):
+        with pytest.raises(ValueError, match="attn_implementation"):
+            model.set_attn_implementation(other)
+    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="attn_implementation"):
+        model(ids)
 
 
 MODES = {
@@ -166,8 +188,9 @@ def test_a_llama_and_its_copies_answer_alike(tied):
     decoder = decoder_from_published(config.to_dict(), llama.state_dict())
     ours = decoder.config
     assert (ours.rope_theta, ours.context_length, ours.tie_embeddings) == (777.0, 64, tied)
-    back = published_from_decoder(decoder)
-    assert all(torch.equal(back[name], llama.state_dict()[name]) for name in back)
+    weights = llama.state_dict()
+    assert weights.keys() - decoder.state_dict() <= {"lm_head.weight"}, "only a tied head"
+    assert all(torch.equal(weights[name], value) for name, value in decoder.state_dict().items())
     copied = transformers_model(decoder)
     embeddings = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
     for arguments in (
@@ -188,17 +211,22 @@ def test_a_llama_and_its_copies_answer_alike(tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     decoder, ids = make_model(tie_embeddings=tied, dtype=torch.float32), tokens(2, 9) % 10
-    decoder.save(tmp_path / "first")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections="1,0*2")
+    decoder.save_pretrained(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
     assert torch.equal(model(ids).logits, model.with_schedule((1, 0, 0))(ids).logits)
     torch.testing.assert_close(
         model(ids).logits, decoder(ids, schedule=IterationSchedule((1, 0, 0)))
     )
+    for wrong in ((1, 0), (1, 0, -1), "1,0,0", 0.5):
+        with pytest.raises(ValueError, match="corrections must be"):
+            model.with_schedule(wrong)
     before = model(ids).logits
     model.resize_token_embeddings(20, mean_resizing=False)
     torch.testing.assert_close(model(ids).logits, before[..., :20])
     model.save_pretrained(tmp_path / "second")
-    again = Decoder.load(tmp_path / "second")  # The decoder reads what transformers wrote.
+    again = Decoder.from_pretrained(
+        tmp_path / "second"
+    )  # The decoder reads what transformers wrote.
     assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
     torch.testing.assert_close(again(ids), model(ids).logits)
 
@@ -232,7 +260,7 @@ with torch.no_grad():
     again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
     options = dict(max_new_tokens=9, do_sample=False, min_new_tokens=9)
     cached = model.generate(ids[:1], **options)
-    drafted = model.generate(ids[:1], assistant_model=model.with_schedule("0"), **options)
+    drafted = model.generate(ids[:1], assistant_model=model.with_schedule(0), **options)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 lm = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", logits_cache=False)
 request = Instance(
@@ -285,9 +313,7 @@ def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
         pass
 
     monkeypatch.setitem(METHODS.own, "local", Local)
-    with pytest.raises(
-        ValueError, match=r"'local' of another package .* does not set modeling_file"
-    ):
+    with pytest.raises(ValueError, match=r"'local' of another package .* have no modeling_file"):
         export(make_model("local"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)

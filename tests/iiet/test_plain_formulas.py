@@ -1,4 +1,4 @@
-"""The decoder equals the formulas, written out plainly over the published names in float64.
+"""The decoder equals the formulas, written out plainly in float64.
 
 No fused products, no prefix sums, no cache, no shared code: complex numbers rotate the heads, a
 loop over query heads picks the key/value head. It covers what the stored reference cases do not:
@@ -10,12 +10,12 @@ import math
 
 import pytest
 import torch
-from model_cases import make_model, published_gradients, tokens
+from model_cases import make_model, tokens
 from torch.nn.functional import layer_norm, softmax
 
-from iiet import next_token_loss, published_from_decoder
+from iiet import next_token_loss
 
-PUBLISHED = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
+METHODS = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
 
 
 class PlainModel:
@@ -67,33 +67,34 @@ class PlainModel:
         return evaluate
 
     def predictor(self, field, h, layer):
-        a = self.w["model.alpha"]
+        a = self.w["model.shared.alpha"]
         if self.config.method == "pcformer":
-            k1 = self.ln(field(h), "model.RK_norm.0")
+            k1 = self.ln(field(h), "model.shared.norms.0")
             if self.config.schedule[layer] < 2:
                 return h + a * k1
-            k2 = self.ln(field(h + k1), "model.RK_norm.1")
+            k2 = self.ln(field(h + k1), "model.shared.norms.1")
             return h + a * (1 - a) * k1 + a * k2
-        k1 = self.ln(field(h), "model.RK_norm.0")
-        k2 = self.ln(field(h + k1 / 2), "model.RK_norm.1")
-        k3 = self.ln(field(h + k2 / 2), "model.RK_norm.2")
-        k4 = self.ln(field(h + k3), "model.RK_norm.3")
+        k1 = self.ln(field(h), "model.shared.norms.0")
+        k2 = self.ln(field(h + k1 / 2), "model.shared.norms.1")
+        k3 = self.ln(field(h + k2 / 2), "model.shared.norms.2")
+        k4 = self.ln(field(h + k3), "model.shared.norms.3")
         return h + a * (1 - a) ** 3 * k1 + a * (1 - a) ** 2 * k2 + a * (1 - a) * k3 + a * k4
 
     def multistep(self, layer, field, h, s):
-        a, c = self.w["model.history.weight"], self.w["model.history.weight_c"]
-        row, method = layer + 1, self.config.method
+        base, method = f"model.layers.{layer}", self.config.method
+        *a, a_last = self.w[f"{base}.mix.inner"]
+        c = self.w[f"{base}.mix.outer"]
         if method == "iiet":
             guess, count = field(h), self.config.schedule[layer]
         else:
             guess = self.predictor(field, h, layer)
             count = 0 if self.config.corrections[layer] == 0 and method == "pcformer" else 1
-        e = self.ln(guess, f"model.history.rouge_predictions_norm.{layer}")
+        e = self.ln(guess, f"{base}.prediction_norm")
         for _ in range(count):
-            x = sum(a[row, k] * s[k] for k in range(row)) + a[row, row] * e
-            e = self.ln(field(x), f"model.history.layer_norms.{layer}")
+            x = sum(a[k] * s[k] for k in range(len(a))) + a_last * e
+            e = self.ln(field(x), f"{base}.correction_norm")
         s.append(e)
-        return sum(c[row, k] * s[k] for k in range(row + 1))
+        return sum(c[k] * s[k] for k in range(len(c)))
 
     def __call__(self, input_ids):
         h = self.w["model.embed_tokens.weight"][input_ids]
@@ -108,25 +109,23 @@ class PlainModel:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("method", "corrections"),
-    [*((method, (2, 0, 3)) for method in PUBLISHED), ("pcformer", (1, 2, 0))],
+    [*((method, (2, 0, 3)) for method in METHODS), ("pcformer", (1, 2, 0))],
 )
 def test_logits_and_gradients_equal_the_formulas(method, corrections, tied):
     decoder = make_model(method, corrections, tie_embeddings=tied, rope_theta=500.0)
     with torch.no_grad():  # Norms, too, are far from their starting point.
         for parameter in decoder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    weights = {
-        name: value.requires_grad_() for name, value in published_from_decoder(decoder).items()
-    }
+    weights = {name: value.clone().requires_grad_() for name, value in decoder.state_dict().items()}
     input_ids = tokens(2, 9)
     plain = PlainModel(decoder.config, weights)(input_ids)
     logits = decoder(input_ids)
     torch.testing.assert_close(logits, plain, rtol=1e-10, atol=1e-10)
     next_token_loss(plain, input_ids).backward()
     next_token_loss(logits, input_ids).backward()
-    gradients = published_gradients(decoder)
-    for name, weight in weights.items():
-        if weight.grad is None:
-            assert name not in gradients
+    for name, parameter in decoder.named_parameters():
+        expected = weights[name].grad
+        if expected is None:
+            assert parameter.grad is None, name
         else:
-            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-7, atol=1e-8)
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=1e-8)

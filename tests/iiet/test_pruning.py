@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet.pruning import (
+    InfluenceTable,
     knapsack,
     num_evaluations,
     schedule_at_threshold,
@@ -79,15 +80,15 @@ def test_spread_is_even_where_the_family_allows():
 
 
 @given(influences, st.integers(0, 25))
-def test_within_cost_takes_the_most_expensive_member_that_fits(influence, max_evaluations):
+def test_within_takes_the_most_expensive_member_that_fits(influence, max_evaluations):
     family = schedule_family(influence)
     fitting = [m for m in family if m.schedule.num_evaluations <= max_evaluations]
     if fitting:
         best = max(fitting, key=lambda member: member.schedule.num_evaluations)
-        assert family.within(max_evaluations) == best.schedule
+        assert family.within(nfe=max_evaluations) == best.schedule
     else:
         with pytest.raises(ValueError, match="cheapest"):
-            family.within(max_evaluations)
+            family.within(nfe=max_evaluations)
 
 
 @settings(max_examples=80)
@@ -115,3 +116,34 @@ def test_knapsack_equals_trying_every_schedule(score, data):
     assert best in allowed
     most = max(total(score, schedule) for schedule in allowed)
     assert total(score, best) == pytest.approx(most, abs=1e-12)
+
+
+def test_a_family_and_an_influence_table_are_shown_as_small_tables():
+    rows = ((0.25, 0.125), (0.5,))
+    table = InfluenceTable("cosine", rows, rows, 64, layer_values=(0.75, 0.1))
+    assert [line.split() for line in str(table).splitlines()[1:]] == [
+        ["layer", "correction", "1", "correction", "2", "whole", "layer"],
+        ["1", "0.25000", "0.12500", "0.75000"],
+        ["2", "0.50000", "0.10000"],
+    ]
+    family = schedule_family(table)
+    lines = str(family).splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert [line.split(maxsplit=2) for line in lines[2:]] == [
+        ["2,1", "5", "up to 0.125"],
+        ["1,1", "4", "0.125 to 0.25"],
+        ["0,1", "3", "0.25 to 0.5"],
+        ["0,0", "2", "above 0.5"],
+    ]
+    for shown in (family, table):
+        assert shown._repr_html_().count("<tr>") == str(shown).count("\n")
+
+
+def test_without_corrections_the_table_shows_whole_layers_alone():
+    table = InfluenceTable("cosine", ((), ()), ((), ()), 64, layer_values=(0.75, 0.1))
+    assert str(table).splitlines()[1:] == [
+        "layer  whole layer",
+        "    1      0.75000",
+        "    2      0.10000",
+    ]
+    assert "all" in str(schedule_family(table))

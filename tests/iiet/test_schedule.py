@@ -56,6 +56,14 @@ def test_text_and_schedule_are_the_same_thing(corrections):
     assert hash(schedule) == hash(IterationSchedule(tuple(corrections)))
 
 
+def test_a_schedule_equals_the_tuple_of_its_numbers():
+    schedule = IterationSchedule((3, 0))
+    assert schedule == (3, 0)
+    assert [(3, 0)].index(schedule) == 0
+    assert {schedule: "kept"}[3, 0] == "kept"
+    assert schedule not in [(3, 1), (3,), "3,0", 3, None]
+
+
 def test_is_within_is_a_partial_order():
     small, large = IterationSchedule((1, 0)), IterationSchedule((0, 1))
     assert not small.is_within(large)

@@ -20,13 +20,13 @@ def decoder_of(schedule=(3, 0, 2), **options):
 
 def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections():
     decoder = decoder_of(damping=0.0, learn_damping=True)
-    for layer in decoder.layers:
+    for layer in decoder.model.layers:
         torch.nn.init.zeros_(layer.damping)
     without = decoder(IDS, schedule=IterationSchedule.none(3))
     assert torch.equal(decoder(IDS), without)
     found = gradients(decoder)
-    assert all(found[f"layers.{layer}.damping"].abs() > 0 for layer in (0, 2))
-    assert found["layers.1.damping"] is None, "a layer without corrections does not use it"
+    assert all(found[f"model.layers.{layer}.damping"].abs() > 0 for layer in (0, 2))
+    assert found["model.layers.1.damping"] is None, "a layer without corrections does not use it"
 
 
 @pytest.mark.parametrize("reinjects", [False, True])
@@ -38,7 +38,7 @@ def test_each_correction_applies_its_share_of_a_step_and_may_read_the_prediction
     decoder, seen = decoder_of(reinject_prediction=reinjects, damping=damping), []
     decoder(IDS, observe=seen.append)
     history = [seen[0].input]
-    for number, layer in enumerate(decoder.layers):
+    for number, layer in enumerate(decoder.model.layers):
         prediction, *corrections = (one for one in seen if one.layer == number)
         *earlier, own = layer.mix.inner
         e = prediction.estimate
@@ -60,7 +60,7 @@ def test_a_reinjection_starts_as_the_plain_model_and_is_learned(options):
     reinjecting = dataclasses.replace(plain.config.options, reinject_prediction=True)
     decoder = Decoder(dataclasses.replace(plain.config, method_options=reinjecting)).double()
     missing, _ = decoder.load_state_dict(plain.state_dict(), strict=False)
-    assert missing == [f"layers.{layer}.reinjection" for layer in range(3)]
+    assert missing == [f"model.layers.{layer}.reinjection" for layer in range(3)]
     assert torch.equal(decoder(IDS), plain(IDS))
     found, expected = gradients(decoder), gradients(plain)
     assert_same({name: found[name] for name in expected}, expected)
@@ -83,9 +83,9 @@ def test_residuals_are_computed_for_observers_alone(has_gradients):
 
 def loss_by_hand(decoder, last):
     """The formulas, in which all but the last corrections of a layer are constants."""
-    hidden = decoder.embedding(IDS)
+    hidden = decoder.model.embed_tokens(IDS)
     context, estimates = make_context(hidden, decoder.rope), [hidden]
-    for layer, count in zip(decoder.layers, decoder.schedule, strict=True):
+    for layer, count in zip(decoder.model.layers, decoder.schedule, strict=True):
         e = prediction = layer.prediction_norm(layer.field(hidden, context))
         *earlier, own = layer.mix.inner.unbind()
         for k in range(count):
@@ -113,7 +113,7 @@ def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last, reinject
     assert torch.equal(truncated(IDS), whole(IDS))
     found = gradients(truncated)
     assert_same(found, gradients(whole, loss_by_hand(whole, last)), rtol=1e-9, atol=1e-12)
-    assert (found["layers.0.prediction_norm.weight"] is None) == (last < 3)
+    assert (found["model.layers.0.prediction_norm.weight"] is None) == (last < 3)
 
 
 def test_a_recomputed_layer_keeps_its_last_correction_alone():
@@ -132,6 +132,6 @@ def test_a_recomputed_layer_keeps_its_last_correction_alone():
 def test_the_solver_forgets_weights_that_were_cast_without_gradients():
     linear = torch.nn.Linear(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        value = fixed_point(linear, lambda: torch.ones(1, 4), 3, num_differentiated=1)
+        value = fixed_point(linear, torch.ones(1, 4), 3, num_constant=2)
     value.float().sum().backward()
     assert linear.weight.grad.abs().max() > 0

@@ -8,9 +8,9 @@ from model_cases import left_padding, make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import Decoder, DraftRecord, IterationSchedule, generate, preset, stream
+from iiet import Decoder, IterationSchedule, preset
 from iiet.cache import KeyValueCache
-from iiet.speculative import draft_models
+from iiet.speculative import DraftRecord, draft_models
 
 PROMPTS, PADDING = tokens(3, 6), left_padding(0, 2, 4, time=6)
 
@@ -27,10 +27,14 @@ def both(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
     """Return what plain and speculative decoding generate, and the record."""
     ids, mask = PROMPTS[:batch], PADDING[:batch]
     options = {"max_new_tokens": max_new_tokens, "attention_mask": mask, **options}
-    expected = generate(decoder, ids, **options)
-    drafting = drafting or drafts("auto")
-    found = generate(decoder, ids, return_record=True, **drafting, **options)
-    return expected, *found
+    expected = decoder.generate(ids, **options)
+    return expected, *drafted(decoder, ids, **(drafting or drafts("auto")), **options)
+
+
+def drafted(decoder, ids, **options):
+    """Return what speculative decoding generates, and the record."""
+    record = DraftRecord()
+    return decoder.generate(ids, record=record, **options), record
 
 
 @pytest.mark.parametrize("draft", ["0", "2,0,0", "0,0,1", "2,0,1", "2,1,1", "3,0,0"])
@@ -45,14 +49,14 @@ def test_the_tokens_are_those_of_plain_decoding(draft):
 def test_a_batch_keeps_what_its_slowest_row_accepts():
     """With its own cache, a draft reads again what verification replaced."""
     for draft in ("0", decoder_of((1, 0, 0))):
-        options = {"max_new_tokens": 60, "return_record": True}
+        options = {"max_new_tokens": 60}
 
         def rates(draft_tokens, draft=draft, options=options):
             drafting = drafts(draft, draft_tokens)
             rows = [
-                generate(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
+                drafted(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
             ]
-            return rows, generate(decoder_of(), PROMPTS, **drafting, **options)[1]
+            return rows, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
 
         rows, batch = rates(3)
         assert 1 < batch.tokens_per_verification < min(r.tokens_per_verification for r in rows)
@@ -61,12 +65,12 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
         assert batch.acceptance == pytest.approx(share, abs=0.1)
 
 
-def test_stop_tokens_end_rows_as_in_plain_decoding():
+def test_end_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
-    free = generate(decoder, PROMPTS, max_new_tokens=40, attention_mask=PADDING)
+    free = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
     for stops in ([int(free[0, 9])], [int(free[0, 9]), int(free[1, 30])], free[:, 12].tolist()):
         for draft in ("0", "3,0,0"):
-            expected, found, _ = both(decoder, drafts(draft, 4), stop_tokens=stops)
+            expected, found, _ = both(decoder, drafts(draft, 4), eos_token_id=stops)
             assert torch.equal(expected, found)
 
 
@@ -104,16 +108,16 @@ def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
     )
     for draft, num in (("0", 1), ("1,0,1", 1), ("0,1,0", 2), ("auto", 1)):
         made.clear()
-        generate(decoder_of(), PROMPTS, max_new_tokens=12, draft=draft)
+        decoder_of().generate(PROMPTS, max_new_tokens=12, draft=draft)
         assert len(made) == num
 
 
 def test_the_stream_is_plain_tensors_and_the_same_twice():
     decoder, record = decoder_of(), DraftRecord()
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
-    steps = list(stream(decoder, PROMPTS, record=record, **options))
+    steps = list(decoder.stream(PROMPTS, record=record, **options))
     assert [step.shape for step in steps] == [(3,)] * 20
-    ids, again = generate(decoder, PROMPTS, return_record=True, **options)
+    ids, again = drafted(decoder, PROMPTS, **options)
     assert torch.equal(torch.stack(steps, 1), ids[:, 6:])
     assert record == again
     decoder(ids).sum().backward()
@@ -122,17 +126,15 @@ def test_the_stream_is_plain_tensors_and_the_same_twice():
 def test_the_number_of_drafted_tokens_follows_the_acceptance():
     """A draft that says nearly what the model says drafts many tokens, one of other weights few."""
     decoder = decoder_of((0,) * 8, "vanilla")
-    for parameter in decoder.layers[1:].parameters():
+    for parameter in decoder.model.layers[1:].parameters():
         parameter.data.mul_(0.01)
     good = decoder_of((0,), "vanilla")
     other = copy.deepcopy(good)
     good.load_state_dict(decoder.state_dict(), strict=False)
-    torch.nn.init.normal_(other.embedding.weight)
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
     per_round = []
     for draft in (good, other):
-        _, record = generate(
-            decoder, PROMPTS[:1], max_new_tokens=100, draft=draft, return_record=True
-        )
+        _, record = drafted(decoder, PROMPTS[:1], max_new_tokens=100, draft=draft)
         per_round.append(record.drafted / record.verifications)
     assert per_round[0] > 2 * per_round[1]
 
@@ -142,7 +144,7 @@ def test_a_gpu_drafts_only_what_is_asked_for():
     decoder = Decoder(preset("tiny", num_layers=2, schedule=1))
     assert list(draft_models(decoder, "auto", num_tokens=8)) == ["0,0"]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder.embedding.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+        decoder.model.embed_tokens.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
     assert decoder.device.type == "cuda"
     assert draft_models(decoder, "auto", num_tokens=8) == {}
     assert list(draft_models(decoder, "0", num_tokens=8)) == ["0,0"]

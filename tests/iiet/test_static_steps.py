@@ -9,7 +9,7 @@ from live_tensors import SeenOperations
 from model_cases import VOCAB, left_padding, make_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from iiet import fast, generate, generation, static_steps, stream
+from iiet import fast, generation, static_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 PROMPTS = tokens(3, 6)
@@ -36,8 +36,8 @@ def both(decoder, *, steps=None, batch=2, **options):
     """Return what ordinary steps and steps of fixed shapes generate."""
     options, steps = {"max_new_tokens": 24, **options}, steps or StaticSteps(decoder)
     return (
-        generate(decoder, PROMPTS[:batch], **options),
-        generate(decoder, PROMPTS[:batch], steps=steps, **options),
+        decoder.generate(PROMPTS[:batch], **options),
+        decoder.generate(PROMPTS[:batch], steps=steps, **options),
     )
 
 
@@ -71,7 +71,7 @@ def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_w
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": [4, 5], "top_k": 9}, {"top_p": 0.8}])
-def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windows):
+def test_sampling_and_end_tokens_are_the_same(options, monkeypatch, small_windows):
     """Also where the end is looked for every few steps, as on a GPU."""
     decoder, looks = decoder_of(), []
     options = {"temperature": 1.0, "seed": 7, **options}
@@ -82,13 +82,13 @@ def test_sampling_and_stop_tokens_are_the_same(options, monkeypatch, small_windo
         return until_all_end((looks.append(1) or step for step in steps), 5)
 
     for stops in ([int(free[0, 6])], [int(free[0, 6]), int(free[1, 9])], range(8), range(VOCAB)):
-        expected, found = both(decoder, stop_tokens=stops, **options)
+        expected, found = both(decoder, eos_token_id=stops, **options)
         assert torch.equal(expected, found)
         with monkeypatch.context() as patch:
             patch.setattr(generation, "_until_all_end", rarely)
             looks.clear()
-            own = {"stop_tokens": stops, "steps": StaticSteps(decoder), **options}
-            found = generate(decoder, PROMPTS[:2], max_new_tokens=24, **own)
+            own = {"eos_token_id": stops, "steps": StaticSteps(decoder), **options}
+            found = decoder.generate(PROMPTS[:2], max_new_tokens=24, **own)
         assert torch.equal(expected, found)
         assert len(looks) <= expected.size(1) - 6 + 5
 
@@ -129,9 +129,11 @@ def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, sm
     assert torch.equal(expected, found)
     assert capture.num_captured == 4
     with torch.no_grad():
-        decoder.embedding.weight.mul_(2.0)  # In place: a graph reads the new values.
+        decoder.model.embed_tokens.weight.mul_(2.0)  # In place: a graph reads the new values.
         expected, found = both(decoder, steps=steps, batch=3)
-        decoder.embedding.weight = torch.nn.Parameter(decoder.embedding.weight.flip(0))
+        decoder.model.embed_tokens.weight = torch.nn.Parameter(
+            decoder.model.embed_tokens.weight.flip(0)
+        )
     assert torch.equal(expected, found)
     assert capture.num_captured == 4
     expected, found = both(decoder, steps=steps, batch=3)
@@ -151,13 +153,13 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
         steps = kept_steps(decoder)
         options = {"max_new_tokens": max_new_tokens, "attention_mask": PADDING[:2]}
         return keep_steps(
-            decoder, steps, stream(decoder, PROMPTS[:2], steps=steps, **options)
+            decoder, steps, decoder.stream(PROMPTS[:2], steps=steps, **options)
         ), steps
 
     unfinished, steps = run(decoder, 60)
     assert (steps, next(unfinished).shape) == (kept, (2,))
     assert kept_steps(decoder) is not kept  # Another generation meanwhile has a cache of its own.
-    expected = generate(decoder, PROMPTS[:2], max_new_tokens=60, attention_mask=PADDING[:2])
+    expected = decoder.generate(PROMPTS[:2], max_new_tokens=60, attention_mask=PADDING[:2])
     found = torch.stack(list(unfinished), 1)
     assert torch.equal(found, expected[:, 7:])
     # Windows of 16, 32, 48 and 64 tokens; the last two remain.
@@ -168,7 +170,7 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     assert (capture.num_captured, list(kept._buffers.steps)) == (10, [16, 32])
     assert len(list(run(decoder)[0])) == 24
     assert capture.num_captured == 10
-    with decoder.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
+    with decoder.model.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
         list(run(decoder)[0])
         assert not kept._buffers.steps
     gone = weakref.ref(kept)
@@ -181,10 +183,16 @@ def test_no_graph_where_it_would_not_pay_or_not_be_right():
     decoder, capture = decoder_of(), Recorder()
     steps = StaticSteps(decoder, capture=capture)
     both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
-    with decoder.norm.register_forward_hook(lambda *_: None):
+    with decoder.model.norm.register_forward_hook(lambda *_: None):
         both(decoder, steps=steps)
     assert not capture.num_captured
     both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS + 1)
+    assert capture.num_captured == 1
+
+
+def test_graphs_do_not_depend_on_the_forms_for_cpus(gpu_forms):
+    decoder, capture = decoder_of(), Recorder()
+    both(decoder, steps=StaticSteps(decoder, capture=capture))
     assert capture.num_captured == 1
 
 
@@ -221,9 +229,8 @@ def test_an_ordinary_pass_may_follow():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_step_waits_for_the_device(temperature, gpu_forms):
     decoder = decoder_of()
-    options = {"seed": [1, 2], "top_k": 9, "top_p": 0.9, "stop_tokens": [VOCAB]}
-    steps = stream(
-        decoder,
+    options = {"seed": [1, 2], "top_k": 9, "top_p": 0.9, "eos_token_id": [VOCAB]}
+    steps = decoder.stream(
         PROMPTS[:2],
         max_new_tokens=20,
         temperature=temperature,

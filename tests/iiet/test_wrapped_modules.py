@@ -13,9 +13,12 @@ from iiet import IterationSchedule, KeyValueCache, next_token_loss
 
 IDS = tokens(2, 8)
 
-LINEARS = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
-NORMS = ["attention_norm", "feed_forward_norm"]
-CONTAINERS = ["attention", "feed_forward"]
+LINEARS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
+NORMS = ["input_layernorm", "post_attention_layernorm"]
+CONTAINERS = ["self_attn", "mlp"]
 
 
 class LowRank(nn.Module):
@@ -64,12 +67,12 @@ def all_logits(decoder):
 
 
 def replace(decoder, path, make):
-    """Replace a module of each field, or of the decoder."""
-    for parent in [decoder] if path == "head" else decoder.fields:
+    """Replace a module of each layer, or of the decoder."""
+    for parent in [decoder] if path == "lm_head" else decoder.model.layers:
         parent.set_submodule(path, make(parent.get_submodule(path)))
 
 
-@pytest.mark.parametrize("path", [*LINEARS, "head"])
+@pytest.mark.parametrize("path", [*LINEARS, "lm_head"])
 def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
     decoder = fresh_decoder()
     plain = decoder(IDS)
@@ -86,7 +89,7 @@ def test_a_low_rank_adapter_works_as_if_merged_and_learns(path):
         torch.testing.assert_close(logits, decoder(IDS), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("path", [*LINEARS, *NORMS, *CONTAINERS, "head"])
+@pytest.mark.parametrize("path", [*LINEARS, *NORMS, *CONTAINERS, "lm_head"])
 @pytest.mark.parametrize("how", ["hook", "forward"])
 def test_a_hook_or_a_replaced_forward_works_everywhere(path, how):
     decoder = fresh_decoder()

@@ -126,7 +126,7 @@ def test_text_never_becomes_a_symbol(mixture):
     assert (batch.input_ids[is_task[:, 0], 0] >= first_symbol).all()  # the task's marker
     assert mixture.vocab_size == int(tokenizer.get_vocab_size())
     # A student learns from its teacher where there is something to predict.
-    assert torch.equal(batch.taught, has_target)
+    assert torch.equal(batch.teacher_mask, has_target)
 
 
 def test_validation_has_the_shares_of_training(mixture):

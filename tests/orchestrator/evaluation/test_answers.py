@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from iiet.decoder import Decoder
-from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import (
     Sampling,
@@ -89,7 +88,7 @@ def test_a_special_token_can_be_the_stop_text(decoder, tokenizer):
     settings = Sampling(max_new_tokens=8, temperature=1.0)
     context = tokenizer.encode("a bag", add_special_tokens=False)
     ids = torch.tensor([context])
-    tokens = generate(decoder, ids, max_new_tokens=8, temperature=1.0, seed=0)[0, ids.size(1) :]
+    tokens = decoder.generate(ids, max_new_tokens=8, temperature=1.0, seed=0)[0, ids.size(1) :]
     stop = int(tokens[4])
     before = tokens[: tokens.tolist().index(stop)].tolist()
     tokenizer.tokenizer.add_special_tokens([tokenizer.tokenizer.id_to_token(stop)])

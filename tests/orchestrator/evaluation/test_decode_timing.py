@@ -62,7 +62,7 @@ def test_every_step_of_decoding_is_timed_and_reported(decoder, monkeypatch):
     # A fake clock that counts forward passes.
     passes: list[int] = []
     done: list[int] = []
-    decoder.embedding.register_forward_hook(lambda *_: passes.append(1))
+    decoder.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(decode_timing, "_now", lambda _: float(len(passes)))
     timing = decode_milliseconds(
         {"model": decoder},
@@ -119,7 +119,9 @@ def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
     }
     models = {name: ModelConfig.from_dict({**tiny_model, **own}) for name, own in changes.items()}
     decoders = random_decoders(models, "cpu")
-    weights = {name: decoder.embedding.weight.data_ptr() for name, decoder in decoders.items()}
+    weights = {
+        name: decoder.model.embed_tokens.weight.data_ptr() for name, decoder in decoders.items()
+    }
     assert weights["full"] == weights["none"]
     assert len(set(weights.values())) == 3
     for name, decoder in decoders.items():

@@ -191,7 +191,7 @@ def limit_tokens(decoder: Decoder, most: int = 10**9) -> list[tuple[int, ...]]:
         if arguments[0].numel() > most:
             raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
 
-    decoder.embedding.register_forward_pre_hook(check)
+    decoder.model.embed_tokens.register_forward_pre_hook(check)
     return shapes
 
 

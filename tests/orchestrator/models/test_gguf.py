@@ -19,7 +19,6 @@ from gguf_files import CHAT, tiny_llama, tokenizer_values, write_llama
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iiet.published import published_from_decoder
 from orchestrator import cli
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.gguf import read_gguf
@@ -57,7 +56,7 @@ def test_unquantized_weights_are_those_of_the_llama(tied, tmp_path):
     config = decoder.config
     assert (config.method, config.tie_embeddings, config.num_kv_heads) == ("vanilla", tied, 2)
     assert (config.rope_theta, config.context_length) == (777.0 if tied else 10000.0, 64)
-    weights = published_from_decoder(decoder)
+    weights = decoder.state_dict()
     assert all(torch.equal(weights[name], llama.state_dict()[name]) for name in weights)
     with torch.no_grad():
         torch.testing.assert_close(decoder(TOKENS), llama(TOKENS).logits, rtol=0, atol=1e-5)

@@ -51,7 +51,7 @@ def test_an_imported_model_is_the_same_model_and_found_again(
     assert import_model(folder, workspace=workspace) == first
     assert resolve_model(workspace) == (first, None), "also if it is found again"
     with torch.no_grad():
-        decoder.norm.weight.mul_(2)
+        decoder.model.norm.weight.mul_(2)
     export(decoder, folder, tokenizer)
     with pytest.raises(UserError, match="another run named my-model; choose one with --name"):
         import_model(folder, workspace=workspace)

@@ -65,7 +65,7 @@ def test_a_llama_folder_becomes_a_vanilla_model(shards, tmp_path):
         torch.testing.assert_close(decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
     assert decoder.config.method == "vanilla"
     llama.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    assert load_model(tmp_path / "half").embedding.weight.dtype == torch.float32
+    assert load_model(tmp_path / "half").model.embed_tokens.weight.dtype == torch.float32
 
 
 def test_an_exported_folder_gives_the_same_model(tmp_path):

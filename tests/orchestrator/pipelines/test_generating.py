@@ -13,7 +13,6 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.generation import generate
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling
@@ -53,11 +52,10 @@ def writer(tmp_path_factory, tiny_tokens) -> TextGenerator:
 
 def test_the_pieces_are_the_decoded_tokens(writer):
     ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
-    tokens = generate(
-        writer.decoder,
+    tokens = writer.decoder.generate(
         torch.tensor([ids]),
         max_new_tokens=8,
-        stop_tokens=[writer.text.prefix_id],
+        eos_token_id=[writer.text.prefix_id],
     )[0, len(ids) :]
     text = "".join(writer.stream("abc def", FEW))
     assert text
@@ -111,7 +109,7 @@ def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, 
 
 def test_text_ends_before_the_stop_token(writer):
     ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
-    tokens = generate(writer.decoder, torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
+    tokens = writer.decoder.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
     stop = next(
         t for t in tokens[1:] if t != tokens[0] and writer.text.tokenizer.decode([t]).isascii()
     )
@@ -167,7 +165,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
         (lambda: writer.stream("abc", replace(FEW, temperature=1.0, top_p=1.5)), "top_p"),
         (
             lambda: last.stream("abc", replace(FEW, kv_strategy="last")),
-            "drafts need the cache 'exact', got 'last'",
+            "kv_strategy must be 'exact' with a draft",
         ),
         (
             lambda: TextGenerator(writer.checkpoint, drafting=Drafting(draft="1,2,3")),

@@ -102,14 +102,25 @@ def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens,
     assert len(measured) == 4, "it is neither taken nor written again"
 
 
-def test_a_model_without_corrections_or_of_other_tokens_is_refused(
-    make_checkpoint, tiny_tokens, context
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+def test_of_a_model_without_corrections_each_whole_layer_is_measured(
+    metric, make_checkpoint, tiny_tokens, context
 ):
-    with pytest.raises(UserError, match="without corrections"):
-        measured_or_stored(make_checkpoint(schedule=0), context)
-    # Before tokens are asked for.
-    with pytest.raises(UserError, match="without corrections"):
-        measured_or_stored(make_checkpoint(step=4, schedule=0, provenance={"tokens": "x"}), context)
+    settings = InfluenceSettings(metric=metric, num_tokens=64)
+    checkpoint = make_checkpoint(method="vanilla", schedule=None)
+    table = measured_or_stored(checkpoint, context, settings)
+    assert table.schedule == (0, 0)
+    assert all(value > 0 for value in table.layer_values)
+    assert measured_or_stored(checkpoint, context, settings) == table
+    result = InfluenceResult(checkpoint=checkpoint, table=table)
+    assert [table.title for table in [*result.shown()][1:]] == [
+        f"Influence ({metric}, {table.num_tokens} tokens)"
+    ]
+    assert tuple(result.to_pandas()["block_influence"]) == table.layer_values
+    assert "2 whole layers" in influence.summary(table)
+
+
+def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):
     with pytest.raises(UserError, match="not the tokens it was trained on"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
     asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}

@@ -118,7 +118,7 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkey
     dtypes = []
 
     def loss(decoder: Decoder, _: Path, **__: Any) -> float:
-        dtypes.append(decoder.embedding.weight.dtype)
+        dtypes.append(decoder.model.embed_tokens.weight.dtype)
         return 1.0
 
     no_tasks = Suite(tasks={}, groups={}, skipped={})

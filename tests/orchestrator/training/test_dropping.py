@@ -9,7 +9,7 @@ from torch import nn
 
 from iiet import METHODS, Decoder, ModelConfig, next_token_loss, plain_formulas
 from iiet.methods import Advance
-from iiet.mix import PlainHistory
+from iiet.mix import History
 from orchestrator.training.dropping import drop_layers, kept_config
 
 
@@ -39,13 +39,9 @@ TOKENS = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(1))
 class Repeat(nn.Module):
     """A layer that passes the hidden state on and repeats the estimate before it."""
 
-    def __init__(self, layer):
-        super().__init__()
-        self.field = layer.field
-
     def forward(self, hidden, state, call):
-        if isinstance(state, PlainHistory):
-            state = PlainHistory((*state.estimates, state.estimates[-1]))
+        if isinstance(state, History):
+            state = state.followed_by(state.estimates[-1])
         return Advance(hidden, state)
 
 
@@ -57,14 +53,14 @@ def test_equals_a_decoder_whose_dropped_layers_repeat(method):
         check_dropping(decoder, kept)
     same = drop_layers(decoder, range(4))
     assert torch.equal(same(TOKENS), decoder(TOKENS))
-    same.embedding.weight.zero_()  # The weights are copies.
-    assert decoder.embedding.weight.abs().min() > 0
+    same.model.embed_tokens.weight.zero_()  # The weights are copies.
+    assert decoder.model.embed_tokens.weight.abs().min() > 0
 
 
 def check_dropping(decoder, kept):
     expected = copy.deepcopy(decoder)
     for layer in set(range(4)) - set(kept):
-        expected.layers[layer] = Repeat(expected.layers[layer])
+        expected.model.layers[layer] = Repeat()
     smaller = drop_layers(decoder, kept)
     with plain_formulas():
         torch.testing.assert_close(smaller(TOKENS), expected(TOKENS), rtol=0, atol=1e-12)

@@ -14,12 +14,12 @@ import torch
 from bare_trainer import BareTrainer
 from torch.nn import functional as F
 
-from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import RememberingTeacher, distillation_loss, frozen_teacher
+from iiet.fast import plain_formulas
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules

@@ -39,8 +39,8 @@ def plain_loop(
 ) -> Iterator[float]:
     """Train in place; yield the norm of the gradient of each step, before it is clipped."""
     named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if ".field." in name and p.ndim == 2]
-    others = [p for name, p in named.items() if not (".field." in name and p.ndim == 2)]
+    matrices = [p for name, p in named.items() if "_proj." in name]
+    others = [p for name, p in named.items() if "_proj." not in name]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS)
     order = {"context_length": LENGTH, "seed": SEED, "global_batch": SEQUENCES}
@@ -77,8 +77,8 @@ def test_a_plain_loop_ends_with_the_same_weights(
     if objective == "distill":
         folder = save_tiny(tmp_path / "teacher")
         teacher, model = (
-            Decoder.load(folder).requires_grad_(False),
-            Decoder.load(folder, torch.float32),
+            Decoder.from_pretrained(folder).requires_grad_(False),
+            Decoder.from_pretrained(folder, torch.float32),
         )
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         schedules = [IterationSchedule((1, 0))] * STEPS

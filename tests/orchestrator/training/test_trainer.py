@@ -60,7 +60,7 @@ def test_two_seeds_are_two_initial_models(make_job):
     still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     outcomes = [run_job(make_job(str(seed), **still, seed=seed)) for seed in (0, 1)]
     first, second = (load_model(Path(outcome.checkpoint or "")) for outcome in outcomes)
-    assert not torch.equal(first.embedding.weight, second.embedding.weight)
+    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
 
 
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
