@@ -9,8 +9,9 @@
 They read weights instead of calling modules, so a module that was replaced, wrapped or hooked since
 then is called (`is_bare`). Plain formulas also serve other devices, `torch.compile` (which fuses
 them itself), and passes that need other derivatives than a first backward pass: the transforms of
-`torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. Tests
-hold all equal to the plain formulas.
+`torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. A
+decoding step steps aside for other attention than a plain Llama's (`Block.is_bare`). Tests hold all
+equal to the plain formulas.
 `IIET_CPU_KERNELS=0` turns them off, and nothing else.
 """
 

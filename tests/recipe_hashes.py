@@ -20,6 +20,7 @@ import torch
 from model_cases import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
+from iiet.config import ATTENTION_OPTIONS
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
@@ -67,6 +68,9 @@ def _settings() -> dict[str, str]:
 
 def _sections(settings: Settings) -> dict[str, Any]:
     tree = settings.model_dump(mode="json")
+    for name in ("head_dim", *ATTENTION_OPTIONS):
+        if tree["model"][name] is None:  # Trains what was trained before the option existed.
+            del tree["model"][name]
     return {name: tree[name] for name in SECTIONS}
 
 
