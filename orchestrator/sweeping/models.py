@@ -394,7 +394,9 @@ def check_models(settings: Settings) -> None:
     for own in each:
         try:
             length = sequence_length(data)
-            configs.append(own.model.build(vocab_size=data.vocab_size, context_length=length))
+            config = own.model.build(vocab_size=data.vocab_size, context_length=length)
+            settings.evaluation.tokens_at_once(config.context_length)
+            configs.append(config)
         except UserError as error:
             problems.append(str(error))
     known = {key for model in models for key in model.keys}
