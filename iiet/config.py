@@ -7,7 +7,7 @@ forward pass, and nothing about training. A checkpoint folder stores it as JSON 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,135 @@ from iiet.extensions import ExtensionError
 from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
 
-__all__ = ["PRESETS", "DistillationConfig", "DivergenceKind", "ModelConfig", "preset"]
+__all__ = [
+    "ATTENTION_OPTIONS",
+    "PRESETS",
+    "DistillationConfig",
+    "DivergenceKind",
+    "ModelConfig",
+    "RopeScaling",
+    "RopeType",
+    "preset",
+]
+
+
+RopeType = Literal["linear", "llama3", "yarn"]
+_REQUIRED_BY_ROPE_TYPE: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+}
+"""Fields of `RopeScaling` that a type needs beside the factor."""
+_OPTIONAL_OF_YARN = (
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary angles are stretched, in the words of transformers' `rope_parameters`.
+
+    A pair of channels turns once per wavelength, in tokens. `linear` makes all wavelengths `factor`
+    times as long; `llama3` and `yarn` only the long ones, with a ramp between. The formulas are in
+    `iiet.layers`.
+
+    Raises:
+        ValueError: naming every value that is missing, out of range or not read by the type.
+    """
+
+    rope_type: RopeType
+    """`linear`, `llama3` or `yarn`."""
+    factor: float
+    """By how much long wavelengths grow, from 1."""
+    original_max_position_embeddings: int | None = None
+    """Context of the earlier training, in tokens. Read by llama3 and yarn, as all below by one."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above the earlier context divided by this grow by the whole factor."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below the earlier context divided by this stay as they are."""
+    attention_factor: float | None = None
+    """yarn: multiplies cosines and sines; None: `1 + 0.1 ln(factor)`, or as `mscale` says."""
+    beta_fast: float | None = None
+    """yarn: pairs that turn more often than this in the earlier context stay as they are; None: 32
+    turns."""
+    beta_slow: float | None = None
+    """yarn: pairs that turn less often than this grow by the whole factor; None: once."""
+    mscale: float | None = None
+    """yarn: with `mscale_all_dim`, the attention factor is `(1 + 0.1 mscale ln(factor)) /
+    (1 + 0.1 mscale_all_dim ln(factor))`."""
+    mscale_all_dim: float | None = None
+    """yarn: see `mscale`."""
+    truncate: bool = True
+    """yarn: whether the ramp starts and ends at whole channels."""
+
+    def __post_init__(self) -> None:
+        required = _REQUIRED_BY_ROPE_TYPE.get(self.rope_type)
+        if required is None:
+            raise ValueError(
+                f"rope_scaling: rope_type must be one of {', '.join(_REQUIRED_BY_ROPE_TYPE)}, got "
+                f"{self.rope_type!r}"
+            )
+        read = (*required, *(_OPTIONAL_OF_YARN if self.rope_type == "yarn" else ()))
+        problems: list[str] = []
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            name = f"{field.name} of rope_type {self.rope_type!r}"
+            if field.name not in ("factor", *read):
+                if value != field.default:
+                    problems.append(f"{name} is not read; leave it out")
+            elif field.name == "truncate":
+                if type(value) is not bool:
+                    problems.append(f"{name} must be true or false, got {value!r}")
+            elif field.name == "original_max_position_embeddings":
+                if not is_integer_from(1, value):
+                    problems.append(f"{name} must be an integer from 1, got {value!r}")
+            elif value is None and field.name not in ("factor", *required):
+                continue
+            elif not is_number_from(1 if field.name == "factor" else 0, value):
+                least = "1" if field.name == "factor" else "0"
+                problems.append(f"{name} must be a number from {least}, got {value!r}")
+            elif value == 0 and field.name not in ("mscale", "mscale_all_dim"):
+                problems.append(f"{name} must be above 0, got {value!r}")
+        if problems:
+            raise ValueError("rope_scaling: " + "; ".join(problems))
+        if (self.low_freq_factor or 0.0) >= (self.high_freq_factor or math.inf):
+            problems.append("low_freq_factor must be below high_freq_factor")
+        if (self.beta_slow or 1.0) > (self.beta_fast or 32.0):
+            problems.append("beta_slow must not be above beta_fast")
+        if problems:
+            raise ValueError("rope_scaling: " + "; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without those at their defaults."""
+        values = asdict(self)
+        return {
+            field.name: values[field.name]
+            for field in fields(self)
+            if values[field.name] != field.default
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
+        """Build one from JSON values, the inverse of `to_dict`; None stands for a default.
+
+        Raises:
+            ValueError: unknown or missing keys, or invalid values.
+        """
+        known = [field.name for field in fields(cls)]
+        problems = [f"unknown key {key!r}" for key in values if key not in known]
+        missing = [key for key in ("rope_type", "factor") if values.get(key) is None]
+        problems += [f"missing key {key!r}" for key in missing]
+        if problems:
+            raise ValueError(f"rope_scaling: {'; '.join(problems)}; keys: {', '.join(known)}")
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+
+ATTENTION_OPTIONS = (
+    "qkv_bias", "attention_out_bias", "head_norms", "rope_scaling", "rotary_layers",
+    "sliding_windows",
+)  # fmt: skip
+"""Fields of `ModelConfig` that the attention of a plain Llama leaves at their defaults; so does
+`head_dim` where it is `dim / num_heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +165,18 @@ class ModelConfig:
     num_layers: int
     """Number of layers L, each with its own field."""
     num_heads: int
-    """Query heads per attention; the width of a head is `dim / num_heads`."""
+    """Query heads per attention."""
     num_kv_heads: int = None  # type: ignore[assignment]  # Never None once the config is made.
     """Key and value heads, as many as query heads where None is given; each serves
     `num_heads / num_kv_heads` query heads."""
+    head_dim: int = None  # type: ignore[assignment]  # Never None once the config is made.
+    """Width of a head, `dim / num_heads` where None is given; even, for the rotary halves."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values add a bias."""
+    attention_out_bias: bool = False
+    """Whether attention's output projection adds a bias."""
+    head_norms: bool = False
+    """Whether queries and keys are normalized per head, by an RMSNorm before the rotation."""
     ffn_dim: int
     """Inner width of the feed-forward network."""
     context_length: int
@@ -54,6 +190,14 @@ class ModelConfig:
     """Whether the output head is the embedding matrix."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths, in tokens."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary angles are stretched for contexts longer than those of an earlier training: a
+    `RopeScaling`, or a mapping of its fields; None where they are not."""
+    rotary_layers: tuple[bool, ...] | None = None
+    """Whether each layer rotates queries and keys; None where all do."""
+    sliding_windows: tuple[int | None, ...] | None = None
+    """How many tokens a token of each layer sees, itself included, None for all earlier ones; or
+    None where every layer sees all."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square inside each RMSNorm."""
     layer_norm_eps: float = 1e-5
@@ -73,15 +217,40 @@ class ModelConfig:
         num_kv_heads: Any = self.num_kv_heads
         if num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        problems = [*_size_problems(self), *_method_problems(self)]
+        self._fill_in_attention()
+        problems = [*_size_problems(self), *_layer_problems(self), *_method_problems(self)]
         if problems:
             kind = ValueError if self.method in METHODS else ExtensionError
             raise kind("invalid model config: " + "; ".join(problems))
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
+    def _fill_in_attention(self) -> None:
+        """Give each option of attention its one form, so that equal models have equal configs."""
+        head_dim: Any = self.head_dim
+        are_sizes = is_integer_from(1, self.dim) and is_integer_from(1, self.num_heads)
+        # A width that is not whole stays None, and is refused with the other sizes.
+        if head_dim is None and are_sizes and self.dim % self.num_heads == 0:
+            object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        scaling: Any = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(scaling))
+        for name, usual in (("rotary_layers", True), ("sliding_windows", None)):
+            values = getattr(self, name)
+            if isinstance(values, list | tuple):
+                are_usual = all(value is usual for value in values)
+                fits = len(values) == self.num_layers
+                object.__setattr__(self, name, None if are_usual and fits else tuple(values))
+
+    def rotates(self, layer: int) -> bool:
+        """Return whether a layer, the first being 0, rotates queries and keys."""
+        return self.rotary_layers is None or self.rotary_layers[layer]
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many tokens a token of a layer sees, itself included; None: all earlier ones.
+
+        A window as long as the context hides nothing, so it counts as none.
+        """
+        window = None if self.sliding_windows is None else self.sliding_windows[layer]
+        return None if window is None or window >= self.context_length else window
 
     @property
     def corrections(self) -> IterationSchedule:
@@ -118,6 +287,18 @@ class ModelConfig:
         values = asdict(self)
         values["schedule"] = list(self.schedule) if self.schedule else None
         del values["method_options"]
+        # Options of attention are left out at their defaults, so that a plain Llama's config, and
+        # every key made of it, does not depend on how many options there are.
+        if self.head_dim * self.num_heads == self.dim:
+            del values["head_dim"]
+        for name in ATTENTION_OPTIONS:
+            if not values[name]:
+                del values[name]
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_dict()
+        for name in ("rotary_layers", "sliding_windows"):
+            if name in values:
+                values[name] = list(values[name])
         default = facts_of(self.method).Options()
         chosen = {
             field.name: getattr(self.options, field.name)
@@ -154,6 +335,8 @@ def _size_problems(config: ModelConfig) -> list[str]:
     problems: list[str] = []
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
+        if name == "head_dim" and value is None:
+            continue  # It follows from sizes that are wrong themselves.
         if field.type == "int" and (type(value) is not int or value < 1):
             problems.append(f"{name} must be a positive integer, got {value!r}")
         elif field.type == "float" and not (
@@ -164,15 +347,46 @@ def _size_problems(config: ModelConfig) -> list[str]:
             problems.append(f"{name} must be true or false, got {value!r}")
     if problems:
         return problems
-    if config.dim % (2 * config.num_heads):
+    is_usual_width = config.head_dim is None or config.head_dim * config.num_heads == config.dim
+    if is_usual_width and config.dim % (2 * config.num_heads):
         problems.append(
             f"dim must be a multiple of twice num_heads ({2 * config.num_heads}, for the rotary "
-            f"halves), got {config.dim}"
+            f"halves) where head_dim is not set, got {config.dim}"
         )
+    elif config.head_dim % 2:
+        problems.append(f"head_dim must be even, for the rotary halves, got {config.head_dim}")
     if config.num_heads % config.num_kv_heads:
         problems.append(
             f"num_kv_heads must divide num_heads ({config.num_heads}), got {config.num_kv_heads}"
         )
+    return problems
+
+
+def _layer_problems(config: ModelConfig) -> list[str]:
+    """Describe what is wrong with the options that say something of the rotation or the layers."""
+    problems: list[str] = []
+    scaling: Any = config.rope_scaling
+    if not isinstance(scaling, RopeScaling | None):
+        problems.append(
+            f"rope_scaling must be a mapping with a rope_type, or None, got {scaling!r}"
+        )
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "rotary_layers": ("true or false", lambda value: type(value) is bool),
+        "sliding_windows": (
+            "a number of tokens from 1, or None,",
+            lambda value: value is None or is_integer_from(1, value),
+        ),
+    }
+    for name, (kind, is_allowed) in rules.items():
+        values = getattr(config, name)
+        if values is None:
+            continue
+        is_for_each = isinstance(values, tuple) and len(values) == config.num_layers
+        if not is_for_each or not all(map(is_allowed, values)):
+            problems.append(
+                f"{name} must have {kind} for each of {config.num_layers} layers, or be None, "
+                f"got {values!r}"
+            )
     return problems
 
 

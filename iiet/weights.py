@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.config import ModelConfig
+from iiet.config import ATTENTION_OPTIONS, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,11 @@ CONFIG_NAMES = {
     "initializer_range": "initializer_std",
 }
 """Names of transformers, and what `ModelConfig` calls them."""
+_OPTIONAL_NAMES = {name: name for name in ("head_dim", *ATTENTION_OPTIONS)} | {
+    # transformers gives `rope_scaling` of any config a meaning of its own.
+    "rope_scaling": "rotary_scaling",
+}
+"""What `ModelConfig` calls the options of attention, and their names in a file that has them."""
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -62,6 +67,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["IIETForCausalLM"],
         "model_type": MODEL_TYPE,
         **{theirs: values.get(ours) for theirs, ours in CONFIG_NAMES.items()},
+        **{theirs: values[ours] for ours, theirs in _OPTIONAL_NAMES.items() if ours in values},
     }
 
 
@@ -79,7 +85,11 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
     if missing := [name for name in CONFIG_NAMES if name not in values]:
         raise ValueError(f"it does not say {', '.join(missing)}")
-    return ModelConfig.from_dict({ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()})
+    fields = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()}
+    for ours, theirs in _OPTIONAL_NAMES.items():
+        if values.get(theirs) is not None:
+            fields[ours] = values[theirs]
+    return ModelConfig.from_dict(fields)
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:

@@ -20,10 +20,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +81,12 @@ def kept_config(config: ModelConfig, kept_layers: Sequence[int]) -> ModelConfig:
             f"kept layers must be numbers from 0 to {config.num_layers - 1} in ascending order, at "
             f"least one, got {layers}"
         )
-    schedule = config.schedule
-    if schedule is not None:
-        schedule = IterationSchedule(tuple(schedule[layer] for layer in layers))
-    return replace(config, num_layers=len(layers), schedule=schedule)
+    changes: dict[str, Any] = {}
+    for name in ("schedule", "rotary_layers", "sliding_windows"):  # A value for each layer.
+        values = getattr(config, name)
+        if values is not None:
+            changes[name] = tuple(values[layer] for layer in layers)
+    return replace(config, num_layers=len(layers), **changes)
 
 
 def most_important_layers(importance: Sequence[float], count: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,26 @@ HIDDEN = 'import sys; sys.modules["iiet"] = sys.modules["orchestrator"] = None'
 """Any import of them fails from here on."""
 
 
+@pytest.mark.slow
+def test_a_model_is_trained_pruned_distilled_and_saved_in_a_few_lines(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    script = blocks(PYTHON_PAGE, "python")[0]
+    exec(script, names)
+    student, input_ids = names["student"], names["input_ids"]
+    assert student.schedule.num_evaluations <= 6
+    assert student.loss(input_ids) < 0.7 * names["model"].loss(input_ids), "it learned on"
+    assert names["tokens"].shape == (1, 48)
+    assert "influence (cosine, 1024 tokens)" in capsys.readouterr().out
+
+
 def test_the_python_of_models_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(blocks(PYTHON_PAGE, "python")[0], names)
+    exec(blocks(PYTHON_PAGE, "python")[1], names)
     assert names["tokens"].shape == (1, 24)
     assert (tmp_path / "my-decoder" / "model.safetensors").is_file()
     assert names["cheaper"].schedule.num_corrections == 0
@@ -90,9 +107,9 @@ def test_the_commands_in_python_run(tmp_path, monkeypatch, small_sweep, terminal
     monkeypatch.setattr(orchestrator, "read_settings", read_small)
     shutil.copytree(small_sweep, "my-workspace")  # Its models are found again; students are added.
     names: dict[str, object] = {}
-    exec(blocks(PYTHON_PAGE, "python")[1], names)
-    assert len(names["found"].evaluations) == 2
     exec(blocks(PYTHON_PAGE, "python")[2], names)
+    assert len(names["found"].evaluations) == 2
+    exec(blocks(PYTHON_PAGE, "python")[3], names)
     assert names["text"]
     assert (tmp_path / "my-export" / "config.json").is_file()
     assert not names["result"].failures

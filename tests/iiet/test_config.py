@@ -15,6 +15,7 @@ from iiet import (
     ModelConfig,
     preset,
 )
+from iiet.config import ATTENTION_OPTIONS
 from iiet.facts import facts_of, metric_facts_of
 from iiet.weights import config_from_json, config_to_json
 
@@ -130,3 +131,75 @@ def test_there_are_as_many_key_and_value_heads_as_query_heads_unless_told():
     assert config_from_json(values).num_kv_heads == 2
     del values["num_key_value_heads"]
     assert config_from_json(values).num_kv_heads == 4
+
+
+ATTENTION = {
+    "head_dim": 48,
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "head_norms": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "rotary_layers": [True, True, True, False, True, True],
+    "sliding_windows": [16, None, 16, None, 16, None],
+}
+
+
+def test_options_of_attention_are_kept_and_left_out_at_their_defaults():
+    plain = preset("tiny")
+    assert set(ATTENTION) == {"head_dim", *ATTENTION_OPTIONS}
+    assert not set(ATTENTION) & (set(plain.to_dict()) | set(config_to_json(plain)))
+    defaults = {
+        "head_dim": 32, "qkv_bias": False, "attention_out_bias": False, "head_norms": False,
+        "rope_scaling": None, "rotary_layers": [True] * 6, "sliding_windows": [None] * 6,
+    }  # fmt: skip
+    assert preset("tiny", **defaults) == plain
+    config = preset("tiny", **ATTENTION)
+    assert config.to_dict() == {**plain.to_dict(), **ATTENTION}
+    assert len({plain, config}) == 2, "a config can be the key of a dictionary"
+    for values in (config.to_dict(), json.loads(json.dumps(config.to_dict()))):
+        assert ModelConfig.from_dict(values) == config
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+
+
+def test_a_window_as_long_as_the_context_hides_nothing():
+    config = preset("tiny", sliding_windows=[127, 128, 500, None, 1, 128])
+    assert [config.window_of(layer) for layer in range(6)] == [127, None, None, None, 1, None]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"head_dim": 7}, "head_dim"),
+        ({"qkv_bias": 1}, "qkv_bias"),
+        ({"rotary_layers": [1] * 6}, "rotary_layers"),
+        ({"rotary_layers": [True] * 5}, "rotary_layers"),
+        ({"rotary_layers": True}, "rotary_layers"),
+        ({"sliding_windows": [0] * 6}, "sliding_windows"),
+        ({"sliding_windows": 8}, "sliding_windows"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embed"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_slow"),
+        ({"rope_scaling": {**YARN, "short_factor": [1.0]}}, "short_factor"),
+        (
+            {"rope_scaling": {**ATTENTION["rope_scaling"], "high_freq_factor": 1.0}},
+            "low_freq_factor",
+        ),
+    ],
+)
+def test_options_of_attention_are_checked(changes, name):
+    with pytest.raises(ValueError, match=name):
+        preset("tiny", **changes)

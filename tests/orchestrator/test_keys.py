@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from lm_eval_tasks import write_choices
 from sample_texts import tokens_of
 
-from iiet.config import DistillationConfig, ModelConfig
+from iiet.config import DistillationConfig, ModelConfig, RopeScaling
 from iiet.facts import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
@@ -45,7 +45,9 @@ OTHER: dict[str, Any] = {
     "prompts": Prompts(), "fingerprints": {"a": "b"}, "chat_template": "short",
     "method": {"method": "pcformer", "schedule": None}, "dim": 32, "num_heads": 4,
     "num_layers": {"num_layers": 3, "schedule": IterationSchedule((2, 1, 1))},
-    "num_kv_heads": 1, "schedule": IterationSchedule((1, 1)),
+    "num_kv_heads": 1, "head_dim": 10, "rotary_layers": (True, False),
+    "rope_scaling": RopeScaling(rope_type="linear", factor=2.0), "sliding_windows": (None, 4),
+    "schedule": IterationSchedule((1, 1)),
     "method_options": ImplicitEulerOptions(damping=0.5),
 }  # fmt: skip
 """A second value of the fields for which none can be derived from the first."""

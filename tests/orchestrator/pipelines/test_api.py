@@ -104,7 +104,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, 
     assert report.to_pandas().equals(trials)
     # In a notebook: the picture and the table, and a line.
     shown = report._repr_html_()
-    assert all(part in shown for part in ("<svg", "accuracy %", report.title))
+    assert all(part in shown for part in ("<svg", "NFE", report.title))
     assert repr(report).startswith("ReportResult(title=")
     assert len(repr(report)) < 400
 

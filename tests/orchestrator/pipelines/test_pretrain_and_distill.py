@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,13 +30,14 @@ from orchestrator.pipelines.training import (
     run_pretrain,
     run_trainings,
 )
+from orchestrator.records.influence import StoredInfluence
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.job import job_key, pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
-from orchestrator.workspace.files import read_json, write_json, write_text
+from orchestrator.workspace.files import write_text
 from orchestrator.workspace.layout import Workspace, find_checkpoints
 
 RECIPE = {
@@ -296,7 +298,10 @@ def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
 
 def set_importance(path: Path, *layers: float) -> None:
     """Change the stored block influence of a teacher."""
-    write_json(path, {**(read_json(path) or {}), "layers": layers})
+    stored = StoredInfluence.read(path)
+    assert stored is not None
+    table = replace(stored.table, layer_values=layers)
+    stored.model_copy(update={"table": table}).write(path)
 
 
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
