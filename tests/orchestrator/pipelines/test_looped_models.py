@@ -51,7 +51,6 @@ class Exported(LoopedModel):
     """A looped model that was trained here and exported: the stack runs `1 + r` times."""
 
     settings = ("corrections",)
-    layers = ("layers",)
 
     @property
     def own(self):
