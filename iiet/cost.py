@@ -152,13 +152,23 @@ def training_flops_per_token(
     return 3 * forward.forward_flops_per_token - 2 * constant
 
 
-def member_flops_per_token(config: ModelConfig, member: ScheduleLike, *, reads_full: bool) -> float:
+def member_flops_per_token(
+    config: ModelConfig,
+    member: ScheduleLike,
+    *,
+    reads_full: bool,
+    context_length: int | None = None,
+) -> float:
     """Count the forward and backward pass of a member of an elastic family.
 
-    `reads_full`: it learns from the full schedule, whose logits are computed once more.
+    Args:
+        config: the model.
+        member: the schedule of the family.
+        reads_full: it learns from the full schedule, whose logits are computed once more.
+        context_length: tokens read; the config's if None.
     """
     again = 2 * config.dim * config.vocab_size if reads_full else 0
-    return training_flops_per_token(config, member) + again
+    return training_flops_per_token(config, member, context_length=context_length) + again
 
 
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:

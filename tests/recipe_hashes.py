@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +43,12 @@ SECTIONS = (
     "data", "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
 )  # fmt: skip
 """Sections of the settings that say what is trained and measured."""
+ADDED = (
+    "training.sequence_length", "distillation.training.sequence_length",
+    "evaluation.sequence_length", "model.head_dim",
+    *(f"model.{name}" for name in ATTENTION_OPTIONS),
+)  # fmt: skip
+"""Settings that came later; unset, they change nothing, and are not hashed."""
 DEPTH_TASKS = ("phop_2", "chain_3", "s5_4")
 CONTEXT = 32
 POSITIONS = np.arange(600, dtype=np.int64)
@@ -68,9 +76,11 @@ def _settings() -> dict[str, str]:
 
 def _sections(settings: Settings) -> dict[str, Any]:
     tree = settings.model_dump(mode="json")
-    for name in ("head_dim", *ATTENTION_OPTIONS):
-        if tree["model"][name] is None:  # Trains what was trained before the option existed.
-            del tree["model"][name]
+    for key in ADDED:
+        *sections, name = key.split(".")
+        section = reduce(getitem, sections, tree)
+        if section[name] is None:
+            del section[name]
     return {name: tree[name] for name in SECTIONS}
 
 

@@ -291,12 +291,13 @@ class DepthTasks(NamedTuple):
         return max((task.length + self.has_markers for task in self.tasks), default=0)
 
     def check_length(self, context_length: int) -> None:
-        """Raise a `UserError` if a model's context is shorter than the longest sequence."""
+        """Raise a `UserError` if the longest sequence has more tokens than are read at once."""
         if self.sequence_length > context_length:
             raise UserError(
-                f"the depth tasks have sequences of {self.sequence_length} tokens, more than "
-                f"model.context_length={context_length}; set it to {self.sequence_length}, or make "
-                "the tasks shorter"
+                f"the depth tasks have sequences of {self.sequence_length} tokens, and "
+                f"{context_length} are read at once; raise model.context_length, and "
+                f"training.sequence_length if it is set, to {self.sequence_length}, or make the "
+                "tasks shorter"
             )
 
     @property

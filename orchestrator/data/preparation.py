@@ -302,14 +302,14 @@ def sequence_length(settings: DataSettings) -> int | None:
     return None if has_text else DepthTasks.of(settings).sequence_length
 
 
-def check_context_length(settings: DataSettings, context_length: int) -> None:
-    """Check that a model's context holds the sequences of depth tasks, prepared or not.
+def check_sequence_length(settings: DataSettings, num_tokens: int) -> None:
+    """Check that a training sequence holds those of depth tasks, prepared or not.
 
     Raises:
         UserError: If it does not, or a sequence cannot hold its task.
     """
     if settings.source in ("depth", "mixture"):
-        DepthTasks.of(settings).check_length(context_length)
+        DepthTasks.of(settings).check_length(num_tokens)
 
 
 def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:

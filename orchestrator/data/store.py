@@ -188,7 +188,8 @@ class TokenStore(PreparedData):
             if len(tokens) < context_length:
                 raise UserError(
                     f"the {split} text has {len(tokens)} tokens, fewer than one sequence of "
-                    f"{context_length}; give more text or set a smaller model.context_length"
+                    f"{context_length}; give more text, or set a smaller model.context_length or "
+                    "training.sequence_length"
                 )
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:

@@ -156,8 +156,8 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling
         )
     if most >= context_length:
         raise UserError(
-            f"its answers have up to {most} tokens (max_gen_toks), and the "
-            f"model's context holds {context_length}, question included"
+            f"its answers have up to {most} tokens (max_gen_toks), and the model reads "
+            f"{context_length} at once, question included"
         )
     return settings
 

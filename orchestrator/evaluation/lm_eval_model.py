@@ -137,8 +137,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
                     f"{self.task_name} has a text of {len(continuation)} tokens to score, and the "
-                    f"model's context holds 1 to {self.max_length}; leave the task out, or train "
-                    "a model with a longer context"
+                    f"model reads 1 to {self.max_length} at once; leave the task out, raise "
+                    "evaluation.sequence_length if it is set, or train a model with a longer "
+                    "context"
                 )
             self.num_cut += len(context) + len(continuation) > self.max_length + 1
             # lm-eval shares the evaluation of equal inputs, but is right only where they are split
@@ -161,7 +162,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
-        """Score whole texts in windows of the model's context, each token once."""
+        """Score whole texts in windows of `max_length` tokens, each token once."""
         by_text = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
@@ -243,9 +244,17 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 class DecoderModel(LmEvalModel):
     """A decoder of ours; to lm-eval it looks like a model of transformers."""
 
-    def __init__(self, decoder: Decoder, text: ModelTokenizer, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: ModelTokenizer,
+        *args: Any,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
         stand_in = SimpleNamespace(device=decoder.device, config=SimpleNamespace(model_type="iiet"))
-        super().__init__(stand_in, text, *args, max_length=decoder.config.context_length, **options)
+        length = max_length or decoder.config.context_length
+        super().__init__(stand_in, text, *args, max_length=length, **options)
         self._decoder = decoder.eval()
 
     def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
@@ -255,8 +264,10 @@ class DecoderModel(LmEvalModel):
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         settings = answer_settings(requests[0].args[1], self.max_length)
+        num_read = self.max_length - settings.max_new_tokens
         contexts = [
-            self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-num_read:]
+            for request in requests
         ]
         return generate_answers(self._decoder, self.text, contexts, settings, seeds)
 

@@ -40,12 +40,14 @@ LARGEST_VALIDATION_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How a model is measured; only precision and limit determine the numbers."""
+    """How a model is measured; precision, limit and sequence length determine the numbers."""
 
     precision: Precision | None = None
     """Weights and arithmetic; by the device when unset: bf16 on GPUs that have it, else fp32."""
     limit: int | None = None
     """Score only this many items of each task."""
+    sequence_length: int | None = None
+    """Most tokens that the model reads at once; its context when unset."""
     batch_size: int = 32
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -78,6 +80,11 @@ class ModelMeasurer:
     def precision(self) -> Precision:
         """Weights and arithmetic of the model."""
         return self._conditions.precision or device_precision(self._conditions.device)
+
+    @property
+    def sequence_length(self) -> int:
+        """Most tokens that the model reads at once."""
+        return self._conditions.sequence_length or self._model.context_length
 
     def has_stored(self, suite: Suite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
@@ -122,7 +129,7 @@ class ModelMeasurer:
             if model.num_cut:
                 progress.note(
                     f"{model.num_cut} prompts lost their beginning: they are longer than the "
-                    f"{self._model.context_length} tokens of the model's context"
+                    f"{self.sequence_length} tokens that the model reads at once"
                 )
         stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
         evaluation = EvaluationResult(
@@ -142,7 +149,12 @@ class ModelMeasurer:
         key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
         found = self._store.read(key)
         if found is None:
-            loss = heldout_loss(self._decoder, tokens_folder, note=self._progress.note)
+            loss = heldout_loss(
+                self._decoder,
+                tokens_folder,
+                sequence_length=self.sequence_length,
+                note=self._progress.note,
+            )
             run = {
                 "results": {VALIDATION_LOSS: {f"{VALIDATION_LOSS},{NO_FILTER}": loss}},
                 "versions": {VALIDATION_LOSS: 1},
@@ -158,7 +170,10 @@ class ModelMeasurer:
         return {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
 
     def _key(self, what: str, limit: int | None = None) -> str:
-        return content_key("evaluation", [*self._model.key, self.precision], what, limit)
+        # A length that is the context's is absent, so that keys are those of earlier versions.
+        is_usual = self.sequence_length == self._model.context_length
+        length = [] if is_usual else [self.sequence_length]
+        return content_key("evaluation", [*self._model.key, self.precision], what, limit, *length)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -180,9 +195,16 @@ class ModelMeasurer:
             )
         else:
             kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()
-            check_answer_settings(suite.tasks, model.config.context_length)
+            check_answer_settings(suite.tasks, self.sequence_length)
         check_template(text, prompts)
-        return kind(loaded, text, conditions.batch_size, prompts=prompts, progress=self._progress)
+        return kind(
+            loaded,
+            text,
+            conditions.batch_size,
+            prompts=prompts,
+            progress=self._progress,
+            max_length=conditions.sequence_length,
+        )
 
     def _about(self, suite: Suite) -> dict[str, object]:
         """Return what lm-eval's results say of a run beside its numbers."""
@@ -209,12 +231,14 @@ def heldout_loss(
     decoder: Decoder,
     tokens_folder: Path,
     *,
+    sequence_length: int | None = None,
     batch_size: int = LARGEST_VALIDATION_BATCH,
     note: Callable[[str], None] | None = None,
 ) -> float:
     """Return the mean loss over held-out targets, in nats, under the model's schedule.
 
     Args:
+        sequence_length: Tokens of a sequence; as many as the model's context has when unset.
         batch_size: Sequences in one forward pass; halved when a GPU runs out of memory.
         note: Called with a sentence that says so.
 
@@ -222,7 +246,7 @@ def heldout_loss(
         DeviceError: If the memory is too small for one sequence.
     """
     batches = open_data(tokens_folder).validation_batches(
-        context_length=decoder.config.context_length,
+        context_length=sequence_length or decoder.config.context_length,
         num_tokens=NUM_VALIDATION_TOKENS,
         batch_size=batch_size,
     )
@@ -239,4 +263,6 @@ def heldout_loss(
     except torch.OutOfMemoryError as error:
         problem = out_of_memory_text(error)
     smaller = smaller_batch(batch_size, problem, note)
-    return heldout_loss(decoder, tokens_folder, batch_size=smaller, note=note)
+    return heldout_loss(
+        decoder, tokens_folder, sequence_length=sequence_length, batch_size=smaller, note=note
+    )

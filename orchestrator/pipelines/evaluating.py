@@ -166,7 +166,8 @@ class EvaluatePlan(Result):
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
         settings, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, settings, self.workspace)
-        asked = select_tasks(settings, tokens, context_length=model.context_length)
+        length = settings.tokens_at_once(model.context_length)
+        asked = select_tasks(settings, tokens, context_length=length)
         states: dict[str, str] = {}
         if asked.heldout and not asked.heldout.is_dir():
             missing = filter(is_heldout_task, asked.names)
@@ -186,7 +187,10 @@ class EvaluatePlan(Result):
         if precision is None and device in (None, "cuda") and is_elsewhere:
             precision = "bf16"
         conditions = Conditions(
-            precision=precision, limit=settings.limit, device=device or str(best_device())
+            precision=precision,
+            limit=settings.limit,
+            sequence_length=settings.sequence_length,
+            device=device or str(best_device()),
         )
         measurer = ModelMeasurer(model, EvaluationStore(self.workspace.evaluations), conditions)
         for name, num_answers in measurer.stored_answers(suite).items():
@@ -279,7 +283,8 @@ def _evaluate_model(
     started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
-    asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
+    length = settings.tokens_at_once(model.context_length)
+    asked = select_tasks(settings, tokens, context_length=length, make=progress)
     suite, chances = load_suite(asked), heldout_chances(asked.heldout)
     notes = [f"chance of {name}: {chances[name]}" for name in chances if name in asked.names]
     notes += [f"skipped {name}: {reason}" for name, reason in suite.skipped.items()]
@@ -290,6 +295,7 @@ def _evaluate_model(
     conditions = Conditions(
         precision=settings.precision,
         limit=settings.limit,
+        sequence_length=settings.sequence_length,
         batch_size=settings.batch_size,
         trust_remote_code=plan.trust_remote_code,
     )

@@ -98,6 +98,8 @@ def plan_depths(
                 "takes looped models of a known kind, Llamas, and those trained here"
             )
     asked = settings.evaluation.model_dump(mode="json")
+    if settings.evaluation.sequence_length is None:
+        del asked["sequence_length"]  # What is off is absent, so that names are as before.
     name = f"depth-{content_key([list(m.key) for m in plan.opened], asked)[:8]}"
     return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
 

@@ -145,18 +145,28 @@ class Estimate:
         schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
         return dict(Counter(map(schedule_at, self.steps_left)))
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.recipe.tokens_per_sequence(self.config)
+
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
+        config, length = self.config, self.sequence_length
         trained = [
-            n * cost.training_flops_per_token(self.config, s) for s, n in self.stages.items()
+            num_steps * cost.training_flops_per_token(config, schedule, context_length=length)
+            for schedule, num_steps in self.stages.items()
         ]
         if elastic := self.recipe.elastic:
             drawn_at = schedules.drawn_by_step(self.config.corrections, self.recipe)
             reads_full = schedules.members_read_full(elastic, has_teacher=bool(self.teacher))
             drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
             trained += [
-                times * cost.member_flops_per_token(self.config, member, reads_full=reads_full)
+                times
+                * cost.member_flops_per_token(
+                    config, member, reads_full=reads_full, context_length=length
+                )
                 for member, times in drawn.items()
             ]
         return self.recipe.num_tokens_per_step * sum(trained)
@@ -166,7 +176,8 @@ class Estimate:
         """FLOPs of the teacher in these steps, 0 without one."""
         if self.teacher is None:
             return 0.0
-        return self.num_teacher_tokens * cost.inference_cost(self.teacher).forward_flops_per_token
+        read = cost.inference_cost(self.teacher, context_length=self.sequence_length)
+        return self.num_teacher_tokens * read.forward_flops_per_token
 
     @property
     def num_members(self) -> int:
@@ -184,7 +195,7 @@ class Estimate:
         sequences = sequences_per_step(self.recipe, self.config, section=self.section)
         workers = self.devices.num_workers
         if sequences % workers:
-            nearest = -(-sequences // workers) * workers * self.config.context_length
+            nearest = -(-sequences // workers) * workers * self.sequence_length
             raise UserError(
                 f"a step has {sequences} sequences, which {workers} workers cannot share evenly; "
                 f"type --set {self.section}.num_tokens_per_step={nearest}"
@@ -213,6 +224,7 @@ class Estimate:
             self.config,
             schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
             num_sequences=self.sequences_per_pass,
+            sequence_length=self.sequence_length,
             precision=self.recipe.precision,
             on_gpus=devices.on_gpus,
             activation_checkpointing=self.recipe.activation_checkpointing,

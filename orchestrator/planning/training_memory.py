@@ -33,6 +33,7 @@ def training_memory(
     schedule: IterationSchedule | None = None,
     *,
     num_sequences: int,
+    sequence_length: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     on_gpus: bool = False,
     activation_checkpointing: bool = False,
@@ -45,7 +46,8 @@ def training_memory(
 
     Args:
         schedule: the costliest one that is trained; the config's own if None.
-        num_sequences: sequences of one forward pass, each as long as the context.
+        num_sequences: sequences of one forward pass.
+        sequence_length: tokens of a sequence; as many as the context has if None.
         on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them.
@@ -74,7 +76,8 @@ def training_memory(
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
     if has_teacher:
         weights += parameters * (width if on_gpus else _FULL)
-    tokens, compares = num_sequences * config.context_length, has_teacher or has_members
+    tokens = num_sequences * (sequence_length or config.context_length)
+    compares = has_teacher or has_members
     peak = _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares)
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0

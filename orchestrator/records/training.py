@@ -84,6 +84,11 @@ class TrainingJob(Record):
         return tuple(self.model.corrections) if has_corrections else None
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.recipe.tokens_per_sequence(self.model)
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_folder)
@@ -153,6 +158,7 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     recipe = job.recipe
     params: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE}
     params["objective"] = job.objective
+    params["sequence_length"] = recipe.sequence_length
     if recipe.decay != "constant":
         params["final_learning_rate_fraction"] = recipe.final_learning_rate_fraction
     if recipe.decay == "wsd":

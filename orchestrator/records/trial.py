@@ -60,6 +60,8 @@ class TrialSuite(Record):
     """Sequences in one forward pass."""
     limit: int | None = None
     """Score only this many items of each task."""
+    sequence_length: int | None = None
+    """Most tokens that a model reads at once; its context when unset."""
     num_fewshot: int | None = None
     """Solved examples before each item; the task's own number when unset."""
     prompts: Prompts | None = None
@@ -76,7 +78,7 @@ class TrialSuite(Record):
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The other fields are part of the key even if they are None.
-        absent = ("prompts", "fingerprints", "vocabulary", "vocabulary_folder")
+        absent = ("sequence_length", "prompts", "fingerprints", "vocabulary", "vocabulary_folder")
         return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
 
     @property

@@ -289,7 +289,8 @@ def training_rows(
     yield (
         "a step",
         f"{training.sequences_per_worker * training.devices.num_workers:,} sequences of "
-        f"{config.context_length:,} tokens; {training.sequences_per_worker:,} for each worker, in "
+        f"{training.sequence_length:,} tokens; {training.sequences_per_worker:,} for each worker, "
+        "in "
         f"{format_count(training.num_passes, 'pass', 'passes')} of at most "
         f"{training.sequences_per_pass}",
     )

@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, StrictInt
 from iiet.facts import INFLUENCE_METRICS
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
 from orchestrator.settings.training import Precision
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
 METRIC = OneOf(INFLUENCE_METRICS)
@@ -68,6 +69,9 @@ class EvaluationSettings(Section):
     """Text directly before each prompt; with a chat template, the system's message."""
     batch_size: StrictInt = Field(default=32, gt=0, le=MAX_COUNT)
     """Sequences in one forward pass of the evaluation."""
+    sequence_length: StrictInt | None = Field(default=None, gt=1)
+    """Most tokens that the model reads at once: of a question with its answer, and of a sequence of
+    a sweep's validation loss; at most the model's context (default: its context)."""
     precision: Precision | None = None
     """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
     differ a little, so results of each are stored apart."""
@@ -83,3 +87,17 @@ class EvaluationSettings(Section):
             system_instruction=self.system_instruction,
         )
         return None if prompts == Prompts() else prompts
+
+    def tokens_at_once(self, context_length: int) -> int:
+        """Return the most tokens that a model of this context reads at once.
+
+        Raises:
+            UserError: If the setting is longer than the context.
+        """
+        length = self.sequence_length or context_length
+        if length > context_length:
+            raise UserError(
+                f"evaluation.sequence_length={length}: the model reads at most {context_length} "
+                "tokens; set it to at most that, or leave it out"
+            )
+        return length

@@ -71,7 +71,8 @@ class ModelSettings(Section):
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)
-    """Longest sequence in tokens; also the length of the training sequences."""
+    """Longest sequence in tokens; also the length of training sequences, unless
+    `training.sequence_length` is set."""
     tie_embeddings: StrictBool | None = None
     """Whether the output head shares the embedding's weights."""
 
@@ -141,6 +142,9 @@ class TrainingSettings(Section):
     """Optimizer steps."""
     num_tokens_per_step: StrictInt = Field(default=1024, gt=0)
     """Tokens of the global batch, for any number of workers."""
+    sequence_length: StrictInt | None = Field(default=None, gt=1)
+    """Tokens of a training sequence, and of one of the validation loss during the training; at most
+    the model's context (default: its context)."""
     num_sequences_per_pass: StrictInt | None = Field(default=None, gt=0)
     """At most this many sequences in one forward pass of one worker (gradient accumulation;
     default: all at once)."""
@@ -199,6 +203,10 @@ class TrainingSettings(Section):
     """Newest checkpoints kept on disk."""
     profile_steps: StrictInt = Field(default=0, ge=0)
     """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
+
+    def tokens_per_sequence(self, model: ModelConfig) -> int:
+        """Return the tokens of a training sequence of a model."""
+        return self.sequence_length or model.context_length
 
 
 class DistillationSettings(Section):

@@ -304,7 +304,7 @@ def load_tasks(
     Raises:
         UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
-    length = config.context_length
+    length = settings.tokens_at_once(config.context_length)
     select_tasks(settings, tokens, context_length=length, make=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
@@ -324,7 +324,8 @@ def plan_suite(
         hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
-    asked = select_tasks(settings, tokens, context_length=config.context_length)
+    length = settings.tokens_at_once(config.context_length)
+    asked = select_tasks(settings, tokens, context_length=length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     vocabulary = text_files_key(teacher) if teacher else None
@@ -337,6 +338,7 @@ def plan_suite(
         include_folder="".join(map(str, user_task_folders(settings))),
         batch_size=settings.batch_size,
         limit=settings.limit,
+        sequence_length=None if length == config.context_length else length,
         num_fewshot=settings.num_fewshot,
         prompts=settings.prompts,
         precision=settings.precision or default_precision(on_gpus=False),

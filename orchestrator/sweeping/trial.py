@@ -96,7 +96,11 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
     conditions = Conditions(
-        precision=suite.precision, limit=suite.limit, batch_size=suite.batch_size, device=device
+        precision=suite.precision,
+        limit=suite.limit,
+        sequence_length=suite.sequence_length,
+        batch_size=suite.batch_size,
+        device=device,
     )
     measurer = ModelMeasurer(model, store, conditions)
     measured = measurer.tasks(load_suite(asked, suite.fingerprints))

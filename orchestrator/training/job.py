@@ -28,7 +28,7 @@ from iiet.config import DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
-from orchestrator.data.preparation import check_context_length, expected_tokens, tokens_folder_of
+from orchestrator.data.preparation import check_sequence_length, expected_tokens, tokens_folder_of
 from orchestrator.data.store import verify_data
 from orchestrator.models.folder import (
     FIRST_STAGE,
@@ -113,8 +113,9 @@ def pretraining_job(
     config = settings.model.build(
         vocab_size=expected.vocab_size, context_length=expected.context_length
     )
-    check_context_length(settings.data, config.context_length)
     recipe = checked_family(settings.training, config)
+    sequences_per_step(recipe, config)
+    check_sequence_length(settings.data, recipe.tokens_per_sequence(config))
     if facts_of(config.method).full_level is not None:  # Its levels are no stages of a training.
         stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         recipe = recipe.model_copy(update=stages)
@@ -143,14 +144,21 @@ def sequences_per_step(
     """Return the number of sequences in the global batch.
 
     Raises:
-        UserError: If the tokens per step are not a multiple of the context length.
+        UserError: If a sequence is longer than the model's context, or the tokens per step are no
+            multiple of a sequence.
     """
-    sequences, rest = divmod(recipe.num_tokens_per_step, config.context_length)
-    if rest or not sequences:
+    length = recipe.tokens_per_sequence(config)
+    if length > config.context_length:
         raise UserError(
-            f"{section}.num_tokens_per_step must be a multiple of the context length "
-            f"{config.context_length}, such as {max(1, sequences) * config.context_length}; got "
-            f"{recipe.num_tokens_per_step}"
+            f"{section}.sequence_length={length}: the model's context has {config.context_length} "
+            "tokens; set it to at most that, or leave it out"
+        )
+    sequences, rest = divmod(recipe.num_tokens_per_step, length)
+    if rest or not sequences:
+        what = f"{section}.sequence_length" if recipe.sequence_length else "the context length"
+        raise UserError(
+            f"{section}.num_tokens_per_step must be a multiple of {what} {length}, such as "
+            f"{max(1, sequences) * length}; got {recipe.num_tokens_per_step}"
         )
     return sequences
 
@@ -178,6 +186,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         del recipe["elastic"]
     else:
         recipe["elastic"]["draws"] = DRAWS_VERSION
+    if job.sequence_length == job.model.context_length:
+        del recipe["sequence_length"]
     if job.kept_layers is not None:
         more["kept_layers"] = list(job.kept_layers)
     if (version := facts_of(job.model.method).version) > 1:
@@ -233,8 +243,8 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         raise UserError(
             f"the tokens need a vocab_size of {data.vocab_size}, the model's is {config.vocab_size}"
         )
-    data.check_length(config.context_length)
     global_batch = sequences_per_step(job.recipe, config, section=job.section)
+    data.check_length(job.sequence_length)
     check_even_split(global_batch, num_workers, section=job.section)
     for origin in filter(None, (job.teacher_folder, job.initial_folder)):
         check_checkpoint(Path(origin), remember=True)

@@ -186,16 +186,20 @@ def flops_per_token_by_step(
     config, distillation = job.model, job.distillation or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     drawn_at = drawn_by_step(config.corrections, job.recipe)
-    teacher_flops = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
+    length = job.sequence_length
+    teacher_flops = 0.0
+    if teacher:
+        teacher_flops = inference_cost(teacher, context_length=length).forward_flops_per_token
     reads_full = members_read_full(job.recipe.elastic, has_teacher=job.objective == "distill")
 
     @lru_cache
     def student_flops(schedule: IterationSchedule) -> float:
-        return float(training_flops_per_token(config, schedule))
+        return float(training_flops_per_token(config, schedule, context_length=length))
 
     @lru_cache
     def member_flops(member: IterationSchedule) -> float:
-        return float(member_flops_per_token(config, member, reads_full=reads_full))
+        flops = member_flops_per_token(config, member, reads_full=reads_full, context_length=length)
+        return float(flops)
 
     return lambda step: (
         sum(map(member_flops, drawn_at(step)), start=student_flops(schedule_at(step)))

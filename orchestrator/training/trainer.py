@@ -446,7 +446,7 @@ class Trainer:
         job, world = self.job, self.world
         batch = self.data.batch(
             step,
-            context_length=job.model.context_length,
+            context_length=job.sequence_length,
             seed=job.recipe.seed,
             global_batch=sequences_per_step(job.recipe, job.model),
             rank=world.rank,
@@ -471,7 +471,7 @@ class Trainer:
         per_worker = sequences_per_step(recipe, job.model) // self.world.size
         batches = list(
             self.data.validation_batches(
-                context_length=job.model.context_length,
+                context_length=job.sequence_length,
                 num_tokens=recipe.num_validation_tokens,
                 batch_size=recipe.num_sequences_per_pass or per_worker,
             )

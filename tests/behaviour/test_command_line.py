@@ -47,6 +47,9 @@ MISTAKES = {
     "sweep toy --set sweep.thresholds=[-1]": "no influence of this metric is below 0",
     "sweep toy --set distillation.training.num_tokens_per_step=100":
         "distillation.training.num_tokens_per_step must be a multiple",
+    "sweep toy --set distillation.training.sequence_length=4096":
+        "distillation.training.sequence_length=4096",
+    "sweep toy --set evaluation.sequence_length=4096": "evaluation.sequence_length=4096",
     # Options and arguments
     "no-such-command": "no-such-command",
     "pretrain --gpu 8": "--gpus",

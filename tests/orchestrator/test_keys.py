@@ -41,7 +41,7 @@ NOT_IN_KEY: dict[type, set[str]] = {
 OTHER: dict[str, Any] = {
     "num_sequences_per_pass": 2, "iterate_ramp_fraction": 0.2, "elastic": None,
     "spike_factor": 20.0, "compile": True, "checkpoint_every_minutes": 5.0, "schedules": ("1",),
-    "top_k": 5, "end_step": 9, "limit": 3, "num_fewshot": 2, "tasks": ("a",),
+    "sequence_length": 8, "top_k": 5, "end_step": 9, "limit": 3, "num_fewshot": 2, "tasks": ("a",),
     "prompts": Prompts(), "fingerprints": {"a": "b"}, "chat_template": "short",
     "method": {"method": "pcformer", "schedule": None}, "dim": 32, "num_heads": 4,
     "num_layers": {"num_layers": 3, "schedule": IterationSchedule((2, 1, 1))},

@@ -188,7 +188,7 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, int], str]] = [
     ((), {}, r"data\.depth\.tasks is empty"),
     (("phop_20",), {}, "length=64 is too short for phop_20"),
     (("chain_1000000",), {}, "more than 100,000"),
-    (("phop_6",), {}, r"64 tokens, more than model\.context_length=32"),
+    (("phop_6",), {}, r"64 tokens, and 32 are read at once; raise model\.context_length"),
 ]
 
 

@@ -111,7 +111,7 @@ def test_settings_of_a_task_become_those_of_the_generator():
     for options, words in (
         ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"max_gen_toks": 64}, r"up to 64 tokens \(max_gen_toks\), and the model's context holds"),
+        ({"max_gen_toks": 64}, r"up to 64 tokens \(max_gen_toks\), and the model reads"),
     ):
         task: Any = SimpleNamespace(
             OUTPUT_TYPE="generate_until", get_config={"generation_kwargs": options}.get

@@ -151,6 +151,25 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
     assert narrow.num_cut == 5
 
 
+def test_a_model_of_a_longer_context_can_be_measured_at_another_length(
+    make_model, suite, decoder, tokenizer, tiny_tokens, tmp_path
+):
+    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | asked.tasks
+    longer = {**decoder.config.to_dict(), "context_length": 2 * CONTEXT}
+    wide = Decoder(ModelConfig.from_dict(longer)).eval()
+    wide.load_state_dict(decoder.state_dict())
+    for name, task in tasks.items():
+        short = run_task(name, task, DecoderModel(wide, tokenizer, max_length=CONTEXT))
+        usual = run_task(name, task, make_model())
+        assert short.result == usual.result, name
+        assert short.samples == usual.samples, name
+    assert heldout_loss(wide, tiny_tokens, sequence_length=CONTEXT) == pytest.approx(
+        heldout_loss(decoder, tiny_tokens), rel=1e-6
+    )
+    assert heldout_loss(wide, tiny_tokens) != heldout_loss(decoder, tiny_tokens)
+
+
 # Scores
 
 

@@ -74,6 +74,16 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     assert not table["metric"].str.endswith("_stderr").any()
 
 
+def test_results_of_each_sequence_length_are_stored_apart(checkpoint, settings, workspace, runs):
+    context_length = load_config(checkpoint).context_length
+    for length in (None, context_length, 4, 4):
+        evaluate(checkpoint, settings.model_copy(update={"sequence_length": length}), workspace)
+    assert runs == 2 * ["first", "second"]
+    too_long = settings.model_copy(update={"sequence_length": context_length + 1})
+    with pytest.raises(UserError, match=r"evaluation\.sequence_length=17"):
+        evaluate(checkpoint, too_long, workspace)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(

@@ -92,6 +92,10 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys
 
     assert "multiple of the context length 2048" in refused("--preset", "1.3b", "--dry-run")
     assert "3 workers cannot share evenly" in refused("--workers", "3", "--dry-run")
+    for wrong in ("256", "1", "a", "96"):  # The context has 128 tokens, a step 1024.
+        for dry_run in ([], ["--dry-run"]):
+            error = refused("--set", f"training.sequence_length={wrong}", *dry_run)
+            assert "training.sequence_length" in error
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for memory, disk, words in ((2**30, 2**50, "GiB free"), (2**50, 2**20, "--workspace")):
         monkeypatch.setattr("orchestrator.planning.machine.free_memory", lambda m=memory: m)

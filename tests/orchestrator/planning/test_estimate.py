@@ -48,6 +48,29 @@ def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot():
         assert uneven.worker_bytes
 
 
+def test_shorter_sequences_take_less_memory_and_fewer_flops():
+    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
+    usual = Estimate(config=config, recipe=recipe, teacher=config)
+    lengths = (config.context_length, config.context_length // 4)
+    same, short = (
+        replace(usual, recipe=recipe.model_copy(update={"sequence_length": length}))
+        for length in lengths
+    )
+    assert (same.flops, same.worker_memory) == (usual.flops, usual.worker_memory)
+    assert short.sequences_per_worker == 4 * usual.sequences_per_worker
+    assert short.num_tokens == usual.num_tokens
+    assert short.flops < usual.flops, "attention sees fewer tokens"
+    assert short.teacher_flops < usual.teacher_flops
+    least = replace(usual, recipe=recipe.model_copy(update={"num_tokens_per_step": lengths[0]}))
+    one = {"num_tokens_per_step": lengths[1], "sequence_length": lengths[1]}
+    shortest = replace(usual, recipe=recipe.model_copy(update=one))
+    assert shortest.worker_bytes < least.worker_bytes
+    assert shortest.worker_memory["activations"] < 0.5 * least.worker_memory["activations"]
+    too_long = replace(usual, recipe=recipe.model_copy(update={"sequence_length": 2 * lengths[0]}))
+    with pytest.raises(UserError, match=r"training\.sequence_length=256"):
+        assert too_long.sequences_per_worker
+
+
 def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule():
     config = preset("tiny", schedule=2)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
@@ -72,10 +95,14 @@ def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule():
     assert half.worker_memory == whole.worker_memory
 
 
-def test_flops_and_checkpoint_bytes_equal_those_of_a_run(tmp_path, tiny_tokens, tiny_model):
+@pytest.mark.parametrize("sequence_length", [None, 8])
+def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
+    sequence_length, tmp_path, tiny_tokens, tiny_model
+):
     recipe = TrainingSettings(
         num_steps=6,
         num_tokens_per_step=64,
+        sequence_length=sequence_length,
         num_validation_tokens=64,
         checkpoint_every_steps=1,
         num_checkpoints_kept=2,

@@ -138,6 +138,8 @@ def test_memory_saving_settings_save_memory():
         return sum(training_memory(config, **{"num_sequences": 4, **options}).values())
 
     assert total(num_sequences=2) < total()
+    half = config.context_length // 2
+    assert total(sequence_length=half) == total(num_sequences=2) < total()
     assert total(activation_checkpointing=True) < 0.5 * total()
     assert total(precision="bf16") < total()
     assert total(num_shards=8) < total()

@@ -47,6 +47,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "untied": {"model": {"tie_embeddings": False}},  # The loss reads the head's own weight.
     "masked": {"recipe": {"num_sequences_per_pass": 1}},
     "bad": {"recipe": {"skip_bad_steps": 1}},
+    "short": {"recipe": {"sequence_length": 8}},  # Half of the model's context.
 }
 """Name of a run -> what distinguishes its job from the plain one."""
 
@@ -105,6 +106,7 @@ QUICK = {
     "a family of schedules": Row("elastic", [stop(8)], [8]),
     "options of a method": Row("damped", [stop(7)], [7]),
     "a teacher": Row("student", [stop(3)], [3]),
+    "a sequence length of its own": Row("short", [stop(7)], [7]),
 }
 KILLED = {
     "killed in a step": ("training.trainer", "learning_rate_at", "(6,"),

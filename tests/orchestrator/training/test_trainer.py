@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from same_run import curve, events, same_run, state_of, steps_of, stop
 
+from iiet.batch import Batch
+from orchestrator.data.order import WindowOrder
+from orchestrator.data.store import TokenStore, gather, open_tokens
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
@@ -54,6 +58,34 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
     assert run_job(job) == outcome.model_copy(update={"train_seconds": outcome.train_seconds})
     monkeypatch.setattr(trainer_module, "Trainer", None)
     assert run_job(job) == finished_outcome(job) == outcome
+
+
+def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
+    make_job, monkeypatch
+):
+    read: list[torch.Tensor] = []
+    held_out: list[int] = []
+    batch, validation_batches = TokenStore.batch, TokenStore.validation_batches
+
+    def noted(store: TokenStore, step: int, **options: Any) -> Batch:
+        found = batch(store, step, **options)
+        read.append(found.input_ids)
+        return found
+
+    def noted_validation(store: TokenStore, **options: Any) -> Iterator[Batch]:
+        for found in validation_batches(store, **options):
+            held_out.append(found.input_ids.size(1))
+            yield found
+
+    monkeypatch.setattr(TokenStore, "batch", noted)
+    monkeypatch.setattr(TokenStore, "validation_batches", noted_validation)
+    job = make_job(sequence_length=8, seed=3)
+    outcome = run_job(job)
+    tokens = open_tokens(job.tokens_folder).train
+    starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
+    assert torch.equal(torch.cat(read), gather(tokens, starts, 8))
+    assert set(held_out) == {8}
+    assert outcome.num_tokens == 9 * 64
 
 
 def test_two_seeds_are_two_initial_models(make_job):
