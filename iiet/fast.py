@@ -184,8 +184,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dim = x.size(-1)
-        products = (grad * x).view(-1, dim)
-        weight_grad = rstd.view(1, -1) @ products
+        # The gradient of rotated heads is not contiguous.
+        products = (grad * x).reshape(-1, dim)
+        weight_grad = rstd.reshape(1, -1) @ products
         # d rstd / dx = -x rstd^3 / dim
         pull = (products @ weight).view_as(rstd) * rstd.pow(3).div_(-dim)
         x_grad = (grad * weight).mul_(rstd).addcmul_(x, pull)

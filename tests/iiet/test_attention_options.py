@@ -55,6 +55,7 @@ CASES = {
         )
         for name, scaling in {"linear": LINEAR, "llama3": LLAMA3, **YARNS}.items()
     },
+    "llama with wide heads": ("Llama", {"head_dim": 16}, {"head_dim": 16}),
     "tied llama with wide heads and biases": (
         "Llama",
         {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True},
