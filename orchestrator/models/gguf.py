@@ -106,7 +106,9 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         # It fills missing weights with random numbers.
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"missing {', '.join(missing)}")
-        return decoder_from_published(model.config.to_dict(), model.state_dict())
+        values = model.config.to_dict()
+        del values["quantization_config"]  # Says how the file is packed; these weights are not.
+        return decoder_from_published(values, model.state_dict())
     except Exception as error:  # Types that cannot be unpacked, shapes that do not fit.
         line = first_line(error, with_type=not isinstance(error, ValueError))
         raise UserError(f"cannot use {path}: {line}") from None
