@@ -340,16 +340,18 @@ class Decoder(nn.Module):
         else:
             schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
+        layers = self.model.layers
+        shared = self.model.shared
         hidden = embeddings
         state = self.method.start(embeddings)
         num_runs = self.method.facts.num_runs(schedule)
         for run in range(num_runs):
-            for number, layer in enumerate(self.model.layers):
+            for number, layer in enumerate(layers):
                 call = LayerCall(
                     schedule[number],
                     context,
                     slots=None if slots is None else slots[number],
-                    shared=self.model.shared,
+                    shared=shared,
                     recompute=self.activation_checkpointing and cache is None,
                     observe=observe,
                     first_evaluation=run * (evaluations_per_layer[number] // num_runs),
@@ -397,7 +399,7 @@ class Decoder(nn.Module):
         head = self.lm_head
         if can_step(normed) and (head is None or is_bare(head, nn.Linear)):
             product = few_rows_product(normed, head or self.model.embed_tokens, len(normed))
-            return product.view(len(normed), 1, -1)
+            return product.view(len(normed), 1, -1).contiguous()
         if head is None:
             return F.linear(normed, self.model.embed_tokens.weight)
         logits: Tensor = head(normed)

@@ -1,5 +1,7 @@
 """Faster CPU forms of what `iiet.layers` computes, and when they apply.
 
+    rms_norm             keeps its input only: PyTorch has no fused kernel for it on a CPU, and its
+                         operations keep the normalized input, too
     gated_product        SwiGLU keeps gate and up only; the backward pass recomputes the rest
     few_rows_product     the products of a decoding step, near the speed at which memory delivers
                          the weights; with it the norm and the sum of such a step
@@ -17,6 +19,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -35,6 +39,7 @@ __all__ = [
     "add_few_rows_product",
     "can_step",
     "can_use_fast_linear",
+    "can_use_rms_norm",
     "fast_forms_allowed",
     "few_rows_product",
     "gated_product",
@@ -43,12 +48,13 @@ __all__ = [
     "needs_all_derivatives",
     "normalize_few_rows",
     "plain_formulas",
+    "rms_norm",
     "rotate_in_place",
 ]
 
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
 """Whether the forms of this file are used. It is read at each call, and decides nothing else."""
-MAX_ROWS: Final = 8  # Of a decoding step; for more tokens the plain formulas are as fast.
+MAX_ROWS: Final = 8  # Of a decoding step; for more tokens `F.linear` is as fast.
 _GLOBAL_HOOKS = (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -121,6 +127,70 @@ def may_read_weights() -> bool:
     return fast_forms_allowed() and not any(_GLOBAL_HOOKS)
 
 
+def can_use_rms_norm(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `rms_norm` may replace PyTorch's."""
+    return (
+        ENABLED
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.itemsize >= 4
+        and not hasattr(weight, "__tensor_flatten__")
+        and fast_forms_allowed()
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
+    if torch.is_grad_enabled():
+        normed: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return normed
+    return (x * _rstd(x, eps)).mul_(weight)
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """Compute `1 / sqrt(mean(x^2) + eps)`, (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(_cached_scalar(eps, x), norm, norm, value=1.0 / x.size(-1)).rsqrt_()
+
+
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _cached_scalar(value: float, x: Tensor) -> Tensor:
+    """Return a number as a tensor, cached: making one costs as much as a kernel."""
+    key = (value, x.dtype)
+    constant = _constants.get(key) if type(x) is Tensor else None
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.tensor(value, dtype=x.dtype, device="cpu")
+        # A fake tensor holds no number and is valid only in the mode that made it.
+        if type(constant) is Tensor:
+            _constants[key] = constant
+    return constant
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Makes six passes over the hidden state instead of a dozen; keeps only input and `rstd`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rstd = _rstd(x, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dim = x.size(-1)
+        products = (grad * x).view(-1, dim)
+        weight_grad = rstd.view(1, -1) @ products
+        # d rstd / dx = -x rstd^3 / dim
+        pull = (products @ weight).view_as(rstd) * rstd.pow(3).div_(-dim)
+        x_grad = (grad * weight).mul_(rstd).addcmul_(x, pull)
+        return x_grad, weight_grad.view(-1), None
+
+
 def can_use_fast_linear(linear: nn.Module, x: Tensor) -> bool:
     """Return whether `gated_product` may replace the formula of this layer."""
     return ENABLED and x.is_cpu and may_read_weights() and is_bare(linear, nn.Linear)
@@ -174,11 +244,10 @@ def normalize_few_rows(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """Do `norm(x)` for (rows, 1, dim); of one row, (dim,) comes back."""
     assert norm.eps is not None
     if len(x) > 1:
-        return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+        return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)
     rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
-    normed: Tensor = (x * rstd).mul_(norm.weight)
-    return normed
+    return torch.addcmul(_cached_scalar(0.0, x), x, norm.weight, value=rstd)
 
 
 def rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -191,17 +260,48 @@ def few_rows_product(x: Tensor, linear: nn.Module, rows: int) -> Tensor:
     """Compute `x @ weight.T` near the speed at which memory delivers the weight.
 
     Args:
-        x: `rows` contiguous vectors, in any shape.
+        x: `rows` vectors, (..., in).
         linear: holds the weight, (out, in): a bare linear layer, or an embedding.
         rows: at most `MAX_ROWS`.
 
     Returns:
-        (rows, out), or (out,) for one row; contiguous.
+        (rows, out), or (out,) for one row; perhaps the transpose of a contiguous tensor.
     """
     weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
-        return torch.mv(weight, x.view(-1))
-    return F.linear(x.view(rows, -1), weight)
+        return torch.mv(weight, x if x.dim() == 1 else x.view(-1))
+    x = x.view(rows, -1).contiguous()
+    if _is_faster_on_the_right(weight, rows):
+        return F.linear(x, weight)
+    return torch.mm(weight, x.t()).t()
+
+
+def _is_faster_on_the_right(weight: Tensor, rows: int) -> bool:
+    """Return whether two to eight rows take less time as `x @ W.T` than as `W @ x.T`.
+
+    For small weights the left has more operations. For others it depends: PyTorch's matrix library
+    has other kernels for Intel's processors. There, two rows take half the time on the right, and
+    eight rows if a processor's second cache holds the weight. On an AMD EPYC, two rows take half
+    the time on the left. The choice is made by the processor, not by timing, so that a machine
+    always computes the same.
+    """
+    if weight.numel() <= _FEW_NUMBERS:
+        return True
+    if _is_intel():
+        return rows <= MAX_ROWS // 2 or weight.numel() <= _NUMBERS_IN_SECOND_CACHE
+    return rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1)
+
+
+_FEW_NUMBERS: Final = 2**15
+_NUMBERS_IN_SECOND_CACHE: Final = 2**19  # 2 MiB of float32.
+
+
+@cache
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # Not Linux.
+        return False
 
 
 def add_few_rows_product(base: Tensor, x: Tensor, linear: nn.Module, rows: int) -> Tensor:

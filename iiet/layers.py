@@ -32,11 +32,13 @@ from iiet.config import ModelConfig
 from iiet.fast import (
     add_few_rows_product,
     can_use_fast_linear,
+    can_use_rms_norm,
     few_rows_product,
     gated_product,
     is_bare,
     needs_all_derivatives,
     normalize_few_rows,
+    rms_norm,
     rotate_in_place,
 )
 
@@ -174,6 +176,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., dim)."""
+        if can_use_rms_norm(x, self.weight):
+            assert self.eps is not None
+            return rms_norm(x, self.weight, self.eps)
         # The fused kernel needs one dtype, and autocast would make that float32.
         weight = self.weight.to(x.dtype)
         if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
@@ -198,6 +203,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
+        x = x.to(product_dtype(x))  # Once; autocast would make and keep a copy for each product.
         by_head = (*x.shape[:2], -1, self.head_dim)
         queries = rotate(self.q_proj(x).view(by_head), *context.rope).transpose(1, 2)
         keys = rotate(self.k_proj(x).view(by_head), *context.rope).transpose(1, 2)
@@ -220,6 +226,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
+        x = x.to(product_dtype(x))  # As in `Attention`.
         gate = self.gate_proj(x)
         up = self.up_proj(x)
         if can_use_fast_linear(self.down_proj, x):
@@ -260,6 +267,7 @@ class Block(nn.Module):
         assert slot is not None
         assert context.cache is not None
         attention = self.self_attn
+        mlp = self.mlp
         num_rows = len(x)
         normed = normalize_few_rows(x, self.input_layernorm)
         queries = few_rows_product(normed, attention.q_proj, num_rows)
@@ -274,9 +282,9 @@ class Block(nn.Module):
         mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
         u = add_few_rows_product(x, mixed, attention.o_proj, num_rows)
         normed = normalize_few_rows(u, self.post_attention_layernorm)
-        gate = few_rows_product(normed, self.mlp.gate_proj, num_rows)
-        up = few_rows_product(normed, self.mlp.up_proj, num_rows)
-        return add_few_rows_product(u, F.silu(gate).mul_(up), self.mlp.down_proj, num_rows)
+        gate = few_rows_product(normed, mlp.gate_proj, num_rows)
+        up = few_rows_product(normed, mlp.up_proj, num_rows)
+        return add_few_rows_product(u, F.silu(gate).mul_(up), mlp.down_proj, num_rows)
 
     def is_bare(self) -> bool:
         """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the

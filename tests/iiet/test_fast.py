@@ -16,6 +16,7 @@ from iiet.fast import (
     few_rows_product,
     gated_product,
     normalize_few_rows,
+    rms_norm,
     rotate_in_place,
 )
 from iiet.layers import FeedForward, RMSNorm, Rope, rotate
@@ -44,6 +45,15 @@ def tables(time, head_dim=4, theta=10.0, dtype=torch.float64):
     return Rope(head_dim, time, theta).at(slice(0, time), torch.device("cpu"), dtype)
 
 
+def test_rms_norm():
+    torch.manual_seed(0)
+
+    def plain(x, weight):
+        return F.rms_norm(x, (6,), weight, 1e-2)
+
+    check_equal(lambda x, weight: rms_norm(x, weight, 1e-2), plain, tensor(2, 3, 6), tensor(6))
+
+
 def test_gated_product():
     torch.manual_seed(0)
 
@@ -61,18 +71,33 @@ def test_rotation_in_half_precision_is_rounded_once():
     assert torch.equal(rotate(heads, *rope), rotate(heads.float(), *rope).bfloat16())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("is_intel", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (8, 3)])
 @torch.no_grad()
-def test_products_sums_norms_and_rotations_of_few_rows(rows):
-    linear, norm = nn.Linear(7, 3, bias=False).double(), RMSNorm(7, eps=1e-2).double()
-    nn.init.normal_(norm.weight)
-    x = torch.randn(rows, 1, 7, dtype=torch.float64)
-    base = torch.randn(rows, 1, 3, dtype=torch.float64)
+def test_products_of_few_rows(rows, shape, is_intel, monkeypatch):
+    monkeypatch.setattr(fast, "_is_intel", lambda: is_intel)
+    monkeypatch.setattr(fast, "_FEW_NUMBERS", 20)
+    monkeypatch.setattr(fast, "_NUMBERS_IN_SECOND_CACHE", 21)
+    linear = nn.Linear(shape[1], shape[0], bias=False).double()
+    x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
     product = few_rows_product(x, linear, rows)
-    assert product.is_contiguous()
     torch.testing.assert_close(product.view(rows, 1, -1), linear(x))
+    base = torch.randn(rows, 1, shape[0], dtype=torch.float64)
     torch.testing.assert_close(add_few_rows_product(base, x, linear, rows), base + linear(x))
-    torch.testing.assert_close(normalize_few_rows(x, norm).view_as(x), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_norms_and_rotations_of_few_rows(rows, dtype):
+    norm = RMSNorm(7, eps=1e-2).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(rows, 1, 7, dtype=dtype)
+    normed = normalize_few_rows(x, norm)
+    assert normed.dtype == dtype
+    with plain_formulas():
+        torch.testing.assert_close(normed.view_as(x), norm(x))
     heads = torch.randn(rows, 2, 1, 4, dtype=torch.float64)
     expected = rotate(heads, *tables(1))
     rotate_in_place(heads, *tables(1))
@@ -104,11 +129,11 @@ def noting(form, calls):
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     calls = []
-    for form in (gated_product, add_few_rows_product):
+    for form in (rms_norm, gated_product, add_few_rows_product):
         monkeypatch.setattr(f"iiet.layers.{form.__name__}", noting(form, calls))
     decoder = make_model(method)
     found = everything(decoder)
-    assert {form.__name__ for form in (gated_product, add_few_rows_product)} == set(calls)
+    assert set(calls) == {"rms_norm", "gated_product", "add_few_rows_product"}
     calls.clear()
     with plain_formulas():
         plain = everything(decoder)
@@ -124,7 +149,12 @@ def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
     """Also those of a decoder that was made before."""
     decoder = make_model()
     monkeypatch.setattr(fast, "ENABLED", False)
-    for form in ("layers.gated_product", "layers.few_rows_product", "decoder.few_rows_product"):
+    for form in (
+        "layers.rms_norm",
+        "layers.gated_product",
+        "layers.few_rows_product",
+        "decoder.few_rows_product",
+    ):
         monkeypatch.setattr(f"iiet.{form}", None)
     everything(decoder)
     for model in (decoder, make_model()):
@@ -164,9 +194,11 @@ def test_global_hooks_turn_them_off():
 @pytest.mark.parametrize("method", ["vanilla", "iiet"])
 def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """They have no values; a cached one would make every later run of the process fail."""
+    fast._constants.clear()
     used, unused = make_model(method, dtype=torch.float32), make_model(method, dtype=torch.float32)
     with torch.set_grad_enabled(with_gradients):
         expected = used(IDS)
+        fast._constants.clear()
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert type(unused(IDS)) is not torch.Tensor
             loss = next_token_loss(used(IDS), IDS)
