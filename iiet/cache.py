@@ -83,6 +83,12 @@ class Window:
         self._bias.index_fill_(3, self.columns, 0.0)
         return self._bias.narrow(3, 0, self.size)
 
+    def mask_within(self, num_tokens: int) -> Tensor:
+        """Return what `mask` returns, with tokens hidden that are not among the last `num_tokens`,
+        the step's own included."""
+        columns = torch.arange(self.size, device=self.columns.device)
+        return self.mask().masked_fill(columns <= self.columns - num_tokens, -torch.inf)
+
     def advance(self) -> None:
         """Set the window after one more token."""
         self.columns.add_(1)

@@ -253,6 +253,12 @@ class ModelConfig:
         return None if window is None or window >= self.context_length else window
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding windows of all layers that have one, each once, in tokens."""
+        windows = (self.window_of(layer) for layer in range(self.num_layers))
+        return tuple(dict.fromkeys(window for window in windows if window is not None))
+
+    @property
     def corrections(self) -> IterationSchedule:
         """The iteration schedule, all zeros where a method makes no corrections."""
         return self.schedule or IterationSchedule.none(self.num_layers)

@@ -8,6 +8,8 @@ need no mask at all: the kernel has a causal one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ def make_context(
     rope: Rope,
     *,
     is_token_step: bool = False,
+    windows: Iterable[int] = (),
     cache: KeyValueCache | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -35,6 +38,7 @@ def make_context(
         hidden: the embeddings.
         rope: tables for the positions of the model's context.
         is_token_step: see `PassContext`.
+        windows: the sliding windows of the layers, in tokens.
         cache: keys and values of earlier tokens; what it knows of padding is read and updated.
         attention_mask: None: only the padding that the cache remembers counts.
         position_ids: None: positions count all tokens but padding.
@@ -48,6 +52,7 @@ def make_context(
             is_causal=False,
             cache=cache,
             is_token_step=is_token_step,
+            window_masks={size: window.mask_within(size) for size in windows if size < window.size},
         )
     batch, time = hidden.shape[:2]
     device = hidden.device
@@ -81,13 +86,42 @@ def make_context(
         mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
+    window_masks: dict[int, Tensor | None] = {}
+    for size in windows:
+        if size >= total:
+            continue  # Such a layer sees all that others see.
+        if time == 1 and mask is None:
+            window_masks[size] = None
+            continue
+        whole = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+        if whole is None:
+            whole = _causal(past, total, device)
+        # A mask of queries and keys orders tokens by their positions, all others by their columns.
+        places = torch.arange(total, device=device) if visible is None else position_ids
+        assert places is not None
+        whole = whole & _near(places, size, num_queries=time)
+        window_masks[size] = whole[..., max(0, total - tokens_in_reach(size, time)) :]
     return PassContext(
         rope=rope.at(positions, device, hidden.dtype),
         mask=mask,
         is_causal=mask is None and time > 1,
         cache=cache,
         is_token_step=is_token_step,
+        window_masks=window_masks,
     )
+
+
+def tokens_in_reach(window: int, time: int) -> int:
+    """Return how many of the latest tokens a pass over `time` tokens reads through a window."""
+    return window + time - 1
+
+
+def _near(places: Tensor, window: int, *, num_queries: int) -> Tensor:
+    """Return which tokens lie within the window of each of the last ones, (batch or 1, 1,
+    num_queries, total). `places`, (batch or 1, total) or (total,), orders the tokens."""
+    places = places.reshape(-1, 1, places.size(-1))
+    queries = places[..., -num_queries:]
+    return queries[..., :, None] - places[..., None, :] < window
 
 
 def _check_visible(visible: Tensor, hidden: Tensor, *, is_positioned: bool) -> None:

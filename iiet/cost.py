@@ -12,7 +12,8 @@ decoder without values, which loads torch when the first cost is asked for. Sour
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,9 +54,10 @@ class InferenceCost:
     decode_flops_per_token: float
     """One token decoded with a cache, when it sees the whole context (itself included)."""
     kv_bytes_per_token: int
-    """Keys and values that decoding stores."""
+    """Keys and values that decoding stores, also those that a window has left behind."""
     kv_bytes_read_per_token: int
-    """Keys and values that decoding such a token reads: each evaluation reads its own slot."""
+    """Keys and values that decoding such a token reads: each evaluation reads its own slot, as far
+    as the layer's window reaches."""
     weight_bytes_per_token: float
     """Weights that a decoding step reads, divided by the rows of the batch. A field is read once
     per evaluation, or once per layer if it stays in the processor's cache between the evaluations
@@ -107,9 +109,11 @@ def inference_cost(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     evaluations, num_layers = sum(config.evaluations_per_layer()), config.num_layers
     head = 2 * config.dim * config.vocab_size
-    body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
+    body = _body_flops(config, _mean_tokens_seen(config, context_length))
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
-    kv_bytes_seen = context_length * kv_bytes
+    tokens_seen = _last_tokens_seen(config, context_length)
+    seen_by_evaluations = sum(map(operator.mul, tokens_seen, config.evaluations_per_layer()))
+    kv_bytes_seen = max(tokens_seen) * kv_bytes  # by one evaluation
     field_bytes = bytes_per_value * field_parameters(config)
     num_held = num_layers if facts_of(config.method).repeats_stack else 1
     field_stays = num_held * field_bytes + batch_size * kv_bytes_seen <= processor_cache_bytes
@@ -119,9 +123,9 @@ def inference_cost(
         evaluations_per_token=evaluations,
         forward_flops_per_token=body + head,
         prefill_flops_per_token=body + head / context_length,
-        decode_flops_per_token=head + _body_flops(config, mean_tokens_seen=context_length),
+        decode_flops_per_token=head + _body_flops(config, tokens_seen),
         kv_bytes_per_token=kv_bytes * (evaluations if kv_strategy == "exact" else num_layers),
-        kv_bytes_read_per_token=kv_bytes_seen * evaluations,
+        kv_bytes_read_per_token=kv_bytes * seen_by_evaluations,
         # Each row reads the embedding of its own token.
         weight_bytes_per_token=step_bytes / batch_size + bytes_per_value * config.dim,
         num_parameters=num_parameters(config),
@@ -140,10 +144,11 @@ def training_flops_per_token(
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
-    differentiated = sum(counts.num_differentiated for counts in _all_layers(config))
-    constant = _field_flops(config, mean_tokens_seen=(context_length + 1) / 2) * (
-        forward.evaluations_per_token - differentiated
-    )
+    evaluations = config.evaluations_per_layer()
+    constant = 0.0
+    for layer, tokens_seen in enumerate(_mean_tokens_seen(config, context_length)):
+        differentiated = layer_counts(config, layer).num_differentiated
+        constant += _field_flops(config, tokens_seen) * (evaluations[layer] - differentiated)
     return 3 * forward.forward_flops_per_token - 2 * constant
 
 
@@ -234,16 +239,33 @@ def _checked(
     return config, context_length
 
 
-def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
+def _last_tokens_seen(config: ModelConfig, context_length: int) -> list[int]:
+    """Return for each layer how many tokens the last of a context sees, itself included."""
+    windows = (config.window_of(layer) for layer in range(config.num_layers))
+    return [min(window or context_length, context_length) for window in windows]
+
+
+def _mean_tokens_seen(config: ModelConfig, context_length: int) -> list[float]:
+    """Return for each layer how many tokens a token of a context sees in the mean."""
+    # Token t sees t tokens, until a window is full.
+    return [
+        (full * (full + 1) / 2 + (context_length - full) * full) / context_length
+        for full in _last_tokens_seen(config, context_length)
+    ]
+
+
+def _field_flops(config: ModelConfig, tokens_seen: float) -> float:
     """Count one evaluation for one token; attention's are its scores and weighted values."""
-    return 2 * _sizes(config).matrices + 4 * config.dim * mean_tokens_seen
+    return 2 * _sizes(config).matrices + 4 * config.num_heads * config.head_dim * tokens_seen
 
 
-def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
-    """Count all but the head, for one token."""
-    evaluations = sum(config.evaluations_per_layer())
+def _body_flops(config: ModelConfig, tokens_seen: Sequence[float]) -> float:
+    """Count all but the head, for one token; `tokens_seen` in each layer."""
     num_terms = sum(counts.num_terms for counts in _all_layers(config))
-    fields_flops = evaluations * _field_flops(config, mean_tokens_seen=mean_tokens_seen)
+    fields_flops = sum(
+        count * _field_flops(config, seen)
+        for count, seen in zip(config.evaluations_per_layer(), tokens_seen, strict=True)
+    )
     return fields_flops + 2 * config.dim * num_terms
 
 

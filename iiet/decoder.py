@@ -58,7 +58,9 @@ class Decoder(nn.Module):
         self.lm_head: nn.Module | None = None  # Tied to the embedding.
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
+        self.rope = Rope(
+            config.head_dim, config.context_length, config.rope_theta, config.rope_scaling
+        )
         for module in self.modules():
             draw_weights(module, config.initializer_std)
 
@@ -331,6 +333,7 @@ class Decoder(nn.Module):
             embeddings,
             self.rope,
             is_token_step=self._is_token_step(embeddings, cache),
+            windows=self.config.windows,
             cache=cache,
             attention_mask=attention_mask,
             position_ids=position_ids,

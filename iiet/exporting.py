@@ -1,7 +1,9 @@
 """Export a decoder to a folder that transformers and lm-eval load without this package.
 
-The folder is a model folder (`iiet.weights`) with tokenizer files and `modeling_iiet.py`, the
-decoder as a model of transformers in one file. `transformers_model` makes such a model here.
+A vanilla decoder becomes a folder of a `model_type` of transformers, without code
+(`iiet.plain_models`). That of another method is a model folder (`iiet.weights`) with
+`modeling_iiet.py`, the decoder as a model of transformers in one file, which `transformers_model`
+makes here. Both have tokenizer files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from iiet.weights import config_to_json
+from iiet.plain_models import plain_config_json
+from iiet.weights import config_to_json, write_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CODE", "export", "fast_tokenizer", "transformers_model"]
 
 CODE = "modeling_iiet.py"
-"""The file of an exported folder that transformers loads."""
+"""The file of an exported folder that transformers loads, if the model is not plain."""
 _AUTO_MAP = {
     "AutoConfig": "modeling_iiet.IIETConfig",
     "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
@@ -45,6 +48,7 @@ def export(
     end_of_text: str = "<|endoftext|>",
     token_ids: TokenIds | None = None,
     text_files: Mapping[str, bytes] | None = None,
+    model_type: str | None = None,
 ) -> Path:
     """Write everything that `AutoModelForCausalLM.from_pretrained(folder)` needs.
 
@@ -56,12 +60,16 @@ def export(
         token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, instead of `end_of_text`.
         text_files: name to content of the model's own files for tokenizer and generation, as
             transformers writes them; made from `end_of_text` when not given.
+        model_type: of the model that a vanilla decoder comes from; the folder has this type where
+            it can, else the first of `iiet.plain_models.MODEL_TYPES` that computes the same.
 
     Raises:
         ValueError: the tokenizer has no such token, or the method is of another package and brings
             no code for transformers.
     """
-    folder, code = Path(folder), modeling_file(decoder.config.method)
+    folder = Path(folder)
+    plain_values = plain_config_json(decoder.config, model_type)
+    code = modeling_file(decoder.config.method) if plain_values is None else None
     tokenizer = None
     if tokenizer_file is not None and not text_files:
         tokenizer = fast_tokenizer(
@@ -72,9 +80,14 @@ def export(
         end = tokenizer.eos_token_id
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
-    decoder.save_pretrained(folder, dtype=dtype, **names, **(token_ids or {}))
-    shutil.copyfile(code, folder / CODE)
+    if plain_values is not None:
+        values = {**plain_values, "dtype": dtype, **(token_ids or {})}
+        write_files(folder, values, decoder.state_dict())
+    else:
+        assert code is not None, "a decoder that is not plain has code"
+        names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
+        decoder.save_pretrained(folder, dtype=dtype, **names, **(token_ids or {}))
+        shutil.copyfile(code, folder / CODE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif tokenizer_file is not None:

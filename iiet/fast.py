@@ -9,8 +9,9 @@
 They read weights instead of calling modules, so a module that was replaced, wrapped or hooked since
 then is called (`is_bare`). Plain formulas also serve other devices, `torch.compile` (which fuses
 them itself), and passes that need other derivatives than a first backward pass: the transforms of
-`torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. Tests
-hold all equal to the plain formulas.
+`torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. A
+decoding step steps aside for other attention than a plain Llama's (`Block.is_bare`). Tests hold all
+equal to the plain formulas.
 `IIET_CPU_KERNELS=0` turns them off, and nothing else.
 """
 
@@ -183,8 +184,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dim = x.size(-1)
-        products = (grad * x).view(-1, dim)
-        weight_grad = rstd.view(1, -1) @ products
+        # The gradient of rotated heads is not contiguous.
+        products = (grad * x).reshape(-1, dim)
+        weight_grad = rstd.reshape(1, -1) @ products
         # d rstd / dx = -x rstd^3 / dim
         pull = (products @ weight).view_as(rstd) * rstd.pow(3).div_(-dim)
         x_grad = (grad * weight).mul_(rstd).addcmul_(x, pull)

@@ -18,8 +18,9 @@ grouped key/value heads as in Ainslie et al. 2023; SwiGLU, Shazeer 2020.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iiet.cache import KeyValueCache
-from iiet.config import ModelConfig
+from iiet.config import ModelConfig, RopeScaling
 from iiet.fast import (
     add_few_rows_product,
     can_use_fast_linear,
@@ -58,7 +59,9 @@ __all__ = [
     "initial_weights",
     "make_embedding",
     "product_dtype",
+    "rope_attention_factor",
     "rotate",
+    "scaled_frequencies",
 ]
 
 
@@ -117,10 +120,13 @@ class Rope:
     model; a rotated head is rounded once.
     """
 
-    def __init__(self, head_dim: int, num_positions: int, theta: float) -> None:
+    def __init__(
+        self, head_dim: int, num_positions: int, theta: float, scaling: RopeScaling | None = None
+    ) -> None:
         self.head_dim = head_dim
         self.num_positions = num_positions
         self.theta = theta
+        self.scaling = scaling
         self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
 
     def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
@@ -146,12 +152,72 @@ class Rope:
     def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
         channels = torch.arange(0, self.head_dim, 2, dtype=dtype, device="cpu") / self.head_dim
         positions = torch.arange(self.num_positions, dtype=dtype, device="cpu")
-        angles = torch.outer(positions, 1.0 / self.theta**channels)
-        cos, sin = angles.cos(), angles.sin()
+        frequencies = 1.0 / self.theta**channels
+        size = 1.0
+        if self.scaling is not None:
+            frequencies = scaled_frequencies(frequencies, self.theta, self.scaling)
+            size = rope_attention_factor(self.scaling)
+        angles = torch.outer(positions, frequencies)
+        cos, sin = size * angles.cos(), size * angles.sin()
         return RopeTables(
             torch.cat([cos, cos], -1).unsqueeze(1).to(device),
             torch.cat([-sin, sin], -1).unsqueeze(1).to(device),
         )
+
+
+def scaled_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Return the frequencies, (head_dim / 2,) in radians per token, under a scaling.
+
+    Each is `(1 - kept) frequency / factor + kept * frequency`. For linear scaling nothing is kept.
+    With n = turns of the pair within the earlier context, `frequency * context / (2 pi)`:
+
+        llama3   kept = clamp((n - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+        yarn     kept = 1 - clamp((j - first) / (last - first), 0, 1) for pair j, where first and
+                 last are the pairs that turn beta_fast and beta_slow times, perhaps rounded outward
+
+    Source: Llama 3.1's published code; Peng et al. 2023 (YaRN, section 3.2); transformers.
+    """
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    context = scaling.original_max_position_embeddings
+    assert context is not None
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        assert low is not None
+        assert high is not None
+        turns = frequencies * context / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        num_pairs = len(frequencies)
+
+        def pair_that_turns(times: float) -> float:
+            return num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(theta)
+
+        first = pair_that_turns(scaling.beta_fast or 32.0)
+        last = pair_that_turns(scaling.beta_slow or 1.0)
+        if scaling.truncate:
+            first = math.floor(first)
+            last = math.ceil(last)
+        first = max(first, 0)
+        # The published code bounds a number of pairs by the number of channels.
+        last = min(last, 2 * num_pairs - 1)
+        if first == last:
+            last += 0.001
+        pairs = torch.arange(num_pairs, dtype=frequencies.dtype, device=frequencies.device)
+        kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rope_attention_factor(scaling: RopeScaling) -> float:
+    """Return the number that multiplies cosines and sines, so that scores grow by its square."""
+    if scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    growth = 0.1 * math.log(scaling.factor)
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (1 + scaling.mscale * growth) / (1 + scaling.mscale_all_dim * growth)
+    return 1 + growth
 
 
 @dataclass(frozen=True)
@@ -169,6 +235,22 @@ class PassContext:
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
     """Whether this is a decoding step that `iiet.fast` computes."""
+    window_masks: Mapping[int, Tensor | None] = field(default_factory=dict)
+    """Sliding window, in tokens -> the mask of layers that have it, for the latest tokens that such
+    a layer reads; None where it sees all of these."""
+
+    def seen_through(
+        self, window: int | None, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Return the keys and values that a layer with this window reads, its mask, and whether
+        the kernel's own causal mask applies."""
+        if window is None or window not in self.window_masks:
+            return keys, values, self.mask, self.is_causal
+        mask = self.window_masks[window]
+        # Without a mask this is a single token, which sees all that the window holds.
+        num_seen = window if mask is None else mask.size(-1)
+        first = keys.size(2) - num_seen
+        return keys.narrow(2, first, num_seen), values.narrow(2, first, num_seen), mask, False
 
 
 class RMSNorm(nn.RMSNorm):
@@ -188,29 +270,51 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions."""
+    """Map (batch, time, dim) to (batch, time, dim) by causal attention with rotary positions.
 
-    def __init__(self, config: ModelConfig) -> None:
+    `rotates` and `window` are the config's for this layer (`ModelConfig.rotary_layers`,
+    `sliding_windows`), the first being 0.
+    """
+
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.rotates = config.rotates(layer)
+        self.window = config.window_of(layer)
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
+        q_dim = config.num_heads * config.head_dim
         kv_dim = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.attention_out_bias)
+        self.q_norm = self.k_norm = None
+        if config.head_norms:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
         x = x.to(product_dtype(x))  # Once; autocast would make and keep a copy for each product.
         by_head = (*x.shape[:2], -1, self.head_dim)
-        queries = rotate(self.q_proj(x).view(by_head), *context.rope).transpose(1, 2)
-        keys = rotate(self.k_proj(x).view(by_head), *context.rope).transpose(1, 2)
+        queries = self.q_proj(x).view(by_head)
+        keys = self.k_proj(x).view(by_head)
         values = self.v_proj(x).view(by_head).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries = self.q_norm(queries)
+            keys = self.k_norm(keys)
+        if self.rotates:
+            queries = rotate(queries, *context.rope)
+            keys = rotate(keys, *context.rope)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         if slot is not None and context.cache is not None:
             keys, values = context.cache.update(keys, values, slot)
-        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
+        keys, values, mask, is_causal = context.seen_through(self.window, keys, values)
+        mixed = attend(queries, keys, values, mask=mask, is_causal=is_causal)
         result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return result
 
@@ -238,10 +342,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """The modules of one layer's block, and the field that they make."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.dim, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
@@ -288,13 +392,18 @@ class Block(nn.Module):
 
     def is_bare(self) -> bool:
         """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the
-        field itself, was replaced, wrapped or hooked."""
+        field itself, was replaced, wrapped or hooked, and attention is that of a plain Llama: it
+        has no biases or head norms, rotates, and sees all earlier tokens."""
         if "field" in self.__dict__ or type(self).field is not Block.field:
+            return False
+        attention = self._modules["self_attn"]
+        if type(attention) is Attention and (attention.window or not attention.rotates):
             return False
         for name, kind in _KINDS.items():
             module = self._modules[name]  # Attribute access would take three times as long.
             if module is None or not is_bare(module, kind):
                 return False
+            # Head norms are no linear layers, and a linear layer with a bias is not bare.
             for linear in module._modules.values():
                 if linear is None or not is_bare(linear, nn.Linear):
                     return False

@@ -13,6 +13,7 @@ them through learned rows, the *mix*.
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -32,7 +33,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -70,10 +71,23 @@ class IIETConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    """Width of a head; None for `hidden_size / num_attention_heads`."""
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    head_norms: bool = False
+    """Whether queries and keys are normalized per head, before the rotation."""
     intermediate_size: int = 1408
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
+    rotary_scaling: dict[str, Any] | None = None
+    """How rotary angles are stretched: `rope_type` is linear, llama3 or yarn, with the keys that
+    they have in transformers' `rope_parameters`."""
+    rotary_layers: list[bool] | tuple[bool, ...] | None = None
+    """Whether each layer rotates; None: all do."""
+    sliding_windows: list[int | None] | tuple[int | None, ...] | None = None
+    """How many tokens a token of each layer sees, itself included; None: all earlier ones."""
     rms_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -86,6 +100,8 @@ class IIETConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
     @property
@@ -99,8 +115,14 @@ class IIETConfig(PreTrainedConfig):
         layer = LAYERS.get(self.method)
         if layer is None:
             raise ValueError(f"method must be one of {', '.join(LAYERS)}, got {self.method!r}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError("hidden_size must be a multiple of twice num_attention_heads")
+        if self.head_dim is None or self.head_dim % 2:
+            raise ValueError(
+                "hidden_size must be a multiple of twice num_attention_heads, or head_dim even"
+            )
+        for name in ("rotary_layers", "sliding_windows"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_hidden_layers:
+                raise ValueError(f"{name} must have a value for each of the layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if unknown := set(self.method_options or {}) - set(layer.options):
@@ -147,11 +169,49 @@ def full_schedule(
 def rotary_tables(config: IIETConfig, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of positions, (batch, time), each (batch, time, 1, head_dim)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    head_dim = config.hidden_size // config.num_attention_heads
-    channels = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
-    angles = positions[..., None, None].to(dtype) * (1.0 / config.rope_theta**channels)
+    channels = torch.arange(0, config.head_dim, 2, dtype=dtype, device=x.device) / config.head_dim
+    frequencies, size = 1.0 / config.rope_theta**channels, 1.0
+    if config.rotary_scaling is not None:
+        frequencies, size = scaled(frequencies, config.rope_theta, config.rotary_scaling)
+    angles = positions[..., None, None].to(dtype) * frequencies
     angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    return size * angles.cos(), size * angles.sin()
+
+
+def scaled(frequencies: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Tensor, float]:
+    """Return the frequencies, (head_dim / 2,), under a scaling, and what multiplies cosines and
+    sines. Each is `(1 - kept) frequency / factor + kept * frequency`."""
+    factor, size = scaling["factor"], 1.0
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor, size
+    context = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequencies * context / (2 * math.pi)  # Within the earlier context.
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling["rope_type"] == "yarn":
+        num_pairs = len(frequencies)
+        bounds = [scaling.get("beta_fast") or 32.0, scaling.get("beta_slow") or 1.0]
+        first, last = (
+            num_pairs * math.log(context / (times * 2 * math.pi)) / math.log(theta)
+            for times in bounds
+        )
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * num_pairs - 1)
+        if first == last:
+            last += 0.001
+        pairs = torch.arange(num_pairs, dtype=frequencies.dtype, device=frequencies.device)
+        kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+        growth = 0.1 * math.log(factor)
+        size = 1 + growth
+        mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if mscale and mscale_all_dim:
+            size = (1 + mscale * growth) / (1 + mscale_all_dim * growth)
+        size = scaling.get("attention_factor") or size
+    else:
+        raise ValueError(f"rotary_scaling has an unknown rope_type {scaling['rope_type']!r}")
+    return (1 - kept) * frequencies / factor + kept * frequencies, size
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,6 +228,8 @@ class Pass(NamedTuple):
     cache: Cache | None
     slots: Iterator[int]
     """Numbers the evaluations: each has a slot of the cache."""
+    window_masks: dict[int, Tensor | None]
+    """Sliding window -> the mask of layers that have it."""
 
 
 class Attention(nn.Module):
@@ -175,27 +237,38 @@ class Attention(nn.Module):
 
     is_causal = True
 
-    def __init__(self, config: IIETConfig) -> None:
+    def __init__(self, config: IIETConfig, index: int) -> None:
         super().__init__()
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.rotates = config.rotary_layers is None or config.rotary_layers[index]
+        self.window = None if config.sliding_windows is None else config.sliding_windows[index]
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
-        kv_size = self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = self.k_norm = None
+        if config.head_norms:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, call: Pass) -> Tensor:
         """Attend within `x`, (batch, time, dim), and to the tokens in the cache's next slot."""
         by_head = (*x.shape[:2], -1, self.head_dim)
-        queries = rotate(self.q_proj(x).view(by_head), *call.rope).transpose(1, 2)
-        keys = rotate(self.k_proj(x).view(by_head), *call.rope).transpose(1, 2)
+        queries, keys = self.q_proj(x).view(by_head), self.k_proj(x).view(by_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.rotates:
+            queries, keys = rotate(queries, *call.rope), rotate(keys, *call.rope)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         values = self.v_proj(x).view(by_head).transpose(1, 2)
         if call.cache is not None:
             keys, values = call.cache.update(keys, values, next(call.slots))
-        mixed, _ = sdpa_attention_forward(self, queries, keys, values, call.mask)
-        return self.o_proj(mixed.reshape(x.shape))
+        mask = call.mask if self.window is None else call.window_masks[self.window]
+        mixed, _ = sdpa_attention_forward(self, queries, keys, values, mask)
+        return self.o_proj(mixed.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -283,7 +356,7 @@ class Layer(GradientCheckpointingLayer):
     def __init__(self, config: IIETConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
         self.index = index
@@ -591,15 +664,25 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -time:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + time, device=hidden.device)[None]
-        mask = create_causal_mask(
+        make_mask = partial(
+            create_causal_mask,
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE: cache},
         )
-
-        call = Pass(rotary_tables(self.config, position_ids, hidden), mask, cache, count())
+        call = Pass(
+            rotary_tables(self.config, position_ids, hidden),
+            make_mask(),
+            cache,
+            count(),
+            {
+                window: make_mask(and_mask_function=sliding_window_overlay(window))
+                for window in set(self.config.sliding_windows or ())
+                if window is not None
+            },
+        )
         schedule, method = self.config.schedule, LAYERS[self.config.method]
         states, estimates = [hidden], [at_least_float32(hidden)] if method.has_mix else []
         for _ in range(1 + max(schedule) if method.repeats_stack else 1):

@@ -1,4 +1,4 @@
-"""Reads the published naming (IIET, PCformer), and plain Llamas, into a decoder.
+"""Reads the published naming (IIET, PCformer), and plain models of transformers, into a decoder.
 
 The published modelling code follows transformers' Llama, as a decoder does: only what a method adds
 has other names there. The matrices A and C are whole in the published files, and here they are cut
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.plain_models import config_from_plain
 from iiet.schedule import IterationSchedule
 from iiet.weights import non_finite
 
@@ -49,22 +50,27 @@ _NAMES = {
 }
 # Lower-triangular matrices, and what a layer calls its row.
 _MATRICES = {"model.history.weight": "mix.inner", "model.history.weight_c": "mix.outer"}
+# Weights that show the kind; PCformer has both.
+_KIND_OF_WEIGHT = {"model.alpha": "pcformer", "model.history.weight": "iiet"}
 _METHOD_OF_ORDER = {2: "pcformer", 4: "pcformer_rk4"}
 
 
 def config_from_published(
     config: Mapping[str, Any], weight_names: Mapping[str, Any]
 ) -> ModelConfig:
-    """Read a published configuration, or one of a plain Llama.
+    """Read a published configuration, or one of a plain model of transformers.
 
     Args:
         config: keys that do not concern the model are ignored. `kind` is the method (vanilla, iiet,
-            pcformer); without it, the names of the weights show the method.
+            pcformer); without it, the names of the weights show the method, and a model that is
+            plain has a `model_type` of `iiet.plain_models.MODEL_TYPES`.
         weight_names: the published names of the weights.
 
     Raises:
-        ValueError: a key is missing, or asks for what the decoder does not do (rope scaling).
+        ValueError: a key is missing, or asks for what the decoder does not do.
     """
+    if config.get("model_type") and not _is_published(config, weight_names):
+        return config_from_plain(config)
     method = _method_of(config, weight_names)
     values: dict[str, Any] = {}
     for field, keys in _KEYS.items():
@@ -88,19 +94,16 @@ def config_from_published(
     return ModelConfig(method=method, **_DEFAULTS | values)
 
 
+def _is_published(config: Mapping[str, Any], weight_names: Mapping[str, Any]) -> bool:
+    """Whether the config or the weights have names that only the published code has."""
+    return config.get("kind") is not None or any(name in weight_names for name in _KIND_OF_WEIGHT)
+
+
 def _method_of(config: Mapping[str, Any], weight_names: Mapping[str, Any]) -> str:
     kind, order = config.get("kind"), config.get("predictor_order")
     if kind is None:
-        if "model.alpha" in weight_names:
-            kind = "pcformer"
-        elif "model.history.weight" in weight_names:
-            kind = "iiet"
-        elif (model_type := config.get("model_type") or "llama") == "llama":
-            kind = "vanilla"
-        else:
-            raise ValueError(
-                f"of plain transformers only Llama can be read; model_type is {model_type!r}"
-            )
+        kinds = (kind for name, kind in _KIND_OF_WEIGHT.items() if name in weight_names)
+        kind = next(kinds, "vanilla")
     if kind == "pcformer":
         if order not in (None, *_METHOD_OF_ORDER):
             raise ValueError(f"predictor_order must be 2 or 4, got {order!r}")

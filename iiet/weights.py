@@ -29,6 +29,7 @@ __all__ = [
     "config_to_json",
     "non_finite",
     "read_folder",
+    "write_files",
     "write_folder",
 ]
 
@@ -80,7 +81,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if (found := values.get("model_type")) != MODEL_TYPE:
         raise ValueError(
             f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
-            "and those of a Llama, are read by decoder_from_published"
+            "and those of plain models, are read by decoder_from_published"
         )
     values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
     if missing := [name for name in CONFIG_NAMES if name not in values]:
@@ -97,7 +98,8 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite"
         for name, tensor in weights.items()
-        if not bool(tensor.isfinite().all())
+        # Of the smallest and the largest value: `isfinite` of all takes memory for a second tensor.
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
     ]
 
 
@@ -114,6 +116,17 @@ def write_folder(
     Raises:
         ImportError: safetensors is not installed.
     """
+    write_files(folder, {**config_to_json(config), **others}, weights)
+
+
+def write_files(
+    folder: str | PathLike[str], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Write `config.json` with these values, and the weights.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     save_file = _safetensors().torch.save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +135,7 @@ def write_folder(
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
-    text = json.dumps({**config_to_json(config), **others}, indent=2) + "\n"
+    text = json.dumps(dict(values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 

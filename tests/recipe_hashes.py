@@ -22,6 +22,7 @@ import torch
 from model_cases import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
+from iiet.config import ATTENTION_OPTIONS
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
@@ -42,8 +43,11 @@ SECTIONS = (
     "data", "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
 )  # fmt: skip
 """Sections of the settings that say what is trained and measured."""
-ADDED = ("training.sequence_length", "distillation.training.sequence_length",
-         "evaluation.sequence_length")  # fmt: skip
+ADDED = (
+    "training.sequence_length", "distillation.training.sequence_length",
+    "evaluation.sequence_length",
+    *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
+)  # fmt: skip
 """Settings that came later; unset, they change nothing, and are not hashed."""
 DEPTH_TASKS = ("phop_2", "chain_3", "s5_4")
 CONTEXT = 32

@@ -128,7 +128,7 @@ class Layer(Block, ABC):
     """What is known of the method beside its formula."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__(config)
+        super().__init__(config, index)
         self.index = index
         self.options = config.options
         self.build(config)

@@ -41,6 +41,7 @@ from orchestrator.models.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
+    opening_ids,
     train_tokenizer,
 )
 from orchestrator.records.record import Record
@@ -202,7 +203,8 @@ def write_shard(folder: Path, number: int, report: Report) -> None:
     plan = Plan.read(folder / _PLAN)
     assert plan is not None, "a shard is written after its plan"
     tokenizer = load_tokenizer(folder / _TOKENIZER)
-    end, dtype = end_of_text_id(tokenizer), _dtype_of(tokenizer)
+    opening, end = opening_ids(tokenizer), end_of_text_id(tokenizer)
+    dtype = _dtype_of(tokenizer)
     read = _first_of_their_kind(read_documents(text_source(plan.settings), plan.shards[number]))
     documents = islice(read, plan.settings.max_documents)
     records: list[tuple[int, int, int, int, bool]] = []
@@ -217,8 +219,8 @@ def write_shard(folder: Path, number: int, report: Report) -> None:
                 )
                 num_tokens = num_bytes = 0
                 for (document, digest), encoding in zip(batch, encodings, strict=True):
-                    ids = encoding.ids
-                    ids.append(end)
+                    # Not what the tokenizer puts after a text: some put nothing, some two ends.
+                    ids = [*opening, *encoding.ids, end]
                     tokens.write(np.array(ids, dtype).tobytes())
                     is_held_out = is_validation(document.text, plan.fraction)
                     if is_held_out:

@@ -33,6 +33,8 @@ from orchestrator.workspace.layout import CHECKPOINT_NAME, PROVENANCE, find_chec
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 
 TOKENIZER = "tokenizer.json"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+"""Of weights in several files: which tensor is in which."""
 TRAINING_STATE = "training_state.pt"
 METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
@@ -131,8 +133,10 @@ def weight_files(folder: Path) -> list[Path]:
     """Return a folder's safetensors: those with the names that transformers gives, else all.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or one that the index names is missing.
     """
+    if not (folder / WEIGHTS).is_file() and (folder / WEIGHTS_INDEX).is_file():
+        return _indexed_files(folder)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -140,6 +144,19 @@ def weight_files(folder: Path) -> list[Path]:
             "load the model with transformers and save it with `save_pretrained`"
         )
     return files
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    places = read_config(folder, WEIGHTS_INDEX).get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise DamagedFile(f"{folder / WEIGHTS_INDEX} is damaged: weight_map names no files")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names; copy or download "
+            "the folder again"
+        )
+    return [folder / name for name in names]
 
 
 def model_files_key(folder: Path) -> str:

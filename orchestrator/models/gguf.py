@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tokenizers import pre_tokenizers
 
+from iiet.config import ATTENTION_OPTIONS
 from iiet.decoder import Decoder
 from iiet.published import decoder_from_published
 from iiet.weights import CONFIG
@@ -166,6 +167,12 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
             f"llama.cpp cannot run a model of the method {config.method!r}: it has no counterpart "
             "of what a method computes beside the layers, such as mix and norms; only vanilla and "
             "looped models have a GGUF file"
+        )
+    values = config.to_dict()
+    if chosen := [name for name in ("head_dim", *ATTENTION_OPTIONS) if name in values]:
+        raise UserError(
+            f"a GGUF file is written of models with the attention of a plain Llama; this one has "
+            f"{', '.join(chosen)}; export it for transformers instead"
         )
     gguf = _package(f"writing {path}")
     num_loops = 1 + schedule[0] if schedule else 1

@@ -1,9 +1,10 @@
 """Open a model folder of any kind; every command uses `open_model` or `load_model`.
 
 A decoder runs checkpoints, exports, folders of the published naming (IIET, PCformer), and plain
-Llama folders, which become vanilla models. No code of a folder runs, and missing weights are
-errors. transformers runs any other architecture, which can be evaluated; of a looped model whose
-kind is known (`models.loops`) a depth takes the place of the iteration schedule.
+models of transformers (`iiet.plain_models`), which become vanilla models. No code of a folder runs,
+and missing weights are errors. transformers runs any other architecture, which can be evaluated; of
+a looped model whose kind is known (`models.loops`) a depth takes the place of the iteration
+schedule.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
@@ -116,7 +116,7 @@ def load_model(
             load_config(folder)  # Names the package of a method that is not installed.
             decoder = Decoder.from_pretrained(folder)
         else:
-            decoder = decoder_from_published(read_config(folder), _weights(folder))
+            decoder = decoder_from_published(read_config(folder), _weights(folder, dtype))
         if schedule is not None:
             decoder = decoder.with_schedule(schedule)
     except ValueError as error:
@@ -131,11 +131,18 @@ def load_model(
     return decoder.requires_grad_(not frozen).eval()
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read all weights in a dtype; takes the memory of the model and of one tensor."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
-            weights |= load_file(file)
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+            for name in names:
+                # Opened for each tensor: the pages that were read stay in memory until a file is
+                # closed, which of a file in half precision is half of the model.
+                with safe_open(file, framework="pt") as tensors:
+                    weights[name] = tensors.get_tensor(name).to(dtype)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
     return weights

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,6 +99,13 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
             f"{', '.join(END_OF_TEXT_NAMES)}"
         )
     return token_id
+
+
+def opening_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the special tokens by which a tokenizer begins a text, BOS for Llama 3 and Mistral."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    is_special = takewhile(bool, encoding.special_tokens_mask)
+    return [token_id for token_id, _ in zip(encoding.ids, is_special, strict=False)]
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:

@@ -30,7 +30,7 @@ from orchestrator.models import lookup
 from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import open_context
-from orchestrator.pipelines.models import local_model, plan_pick
+from orchestrator.pipelines.models import MANIFEST, local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -129,11 +129,18 @@ def open_generator(
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:
         folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
-        is_export = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
-        if not is_export or model_folders.read_config(folder).get("model_type") != MODEL_TYPE:
+        if not _is_exported(folder):
             folder = model_folders.resolve_checkpoint(folder)
     wanted = lookup.parse_schedule(schedule, folder) or own
     return TextGenerator(folder, wanted, drafting, device=device, note=note)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder is an export: of a plain model, its list of checksums tells."""
+    if model_folders.is_checkpoint(folder) or not (folder / CONFIG).is_file():
+        return False
+    is_ours = model_folders.read_config(folder).get("model_type") == MODEL_TYPE
+    return is_ours or (folder / MANIFEST).is_file()
 
 
 class TextGenerator:

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.cost import num_parameters
+from iiet.plain_models import MODEL_TYPES, is_plain, plain_form
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
@@ -87,8 +88,9 @@ def import_model(
     """Make a checkpoint of a model and return it; the same import is found again.
 
     Args:
-        folder: A model folder (in the published naming, a plain Llama folder, an exported folder, a
-            checkpoint or run of another workspace), a GGUF file of a Llama, or `hub:OWNER/NAME`.
+        folder: A model folder (in the published naming, of a plain model of transformers as
+            docs/hub.md lists them, an exported folder, a checkpoint or run of another workspace), a
+            GGUF file of a Llama, or `hub:OWNER/NAME`.
         tokenizer: A `tokenizer.json`, or `hub:NAME`, if the model has none or not the right one.
         name: Name of the run; that of the folder or file when unset.
 
@@ -146,7 +148,11 @@ def import_model(
                 ),
                 provenance={
                     "objective": "import",
-                    "imported": {"from": found.name, "source": key},
+                    "imported": {
+                        "from": found.name,
+                        "source": key,
+                        "model_type": found.model_type,
+                    },
                     "environment": environment(),
                 },
             )
@@ -170,6 +176,8 @@ class _Source(NamedTuple):
     """Hash of its files."""
     texts: Path
     """Folder of its tokenizer and chat files."""
+    model_type: str | None
+    """Its type in transformers, which its export has again; None of a model of ours."""
 
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
@@ -178,14 +186,18 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
-        return _Source(decoder, path.name, path.stem, file_key(path), scratch)
+        return _Source(decoder, path.name, path.stem, file_key(path), scratch, "llama")
     if find_checkpoints(path):
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
     name = shown_name(path)
     run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
-    return _Source(load_model(path), name, run_name, folders.model_files_key(path), path)
+    model_type = folders.read_config(path).get("model_type")
+    return _Source(
+        load_model(path), name, run_name, folders.model_files_key(path), path,
+        model_type if model_type in MODEL_TYPES else None,
+    )  # fmt: skip
 
 
 # Export
@@ -294,6 +306,9 @@ def export_checkpoint(
     if file.is_file() and not text_files:
         tokenizer = tokenizers.load_tokenizer(file)
         end_of_text = str(tokenizer.id_to_token(tokenizers.end_of_text_id(tokenizer)))
+    model_type = None
+    if folders.is_checkpoint(checkpoint):
+        model_type = folders.load_provenance(checkpoint).get("imported", {}).get("model_type")
     if folders.GENERATION_CONFIG in text_files:
         values = json.loads(text_files[folders.GENERATION_CONFIG])
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -307,6 +322,7 @@ def export_checkpoint(
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
+                model_type=model_type,
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
@@ -317,7 +333,8 @@ def export_checkpoint(
     except ValueError as error:  # The source of another package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    progress.finish(f"{format_bytes(num_bytes)} with code, tokenizer and card")
+    contents = "tokenizer and card" if is_plain(decoder.config) else "code, tokenizer and card"
+    progress.finish(f"{format_bytes(num_bytes)} with {contents}")
     return folder
 
 
@@ -358,11 +375,13 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     if model is None:
         return
     checkpoint, wanted = model
+    if is_plain(wanted):
+        wanted = plain_form(wanted)
     # The card, which is as the export wrote it unless it is gone, names the weights.
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
     if (
         f"weights: `{folders.weights_key(checkpoint)}`" not in card
-        or folders.load_config(folder) != wanted
+        or folders.decoder_config(folder) != wanted
     ):
         raise UserError(
             f"{folder} is an export of another model; replace it with --force, or choose another "

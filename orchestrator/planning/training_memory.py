@@ -131,9 +131,12 @@ def _peak_bytes(
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
     dim, counts = config.dim, layer_counts(config, layer)
+    q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
     # The point, its norm, and the state between attention and feed-forward network. In the
     # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
     # and up.
-    evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    evaluation = 3 * dim * _FULL + (dim + 2 * q_dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    if config.head_norms:  # Queries and keys before their norm.
+        evaluation += (q_dim + kv_dim) * width
     return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

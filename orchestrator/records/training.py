@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from iiet.config import PRESETS, DistillationConfig, ModelConfig
+from iiet.config import ATTENTION_OPTIONS, PRESETS, DistillationConfig, ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
@@ -145,8 +145,10 @@ def schedule_parameters(model: ModelConfig) -> dict[str, str]:
 
 def model_parameters(model: ModelConfig) -> dict[str, str]:
     """Return the method, the corrections, the sizes, and the options that are no defaults."""
-    options = model.to_dict().get("method_options", {})
+    chosen = model.to_dict()
+    options = chosen.get("method_options", {})
     values = {f"option.{name}": value for name, value in options.items()}
+    values |= {name: chosen.get(name) for name in ("head_dim", *ATTENTION_OPTIONS)}
     values |= {name: getattr(model, name) for name in SIZES}
     return schedule_parameters(model) | {n: str(v) for n, v in values.items() if v is not None}
 

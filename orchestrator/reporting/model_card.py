@@ -12,6 +12,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from iiet.plain_models import is_plain
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
@@ -77,6 +78,12 @@ class ModelCard:
             "## Use",
             _USE.format(
                 prompt=json.dumps(self.prompt),
+                trust="" if is_plain(config) else ", trust_remote_code=True",
+                code=(
+                    "It is a folder of a class of transformers, without code of its own."
+                    if is_plain(config)
+                    else "The model's code is in the same folder."
+                ),
                 packages=" ".join(f'"{requirement}"' for requirement in REQUIREMENTS),
             ),
             "## Iteration schedule",
@@ -87,7 +94,11 @@ class ModelCard:
                 ((name, f"{value:{form}}") for name, value, form in costs),
             ),
             "## Quality",
-            "Not measured." if self.evaluation is None else _quality(self.evaluation),
+            (
+                "Not measured."
+                if self.evaluation is None
+                else _quality(self.evaluation, needs_code=not is_plain(config))
+            ),
         ]
         if table := self.influence:
             parts += [
@@ -118,17 +129,17 @@ _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 tokens = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
 ```
 
-The model's code is in the same folder. It only needs
+{code} It only needs
 `pip install {packages}`."""
 
 
-def _quality(evaluation: EvaluationResult) -> str:
+def _quality(evaluation: EvaluationResult, *, needs_code: bool) -> str:
     """Return the table of metrics, the origin of the tasks, and how to reproduce the numbers."""
     rows = []
     for name, result in evaluation.results.items():
@@ -149,8 +160,9 @@ def _quality(evaluation: EvaluationResult) -> str:
         )
     if others:
         lines += [""] if own else []
+        trust = ",trust_remote_code=True" if needs_code else ""
         lines.append(
-            "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks "
+            f"`lm_eval --model hf --model_args pretrained=FOLDER{trust} --tasks "
             f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that are "
             "not part of lm-eval, and `--limit` for fewer items than a task has."
         )

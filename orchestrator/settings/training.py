@@ -52,6 +52,22 @@ class ModelSettings(Section):
     """Query heads."""
     num_kv_heads: StrictInt | None = Field(default=None, gt=0)
     """Key and value heads (default: as many as query heads)."""
+    head_dim: StrictInt | None = Field(default=None, gt=0)
+    """Width of a head, an even number (default: `dim / num_heads`)."""
+    qkv_bias: StrictBool | None = None
+    """Whether the projections to queries, keys and values add a bias (default: no)."""
+    attention_out_bias: StrictBool | None = None
+    """Whether attention's output projection adds a bias (default: no)."""
+    head_norms: StrictBool | None = None
+    """Whether queries and keys are normalized per head, before the rotation (default: no)."""
+    rope_scaling: dict[str, Any] | None = None
+    """How the rotary angles are stretched for a longer context, as transformers' `rope_parameters`:
+    `{rope_type: llama3, factor: 8.0, ...}`; types are linear, llama3 and yarn (default: not)."""
+    rotary_layers: tuple[StrictBool, ...] | None = None
+    """Whether each layer rotates queries and keys, a value for each layer (default: all do)."""
+    sliding_windows: tuple[Annotated[StrictInt, Field(gt=0)] | None, ...] | None = None
+    """How many tokens a token sees, itself included, a number or null for each layer; null: all
+    earlier ones (default: null everywhere)."""
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)

@@ -364,8 +364,17 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
     """Check that a teacher has what its sweep asks for.
 
     Raises:
-        UserError: If a budget is less than the cheapest schedule costs.
+        UserError: If it makes no corrections that could be pruned, or a budget is less than the
+            cheapest schedule costs.
     """
+    method = facts_of(full.method)
+    if method.repeats_stack or not method.has_corrections or not sum(full.corrections):
+        has = "repeats the whole stack" if method.repeats_stack else "has none"
+        raise UserError(
+            f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
+            f"of model.method={full.method} and model.corrections={full.corrections} {has}; take "
+            "method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
+        )
     least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
     if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
         raise UserError(
@@ -413,14 +422,5 @@ def check_models(settings: Settings) -> None:
         return
     if settings.distillation.control != "pruned":
         sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
-    for config, own in zip(configs, each, strict=True):
+    for config in configs:
         check_teacher(sweep, config)
-        method = facts_of(config.method)
-        if method.repeats_stack or not method.has_corrections or not sum(config.corrections):
-            has = "repeats the whole stack" if method.repeats_stack else "has none"
-            raise UserError(
-                f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a "
-                f"teacher of model.method={config.method} and model.corrections="
-                f"{own.model.corrections} {has}; take method iiet with 1 correction or more, "
-                "pcformer, or sweep.kind=iterations"
-            )

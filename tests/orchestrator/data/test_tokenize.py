@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_texts import lines_of, tokens_of
+from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data import text, tokenize
 from orchestrator.data.store import (
@@ -58,6 +59,31 @@ def several(tmp_path, monkeypatch) -> DataSettings:
         (tmp_path / f"{number}.jsonl").write_text(lines_of([*some, TEXTS[5], some[7]]))
     monkeypatch.setattr(text, "SHARD_BYTES", 1500)
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    texts = TEXTS[:20]
+    plain = open_tokens(tokens_of(texts, tmp_path / "plain", **OPTIONS))
+    tokenizer = load_tokenizer(plain.tokenizer_path)
+    tokenizer.add_special_tokens(["<s>"])
+    first = tokenizer.token_to_id("<s>")
+    folders = {}
+    for name, template in {"one": "<s> $A", "two": "<s> $A <s>", "none": "$A"}.items():
+        tokenizer.post_processor = TemplateProcessing(
+            single=template, pair="$A $B", special_tokens=[("<s>", first)]
+        )
+        path = tmp_path / f"{name}.json"
+        tokenizer.save(str(path))
+        options = {**OPTIONS, "tokenizer": str(path)}
+        folders[name] = open_tokens(tokens_of(texts, tmp_path / name, **options))
+    # What a tokenizer puts after a text does not count: each document ends once.
+    for name in ("one", "two"):
+        array, bare = folders[name].train, plain.train
+        ends = np.flatnonzero(bare == plain.manifest.end_of_text_id)
+        starts = [0, *(ends[:-1] + 1)]
+        assert array.tolist() == np.insert(bare.astype(array.dtype), starts, first).tolist()
+    assert folders["none"].train.tolist() == plain.train.tolist()
+    assert len({store.fingerprint for store in folders.values()}) == 3
 
 
 def test_the_tokens_are_the_documents(tmp_path, monkeypatch):

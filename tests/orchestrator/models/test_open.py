@@ -136,8 +136,8 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "qwen2"}, "'qwen2'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
+        ({"model_type": "mixtral"}, "'mixtral'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "'dynamic'"),
     ],
 )
 def test_a_folder_that_no_decoder_can_run_is_refused_with_the_reason_of_the_import(

@@ -17,6 +17,7 @@ import pytest
 from kept_progress import KeptProgress
 from lm_eval_tasks import KINDS, logged_responses, write_task
 from one_evaluation import evaluate_model as evaluate
+from plain_models import random_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -104,7 +105,7 @@ def add_opening_token(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
 
 
-SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+SCALED = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 
 
 @pytest.fixture
@@ -149,6 +150,21 @@ def test_a_folder_scores_as_with_lm_evals_own_class(kind, settings, workspace, l
     ours = evaluate(model, settings, workspace)
     assert_alike(scored(model, settings, workspace), by_lm_eval(folder, settings))
     assert evaluate(folder, settings, workspace) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama3", "mistral", "qwen2 windows", "qwen3 yarn", "smollm3"])
+def test_each_plain_type_scores_as_with_lm_evals_own_class(case, settings, workspace, save_llama):
+    folder = save_llama()
+    add_opening_token(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    random_model(case, vocab_size=vocab_size).save_pretrained(folder)
+    model = open_model(folder)
+    assert model.config is not None, "the decoder runs it"
+    stock = by_lm_eval(folder, settings)
+    for name, items in scored(model, settings, workspace).items():
+        for ours, theirs in zip(items, stock[name], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6), name
 
 
 @pytest.mark.slow

@@ -105,3 +105,28 @@ def test_every_setting_has_a_description_and_is_found_by_its_key():
     for key in ("num_steps", "training.steps", "training.num_steps.x", ""):
         with pytest.raises(KeyError):
             find_field(key)
+
+
+def test_the_model_has_the_options_of_attention_that_are_set():
+    plain = Settings().model.build(vocab_size=100)
+    changes = {
+        "model.head_dim": "16", "model.qkv_bias": "true", "model.attention_out_bias": "true",
+        "model.head_norms": "true", "model.rope_scaling": "{rope_type: linear, factor: 2.0}",
+        "model.rotary_layers": "[true, true, true, true, true, false]",
+        "model.sliding_windows": "[8, 8, 8, 8, 8, null]",
+    }  # fmt: skip
+    settings = resolve_settings({}, [f"{name}={value}" for name, value in changes.items()])
+    values = settings.model.build(vocab_size=100).to_dict()
+    assert {name: values[name] for name in set(values) - set(plain.to_dict())} == {
+        "head_dim": 16, "qkv_bias": True, "attention_out_bias": True, "head_norms": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rotary_layers": [True] * 5 + [False], "sliding_windows": [8] * 5 + [None],
+    }  # fmt: skip
+    for wrong in (
+        {"head_dim": 7},
+        {"rope_scaling": {"rope_type": "x"}},
+        {"rotary_layers": (True,)},
+    ):
+        shape = settings.model.model_copy(update=wrong)
+        with pytest.raises(UserError, match="model: "):
+            shape.build(vocab_size=100)

@@ -343,6 +343,13 @@ def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
             check_named_baselines({"vanilla": checkpoint}, tokens, [load_config(teacher)])
 
 
+def test_a_teacher_without_corrections_is_refused(space, pretrain, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    vanilla = pretrain("vanilla", VANILLA, tokens)
+    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla .* has none"):
+        plan_sweep(resolve_settings({}), workspace=space, teacher=vanilla)
+
+
 def test_pcformer_is_trained_at_its_own_levels_from_the_first_step_on(space, tiny_tokens):
     of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
     job = pretraining_job(of_file, space, tiny_tokens)

@@ -74,3 +74,14 @@ def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():
     assert not smaller.training
     next_token_loss(smaller(TOKENS), TOKENS).backward()
     assert all(parameter.grad is not None for parameter in smaller.parameters())
+
+
+def test_kept_layers_keep_their_rotation_and_window():
+    config = ModelConfig(
+        method="vanilla", vocab_size=20, dim=8, num_layers=4, num_heads=2, ffn_dim=8,
+        context_length=16, rotary_layers=(True, False, True, False),
+        sliding_windows=(4, None, 5, 6),
+    )  # fmt: skip
+    kept = kept_config(config, (1, 2))
+    assert (kept.rotary_layers, kept.sliding_windows) == ((False, True), (None, 5))
+    assert kept_config(config, (0, 2)).rotary_layers is None
