@@ -109,7 +109,7 @@ class RopeTables(NamedTuple):
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `heads`, (batch, time, heads, head_dim). With `-sin` it rotates back."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
-    return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
+    return (heads * cos).addcmul_(swapped, sin).to(heads.dtype)
 
 
 class Rope:

