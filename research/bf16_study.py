@@ -126,14 +126,11 @@ def verdicts(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
     """Return whether bf16 holds for each task and method, by the rule in `bf16.md`."""
     rows = []
     for task, method in sorted({(model.task, model.method) for model in models}):
-        accuracy = {
-            (model.seed, model.precision): model.accuracy
-            for model in models
-            if (model.task, model.method) == (task, method)
-        }
+        compared = [model for model in models if (model.task, model.method) == (task, method)]
+        accuracy = {(model.seed, model.precision): model.accuracy for model in compared}
         seeds = sorted({seed for seed, _ in accuracy})
         differences = [accuracy[seed, "bf16"] - accuracy[seed, "fp32"] for seed in seeds]
-        has_diverged = any(math.isnan(model.validation_loss) for model in models)
+        has_diverged = any(math.isnan(model.validation_loss) for model in compared)
         holds = (
             not has_diverged and mean(differences) >= WORST_MEAN and min(differences) >= WORST_SEED
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import bf16_study
 import depth_study
 import elastic_study
 import iiad_study
@@ -170,3 +172,39 @@ def test_the_elastic_study_of_one_teacher(run, tmp_path, ray_session):
     assert "## depth, elastic training of 1 times a student's steps" in text
     assert "| share of the separate students' training FLOPs |" in text
     assert (folder / "trade-off.png").stat().st_size > 5000
+
+
+@pytest.mark.long
+def test_the_bf16_study_of_one_task(run, tmp_path):
+    results = tmp_path / "bf16.json"
+    changes = [
+        "training.num_steps=4", "training.num_tokens_per_step=320", "training.warmup_steps=1",
+        "evaluation.num_items=8",
+    ]  # fmt: skip
+    arguments = ["--tasks", "demo", "--seeds", "0", "--results", str(results)]
+    assert run(bf16_study, changes, *arguments) == 0
+    stored = json.loads(results.read_text())
+    assert [(model["method"], model["precision"]) for model in stored["models"]] == [
+        ("iiet", "fp32"), ("iiet", "bf16"), ("vanilla", "fp32"), ("vanilla", "bf16"),
+    ]  # fmt: skip
+    assert [verdict["method"] for verdict in stored["verdicts"]] == ["iiet", "vanilla"]
+
+
+def test_bf16_holds_only_where_no_seed_loses_much():
+    def models(*losses: float) -> list[bf16_study.TrainedModel]:
+        return [
+            bf16_study.TrainedModel(
+                task="demo", method="iiet", seed=seed, precision=precision,
+                accuracy=0.9 - lost * (precision == "bf16"), validation_loss=0.1,
+            )
+            for seed, lost in enumerate(losses)
+            for precision in bf16_study.PRECISIONS
+        ]  # fmt: skip
+
+    for losses, holds in (
+        ((0.005, 0.005, 0.005), True),  # Within a point on average.
+        ((0.02, 0.02, 0.0), False),  # More than a point on average.
+        ((0.04, -0.02, -0.02), False),  # One seed loses more than three points.
+    ):
+        (verdict,) = bf16_study.verdicts(models(*losses))
+        assert verdict["holds"] is holds
