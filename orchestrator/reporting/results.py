@@ -129,7 +129,11 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
 
 
 def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str, EvaluationResult]:
-    """Read the values of single items by key of the result, without missing or damaged ones."""
+    """Read the values of single items by key of the result, without missing ones.
+
+    Raises:
+        DamagedFile: If a stored evaluation is damaged.
+    """
     store = EvaluationStore(workspace.evaluations)
     found = {r.key: store.load(r.evaluation) for r in results if r.evaluation}
     return {key: evaluation for key, evaluation in found.items() if evaluation}
@@ -145,7 +149,7 @@ def item_notes(results: Sequence[Trial], items: Mapping[str, EvaluationResult]) 
     if items and lacking:
         notes.append(
             "These models have no paired errors, because the files with their single items are "
-            f"missing or damaged: {', '.join(lacking)}."
+            f"missing: {', '.join(lacking)}."
         )
     return notes
 

@@ -48,6 +48,15 @@ def test_each_key_becomes_its_option(case):
     assert found == expected | OPTIONS[case]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_each_layer_does_follows_from_the_other_keys(case):
+    """Folders of earlier transformers have no `layer_types`; newer ones write them always."""
+    values = config_of(case).to_diff_dict()
+    derived = {"layer_types", "no_rope_layers"} - set(CASES[case])
+    fewer = {key: value for key, value in values.items() if key not in derived}
+    assert config_from_plain(fewer) == config_from_plain(values)
+
+
 @pytest.mark.parametrize("name", MODEL_TYPES)
 def test_a_key_that_is_left_out_has_the_default_of_transformers(name):
     fields = CONFIG_MAPPING[name].__dataclass_fields__

@@ -185,7 +185,7 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
 def test_the_task_of_the_documentation_runs(llama, tmp_path, prompts, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
-    (text,) = re.findall(r"```yaml\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(task: .*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
     (command,) = re.findall(
         r"iiet-orch (evaluate tiny --suite capitals .*)", DOCUMENTATION.read_text()
     )

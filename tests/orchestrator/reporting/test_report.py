@@ -36,7 +36,7 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
 from orchestrator.tracking.tracker import open_tracking
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
@@ -110,9 +110,15 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     assert written.front.basis.num_items == 2000
     assert written.page is not None
     assert "lastword (acc)" in written.page.read_text(encoding="utf-8")
-    # A model with a damaged file has no confidence; the report is written all the same.
     lost = sweep.results[1]
-    (workspace.evaluations / f"{lost.key}-lastword" / "items.json").write_text("{")
+    folder = workspace.evaluations / f"{lost.key}-lastword"
+    (folder / "items.json").write_text("{")
+    page = written.page.read_bytes()
+    with pytest.raises(DamagedFile, match=folder.name):
+        write_sweep_report(workspace, sweep)
+    assert written.page.read_bytes() == page, "nothing is overwritten"
+    # A model without a stored evaluation has no confidence; the report is written all the same.
+    shutil.rmtree(folder)
     again = write_sweep_report(workspace, sweep)
     front = again.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
