@@ -126,7 +126,11 @@ def decoder_config(folder: Path) -> ModelConfig:
     try:
         return config_from_published(config, dict.fromkeys(names))
     except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
-        raise NoDecoder(f"this version of the program cannot use {folder}: {error}") from None
+        raise NoDecoder(
+            f"only transformers can run {folder}: `evaluate` takes it, and `benchmark` if it is a "
+            "looped model of a known kind; everything else needs its import, which is refused: "
+            f"{error}"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,18 +1,25 @@
-"""Plain models of transformers through import, evaluation and export: the same model each time."""
+"""Plain models of transformers through import, every other command, and export: the same model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run_here
+from lm_eval_tasks import write_choices
 from plain_models import CASES, random_model
+from sample_texts import lines_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
@@ -22,6 +29,9 @@ from orchestrator.workspace.errors import UserError
 VOCABULARY = 320
 """Rows of the embedding; the tokenizer has 302 entries."""
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+WORDS = ("bag", "fog", "hen", "pig", "cab", "deed")
+OF_EACH_TYPE = ("llama3", "mistral window", "qwen2 windows", "qwen3 yarn", "smollm3 windows")
+"""The case with the most options."""
 
 
 @pytest.fixture
@@ -105,3 +115,74 @@ def test_a_file_of_several_that_is_missing_or_damaged_is_named(make_folder, work
     with pytest.raises(UserError, match="weight_map names no files"):
         import_model(source, workspace=workspace)
     assert not workspace.runs.exists()
+
+
+@pytest.fixture
+def answer(workspace) -> Callable[..., dict[str, Any]]:
+    """A function that runs a command in the workspace and returns the JSON that it prints."""
+
+    def run(*words: str) -> dict[str, Any]:
+        printed = run_here(*words, "--json", "--quiet", workspace=workspace.root)
+        return dict(json.loads(printed))
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_EACH_TYPE)
+def test_every_command_works_on_an_import(case, make_folder, answer, tmp_path):
+    source = make_folder(case)
+    theirs = AutoModelForCausalLM.from_pretrained(source).eval()
+    checkpoint = answer("import", str(source), "--name", "full")["checkpoint"]
+
+    tasks = write_choices(tmp_path / "tasks", "bags", WORDS)
+    evaluated = answer("evaluate", "full", "--suite=bags", f"--include-path={tasks}")
+    assert evaluated["models"][0]["tasks"]["bags"]["num_items"] == len(WORDS)
+    conditions = ["--batch-sizes=1", "--contexts=8", "--new-tokens=4", "--repetitions=1"]
+    (cost,) = answer("benchmark", "full", *conditions)["costs"]
+    assert cost["tokens_per_second"] > 0
+
+    generated = answer("generate", "full", "--chat", "--prompt=a bag", "-n", "6")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    messages = [{"role": "user", "content": "a bag"}]
+    prompt = tokenizer.apply_chat_template(messages, return_tensors="pt").input_ids
+    tokens = theirs.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
+    ends = theirs.generation_config.eos_token_id
+    text = tokenizer.decode([token for token in tokens.tolist() if token not in ends])
+    # A last character whose bytes are not complete is not printed.
+    assert generated["texts"][0]["text"] == text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+    answer("export", "full", f"--to={tmp_path / 'exported'}", "--no-measure")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    assert type(exported) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(exported(prompt).logits, theirs(prompt).logits)
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(lines_of(f"the {word} and a {word} had a fog. " * 30 for word in WORDS))
+    options = [f"--set=data.tokenizer={checkpoint}", "--set=data.validation_fraction=0.4"]
+    prepared = open_tokens(Path(answer("prepare", str(texts), *options)["tokens"]))
+    calibration = "--set=influence.num_tokens=128"
+    measured = answer("influence", "full", calibration)
+    assert measured["num_tokens"] == 128
+    batches = prepared.validation_batches(context_length=64, num_tokens=128, batch_size=2)
+    with torch.no_grad():
+        states = theirs(next(batches).input_ids, output_hidden_states=True).hidden_states
+    turns = [
+        float(1 - functional.cosine_similarity(before.double(), after.double(), dim=-1).mean())
+        for before, after in pairwise(states[:-1])  # The last one is behind the final norm.
+    ]
+    assert measured["layers"][:-1] == pytest.approx(turns, abs=1e-5)
+
+    training = "--set=distillation.training."
+    sizes = [f"{training}num_tokens_per_step=128", f"{training}num_validation_tokens=128"]
+    how = ["--drop-layers=1", "--steps=2", "--local", "--name=small", calibration, *sizes]
+    (student,) = answer("distill", "full", *how)["students"]
+    decoder = load_model(Path(student["checkpoint"]))
+    assert decoder.config.num_layers == 3
+    full_embedding = load_model(Path(checkpoint)).model.embed_tokens.weight
+    assert not torch.equal(decoder.model.embed_tokens.weight, full_embedding)
+    answer("export", "small", f"--to={tmp_path / 'small'}", "--no-measure")
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(prompt), smaller(prompt).logits, rtol=0, atol=1e-5)

@@ -156,6 +156,8 @@ def test_a_folder_that_no_decoder_can_run_is_refused_with_the_reason_of_the_impo
         printed = " ".join(capfd.readouterr().err.split())
         assert reason in printed
         assert "iiet-orch import" not in printed
+        says_what_works = "`evaluate`" in printed and "`benchmark`" in printed
+        assert says_what_works == (command[0] != "import")
 
 
 def test_a_folder_that_a_decoder_can_run_is_imported_first(tmp_path):
