@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from iiet.config import ModelConfig, RopeScaling
+from iiet.weights import CONFIG_NAMES
 
 __all__ = [
     "MODEL_TYPES",
@@ -22,16 +23,19 @@ __all__ = [
 ]
 
 _FIELD_OF_KEY = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "ffn_dim",
-    "max_position_embeddings": "context_length",
-    "tie_word_embeddings": "tie_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "initializer_range": "initializer_std",
+    key: CONFIG_NAMES[key]
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "rms_norm_eps",
+        "initializer_range",
+    )
 }
 """Keys that every type has, and what `ModelConfig` calls them."""
 _REQUIRED = (
