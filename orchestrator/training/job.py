@@ -186,6 +186,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         del recipe["elastic"]
     else:
         recipe["elastic"]["draws"] = DRAWS_VERSION
+    if not facts_of(job.model.method).has_gates(job.model.options):
+        del recipe["gate_rate_factor"]
     if job.sequence_length == job.model.context_length:
         del recipe["sequence_length"]
     if job.kept_layers is not None:
