@@ -50,9 +50,10 @@ SECTIONS = (
 ADDED = (
     "training.sequence_length", "distillation.training.sequence_length",
     "evaluation.sequence_length",
+    "training.gate_rate_factor", "distillation.training.gate_rate_factor",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
-"""Settings that came later; unset, they change nothing, and are not hashed."""
+"""Settings that came later; at their defaults they change nothing, and are not hashed."""
 DEPTH_TASKS = ("phop_2", "chain_3", "s5_4")
 CONTEXT = 32
 POSITIONS = np.arange(600, dtype=np.int64)
@@ -81,10 +82,11 @@ def _settings() -> dict[str, str]:
 
 def _sections(settings: Settings) -> dict[str, Any]:
     tree = settings.model_dump(mode="json")
+    defaults = Settings().model_dump(mode="json")
     for key in ADDED:
         *sections, name = key.split(".")
         section = reduce(getitem, sections, tree)
-        if section[name] is None:
+        if section[name] == reduce(getitem, sections, defaults)[name]:
             del section[name]
     return {name: tree[name] for name in SECTIONS}
 

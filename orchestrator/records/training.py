@@ -162,6 +162,8 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     params = key_values(recipe)
     params["objective"] = job.objective
     # What has no effect in this training is None, and no parameter.
+    if not facts_of(job.model.method).has_gates(job.model.options):
+        params["gate_rate_factor"] = None
     if recipe.decay == "constant":
         params["final_learning_rate_fraction"] = None
     if recipe.decay != "wsd":

@@ -156,6 +156,9 @@ class TrainingSettings(Section):
     default: all at once)."""
     learning_rate: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
+    gate_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=30.0, gt=0.0)
+    """The learning rate of gates is this many times `learning_rate`: of a learned damping, and of
+    the blended norms of an identity start. Models without gates do not read it."""
     warmup_steps: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=50, ge=0)
     """Steps of linear warm-up."""
     decay: Annotated[Literal["cosine", "wsd", "constant"], Effect.LATER_WEIGHTS] = "cosine"

@@ -139,6 +139,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     recipe_fields = key_values(recipe)
     if recipe.elastic is not None:
         recipe_fields["elastic"]["draws"] = DRAWS_VERSION
+    if not facts_of(job.model.method).has_gates(job.model.options):
+        del recipe_fields["gate_rate_factor"]
     distills = job.objective == "distill"
     teacher = job.teacher_folder if distills else None
     fields: dict[str, Any] = {

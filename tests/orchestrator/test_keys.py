@@ -38,7 +38,8 @@ OTHER: dict[str, Any] = {
     "spike_factor": 20.0, "compile": True, "checkpoint_every_minutes": 5.0, "schedules": ("1",),
     "sequence_length": 8, "top_k": 5, "end_step": 9, "limit": 3, "num_fewshot": 2, "tasks": ("a",),
     "prompts": Prompts(), "fingerprints": {"a": "b"}, "chat_template": "short",
-    "method": {"method": "pcformer", "schedule": None}, "dim": 32, "num_heads": 4,
+    "method": {"method": "pcformer", "schedule": None, "method_options": None},
+    "dim": 32, "num_heads": 4,
     "num_layers": {"num_layers": 3, "schedule": IterationSchedule((2, 1, 1))},
     "num_kv_heads": 1, "head_dim": 10, "rotary_layers": (True, False),
     "rope_scaling": RopeScaling(rope_type="linear", factor=2.0), "sliding_windows": (None, 4),
@@ -81,7 +82,9 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
     other = save_tiny(tmp_path / "other", initializer_std=0.03)
     words = [f"word {number} " * 40 for number in range(40)]
     tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
-    model, recipe = ModelConfig.from_dict(tiny_model), TrainingSettings(elastic=ElasticSettings())
+    # A model with gates, whose rate is then part of the key.
+    model = ModelConfig.from_dict({**tiny_model, "method_options": {"start": "identity"}})
+    recipe = TrainingSettings(elastic=ElasticSettings())
     job = TrainingJob(
         run_folder=str(tmp_path), tokens_folder=str(tiny_tokens), model=model, recipe=recipe,
         objective="distill", teacher_folder=str(teacher), initial_folder=str(teacher),
