@@ -249,7 +249,8 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     assert done.returncode == -getattr(signal, name), done.stderr
     (left,) = parent.glob(f"{TEMPORARY_PREFIX}*")
     kept = sorted(left.glob("shards/[0-9]*"))
-    assert len(kept) == 3
+    # After Ctrl-C, the thread at work may still finish its shard.
+    assert len(kept) >= 3
     damaged = kept[1] / "tokens.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
@@ -268,7 +269,7 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
     folder = write_text(several, parent, "key", Notes(), num_threads=1)
     verify_data(folder, always=True)
-    assert written == [1, *range(3, max(written) + 1)], "whole shards are not tokenized again"
+    assert written == [1, *range(len(kept), max(written) + 1)], "whole shards are not tokenized again"
     assert re.search(r"000001 is damaged: tokens\.bin was changed.*written again", notes[0])
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
