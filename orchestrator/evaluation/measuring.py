@@ -179,9 +179,8 @@ class ModelMeasurer:
         # A length that is the context's is absent, so that keys are those of earlier versions.
         is_usual = self.sequence_length == self._model.context_length
         length = [] if is_usual else [self.sequence_length]
-        return content_key(
-            "evaluation", [*self._model.key, self.precision], what, limit, *length, *others
-        )
+        others = (*length, *others)
+        return content_key("evaluation", [*self._model.key, self.precision], what, limit, *others)
 
     @cached_property
     def _decoder(self) -> Decoder:
