@@ -33,8 +33,6 @@ from orchestrator.workspace.provenance import content_key
 SHARD_BYTES = 64 << 20
 """Files are divided into shards of about this size."""
 DOCUMENT_MARK = "<|endoftext|>"
-LONG_DOCUMENT_CHARACTERS = 8000
-PASSAGE_CHARACTERS = 4000
 TITLE_CHARACTERS = 100
 ASSUMED_BYTES_PER_DOCUMENT = 4000
 """For data sets on the hub."""
@@ -84,7 +82,7 @@ class TextSource(ABC):
         """Yield text and origin of each document of a shard, always in the same order.
 
         Equal texts count once. `data.validation_fraction` of the documents are held out, so a book
-        should be several.
+        should be several: `data.passage_characters` cuts it.
 
         Raises:
             UserError: If the source cannot be read.
@@ -93,6 +91,13 @@ class TextSource(ABC):
     def num_bytes(self) -> int:
         """Estimate the bytes of text before they are read; 0 for a few megabytes at most."""
         return 0
+
+    def _passages(self, text: str) -> Iterator[str]:
+        """Yield a document whole, or cut if `data.passage_characters` asks for it."""
+        if self.settings.passage_characters is None:
+            yield text
+        else:
+            yield from split_long(text, self.settings.passage_characters)
 
 
 class PythonTopics(TextSource):
@@ -103,7 +108,8 @@ class PythonTopics(TextSource):
 
     def documents(self, shard: Any) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - one shard
         for name in sorted(topics):
-            yield from ((text, f"topics/{name}") for text in split_long(topics[name]))
+            for passage in self._passages(topics[name]):
+                yield passage, f"topics/{name}"
 
 
 class TextFiles(TextSource):
@@ -127,7 +133,8 @@ class TextFiles(TextSource):
     def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
         for name, first, end in shard:
             for text in read_file(Path(name), self.settings.text_field, first, end):
-                yield from ((passage, Path(name).name) for passage in split_long(text))
+                for passage in self._passages(text):
+                    yield passage, Path(name).name
 
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in find_files(self.settings))
@@ -156,7 +163,8 @@ class HubDataset(TextSource):
             for record in self._stream.shard(num_shards=self._stream.num_shards, index=shard):
                 number += 1
                 text = record_text(record, self.settings.text_field)
-                yield from ((passage, self._name) for passage in split_long(text))
+                for passage in self._passages(text):
+                    yield passage, self._name
         except RecordError as error:
             raise UserError(f"{self._name}, record {number} of shard {shard}: {error}") from None
         except Exception as error:  # the hub's client raises dozens of kinds
@@ -431,9 +439,12 @@ def split_text_file(text: str) -> list[str]:
     return [text]
 
 
-def split_long(text: str) -> Iterator[str]:
-    """Yield passages of a document of book length, so that some are held out; others whole."""
-    if len(text) <= LONG_DOCUMENT_CHARACTERS:
+def split_long(text: str, passage_characters: int) -> Iterator[str]:
+    """Yield the passages of a document of more than twice `passage_characters`; others whole.
+
+    A passage ends at the first end of a paragraph after that many characters.
+    """
+    if len(text) <= 2 * passage_characters:
         yield text
         return
     separator = "\n\n" if "\n\n" in text else "\n"
@@ -442,8 +453,9 @@ def split_long(text: str) -> Iterator[str]:
     for paragraph in text.split(separator):
         passage.append(paragraph)
         size += len(paragraph) + len(separator)
-        if size >= PASSAGE_CHARACTERS:
+        if size >= passage_characters:
             yield separator.join(passage)
-            passage, size = [], 0
+            passage = []
+            size = 0
     if passage:
         yield separator.join(passage)

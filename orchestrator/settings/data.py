@@ -97,6 +97,10 @@ class DataSettings(Section):
     """Field that holds the text in JSON lines, Parquet and hub data sets."""
     max_documents: StrictInt | None = Field(default=None, gt=0)
     """Read at most this many documents (default: all)."""
+    passage_characters: StrictInt | None = Field(default=None, ge=100, le=MAX_COUNT)
+    """Cut each document of more than twice this many characters, such as a book, at ends of
+    paragraphs into passages of at least this many. A passage is a document of its own: it ends with
+    the end-of-text token, and may be held out (default: documents stay whole)."""
     validation_fraction: StrictFloat = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"
@@ -151,4 +155,7 @@ class DataSettings(Section):
     def read_by_source(self) -> dict[str, Any]:
         """Return the settings that the source reads, as JSON values, for keys and manifests."""
         unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
+        if self.passage_characters is None:
+            # Data without this setting keep the key that they had before there was one.
+            unread = unread | {"passage_characters"}
         return self.model_dump(mode="json", exclude=unread)

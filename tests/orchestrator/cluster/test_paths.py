@@ -60,9 +60,15 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
         function, trial = given[0], given[1].take()
         config = {"key": trial.key, "trial": trial.model_dump_json()}
         placement = tune.job_placement(1, 1, 0, resources)
-        place = tune.TrialPlace(placement, tune.ClusterSettings())
         stop = SimpleNamespace(is_sent=lambda: False)
-        tune._run_in_tune(config, function=function, place=place, stop=stop)  # type: ignore[arg-type]
+        tune._run_in_tune(
+            config,
+            function=function,
+            placement=placement,
+            cluster=tune.ClusterSettings(),
+            stop=stop,  # type: ignore[arg-type]
+            stops=None,
+        )
 
     def step(*_: Any, **__: Any) -> None:
         stacks.append(own_calls(sys._getframe(1)))
@@ -79,4 +85,4 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     worker = inside[inside.index("cluster/tune._run_in_tune") :]
     assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
-    assert len(driver) + len(worker) <= 13
+    assert len(driver) + len(worker) <= 11
