@@ -38,9 +38,11 @@ from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.render import join_names
 from orchestrator.terminal.stop import (
     POLL_SECONDS,
-    run_interruptibly,
+    start_thread,
+    stop_on_signals,
     stop_requested,
     stop_when,
+    wait_for_work,
 )
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.watching import JournalReader
@@ -322,8 +324,11 @@ def run_trials(
             stop.send()
             return queue.begin_saving()
 
+        # Tune runs in a thread of its own, because signals reach the main thread.
         try:
-            run_interruptibly(run_queue, ask_to_stop=ask_to_stop, saved=queue.saved, watch=watch)
+            with stop_on_signals():
+                tuning = start_thread(run_queue)
+                wait_for_work([tuning], ask_to_stop=ask_to_stop, saved=queue.saved, watch=watch)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 

@@ -69,6 +69,7 @@ def run_plan(
     plan.write(folder / PLAN_FILE)
     with SweepView(run, settings, workspace, tracking, progress) as view:
         progress.start("sweep", run.num_all)
+        view.update()  # What earlier calls have ended.
         try:
             if not run.is_over:
                 say = partial(progress.advance, run.num_ended)

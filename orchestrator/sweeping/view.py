@@ -80,6 +80,8 @@ class SweepView:
         self._journals: dict[str, JournalReader] = {}
         self._has_new_results = False
         self._next_front = clock()
+        self._ended_before = {s.trial.key for s in run.with_status("finished", "stopped early")}
+        """Keys of the trials that an earlier call has ended; they are shown without a note."""
 
         stored = tracking.stored("sweep", run.plan.key)
         self._sweep_run = sweep_run(stored, run.plan.name, run.plan.key, self._folder)
@@ -90,8 +92,6 @@ class SweepView:
             dataset=describe_data(run.plan.tokens_folder),
             texts={SETTINGS_NAME: to_yaml(settings)},
         )
-        # Trials that an earlier call has finished or stopped early are shown without a note.
-        self._show_trials()
 
     def __enter__(self) -> Self:
         return self
@@ -109,11 +109,21 @@ class SweepView:
 
     def update(self) -> None:
         """Show what has changed; call it a few times a second."""
-        for state in self._show_trials():
+        changed_runs = []
+        for state in list(self._run.states.values()):
+            trial = state.trial
+            status = SHOWN_AS.get(state.status)
+            if status is None or self._shown.get(trial.key) == status:
+                continue
+            self._shown[trial.key] = status
+            self._has_new_results |= status == "FINISHED"
+            changed_runs.append(self._tracked_run(state, status))
             if state.status == "failed":
-                self._progress.note(f"trial {state.trial.label} failed: {state.error}")
-            elif state.status == "stopped early" and state.early_stop:
-                self._progress.note(f"trial {state.trial.label} {state.early_stop.text}")
+                self._progress.note(f"trial {trial.label} failed: {state.error}")
+            elif state.status == "stopped early" and trial.key not in self._ended_before:
+                assert state.early_stop, "it says why"
+                self._progress.note(f"trial {trial.label} {state.early_stop.text}")
+        self._tracking.publish(*changed_runs)
         notes = self._run.notes[self._num_notes :]
         for note in notes:
             self._progress.note(note)
@@ -133,21 +143,6 @@ class SweepView:
         """Show changes of the sweep's own run, as `TrackedRun.changed` takes them."""
         self._sweep_run = self._sweep_run.changed(**changes)
         self._tracking.publish(self._sweep_run)
-
-    def _show_trials(self) -> list[TrialState]:
-        """Show in MLflow the trials whose status has changed, and return those."""
-        changed = []
-        runs = []
-        for state in list(self._run.states.values()):
-            key = state.trial.key
-            status = SHOWN_AS.get(state.status)
-            if status and self._shown.get(key) != status:
-                self._shown[key] = status
-                self._has_new_results |= status == "FINISHED"
-                changed.append(state)
-                runs.append(self._tracked_run(state, status))
-        self._tracking.publish(*runs)
-        return changed
 
     def _tracked_run(self, state: TrialState, status: ShownStatus) -> TrackedRun:
         """Return what MLflow shows of a trial."""
