@@ -259,11 +259,18 @@ class ModelTokenizer:
             )
         return str(named[name])
 
-    def chat(self, messages: Sequence[Message], template: str | None = None) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        *,
+        opens_answer: bool = True,
+    ) -> str:
         """Return messages, and the opening of an answer, as a chat template writes them.
 
         Args:
             template: Name of a template; the model's default when None.
+            opens_answer: Whether the opening of an answer follows.
 
         Raises:
             UserError: If there is no such template, or it fails.
@@ -272,7 +279,10 @@ class ModelTokenizer:
         try:
             return str(
                 self.loaded.apply_chat_template(
-                    list(messages), chat_template=chosen, tokenize=False, add_generation_prompt=True
+                    list(messages),
+                    chat_template=chosen,
+                    tokenize=False,
+                    add_generation_prompt=opens_answer,
                 )
             )
         except Exception as error:  # A template is a program and can fail in any way.
