@@ -209,7 +209,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tra
     train({"a": wsd}, context, tokens, name="short")
 
     plan = plan_pretrain(longer, workspace=context.workspace, continued="short")
-    assert plan.state == "from step 4"
+    assert plan.to_json()["state"] == "from step 4"
     assert plan.price.num_tokens == (12 - 4) * 64
     result = run_pretrain(
         plan_pretrain(longer, workspace=context.workspace, continued="short", name="long"), context
