@@ -269,7 +269,9 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
     folder = write_text(several, parent, "key", Notes(), num_threads=1)
     verify_data(folder, always=True)
-    assert written == [1, *range(len(kept), max(written) + 1)], "whole shards are not tokenized again"
+    assert written == [1, *range(len(kept), max(written) + 1)], (
+        "whole shards are not tokenized again"
+    )
     assert re.search(r"000001 is damaged: tokens\.bin was changed.*written again", notes[0])
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
