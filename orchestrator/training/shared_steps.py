@@ -235,10 +235,12 @@ def continued_settings(
     finished = Training(folder)
     if finished.damage:
         raise finished.damage
-    if finished.job is None or finished.outcome is None:
+    # If the last checkpoint is lost, an earlier one may be the one to continue.
+    reached_its_end = finished.outcome or finished.lost_end
+    if finished.job is None or not reached_its_end or not finished.checkpoints:
         raise UserError(
-            f"{folder} is not finished or has lost its last checkpoint; the command that started "
-            "it resumes it, and then it can be continued"
+            f"{folder} is not finished or has lost its checkpoints; the command that started it "
+            "resumes it, and then it can be continued"
         )
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
