@@ -218,7 +218,7 @@ class ModelMeasurer:
         model, prompts = self._model, suite.prompts or Prompts()
         model_args: dict[str, object] = {"dtype": self.precision}
         if model.config is not None and facts_of(model.config.method).has_corrections:
-            model_args["schedule"] = ",".join(map(str, model.config.corrections))
+            model_args["schedule"] = str(model.config.corrections)
         return {
             "config": {
                 "model": model.architecture,
