@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from orchestrator.records.training import TrainingOutcome
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.workspace import layout
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_tail
@@ -36,7 +36,7 @@ class Sweep:
         self.kind: str | None = None
         self.trials: tuple[Trial, ...] = ()
         try:
-            if plan := SweepPlan.read(folder / layout.PLAN_FILE):
+            if plan := SweepTrials.read(folder / layout.PLAN_FILE):
                 self.kind, self.trials = plan.kind, plan.trials
         except UserError as error:
             self.is_damaged = True
