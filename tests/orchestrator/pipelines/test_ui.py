@@ -11,6 +11,7 @@ import psutil
 import pytest
 from browser import BROWSER, page_text
 from commands import Started
+from local_servers import servers
 
 from orchestrator.pipelines.ui import serve
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
@@ -25,18 +26,6 @@ from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspac
 def workspace(tmp_path, monkeypatch) -> Workspace:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return open_workspace(tmp_path / "ws")
-
-
-def servers(port: int) -> list[psutil.Process]:
-    """Return the processes that have a port among their arguments, but this test's command."""
-    running = psutil.process_iter(["cmdline", "status"])
-    return [
-        process
-        for process in running
-        if str(port) in (words := process.info["cmdline"] or [])
-        and "orchestrator.cli" not in words
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
 
 
 def test_a_taken_port_is_named_with_another():
