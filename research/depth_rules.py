@@ -124,9 +124,16 @@ def _further_arms(settings: Settings, choices: Choices, layers: int) -> Iterator
     most = choices.corrections[-1]
     for suffix, options in (
         (REINJECTED, {"reinject_prediction": True}),
-        (DAMPED, {"learn_damping": True}),
+        (DAMPED, {"learn_damping": "scalar"}),
     ):
-        yield _iiet(settings, most, layers, suffix, model={"method_options": options})
+        yield _iiet(
+            settings,
+            most,
+            layers,
+            suffix,
+            model={"method_options": options},
+            training={"gate_rate_factor": 1.0},
+        )
     yield _arm(settings, PCFORMER, layers)
     # One cheaper schedule a step with the full one's weight, and without a divergence.
     drawn = ElasticSettings(num_drawn=1, weight=1.0, kl_weight=0.0)

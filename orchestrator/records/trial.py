@@ -174,8 +174,8 @@ class Trial(Record):
 
     @property
     def schedule_text(self) -> str:
-        """The iteration schedule as `2,2,1,1`; empty if there is none."""
-        return ",".join(str(r) for r in self.schedule or ())
+        """The iteration schedule as `2,2,1,1` or `0*12,2*6,0*12`; empty if there is none."""
+        return "" if self.schedule is None else str(self.model.corrections)
 
     @property
     def name(self) -> str:

@@ -22,7 +22,6 @@ from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
 from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
-from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -289,7 +288,7 @@ def shown_name(trial: Trial) -> str:
     """Return a model's label, or its schedule where the label says no more."""
     if trial.label and trial.label != trial.schedule_text:
         return trial.label
-    return format_schedule(trial.schedule) or trial.name
+    return trial.schedule_text or trial.name
 
 
 def lowest_seed(seeds: Sequence[Trial]) -> Trial:

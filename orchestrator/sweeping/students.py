@@ -61,7 +61,17 @@ def choose_members(
 
     Returns:
         Members with the thresholds that give them; those of a knapsack have none (NaN).
+
+    Raises:
+        UserError: If no correction matters more than another, so that none can be chosen.
     """
+    values = [value for row in influence.value_rows for value in row]
+    if len(set(values)) == 1 and (len(values) > 1 or values[0] == 0.0):
+        raise UserError(
+            f"influence.metric={influence.metric}: the influence of all corrections of the teacher "
+            f"({format_count(len(values), 'correction')}) is {values[0]:g}, so they do nothing "
+            "yet; train it further, or with a higher training.gate_rate_factor"
+        )
     family = schedule_family(influence)
     if sweep.thresholds:
         wanted = {

@@ -40,10 +40,11 @@ from orchestrator.records.training import (
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_duration, format_schedule, join_names
+from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
-from orchestrator.training.job import finished_outcome, first_stage_of, job_key
+from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -407,10 +408,12 @@ def tracked_model(
     params = {**method_parameters(config), "checkpoint": checkpoint}
     name = model_family(config)
     if "schedule" in params:
-        name += f" {format_schedule(tuple(config.corrections))}"
+        name += f" {config.corrections}"
     if seed is not None:
         params["seed"] = str(seed)
-    key = f"{weights} {params.get('schedule', '')}".strip()
+    # With a number for each layer, whatever form people read.
+    numbers = ",".join(map(str, config.corrections)) if "schedule" in params else ""
+    key = f"{weights} {numbers}".strip()
     return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))
 
 

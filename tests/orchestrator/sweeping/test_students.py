@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iiet.pruning import FamilyMember
+from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
@@ -65,6 +65,13 @@ def plan(students, table) -> Plan:
 def test_schedules_by_number_threshold_budget_and_knapsack(assignments, schedules, table):
     members = choose_members(table, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
+
+
+@pytest.mark.parametrize("rows", [((0.0, 0.0), (0.0,)), ((0.3, 0.3), (0.3,)), ((0.0,), ())])
+def test_corrections_of_equal_influence_are_refused(rows):
+    equal = InfluenceTable("cosine", rows, rows, 64)
+    with pytest.raises(UserError, match="gate_rate_factor"):
+        choose_members(equal, resolve_settings({}, []).sweep)
 
 
 # Keys, folders and labels
