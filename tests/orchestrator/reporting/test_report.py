@@ -268,7 +268,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
-    experiment = str(tracking.experiment_id)
+    experiment = str(tracking.open_experiment())
     [parent] = client.search_runs([experiment], "tags.`iiet.kind` = 'sweep'")
     run_id = parent.info.run_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
