@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Literal
 from iiet.cost import inference_cost
 from orchestrator.planning.estimate import Estimate, note_saving
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.training_state import Training
 from orchestrator.records.trial import AshaRule, EarlyStop, SweepTrials, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.watching import describe_saved_state
-from orchestrator.workspace.journal import read_tail
-from orchestrator.workspace.layout import STOPPED_NAME, find_checkpoints
+from orchestrator.workspace.layout import STOPPED_NAME
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -305,7 +305,7 @@ class SweepRun:
         for state in self.with_status(*TAKEN, "interrupted", "failed"):
             job = state.trial.job
             has_just_ended = state.status != "failed" or state.was_stopping
-            if job and has_just_ended and _has_begun(job):
+            if job and has_just_ended and Training(job.folder).step > 0:
                 begun[f"trial {state.trial.label}"] = job
         text = f"{self.num_of('finished')} of {self.num_all} trials are finished"
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
@@ -319,12 +319,6 @@ class SweepRun:
         }
         parts = [f", {count} {what}" for what, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
-
-
-def _has_begun(job: TrainingJob) -> bool:
-    """Return whether a training has made steps; a long one may save before it records any."""
-    has_recorded = any(record["kind"] == "metrics" for record in read_tail(job.folder))
-    return has_recorded or bool(find_checkpoints(job.folder))
 
 
 def _urgency(trial: Trial) -> tuple[bool, float]:
