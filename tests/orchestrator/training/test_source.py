@@ -176,7 +176,7 @@ def test_sizes_tokenizer_and_defaults_follow_the_source(plain_run, settings, wor
 
 def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, workspace, context):
     plan = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
-    assert "imported" in plan.state
+    assert "imported" in plan.state("iiet")
     assert plan.source_defaults["training.learning_rate"] == IMPORTED_LEARNING_RATE
     assert plan.price.flops > 0
     assert not (workspace.runs / model_folder.name).exists(), "a plan writes nothing"
