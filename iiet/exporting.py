@@ -35,6 +35,9 @@ _AUTO_MAP = {
     "AutoModel": "modeling_iiet.IIETModel",
     "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
     "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
+    # `transformers serve` looks for the name in `architectures` among its own classes alone, but
+    # asks this one first, and it takes a class of the folder.
+    "AutoModelForDecision": "modeling_iiet.IIETForCausalLM",
 }
 _FAMILIES = {
     "iiet": "modeling_iiet",

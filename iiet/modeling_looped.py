@@ -107,6 +107,7 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
+    # Copied from iiet.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -117,6 +118,7 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
+    # Copied from iiet.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -159,6 +161,7 @@ class IIETConfig(PreTrainedConfig):
             for window in windows
         ]
 
+    # Copied from iiet.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -178,6 +181,7 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
+# Copied from iiet.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -394,6 +398,7 @@ class IIETModel(IIETPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
 
+    # Copied from iiet.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -416,6 +421,7 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
+    # Copied from iiet.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -424,6 +430,7 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
+    # Copied from iiet.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -434,6 +441,7 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
+# Copied from iiet.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -503,6 +511,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         return copy.deepcopy(self, {id(self.config): config, **shared})
 
 
+# Copied from iiet.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

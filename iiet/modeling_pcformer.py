@@ -115,6 +115,7 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
+    # Copied from iiet.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -125,6 +126,7 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
+    # Copied from iiet.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -161,6 +163,7 @@ class IIETConfig(PreTrainedConfig):
             return [EVALUATIONS_OF_RK4] * self.num_layers
         return [1 + level for level in self.corrections]
 
+    # Copied from iiet.modeling_iiet.IIETConfig.set_slots
     def set_slots(self) -> None:
         """Count the evaluations, one layer after the other, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
@@ -177,6 +180,7 @@ class IIETConfig(PreTrainedConfig):
             for _ in range(count)
         ]
 
+    # Copied from iiet.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -196,6 +200,7 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
+# Copied from iiet.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -279,11 +284,13 @@ class IIETAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
+# Copied from iiet.modeling_iiet.at_least_float32
 def at_least_float32(x: Tensor) -> Tensor:
     """Return a float32 or float64 tensor as it is, and any other as float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# Copied from iiet.modeling_iiet.KeepsFloat32
 class KeepsFloat32(nn.Module):
     """A module whose own parameters stay float32 when the model is moved to half precision."""
 
@@ -297,6 +304,7 @@ class KeepsFloat32(nn.Module):
         return super()._apply(moved, recurse)
 
 
+# Copied from iiet.modeling_iiet.IIETEstimateNorm
 class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
     """The LayerNorm that makes an estimate of a field's output, at least in float32."""
 
@@ -308,6 +316,7 @@ class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
         )
 
 
+# Copied from iiet.modeling_iiet.IIETMix
 class IIETMix(KeepsFloat32):
     """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
 
@@ -375,6 +384,7 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.correction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mix = IIETMix(layer_idx)
 
+    # Copied from iiet.modeling_iiet.IIETDecoderLayer.field
     def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
         """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
@@ -539,6 +549,7 @@ class IIETModel(IIETPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
+    # Copied from iiet.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -561,6 +572,7 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
+    # Copied from iiet.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -569,6 +581,7 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
+    # Copied from iiet.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -579,6 +592,7 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
+# Copied from iiet.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -648,6 +662,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         return copy.deepcopy(self, {id(self.config): config, **shared})
 
 
+# Copied from iiet.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 
