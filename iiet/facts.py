@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import ExtensionTable
@@ -39,6 +39,10 @@ class LayerCounts(NamedTuple):
     leaves for later layers."""
 
 
+def _no_gates(_: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodFacts:
     """What is known of a method; the defaults are those of explicit Euler.
@@ -65,6 +69,8 @@ class MethodFacts:
     repeats_stack: bool = False
     """Whether a correction is another run of all layers, one after the other, so that all layers
     make as many; else each layer makes all of its evaluations before the next one begins."""
+    has_gates: Callable[[Any], bool] = _no_gates
+    """Whether layers with these options have gates (`Layer.gates`)."""
     is_random: bool = False
     """Whether a layer draws random numbers; a recomputed layer then draws the same ones."""
     num_left: int = 0
@@ -107,6 +113,10 @@ def _is_flag(facts: object, name: str) -> bool:
     return isinstance(getattr(facts, name), bool)
 
 
+StartKind = Literal["mean", "identity"]
+LearnedDamping = Literal[False, "scalar", "vector"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImplicitEulerOptions:
     """How the corrections are made.
@@ -115,11 +125,18 @@ class ImplicitEulerOptions:
         ValueError: naming every field that is out of range.
     """
 
+    start: StartKind = "mean"
+    """What the method's weights make of a plain model's before any training. `mean`: the rows of
+    the mix are means, as published. `identity`: the plain model itself, under every schedule; rows
+    of the mix read the newest estimate alone, and gates that start at 0 let norms and corrections
+    in."""
     damping: float = 1.0
     """Share of each correction that is applied, in (0, 1]; 1 applies all of it. 0 is allowed if the
-    damping is learned: the layer then starts as if it had no corrections."""
-    learn_damping: bool = False
-    """Whether each layer learns its damping, starting from `damping`."""
+    damping is learned: the layer then starts as if it had no corrections. An identity start has its
+    own, 0, and takes no other."""
+    learn_damping: LearnedDamping = False
+    """Whether each layer learns its damping, starting from `damping`: one number (`scalar`) or one
+    per channel (`vector`). An identity start always learns it, by default a vector."""
     differentiated_corrections: int | None = None
     """Training differentiates only this many last corrections of each layer, at least 1; the
     evaluations before are constants. None: all are differentiated."""
@@ -127,19 +144,38 @@ class ImplicitEulerOptions:
     """Whether each correction also reads the prediction, with one learned weight per layer that
     starts at 0."""
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether the model starts as the plain model of the same weights."""
+        return self.start == "identity"
+
+    @property
+    def first_damping(self) -> float:
+        """The damping before any training."""
+        return 0.0 if self.starts_as_identity else self.damping
+
     def __post_init__(self) -> None:
+        if self.starts_as_identity and self.learn_damping is False:
+            # Stated, so that options with the same effect are equal.
+            object.__setattr__(self, "learn_damping", "vector")
         last = self.differentiated_corrections
         check_rules(
             "options of iiet",
             self,
             {
-                "learn_damping must be true or false": isinstance(self.learn_damping, bool),
+                "start must be mean or identity": self.start in get_args(StartKind),
+                "learn_damping must be false, scalar or vector": (
+                    self.learn_damping is False or self.learn_damping in ("scalar", "vector")
+                ),
                 "reinject_prediction must be true or false": isinstance(
                     self.reinject_prediction, bool
                 ),
-                "damping must be a number from 0 to 1 (0: with learn_damping=true)": (
+                "damping must be a number from 0 to 1 (0: with learn_damping)": (
                     is_number_from(0, self.damping, 1)
-                    and (self.damping > 0 or self.learn_damping is True)
+                    and (self.damping > 0 or self.learn_damping is not False)
+                ),
+                "damping must be left out with start=identity, whose dampings start at 0": (
+                    self.damping == 1 or not self.starts_as_identity
                 ),
                 "differentiated_corrections must be at least 1 or None": (
                     last is None or is_integer_from(1, last)
@@ -160,11 +196,13 @@ def _counts_of_iiet(layer: int, r: int, options: ImplicitEulerOptions) -> LayerC
     if r > 0:
         num_terms += (layer + 1) + r + options.reinject_prediction
     # A correction keeps what it starts from, for the weight of its term, and its field's output,
-    # for the norm; with a learned damping, also by how much it moves the estimate.
-    num_kept = (2 + options.learn_damping) * num_differentiated
+    # for the norm; with a learned damping, also by how much it moves the estimate. A norm that is
+    # blended in keeps its result beside its input.
+    is_learned = options.learn_damping is not False
+    num_kept = (2 + is_learned + options.starts_as_identity) * num_differentiated
     if num_differentiated == r:
         # The prediction's norm keeps the field's output, too.
-        return LayerCounts(r + 1, num_terms, num_kept + 1)
+        return LayerCounts(r + 1, num_terms, num_kept + 1 + options.starts_as_identity)
     # The prediction is a constant, which nothing but its own weight keeps.
     return LayerCounts(num_differentiated, num_terms, num_kept + options.reinject_prediction)
 
@@ -200,6 +238,7 @@ _OWN_METHODS: dict[str, tuple[str, MethodFacts]] = {
         MethodFacts(
             Options=ImplicitEulerOptions,
             has_corrections=True,
+            has_gates=lambda options: options.learn_damping is not False,
             num_left=1,
             counts=_counts_of_iiet,
         ),
@@ -267,8 +306,9 @@ class MetricFacts:
 
 
 _OWN_METRICS: dict[str, tuple[str, MetricFacts]] = {
-    "cosine": ("iiet.influence:Cosine", MetricFacts()),
-    "relative": ("iiet.influence:Relative", MetricFacts()),
+    # Version 2 compares what damped corrections leave, and no longer what their fields return.
+    "cosine": ("iiet.influence:Cosine", MetricFacts(version=2)),
+    "relative": ("iiet.influence:Relative", MetricFacts(version=2)),
     "loss": (
         "iiet.influence:LossRise",
         MetricFacts(needs_targets=True, may_be_negative=True, is_of_stopping=True),

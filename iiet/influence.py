@@ -6,9 +6,9 @@ and for each layer its block influence, by which whole layers can be dropped.
 
 A *metric* says what makes a correction matter. It gets a batch and the decoder, and returns one
 value per layer and correction. `cosine` and `relative` compare consecutive evaluations of a layer
-as the decoder makes them, in one forward pass that keeps only the last output. `loss` ends layers
-early, one correction at a time: one forward pass per correction. Other packages add metrics by
-entry points of the group `iiet.influence_metrics`.
+as the decoder makes them, or where corrections are damped what they leave, in one forward pass that
+keeps only the last output. `loss` ends layers early, one correction at a time: one forward pass per
+correction. Other packages add metrics by entry points of the group `iiet.influence_metrics`.
 
 Means over batches are made by `math.fsum`, so they do not depend on the order.
 Source: this project.
@@ -141,21 +141,25 @@ class Comparison(InfluenceMetric):
 
     @abstractmethod
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
-        """Compare two outputs of a layer's field, (time, dim) in float64; return (time,)."""
+        """Compare two outputs of a layer, (time, dim) in float64; return (time,)."""
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         return BatchInfluence(measured.run(self.compare)[1])
 
 
 class Cosine(Comparison):
-    """`1 - cos(y(i-1), y(i))` of consecutive outputs y of a layer's field."""
+    """`1 - cos(y(i-1), y(i))` of consecutive outputs y of a layer."""
+
+    facts = metric_facts_of("cosine")
 
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
         return _cosine_distance(before, after)
 
 
 class Relative(Comparison):
-    """`|y(i) - y(i-1)| / |y(i)|` of consecutive outputs y of a layer's field."""
+    """`|y(i) - y(i-1)| / |y(i)|` of consecutive outputs y of a layer."""
+
+    facts = metric_facts_of("relative")
 
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
         return _relative_size(after - before, after)
@@ -211,7 +215,8 @@ def influence_table(
 ) -> InfluenceTable:
     """Measure the influence of every correction of a decoder.
 
-    With `y(i)` the output of a layer's evaluation i (0 is the prediction), as means over tokens:
+    With `y(i)` the output of a layer's evaluation i (0 is the prediction), or where corrections are
+    damped the estimate that the layer has after it, as means over tokens:
 
         cosine     1 - cos(y(i-1), y(i))
         relative   |y(i) - y(i-1)| / |y(i)|

@@ -23,9 +23,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from iiet.facts import StartKind
 from iiet.layers import KeepsFloat32, at_least_float32
 
-__all__ = ["EstimateNorm", "History", "Mix", "PartialSum"]
+__all__ = ["BlendedNorm", "EstimateNorm", "History", "Mix", "PartialSum"]
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,21 @@ class PartialSum(NamedTuple):
 class Mix(KeepsFloat32):
     """The rows of A and C of one layer, the first layer being 0."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, *, start: StartKind = "mean") -> None:
         super().__init__()
+        self.start = start
         self.inner = nn.Parameter(torch.empty(layer + 2))  # row of A
         self.outer = nn.Parameter(torch.empty(layer + 2))  # row of C
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start both rows as the mean."""
+        """Start both rows as the mean, or as reading the newest estimate alone."""
         for row in (self.inner, self.outer):
-            nn.init.constant_(row, 1.0 / len(row))
+            if self.start == "mean":
+                nn.init.constant_(row, 1.0 / len(row))
+            else:
+                nn.init.zeros_(row)
+                nn.init.ones_(row[-1:])
 
     def sums(
         self, estimates: Sequence[Tensor], *, corrects: bool
@@ -122,3 +128,20 @@ class EstimateNorm(KeepsFloat32, nn.LayerNorm):
         weight = at_least_float32(self.weight)
         bias = at_least_float32(self.bias)
         return torch.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
+
+
+class BlendedNorm(EstimateNorm):
+    """`x + b (norm(x) - x)`: an estimate's norm, blended in by a learned b per channel from 0."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__(dim, eps=eps)
+        self.blend = nn.Parameter(torch.zeros(dim))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "blend"):  # The base's constructor resets what it has made.
+            nn.init.zeros_(self.blend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # At b = 0, lerp returns x to the last bit.
+        return torch.lerp(at_least_float32(x), super().forward(x), at_least_float32(self.blend))

@@ -64,23 +64,31 @@ def left_padding(*counts: int, time: int) -> Tensor:
 
 
 @st.composite
-def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own)) -> Decoder:
-    """Draw a model: method, schedule, options, grouped heads, tying and seed."""
+def models(
+    draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own), *, with_gates: bool = False
+) -> Decoder:
+    """Draw a model: method, schedule, options, grouped heads, tying and seed.
+
+    `with_gates` includes what an export cannot compute: identity starts, dampings by channel.
+    """
     method = draw(st.sampled_from(methods))
     schedule = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))
     options = None
     if method == "iiet":
-        options = draw(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "damping": st.sampled_from([0.3, 1.0]),
-                    "learn_damping": st.booleans(),
-                    "differentiated_corrections": st.sampled_from([None, 1, 2]),
-                    "reinject_prediction": st.booleans(),
-                },
-            )
+        starts = [{"damping": 1.0}, {"damping": 0.3}]
+        learned = [False, "scalar"]
+        if with_gates:
+            starts.append({"start": "identity"})
+            learned.append("vector")
+        others = st.fixed_dictionaries(
+            {},
+            optional={
+                "learn_damping": st.sampled_from(learned),
+                "differentiated_corrections": st.sampled_from([None, 1, 2]),
+                "reinject_prediction": st.booleans(),
+            },
         )
+        options = draw(st.sampled_from(starts)) | draw(others)
     return make_model(
         method,
         schedule,

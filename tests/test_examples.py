@@ -23,7 +23,7 @@ def small_decoder(**options: object) -> Decoder:
     [
         {},
         {"damping": 0.4},
-        {"damping": 0.6, "learn_damping": True},
+        {"damping": 0.6, "learn_damping": "scalar"},
         {"reinject_prediction": True},
     ],
     ids=str,

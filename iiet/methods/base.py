@@ -11,7 +11,7 @@ measured (`iiet.facts`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -43,8 +43,8 @@ class Evaluation(NamedTuple):
     residual: Tensor | None
     """`g(e) - e`: how far the correction moves the previous estimate; None for predictions."""
     output_if_last: Callable[[], Tensor] | None = None
-    """Where the output is not what the layer would leave if it ended here (a Runge-Kutta stage):
-    computes that estimate, (batch, time, dim)."""
+    """Where the output does not tell what the layer would leave if it ended here (a Runge-Kutta
+    stage, a damped correction): computes that estimate, (batch, time, dim)."""
 
 
 Observer = Callable[[Evaluation], None]
@@ -163,6 +163,11 @@ class Layer(Block, ABC):
 
     def reset_parameters(self) -> None:
         """Initialize the layer's own parameters, except those of norms and linear layers."""
+
+    def gates(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that decide how much of the method's own work comes through. They
+        have a learning rate of their own."""
+        return iter(())
 
     def forward(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
         """Run `advance`, recomputed in the backward pass where the call asks for it."""

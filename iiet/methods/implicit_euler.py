@@ -8,7 +8,7 @@ backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig
-from iiet.facts import facts_of
+from iiet.facts import StartKind, facts_of
 from iiet.layers import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import EstimateNorm, History, Mix
+from iiet.mix import BlendedNorm, EstimateNorm, History, Mix
 
 __all__ = [
     "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",
-    "PredictorCorrectorRK2", "PredictorCorrectorRK4", "fixed_point",
+    "PredictorCorrectorRK2", "PredictorCorrectorRK4", "damped", "fixed_point",
 ]  # fmt: skip
 
 
@@ -32,9 +32,14 @@ class MixedLayer(Layer):
     """Base of the methods that read the earlier layers' estimates."""
 
     def build(self, config: ModelConfig) -> None:
-        self.prediction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
-        self.correction_norm = EstimateNorm(config.dim, eps=config.layer_norm_eps)
-        self.mix = Mix(self.index)
+        self.build_mix(config, "mean")
+
+    def build_mix(self, config: ModelConfig, start: StartKind) -> None:
+        """Make the rows of the mix, and the norms of what goes into it."""
+        norm = EstimateNorm if start == "mean" else BlendedNorm
+        self.prediction_norm = norm(config.dim, eps=config.layer_norm_eps)
+        self.correction_norm = norm(config.dim, eps=config.layer_norm_eps)
+        self.mix = Mix(self.index, start=start)
 
     @classmethod
     def start(cls, embeddings: Tensor) -> History:
@@ -42,6 +47,12 @@ class MixedLayer(Layer):
 
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
+
+
+def damped(before: Tensor, after: Tensor, damping: Tensor | float | None) -> Tensor:
+    """Return `before + damping * (after - before)`; None stands for 1. At 0 it is `before` to the
+    last bit."""
+    return after if damping is None else torch.lerp(before, after, damping)
 
 
 def fixed_point(
@@ -58,14 +69,14 @@ def fixed_point(
         step: the map g whose fixed point is sought, (batch, time, dim) to the same shape.
         guess: the start value, which is the result if there are no steps.
         num_steps: how often to apply the map, at least 0.
-        damping: the share of each step that is applied, a number or a tensor of one element; None
-            for all of it, `e <- step(e)`.
+        damping: the share of each step that is applied, a number or a tensor of one element or of
+            one per channel, (dim,); None for all of it, `e <- step(e)`.
         num_constant: the first steps that are constants to gradients, and keep nothing.
     """
 
     def iterate(value: Tensor, times: int) -> Tensor:
         for _ in range(times):
-            value = step(value) if damping is None else torch.lerp(value, step(value), damping)
+            value = damped(value, step(value), damping)
         return value
 
     if num_constant == 0:
@@ -85,8 +96,12 @@ class ImplicitEuler(MixedLayer):
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
     With damping d, a correction applies only that share of its step: `e + d (N_l(...) - e)`. Where
-    the prediction e^0 is reinjected, `b_l e^0` is added to the point of each correction; b_l is
+    the prediction e^0 is reinjected, `w_l e^0` is added to the point of each correction; w_l is
     learned and starts at 0.
+
+    With an identity start, `x + b (norm(x) - x)` stands for each norm, with a learned b per norm
+    and channel; b and the damping start at 0, and the rows of A and C read the newest estimate
+    alone. So e and h_l are F_l(h_{l-1}) to the last bit, whatever r_l.
 
     Cost: `1 + r_l` evaluations per layer.
     Source: the IIET paper, checked against its published code; options: this project.
@@ -97,27 +112,42 @@ class ImplicitEuler(MixedLayer):
     facts = facts_of("iiet")
 
     def build(self, config: ModelConfig) -> None:
-        super().build(config)
         options = self.options
-        self.damping = nn.Parameter(torch.empty(1)) if options.learn_damping else None
+        self.build_mix(config, options.start)
+        self.damping: nn.Parameter | None = None
+        if options.learn_damping is not False:
+            size = config.dim if options.learn_damping == "vector" else 1
+            self.damping = nn.Parameter(torch.empty(size))
         self.reinjection = nn.Parameter(torch.empty(1)) if options.reinject_prediction else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.damping is not None:
-            nn.init.constant_(self.damping, self.options.damping)
+            nn.init.constant_(self.damping, self.options.first_damping)
         if self.reinjection is not None:
             nn.init.zeros_(self.reinjection)
+
+    def gates(self) -> Iterator[nn.Parameter]:
+        if self.damping is not None:
+            yield self.damping
+        for norm in (self.prediction_norm, self.correction_norm):
+            if isinstance(norm, BlendedNorm):
+                yield norm.blend
 
     def advance(
         self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
+        damping = self._damping()
         point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=num_corrections > 0)
         num_constant = self._num_constant(num_corrections)
         # What comes before a constant correction is a constant, too.
         with torch.set_grad_enabled(torch.is_grad_enabled() and num_constant == 0):
-            prediction = evaluate(hidden, norm=self.prediction_norm)
+            prediction = evaluate(
+                hidden,
+                norm=self.prediction_norm,
+                output_if_last=None if damping is None else lambda prediction: prediction,
+            )
         if point_sum is None:
             return Advance(hidden_sum.plus(prediction, hidden.dtype), state.followed_by(prediction))
         points = point_sum
@@ -126,13 +156,20 @@ class ImplicitEuler(MixedLayer):
 
         def correct(estimate: Tensor) -> Tensor:
             point = points.plus(estimate, hidden.dtype)
-            return evaluate(point, norm=self.correction_norm, previous=estimate)
+            return evaluate(
+                point,
+                norm=self.correction_norm,
+                previous=estimate,
+                output_if_last=(
+                    None if damping is None else lambda after: damped(estimate, after, damping)
+                ),
+            )
 
         estimate = fixed_point(
             correct,
             prediction,
             num_corrections,
-            damping=self._damping(),
+            damping=damping,
             num_constant=num_constant,
         )
         return Advance(hidden_sum.plus(estimate, hidden.dtype), state.followed_by(estimate))

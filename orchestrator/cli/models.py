@@ -187,6 +187,7 @@ def export(
     file_format: Annotated[
         Literal["transformers", "gguf"], typer.Option("--format", show_default=False)
     ] = "transformers",
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
     token: str | None = None,
@@ -198,9 +199,11 @@ def export(
     Args:
         checkpoint: Checkpoint, run or trial, by path or name, or hub:OWNER/NAME; by default the
             newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0. Servers run a folder under its
+            schedule; export once for each.
         measure: Evaluate the model for its card, unless that is done.
         file_format: With gguf, write a file that llama.cpp runs, of a vanilla or looped model.
+        dtype: Type of the weights (default: an import's own, else fp32).
         push_to_hub: Upload the folder to the Hugging Face hub, too.
         private: Who sees a new repository (default: as its owner's settings say).
         token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
@@ -215,6 +218,11 @@ def export(
         )
     if push_to_hub is not None and file_format == "gguf":
         raise UserError("--push-to-hub uploads a folder of transformers, not a GGUF file")
+    if dtype is not None and file_format == "gguf":
+        raise UserError(
+            f"--dtype {dtype} is for a folder of transformers, and --format gguf writes float32; "
+            "leave it out, and let llama-quantize make a smaller file"
+        )
     from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
@@ -228,6 +236,7 @@ def export(
         schedule=one_schedule(schedule),
         measure=measure,
         file_format=file_format,
+        dtype=dtype,
         **call.common,
     )
     lines, address = [f"exported: {folder}"], None

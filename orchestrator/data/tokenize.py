@@ -17,8 +17,9 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain, compress, islice
 from pathlib import Path
 from threading import Lock
@@ -30,13 +31,15 @@ from tokenizers import Tokenizer
 from orchestrator.data.store import (
     TEXTS_NAME,
     TRAIN_NAME,
+    TRAIN_TARGETS_NAME,
     VALIDATION_NAME,
+    VALIDATION_TARGETS_NAME,
     SplitCounts,
     finish_folder,
     is_complete,
     token_dtype,
 )
-from orchestrator.data.text import Document, read_documents, text_source
+from orchestrator.data.text import Document, TextSource, read_documents, text_source
 from orchestrator.models.tokenizer import (
     end_of_text_id,
     load_tokenizer,
@@ -66,6 +69,8 @@ RECORD = np.dtype(
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
 _PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
 _TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
+_PROMPTS = "prompts.npy"
+"""Of a shard with prompts: how many tokens each document begins with that are no targets."""
 
 Report = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
@@ -105,9 +110,11 @@ def write_text(
     """
     folder = parent / f"{TEMPORARY_PREFIX}{key}"
     folder.mkdir(parents=True, exist_ok=True)
+    # One for all shards: opening a data set of thousands of files takes seconds.
+    source = text_source(settings)
     try:
-        plan = _make_plan(folder, settings, tokenizer, progress)
-        shards = _tokenize_shards(folder, plan, progress, num_threads)
+        plan = _make_plan(folder, settings, source, tokenizer, progress)
+        shards = _tokenize_shards(ShardWriter(folder, source), progress, num_threads)
         final = _join(folder, shards, plan, parent)
     except BaseException:
         if not can_resume(folder):
@@ -123,15 +130,19 @@ def can_resume(folder: Path) -> bool:
 
 
 def _make_plan(
-    folder: Path, settings: DataSettings, tokenizer: Tokenizer | None, progress: Progress
+    folder: Path,
+    settings: DataSettings,
+    source: TextSource,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
 ) -> Plan:
     if stored := Plan.read(folder / _PLAN):
         return stored
     progress.start("corpus")
     progress.advance(0, "reading")
     is_trained = tokenizer is None and settings.tokenizer == "train"
-    shards = list(text_source(settings).shards())
-    texts, fraction = sample_texts(settings, TOKENIZER_CHARACTERS if is_trained else 0)
+    shards = list(source.shards())
+    texts, fraction = sample_texts(settings, TOKENIZER_CHARACTERS if is_trained else 0, source)
     if is_trained:
         progress.advance(0, "training the tokenizer")
         tokenizer = train_tokenizer(texts, settings.vocab_size)
@@ -142,11 +153,14 @@ def _make_plan(
     return plan
 
 
-def sample_texts(settings: DataSettings, num_characters: int) -> tuple[Iterator[str], float]:
+def sample_texts(
+    settings: DataSettings, num_characters: int, source: TextSource | None = None
+) -> tuple[Iterator[str], float]:
     """Return the first documents for training a tokenizer, and the share that is held out.
 
     Args:
         num_characters: Enough to read, if these are some documents.
+        source: That of the settings, if it is open already.
 
     Returns:
         Texts that are not held out, and `data.validation_fraction`: a small corpus with no document
@@ -155,10 +169,12 @@ def sample_texts(settings: DataSettings, num_characters: int) -> tuple[Iterator[
     Raises:
         UserError: If the source cannot be read, or is empty.
     """
-    source, read, size = text_source(settings), [], 0
+    source = source or text_source(settings)
+    read: list[Document] = []
+    size = 0
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
     for document, _ in islice(_first_of_their_kind(documents), settings.max_documents):
-        read.append(document.text)
+        read.append(document)
         size += len(document.text)
         if len(read) >= FEW_DOCUMENTS and size >= num_characters:
             break
@@ -168,16 +184,23 @@ def sample_texts(settings: DataSettings, num_characters: int) -> tuple[Iterator[
         )
     fraction = settings.validation_fraction
     if 1 < len(read) < FEW_DOCUMENTS:
-        smallest = min(_place_in_split(text) for text in read)
+        smallest = min(_place_in_split(document.deciding_text) for document in read)
         fraction = max(fraction, math.nextafter(smallest, 1.0))
-    return (text for text in read if not is_validation(text, fraction)), fraction
+    trained = (
+        document.text for document in read if not is_validation(document.deciding_text, fraction)
+    )
+    return trained, fraction
 
 
 def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
     # With their hashes. Over one shard: those of all are compared at the end.
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        content = document.text.encode()
+        if document.prompt_characters is not None:
+            # The same text with another prompt teaches something else. Text holds no NUL.
+            content += f"\0{document.prompt_characters}".encode()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         if digest[:8] not in seen:
             seen.add(digest[:8])
             yield document, digest
@@ -198,58 +221,124 @@ def _place_in_split(text: str) -> float:
 # Shards
 
 
-def write_shard(folder: Path, number: int, report: Report) -> None:
-    """Tokenize a shard of the plan in a folder; the shard's own folder appears when it is whole."""
-    plan = Plan.read(folder / _PLAN)
-    assert plan is not None, "a shard is written after its plan"
-    tokenizer = load_tokenizer(folder / _TOKENIZER)
-    opening, end = opening_ids(tokenizer), end_of_text_id(tokenizer)
-    dtype = _dtype_of(tokenizer)
-    read = _first_of_their_kind(read_documents(text_source(plan.settings), plan.shards[number]))
-    documents = islice(read, plan.settings.max_documents)
-    records: list[tuple[int, int, int, int, bool]] = []
-    with new_folder(_shard(folder, number)) as filling:
-        with (
-            (filling / _TOKENS).open("wb") as tokens,
-            (filling / _TEXTS).open("w", encoding="utf-8") as texts,
-        ):
-            while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-                encodings = tokenizer.encode_batch_fast(
-                    [document.text for document, _ in batch], add_special_tokens=False
-                )
-                num_tokens = num_bytes = 0
-                for (document, digest), encoding in zip(batch, encodings, strict=True):
-                    # Not what the tokenizer puts after a text: some put nothing, some two ends.
-                    ids = [*opening, *encoding.ids, end]
-                    tokens.write(np.array(ids, dtype).tobytes())
-                    is_held_out = is_validation(document.text, plan.fraction)
-                    if is_held_out:
-                        row = {"text": document.text, "source": document.source}
-                        texts.write(json.dumps(row) + "\n")
-                    size = len(document.text.encode())
-                    key, check = np.frombuffer(digest, "<u8").tolist()
-                    records.append((key, check, len(ids), size, is_held_out))
-                    num_tokens += len(ids)
-                    num_bytes += size
-                report(num_tokens, num_bytes)
-        np.save(filling / _RECORDS, np.array(records, RECORD))
-        sums = {name: file_digest(filling / name) for name in (_TOKENS, _TEXTS, _RECORDS)}
-        write_json(filling / _SUMS, sums)
+class ShardWriter:
+    """Tokenizes any shard of a plan; a process has one, which its threads share."""
+
+    def __init__(self, folder: Path, source: TextSource | None = None) -> None:
+        """Read the plan in a folder.
+
+        Args:
+            folder: Holds plan and tokenizer, and will hold the shards.
+            source: That of the plan, if it is open already.
+        """
+        plan = Plan.read(folder / _PLAN)
+        assert plan is not None, "a shard is written after its plan"
+        self.plan = plan
+        self.shards = [folder / "shards" / f"{number:06}" for number in range(len(plan.shards))]
+        """The folder of each shard; it exists when the shard is whole."""
+        self._source = source or text_source(plan.settings)
+        self._tokenizer = load_tokenizer(folder / _TOKENIZER)
+
+    def write(self, number: int, report: Report) -> None:
+        """Tokenize a shard; its folder appears when it is whole."""
+        opening = opening_ids(self._tokenizer)
+        end = end_of_text_id(self._tokenizer)
+        dtype = _dtype_of(self._tokenizer)
+        read = _first_of_their_kind(read_documents(self._source, self.plan.shards[number]))
+        documents = islice(read, self.plan.settings.max_documents)
+        records: list[tuple[int, int, int, int, bool]] = []
+        prompts: list[int] = []
+        with new_folder(self.shards[number]) as filling:
+            with (
+                (filling / _TOKENS).open("wb") as tokens,
+                (filling / _TEXTS).open("w", encoding="utf-8") as texts,
+            ):
+                while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+                    # A prompt is encoded by itself: so the model reads it when it answers.
+                    of_prompts, of_completions = (
+                        self._tokenizer.encode_batch_fast(
+                            [getattr(document, part) for document, _ in batch],
+                            add_special_tokens=False,
+                        )
+                        for part in ("prompt", "completion")
+                    )
+                    num_tokens = 0
+                    num_bytes = 0
+                    for (document, digest), prompt, completion in zip(
+                        batch, of_prompts, of_completions, strict=True
+                    ):
+                        start = opening
+                        if document.prompt_characters is not None:
+                            # A chat template may have written the opening tokens.
+                            is_open = prompt.ids[: len(opening)] == opening
+                            start = prompt.ids if is_open else [*opening, *prompt.ids]
+                        # Not what the tokenizer puts after a text: some put nothing, some two ends.
+                        ids = [*start, *completion.ids, end]
+                        prompts.append(0 if document.prompt_characters is None else len(start))
+                        tokens.write(np.array(ids, dtype).tobytes())
+                        is_held_out = is_validation(document.deciding_text, self.plan.fraction)
+                        if is_held_out:
+                            row = {"text": document.text, "source": document.source}
+                            texts.write(json.dumps(row) + "\n")
+                        size = len(document.text.encode())
+                        key, check = np.frombuffer(digest, "<u8").tolist()
+                        records.append((key, check, len(ids), size, is_held_out))
+                        num_tokens += len(ids)
+                        num_bytes += size
+                    report(num_tokens, num_bytes)
+            np.save(filling / _RECORDS, np.array(records, RECORD))
+            names = [_TOKENS, _TEXTS, _RECORDS]
+            if any(prompts):
+                np.save(filling / _PROMPTS, np.array(prompts, "<u4"))
+                names.append(_PROMPTS)
+            sums = {name: file_digest(filling / name) for name in names}
+            write_json(filling / _SUMS, sums)
 
 
 def _dtype_of(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / "shards" / f"{number:06}"
-
-
 def _tokenize_shards(
-    folder: Path, plan: Plan, progress: Progress, num_threads: int | None
+    writer: ShardWriter, progress: Progress, num_threads: int | None
 ) -> list[Path]:
-    shards = [_shard(folder, number) for number in range(len(plan.shards))]
-    missing = []
+    """Tokenize the shards that are missing; return the first shards, enough for the documents."""
+    missing = _missing_shards(writer.shards, progress)
+    progress.start("corpus", len(missing) if len(missing) > 1 else None)
+    rates = _Rates(progress)
+    documents = _DocumentCount(writer.plan.settings.max_documents)
+    num_threads = num_threads or _num_cpus()
+    waiting = deque(missing)
+    at_work: dict[Future[None], int] = {}
+    num_counted = 0  # The shards before this one are whole and counted.
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        while True:
+            unfinished = {*waiting, *at_work.values()}
+            while num_counted < len(writer.shards) and num_counted not in unfinished:
+                documents.add(writer.shards[num_counted])
+                num_counted += 1
+                if documents.are_enough():
+                    return writer.shards[:num_counted]
+            if not unfinished:
+                return writer.shards
+            while waiting and len(at_work) < num_threads:
+                if not documents.need_shard(waiting[0], num_counted):
+                    break
+                number = waiting.popleft()
+                at_work[pool.submit(writer.write, number, rates)] = number
+            ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
+            for future in ended:
+                del at_work[future]
+                future.result()
+                rates.end_shard()
+    finally:
+        rates.is_over = True
+        pool.shutdown(cancel_futures=True)
+
+
+def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:
+    missing: list[int] = []
     for number, shard in enumerate(shards):
         if shard.is_dir():
             damage = damaged_file(shard, read_json(shard / _SUMS) or {_SUMS: ""})
@@ -260,31 +349,54 @@ def _tokenize_shards(
         missing.append(number)
     if len(missing) < len(shards):
         progress.note(f"resuming after {len(shards) - len(missing):,} of {len(shards):,} shards")
-    progress.start("corpus", len(missing) if len(missing) > 1 else None)
-    rates, wanted, keys = _Rates(progress), plan.settings.max_documents, np.empty(0, "<u8")
-    if wanted is None and num_threads != 1:
-        num_cpus = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        pool = ThreadPoolExecutor(num_threads or num_cpus)
-        try:
-            writing = [pool.submit(write_shard, folder, number, rates) for number in missing]
-            for written in as_completed(writing):
-                written.result()
-                rates.end_shard()
-        finally:
-            rates.is_over = True
-            pool.shutdown(cancel_futures=True)
-        return shards
-    for number, shard in enumerate(shards):
-        if not shard.is_dir():
-            write_shard(folder, number, rates)
-            rates.end_shard()
-        if wanted is not None:
-            keys = np.union1d(keys, np.load(shard / _RECORDS)["key"])
-            if len(keys) >= wanted:
-                return shards[: number + 1]
-    return shards
+    return missing
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _DocumentCount:
+    """Counts the different documents of the first shards, against `data.max_documents`.
+
+    Copies are found by sorting all hashes, which takes seconds for millions. So they are sorted
+    only when the shards would hold enough documents if no further one were a copy.
+    """
+
+    def __init__(self, num_wanted: int | None) -> None:
+        self._num_wanted = num_wanted
+        self._keys: list[np.ndarray] = []
+        self._num_read = 0
+        self._num_copies = 0
+
+    def add(self, shard: Path) -> None:
+        """Count a shard that is whole; the next one in their order."""
+        if self._num_wanted is not None:
+            keys = np.load(shard / _RECORDS)["key"]
+            self._keys.append(keys)
+            self._num_read += len(keys)
+
+    def are_enough(self) -> bool:
+        """Return whether the shards so far hold as many documents as are wanted."""
+        if self._num_wanted is None or self._num_read - self._num_copies < self._num_wanted:
+            return False
+        keys = np.concatenate(self._keys)
+        self._num_copies = len(keys) - int(np.count_nonzero(first_occurrences(keys)))
+        return self._num_read - self._num_copies >= self._num_wanted
+
+    def need_shard(self, number: int, num_counted: int) -> bool:
+        """Return whether this shard is likely to be needed, so that a thread may begin it.
+
+        The first shard is read alone: how many documents a shard holds is not known before.
+        """
+        if self._num_wanted is None or number == num_counted:
+            return True
+        if num_counted == 0:
+            return False
+        mean_documents = (self._num_read - self._num_copies) / num_counted
+        return number * mean_documents < self._num_wanted
 
 
 class _Rates:
@@ -320,6 +432,13 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
     if plan.settings.max_documents is not None:
         is_kept &= np.cumsum(is_kept) <= plan.settings.max_documents
     kept = np.split(is_kept, np.cumsum([len(some) for some in records])[:-1])
+    prompts = [
+        np.load(shard / _PROMPTS) if (shard / _PROMPTS).exists() else np.zeros(len(of_shard), "<u4")
+        for shard, of_shard in zip(shards, records, strict=True)
+    ]
+    has_prompts = any(
+        of_shard[chosen].any() for of_shard, chosen in zip(prompts, kept, strict=True)
+    )
     sides = {False: SplitCounts(), True: SplitCounts()}
     documents = hashlib.sha256()
     for some, chosen in zip(records, kept, strict=True):
@@ -329,12 +448,16 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
             counts.documents += len(own)
             counts.tokens += int(own["tokens"].sum(dtype=np.int64))
             counts.bytes += int(own["bytes"].sum(dtype=np.int64))
+    if has_prompts:
+        for of_shard, chosen in zip(prompts, kept, strict=True):
+            documents.update(of_shard[chosen].tobytes())
     train, validation = sides.values()
     num_documents = train.documents + validation.documents
     if num_documents == 1:
         raise UserError(
             f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
-            "little to train on one part and to hold out another; give more text"
+            "little to train on one part and to hold out another; give more text, or cut a "
+            "long document by --set data.passage_characters=4000"
         )
     if not (train.documents and validation.documents):
         name = "validation" if train.documents else "training"
@@ -366,9 +489,24 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
                         for out, side in ((train_file, False), (validation_file, True)):
                             own = flags & (some["held_out"] == side)
                             out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
+        if has_prompts:
+            for name, side in ((TRAIN_TARGETS_NAME, False), (VALIDATION_TARGETS_NAME, True)):
+                with (filling / name).open("wb") as file:
+                    for of_shard, chosen, lengths in zip(records, kept, prompts, strict=True):
+                        own = chosen & (of_shard["held_out"] == side)
+                        file.write(_is_target(of_shard["tokens"][own], lengths[own]).tobytes())
         settings = plan.settings.read_by_source()
         finish_folder(filling, fingerprint, settings, tokenizer, train=train, validation=validation)
     return final
+
+
+def _is_target(num_tokens: np.ndarray, num_prompt_tokens: np.ndarray) -> np.ndarray:
+    """Return for each token of some documents whether it is a target: it follows the prompt."""
+    ends = np.cumsum(num_tokens, dtype=np.int64)
+    starts = np.repeat(ends - num_tokens, num_tokens)
+    place_in_document = np.arange(len(starts)) - starts
+    is_target: np.ndarray = place_in_document >= np.repeat(num_prompt_tokens, num_tokens)
+    return is_target
 
 
 def first_occurrences(keys: np.ndarray) -> np.ndarray:

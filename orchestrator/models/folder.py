@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -47,10 +47,14 @@ JOB_KEY = "job"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+StoredPrecision = Literal["fp32", "bf16", "fp16"]
+"""Types that weights are stored in."""
+_SAFETENSORS_NAMES: dict[str, StoredPrecision] = {"BF16": "bf16", "F16": "fp16"}
 TEXT_FILES = (
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     GENERATION_CONFIG,
 )
 """Files of transformers beside `TOKENIZER` that say how a model from elsewhere reads text. One that
@@ -161,6 +165,28 @@ def _indexed_files(folder: Path) -> list[Path]:
             "the folder again"
         )
     return [folder / name for name in names]
+
+
+def weights_precision(folder: Path) -> StoredPrecision:
+    """Return the type of the weights in a folder's files: that of the largest tensor.
+
+    Mixes and norms of a method stay float32 beside weights in half precision.
+
+    Raises:
+        UserError: If there are no weights, or they cannot be read.
+    """
+    largest, precision = 0, "F32"
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in list(weights.keys()):
+                    tensor = weights.get_slice(name)
+                    size = math.prod(tensor.get_shape())
+                    if size > largest:
+                        largest, precision = size, tensor.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+    return _SAFETENSORS_NAMES.get(precision, "fp32")
 
 
 def model_files_key(folder: Path) -> str:

@@ -54,6 +54,8 @@ from orchestrator.workspace.provenance import file_key
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in the settings -> dtype."""
+STORED_DTYPES: dict[str, torch.dtype] = {**DTYPES, "fp16": torch.float16}
+"""Type of weights in a file -> dtype."""
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability from which GPUs have bfloat16."""
 AUTO = "auto"

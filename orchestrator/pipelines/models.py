@@ -31,6 +31,7 @@ from iiet.weights import CONFIG
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
+from orchestrator.models.folder import StoredPrecision
 from orchestrator.models.hub import download, is_hub_name, shown_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
@@ -152,6 +153,7 @@ def import_model(
                         "from": found.name,
                         "source": key,
                         "model_type": found.model_type,
+                        "dtype": found.dtype,
                     },
                     "environment": environment(),
                 },
@@ -178,6 +180,8 @@ class _Source(NamedTuple):
     """Folder of its tokenizer and chat files."""
     model_type: str | None
     """Its type in transformers, which its export has again; None of a model of ours."""
+    dtype: StoredPrecision
+    """Type of its weights, which its export has again."""
 
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
@@ -186,7 +190,7 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
-        return _Source(decoder, path.name, path.stem, file_key(path), scratch, "llama")
+        return _Source(decoder, path.name, path.stem, file_key(path), scratch, "llama", "fp32")
     if find_checkpoints(path):
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
@@ -196,7 +200,7 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
     model_type = folders.read_config(path).get("model_type")
     return _Source(
         load_model(path), name, run_name, folders.model_files_key(path), path,
-        model_type if model_type in MODEL_TYPES else None,
+        model_type if model_type in MODEL_TYPES else None, folders.weights_precision(path),
     )  # fmt: skip
 
 
@@ -213,6 +217,7 @@ def export(
     measure: bool = True,
     force: bool = False,
     file_format: Literal["transformers", "gguf"] = "transformers",
+    dtype: StoredPrecision | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Export a checkpoint with its card, and return the folder; or as GGUF, and return the file.
@@ -226,6 +231,8 @@ def export(
         measure: Evaluate the model for the card. If that fails, the card is without quality.
         force: Replace an export of another model in `to`.
         file_format: `gguf` for a file that llama.cpp runs; it has no card.
+        dtype: Type of the weights in the folder; when unset, that of an imported model's own
+            files, and float32 of a model that was trained here.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -268,7 +275,13 @@ def export(
     metric = settings.influence.metric
     card = model_card(context, checkpoint, decoder.config, evaluation, metric=metric)
     return export_checkpoint(
-        checkpoint, folder, decoder=decoder, card=card, replaces=replaces, progress=context.progress
+        checkpoint,
+        folder,
+        decoder=decoder,
+        card=card,
+        dtype=dtype,
+        replaces=replaces,
+        progress=context.progress,
     )
 
 
@@ -278,6 +291,7 @@ def export_checkpoint(
     *,
     decoder: Decoder,
     card: ModelCard,
+    dtype: StoredPrecision | None = None,
     replaces: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -287,15 +301,19 @@ def export_checkpoint(
         checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
         folder: Created if missing; replaced if it is an earlier export of this model and nothing
             else. It gets its name when it is complete.
-        decoder: The model; its own schedule becomes the default.
+        decoder: The model; its own schedule becomes the default. It gets the type `dtype`.
         card: Text of `README.md`.
+        dtype: Type of the weights; when unset, that of the files that the checkpoint was imported
+            from.
         replaces: Replace an export of another model, too.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
-            token that ends a document, or the source of the method cannot be copied.
+            token that ends a document, a weight is too large for the type, or the source of the
+            method cannot be copied.
     """
     from iiet.exporting import export
+    from orchestrator.models.open import STORED_DTYPES
 
     progress = progress or Progress()
     model = None if replaces else (checkpoint, decoder.config)
@@ -306,9 +324,18 @@ def export_checkpoint(
     if file.is_file() and not text_files:
         tokenizer = tokenizers.load_tokenizer(file)
         end_of_text = str(tokenizer.id_to_token(tokenizers.end_of_text_id(tokenizer)))
-    model_type = None
+    imported: dict[str, Any] = {}
     if folders.is_checkpoint(checkpoint):
-        model_type = folders.load_provenance(checkpoint).get("imported", {}).get("model_type")
+        imported = folders.load_provenance(checkpoint).get("imported", {})
+    source_dtype = imported.get("dtype", "fp32")
+    dtype = dtype or source_dtype
+    decoder = decoder.to(STORED_DTYPES[dtype])
+    if not all(weights.isfinite().all() for weights in decoder.parameters()):
+        raise UserError(
+            f"--dtype {dtype} cannot hold some weights of this model, which are too large for it; "
+            "take bf16 or fp32"
+        )
+    card = replace(card, dtype=dtype, is_rounded=dtype not in ("fp32", source_dtype))
     if folders.GENERATION_CONFIG in text_files:
         values = json.loads(text_files[folders.GENERATION_CONFIG])
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -322,7 +349,7 @@ def export_checkpoint(
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
-                model_type=model_type,
+                model_type=imported.get("model_type"),
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]

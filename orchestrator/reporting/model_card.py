@@ -48,6 +48,10 @@ class ModelCard:
     """Schedules that the weights learned."""
     full: ModelConfig | None = None
     """The full model, to compare costs; None if this is the full model."""
+    dtype: str = "fp32"
+    """Type of the weights in the folder."""
+    is_rounded: bool = False
+    """Whether that type rounds the weights of the model, whose quality was measured."""
 
     def to_markdown(self) -> str:
         """Return the whole card."""
@@ -73,7 +77,7 @@ class ModelCard:
             f"{format_parameters(cost.num_parameters)} parameters: {config.num_layers} layers of "
             f"width {config.dim}, {config.vocab_size:,} tokens, a context of "
             f"{config.context_length:,}. It makes {evaluations} field evaluations per token"
-            f"{share}.",
+            f"{share}. The weights are stored as {self.dtype}.",
             self.chosen and f"Chosen as {self.chosen}",
             "## Use",
             _USE.format(
@@ -94,11 +98,7 @@ class ModelCard:
                 ((name, f"{value:{form}}") for name, value, form in costs),
             ),
             "## Quality",
-            (
-                "Not measured."
-                if self.evaluation is None
-                else _quality(self.evaluation, needs_code=not is_plain(config))
-            ),
+            "Not measured." if self.evaluation is None else self._quality(self.evaluation),
         ]
         if table := self.influence:
             parts += [
@@ -124,6 +124,41 @@ class ModelCard:
             f"schedule, which this card does not describe.{learned}"
         )
 
+    def _quality(self, evaluation: EvaluationResult) -> str:
+        """Return the metrics, the origin of the tasks, and how to reproduce the numbers."""
+        rows = []
+        for name, result in evaluation.results.items():
+            for metric, value in result.metrics.items():
+                if not metric.endswith(STDERR_SUFFIX):
+                    error = result.metrics.get(metric + STDERR_SUFFIX)
+                    spread = "" if error is None else f"{error:.4f}"
+                    rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
+        heads = ("task", "metric", "value", "standard error", "items")
+        lines = [markdown_table(heads, rows, left=(0, 1)), ""]
+        own = [name for name in evaluation.results if is_heldout_task(name)]
+        others = [name for name in evaluation.results if name not in own]
+        if own:
+            names = ", ".join(f"`{name}`" for name in own)
+            lines.append(
+                "These tasks are made from data that were held out of the model's training: "
+                f"{names}. lm-eval does not have them; `iiet-orch evaluate` measures them."
+            )
+        if others:
+            lines += [""] if own else []
+            arguments = "pretrained=FOLDER"
+            if not is_plain(self.config):
+                arguments += ",trust_remote_code=True"
+            if self.dtype != "fp32":
+                arguments += ",dtype=float32"
+            lines.append(
+                f"`lm_eval --model hf --model_args {arguments} --tasks "
+                f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that "
+                "are not part of lm-eval, and `--limit` for fewer items than a task has."
+            )
+        if self.is_rounded:
+            lines += ["", f"Measured before the weights were rounded to {self.dtype}."]
+        return "\n".join(lines)
+
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,36 +172,6 @@ print(tokenizer.decode(tokens[0]))
 
 {code} It only needs
 `pip install {packages}`."""
-
-
-def _quality(evaluation: EvaluationResult, *, needs_code: bool) -> str:
-    """Return the table of metrics, the origin of the tasks, and how to reproduce the numbers."""
-    rows = []
-    for name, result in evaluation.results.items():
-        for metric, value in result.metrics.items():
-            if not metric.endswith(STDERR_SUFFIX):
-                error = result.metrics.get(metric + STDERR_SUFFIX)
-                spread = "" if error is None else f"{error:.4f}"
-                rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
-    heads = ("task", "metric", "value", "standard error", "items")
-    lines = [markdown_table(heads, rows, left=(0, 1)), ""]
-    own = [name for name in evaluation.results if is_heldout_task(name)]
-    others = [name for name in evaluation.results if name not in own]
-    if own:
-        names = ", ".join(f"`{name}`" for name in own)
-        lines.append(
-            f"These tasks are made from data that were held out of the model's training: {names}. "
-            "lm-eval does not have them; `iiet-orch evaluate` measures them."
-        )
-    if others:
-        lines += [""] if own else []
-        trust = ",trust_remote_code=True" if needs_code else ""
-        lines.append(
-            f"`lm_eval --model hf --model_args pretrained=FOLDER{trust} --tasks "
-            f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that are "
-            "not part of lm-eval, and `--limit` for fewer items than a task has."
-        )
-    return "\n".join(lines)
 
 
 def _provenance(values: Mapping[str, Any]) -> Iterable[str]:

@@ -18,6 +18,7 @@ from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
 from iiet.distillation import AnswerKeeper, Model, member_loss, student_loss
 from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_entropy_by_source
+from iiet.methods import Layer
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import autocast, mean_over_workers, with_all_gradients
@@ -34,6 +35,8 @@ Objective = Callable[[Model, Batch, int], Loss]
 LOSS, SHARE = "loss_", "share_of_targets_"
 """Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
 _MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+_RATE_FACTOR = "rate_factor"
+"""Key of a group of the optimizer whose learning rate is a multiple of the others'."""
 _SUMS = ("loss", "targets", "right", "answers")
 
 
@@ -134,19 +137,24 @@ def losses_of(
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
     """Return AdamW over the parameters of a bare decoder on its device; fused on CUDA.
 
-    It decays the weight matrices of linear layers, the first of two groups, and nothing else. The
-    rows of the learned mix sum to one at the start, and decay towards zero would shrink the hidden
-    state; so linear layers are found by module type. A head that is tied to the embedding counts as
-    the embedding.
+    It decays the weight matrices of linear layers, the first group, and nothing else. The rows of
+    the learned mix sum to one at the start, and decay towards zero would shrink the hidden state;
+    so linear layers are found by module type. A head that is tied to the embedding counts as the
+    embedding. Gates are the last group, with a learning rate of their own.
     """
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    gates = {id(gate) for layer in layers for gate in layer.gates()}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     decayed = linear - {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     parameters = list(model.parameters())
     matrices = [p for p in parameters if id(p) in decayed]
-    others = [p for p in parameters if id(p) not in decayed]
+    others = [p for p in parameters if id(p) not in decayed | gates]
+    gated = [p for p in parameters if id(p) in gates]
+    factor = recipe.gate_rate_factor
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": gated, "weight_decay": 0.0, _RATE_FACTOR: factor},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -157,9 +165,9 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Ad
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group; that of gates is a multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_RATE_FACTOR, 1.0)
 
 
 @torch.no_grad()

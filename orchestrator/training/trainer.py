@@ -30,6 +30,7 @@ from iiet.distillation import Model, RememberingTeacher
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training_state import DIVERGED_EVENT
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import (
     CheckpointWriter,
@@ -53,7 +54,6 @@ from orchestrator.training.devices import (
 from orchestrator.training.job import (
     check_job,
     finished_outcome,
-    metrics_until,
     sequences_per_step,
     write_job_file,
 )
@@ -74,6 +74,7 @@ from orchestrator.training.schedules import (
     members_by_step,
     schedule_by_step,
 )
+from orchestrator.training.shared_steps import metrics_until
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import delete_leftovers
@@ -81,8 +82,6 @@ from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, J
 from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME, step_of
 from orchestrator.workspace.locks import lock_file
 
-DIVERGED_EVENT = "diverged"
-"""Event in the journal, with the reason as `text`."""
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
 NUM_RECORDED_POINTS = 250

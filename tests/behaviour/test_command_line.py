@@ -69,6 +69,7 @@ MISTAKES = {
     "evaluate --limit 0": "--limit",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
     "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
+    "export x --format gguf --dtype bf16": "--dtype bf16",
     "pick --knee --best": "--knee and --best",
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds

@@ -172,9 +172,12 @@ BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4
 CASES = [
     *((method, {}) for method in METHODS),
     ("iiet", {"damping": 0.5}),
-    ("iiet", {"damping": 0.5, "learn_damping": True}),
+    ("iiet", {"damping": 0.5, "learn_damping": "scalar"}),
+    ("iiet", {"learn_damping": "vector"}),
+    ("iiet", {"start": "identity"}),
+    ("iiet", {"start": "identity", "differentiated_corrections": 2}),
     ("iiet", {"differentiated_corrections": 2}),
-    ("iiet", {"differentiated_corrections": 1, "learn_damping": True}),
+    ("iiet", {"differentiated_corrections": 1, "learn_damping": "scalar"}),
     ("iiet", {"reinject_prediction": True, "damping": 0.5}),
     ("iiet", {"reinject_prediction": True, "differentiated_corrections": 1}),
 ]

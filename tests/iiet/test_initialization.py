@@ -14,7 +14,8 @@ from iiet.methods import METHODS
 
 OPTIONS: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS),
-    {"method": "iiet", "method_options": {"learn_damping": True, "damping": 0.5}},
+    {"method": "iiet", "method_options": {"learn_damping": "vector", "damping": 0.5}},
+    {"method": "iiet", "method_options": {"start": "identity"}},
     {"method": "iiet", "method_options": {"reinject_prediction": True}},
     {"method": "vanilla", "tie_embeddings": False, "num_kv_heads": 1},
     {"method": "vanilla", "tie_embeddings": True},

@@ -41,7 +41,7 @@ def of_every_method(*others, max_examples=5):
         @settings(max_examples=max_examples)
         @given(st.data())
         def test(method, data):
-            law(data.draw(models((method,))), *map(data.draw, others))
+            law(data.draw(models((method,), with_gates=True)), *map(data.draw, others))
 
         test.__name__ = test.__qualname__ = law.__name__
         return test
@@ -85,7 +85,7 @@ def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load(method, tmp_path):
-    options = {"damping": 0.5, "learn_damping": True} if method == "iiet" else None
+    options = {"damping": 0.5, "learn_damping": "scalar"} if method == "iiet" else None
     decoder = make_model(method, method_options=options, dtype=torch.float32)
     decoder.save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)

@@ -18,14 +18,16 @@ def decoder_of(schedule=(3, 0, 2), **options):
     return make_model(schedule=schedule, method_options=options or None)
 
 
-def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections():
-    decoder = decoder_of(damping=0.0, learn_damping=True)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections(kind):
+    decoder = decoder_of(damping=0.0, learn_damping=kind)
     for layer in decoder.model.layers:
         torch.nn.init.zeros_(layer.damping)
     without = decoder(IDS, schedule=IterationSchedule.none(3))
     assert torch.equal(decoder(IDS), without)
     found = gradients(decoder)
-    assert all(found[f"model.layers.{layer}.damping"].abs() > 0 for layer in (0, 2))
+    for layer in (0, 2):
+        assert (found[f"model.layers.{layer}.damping"].abs() > 0).all()
     assert found["model.layers.1.damping"] is None, "a layer without corrections does not use it"
 
 

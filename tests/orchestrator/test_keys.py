@@ -1,16 +1,18 @@
-"""Every field of a job, a model and an evaluation is in the key, or named here as one that is not.
+"""Every field of a job, a model and an evaluation is in the key, or marked as one that is not.
 
 A field that is left out of a key returns another model's result without a word, so new fields are
-found by introspection: they fail here until they are in the key or in `NOT_IN_KEY`.
+found by introspection: they fail here until they have a mark, and the key is as it says.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+import pytest
 from lm_eval_tasks import write_choices
-from sample_texts import tokens_of
+from pydantic import BaseModel
+from sample_texts import add_opening, tokens_of
 
 from iiet.config import DistillationConfig, ModelConfig, RopeScaling
 from iiet.facts import ImplicitEulerOptions
@@ -22,19 +24,12 @@ from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.settings.effects import Effect, fields_with, key_values
 from orchestrator.settings.evaluation import Prompts
+from orchestrator.settings.section import Section
 from orchestrator.training.job import job_key
 
 NOT_IN_KEY: dict[type, set[str]] = {
-    TrainingJob: {
-        "run_folder", "continued_from", "first_stages", "storage", "section",
-        "provenance",
-    },
-    TrainingSettings: {
-        "num_sequences_per_pass", "activation_checkpointing", "compile", "skip_bad_steps",
-        "validate_every_steps", "num_validation_tokens", "checkpoint_every_steps",
-        "checkpoint_every_minutes", "num_checkpoints_kept", "profile_steps",
-    },
     TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
     Conditions: {"batch_size", "device", "trust_remote_code"},
 }  # fmt: skip
@@ -43,7 +38,8 @@ OTHER: dict[str, Any] = {
     "spike_factor": 20.0, "compile": True, "checkpoint_every_minutes": 5.0, "schedules": ("1",),
     "sequence_length": 8, "top_k": 5, "end_step": 9, "limit": 3, "num_fewshot": 2, "tasks": ("a",),
     "prompts": Prompts(), "fingerprints": {"a": "b"}, "chat_template": "short",
-    "method": {"method": "pcformer", "schedule": None}, "dim": 32, "num_heads": 4,
+    "method": {"method": "pcformer", "schedule": None, "method_options": None},
+    "dim": 32, "num_heads": 4,
     "num_layers": {"num_layers": 3, "schedule": IterationSchedule((2, 1, 1))},
     "num_kv_heads": 1, "head_dim": 10, "rotary_layers": (True, False),
     "rope_scaling": RopeScaling(rope_type="linear", factor=2.0), "sliding_windows": (None, 4),
@@ -86,7 +82,9 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
     other = save_tiny(tmp_path / "other", initializer_std=0.03)
     words = [f"word {number} " * 40 for number in range(40)]
     tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
-    model, recipe = ModelConfig.from_dict(tiny_model), TrainingSettings(elastic=ElasticSettings())
+    # A model with gates, whose rate is then part of the key.
+    model = ModelConfig.from_dict({**tiny_model, "method_options": {"start": "identity"}})
+    recipe = TrainingSettings(elastic=ElasticSettings())
     job = TrainingJob(
         run_folder=str(tmp_path), tokens_folder=str(tiny_tokens), model=model, recipe=recipe,
         objective="distill", teacher_folder=str(teacher), initial_folder=str(teacher),
@@ -114,7 +112,20 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
     }
     for kind, jobs in tried.items():
         same = {field for field, one in jobs.items() if job_key(one) == key}
-        assert same == NOT_IN_KEY.get(kind, set()), kind.__name__
+        if issubclass(kind, BaseModel):  # Its fields have marks.
+            assert same == set(fields_with(kind, Effect.JOURNAL, Effect.FILES)), kind.__name__
+        else:
+            assert not same, kind.__name__
+
+
+class Unmarked(Section):
+    rate: Annotated[float, Effect.WEIGHTS] = 1.0
+    forgotten: float = 1.0
+
+
+def test_a_field_without_a_mark_has_no_key():
+    with pytest.raises(TypeError, match="no mark"):
+        key_values(Unmarked())
 
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
@@ -148,3 +159,20 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
         open_model(model.path, text_folder=same),
     ]
     assert not any(ModelMeasurer(one, store, base).has_stored(suite) for one in others)
+
+
+def test_opening_tokens_are_in_the_keys_of_tasks_and_keys_without_them_are_as_before(
+    tmp_path, save_tiny
+):
+    folder = write_choices(tmp_path / "tasks", "words", ["a b", "a b"])
+    suite = load_suite(TaskSelection(names=("words",), folders=(folder,)))
+    measurer = ModelMeasurer(
+        open_model(save_tiny(tmp_path / "run")),
+        EvaluationStore(tmp_path / "store"),
+        Conditions(precision="fp32"),
+    )
+    plain_key = measurer._key(suite.fingerprint("words"))
+    assert measurer._keys(suite) == {"words": plain_key}
+    add_opening(measurer._model.text_folder / "tokenizer.json")
+    opened = ModelMeasurer(measurer._model, measurer._store, measurer._conditions)
+    assert opened._keys(suite) != {"words": plain_key}, "although the model's key is the old one"

@@ -16,15 +16,15 @@ from sample_texts import lines_of
 
 from orchestrator.data import text
 from orchestrator.data.text import (
-    PASSAGE_CHARACTERS,
     find_files,
     read_documents,
     source_state,
-    split_long,
     split_text_file,
     text_source,
 )
+from orchestrator.data.tokenize import write_text
 from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it again "
@@ -77,19 +77,21 @@ def test_shards_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
         texts(settings)
 
 
-def test_titled_blocks_are_documents_and_a_book_is_split_at_paragraph_ends():
+def test_titled_blocks_are_documents_and_a_book_is_cut_at_paragraph_ends_if_asked(tmp_path):
     titled = "\n\n".join(f"Title {i}\n{'A long line of text about it. ' * 4}" for i in range(5))
     assert len(split_text_file(titled)) == 5
     wrapped = "\n\n".join("This line is as long\nas all of the others\nin it" for _ in range(5))
     assert split_text_file(wrapped) == [wrapped]
     plain = "\n\n".join("One paragraph on one line." for _ in range(5))
     assert split_text_file(plain) == [plain]
-    book = "\n\n".join(f"{i}: " + "word " * 200 for i in range(40))
-    passages = list(split_long(book))
+    book = "\n\n".join(f"{i}:" + " word" * 200 for i in range(40))
+    (tmp_path / "book.txt").write_text(book)
+    assert texts(files(tmp_path)) == [book], "a long document stays whole"
+    passages = texts(files(tmp_path, passage_characters=4000))
     assert "\n\n".join(passages) == book
     assert len(passages) > 5
-    assert all(len(p) < 2 * PASSAGE_CHARACTERS for p in passages)
-    assert list(split_long("short")) == ["short"]
+    assert all(len(passage) < 8000 for passage in passages)
+    assert len(texts(files(tmp_path, passage_characters=len(book)))) == 1
 
 
 def test_names_folders_and_patterns(tmp_path):
@@ -146,6 +148,34 @@ def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_a_data_set_is_opened_once_however_many_shards_it_has(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "set").mkdir()
+    for part in range(6):
+        rows = [{"text": f"Document {number} of {part}. {WORDS}"} for number in range(10)]
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / "set" / f"{part}.parquet")
+    openings = []
+    load_dataset = datasets.load_dataset
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        openings.append(arguments)
+        return load_dataset(*arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", counting)
+    settings = hub(tmp_path / "set", vocab_size=300, validation_fraction=0.3)
+    folder = write_text(settings, tmp_path / "tokens", "key", Progress(), num_threads=3)
+    of_files = settings.model_copy(
+        update={"source": "files", "files": (str(tmp_path / "set"),), "hub_name": ""}
+    )
+    assert len(openings) == 1
+    expected = write_text(of_files, tmp_path / "of files", "key", Progress(), num_threads=1)
+    for name in ("train.bin", "validation.bin"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_data_set_is_streamed_file_by_file(tmp_path, kind):
     for part in range(3):
@@ -180,6 +210,6 @@ def test_help_topics_need_no_network():
     found = texts(DataSettings(source="python"))
     assert len(found) > 50
     assert sum(map(len, found)) > 300_000
-    assert max(map(len, found)) < 3 * PASSAGE_CHARACTERS
+    assert len(texts(DataSettings(source="python", passage_characters=4000))) > len(found) + 50
     state = source_state(DataSettings(source="python"))
     assert state == source_state(DataSettings(source="python"))

@@ -9,22 +9,31 @@ import random
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
+from safetensors.torch import load_file
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import weights_key
+from orchestrator.models.folder import weights_key, weights_precision
 from orchestrator.models.open import load_model
-from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
-from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.pipelines.models import (
+    CARD,
+    MANIFEST,
+    export,
+    export_checkpoint,
+    import_model,
+)
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
@@ -193,6 +202,55 @@ def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model,
     with pytest.raises(UserError, match=r"method 'local' of another package .*modeling_file"):
         export_checkpoint(tmp_path / "none", tmp_path / "out", decoder=decoder, card=card)
     assert list(tmp_path.iterdir()) == []
+
+
+# The type of the weights, and the schedule
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
+    checkpoint, workspace, tmp_path
+):
+    options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "measure": False}
+    own = export(to=tmp_path / "own", **options)
+    rounded = export(to=tmp_path / "cheap", schedule="1,0", dtype="bf16", **options)
+    assert {weights.dtype for weights in stored(own).values()} == {torch.float32}
+    for name, weights in stored(rounded).items():
+        assert torch.equal(weights, stored(own)[name].to(weights.dtype)), name
+    assert weights_precision(rounded) == "bf16"
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_model(rounded).config.corrections == (1, 0)
+    assert "The weights are stored as bf16." in (rounded / CARD).read_text()
+
+
+def test_an_import_is_exported_in_the_type_of_its_files(save_llama, workspace, tmp_path):
+    source = save_llama(dtype="bfloat16")
+    checkpoint = import_model(source, workspace=workspace)
+    options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "measure": False}
+    for name, weights in stored(export(to=tmp_path / "again", **options)).items():
+        assert torch.equal(weights, stored(source)[name]), name
+    wide = stored(export(to=tmp_path / "wide", dtype="fp32", **options))
+    assert {weights.dtype for weights in wide.values()} == {torch.float32}
+
+
+def test_weights_that_a_type_cannot_hold_are_refused(save_tiny, workspace, tmp_path):
+    large = save_tiny(tmp_path / "large", initializer_std=1e5)
+    with pytest.raises(UserError, match="--dtype fp16"):
+        export(large, workspace=workspace, measure=False, dtype="fp16", to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_was_measured_of_rounded_weights(tiny_model):
+    result = TaskResult(name="choices", version="1", metrics={"acc": 0.5})
+    evaluation = EvaluationResult(results={"choices": result})
+    config = ModelConfig.from_dict(tiny_model)
+    card = ModelCard(name="tiny", config=config, evaluation=evaluation, dtype="bf16")
+    assert "trust_remote_code=True,dtype=float32 --tasks choices" in card.to_markdown()
+    assert "rounded" not in card.to_markdown()
+    assert "rounded to bf16" in replace(card, is_rounded=True).to_markdown()
 
 
 # The card

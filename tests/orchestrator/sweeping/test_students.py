@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from iiet.pruning import FamilyMember
+from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import DistillationSettings, resolve_settings
 from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.students import (
@@ -27,7 +27,7 @@ from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 
 Make = Callable[..., Students]
-Plan = Callable[..., SweepPlan]
+Plan = Callable[..., SweepTrials]
 SMALL = (
     "distillation.training.num_steps=3",
     "distillation.training.num_tokens_per_step=64",
@@ -39,7 +39,7 @@ SMALL = (
 def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
-    def make(*assignments: str, **suite: str) -> SweepPlan:
+    def make(*assignments: str, **suite: str) -> SweepTrials:
         return students_plan(replace(students(*assignments, **suite), influence=table))
 
     return make
@@ -65,6 +65,13 @@ def plan(students, table) -> Plan:
 def test_schedules_by_number_threshold_budget_and_knapsack(assignments, schedules, table):
     members = choose_members(table, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
+
+
+@pytest.mark.parametrize("rows", [((0.0, 0.0), (0.0,)), ((0.3, 0.3), (0.3,)), ((0.0,), ())])
+def test_corrections_of_equal_influence_are_refused(rows):
+    equal = InfluenceTable("cosine", rows, rows, 64)
+    with pytest.raises(UserError, match="gate_rate_factor"):
+        choose_members(equal, resolve_settings({}, []).sweep)
 
 
 # Keys, folders and labels

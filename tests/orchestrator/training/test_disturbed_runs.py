@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 LEAN = {"activation_checkpointing": True, "precision": "bf16"}
 FAMILY = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=2)
-DAMPED = {"damping": 0.0, "learn_damping": True, "differentiated_corrections": 1}
+DAMPED = {"damping": 0.0, "learn_damping": "scalar", "differentiated_corrections": 1}
 HIDDEN = DistillationConfig(hidden_weight=0.5, start_step=1)
 JOBS: dict[str, dict[str, Any]] = {
     "plain": {},

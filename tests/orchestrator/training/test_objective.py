@@ -19,6 +19,7 @@ from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import RememberingTeacher, distillation_loss, frozen_teacher
+from iiet.facts import facts_of
 from iiet.fast import plain_formulas
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
@@ -26,9 +27,16 @@ from orchestrator.models.folder import served_schedules
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
-from orchestrator.training.job import first_stage_of, job_key, key_fields, pretraining_job
-from orchestrator.training.objective import Objective, make_objective, validation_metrics
+from orchestrator.training.job import job_key, key_fields, pretraining_job
+from orchestrator.training.objective import (
+    Objective,
+    make_objective,
+    make_optimizer,
+    set_learning_rate,
+    validation_metrics,
+)
 from orchestrator.training.schedules import drawn_by_step
+from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError
@@ -45,6 +53,24 @@ def fresh_decoder(seed: int = 0, **changes: Any) -> Decoder:
              "ffn_dim": 24, "context_length": LENGTH, "schedule": SCHEDULE,
              "initializer_std": 0.2}  # fmt: skip
     return Decoder(ModelConfig(**{**sizes, **changes})).double()
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("options", [{"start": "identity"}, {"learn_damping": "scalar"}])
+def test_gates_alone_have_a_learning_rate_of_their_own(options):
+    decoder = fresh_decoder(method_options=facts_of("iiet").Options(**options))
+    optimizer = make_optimizer(decoder, TrainingSettings(gate_rate_factor=7.0))
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    fast = {name for name, p in decoder.named_parameters() if rates[id(p)] == 3.5}
+    assert fast == {n for n in decoder.method_parameters() if n.endswith(("damping", "blend"))}
+    assert {rates[id(p)] for name, p in decoder.named_parameters() if name not in fast} == {0.5}
+    assert not any(decays[id(p)] for name, p in decoder.named_parameters() if name in fast)
 
 
 # Masked batches
@@ -318,7 +344,9 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     assert "elastic" not in key_fields(plain)["recipe"]
     # Nothing is drawn in the first stage, so both may share it.
     jobs = [one.model_copy(update={"first_stages": str(tmp_path)}) for one in (plain, job)]
-    assert first_stage_of(jobs[0]) == first_stage_of(jobs[1]) is not None
+    stages = [first_stage_of(one) for one in jobs]
+    assert len({stage.key for stage in stages if stage}) == 1
+    assert all(stages)
 
     lean = {"activation_checkpointing": True, "num_sequences_per_pass": 1}
     for name, changes, tolerance in (("bf16", {"precision": "bf16"}, 0.03), ("lean", lean, 1e-5)):
