@@ -85,8 +85,12 @@ DIVERGED_EVENT = "diverged"
 """Event in the journal, with the reason as `text`."""
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
+RECORD_EVERY_STEPS = 10
+"""Steps between two records of training losses, each the mean of the steps since the one before."""
+RECORD_EVERY_SECONDS = 15.0
+"""Longest time between two of them: a step of a large model may take a minute."""
 NUM_RECORDED_POINTS = 250
-"""Approximate number of training losses in the journal of a run of any length."""
+"""Records of a run that is so short that it would have fewer."""
 SPIKE_WINDOW = 64
 """Steps whose median gradient norm defines a spike; a quarter of them is enough to start."""
 STEPS_BETWEEN_COLLECTIONS = 50
@@ -272,7 +276,8 @@ class Trainer:
         recipe, world, position = self.recipe, self.world, self.position
         if position.step == recipe.num_steps:
             return True
-        record_every = max(1, recipe.num_steps // NUM_RECORDED_POINTS)
+        record_every = max(1, min(RECORD_EVERY_STEPS, recipe.num_steps // NUM_RECORDED_POINTS))
+        recorded_at = time.monotonic()
         self.model.train()
         batch = self.batch(position.step)
         agreed = mean_over_workers({**_counts(batch), **self.wishes(position.step)}, world)
@@ -303,10 +308,12 @@ class Trainer:
                 agreed = mean_over_workers(ending, world)
 
                 # The update, if loss and gradient are good.
-                numbers = mean_by_source({name: agreed[name] for name in totals})
+                sums = {name: agreed[name] for name in totals}
+                numbers = mean_by_source(sums)
                 numbers["learning_rate"] = learning_rate
                 if self._is_good(numbers):
                     self.optimizer.step()
+                    position.add_to_window(sums)
                 self.optimizer.zero_grad(set_to_none=True)
                 position.num_tokens += num_tokens
                 position.flops += num_tokens * self.flops_per_token(position.step)
@@ -317,7 +324,14 @@ class Trainer:
                 if position.num_skipped_in_row:
                     self.event("skipped", step=step, **numbers)
                     self.report(step, {"train/skipped_steps": position.num_skipped})
-                elif is_last or step % record_every == 0:
+                elif (
+                    is_last
+                    or step % record_every == 0
+                    or time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
+                ):
+                    recorded_at = time.monotonic()
+                    numbers = mean_by_source(position.end_window())
+                    numbers["learning_rate"] = learning_rate
                     numbers |= {"tokens": position.num_tokens, "flops": position.flops}
                     named = {f"train/{name}": number for name, number in numbers.items()}
                     self.report(step, {**named, **self.meter.measure(position)})
