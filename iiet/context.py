@@ -8,14 +8,14 @@ need no mask at all: the kernel has a causal one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.cache import KeyValueCache
-from iiet.layers import PassContext, Rope
+from iiet.layers import Block, PassContext, Rope, StepWeights
 
 __all__ = ["make_context"]
 
@@ -24,7 +24,7 @@ def make_context(
     hidden: Tensor,
     rope: Rope,
     *,
-    is_token_step: bool = False,
+    step_weights: Mapping[Block, StepWeights] | None = None,
     windows: Iterable[int] = (),
     cache: KeyValueCache | None = None,
     attention_mask: Tensor | None = None,
@@ -37,7 +37,7 @@ def make_context(
     Args:
         hidden: the embeddings.
         rope: tables for the positions of the model's context.
-        is_token_step: see `PassContext`.
+        step_weights: see `PassContext`.
         windows: the sliding windows of the layers, in tokens.
         cache: keys and values of earlier tokens; what it knows of padding is read and updated.
         attention_mask: None: only the padding that the cache remembers counts.
@@ -51,7 +51,7 @@ def make_context(
             mask=window.mask(),
             is_causal=False,
             cache=cache,
-            is_token_step=is_token_step,
+            step_weights=step_weights,
             window_masks={size: window.mask_within(size) for size in windows if size < window.size},
         )
     batch, time = hidden.shape[:2]
@@ -106,7 +106,7 @@ def make_context(
         mask=mask,
         is_causal=mask is None and time > 1,
         cache=cache,
-        is_token_step=is_token_step,
+        step_weights=step_weights,
         window_masks=window_masks,
     )
 

@@ -14,7 +14,7 @@ students.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -32,7 +32,7 @@ from iiet.config import ModelConfig, preset
 from iiet.context import make_context
 from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
 from iiet.generation import stream
-from iiet.layers import Rope, draw_weights, product_dtype
+from iiet.layers import Block, Rope, StepWeights, draw_weights, product_dtype
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
@@ -332,7 +332,7 @@ class Decoder(nn.Module):
         context = make_context(
             embeddings,
             self.rope,
-            is_token_step=self._is_token_step(embeddings, cache),
+            step_weights=self._step_weights(embeddings, cache),
             windows=self.config.windows,
             cache=cache,
             attention_mask=attention_mask,
@@ -391,17 +391,27 @@ class Decoder(nn.Module):
             pass
         return record
 
-    def _is_token_step(self, embeddings: Tensor, cache: KeyValueCache | None) -> bool:
+    def _step_weights(
+        self, embeddings: Tensor, cache: KeyValueCache | None
+    ) -> dict[Block, StepWeights] | None:
+        """Return what the fields read in a decoding step, or None where they compute as usual."""
         if cache is None or not can_step(embeddings):
-            return False
-        return all(cast("Layer", layer).is_bare() for layer in self.model.layers)
+            return None
+        weights_of: dict[Block, StepWeights] = {}
+        for layer in cast("Iterable[Layer]", self.model.layers):
+            weights = layer.step_weights()
+            if weights is None:
+                return None
+            weights_of[layer] = weights
+        return weights_of
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         normed = self.model.norm(hidden)
         head = self.lm_head
         if can_step(normed) and (head is None or is_bare(head, nn.Linear)):
-            product = few_rows_product(normed, head or self.model.embed_tokens, len(normed))
+            weight = cast("Tensor", (head or self.model.embed_tokens).weight)
+            product = few_rows_product(normed, weight, len(normed))
             return product.view(len(normed), 1, -1).contiguous()
         if head is None:
             return F.linear(normed, self.model.embed_tokens.weight)

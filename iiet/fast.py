@@ -10,15 +10,15 @@ They read weights instead of calling modules, so a module that was replaced, wra
 then is called (`is_bare`). Plain formulas also serve other devices, `torch.compile` (which fuses
 them itself), and passes that need other derivatives than a first backward pass: the transforms of
 `torch.func`, forward-mode differentiation, and second derivatives, within `plain_formulas()`. A
-decoding step steps aside for other attention than a plain Llama's (`Block.is_bare`). Tests hold all
-equal to the plain formulas.
+decoding step steps aside for other attention than a plain Llama's (`Block.step_weights`). Tests
+hold all equal to the plain formulas.
 `IIET_CPU_KERNELS=0` turns them off, and nothing else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "can_use_rms_norm",
     "fast_forms_allowed",
     "few_rows_product",
+    "few_rows_products",
     "gated_product",
     "is_bare",
     "may_read_weights",
@@ -109,10 +110,13 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind:
         return False
     state = module.__dict__
+    parameters = state["_parameters"]
+    weight = parameters.get("weight")
     return (
         "forward" not in state
-        and state["_parameters"].get("bias") is None
-        and not hasattr(state["_parameters"].get("weight"), "__tensor_flatten__")
+        and parameters.get("bias") is None
+        # The class of a subclass's parameter is the subclass; looking for its attribute is slow.
+        and (type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__"))
         and not state["_forward_hooks"]
         and not state["_forward_pre_hooks"]
         and not state["_backward_hooks"]
@@ -245,10 +249,10 @@ def can_step(hidden: Tensor) -> bool:
 def normalize_few_rows(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """Do `norm(x)` for (rows, 1, dim); of one row, (dim,) comes back."""
     assert norm.eps is not None
-    if len(x) > 1:
+    if x.size(0) > 1:  # `len` of a tensor is a function in Python.
         return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)
-    rstd = (torch.dot(x, x).item() / len(x) + norm.eps) ** -0.5
+    rstd = (torch.dot(x, x).item() / x.size(0) + norm.eps) ** -0.5
     return torch.addcmul(_cached_scalar(0.0, x), x, norm.weight, value=rstd)
 
 
@@ -258,24 +262,32 @@ def rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     heads.mul_(cos).addcmul_(swapped, sin)
 
 
-def few_rows_product(x: Tensor, linear: nn.Module, rows: int) -> Tensor:
+def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     """Compute `x @ weight.T` near the speed at which memory delivers the weight.
 
     Args:
         x: `rows` vectors, (..., in).
-        linear: holds the weight, (out, in): a bare linear layer, or an embedding.
+        weight: (out, in), of a bare linear layer, or an embedding.
         rows: at most `MAX_ROWS`.
 
     Returns:
         (rows, out), or (out,) for one row; perhaps the transpose of a contiguous tensor.
     """
-    weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
         return torch.mv(weight, x if x.dim() == 1 else x.view(-1))
     x = x.view(rows, -1).contiguous()
     if _is_faster_on_the_right(weight, rows):
         return F.linear(x, weight)
     return torch.mm(weight, x.t()).t()
+
+
+def few_rows_products(x: Tensor, weights: Sequence[Tensor], rows: int) -> Tensor:
+    """Compute several products of the same `x`, beside each other, (rows, sum of out)."""
+    products = [few_rows_product(x, weight, rows) for weight in weights]
+    if products[0].is_contiguous():
+        return torch.cat(products, -1)
+    # Transposing once what is joined takes half the time of joining what is transposed.
+    return torch.cat([product.t() for product in products]).t().contiguous()
 
 
 def _is_faster_on_the_right(weight: Tensor, rows: int) -> bool:
@@ -306,9 +318,8 @@ def _is_intel() -> bool:
         return False
 
 
-def add_few_rows_product(base: Tensor, x: Tensor, linear: nn.Module, rows: int) -> Tensor:
+def add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
     """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
         return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
-    return base + few_rows_product(x, linear, rows).view_as(base)
+    return base + few_rows_product(x, weight, rows).view_as(base)

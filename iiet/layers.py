@@ -7,7 +7,7 @@ Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1}
 method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
 of cost. Modules have the names that they have in transformers' Llama, so weights do, too.
 
-A decoding step on a CPU has a form of its own, `Block.field_of_one_token`. Each weight is read once
+A decoding step on a CPU has a form of its own, `field_of_one_token`. Each weight is read once
 there, which evicts the interpreter from the processor's cache, so each operation, view and module
 call costs several times as much: it makes few of them, and its products run at memory's speed.
 In half precision, some values and parameters stay float32 (`at_least_float32`, `KeepsFloat32`).
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from iiet.fast import (
     can_use_fast_linear,
     can_use_rms_norm,
     few_rows_product,
+    few_rows_products,
     gated_product,
     is_bare,
     needs_all_derivatives,
@@ -233,8 +234,8 @@ class PassContext:
     """Whether the kernel's own causal mask applies; false with a mask."""
     cache: KeyValueCache | None
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
-    is_token_step: bool = False
-    """Whether this is a decoding step that `iiet.fast` computes."""
+    step_weights: Mapping[Block, StepWeights] | None = None
+    """By layer, what its field reads in a decoding step that `iiet.fast` computes; else None."""
     window_masks: Mapping[int, Tensor | None] = field(default_factory=dict)
     """Sliding window, in tokens -> the mask of layers that have it, for the latest tokens that such
     a layer reads; None where it sees all of these."""
@@ -339,6 +340,18 @@ class FeedForward(nn.Module):
         return result
 
 
+class StepWeights(NamedTuple):
+    """What a decoding step reads of a block, looked up once per pass: each look-up of an attribute
+    of a module takes as long as a small kernel."""
+
+    input_layernorm: nn.RMSNorm
+    self_attn: Attention
+    """Its sizes."""
+    post_attention_layernorm: nn.RMSNorm
+    linear: dict[str, Tensor]
+    """By name, such as `q_proj`, the weights of its linear layers."""
+
+
 class Block(nn.Module):
     """The modules of one layer's block, and the field that they make."""
 
@@ -357,57 +370,41 @@ class Block(nn.Module):
             context: what all evaluations of this pass share.
             slot: the cache slot of this evaluation; None without a cache.
         """
-        if context.is_token_step:
-            return self.field_of_one_token(x, context, slot)
+        if context.step_weights is not None:
+            return field_of_one_token(x, context.step_weights[self], context, slot)
         u: Tensor = x + self.self_attn(self.input_layernorm(x), context, slot)
         result: Tensor = u + self.mlp(self.post_attention_layernorm(u))
         return result
 
-    def field_of_one_token(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
-        """Do `field` for one token per row, (batch, 1, dim), with a cache.
+    def step_weights(self) -> StepWeights | None:
+        """Return what `field_of_one_token` reads, or None where it may not replace `field`.
 
-        It reads weights instead of calling modules, so the block must be bare (`is_bare`).
+        It may where no module of the block, nor the field itself, was replaced, wrapped or hooked,
+        and attention is that of a plain Llama: it has no biases or head norms, rotates, and sees
+        all earlier tokens.
         """
-        assert slot is not None
-        assert context.cache is not None
-        attention = self.self_attn
-        mlp = self.mlp
-        num_rows = len(x)
-        normed = normalize_few_rows(x, self.input_layernorm)
-        queries = few_rows_product(normed, attention.q_proj, num_rows)
-        keys = few_rows_product(normed, attention.k_proj, num_rows)
-        values = few_rows_product(normed, attention.v_proj, num_rows)
-        # With one token, heads before time is the same memory as time before heads.
-        heads = torch.cat([queries, keys, values], -1).view(num_rows, -1, 1, attention.head_dim)
-        num_heads = attention.num_heads
-        num_kv_heads = attention.num_kv_heads
-        rotate_in_place(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
-        held = context.cache.append(heads.narrow(1, num_heads, 2 * num_kv_heads), slot)
-        mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
-        u = add_few_rows_product(x, mixed, attention.o_proj, num_rows)
-        normed = normalize_few_rows(u, self.post_attention_layernorm)
-        gate = few_rows_product(normed, mlp.gate_proj, num_rows)
-        up = few_rows_product(normed, mlp.up_proj, num_rows)
-        return add_few_rows_product(u, F.silu(gate).mul_(up), mlp.down_proj, num_rows)
-
-    def is_bare(self) -> bool:
-        """Return whether `field_of_one_token` may replace `field`: no module of the block, nor the
-        field itself, was replaced, wrapped or hooked, and attention is that of a plain Llama: it
-        has no biases or head norms, rotates, and sees all earlier tokens."""
         if "field" in self.__dict__ or type(self).field is not Block.field:
-            return False
-        attention = self._modules["self_attn"]
+            return None
+        modules = self._modules  # Attribute access would take three times as long.
+        attention = modules["self_attn"]
         if type(attention) is Attention and (attention.window or not attention.rotates):
-            return False
+            return None
+        linear_weights: dict[str, Tensor] = {}
         for name, kind in _KINDS.items():
-            module = self._modules[name]  # Attribute access would take three times as long.
+            module = modules[name]
             if module is None or not is_bare(module, kind):
-                return False
+                return None
             # Head norms are no linear layers, and a linear layer with a bias is not bare.
-            for linear in module._modules.values():
+            for linear_name, linear in module._modules.items():
                 if linear is None or not is_bare(linear, nn.Linear):
-                    return False
-        return True
+                    return None
+                linear_weights[linear_name] = cast("Tensor", linear._parameters["weight"])
+        return StepWeights(
+            cast("RMSNorm", modules["input_layernorm"]),
+            cast("Attention", attention),
+            cast("RMSNorm", modules["post_attention_layernorm"]),
+            linear_weights,
+        )
 
     def field_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the block, without what a method adds to the layer."""
@@ -422,6 +419,31 @@ _KINDS: dict[str, type[nn.Module]] = {
     "mlp": FeedForward,
 }
 """The modules of a block."""
+
+
+def field_of_one_token(
+    x: Tensor, block: StepWeights, context: PassContext, slot: int | None
+) -> Tensor:
+    """Do `Block.field` for one token per row, (batch, 1, dim), with a cache."""
+    assert slot is not None
+    assert context.cache is not None
+    weights = block.linear
+    num_heads = block.self_attn.num_heads
+    num_kv_heads = block.self_attn.num_kv_heads
+    num_rows = x.size(0)
+    normed = normalize_few_rows(x, block.input_layernorm)
+    projections = (weights["q_proj"], weights["k_proj"], weights["v_proj"])
+    # With one token, heads before time is the same memory as time before heads.
+    heads = few_rows_products(normed, projections, num_rows)
+    heads = heads.view(num_rows, -1, 1, block.self_attn.head_dim)
+    rotate_in_place(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
+    held = context.cache.append(heads.narrow(1, num_heads, 2 * num_kv_heads), slot)
+    mixed = attend(heads.narrow(1, 0, num_heads), *held, mask=context.mask, is_causal=False)
+    u = add_few_rows_product(x, mixed, weights["o_proj"], num_rows)
+    normed = normalize_few_rows(u, block.post_attention_layernorm)
+    gate = few_rows_product(normed, weights["gate_proj"], num_rows)
+    up = few_rows_product(normed, weights["up_proj"], num_rows)
+    return add_few_rows_product(u, F.silu(gate).mul_(up), weights["down_proj"], num_rows)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""Hashes of what a recipe trains: settings, order of the data, and initial weights.
+"""Hashes of what a recipe trains: settings, order of the data, initial weights, and keys.
 
 `python tests/recipe_hashes.py` writes them to `fixtures/recipe/hashes.json`, with which a test
 compares them. Do so only when a change of recipe is meant: the same command then trains another
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -22,11 +23,12 @@ import torch
 from model_cases import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
-from iiet.config import ATTENTION_OPTIONS
+from iiet.config import ATTENTION_OPTIONS, DistillationConfig
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
 from orchestrator.data.tokenize import is_validation
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import (
     DataSettings,
     ElasticSettings,
@@ -36,7 +38,9 @@ from orchestrator.settings import (
 )
 from orchestrator.settings.data import DepthSettings
 from orchestrator.settings.files import shipped_sweeps
+from orchestrator.training.job import job_key
 from orchestrator.training.schedules import drawn_by_step
+from orchestrator.workspace.layout import PROVENANCE
 
 FILE = Path(__file__).resolve().parent / "fixtures" / "recipe" / "hashes.json"
 SECTIONS = (
@@ -62,6 +66,7 @@ def recipe_hashes() -> dict[str, dict[str, str]]:
         "settings": _settings(),
         "order of the data": _orders(),
         "initial weights": {method: _hash(_weights(method)) for method in own},
+        "keys of trainings": _keys(),
     }
 
 
@@ -121,6 +126,33 @@ def _weights(method: str) -> list[Any]:
         [name, list(weight.shape), (weight.double() * 100).round().int().flatten().tolist()]
         for name, weight in sorted(weights.items())
     ]
+
+
+def _keys() -> dict[str, str]:
+    """Return the keys by which finished trainings are found again, by what is trained."""
+    model = preset("tiny", vocab_size=64, schedule=IterationSchedule((2, 1)), num_layers=2)
+    vanilla = replace(model, method="vanilla", schedule=IterationSchedule((0, 0)))
+    elastic = ElasticSettings(schedules=("1",), num_drawn=2)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / PROVENANCE).write_text('{"weights": "0123456789abcdef"}')
+        student = {"teacher_folder": folder, "initial_folder": folder, "objective": "distill"}
+        reverse = DistillationConfig(divergence="reverse", start_step=3)
+        jobs: dict[str, dict[str, Any]] = {
+            "pretraining": {},
+            "vanilla": {"model": vanilla},
+            "other recipe": {"recipe": TrainingSettings(decay="wsd", spike_factor=9.0, seed=3)},
+            "shorter sequences": {"recipe": TrainingSettings(sequence_length=8)},
+            "elastic": {"recipe": TrainingSettings(elastic=elastic)},
+            "student": student,
+            "student of another loss": {**student, "distillation": reverse},
+            "student without a teacher": {**student, "objective": "cross_entropy"},
+            "student of fewer layers": {**student, "kept_layers": (0, 3)},
+        }
+        usual = {"run_folder": "", "tokens_folder": "", "model": model}
+        return {
+            name: job_key(TrainingJob(**{**usual, "recipe": TrainingSettings(), **fields}))
+            for name, fields in jobs.items()
+        }
 
 
 if __name__ == "__main__":

@@ -45,15 +45,8 @@ from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
-from orchestrator.training.job import (
-    check_folder,
-    check_job,
-    continue_job,
-    continued_settings,
-    finished_outcome,
-    pretraining_job,
-    share_first_stages,
-)
+from orchestrator.training.job import check_folder, check_job, finished_outcome, pretraining_job
+from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal

@@ -33,7 +33,8 @@ from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes
 from orchestrator.training import schedules
-from orchestrator.training.job import FirstStage, first_stage_of, sequences_per_step
+from orchestrator.training.job import sequences_per_step
+from orchestrator.training.shared_steps import FirstStage, first_stage_of
 from orchestrator.training.world import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,50 +22,53 @@ from iiet.config import ATTENTION_OPTIONS, PRESETS, DistillationConfig, ModelCon
 from iiet.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
+from orchestrator.settings.effects import Effect, key_values
 from orchestrator.workspace.layout import JOB_NAME
 
 SIZES = (
     "num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "context_length",
     "tie_embeddings",
 )  # fmt: skip
-RECIPE = (
-    "num_steps", "num_tokens_per_step", "learning_rate", "warmup_steps", "decay", "weight_decay",
-    "beta1", "beta2", "clip_norm", "precision", "seed",
-)  # fmt: skip
 
 
 class TrainingJob(Record):
-    """Everything that determines one training. Paths and `section` are not part of the key."""
+    """Everything that determines one training.
 
-    run_folder: WorkspacePath
+    Fields that are marked `WEIGHTS` enter its key as `key_fields` of `training/job.py` says: not
+    paths do, but the hash of what is there.
+    """
+
+    run_folder: Annotated[WorkspacePath, Effect.FILES]
     """Folder of journal, checkpoints and result; every worker must see it."""
-    tokens_folder: WorkspacePath
+    tokens_folder: Annotated[WorkspacePath, Effect.WEIGHTS]
     """Prepared tokens; empty in a dry run while there are none."""
-    model: Config
+    model: Annotated[Config, Effect.WEIGHTS]
     """The model, with the iteration schedule to train."""
-    recipe: TrainingSettings
+    recipe: Annotated[TrainingSettings, Effect.WEIGHTS]
     """Steps, batch, learning rate, when to validate and save."""
-    objective: Literal["pretrain", "distill", "cross_entropy"] = "pretrain"
+    objective: Annotated[Literal["pretrain", "distill", "cross_entropy"], Effect.WEIGHTS] = (
+        "pretrain"
+    )
     """`pretrain`: cross-entropy from random weights; `distill`: from a teacher; `cross_entropy`: a
     student trained without its teacher."""
-    teacher_folder: WorkspacePath | None = None
+    teacher_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
     """Checkpoint of the frozen teacher; for `distill`."""
-    initial_folder: WorkspacePath | None = None
+    initial_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
     """Checkpoint with the initial weights; random weights when unset."""
-    kept_layers: tuple[int, ...] | None = None
+    kept_layers: Annotated[tuple[int, ...] | None, Effect.WEIGHTS] = None
     """Layers of the initial weights that the model has, the first being 0; all when unset."""
-    continued_from: WorkspacePath | None = None
+    continued_from: Annotated[WorkspacePath | None, Effect.FILES] = None
     """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
-    distillation: DistillationConfig | None = None
+    distillation: Annotated[DistillationConfig | None, Effect.WEIGHTS] = None
     """The distillation loss; defaults when unset."""
-    first_stages: WorkspacePath | None = None
+    first_stages: Annotated[WorkspacePath | None, Effect.FILES] = None
     """Folder of the runs that share their first stages; nothing is shared when unset."""
-    storage: str | None = None
+    storage: Annotated[str | None, Effect.FILES] = None
     """URI for copies of the checkpoints."""
-    section: str = "training"
+    section: Annotated[str, Effect.FILES] = "training"
     """Settings section of the recipe, named in errors."""
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    """JSON-able entries for the `provenance.json` of every checkpoint; not part of the key."""
+    provenance: Annotated[dict[str, Any], Effect.FILES] = Field(default_factory=dict)
+    """JSON-able entries for the `provenance.json` of every checkpoint."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> TrainingJob | None:
@@ -156,21 +159,25 @@ def model_parameters(model: ModelConfig) -> dict[str, str]:
 def job_parameters(job: TrainingJob) -> dict[str, str]:
     """Return the parameters of a training: its model, and the part of the recipe that applies."""
     recipe = job.recipe
-    params: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE}
+    params = key_values(recipe)
     params["objective"] = job.objective
-    params["sequence_length"] = recipe.sequence_length
-    if recipe.decay != "constant":
-        params["final_learning_rate_fraction"] = recipe.final_learning_rate_fraction
-    if recipe.decay == "wsd":
-        params["decay_fraction"] = recipe.decay_fraction
-    if any(job.model.corrections):
-        params["iterate_from_fraction"] = recipe.iterate_from_fraction
-        params["iterate_ramp_fraction"] = recipe.iterate_ramp_fraction or None
+    # What has no effect in this training is None, and no parameter.
+    if not facts_of(job.model.method).has_gates(job.model.options):
+        params["gate_rate_factor"] = None
+    if recipe.decay == "constant":
+        params["final_learning_rate_fraction"] = None
+    if recipe.decay != "wsd":
+        params["decay_fraction"] = None
+    if not any(job.model.corrections):
+        params["iterate_from_fraction"] = None
+    if not any(job.model.corrections) or not recipe.iterate_ramp_fraction:
+        params["iterate_ramp_fraction"] = None
     if recipe.elastic:
-        values = recipe.elastic.model_dump(mode="json")
-        values["schedules"] = " ".join(map(str, recipe.elastic.schedules)) or None
-        params |= {f"elastic.{name}": value for name, value in values.items()}
-    params |= {"spike_factor": recipe.spike_factor, "skip_bad_steps": recipe.skip_bad_steps or None}
+        elastic = params.pop("elastic")
+        elastic["schedules"] = " ".join(map(str, recipe.elastic.schedules)) or None
+        params |= {f"elastic.{name}": value for name, value in elastic.items()}
+    if recipe.skip_bad_steps:  # A run that needs it would not get to its end without.
+        params["skip_bad_steps"] = recipe.skip_bad_steps
     if job.objective == "distill":
         loss = job.distillation or DistillationConfig()
         has_divergence = loss.kl_weight > 0

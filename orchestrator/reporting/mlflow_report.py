@@ -26,6 +26,7 @@ from orchestrator.records.tracked_run import (
     tag_filter,
     without_step,
 )
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import front_chart, save_chart
 from orchestrator.reporting.claims import claim_metrics
@@ -47,7 +48,6 @@ from orchestrator.reporting.statistics import (
 from orchestrator.reporting.sweep_report import SweepReport
 from orchestrator.reporting.tables import interval_rows, model_rows, models_table
 from orchestrator.tracking.chart_view import ChartView
-from orchestrator.training.job import stored_job
 from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
@@ -158,7 +158,8 @@ def trial_run(
     is_pruned = result.role == "trial" and result.parent and not result.is_elastic
     job = None
     if result.checkpoint and not (result.job or is_pruned):
-        job = stored_job(Path(result.checkpoint).parent)
+        with suppress(UserError):  # Without it, the run shows what the trial knows.
+            job = TrainingJob.of_folder(Path(result.checkpoint).parent)
     # MLflow's page that compares runs would begin with an axis of checkpoints. The standard errors
     # of single tasks are in tables.
     params = {name: text for name, text in result.params(job).items() if name != "checkpoint"}

@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 from iiet.config import PRESETS, ModelConfig, preset
 from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
+from orchestrator.settings.effects import Effect, KeyForm
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError
 
@@ -117,94 +118,111 @@ class ElasticSettings(Section):
     loss is cross-entropy + `kl_weight` times KL(full schedule || member).
     """
 
-    schedules: tuple[StrictInt | str, ...] = ()
+    schedules: Annotated[tuple[StrictInt | str, ...], Effect.WEIGHTS] = ()
     """The family, without the full schedule: schedules within the model's, as `2,2,1,1`, `3..0` or
     one number for all layers (default: one for each number k below the largest, in which layer l
     makes `min(r_l, k)` corrections). A sweep with `sweep.elastic` sets them by influence."""
-    num_drawn: StrictInt = Field(default=1, gt=0, le=MAX_DRAWN)
+    num_drawn: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=1, gt=0, le=MAX_DRAWN)
     """Members of each step, drawn without repetition from seed and step, in proportion to the
     corrections that they leave out; all, if the family has no more. Steps without corrections have
     none."""
-    weight: StrictFloat = Field(default=1.0, ge=0.0)
+    weight: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=0.0)
     """Weight of each member's loss; the full schedule's has weight 1. At 0 none is drawn."""
-    kl_weight: StrictFloat = Field(default=1.0, ge=0.0)
+    kl_weight: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=0.0)
     """Weight of the divergence in a member's loss, whose cross-entropy has weight 1. In a
     distillation, `distillation.kl_weight` has its place."""
-    temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
+    temperature: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the divergence is scaled by its square. In a
     distillation, `distillation.temperature` has its place."""
 
 
 class TrainingSettings(Section):
-    """Recipe of a training: tokens, learning rates, validation and checkpoints."""
+    """Recipe of a training: tokens, learning rates, validation and checkpoints.
 
-    num_steps: StrictInt = Field(default=500, gt=0, le=MAX_STEPS)
+    The mark of each field says what another value changes, and so whether it is part of the key.
+    """
+
+    num_steps: Annotated[StrictInt, Effect.LATER_WEIGHTS] = Field(default=500, gt=0, le=MAX_STEPS)
     """Optimizer steps."""
-    num_tokens_per_step: StrictInt = Field(default=1024, gt=0)
+    num_tokens_per_step: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=1024, gt=0)
     """Tokens of the global batch, for any number of workers."""
-    sequence_length: StrictInt | None = Field(default=None, gt=1)
+    sequence_length: Annotated[StrictInt | None, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
+        default=None, gt=1
+    )
     """Tokens of a training sequence, and of one of the validation loss during the training; at most
     the model's context (default: its context)."""
-    num_sequences_per_pass: StrictInt | None = Field(default=None, gt=0)
+    num_sequences_per_pass: Annotated[StrictInt | None, Effect.JOURNAL] = Field(default=None, gt=0)
     """At most this many sequences in one forward pass of one worker (gradient accumulation;
     default: all at once)."""
-    learning_rate: StrictFloat = Field(default=2e-3, gt=0.0)
+    learning_rate: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW."""
-    gate_rate_factor: StrictFloat = Field(default=30.0, gt=0.0)
+    gate_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=30.0, gt=0.0)
     """The learning rate of gates is this many times `learning_rate`: of a learned damping, and of
     the blended norms of an identity start. Models without gates do not read it."""
-    warmup_steps: StrictInt = Field(default=50, ge=0)
+    warmup_steps: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=50, ge=0)
     """Steps of linear warm-up."""
-    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: Annotated[Literal["cosine", "wsd", "constant"], Effect.LATER_WEIGHTS] = "cosine"
     """Shape after the warm-up: cosine to the final rate, stable then linear (wsd), or constant."""
-    decay_fraction: StrictFloat = Field(default=0.2, gt=0.0, le=1.0)
+    decay_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
+        default=0.2, gt=0.0, le=1.0
+    )
     """Share of the steps in which `wsd` decays."""
-    final_learning_rate_fraction: StrictFloat = Field(default=0.1, ge=0.0, le=1.0)
+    final_learning_rate_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
+        default=0.1, ge=0.0, le=1.0
+    )
     """Last learning rate as a share of the peak."""
-    weight_decay: StrictFloat = Field(default=0.1, ge=0.0)
+    weight_decay: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.1, ge=0.0)
     """AdamW's decay of matrices; norms, the mix and embeddings are not decayed."""
-    beta1: StrictFloat = Field(default=0.9, ge=0.0, lt=1.0)
+    beta1: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW's first moment."""
-    beta2: StrictFloat = Field(default=0.95, ge=0.0, lt=1.0)
+    beta2: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.95, ge=0.0, lt=1.0)
     """AdamW's second moment."""
-    clip_norm: StrictFloat = Field(default=1.0, gt=0.0)
+    clip_norm: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
-    iterate_from_fraction: StrictFloat = Field(default=0.6, ge=0.0, lt=1.0)
+    iterate_from_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
+        default=0.6, ge=0.0, lt=1.0
+    )
     """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule
     after. A pcformer is trained at its own levels from the first step on."""
-    iterate_ramp_fraction: StrictFloat = Field(default=0.0, ge=0.0, le=1.0)
+    iterate_ramp_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
+        default=0.0, ge=0.0, le=1.0
+    )
     """Share of the steps, after `iterate_from_fraction`, in which corrections grow: 1, 2, ... up to
     the full schedule, each for the same time; 0 starts all of them at once."""
-    elastic: ElasticSettings | None = None
+    elastic: Annotated[ElasticSettings | None, Effect.LATER_WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = (
+        None
+    )
     """Also learn cheaper schedules in each step (default: only the full one). `elastic: {}` takes
     the defaults of its section."""
-    spike_factor: StrictFloat | None = Field(default=None, gt=1.0)
+    spike_factor: Annotated[StrictFloat | None, Effect.WEIGHTS] = Field(default=None, gt=1.0)
     """A step also counts as bad if its gradient norm exceeds this factor times the median of the
     steps before (default: off)."""
-    skip_bad_steps: StrictInt = Field(default=0, ge=0)
+    skip_bad_steps: Annotated[StrictInt, Effect.JOURNAL] = Field(default=0, ge=0)
     """At most this many bad steps in a row (loss or gradient not finite, or a spike) are skipped
     without changing the weights; one more ends the training. At 0, the first bad step ends it."""
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, Effect.WEIGHTS] = "fp32"
     """Arithmetic of the forward pass: fp32 (as TF32 on GPUs that have it), or bf16 autocast with
     fp32 weights (default in a file: bf16 if GPUs are named, else fp32)."""
-    activation_checkpointing: StrictBool = False
+    activation_checkpointing: Annotated[StrictBool, Effect.JOURNAL] = False
     """Recompute each layer in the backward pass: less memory, more time."""
-    compile: StrictBool | None = None
+    compile: Annotated[StrictBool | None, Effect.JOURNAL] = None
     """Compile fields and sums of the mix with `torch.compile`: about a minute in the first step,
     then faster; needs a C++ compiler (default: on GPUs only)."""
-    seed: StrictInt = Field(default=0, ge=0)
+    seed: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=0, ge=0)
     """Seed of the weights and of the data order."""
-    validate_every_steps: StrictInt = Field(default=100, gt=0)
+    validate_every_steps: Annotated[StrictInt, Effect.JOURNAL] = Field(default=100, gt=0)
     """Steps between validation losses."""
-    num_validation_tokens: StrictInt = Field(default=16384, gt=0)
+    num_validation_tokens: Annotated[StrictInt, Effect.JOURNAL] = Field(default=16384, gt=0)
     """Tokens of one validation loss."""
-    checkpoint_every_steps: StrictInt = Field(default=200, gt=0)
+    checkpoint_every_steps: Annotated[StrictInt, Effect.FILES] = Field(default=200, gt=0)
     """Steps between checkpoints."""
-    checkpoint_every_minutes: StrictFloat | None = Field(default=None, gt=0.0)
+    checkpoint_every_minutes: Annotated[StrictFloat | None, Effect.FILES] = Field(
+        default=None, gt=0.0
+    )
     """Longest time in minutes without a checkpoint (default: only steps count)."""
-    num_checkpoints_kept: StrictInt = Field(default=2, ge=1)
+    num_checkpoints_kept: Annotated[StrictInt, Effect.FILES] = Field(default=2, ge=1)
     """Newest checkpoints kept on disk."""
-    profile_steps: StrictInt = Field(default=0, ge=0)
+    profile_steps: Annotated[StrictInt, Effect.FILES] = Field(default=0, ge=0)
     """Steps to record with PyTorch's profiler, in the run's folder `profile`; 0 records none."""
 
     def tokens_per_sequence(self, model: ModelConfig) -> int:

@@ -52,7 +52,8 @@ from orchestrator.sweeping.models import (
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
-from orchestrator.training.job import finished_outcome, job_key, pretraining_job, share_first_stages
+from orchestrator.training.job import finished_outcome, job_key, pretraining_job
+from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace

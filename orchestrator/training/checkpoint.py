@@ -41,9 +41,10 @@ from orchestrator.models.folder import (
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.devices import full_tensor, run_on_first
-from orchestrator.training.job import first_stage_of, job_key
+from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
+from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (

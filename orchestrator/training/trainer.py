@@ -53,7 +53,6 @@ from orchestrator.training.devices import (
 from orchestrator.training.job import (
     check_job,
     finished_outcome,
-    metrics_until,
     sequences_per_step,
     write_job_file,
 )
@@ -74,6 +73,7 @@ from orchestrator.training.schedules import (
     members_by_step,
     schedule_by_step,
 )
+from orchestrator.training.shared_steps import metrics_until
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import delete_leftovers

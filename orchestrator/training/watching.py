@@ -42,8 +42,9 @@ from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, format_schedule, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
-from orchestrator.training.job import finished_outcome, first_stage_of, job_key
+from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,

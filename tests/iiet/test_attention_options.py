@@ -236,12 +236,13 @@ def test_the_fast_decoding_step_serves_a_scaled_llama_and_steps_aside_for_other_
     plain = Decoder(ModelConfig(method="vanilla", **SIZES))
     scaled = {"rope_scaling": YARN, "head_dim": 16, "sliding_windows": (64, None, 99)}
     for config in (plain.config, dataclasses.replace(plain.config, **scaled)):
-        assert all(layer.is_bare() for layer in Decoder(config).model.layers)
+        assert all(layer.step_weights() is not None for layer in Decoder(config).model.layers)
     for name in ("qkv_bias", "attention_out_bias", "head_norms", "rotary_layers"):
         decoder = Decoder(dataclasses.replace(plain.config, **{name: EVERY_OPTION[name]}))
-        assert not all(layer.is_bare() for layer in decoder.model.layers), name
+        assert not all(layer.step_weights() is not None for layer in decoder.model.layers), name
     windows = Decoder(dataclasses.replace(plain.config, sliding_windows=(8, None, 8)))
-    assert [layer.is_bare() for layer in windows.model.layers] == [False, True, False]
+    is_served = [layer.step_weights() is not None for layer in windows.model.layers]
+    assert is_served == [False, True, False]
 
 
 def test_costs_of_heads_and_windows():

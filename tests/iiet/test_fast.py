@@ -14,6 +14,7 @@ from iiet.fast import (
     add_few_rows_product,
     can_use_fast_linear,
     few_rows_product,
+    few_rows_products,
     gated_product,
     normalize_few_rows,
     rms_norm,
@@ -81,10 +82,26 @@ def test_products_of_few_rows(rows, shape, is_intel, monkeypatch):
     monkeypatch.setattr(fast, "_NUMBERS_IN_SECOND_CACHE", 21)
     linear = nn.Linear(shape[1], shape[0], bias=False).double()
     x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
-    product = few_rows_product(x, linear, rows)
+    product = few_rows_product(x, linear.weight, rows)
     torch.testing.assert_close(product.view(rows, 1, -1), linear(x))
     base = torch.randn(rows, 1, shape[0], dtype=torch.float64)
-    torch.testing.assert_close(add_few_rows_product(base, x, linear, rows), base + linear(x))
+    torch.testing.assert_close(add_few_rows_product(base, x, linear.weight, rows), base + linear(x))
+
+
+@pytest.mark.parametrize("is_intel", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@torch.no_grad()
+def test_several_products_stand_beside_each_other(rows, is_intel, monkeypatch):
+    """Whether each is the transpose of a contiguous tensor, all are contiguous, or some of each."""
+    monkeypatch.setattr(fast, "_is_intel", lambda: is_intel)
+    for few_numbers in (0, 30, 100):
+        monkeypatch.setattr(fast, "_FEW_NUMBERS", few_numbers)
+        weights = [torch.randn(num_out, 7, dtype=torch.float64) for num_out in (5, 2, 6)]
+        x = torch.randn(rows, 1, 7, dtype=torch.float64)
+        products = few_rows_products(x, weights, rows)
+        assert products.is_contiguous()
+        expected = torch.cat([F.linear(x, weight) for weight in weights], -1)
+        torch.testing.assert_close(products.view_as(expected), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -152,7 +169,7 @@ def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
     for form in (
         "layers.rms_norm",
         "layers.gated_product",
-        "layers.few_rows_product",
+        "layers.few_rows_products",
         "decoder.few_rows_product",
     ):
         monkeypatch.setattr(f"iiet.{form}", None)

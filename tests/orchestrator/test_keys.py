@@ -1,15 +1,17 @@
-"""Every field of a job, a model and an evaluation is in the key, or named here as one that is not.
+"""Every field of a job, a model and an evaluation is in the key, or marked as one that is not.
 
 A field that is left out of a key returns another model's result without a word, so new fields are
-found by introspection: they fail here until they are in the key or in `NOT_IN_KEY`.
+found by introspection: they fail here until they have a mark, and the key is as it says.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+import pytest
 from lm_eval_tasks import write_choices
+from pydantic import BaseModel
 from sample_texts import tokens_of
 
 from iiet.config import DistillationConfig, ModelConfig, RopeScaling
@@ -22,19 +24,12 @@ from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.settings.effects import Effect, fields_with, key_values
 from orchestrator.settings.evaluation import Prompts
+from orchestrator.settings.section import Section
 from orchestrator.training.job import job_key
 
 NOT_IN_KEY: dict[type, set[str]] = {
-    TrainingJob: {
-        "run_folder", "continued_from", "first_stages", "storage", "section",
-        "provenance",
-    },
-    TrainingSettings: {
-        "num_sequences_per_pass", "activation_checkpointing", "compile", "skip_bad_steps",
-        "validate_every_steps", "num_validation_tokens", "checkpoint_every_steps",
-        "checkpoint_every_minutes", "num_checkpoints_kept", "profile_steps",
-    },
     TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
     Conditions: {"batch_size", "device", "trust_remote_code"},
 }  # fmt: skip
@@ -117,7 +112,20 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
     }
     for kind, jobs in tried.items():
         same = {field for field, one in jobs.items() if job_key(one) == key}
-        assert same == NOT_IN_KEY.get(kind, set()), kind.__name__
+        if issubclass(kind, BaseModel):  # Its fields have marks.
+            assert same == set(fields_with(kind, Effect.JOURNAL, Effect.FILES)), kind.__name__
+        else:
+            assert not same, kind.__name__
+
+
+class Unmarked(Section):
+    rate: Annotated[float, Effect.WEIGHTS] = 1.0
+    forgotten: float = 1.0
+
+
+def test_a_field_without_a_mark_has_no_key():
+    with pytest.raises(TypeError, match="no mark"):
+        key_values(Unmarked())
 
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():

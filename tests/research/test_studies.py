@@ -11,6 +11,7 @@ from types import ModuleType
 import bf16_study
 import depth_study
 import elastic_study
+import gates_study
 import iiad_study
 import numpy as np
 import pytest
@@ -208,3 +209,38 @@ def test_bf16_holds_only_where_no_seed_loses_much():
     ):
         (verdict,) = bf16_study.verdicts(models(*losses))
         assert verdict["holds"] is holds
+
+
+@pytest.mark.long
+def test_the_gates_study_resumes_and_chooses(tmp_path):
+    results = tmp_path / "gates.json"
+    arguments = ["--folder", str(tmp_path), "--results", str(results), "--seeds", "0"]
+    arguments += ["--source-steps", "2", "--steps", "2"]
+    assert gates_study.main([*arguments, "--at-most", "1"]) == 0
+    assert json.loads(results.read_text())["chosen"] is None
+    assert gates_study.main(arguments) == 0
+    stored = json.loads(results.read_text())
+    assert [model["kind"] for model in stored["models"]] == ["plain"] + 3 * ["scalar"] + 3 * [
+        "vector"
+    ]
+    assert stored["chosen"]["learn_damping"] in gates_study.KINDS
+
+
+def test_the_gates_study_takes_the_simplest_of_equal_choices():
+    def models(**accuracies: tuple[float, ...]) -> list[gates_study.TrainedModel]:
+        rows = [("plain", 1.0, 0.5)]
+        for kind, values in accuracies.items():
+            rows += zip(3 * [kind], gates_study.FACTORS, values, strict=True)
+        return [
+            gates_study.TrainedModel(kind=kind, factor=factor, seed=0, accuracy=accuracy)
+            for kind, factor, accuracy in rows
+        ]
+
+    for scalar, vector, chosen in (
+        ((0.80, 0.90, 0.90), (0.80, 0.905, 0.90), ("scalar", 10.0)),
+        ((0.80, 0.90, 0.90), (0.80, 0.92, 0.93), ("vector", 10.0)),
+        ((0.80, 0.90, 0.90), (0.80, 0.90, 0.93), ("vector", 30.0)),
+    ):
+        choice = gates_study.choose(models(scalar=scalar, vector=vector))
+        assert tuple(choice.values()) == chosen
+    assert gates_study.choose(models(scalar=(0.8, 0.9, 0.9))) is None

@@ -14,15 +14,15 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.job import (
+from orchestrator.training.job import job_key
+from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.shared_steps import (
     FirstStage,
     continue_job,
     continued_recipe,
     first_stage_of,
-    job_key,
     share_first_stages,
 )
-from orchestrator.training.schedules import learning_rate_at
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.errors import UserError
@@ -129,7 +129,7 @@ def test_only_models_with_the_same_first_stage_share_it(staged):
     common = share_first_stages(jobs)
     assert [bool(job.first_stages) for job in common] == [True, True, *[False] * 6]
     assert [job_key(job) for job in common] == [job_key(job) for job in jobs]
-    assert stage_of(jobs[0]) == stage_of(jobs[1])
+    assert stage_of(jobs[0]).key == stage_of(jobs[1]).key
     assert len({stage_of(job).key for job in jobs[:6]}) == 5
     assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
 
@@ -202,6 +202,15 @@ def test_a_constant_run_can_get_a_decay_and_be_continued_again(make):
     rates = [learning_rate_at(step, make("run").recipe) for step in range(20)]
     assert rates[3:16] == [rates[3]] * 13
     assert rates[16] < rates[15]
+
+
+def test_a_run_is_continued_with_other_corrections_from_the_end_of_its_first_stage(staged):
+    short = staged((2, 1), "short", decay="constant")
+    run_job(short)
+    longer = {"decay": "constant", "num_steps": 12, "iterate_from_fraction": 0.5}
+    job = staged((1, 0), **longer).model_copy(update={"first_stages": None})
+    found = same_run(job, lambda alone: continue_job(short, alone, print))
+    assert starts(found) == [SWITCH]
 
 
 def test_what_cannot_be_continued_exactly_is_refused(make):

@@ -1,0 +1,308 @@
+"""Steps that a training takes over from another one, bitwise as if it had made them itself.
+
+Two trainings share their first n steps if everything that determines these steps is equal: the
+fields of their keys but those that are marked `LATER_WEIGHTS` and the model's iteration schedule,
+and what each of the n steps trains (`step_settings`). This has two uses.
+
+A first stage: an IIET is first trained without corrections, so models with the same seed, rate and
+recipe are equal until then. The run that gets there first keeps its checkpoint, whose provenance
+holds the key of these steps; later runs find it there. Models that start at the same time each
+train the stage: none waits.
+
+A longer training: it continues a finished one that the user names, from the newest checkpoint
+within the steps that both share: the one before the decay with `decay: wsd`, the last one with
+`constant`. A `cosine` is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from iiet.facts import facts_of
+from iiet.schedule import IterationSchedule
+from orchestrator.data.preparation import tokens_folder_of
+from orchestrator.models.folder import (
+    FIRST_STAGE,
+    check_checkpoint,
+    load_provenance,
+    newest_checkpoint,
+)
+from orchestrator.models.lookup import find_pretraining
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
+from orchestrator.settings.effects import Effect, fields_with
+from orchestrator.training.job import describe_difference, key_fields
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    learning_rate_at,
+    schedule_by_step,
+    stable_steps,
+)
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import (
+    DONE_NAME,
+    Workspace,
+    checkpoint_name,
+    find_checkpoints,
+    step_of,
+)
+from orchestrator.workspace.provenance import content_key
+
+# What determines first steps
+
+
+def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
+    """Return what determines first steps beside `step_settings`, as JSON-able values."""
+    fields = key_fields(job)
+    for name in fields_with(TrainingSettings, Effect.LATER_WEIGHTS):
+        fields["recipe"].pop(name, None)
+    fields["model"].pop("schedule", None)
+    return fields
+
+
+def step_settings(
+    full_schedule: IterationSchedule, recipe: TrainingSettings
+) -> Callable[[int], tuple[object, ...]]:
+    """Return step -> the values in it of all that is marked `LATER_WEIGHTS`, as JSON-able values.
+
+    These are its learning rate, its iteration schedule, and, where elastic training draws members,
+    these and their losses.
+    """
+    schedule_at = schedule_by_step(full_schedule, recipe)
+    drawn_at = drawn_by_step(full_schedule, recipe)
+
+    def settings_at(step: int) -> tuple[object, ...]:
+        members = drawn_at(step)
+        losses = recipe.elastic.model_dump(mode="json") if recipe.elastic and members else None
+        rate = learning_rate_at(step, recipe)
+        return rate, str(schedule_at(step)), [str(member) for member in members], losses
+
+    return settings_at
+
+
+def num_shared_steps(job: TrainingJob, other: TrainingJob) -> int:
+    """Return how many first steps are equal in two trainings of equal `first_steps_fields`."""
+    settings_at = step_settings(job.model.corrections, job.recipe)
+    others_at = step_settings(other.model.corrections, other.recipe)
+    most = min(job.recipe.num_steps, other.recipe.num_steps)
+    different = (step for step in range(most) if settings_at(step) != others_at(step))
+    return next(different, most)
+
+
+def first_steps_key(job: TrainingJob, num_steps: int) -> str:
+    """Return the hash of all that determines the first steps, and what the journal tells of them.
+
+    Raises:
+        UserError: If the tokens are missing or damaged.
+    """
+    journal = {name: getattr(job.recipe, name) for name in _JOURNAL_FIELDS}
+    steps = _steps_digest(job.model.corrections, job.recipe, num_steps)
+    return content_key("first steps", first_steps_fields(job), steps, journal)
+
+
+_JOURNAL_FIELDS = fields_with(TrainingSettings, Effect.JOURNAL)
+
+
+@lru_cache(maxsize=256)  # A plan asks several times, and a long cosine has a rate for each step.
+def _steps_digest(
+    full_schedule: IterationSchedule, recipe: TrainingSettings, num_steps: int
+) -> str:
+    settings_at = step_settings(full_schedule, recipe)
+    equal_steps = groupby(map(settings_at, range(num_steps)))
+    return content_key([(settings, len([*steps])) for settings, steps in equal_steps])
+
+
+def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return the steps and metrics in the journal beside a checkpoint, until the checkpoint."""
+    return [
+        (record["step"], record["values"])
+        for record in read_journal(checkpoint.parent)[0]
+        if record["kind"] == "metrics" and record["step"] <= step_of(checkpoint)
+    ]
+
+
+# First stages
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The steps of a model before its corrections are switched on."""
+
+    key: str
+    """`first_steps_key` of these steps."""
+    num_steps: int
+    runs: Path
+    """Folder of the runs that may have made them."""
+    run_folder: Path
+    """Folder of the training whose stage it is."""
+
+    def checkpoints(self) -> Iterator[Path]:
+        """Yield the checkpoints after the last step, of any run; they may be damaged."""
+        for folder in sorted(self.runs.glob(f"*/{checkpoint_name(self.num_steps)}")):
+            with suppress(UserError):  # Its provenance is damaged.
+                if load_provenance(folder).get(FIRST_STAGE) == self.key:
+                    yield folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a checkpoint; it may be damaged."""
+        return any(self.checkpoints())
+
+    def find(self, warn: Callable[[str], None] = lambda _: None) -> Path | None:
+        """Return an intact checkpoint of another run; None without one. Damaged ones are told."""
+        for folder in self.checkpoints():
+            if folder.parent == self.run_folder:
+                continue
+            try:
+                check_checkpoint(folder, with_training_state=True)
+            except UserError as error:
+                warn(f"{error}; the first stage is taken from another run, or trained again")
+            else:
+                return folder
+        return None
+
+
+def first_stage_of(job: TrainingJob) -> FirstStage | None:
+    """Return the first stage that a job may share with others; None if there is none."""
+    num_steps = round(job.recipe.num_steps * job.recipe.iterate_from_fraction)
+    has_stages = facts_of(job.model.method).has_corrections and (
+        0 < num_steps < job.recipe.num_steps
+    )
+    if not has_stages or not job.first_stages:
+        return None
+    if job.objective != "pretrain" or job.initial_folder:
+        return None
+    key = first_steps_key(job, num_steps)
+    return FirstStage(key, num_steps, Path(job.first_stages), job.folder)
+
+
+def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+    """Return the jobs; those whose first stage is neither trained nor shared look for none."""
+    stages = [first_stage_of(job) for job in jobs]
+    users: dict[str, set[str]] = {}
+    for job, stage in zip(jobs, stages, strict=True):
+        if stage:
+            users.setdefault(stage.key, set()).add(job.run_folder)
+    return [
+        job
+        if stage and (stage.exists or len(users[stage.key]) > 1)
+        else job.model_copy(update={"first_stages": None})
+        for job, stage in zip(jobs, stages, strict=True)
+    ]
+
+
+# Longer trainings
+
+
+def continued_settings(
+    settings: Settings, workspace: Workspace, run: Path
+) -> tuple[Settings, TrainingJob]:
+    """Return the settings that continue a finished pretraining, and its job.
+
+    Args:
+        settings: The settings of that run with more steps; see `continued_recipe`.
+        workspace: Where names are looked up.
+        run: The run, by path or name.
+
+    Raises:
+        UserError: If there is none, it is not finished or not shorter, or its tokens are others or
+            are missing.
+    """
+    folder = find_pretraining(workspace, run)
+    job = TrainingJob.of_folder(folder)
+    assert job, "its file exists"
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints or not (folder / DONE_NAME).is_file():
+        raise UserError(
+            f"{folder} is not finished or has lost its checkpoints; the command that started it "
+            "resumes it, and then it can be continued"
+        )
+    if read_settings(folder / SETTINGS_NAME).data != settings.data:
+        raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
+    tokens = tokens_folder_of(checkpoints[-1], workspace)
+    recipe = continued_recipe(job.recipe, settings.training)
+    job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
+    return settings.model_copy(update={"training": recipe}), job
+
+
+def continued_recipe(earlier: TrainingSettings, longer: TrainingSettings) -> TrainingSettings:
+    """Return the longer recipe with the corrections switched on at the same steps as before.
+
+    Its shares of the steps are recomputed, unless they already differ from the earlier ones.
+
+    Raises:
+        UserError: If it is not longer.
+    """
+    if longer.num_steps <= earlier.num_steps:
+        raise UserError(
+            f"the run has trained {earlier.num_steps:,} steps; --steps takes a larger number, got "
+            f"{longer.num_steps:,}"
+        )
+    shares = (earlier.iterate_from_fraction, earlier.iterate_ramp_fraction)
+    if (longer.iterate_from_fraction, longer.iterate_ramp_fraction) != shares:
+        return longer
+    ramp_start = round(earlier.num_steps * earlier.iterate_from_fraction)
+    ramp_end = round(earlier.num_steps * sum(shares))
+    same_steps = {
+        "iterate_from_fraction": ramp_start / longer.num_steps,
+        "iterate_ramp_fraction": (ramp_end - ramp_start) / longer.num_steps,
+    }
+    return longer.model_copy(update=same_steps)
+
+
+def continue_job(
+    earlier: TrainingJob, longer: TrainingJob, note: Callable[[str], None]
+) -> TrainingJob:
+    """Return the longer job, which starts from a checkpoint of the finished one.
+
+    Args:
+        earlier: The finished job; see `continued_settings`.
+        longer: The job with more steps; one that has begun resumes from its own checkpoints.
+        note: Called with a sentence that says where it starts and how the learning rate goes on.
+
+    Raises:
+        UserError: If the two differ from the start, or no checkpoint before their first different
+            step is left; says what would have to be different.
+    """
+    if find_checkpoints(longer.folder):
+        return longer
+    recipe = longer.recipe
+    if earlier.recipe.decay == "cosine":
+        raise UserError(
+            f"{earlier.folder} cannot be continued: its learning rate follows a cosine over all of "
+            f"its {earlier.recipe.num_steps:,} steps, so every step after the warm-up of a longer "
+            "training differs. Train a new run with --set training.decay=wsd: its stable part does "
+            "not depend on the number of steps"
+        )
+    if difference := describe_difference(first_steps_fields(earlier), first_steps_fields(longer)):
+        raise UserError(
+            f"{earlier.folder} cannot be continued with other settings ({difference}); train a new "
+            "run with them"
+        )
+    num_shared = num_shared_steps(earlier, longer)
+    damage: list[str] = []
+    start = newest_checkpoint(
+        earlier.folder, damage.append, up_to_step=num_shared, with_training_state=True
+    )
+    if start is None:
+        steps = ", ".join(f"{step_of(folder):,}" for folder in find_checkpoints(earlier.folder))
+        problem = f"; {damage[0]}" if damage else ""
+        raise UserError(
+            f"{earlier.folder} cannot be continued: a training of {recipe.num_steps:,} steps "
+            f"differs from it after step {num_shared:,}, and it has no intact checkpoint until "
+            f"there (only of the steps {steps}{problem}); train a new run"
+        )
+    stable = stable_steps(recipe)
+    rule = f"is stable until step {stable:,} and decays until the last" if stable else "is constant"
+    note(
+        f"{longer.folder.name} continues {earlier.folder.name} from step {step_of(start):,} of "
+        f"{recipe.num_steps:,}; the learning rate {rule}"
+    )
+    return longer.model_copy(update={"continued_from": str(start)})
