@@ -40,6 +40,7 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.devices import (
     autocast,
     check_precision,
+    clear_gradients,
     clip_gradients,
     compile_layers,
     decoder_to_train,
@@ -221,6 +222,7 @@ class Trainer:
             "parallel": world.parallel,
             "num_shards": world.num_shards,
             "device": world.device,
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),
             "pid": os.getpid(),
         }
@@ -314,7 +316,7 @@ class Trainer:
                 if self._is_good(numbers):
                     self.optimizer.step()
                     position.add_to_window(sums)
-                self.optimizer.zero_grad(set_to_none=True)
+                clear_gradients(self.model, self.optimizer)
                 position.num_tokens += num_tokens
                 position.flops += num_tokens * self.flops_per_token(position.step)
                 position.seconds += time.perf_counter() - started
