@@ -49,7 +49,7 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
-SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.PlannedSweep}
+SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.SweepPlan}
 RESULTS: dict[str, dict[str, type[Result]]] = {
     **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "sweep": {

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from operator import index
 from typing import SupportsIndex, TypeGuard
 
@@ -21,6 +22,8 @@ MAX_CORRECTIONS = 1000
 _RAMP = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 _PART = re.compile(r"\s*[-+]?[0-9]{1,9}\s*(?:\*\s*[0-9]{1,9}\s*)?")
 _LONGEST_QUOTE = 80
+_LONGEST_PLAIN = 16
+"""Characters of a schedule that is written with a number for each layer, 8 layers of one digit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,8 +156,15 @@ class IterationSchedule:
     def __getitem__(self, layer: int) -> int:
         return self.corrections[layer]
 
+    def with_repetitions(self) -> str:
+        """Write equal neighbours as `corrections*layers`: `0*12,2*6,0*12`."""
+        groups = [(count, len(list(same))) for count, same in groupby(self.corrections)]
+        return ",".join(f"{count}*{size}" if size > 1 else str(count) for count, size in groups)
+
     def __str__(self) -> str:
-        return ",".join(map(str, self.corrections))
+        """Write the schedule as it is typed; a long one with repetitions: `0*12,2*6,0*12`."""
+        plain = ",".join(map(str, self.corrections))
+        return plain if len(plain) <= _LONGEST_PLAIN else self.with_repetitions()
 
 
 ScheduleLike = str | SupportsIndex | Iterable[int] | IterationSchedule

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.reports import ClaimsResult, ReportResult, claims, report
-    from orchestrator.pipelines.sweeps import PlannedSweep, SweepResult, plan_sweep, sweep
+    from orchestrator.pipelines.sweeps import SweepPlan, SweepResult, plan_sweep, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.pipelines.training import (
         DistillResult,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     )
     from orchestrator.records.trial import Trial
     from orchestrator.settings import Settings, read_settings
-    from orchestrator.sweeping.plan import SweepModel
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
     from orchestrator.workspace.layout import Workspace
@@ -57,7 +56,7 @@ _MODULES = {
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
     "pipelines.reports": "ClaimsResult ReportResult claims report",
-    "pipelines.sweeps": "PlannedSweep SweepResult plan_sweep sweep",
+    "pipelines.sweeps": "SweepPlan SweepResult plan_sweep sweep",
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "
@@ -65,7 +64,6 @@ _MODULES = {
     ),
     "records.trial": "Trial",
     "settings": "Settings read_settings",
-    "sweeping.plan": "SweepModel",
     "terminal.progress": "Progress terminal_progress",
     "workspace.errors": "Interrupted RunFailed UserError",
     "workspace.layout": "Workspace",
@@ -75,13 +73,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BenchmarkResult", "ClaimsResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
-    "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PlannedSweep",
-    "PretrainResult", "Progress", "ReportResult", "RunFailed", "Settings", "SweepModel",
-    "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark", "claims",
-    "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
-    "measure_influence", "pick", "plan_distill", "plan_evaluate", "plan_pick", "plan_pretrain",
-    "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep", "sync",
-    "terminal_progress",
+    "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PretrainResult",
+    "Progress", "ReportResult", "RunFailed", "Settings", "SweepPlan", "SweepResult", "TrainingPlan",
+    "Trial", "UserError", "Workspace", "benchmark", "claims", "distill", "evaluate", "export",
+    "generate", "generate_stream", "import_model", "measure_influence", "pick", "plan_distill",
+    "plan_evaluate", "plan_pick", "plan_pretrain", "plan_sweep", "prepare", "pretrain",
+    "read_settings", "report", "sweep", "sync", "terminal_progress",
 ]  # fmt: skip
 """All of them, as type checkers need to read it."""
 

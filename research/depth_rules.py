@@ -8,14 +8,21 @@ depths between; then options and other methods; last, more layers. `RULES` state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
-from orchestrator import Settings, SweepModel, UserError
+from orchestrator import Settings, UserError
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ElasticSettings
-from orchestrator.sweeping.models import ModelVariant, learning_rates, model_label, settings_of
+from orchestrator.sweeping.models import (
+    ModelVariant,
+    learning_rates,
+    model_label,
+    seed_label,
+    settings_of,
+)
 
 LOOPED, PCFORMER = "looped", "pcformer"
 TWO_STAGES, REINJECTED = ", two stages", ", prediction reinjected"
@@ -58,15 +65,15 @@ class Arm:
         kept = (c if c.isalnum() else " " for c in self.name)
         return "-".join("".join(kept).split())
 
-    def model(self, *, rate: float, seed: int) -> SweepModel:
-        """Return the model as a sweep trains it."""
-        changes = {"learning_rate": rate, "seed": seed}
-        training = self.settings.training.model_copy(update=changes)
-        return SweepModel(
-            label=f"{self.name}, rate {rate:g}, seed {seed}",
-            settings=self.settings.model_copy(update={"training": training}),
-            group=f"{self.name}, rate {rate:g}",
-        )
+    def models(self, rates: Iterable[float], seeds: Iterable[int]) -> dict[str, Settings]:
+        """Return the model at each rate and under each seed, as a sweep trains it, by label."""
+        models = {}
+        for rate, seed in product(rates, seeds):
+            changes = {"learning_rate": rate, "seed": seed}
+            training = self.settings.training.model_copy(update=changes)
+            label = seed_label(f"{self.name}, rate {rate:g}", seed)
+            models[label] = self.settings.model_copy(update={"training": training})
+        return models
 
 
 def vanilla_name(num_layers: int) -> str:

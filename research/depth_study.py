@@ -48,7 +48,6 @@ from depth_rules import Arm, Choices, select_arms, study_arms
 from orchestrator import (
     RunFailed,
     Settings,
-    SweepModel,
     Trial,
     UserError,
     plan_sweep,
@@ -60,7 +59,7 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import open_data
-from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
+from orchestrator.pipelines.sweeps import SweepPlan, raise_failures
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key
@@ -146,8 +145,8 @@ class DepthStudy:
             text = "known"
             if not self._known(arm):
                 rates = arm.rates[: self.choices.num_rates]
-                models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
-                models += [arm.model(rate=r, seed=seed) for r in rates for seed in self.seeds[1:]]
+                models = arm.models(arm.rates, self.seeds[:1])
+                models |= arm.models(rates, self.seeds[1:])
                 price = self._plan(models).price
                 text = f"{price.num_trainings} trainings, {price.flops:.1e} FLOPs"
             print_line(self.session.console, f"  {arm.name}: {text}")
@@ -178,12 +177,12 @@ class DepthStudy:
         """Train what an arm still lacks, and return its result."""
         if known := self._known(arm):
             return known
-        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
+        models = arm.models(arm.rates, self.seeds[:1])
         losses = self._first_losses(self._trials(models, f"{arm.slug}-rates"))
         if more := rate_beyond(losses):
             # A single training would get all CPUs, which slows it down where others use them. So
             # the other seeds train at the best rates so far; usually these stay the best.
-            models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, losses)]
+            models = arm.models([more], self.seeds[:1]) | self._seeds_at(arm, losses)
             losses |= self._first_losses(self._trials(models, f"{arm.slug}-further-rate"))
         by_rate: dict[float, list[Trial]] = {}
         for trial in self._trials(self._seeds_at(arm, losses), f"{arm.slug}-seeds"):
@@ -202,7 +201,7 @@ class DepthStudy:
         return found if found and found.key == self._key(arm) else None
 
     def _key(self, arm: Arm) -> str:
-        models = [arm.model(rate=rate, seed=seed) for rate in arm.rates for seed in self.seeds]
+        models = arm.models(arm.rates, self.seeds)
         keys = [state.trial.key for state in self._plan(models).states]
         return content_key(keys, self.choices.num_rates)
 
@@ -211,12 +210,12 @@ class DepthStudy:
         first = [trial for trial in trials if seed_of(trial) == self.seeds[0]]
         return {rate_of(trial): trial.numbers[LOSS] for trial in first}
 
-    def _seeds_at(self, arm: Arm, losses: Mapping[float, float]) -> list[SweepModel]:
+    def _seeds_at(self, arm: Arm, losses: Mapping[float, float]) -> dict[str, Settings]:
         """Return the models of all seeds at the best rates of the first seed."""
         rates = rates_by_loss(losses)[: self.choices.num_rates]
-        return [arm.model(rate=rate, seed=seed) for rate in rates for seed in self.seeds]
+        return arm.models(rates, self.seeds)
 
-    def _trials(self, models: Sequence[SweepModel], name: str) -> Sequence[Trial]:
+    def _trials(self, models: Mapping[str, Settings], name: str) -> Sequence[Trial]:
         """Return the trials of some models, and train what is not finished."""
         finished = [state.trial.result() for state in self._plan(models).states]
         if all(finished):
@@ -231,7 +230,7 @@ class DepthStudy:
         raise_failures(result.failures)
         return result.trials
 
-    def _plan(self, models: Sequence[SweepModel]) -> PlannedSweep:
+    def _plan(self, models: Mapping[str, Settings]) -> SweepPlan:
         return plan_sweep(self.settings, workspace=self.session.workspace, models=models, name="s")
 
     def _readings(self, trial: Trial) -> CheckpointReadings:
@@ -252,7 +251,7 @@ class DepthStudy:
         }
         self.results = StudyResults(arms=arms, not_run=not_run)
         self.results.write(self.folder / "results.json")
-        some = [self.arms[0].model(rate=1e-3, seed=0)]
+        some = self.arms[0].models([1e-3], [0])
         length = self._plan(some).states[0].trial.model.context_length
         copied = copying_accuracy(open_data(self.tokens), length)
         text = study_markdown(self.results, self.choices, self.settings, copied=copied)

@@ -32,7 +32,6 @@ from pathlib import Path
 
 from orchestrator import (
     Settings,
-    SweepModel,
     SweepResult,
     Trial,
     UserError,
@@ -56,6 +55,7 @@ from orchestrator.sweeping.models import (
     has_counts,
     learning_rates,
     model_label,
+    seed_label,
     settings_of,
     swept_variants,
 )
@@ -249,23 +249,19 @@ class IiadStudy:
         *,
         seeds: Sequence[int],
         num_steps: Mapping[str, int] | None = None,
-    ) -> list[SweepModel]:
-        """Return the models of a phase: variants at rates, under seeds, for a number of steps."""
-        found = []
+    ) -> dict[str, Settings]:
+        """Return the models of a phase by label: variants at rates, under seeds, for a number of
+        steps."""
+        models = {}
         for name, own in rates.items():
             steps = (num_steps or {}).get(name, self.settings.training.num_steps)
             for rate, seed in product(own, seeds):
-                settings = self._settings(name, learning_rate=rate, seed=seed, num_steps=steps)
                 label = f"{name}, rate {rate:g}"
-                several = len(seeds) > 1
-                found.append(
-                    SweepModel(
-                        label=f"{label}, seed {seed}" if several else label,
-                        settings=settings,
-                        group=label if several else None,
-                    )
-                )
-        return found
+                if len(seeds) > 1:
+                    label = seed_label(label, seed)
+                recipe = {"learning_rate": rate, "seed": seed, "num_steps": steps}
+                models[label] = self._settings(name, **recipe)
+        return models
 
     def _settings(self, name: str, **recipe: float) -> Settings:
         return _with(settings_of(self.settings, self.variants[name]), training=recipe)
@@ -280,7 +276,7 @@ class IiadStudy:
             flops[name] = math.fsum(map(flops_per_token_by_step(job), range(steps))) / steps
         return {name: round(steps * max(flops.values()) / own) for name, own in flops.items()}
 
-    def _sweep(self, phase: str, models: Sequence[SweepModel]) -> Sequence[Trial]:
+    def _sweep(self, phase: str, models: Mapping[str, Settings]) -> Sequence[Trial]:
         found = sweep(
             self.settings,
             workspace=self.session.workspace,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.trial import EarlyStop, Trial
+from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.plan import asha_rule
 from orchestrator.workspace.layout import STOPPED_NAME
 
 
@@ -32,7 +31,7 @@ def with_accuracy(trial: Trial, device: str = "cpu") -> Trial:
 def stop_early(trial: Trial, rival: Trial, sweep: SweepSettings, step: int) -> EarlyStop:
     """Store that ASHA has stopped a trial at a step, because of another one."""
     stop = EarlyStop(
-        rule=asha_rule(sweep),
+        rule=AshaRule.of(sweep),
         step=step,
         num_steps=trial.job.recipe.num_steps,
         competitor=rival.label,

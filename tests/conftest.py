@@ -249,7 +249,7 @@ def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
 
 @pytest.fixture
 def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
-    """A `SweepPlan`: a trained teacher and its students of 40 steps each, which have not run."""
+    """A `SweepTrials`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.pruning import InfluenceTable
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings

@@ -12,6 +12,7 @@ import pytest
 from orchestrator.evaluation import decode_timing
 from orchestrator.records.trial import Trial
 from orchestrator.sweeping import run
+from orchestrator.sweeping.states import SweepRun
 from orchestrator.sweeping.trial import run_trial
 
 
@@ -21,12 +22,14 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
     Times per token are measured with few tokens.
     """
 
-    def run_trials(_: Any, trials: run.SweepQueue, *__: Any, **___: Any) -> None:
+    def run_trials(
+        _: Any, trials: SweepRun, *__: Any, watch: Callable[[], None], **___: Any
+    ) -> None:
         while not trials.is_over:
             trial = trials.take()
             assert trial is not None, "no trial of these waits for another process"
             trials.on_start(trial.key)
-            trials.watch()
+            watch()
             ended = end(trial)
             if isinstance(ended, Trial):
                 trials.on_end(trial.key, ended, "")

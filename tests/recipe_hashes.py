@@ -49,7 +49,7 @@ SECTIONS = (
 """Sections of the settings that say what is trained and measured."""
 ADDED = (
     "training.sequence_length", "distillation.training.sequence_length",
-    "evaluation.sequence_length",
+    "evaluation.sequence_length", "data.chat_template", "data.passage_characters",
     "training.gate_rate_factor", "distillation.training.gate_rate_factor",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data.text import read_documents, text_source
 from orchestrator.data.tokenize import write_text
@@ -30,6 +31,17 @@ def tokens_of(
     file.write_text(lines_of(texts), encoding="utf-8")
     data = DataSettings(source="files", files=(str(file),), **settings)
     return write_text(data, folder, "key", Progress(), given)
+
+
+def add_opening(path: Path) -> None:
+    """Let a `tokenizer.json` put a token <s> before every text, as Llama 3's does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<s>"])
+    opening = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[opening]
+    )
+    tokenizer.save(str(path))
 
 
 def help_texts(num: int) -> list[str]:

@@ -24,8 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar
 
@@ -34,25 +32,22 @@ import torch
 from orchestrator.cluster.places import Placement, Signal, job_placement, worker_device
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
-from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.render import join_names
 from orchestrator.terminal.stop import (
     POLL_SECONDS,
-    run_interruptibly,
+    start_thread,
+    stop_on_signals,
     stop_requested,
     stop_when,
-    wait_interruptibly,
+    wait_for_work,
 )
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.trainer import Report, run_job
 from orchestrator.training.watching import JournalReader
-from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.journal import VALIDATION_METRIC
-from orchestrator.workspace.layout import STOPPED_NAME
 
 # isort: split
 # After our own modules; imported within `ray_cluster`, which sets the environment that Ray reads.
@@ -80,8 +75,8 @@ logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERRO
 
 
 class TrialQueue(Protocol):
-    """The trials of a sweep, in the order in which they start. Tune's thread calls the first five,
-    the thread of `run_trials` the others.
+    """The trials of a sweep, in the order in which they start. Only Tune's thread calls what
+    changes it.
     """
 
     @property
@@ -98,74 +93,118 @@ class TrialQueue(Protocol):
     def on_start(self, key: str) -> None:
         """Note that a trial has started."""
 
+    def on_early_stop(self, key: str, stop: EarlyStop) -> None:
+        """Note that ASHA ends a trial, which saves its state before it ends."""
+
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
         """Note how a trial ended: with a result, an error, or unfinished without either."""
 
     def start_again(self, reason: str) -> None:
-        """Put the trials back that were taken and have not ended, and say why; Tune has ended."""
-
-    def watch(self) -> None:
-        """Called a few times a second."""
-
-    def saved(self) -> str:
-        """Say what is finished and saved; called after a signal."""
+        """Put the trials back that were taken and have not ended, and note why; Tune has ended."""
 
     def begin_saving(self) -> bool:
         """Say what the running trials save, and return whether there are any; called after a
-        signal."""
+        signal, in the main thread."""
+
+    def saved(self) -> str:
+        """Say what is finished and saved; called after a signal, in the main thread."""
 
 
-@dataclass(frozen=True)
+class StopRequests:
+    """Keys of the trials that ASHA asks to end. An actor of Ray holds them, so that trials on all
+    nodes hear of it."""
+
+    def __init__(self) -> None:
+        """Start the actor; it ends with the last copy of this object."""
+        self._actor: Any = ray.remote(num_cpus=0)(_Keys).remote()
+
+    def ask(self, key: str) -> None:
+        """Ask a trial to end; returns when it can hear that."""
+        ray.get(self._actor.add.remote(key))
+
+    def is_asked(self, key: str) -> bool:
+        """Return whether a trial was asked to end."""
+        answer: bool = ray.get(self._actor.contains.remote(key))
+        return answer
+
+
+class _Keys:
+    """What the actor runs."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def add(self, key: str) -> None:
+        self._keys.add(key)
+
+    def contains(self, key: str) -> bool:
+        return key in self._keys
+
+
 class TrialPlace:
-    """Where a trial runs."""
+    """Where a trial runs under Tune, and what ASHA has decided about it."""
 
-    placement: Placement
-    cluster: ClusterSettings
-    """How the trial's workers share a model."""
+    def __init__(
+        self,
+        trial: Trial,
+        placement: Placement,
+        cluster: ClusterSettings,
+        stops: StopRequests | None = None,
+    ) -> None:
+        """Name the place.
 
-    @property
-    def device(self) -> str:
+        Args:
+            cluster: How the trial's workers share a model.
+            stops: Requests of ASHA; None if no trials compete.
+        """
+        self.placement = placement
+        self.num_workers = placement.workers
+        self.device = worker_device(use_gpu=placement.use_gpu and placement.workers == 1)
         """Device of the trial's own process."""
-        return worker_device(use_gpu=self.placement.use_gpu and self.placement.workers == 1)
+        self._key = trial.key
+        self._cluster = cluster
+        self._stops = stops
+        self._is_beaten = False
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Report a validation loss to Tune; returns when its scheduler has decided."""
+        """Report a validation loss to Tune, and hear whether the trial goes on."""
         if VALIDATION_METRIC in numbers:
+            # This returns when the scheduler has decided.
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
+            self._is_beaten = self._stops is not None and self._stops.is_asked(self._key)
 
-    def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
-        """Train a job here, or on the trial's workers, whose first one writes losses; as `run_job`.
+    def is_beaten(self) -> bool:
+        """Return whether the last report has ended the trial early."""
+        return self._is_beaten
+
+    def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
+        """Train a job on the trial's workers, and report what their journal says; as `run_job`.
 
         If a worker dies, the trial fails and is tried again, from its newest checkpoint.
         """
-        num_workers = self.placement.workers
-        if num_workers == 1:
-            world = World(device=self.device)
-            with out_of_memory_explained(job, world):
-                return run_job(job, world=world, report=report)
         if outcome := finished_outcome(job):
             return outcome
-        tail = JournalReader(job.folder)
-        tail.read()  # What is there already was reported before.
-        shards = self.cluster.shards_of(num_workers)
-        cluster = self.cluster.model_copy(update={"num_shards": shards, "max_failures": 0})
+        journal = JournalReader(job.folder)
+        journal.read()  # What is there already was reported before.
+        changes = {"num_shards": self._cluster.shards_of(self.num_workers), "max_failures": 0}
+        cluster = self._cluster.model_copy(update=changes)
         run = JobRun(job, self.placement, cluster, Signal())
         with ThreadPoolExecutor(1) as pool:
             training = pool.submit(run.fit)
             while not training.done():
                 wait((training,), timeout=POLL_SECONDS)
-                for record in tail.read():
-                    if report and record["kind"] == "metrics":
-                        report(record["step"], record["values"])
+                for record in journal.read():
+                    if record["kind"] == "metrics":
+                        self.report(record["step"], record["values"])
                 if stop_requested():
                     run.stop.send()
         training.result()
-        unfinished = TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
+        unfinished = TrainingOutcome(checkpoint=None, step=journal.step, finished=False)
         return finished_outcome(job) or unfinished
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
-        if self.placement.workers == 1 or not self.placement.use_gpu:
+        if self.num_workers == 1 or not self.placement.use_gpu:
             return work(self.device)
         # The trial's own process has no GPU: its workers had them, and have ended.
         cpus = self.placement.cpus
@@ -189,7 +228,8 @@ def run_trials(
     cluster: ClusterSettings,
     *,
     num_trials: int,
-    scheduler: AshaByModel | None = None,
+    competitors: Sequence[Sequence[Trial]] = (),
+    watch: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the trials of a queue under Ray Tune, as many at the same time as fit.
 
@@ -201,7 +241,8 @@ def run_trials(
     Args:
         storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
         num_trials: Trials that can start at once; on CPUs, they share all of them.
-        scheduler: Gets the validation losses.
+        competitors: For each model with several learning rates, its trials; ASHA ends the worse.
+        watch: Called a few times a second in this thread.
 
     Raises:
         UserError: If there are too few CPUs or GPUs for one trial.
@@ -219,89 +260,103 @@ def run_trials(
         )
         logger.info("trials: %s", placement)
         stop = Signal()
+        stops = StopRequests() if competitors else None
+        scheduler = AshaByModel(AshaRule.of(sweep), competitors, queue, stops)
         trainable = tune.with_parameters(
-            _run_in_tune, function=function, place=TrialPlace(placement, cluster), stop=stop
+            _run_in_tune,
+            function=function,
+            placement=placement,
+            cluster=cluster,
+            stop=stop,
+            stops=stops,
         )
         # As many trials may wait for their processes as the queue gives.
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 
-        def fit(suggester: _Suggester, listener: _Listener) -> None:
-            tuner = tune.Tuner(
-                tune.with_resources(trainable, placement.trial_resources),
-                tune_config=tune.TuneConfig(
-                    # The same processes serve one trial after another: 1 s instead of 2 to 3.
-                    reuse_actors=True,
-                    search_alg=suggester,
-                    num_samples=-1,
-                    scheduler=scheduler,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(storage),
-                    failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
-                    callbacks=[listener],
-                    verbose=0,
-                ),
-            )
-            try:
-                tuner.fit()
-            except Exception as error:
-                if not is_memory_shortage(str(error)):
-                    raise
-                listener.shortage = str(error)
+        def run_queue() -> None:
+            for pause in (*RESTART_PAUSES_SECONDS, None):
+                suggester = _Suggester(queue, placement, sweep.trials_at_once)
+                listener = _Listener(queue, suggester)
+                tuner = tune.Tuner(
+                    tune.with_resources(trainable, placement.trial_resources),
+                    tune_config=tune.TuneConfig(
+                        # The same processes serve one trial after another: 1 s instead of 2 to 3.
+                        reuse_actors=True,
+                        search_alg=suggester,
+                        num_samples=-1,
+                        scheduler=scheduler,
+                        trial_dirname_creator=lambda trial: trial.trial_id,
+                    ),
+                    run_config=tune.RunConfig(
+                        name="tune",
+                        storage_path=str(storage),
+                        failure_config=tune.FailureConfig(
+                            max_failures=sweep.max_failures_per_trial
+                        ),
+                        callbacks=[listener],
+                        verbose=0,
+                    ),
+                )
+                try:
+                    tuner.fit()
+                except Exception as error:
+                    # A shortage that Tune notices between trials ends it.
+                    if not is_memory_shortage(str(error)):
+                        raise
+                    listener.shortage = str(error)
+                if queue.is_over or not listener.shortage or stop_requested():
+                    return
+                logger.warning("Ray ended trials: %s", listener.shortage)
+                reason = f"memory ran low ({describe_shortage(listener.shortage)})"
+                if pause is None:
+                    raise RunFailed(
+                        f"Ray ended trials {len(RESTART_PAUSES_SECONDS) + 1} times because "
+                        f"{reason}; end other programs, or set sweep.trials_at_once lower, and run "
+                        "the same command again to resume"
+                    )
+                queue.start_again(f"Ray ended trials because {reason}; what is left starts again")
+                shutil.rmtree(storage, ignore_errors=True)
+                over_at = time.monotonic() + pause
+                while time.monotonic() < over_at and not stop_requested():
+                    time.sleep(POLL_SECONDS)
 
-        def ask_to_stop(suggester: _Suggester) -> bool:
-            suggester.is_stopping = True
+        def ask_to_stop() -> bool:
             stop.send()
             return queue.begin_saving()
 
-        for pause in (*RESTART_PAUSES_SECONDS, None):
-            suggester = _Suggester(queue, placement, sweep.trials_at_once)
-            listener = _Listener(queue, suggester)
-            try:
-                run_interruptibly(
-                    partial(fit, suggester, listener),
-                    ask_to_stop=partial(ask_to_stop, suggester),
-                    saved=queue.saved,
-                    watch=queue.watch,
-                )
-            finally:
-                shutil.rmtree(storage, ignore_errors=True)
-            if queue.is_over or not listener.shortage:
-                return
-            logger.warning("Ray ended trials: %s", listener.shortage)
-            reason = f"memory ran low ({describe_shortage(listener.shortage)})"
-            if pause is None:
-                raise RunFailed(
-                    f"Ray ended trials {len(RESTART_PAUSES_SECONDS) + 1} times because {reason}; "
-                    "end other programs, or set sweep.trials_at_once lower, and run the same "
-                    "command again to resume"
-                )
-            queue.start_again(f"Ray ended trials because {reason}; what is left starts again")
-            over_at = time.monotonic() + pause
-            wait_interruptibly(partial(_is_past, over_at), watch=queue.watch)
-
-
-def _is_past(when: float) -> bool:
-    return time.monotonic() >= when
+        # Tune runs in a thread of its own, because signals reach the main thread.
+        try:
+            with stop_on_signals():
+                tuning = start_thread(run_queue)
+                wait_for_work([tuning], ask_to_stop=ask_to_stop, saved=queue.saved, watch=watch)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
 
 
 def _run_in_tune(
-    config: dict[str, Any], *, function: TrialFunction, place: TrialPlace, stop: Signal
+    config: dict[str, Any],
+    *,
+    function: TrialFunction,
+    placement: Placement,
+    cluster: ClusterSettings,
+    stop: Signal,
+    stops: StopRequests | None,
 ) -> None:
-    torch.set_num_threads(place.placement.cpus * place.placement.workers)
-    result, text = None, ""
+    """Run a trial in a process of Tune, and report how it ended."""
+    torch.set_num_threads(placement.cpus * placement.workers)
+    result = None
+    reason = ""
     with stop_when(stop.is_sent):
         if not stop_requested():
+            trial = Trial.model_validate_json(config["trial"])
             try:
-                result = function(Trial.model_validate_json(config["trial"]), place)
+                result = function(trial, TrialPlace(trial, placement, cluster, stops))
             except Exception as error:
                 if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
                     raise  # Tune tries it again.
                 is_known = isinstance(error, UserError | RunFailed)
-                text = str(error) if is_known else f"{type(error).__name__}: {error}"
-    tune.report({ANSWER: json.dumps([result and result.model_dump(mode="json"), text])})
+                reason = str(error) if is_known else f"{type(error).__name__}: {error}"
+    tune.report({ANSWER: json.dumps([result and result.model_dump(mode="json"), reason])})
 
 
 class _Suggester(search.Searcher):  # type: ignore[misc]
@@ -309,19 +364,24 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
 
     def __init__(self, queue: TrialQueue, placement: Placement, most: int | None) -> None:
         super().__init__()
-        self.is_stopping = False
-        self._queue, self._placement, self._most = queue, placement, most or math.inf
+        self.is_short_of_memory = False
+        """Whether no other trial starts until the running ones have ended."""
+        self._queue = queue
+        self._placement = placement
+        self._most = most or math.inf
 
     def __reduce__(self) -> tuple[Any, ...]:
         return search.Searcher, ()  # Tune pickles it to restore it, and nothing is restored.
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002 - trials have keys of their own
-        if self.is_stopping or self._queue.is_over:
+        if self.is_short_of_memory or stop_requested() or self._queue.is_over:
             return search.Searcher.FINISHED
         if self._queue.num_taken >= min(self._most, self._placement.num_places()):
             return None
         trial = self._queue.take()
-        return trial and {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
+        if trial is None:
+            return None
+        return {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         pass  # `_Listener` hears more of it.
@@ -337,7 +397,8 @@ class _Listener(tune.Callback):  # type: ignore[misc]
     """Tells a queue how its trials start and end. Tune calls it with keyword arguments."""
 
     def __init__(self, queue: TrialQueue, suggester: _Suggester) -> None:
-        self._queue, self._suggester = queue, suggester
+        self._queue = queue
+        self._suggester = suggester
         self._short_of_memory: set[str] = set()
         """Keys of trials that Ray has ended because memory ran low."""
         self.shortage = ""
@@ -350,8 +411,10 @@ class _Listener(tune.Callback):  # type: ignore[misc]
         self._queue.on_start(trial.config["key"])
 
     def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
-        found, error = json.loads((trial.last_result or {}).get(ANSWER, '[null, ""]'))
-        self._queue.on_end(trial.config["key"], found and Trial.model_validate(found), error)
+        # A trial that Tune ended itself has reported no answer.
+        answer = (trial.last_result or {}).get(ANSWER, '[null, ""]')
+        result, error = json.loads(answer)
+        self._queue.on_end(trial.config["key"], result and Trial.model_validate(result), error)
 
     def on_trial_recover(self, *_: Any, trial: Any, **__: Any) -> None:
         self._look_for_shortage(trial)
@@ -367,7 +430,7 @@ class _Listener(tune.Callback):  # type: ignore[misc]
         text = str(_trial_error(trial))
         if is_memory_shortage(text):
             self._short_of_memory.add(trial.config["key"])
-            self._suggester.is_stopping = True
+            self._suggester.is_short_of_memory = True
             self.shortage = text
 
 
@@ -411,22 +474,40 @@ def describe_shortage(text: str) -> str:
 class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
     """Asynchronous successive halving (ASHA; Li et al., MLSys 2020), one bracket per model.
 
-    Only learning rates of the same model compete. A worse trial is not killed: the reason is
-    written into its folder, where it looks after each validation; it saves its state and returns,
-    so its workers and its lock are free.
+    Only learning rates of the same model compete. Tune would kill a worse trial; here it is asked
+    to end, saves its state and returns, so its workers and its lock are free.
     """
 
-    def __init__(self, rule: AshaRule, models: Sequence[Sequence[Trial]]) -> None:
-        """Prepare a bracket for each model; `models` are its trials."""
+    def __init__(
+        self,
+        rule: AshaRule,
+        models: Sequence[Sequence[Trial]],
+        queue: TrialQueue,
+        stops: StopRequests | None,
+    ) -> None:
+        """Prepare a bracket for each model.
+
+        Args:
+            models: For each model, its trials; without any, nothing is ended early.
+            queue: Stores why a trial is ended.
+            stops: Carries the request to the trial.
+        """
         super().__init__()
-        self._rule, self._losses = rule, defaultdict[str, dict[int, float]](dict)
-        self._trials = {trial.key: trial for own in models for trial in own}
-        self._rivals = {trial.key: own for own in models for trial in own}
+        self._rule = rule
+        self._queue = queue
+        self._stops = stops
+        self._rivals: dict[str, Sequence[Trial]] = {}
+        """Key of a trial -> all trials of its model."""
         self._brackets: dict[str, Any] = {}
+        """Key of a trial -> Ray's ASHA for its model."""
         self._first_starts: dict[str, Any] = {}
         """Key -> Tune's trial when it first started; later starts are the same competitor."""
-        for own in models:
-            num_all = num_steps(own[0])
+        self._losses = defaultdict[str, dict[int, float]](dict)
+        """Key -> step -> validation loss."""
+        self._beaten: set[str] = set()
+        """Keys of the trials that were asked to end."""
+        for trials in models:
+            num_all = num_steps(trials[0])
             bracket = schedulers.ASHAScheduler(
                 time_attr=STEP,
                 metric=LOSS,
@@ -436,7 +517,9 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
                 reduction_factor=rule.reduction_factor,
                 stop_last_trials=False,
             )
-            self._brackets |= {trial.key: bracket for trial in own}
+            for trial in trials:
+                self._rivals[trial.key] = trials
+                self._brackets[trial.key] = bracket
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial to the bracket of its model."""
@@ -450,30 +533,47 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
 
         The reason for its end names the competitor with the lowest loss by then.
         """
-        key, loss = trial.config["key"], result.get(LOSS, math.nan)
+        key = trial.config["key"]
+        loss = result.get(LOSS, math.nan)
         # A loss that is not finite ends its training by itself.
-        if key not in self._brackets or not math.isfinite(loss):
-            return str(schedulers.TrialScheduler.CONTINUE)
-        step, num_all = result[STEP], num_steps(self._trials[key])
-        self._losses[key][step] = loss
-        first_start = self._first_starts[key]
-        decision = self._brackets[key].on_trial_result(controller, first_start, result)
-        if decision == schedulers.TrialScheduler.STOP and step < num_all:
-            rivals = {
-                rival.label: min((abs(at - step), value) for at, value in losses.items())[1]
-                for rival in self._rivals[key]
-                if (losses := self._losses.get(rival.key))
-            }
-            best = min(rivals, key=lambda label: rivals[label])
-            stop = EarlyStop(
-                rule=self._rule,
-                step=step,
-                num_steps=num_all,
-                competitor=best,
-                reason=f"its validation loss is {loss:.3f}, {best} had {rivals[best]:.3f}",
-            )
-            stop.write(Path(self._trials[key].folder) / STOPPED_NAME)
+        if key in self._brackets and math.isfinite(loss):
+            step = result[STEP]
+            self._losses[key][step] = loss
+            first_start = self._first_starts[key]
+            decision = self._brackets[key].on_trial_result(controller, first_start, result)
+            is_worse = decision == schedulers.TrialScheduler.STOP
+            # One that has died since it was asked to end, and was tried again, is asked again.
+            if is_worse or key in self._beaten:
+                self._ask_to_end(key, step)
         return str(schedulers.TrialScheduler.CONTINUE)
+
+    def _ask_to_end(self, key: str, step: int) -> None:
+        """Ask a trial to end after a step, unless that is its last one."""
+        rivals = self._rivals[key]
+        num_all = num_steps(rivals[0])
+        if step >= num_all:
+            return
+        # The loss of each rival at the step that is nearest, the lower one of two.
+        rival_losses = {
+            rival.label: min((abs(at - step), loss) for at, loss in losses.items())[1]
+            for rival in rivals
+            if rival.key != key and (losses := self._losses.get(rival.key))
+        }
+        best = min(rival_losses, key=lambda label: rival_losses[label])
+        stop = EarlyStop(
+            rule=self._rule,
+            step=step,
+            num_steps=num_all,
+            competitor=best,
+            reason=(
+                f"its validation loss is {self._losses[key][step]:.3f}, "
+                f"{best} had {rival_losses[best]:.3f}"
+            ),
+        )
+        self._beaten.add(key)
+        self._queue.on_early_stop(key, stop)
+        if self._stops:
+            self._stops.ask(key)
 
 
 def num_steps(trial: Trial) -> int:

@@ -125,6 +125,8 @@ class MixtureStore(PreparedData):
 
         shape = (len(positions), context_length)
         ids, targets, sources = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+        has_prompts = any(text.train_targets is not None for text in self.texts)
+        mask = torch.ones(shape, dtype=torch.bool) if has_prompts else None
         parts = self.order.split(positions, content_number("mixture", seed))
         for number, (data, (own, numbers)) in enumerate(
             zip(self.sources.values(), parts, strict=True)
@@ -132,9 +134,11 @@ class MixtureStore(PreparedData):
             rows = torch.from_numpy(own)
             part = data.sequences(numbers, context_length=context_length, seed=seed)
             ids[rows], targets[rows], sources[rows] = part.input_ids, part.targets, number
+            if mask is not None and part.mask is not None:
+                mask[rows] = part.mask
         # A teacher has nothing to say about the padding of depth tasks.
         is_text = len(self.texts) == len(self.sources)
-        return Batch(ids, targets, is_text=is_text, sources=sources)
+        return Batch(ids, targets, mask, is_text=is_text, sources=sources)
 
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
 TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME = "train.bin", "validation.bin", "validation.jsonl"
+TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME = "train_targets.bin", "validation_targets.bin"
+"""Of text with prompts: a byte for each token, 1 where it is a target."""
 FORMAT_VERSION = 1
 
 
@@ -158,6 +160,10 @@ class TokenStore(PreparedData):
     """Flat training tokens, each document ends with the end-of-text token."""
     validation: np.ndarray
     """Flat validation tokens, in the same form."""
+    train_targets: np.ndarray | None = None
+    """Whether each training token is a target; None: all are."""
+    validation_targets: np.ndarray | None = None
+    """Likewise for validation tokens."""
 
     def validation_texts(self) -> Iterator[str]:
         """Yield the held-out documents."""
@@ -195,8 +201,11 @@ class TokenStore(PreparedData):
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         from iiet.batch import Batch
 
-        order = WindowOrder(len(self.train), context_length, seed)
-        return Batch.of_text(gather(self.train, order.starts(positions), context_length))
+        starts = WindowOrder(len(self.train), context_length, seed).starts(positions)
+        mask = None
+        if self.train_targets is not None:
+            mask = gather(self.train_targets, starts, context_length)
+        return Batch.of_text(gather(self.train, starts, context_length), mask)
 
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int
@@ -209,8 +218,11 @@ class TokenStore(PreparedData):
         wanted = min(max(1, num_tokens // context_length), available)
         starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
         for first in range(0, wanted, batch_size):
-            rows = gather(self.validation, starts[first : first + batch_size], context_length)
-            yield Batch.of_text(rows)
+            of_batch = starts[first : first + batch_size]
+            mask = None
+            if self.validation_targets is not None:
+                mask = gather(self.validation_targets, of_batch, context_length)
+            yield Batch.of_text(gather(self.validation, of_batch, context_length), mask)
 
 
 def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
@@ -236,7 +248,13 @@ def open_tokens(folder: Path | str) -> TokenStore:
     train, validation = (
         np.memmap(folder / name, dtype=dtype, mode="r") for name in (TRAIN_NAME, VALIDATION_NAME)
     )
-    return TokenStore(folder, manifest, train, validation)
+    if TRAIN_TARGETS_NAME not in manifest.sizes:
+        return TokenStore(folder, manifest, train, validation)
+    train_targets, validation_targets = (
+        np.memmap(folder / name, dtype=np.bool_, mode="r")
+        for name in (TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME)
+    )
+    return TokenStore(folder, manifest, train, validation, train_targets, validation_targets)
 
 
 def finish_folder(
@@ -255,7 +273,10 @@ def finish_folder(
         texts: Of a mixture: text source -> name of its folder.
     """
     tokenizer.save(str(folder / TOKENIZER_NAME))
-    names = (TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME, TOKENIZER_NAME)
+    names = (
+        *(TRAIN_NAME, VALIDATION_NAME, TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME),
+        *(TEXTS_NAME, TOKENIZER_NAME),
+    )
     sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
     manifest = Manifest(
         fingerprint=fingerprint,

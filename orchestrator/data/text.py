@@ -3,7 +3,8 @@
 A source has shards, which threads share; a shard gives its documents always in the same order.
 Duplicates, the split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
-A record of a `.jsonl` or `.parquet` file is a document. A `.txt` file is split at `<|endoftext|>`
+A record of a `.jsonl` or `.parquet` file is a document; one of a `.jsonl` file may be a prompt with
+its completion, of which the completion alone is learned. A `.txt` file is split at `<|endoftext|>`
 marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
 text; otherwise the whole file is one document. Local files are read directly: the `datasets`
 library reads JSON in blocks, which do not tell the line of an error.
@@ -24,7 +25,9 @@ from pydoc_data.topics import topics
 from statistics import median
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from orchestrator.models.hub import require_hub
+from orchestrator.models.folder import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from orchestrator.models.hub import is_hub_name, require_hub
+from orchestrator.models.tokenizer import ModelTokenizer, tokenizer_path
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError, quoted, shortened
 from orchestrator.workspace.files import expand_user
@@ -43,15 +46,37 @@ HOLDS_NUL = "it holds NUL bytes, so it is UTF-16 or no text at all; convert it t
 """UTF-16 without a byte order mark can be valid UTF-8."""
 
 
+PAIR = ("prompt", "completion")
+"""Fields of a record that has no text."""
+
+
 class RecordError(ValueError):
     """A record does not hold the text that is wanted; says why and what to do, but not where."""
 
 
 class Document(NamedTuple):
-    """A text, stripped and valid UTF-8, and where it comes from."""
+    """A text and where it comes from."""
 
     text: str
     source: str
+    prompt_characters: int | None = None
+    """Of a prompt with its completion: the length of the prompt, with which the text begins."""
+
+    @property
+    def prompt(self) -> str:
+        """What is read and not learned; empty where all is learned."""
+        return self.text[: self.prompt_characters or 0]
+
+    @property
+    def completion(self) -> str:
+        """What is learned: all but the prompt."""
+        return self.text[self.prompt_characters or 0 :]
+
+    @property
+    def deciding_text(self) -> str:
+        """The text whose hash decides whether the document is held out: all completions of a prompt
+        are on one side."""
+        return self.prompt or self.text
 
 
 class TextSource(ABC):
@@ -78,8 +103,8 @@ class TextSource(ABC):
         return [None]
 
     @abstractmethod
-    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
-        """Yield text and origin of each document of a shard, always in the same order.
+    def documents(self, shard: Any) -> Iterator[Document]:
+        """Yield the documents of a shard as they are written, always in the same order.
 
         Equal texts count once. `data.validation_fraction` of the documents are held out, so a book
         should be several: `data.passage_characters` cuts it.
@@ -106,17 +131,20 @@ class PythonTopics(TextSource):
     def state(self) -> Any:
         return ["pydoc topics", content_key(topics)]
 
-    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - one shard
+    def documents(self, shard: Any) -> Iterator[Document]:  # noqa: ARG002 - one shard
         for name in sorted(topics):
             for passage in self._passages(topics[name]):
-                yield passage, f"topics/{name}"
+                yield Document(passage, f"topics/{name}")
 
 
 class TextFiles(TextSource):
     """The files that `data.files` names; a shard is a list of pieces (path, first, end)."""
 
     def state(self) -> Any:
-        return ["files", _stamps({str(path): path for path in find_files(self.settings)})]
+        files = {str(path): path for path in find_files(self.settings)}
+        if self.settings.chat_template:
+            files |= _template_files(self.settings.tokenizer)
+        return ["files", _stamps(files)]
 
     def shards(self) -> Sequence[Any]:
         shards: list[list[Any]] = []
@@ -130,11 +158,23 @@ class TextFiles(TextSource):
                 size += num_bytes
         return shards
 
-    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
+    def documents(self, shard: Any) -> Iterator[Document]:
         for name, first, end in shard:
-            for text in read_file(Path(name), self.settings.text_field, first, end):
-                for passage in self._passages(text):
-                    yield passage, Path(name).name
+            for document in read_file(Path(name), self.settings.text_field, first, end):
+                if document.prompt_characters is None:
+                    for passage in self._passages(document.text):
+                        yield document._replace(text=passage)
+                elif self._chat is None:
+                    yield document
+                else:
+                    yield _as_chat(document, self._chat)
+
+    @cached_property
+    def _chat(self) -> ModelTokenizer | None:
+        """What writes prompts and completions as a chat; None unless that is asked for."""
+        if not self.settings.chat_template:
+            return None
+        return ModelTokenizer(tokenizer_path(self.settings.tokenizer).parent)
 
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in find_files(self.settings))
@@ -157,14 +197,14 @@ class HubDataset(TextSource):
     def shards(self) -> Sequence[Any]:
         return range(self._stream.num_shards)
 
-    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
+    def documents(self, shard: Any) -> Iterator[Document]:
         number = 0
         try:
             for record in self._stream.shard(num_shards=self._stream.num_shards, index=shard):
                 number += 1
                 text = record_text(record, self.settings.text_field)
                 for passage in self._passages(text):
-                    yield passage, self._name
+                    yield Document(passage, self._name)
         except RecordError as error:
             raise UserError(f"{self._name}, record {number} of shard {shard}: {error}") from None
         except Exception as error:  # the hub's client raises dozens of kinds
@@ -227,16 +267,20 @@ def source_state(settings: DataSettings) -> Any:
 
 
 def read_documents(source: TextSource, shard: Any) -> Iterator[Document]:
-    """Yield the documents of a shard that are not empty.
+    """Yield the documents of a shard that are not empty, as valid UTF-8.
+
+    Texts are stripped; the spaces between a prompt and its completion belong to them and stay.
 
     Raises:
         UserError: If a file is missing, unreadable or of an unknown kind, `text_field` is wrong, or
             the hub cannot be reached.
     """
-    for text, origin in source.documents(shard):
-        # JSON can hold lone surrogates, which UTF-8 cannot.
-        if data := text.strip().encode("utf-8", "replace"):
-            yield Document(data.decode("utf-8"), origin)
+    for document in source.documents(shard):
+        is_pair = document.prompt_characters is not None
+        text = document.text if is_pair else document.text.strip()
+        # JSON can hold lone surrogates, which UTF-8 cannot. Each is replaced by one character.
+        if data := text.encode("utf-8", "replace"):
+            yield document._replace(text=data.decode("utf-8"))
 
 
 # Files
@@ -294,7 +338,9 @@ def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
         yield 0, None, size
 
 
-def read_file(path: Path, text_field: str, first: int = 0, end: int | None = None) -> Iterator[str]:
+def read_file(
+    path: Path, text_field: str, first: int = 0, end: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of one file, or of those lines or row groups that begin in a range.
 
     Args:
@@ -313,13 +359,15 @@ def read_file(path: Path, text_field: str, first: int = 0, end: int | None = Non
             text = path.read_text(encoding="utf-8-sig")
             if "\0" in text:
                 raise RecordError(HOLDS_NUL)
-            yield from split_text_file(text)
+            for document in split_text_file(text):
+                yield Document(document, path.name)
         elif path.suffix == ".parquet":
-            yield from _read_parquet(path, text_field, first, end)
+            for text in _read_parquet(path, text_field, first, end):
+                yield Document(text, path.name)
         else:
             for position, line in _read_lines(path, first, end):
                 record = json.loads(line.decode("utf-8" if position else "utf-8-sig"))
-                yield record_text(record, text_field)
+                yield _record_document(record, text_field, path.name)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -399,6 +447,55 @@ def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> I
         raise UserError(f"{path}, row {number}: {error}") from None
 
 
+def _record_document(record: Any, text_field: str, source: str) -> Document:
+    """Return the document of a record: its text, or its prompt with its completion."""
+    is_pair = isinstance(record, dict) and text_field not in record and {*PAIR} <= record.keys()
+    if not is_pair:
+        return Document(record_text(record, text_field), source)
+    prompt, completion = (record_text(record, name) for name in PAIR)
+    if not completion.strip():
+        raise RecordError("the field 'completion' is empty; write what is to be learned")
+    return Document(prompt + completion, source, len(prompt))
+
+
+def _as_chat(document: Document, tokenizer: ModelTokenizer) -> Document:
+    """Return a prompt with its completion as a chat template writes question and answer.
+
+    Raises:
+        UserError: If the model has no template, or it writes an answer elsewhere than at the end.
+    """
+    question = [{"role": "user", "content": document.prompt}]
+    answer = {"role": "assistant", "content": document.completion}
+    opening = tokenizer.chat(question)
+    text = tokenizer.chat([*question, answer], opens_answer=False)
+    if not text.startswith(opening):
+        raise UserError(
+            "data.chat_template=true: the chat template of data.tokenizer writes a question in "
+            "another way when an answer follows; leave it out, and write prompts as the model "
+            "reads them"
+        )
+    return Document(text, document.source, len(opening))
+
+
+def _template_files(tokenizer: str) -> dict[str, Path]:
+    """Return the local files that may hold the chat template of `data.tokenizer`.
+
+    Raises:
+        UserError: If the tokenizer is one that has no chat template.
+    """
+    if tokenizer == "train":
+        raise UserError(
+            "data.chat_template=true needs data.tokenizer, the folder of a model with a chat "
+            "template; a trained tokenizer has none"
+        )
+    if is_hub_name(tokenizer):
+        return {}
+    path = expand_user(tokenizer)
+    folder = path if path.is_dir() else path.parent
+    files = {name: folder / name for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE)}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
 def record_text(record: Any, text_field: str) -> str:
     """Return the text of a record.
 
@@ -412,7 +509,8 @@ def record_text(record: Any, text_field: str) -> str:
     if text_field not in record:
         raise RecordError(
             f"there is no field {text_field!r} but {', '.join(map(repr, record)) or 'none at all'};"
-            " correct it, or name the field with the text by --set data.text_field=NAME"
+            " correct it, or name the field with the text by --set data.text_field=NAME; lines of "
+            "JSON may have 'prompt' and 'completion' instead"
         )
     text = record[text_field]
     if not isinstance(text, str):

@@ -31,7 +31,9 @@ from tokenizers import Tokenizer
 from orchestrator.data.store import (
     TEXTS_NAME,
     TRAIN_NAME,
+    TRAIN_TARGETS_NAME,
     VALIDATION_NAME,
+    VALIDATION_TARGETS_NAME,
     SplitCounts,
     finish_folder,
     is_complete,
@@ -67,6 +69,8 @@ RECORD = np.dtype(
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
 _PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
 _TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
+_PROMPTS = "prompts.npy"
+"""Of a shard with prompts: how many tokens each document begins with that are no targets."""
 
 Report = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
@@ -166,11 +170,11 @@ def sample_texts(
         UserError: If the source cannot be read, or is empty.
     """
     source = source or text_source(settings)
-    read: list[str] = []
+    read: list[Document] = []
     size = 0
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
     for document, _ in islice(_first_of_their_kind(documents), settings.max_documents):
-        read.append(document.text)
+        read.append(document)
         size += len(document.text)
         if len(read) >= FEW_DOCUMENTS and size >= num_characters:
             break
@@ -180,16 +184,23 @@ def sample_texts(
         )
     fraction = settings.validation_fraction
     if 1 < len(read) < FEW_DOCUMENTS:
-        smallest = min(_place_in_split(text) for text in read)
+        smallest = min(_place_in_split(document.deciding_text) for document in read)
         fraction = max(fraction, math.nextafter(smallest, 1.0))
-    return (text for text in read if not is_validation(text, fraction)), fraction
+    trained = (
+        document.text for document in read if not is_validation(document.deciding_text, fraction)
+    )
+    return trained, fraction
 
 
 def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
     # With their hashes. Over one shard: those of all are compared at the end.
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        content = document.text.encode()
+        if document.prompt_characters is not None:
+            # The same text with another prompt teaches something else. Text holds no NUL.
+            content += f"\0{document.prompt_characters}".encode()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         if digest[:8] not in seen:
             seen.add(digest[:8])
             yield document, digest
@@ -236,22 +247,36 @@ class ShardWriter:
         read = _first_of_their_kind(read_documents(self._source, self.plan.shards[number]))
         documents = islice(read, self.plan.settings.max_documents)
         records: list[tuple[int, int, int, int, bool]] = []
+        prompts: list[int] = []
         with new_folder(self.shards[number]) as filling:
             with (
                 (filling / _TOKENS).open("wb") as tokens,
                 (filling / _TEXTS).open("w", encoding="utf-8") as texts,
             ):
                 while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-                    encodings = self._tokenizer.encode_batch_fast(
-                        [document.text for document, _ in batch], add_special_tokens=False
+                    # A prompt is encoded by itself: so the model reads it when it answers.
+                    of_prompts, of_completions = (
+                        self._tokenizer.encode_batch_fast(
+                            [getattr(document, part) for document, _ in batch],
+                            add_special_tokens=False,
+                        )
+                        for part in ("prompt", "completion")
                     )
                     num_tokens = 0
                     num_bytes = 0
-                    for (document, digest), encoding in zip(batch, encodings, strict=True):
+                    for (document, digest), prompt, completion in zip(
+                        batch, of_prompts, of_completions, strict=True
+                    ):
+                        start = opening
+                        if document.prompt_characters is not None:
+                            # A chat template may have written the opening tokens.
+                            is_open = prompt.ids[: len(opening)] == opening
+                            start = prompt.ids if is_open else [*opening, *prompt.ids]
                         # Not what the tokenizer puts after a text: some put nothing, some two ends.
-                        ids = [*opening, *encoding.ids, end]
+                        ids = [*start, *completion.ids, end]
+                        prompts.append(0 if document.prompt_characters is None else len(start))
                         tokens.write(np.array(ids, dtype).tobytes())
-                        is_held_out = is_validation(document.text, self.plan.fraction)
+                        is_held_out = is_validation(document.deciding_text, self.plan.fraction)
                         if is_held_out:
                             row = {"text": document.text, "source": document.source}
                             texts.write(json.dumps(row) + "\n")
@@ -262,7 +287,11 @@ class ShardWriter:
                         num_bytes += size
                     report(num_tokens, num_bytes)
             np.save(filling / _RECORDS, np.array(records, RECORD))
-            sums = {name: file_digest(filling / name) for name in (_TOKENS, _TEXTS, _RECORDS)}
+            names = [_TOKENS, _TEXTS, _RECORDS]
+            if any(prompts):
+                np.save(filling / _PROMPTS, np.array(prompts, "<u4"))
+                names.append(_PROMPTS)
+            sums = {name: file_digest(filling / name) for name in names}
             write_json(filling / _SUMS, sums)
 
 
@@ -403,6 +432,13 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
     if plan.settings.max_documents is not None:
         is_kept &= np.cumsum(is_kept) <= plan.settings.max_documents
     kept = np.split(is_kept, np.cumsum([len(some) for some in records])[:-1])
+    prompts = [
+        np.load(shard / _PROMPTS) if (shard / _PROMPTS).exists() else np.zeros(len(of_shard), "<u4")
+        for shard, of_shard in zip(shards, records, strict=True)
+    ]
+    has_prompts = any(
+        of_shard[chosen].any() for of_shard, chosen in zip(prompts, kept, strict=True)
+    )
     sides = {False: SplitCounts(), True: SplitCounts()}
     documents = hashlib.sha256()
     for some, chosen in zip(records, kept, strict=True):
@@ -412,6 +448,9 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
             counts.documents += len(own)
             counts.tokens += int(own["tokens"].sum(dtype=np.int64))
             counts.bytes += int(own["bytes"].sum(dtype=np.int64))
+    if has_prompts:
+        for of_shard, chosen in zip(prompts, kept, strict=True):
+            documents.update(of_shard[chosen].tobytes())
     train, validation = sides.values()
     num_documents = train.documents + validation.documents
     if num_documents == 1:
@@ -450,9 +489,24 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
                         for out, side in ((train_file, False), (validation_file, True)):
                             own = flags & (some["held_out"] == side)
                             out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
+        if has_prompts:
+            for name, side in ((TRAIN_TARGETS_NAME, False), (VALIDATION_TARGETS_NAME, True)):
+                with (filling / name).open("wb") as file:
+                    for of_shard, chosen, lengths in zip(records, kept, prompts, strict=True):
+                        own = chosen & (of_shard["held_out"] == side)
+                        file.write(_is_target(of_shard["tokens"][own], lengths[own]).tobytes())
         settings = plan.settings.read_by_source()
         finish_folder(filling, fingerprint, settings, tokenizer, train=train, validation=validation)
     return final
+
+
+def _is_target(num_tokens: np.ndarray, num_prompt_tokens: np.ndarray) -> np.ndarray:
+    """Return for each token of some documents whether it is a target: it follows the prompt."""
+    ends = np.cumsum(num_tokens, dtype=np.int64)
+    starts = np.repeat(ends - num_tokens, num_tokens)
+    place_in_document = np.arange(len(starts)) - starts
+    is_target: np.ndarray = place_in_document >= np.repeat(num_prompt_tokens, num_tokens)
+    return is_target
 
 
 def first_occurrences(keys: np.ndarray) -> np.ndarray:

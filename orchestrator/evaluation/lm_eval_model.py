@@ -132,6 +132,13 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        if self.text.loaded is None:
+            # Without context lm-eval puts the end of a text, where a document's opening may follow.
+            opening = list(self.text.encode_document(""))
+            requests = [
+                (text, opening if text and not text[0] else context, continuation)
+                for text, context, continuation in requests
+            ]
         groups: defaultdict[tuple[bool, tuple[int, ...], int], list[int]] = defaultdict(list)
         for number, (_text, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:

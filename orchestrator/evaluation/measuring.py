@@ -17,7 +17,7 @@ from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, Suite
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision
-from orchestrator.models.tokenizer import check_template
+from orchestrator.models.tokenizer import check_template, trained_opening
 from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
@@ -167,13 +167,20 @@ class ModelMeasurer:
 
     def _keys(self, suite: Suite) -> dict[str, str]:
         limit = self._conditions.limit
-        return {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
+        # Keys without opening tokens are those of earlier versions, which added none.
+        opening = [self._opening] if self._opening else []
+        return {name: self._key(suite.fingerprint(name), limit, *opening) for name in suite.tasks}
 
-    def _key(self, what: str, limit: int | None = None) -> str:
+    @cached_property
+    def _opening(self) -> list[int]:
+        return trained_opening(self._model.text_folder)
+
+    def _key(self, what: str, limit: int | None = None, *others: Any) -> str:
         # A length that is the context's is absent, so that keys are those of earlier versions.
         is_usual = self.sequence_length == self._model.context_length
         length = [] if is_usual else [self.sequence_length]
-        return content_key("evaluation", [*self._model.key, self.precision], what, limit, *length)
+        others = (*length, *others)
+        return content_key("evaluation", [*self._model.key, self.precision], what, limit, *others)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -211,7 +218,7 @@ class ModelMeasurer:
         model, prompts = self._model, suite.prompts or Prompts()
         model_args: dict[str, object] = {"dtype": self.precision}
         if model.config is not None and facts_of(model.config.method).has_corrections:
-            model_args["schedule"] = ",".join(map(str, model.config.corrections))
+            model_args["schedule"] = str(model.config.corrections)
         return {
             "config": {
                 "model": model.architecture,

@@ -47,13 +47,14 @@ JOB_KEY = "job"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 StoredPrecision = Literal["fp32", "bf16", "fp16"]
 """Types that weights are stored in."""
 _SAFETENSORS_NAMES: dict[str, StoredPrecision] = {"BF16": "bf16", "F16": "fp16"}
 TEXT_FILES = (
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     GENERATION_CONFIG,
 )
 """Files of transformers beside `TOKENIZER` that say how a model from elsewhere reads text. One that

@@ -2,9 +2,10 @@
 
 Any text has tokens; none stands for "unknown". Training reads no held-out document, and the same
 text gives the same file. The end-of-text token ends every document, with id 0 if it is trained.
-Models that were trained here have a `tokenizer.json` and add no special tokens. A model from
-elsewhere may (one that opens every text, for example), and its published scores were measured with
-them. So transformers loads its tokenizer, from its folder, its checkpoint or its export alike.
+Models that were trained here have a `tokenizer.json`; their texts begin as their training documents
+did, with the tokenizer's opening tokens if it has any. A model from elsewhere may add other special
+tokens, too, and its published scores were measured with them. So transformers loads its tokenizer,
+from its folder, its checkpoint or its export alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ from orchestrator.models.hub import download, is_hub_name, offline
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import UserError, first_line, quoted
 from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.provenance import file_key
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -103,9 +105,26 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def opening_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the special tokens by which a tokenizer begins a text, BOS for Llama 3 and Mistral."""
+    if not tokenizer.num_special_tokens_to_add(is_pair=False):
+        return []  # Tokenizers of symbols cannot read the letter.
     encoding = tokenizer.encode("a", add_special_tokens=True)
     is_special = takewhile(bool, encoding.special_tokens_mask)
     return [token_id for token_id, _ in zip(encoding.ids, is_special, strict=False)]
+
+
+def trained_opening(folder: Path) -> list[int]:
+    """Return the `opening_ids` of a model that was trained here; none for a model from elsewhere or
+    without a tokenizer."""
+    if not (folder / TOKENIZER).is_file() or not _has_tokenizer_alone(folder):
+        return []
+    path = folder / TOKENIZER
+    return list(_opening_of_file(path, file_key(path)))
+
+
+@lru_cache(maxsize=64)
+def _opening_of_file(path: Path, digest: str) -> tuple[int, ...]:  # noqa: ARG001 - of the cache
+    """Return the `opening_ids` of a file with these contents: a sweep asks for each trial."""
+    return tuple(opening_ids(load_tokenizer(path)))
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:
@@ -140,6 +159,7 @@ class ModelTokenizer:
             self.tokenizer = load_tokenizer(tokenizer_file(path) if path.is_dir() else path)
             self.prefix_id = end_of_text_id(self.tokenizer)
             self.end_ids = frozenset({self.prefix_id})
+            self._opening = tuple(opening_ids(self.tokenizer))
             return
         self.loaded = _load(path, trust_remote_code=trust_remote_code)
         self.tokenizer = getattr(self.loaded, "backend_tokenizer", None)
@@ -157,12 +177,15 @@ class ModelTokenizer:
         self.end_ids = frozenset(ends if end is None else [*ends, int(end)])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the tokens of a text, with the special tokens that a model from elsewhere adds.
+        """Return the tokens of a text; with special tokens, as the model's texts begin.
 
         An opening token that is present is not added again.
         """
         if self.loaded is None:
-            return self._plain(text, add_special_tokens=False)
+            # Not what the tokenizer puts after a text: training documents end by themselves.
+            ids = self._plain(text, add_special_tokens=False)
+            is_opened = ids[: len(self._opening)] == self._opening
+            return ids if is_opened or not add_special_tokens else (*self._opening, *ids)
         opening = self.loaded.decode([self.prefix_id])
         wanted = add_special_tokens and not text.startswith(opening)
         return self._plain(text, add_special_tokens=wanted)
@@ -172,11 +195,10 @@ class ModelTokenizer:
 
         It follows an end of text if the tokenizer has no opening token of its own.
         """
-        encode = self._plain if self.loaded is None else self.encode
-        ids = encode(text, add_special_tokens=True)
+        ids = self.encode(text, add_special_tokens=True)
         if not self._follows_a_text:
             return ids or (self.prefix_id,)
-        plain = encode(text, add_special_tokens=False)
+        plain = self.encode(text, add_special_tokens=False)
         return ids if ids[:1] != plain[:1] else (self.prefix_id, *plain)
 
     def _plain(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -237,11 +259,18 @@ class ModelTokenizer:
             )
         return str(named[name])
 
-    def chat(self, messages: Sequence[Message], template: str | None = None) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        *,
+        opens_answer: bool = True,
+    ) -> str:
         """Return messages, and the opening of an answer, as a chat template writes them.
 
         Args:
             template: Name of a template; the model's default when None.
+            opens_answer: Whether the opening of an answer follows.
 
         Raises:
             UserError: If there is no such template, or it fails.
@@ -250,7 +279,10 @@ class ModelTokenizer:
         try:
             return str(
                 self.loaded.apply_chat_template(
-                    list(messages), chat_template=chosen, tokenize=False, add_generation_prompt=True
+                    list(messages),
+                    chat_template=chosen,
+                    tokenize=False,
+                    add_generation_prompt=opens_answer,
                 )
             )
         except Exception as error:  # A template is a program and can fail in any way.

@@ -161,24 +161,26 @@ def plan_influence(
             f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "
             f"{data.vocab_size}: these are not the tokens it was trained on"
         )
-    wanted = settings.influence
-    num_tokens = min(wanted.num_tokens, data.num_validation_tokens or wanted.num_tokens)
-    version = metric_facts_of(wanted.metric).version
+    metric = settings.influence.metric
+    num_tokens = settings.influence.num_tokens
+    if data.num_validation_tokens:
+        num_tokens = min(num_tokens, data.num_validation_tokens)
+    version = metric_facts_of(metric).version
     key = content_key(
         "influence",
         weights_key(checkpoint),
         list(config.corrections),
         data.fingerprint,
-        wanted.metric,
+        metric,
         num_tokens,
         *([version] if version > 1 else []),  # Keys of earlier versions have none.
     )
 
-    path = influence_path(checkpoint, wanted.metric)
+    path = influence_path(checkpoint, metric)
     stored = StoredInfluence.read(path)
     return InfluencePlan(
         checkpoint=checkpoint,
-        metric=wanted.metric,
+        metric=metric,
         tokens_folder=tokens_folder,
         num_tokens=num_tokens,
         path=path,
@@ -196,7 +198,9 @@ def run_influence(
     Args:
         on_device: Runs the measurement (default: as the settings say).
     """
-    progress, table, started_ms = context.progress, plan.table, now_ms()
+    progress = context.progress
+    started_ms = now_ms()
+    table = plan.table
     on_device = on_device or command_device(plan.cluster, context.workspace.root)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
     if table is None:
@@ -213,15 +217,6 @@ def run_influence(
             progress.note(f"cannot store the influence beside the weights: {error}")
     progress.finish(summary(table) + (", found again" if plan.is_stored else ""))
 
-    points = [
-        (f"{name}/layer_{layer:02d}", value, correction)
-        for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
-        for layer, row in enumerate(rows, start=1)
-        for correction, value in enumerate(row, start=1)
-    ]
-    points += [("block_influence", v, layer) for layer, v in enumerate(table.layer_values, start=1)]
-    contractions = enumerate(table.contractions, start=1)
-    points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
     files = [str(plan.path)]
     if table.schedule.num_corrections:  # Else there is no picture.
         files.append(str(plan.path.with_suffix(".png")))
@@ -237,7 +232,7 @@ def run_influence(
                 "checkpoint": plan.checkpoint,
             },
             dataset=describe_data(plan.tokens_folder),
-            points=points,
+            points=tracked_points(table),
             files={"influence": files},
         ),
         started_ms,
@@ -266,6 +261,21 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
         metric=plan.metric,
         progress=lambda done: progress.advance(min(done * per_batch, plan.num_tokens)),
     )
+
+
+def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
+    """Return what MLflow shows of a table: name, value, and the correction or the layer as step."""
+    points = []
+    for name, rows in (("influence", table.rows()), ("residual", table.residual_rows)):
+        for layer, row in enumerate(rows, start=1):
+            for correction, value in enumerate(row, start=1):
+                points.append((f"{name}/layer_{layer:02d}", value, correction))
+    for layer, value in enumerate(table.layer_values, start=1):
+        points.append(("block_influence", value, layer))
+    for layer, factor in enumerate(table.contractions, start=1):
+        if not math.isnan(factor):
+            points.append(("contraction", factor, layer))
+    return points
 
 
 def summary(table: InfluenceTable) -> str:

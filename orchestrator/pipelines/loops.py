@@ -45,7 +45,7 @@ from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import Journal, now_ms
+from orchestrator.workspace.journal import now_ms, record_event
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -138,9 +138,8 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
         },
     )
     written = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
-    journal = Journal(stored.folder(workspace))
-    journal.event("finished")  # Commands without a name take the newest sweep.
-    journal.close()
+    # Commands without a name take the newest sweep.
+    record_event(stored.folder(workspace), "finished")
     return ReportResult.of(written, workspace)
 
 

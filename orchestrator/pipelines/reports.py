@@ -15,7 +15,7 @@ from pydantic import Field
 
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.reporting.claims import claims_section
 from orchestrator.reporting.front import FrontAxes, parse_axes, reason_against_accuracy
 from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
@@ -145,7 +145,7 @@ def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep
     if not space.is_writable:
         raise UserError(f"--time-again: {space.root} cannot be written, so no time could be stored")
     folder = sweep.folder(space)
-    plan = SweepPlan.read(folder / PLAN_FILE)
+    plan = SweepTrials.read(folder / PLAN_FILE)
     if plan is None:  # Sweeps of kind `depth` have none.
         raise UserError(
             f"--time-again: {sweep.name} has no {PLAN_FILE}; delete {folder / TIMES_NAME}, and "

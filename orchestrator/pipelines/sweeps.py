@@ -1,19 +1,21 @@
 """Sweeps and searches: from settings, or from a teacher's checkpoint, to the front and its report.
 
-A plan is made by reading only: the trials, how far each is, and what the rest takes. What is not
-known yet, the students of a teacher that is not trained or measured, has a simple bound. A run
-makes what the plan lacks (tokens, tasks, models, influence), plans again, and runs exactly these
-trials. The same call resumes an interrupted sweep; for a finished one, it only writes the report.
+A sweep has three stages. Its models are trained: a teacher and baselines, unless a teacher was
+given. Influence of the teachers is measured. The trials are run: students of the teachers, or the
+models of an iterations sweep, which has this stage alone.
+
+A stage is planned once, as soon as all that it follows from exists: by `plan_sweep`, which only
+reads, or else by `run_sweep` after the stage before. Trials that are not known yet have a simple
+bound. The same call resumes an interrupted sweep; for a finished one, it only writes the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -29,7 +31,7 @@ from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.influence import plan_influence, run_influence
+from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
@@ -43,12 +45,12 @@ from orchestrator.planning.estimate import (
     price_of,
 )
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
-from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.records.trial import AshaRule, SweepTrials, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import Settings, flatten, to_yaml
-from orchestrator.sweeping import plan as plans
+from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
@@ -60,11 +62,12 @@ from orchestrator.sweeping.models import (
     teacher_and_baselines,
     teachers_by_label,
 )
-from orchestrator.sweeping.students import unknown_students
+from orchestrator.sweeping.states import TrialState, competing_trials, early_stops, trial_states
+from orchestrator.sweeping.students import bound_of_students, bound_text, most_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.journal import Journal, read_tail
+from orchestrator.workspace.journal import read_tail, record_event
 from orchestrator.workspace.layout import (
     SWEEP_LOCK_NAME,
     Workspace,
@@ -77,108 +80,137 @@ from orchestrator.workspace.provenance import content_key, environment
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.sweeping.run import SweepOutcome
+    from orchestrator.sweeping.states import SweepRun
 
 NEWEST = "newest"
 """As a teacher: the workspace's newest IIET with corrections."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepRequest:
-    """What a sweep was asked for: a run plans the same again when it has made what was missing."""
+class SweepPlan(Result):
+    """What a sweep does, and what that takes."""
 
+    # What it was asked for.
     settings: Settings
     workspace: Workspace
     teacher: Path | None
     """A given teacher; without it, the sweep trains its models from scratch."""
     named_baselines: Mapping[str, Path]
     """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
-    models: Sequence[plans.SweepModel] | None
+    models: Mapping[str, Settings] | None
+    """Label -> settings of the models of an iterations sweep, if they are not the settings' own."""
     name: str | None
-    hashes: Mapping[str, str] | None = None
-    """Those of lm-eval's tasks, if a run has loaded them; else what is stored counts."""
-    influence: Mapping[Path, InfluenceTable] = field(default_factory=dict)
-    """Checkpoint of a teacher -> its table, if a run has measured it; likewise."""
+    """The sweep's name; made from its content when unset."""
 
-
-class PlannedSweep(Result):
-    """What a sweep does, and what that takes."""
-
-    asked: SweepRequest
-    plan: SweepPlan
-    """Its trials, as far as they are known."""
-    said: list[str]
-    """What is not prepared, trained, measured or known yet."""
+    # Its stages, as far as they are planned.
     pretraining: TrainingPlan | None = None
-    """The teacher and its baselines, if the sweep trains them itself."""
-    unknown: list[Estimate] = Field(default=[])
-    """A bound of the trainings that are not known yet."""
+    """The teachers and their baselines, if the sweep trains them itself."""
+    influence: dict[str, InfluencePlan] = Field(default={})
+    """Label of a teacher -> measurement; empty while the teachers are not trained."""
+    planned_trials: SweepTrials | None = None
+    """The trials, as far as they are known; see `is_complete`."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
 
+    # What is not known yet.
+    bound: list[Estimate] = Field(default=[])
+    """Trainings that take at least as much as those of the trials that are not known."""
+    gaps: list[str] = Field(default=[])
+    """What is not prepared, trained, measured or known yet."""
+
+    @property
+    def trials(self) -> SweepTrials:
+        """Its trials, as far as they are known; without a trained teacher, what is pretrained."""
+        assert self.planned_trials, "plan_sweep plans some"
+        return self.planned_trials
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trials are all that the sweep has, but for those that a search suggests."""
+        if not self.trials.tokens_folder:
+            return False
+        if self.settings.sweep.kind == "iterations":
+            return True
+        are_trained = not self.pretraining or self.pretraining.finished.keys() == (
+            self.pretraining.jobs.keys()
+        )
+        are_measured = all(measurement.is_stored for measurement in self.influence.values())
+        return are_trained and are_measured
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the plan with other values; `model_copy` would keep what was computed of these."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**fields | changes)
+
     @cached_property
-    def states(self) -> list[plans.TrialState]:
+    def states(self) -> list[TrialState]:
         """How far each trial is, and each model that is pretrained first."""
-        states = plans.trial_states(self.plan, self.asked.settings.sweep)
-        if self.pretraining and self.plan.teacher:  # Else these models are the plan's trials.
-            done = self.pretraining.finished
-            if left := [label for label in self.pretraining.jobs if label not in done]:
-                first = _pretraining_plan(self.pretraining, left)
-                states += plans.trial_states(first, self.asked.settings.sweep)
+        states = trial_states(self.trials, self.settings.sweep)
+        if self.pretraining and self.trials.teacher:  # Else these models are the plan's trials.
+            finished = self.pretraining.finished
+            jobs = {n: job for n, job in self.pretraining.jobs.items() if n not in finished}
+            if jobs:
+                pretrained = trial_plans.plan_pretrained(jobs)
+                states += trial_states(pretrained, self.settings.sweep)
         return states
 
     @cached_property
-    def _left(self) -> tuple[list[Estimate], list[Estimate], Settings]:
-        """The trainings before the trials; those of the trials, on their devices; the settings
-        with the GPUs of the trials."""
-        first = self.pretraining
-        before = {job.run_folder for job in first.jobs.values()} if first else set()
-        trials = [s.training for s in self.states if s.training and s.trial.folder not in before]
-        placed = assign_trial_gpus(self.asked.settings, [*trials, *self.unknown])
-        return (
-            first.left if first else [],
-            on_trial_devices([*trials, *self.unknown], placed),
-            placed,
-        )
+    def pretraining_left(self) -> list[Estimate]:
+        """Trainings before the trials that are not finished."""
+        return self.pretraining.left if self.pretraining else []
 
-    @property
+    @cached_property
+    def trials_left(self) -> list[Estimate]:
+        """Trainings of the trials that are not finished, and the bound of those not known."""
+        jobs = self.pretraining.jobs.values() if self.pretraining else ()
+        pretrained = {job.run_folder for job in jobs}
+        known = [s.training for s in self.states if s.trial.folder not in pretrained]
+        return [*filter(None, known), *self.bound]
+
+    @cached_property
     def placed(self) -> Settings:
         """The settings, with the GPUs of the trials."""
-        return self._left[2]
+        return assign_trial_gpus(self.settings, self.trials_left)
+
+    @cached_property
+    def trainings_left(self) -> list[Estimate]:
+        """All trainings that are left, each on its devices."""
+        return [*self.pretraining_left, *on_trial_devices(self.trials_left, self.placed)]
 
     @cached_property
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
-        before, trials, settings = self._left
-        unprepared = not self.plan.tokens_folder
+        new_token_bytes = 0
+        if not self.trials.tokens_folder:
+            new_token_bytes = expected_tokens(self.settings.data, None).new_bytes
         return price_of(
-            [*before, *trials],
-            self.asked.workspace.root,
-            new_token_bytes=expected_tokens(settings.data, None).new_bytes if unprepared else 0,
-            is_upper_bound=bool(self.unknown),
+            self.trainings_left,
+            self.workspace.root,
+            new_token_bytes=new_token_bytes,
+            is_upper_bound=bool(self.bound),
         )
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
-        before, trials, settings = self._left
-        root, address = self.asked.workspace.root, settings.cluster.ray_address
-        check = partial(check_devices, settings, pretrains=bool(before))
-        return find_problems([*before, *trials], self.price.disk, root, address, check)
+        check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
+        address = self.settings.cluster.ray_address
+        root = self.workspace.root
+        return find_problems(self.trainings_left, self.price.disk, root, address, check)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is reused, and what is not known yet."""
-        sweep, trials, suite = self.placed.sweep, self._left[1], self.plan.trials[0].suite
-        notes = [*plans.plan_sentences(self.plan, sweep, self.states), *self.said]
-        if needs_lm_eval(self.placed.evaluation) and suite.tasks and not suite.fingerprints:
+        sweep = self.placed.sweep
+        suite = self.trials.trials[0].suite
+        notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        if needs_lm_eval(self.settings.evaluation) and suite.tasks and not suite.fingerprints:
             notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
-        if sweep.gpus_per_trial and trials:
+        if sweep.gpus_per_trial and self.trials_left:
             gpus = format_count(sweep.num_workers_per_trial, "GPU")
-            at_once = min(sweep.trials_at_once or 1, len(trials))
+            at_once = min(sweep.trials_at_once or 1, len(self.trials_left))
             notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
-        if plans.competing_trials(self.plan, sweep):
-            notes.append(plans.asha_rule(sweep).text)
+        if competing_trials(self.trials, sweep):
+            notes.append(AshaRule.of(sweep).text)
         return tuple(notes)
 
     @property
@@ -189,16 +221,16 @@ class PlannedSweep(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per trial: label, role, schedule, exact costs, state."""
-        full = plans.full_trial(self.plan).model
+        full = trial_plans.full_trial(self.trials).model
         return [
             {
                 "name": state.trial.label,
                 "role": state.trial.role,
                 "method": state.trial.model.method,
                 "schedule": state.trial.schedule_text,
-                "state": state.name,
+                "state": state.status,
                 "steps_done": state.steps_done,
-                **plans.exact_cost(state.trial.model, full),
+                **trial_plans.exact_cost(state.trial.model, full),
             }
             for state in self.states
         ]
@@ -217,7 +249,7 @@ class PlannedSweep(Result):
             problems: place to why the trainings do not fit there, or `null`
         """
         return {
-            "name": self.plan.name,
+            "name": self.trials.name,
             "trials": self.rows(),
             "notes": list(self.notes),
             "price": self.price.model_dump(mode="json"),
@@ -225,7 +257,7 @@ class PlannedSweep(Result):
         }
 
     def shown(self) -> Iterable[RenderableType]:
-        yield plans.plan_table(self.plan, self.states)
+        yield trial_plans.plan_table(self.trials, self.states)
         yield from (f"  {note}" for note in self.notes)
         yield two_column_table(None, [*price_rows(self.price, self.problems)])
 
@@ -261,10 +293,10 @@ def plan_sweep(
     *,
     workspace: Workspace | Path | str | None = None,
     teacher: Path | str | None = None,
-    models: Sequence[plans.SweepModel] | None = None,
+    models: Mapping[str, Settings] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
-) -> PlannedSweep:
+) -> SweepPlan:
     """Return what a sweep does, as far as it is known.
 
     `threshold` prunes a teacher by influence, and distills and evaluates each schedule; `search`
@@ -275,7 +307,8 @@ def plan_sweep(
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        models: Models that an iterations sweep trains instead of those that the settings name.
+        models: Models that an iterations sweep trains instead of those that the settings name:
+            label -> settings. Labels that differ in `, seed N` at their end are seeds of one model.
 
     Raises:
         UserError: If something does not go together; nothing is trained then.
@@ -302,185 +335,256 @@ def plan_sweep(
             f"({teacher}); leave one out"
         )
     check_sweep(settings)
-    space, given, progress = find_workspace(workspace), None, progress or Progress()
+    space = find_workspace(workspace)
+    checkpoint = None
     if teacher is not None:
-        named = None if str(teacher) == NEWEST else teacher
-        given = resolve_teacher(space, named, progress.note)
-    asked = SweepRequest(
+        named_teacher = None if str(teacher) == NEWEST else teacher
+        checkpoint = resolve_teacher(space, named_teacher, (progress or Progress()).note)
+    plan = SweepPlan(
         settings=settings,
         workspace=space,
-        teacher=given,
-        named_baselines=named_baselines(settings, space, given),
+        teacher=checkpoint,
+        named_baselines=named_baselines(settings, space, checkpoint),
         models=models,
         name=name,
     )
-    found = _planned(asked)
-    found.price  # noqa: B018  # raises if the workers cannot share a step
-    return found
+    if checkpoint is not None:
+        plan = _plan_from_influence(plan, {TEACHER: checkpoint}, {})
+    else:
+        check_sweep_tasks(settings, tasks_of_source(settings.data))
+        if models is None:
+            check_models(settings)
+        plan = _plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
+    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    return plan
 
 
-def _planned(asked: SweepRequest) -> PlannedSweep:
-    settings, space = asked.settings, asked.workspace
-    if asked.teacher:
-        return _plan_students(asked, {TEACHER: asked.teacher}, {})
-
-    # Models are trained from scratch: all of the sweep, or those before its students.
-    check_sweep_tasks(settings, tasks_of_source(settings.data))
-    if asked.models is None:
-        check_models(settings)
-    tokens = find_prepared(settings.data, space.tokens)
-    said = [] if tokens else [UNPREPARED]
+def _plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
+    """Plan what follows from the data: the models from scratch, and more if they are trained."""
+    settings = plan.settings
+    gaps = [] if tokens else [UNPREPARED]
     if settings.sweep.kind == "iterations":
-        name = asked.name or (None if tokens else "the sweep")  # It follows from the tokens.
-        plan = plans.plan_iterations(
-            settings,
-            space,
-            tokens,
-            asked.models,
-            named_baselines=asked.named_baselines,
-            name=name,
-            hashes=asked.hashes,
-        )
-        if tokens:
-            own_models = [trial.model for trial in plan.trials if trial.job]
-            check_named_baselines(asked.named_baselines, tokens, own_models)
-        return PlannedSweep(asked=asked, plan=plan, said=said)
-    first = plan_models(teacher_and_baselines(settings), space, tokens)
-    said += [*first.damaged, claims_answered(settings)]
+        return _plan_models_from_scratch(plan.changed(gaps=gaps), tokens)
+
+    # Stage 1. Without tokens the trainings are known but for their keys, so they can be priced.
+    pretraining = plan_models(teacher_and_baselines(settings), plan.workspace, tokens)
     if tokens:  # Before anything is trained.
-        own_models = [job.model for job in first.jobs.values()]
-        check_named_baselines(asked.named_baselines, tokens, own_models)
-    labels, finished = teachers_by_label(settings), first.finished
-    if labels.keys() <= finished.keys():
-        teachers = {label: finished.pop(label) for label in labels}
-        found = _plan_students(asked, teachers, finished)
-        return found.model_copy(update={"pretraining": first, "said": [*said, *found.said]})
-    models = {label: first.jobs[label].model for label in labels}
-    unknown, sentences = _bounds(settings, models, " is not trained")
-    return PlannedSweep(
-        asked=asked,
-        plan=_pretraining_plan(first, first.jobs),
-        said=[*said, *sentences],
-        pretraining=first,
-        unknown=unknown,
-    )
+        models = [job.model for job in pretraining.jobs.values()]
+        check_named_baselines(plan.named_baselines, tokens, models)
+    gaps += [*pretraining.damaged, claims_answered(settings)]
+    plan = plan.changed(pretraining=pretraining, bound=[], gaps=gaps)
+    teachers, baselines = _by_role(settings, pretraining.finished)
+    if teachers.keys() == teachers_by_label(settings).keys():
+        return _plan_from_influence(plan, teachers, baselines)
+
+    # Nothing more is known before the teachers are trained.
+    configs = {label: pretraining.jobs[label].model for label in teachers_by_label(settings)}
+    bounded = _with_bound(plan, configs, " is not trained")
+    return bounded.changed(planned_trials=trial_plans.plan_pretrained(pretraining.jobs))
 
 
+def _plan_from_influence(
+    plan: SweepPlan, teachers: Mapping[str, Path], baselines: Mapping[str, Path]
+) -> SweepPlan:
+    """Plan what follows from trained teachers: their influence, and more if it is measured.
+
+    Args:
+        teachers: Label -> checkpoint.
+        baselines: Label -> checkpoint of the baselines that are trained.
+    """
+    # Stage 2.
+    plan = plan.changed(influence=_plan_measurements(plan, teachers))
+    tables = {label: m.table for label, m in plan.influence.items() if m.table}
+    if tables.keys() == teachers.keys():
+        return _plan_students(plan, teachers, baselines, tables)
+
+    # The schedules of students follow from all tables.
+    plan = _plan_students(plan, teachers, baselines, {})
+    configs = {label: load_config(checkpoint) for label, checkpoint in teachers.items()}
+    return _with_bound(plan, configs, "'s influence is not measured")
+
+
+@offline(DRY_RUN)
+def _plan_measurements(plan: SweepPlan, teachers: Mapping[str, Path]) -> dict[str, InfluencePlan]:
+    """Plan the second stage: label of a teacher -> measurement of its influence."""
+    return {
+        label: plan_influence(plan.settings, workspace=plan.workspace, model=checkpoint)
+        for label, checkpoint in teachers.items()
+    }
+
+
+@offline(DRY_RUN)
 def _plan_students(
-    asked: SweepRequest,
+    plan: SweepPlan,
     teachers: Mapping[str, Path],
     baselines: Mapping[str, Path],
-) -> PlannedSweep:
-    """Plan the students of trained teachers; a bound of them if influence is not measured."""
-    settings, space, tables = asked.settings, asked.workspace, dict[str, InfluenceTable]()
-    for label, checkpoint in teachers.items():
-        table = asked.influence.get(checkpoint)
-        if table is None:
-            measurement = plan_influence(settings, workspace=space, model=checkpoint)
-            table = measurement.table
-        if table:
-            tables[label] = table
-    models = {label: load_config(path) for label, path in teachers.items()}
-    is_measured = teachers.keys() == tables.keys()
-    plan = plans.plan_students(
+    tables: Mapping[str, InfluenceTable],
+    hashes: Mapping[str, str] | None = None,
+) -> SweepPlan:
+    """Plan the third stage of a threshold sweep or a search.
+
+    Args:
+        teachers, baselines: As in `_plan_from_influence`.
+        tables: Label of a teacher -> influence; without them the students are not known.
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
+    settings = plan.settings
+    trials = trial_plans.plan_students(
         settings,
-        space,
+        plan.workspace,
         teachers,
-        tables if is_measured else {},  # The schedules follow from all of them.
+        tables,
         baselines=baselines,
-        named_baselines=asked.named_baselines,
-        name=asked.name,
-        hashes=asked.hashes,
+        named_baselines=plan.named_baselines,
+        name=plan.name,
+        hashes=hashes,
     )
-    check_named_baselines(asked.named_baselines, Path(plan.tokens_folder), models.values())
-    unknown, said, search = list[Estimate](), list[str](), None
-    if not is_measured:
-        unknown, said = _bounds(settings, models, "'s influence is not measured")
-    elif settings.sweep.kind == "search":
-        search = plans.schedule_search(settings, space, plan, teachers[TEACHER])
-        trials = (*plan.trials, *search.suggested_trials())
-        plan = plan.model_copy(update={"trials": trials})
-        unknown, said = [*map(Estimate.of, search.jobs_left())], [search.text]
-    return PlannedSweep(asked=asked, plan=plan, said=said, unknown=unknown, search=search)
+    configs = [load_config(checkpoint) for checkpoint in teachers.values()]
+    check_named_baselines(plan.named_baselines, Path(trials.tokens_folder), configs)
+    if settings.sweep.kind != "search" or not tables:
+        return plan.changed(planned_trials=trials)
+    teacher = teachers[TEACHER]
+    search = trial_plans.schedule_search(settings, plan.workspace, trials, teacher)
+    suggested = search.suggested_trials()
+    return plan.changed(
+        planned_trials=trials.model_copy(update={"trials": (*trials.trials, *suggested)}),
+        search=search,
+        bound=bound_of_students(settings, load_config(teacher), search.num_left),
+        gaps=[*plan.gaps, search.text],
+    )
 
 
-def _bounds(
-    settings: Settings, models: Mapping[str, ModelConfig], why: str
-) -> tuple[list[Estimate], list[str]]:
-    """Return a bound of the students of each teacher, under all seeds, and why it is one."""
-    first_seed = settings.sweep.seeds[0] if settings.sweep.seeds else None
-    unknown, sentences = list[Estimate](), []
+@offline(DRY_RUN)
+def _plan_models_from_scratch(
+    plan: SweepPlan, tokens: Path | None, hashes: Mapping[str, str] | None = None
+) -> SweepPlan:
+    """Plan the only stage of an iterations sweep: models that are trained from scratch.
+
+    Args:
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
+    # The sweep's own name follows from the tokens.
+    name = plan.name or (None if tokens else "the sweep")
+    trials = trial_plans.plan_iterations(
+        plan.settings,
+        plan.workspace,
+        tokens,
+        plan.models,
+        named_baselines=plan.named_baselines,
+        name=name,
+        hashes=hashes,
+    )
+    if tokens:
+        models = [trial.model for trial in trials.trials if trial.job]
+        check_named_baselines(plan.named_baselines, tokens, models)
+    return plan.changed(planned_trials=trials)
+
+
+def _by_role(
+    settings: Settings, checkpoints: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Divide trained models, by label, into teachers and baselines."""
+    labels = teachers_by_label(settings)
+    teachers = {label: checkpoints[label] for label in labels if label in checkpoints}
+    baselines = {label: path for label, path in checkpoints.items() if label not in labels}
+    return teachers, baselines
+
+
+def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], why: str) -> SweepPlan:
+    """Return a plan with a bound of the students that are not known.
+
+    Args:
+        teachers: Label -> model.
+        why: Ends a sentence that begins with the teacher.
+    """
+    settings = plan.settings
+    seeds = settings.sweep.seeds
+    bound = []
+    sentences = []
     for label, variant in teachers_by_label(settings).items():
-        if variant.seed in (None, first_seed):
-            trainings, counts = unknown_students(settings, models[label])
-            unknown += trainings
+        # The bound of a teacher's first seed is that of the students of all its seeds.
+        if variant.seed is None or variant.seed == seeds[0]:
+            config = teachers[label]
+            bound += bound_of_students(settings, config, most_students(settings, config))
             name = f" {variant.name}" if settings.sweep.teachers else ""
-            sentences.append(f"the teacher{name}{why}, so {counts}")
-    return unknown, sentences
+            sentences.append(f"the teacher{name}{why}, so {bound_text(settings, config)}")
+    return plan.changed(bound=bound, gaps=[*plan.gaps, *sentences])
 
 
-def _pretraining_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
-    models = [plans.SweepModel(label=label, settings=pretraining.models[label]) for label in labels]
-    jobs = [pretraining.jobs[model.label] for model in models]
-    suite = TrialSuite(tokens_folder=jobs[0].tokens_folder)
-    return plans.iterations_plan(models, jobs, suite=suite, name="the teacher and its baselines")
-
-
-def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
+def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     """Run the sweep that `settings.sweep.kind` describes, and write its report."""
     plan.check()
-    if (found := _stored_results(plan, context.workspace)) is not None:
+    stored = _stored_results(plan)
+    if stored is not None:
         context.progress.note("all trials are finished and found again")
-        return _report_of(plan, found, context)
+        return _report_of(plan, stored, context)
     from orchestrator.cluster.ray import ray_cluster
     from orchestrator.sweeping.run import run_plan  # Imports Ray, MLflow and lm-eval.
 
-    asked, progress, workspace = plan.asked, context.progress, context.workspace
-    settings, pretrains, root = asked.settings, plan.pretraining is not None, workspace.root
-
-    def again() -> PlannedSweep:
-        with offline(DRY_RUN):
-            found = _planned(asked)
-        found.check()
-        return found
-
+    settings = plan.settings
+    workspace = plan.workspace
+    progress = context.progress
+    is_from_scratch = settings.sweep.kind == "iterations"
+    pretrains = plan.pretraining is not None
     check = partial(check_devices, settings, pretrains=pretrains)
     # The sweep's folder has its name only when the influence is measured. The same call a second
     # time is refused at once.
-    call_key = content_key(to_yaml(settings), str(asked.teacher), asked.name)
+    call_key = content_key(to_yaml(settings), str(plan.teacher), plan.name)
     call_lock = workspace.logs / f".sweep-{call_key}.lock"  # A call that is a mistake deletes it.
     with (
         refuse_second(call_lock, "this sweep"),
-        joined_cluster(settings.cluster, root, check, progress),
+        joined_cluster(settings.cluster, workspace.root, check, progress),
     ):
+        # The data. What follows from it is planned now, if it did not exist before.
         check_sweep(settings, progress)
-        if not asked.teacher:
+        if plan.teacher is None:
             tokens = prepare_tokens(settings.data, workspace, progress)
-            if str(tokens) != plan.plan.tokens_folder:
-                plan = again()
-        tokens = Path(plan.plan.tokens_folder)
+            if str(tokens) != plan.trials.tokens_folder:
+                with offline(DRY_RUN):
+                    plan = _plan_from_tokens(plan, tokens)
+                plan.check()
+        tokens = Path(plan.trials.tokens_folder)
+
+        # The tasks, before pretraining: the held-out text may be too poor for them.
         check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
-        # Before pretraining: the held-out text may be too poor for the tasks.
-        model = plan.plan.trials[0].model
-        hashes = plans.load_tasks(settings.evaluation, tokens, model, progress)
-        start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
-        with start() if pretrains else nullcontext():
+        first = plan.trials.trials[0]
+        hashes = trial_plans.load_tasks(settings.evaluation, tokens, first.model, progress)
+        has_all_trials = plan.is_complete and first.suite.fingerprints == (hashes or None)
+
+        start_ray = partial(
+            ray_cluster, settings.cluster, folder=workspace.root, say=progress.start
+        )
+        with start_ray() if pretrains else nullcontext():
+            # Stage 1: the teachers and their baselines.
+            teachers = {TEACHER: plan.teacher} if plan.teacher else {}
+            baselines: dict[str, Path] = {}
             if plan.pretraining:
-                run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
-                plan = again()
-            tables: dict[Path, InfluenceTable] = {}
-            on_device = trial_device(settings, root)
-            for trial in plan.plan.trials:
-                if trial.role == "teacher":
-                    teacher = Path(str(trial.checkpoint))
-                    measured = plan_influence(settings, workspace=workspace, model=teacher)
-                    tables[teacher] = run_influence(measured, context, on_device=on_device).table
-            asked = replace(asked, hashes=hashes, influence=tables)
-            plan = again()
-            lock = workspace.sweeps / plan.plan.name / SWEEP_LOCK_NAME
-            with refuse_second(lock, f"the sweep {plan.plan.name}"):
-                outcome = run_plan(
-                    plan.plan,
+                trained = run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
+                checkpoints = {label: result.checkpoint for label, result in trained.items()}
+                teachers, baselines = _by_role(settings, checkpoints)
+
+            # Stage 2: the influence of the teachers.
+            if not plan.influence:
+                plan = plan.changed(influence=_plan_measurements(plan, teachers))
+            on_device = trial_device(settings, workspace.root)
+            tables = {
+                label: run_influence(measurement, context, on_device=on_device).table
+                for label, measurement in plan.influence.items()
+            }
+
+            # Stage 3: the trials. Nothing is left of the other stages.
+            if not has_all_trials:
+                plan = plan.changed(pretraining=None, bound=[], gaps=[])
+                if is_from_scratch:
+                    plan = _plan_models_from_scratch(plan, tokens, hashes)
+                else:
+                    plan = _plan_students(plan, teachers, baselines, tables, hashes)
+                plan.check()
+            trials = plan.trials
+            lock = workspace.sweeps / trials.name / SWEEP_LOCK_NAME
+            with refuse_second(lock, f"the sweep {trials.name}"):
+                run = run_plan(
+                    trials,
                     settings,
                     workspace,
                     placed=plan.placed,
@@ -488,92 +592,101 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                     progress=progress,
                     search=plan.search,
                 )
-                found = _results_of(plan, outcome)
-                return _report_of(plan, found, context, outcome.failures)
+                sweep_results = _results_of(plan, run, next(iter(tables.values()), None))
+                return _report_of(plan, sweep_results, context, run.failures)
 
 
 sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
 
 
-def _stored_results(planned: PlannedSweep, workspace: Workspace) -> results.StoredSweep | None:
+def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
     """Return the results of a sweep that has ended and has nothing left; None if it has not.
 
     The tasks of lm-eval may have changed, which is known when they are loaded.
     """
-    settings, plan = planned.asked.settings, planned.plan
-    is_left = any(state.name in ("to measure", "to train") for state in planned.states)
-    if is_left or planned.unknown or (planned.search and planned.search.num_left):
+    is_left = any(state.status in ("to measure", "to train") for state in plan.states)
+    if is_left or plan.bound or (plan.search and plan.search.num_left):
         return None
-    if needs_lm_eval(settings.evaluation):
+    if needs_lm_eval(plan.settings.evaluation):
         return None
-    last = read_tail(workspace.sweeps / plan.name)[-1:]
-    finished = {state.trial.key for state in planned.states if state.name == "finished"}
+    last_record = read_tail(plan.workspace.sweeps / plan.trials.name)[-1:]
+    if not last_record or last_record[0].get("name") != "finished":
+        return None
+    finished = {state.trial.key for state in plan.states if state.status == "finished"}
     with suppress(UserError):  # Else they are written again.
-        found = results.load_sweep_results(workspace, plan.name)
-        if last and last[0].get("name") == "finished" and found.key == plan.key:
-            return found if {result.key for result in found.results} == finished else None
+        stored = results.load_sweep_results(plan.workspace, plan.trials.name)
+        has_same_results = {result.key for result in stored.results} == finished
+        if stored.key == plan.trials.key and has_same_results:
+            return stored
     return None
 
 
-def _results_of(planned: PlannedSweep, outcome: SweepOutcome) -> results.StoredSweep:
+def _results_of(
+    plan: SweepPlan, run: SweepRun, influence: InfluenceTable | None
+) -> results.StoredSweep:
     """Return what a report needs of a sweep that was run."""
-    plan, finished = outcome.plan, {result.key for result in outcome.results}
-    suite, root = plan.trials[0].suite, planned.asked.workspace.root
-    chances = heldout_chances(Path(suite.suite_folder) if suite.suite_folder else None)
-    chances = {n: text for n, text in chances.items() if not suite.tasks or n in suite.tasks}
-    ends: dict[str, str] = {}
-    for trial in plan.trials:
-        ends[trial.label] = "trained and measured" if trial.job else "measured"
-        if trial.label in outcome.failures:
-            ends[trial.label] = f"failed: {outcome.failures[trial.label]}"
-        elif trial.label in outcome.stopped:
-            ends[trial.label] = outcome.stopped[trial.label]
-        elif trial.key not in finished:
-            ends[trial.label] = "not finished"
-        elif trial.key in outcome.reused:
-            ends[trial.label] = "reused: it was finished before"
+    trials = run.all_trials
+    suite = trials.trials[0].suite
+    suite_folder = Path(suite.suite_folder) if suite.suite_folder else None
+    chances = {
+        name: text
+        for name, text in heldout_chances(suite_folder).items()
+        if not suite.tasks or name in suite.tasks
+    }
+    facts: dict[str, dict[str, Any]] = {}
+    if chances:
+        facts[results.CHANCE_TITLE] = chances
+    facts["Trials"] = {trial.label: _end_of(trial, run) for trial in trials.trials}
+    facts[results.SETTINGS_TITLE] = flatten(plan.settings)
+    root = plan.workspace.root
+    facts[results.PROVENANCE_TITLE] = {
+        "sweep": trials.key,
+        "kind": trials.kind,
+        "teacher": portable_path(trials.teacher or "none", root),
+        "tokens": portable_path(trials.tokens_folder, root),
+        "schedules asked for": trials.num_requested,
+        "trials": len(trials.trials),
+        **environment(),
+    }
     return results.StoredSweep(
-        name=plan.name,
-        key=plan.key,
-        results=outcome.results,
-        influence=next(iter(planned.asked.influence.values()), None),
-        facts={
-            **({results.CHANCE_TITLE: chances} if chances else {}),
-            "Trials": ends,
-            results.SETTINGS_TITLE: flatten(planned.asked.settings),
-            results.PROVENANCE_TITLE: {
-                "sweep": plan.key,
-                "kind": plan.kind,
-                "teacher": portable_path(plan.teacher or "none", root),
-                "tokens": portable_path(plan.tokens_folder, root),
-                "schedules asked for": plan.num_requested,
-                "trials": len(plan.trials),
-                **environment(),
-            },
-        },
+        name=trials.name, key=trials.key, results=run.results, influence=influence, facts=facts
     )
 
 
+def _end_of(trial: Trial, run: SweepRun) -> str:
+    """Say how a trial of a sweep ended."""
+    state = run.states[trial.key]
+    if state.status == "failed":
+        return f"failed: {state.error}"
+    if state.status == "stopped early" and state.early_stop:
+        return state.early_stop.text
+    if state.status != "finished":
+        return "not finished"
+    if trial.key in run.reused:
+        return "reused: it was finished before"
+    return "trained and measured" if trial.job else "measured"
+
+
 def _report_of(
-    planned: PlannedSweep,
-    found: results.StoredSweep,
+    plan: SweepPlan,
+    sweep_results: results.StoredSweep,
     context: Context,
     failures: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Write the report of a sweep that has ended."""
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    workspace, plan = context.workspace, planned.plan
-    written = write_sweep_report(workspace, found, tracking=lambda: context.tracking)
-    journal = Journal(workspace.sweeps / plan.name)
-    journal.event("finished")  # Commands without a name take the newest sweep.
-    journal.close()
-    stops = plans.early_stops(plan, planned.placed.sweep)
+    workspace = plan.workspace
+    name = plan.trials.name
+    report = write_sweep_report(workspace, sweep_results, tracking=lambda: context.tracking)
+    # Commands without a name take the newest sweep.
+    record_event(workspace.sweeps / name, "finished")
+    stops = early_stops(plan.trials, plan.placed.sweep)
     return SweepResult.of(
-        written,
+        report,
         workspace,
-        name=plan.name,
-        trials=found.results,
+        name=name,
+        trials=sweep_results.results,
         failures=dict(failures or {}),
-        stopped={t.label: stops[t.key].text for t in plan.trials if t.key in stops},
+        stopped={t.label: stops[t.key].text for t in plan.trials.trials if t.key in stops},
     )

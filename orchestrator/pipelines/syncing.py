@@ -13,9 +13,9 @@ from pathlib import Path
 
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.result import Result
-from orchestrator.records.status import is_in_use
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.training_state import is_in_use
+from orchestrator.records.trial import SweepTrials
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
@@ -131,7 +131,7 @@ def _as_left(run: TrackedRun) -> TrackedRun:
         run = run.model_copy(update={"status": "KILLED", "ended_ms": times and times[1]})
     if run.kind == "sweep" and run.folder:
         with suppress(UserError):  # Its plan is damaged.
-            plan = SweepPlan.read(Path(run.folder) / PLAN_FILE)
+            plan = SweepTrials.read(Path(run.folder) / PLAN_FILE)
             if plan and plan.key != run.key:  # The files are those of another plan of this name.
                 return run.model_copy(update={"files": {}})
     return run

@@ -38,6 +38,7 @@ from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
 from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
@@ -45,7 +46,7 @@ from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
-from orchestrator.training.job import check_folder, check_job, finished_outcome, pretraining_job
+from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
@@ -59,6 +60,8 @@ UNPREPARED = (
     "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
     "the tokens of texts that were copied or moved); their number is that of the settings"
 )
+
+LOST_END = "the end of this training is lost and is trained again"
 
 UNMEASURED_LAYERS = (
     "the influence of the teacher's layers, which says which of them are dropped, is not measured"
@@ -127,69 +130,72 @@ class TrainingPlan(Result):
         return replace(Estimate.of(self.jobs[label]), devices=run_devices(self.cluster))
 
     @cached_property
-    def ends(self) -> dict[str, tuple[Path | None, list[str]]]:
-        """Label -> the checkpoint of a finished training; of others, what is damaged at its end."""
-        ends: dict[str, tuple[Path | None, list[str]]] = {}
-        for label, job in self.jobs.items():
-            damage: list[str] = []
-            is_known = job.tokens_folder and not self.is_bound
-            outcome = finished_outcome(job, damage.append) if is_known else None
-            ends[label] = (Path(str(outcome.checkpoint)), []) if outcome else (None, damage)
-        return ends
+    def trainings(self) -> dict[str, Training | None]:
+        """Label -> what its folder holds; None while it is not known which training it is."""
+        return {
+            label: None if self.is_bound else training_of(job) for label, job in self.jobs.items()
+        }
 
     @property
     def finished(self) -> dict[str, Path]:
         """Label of each finished training -> its checkpoint."""
-        return {label: end for label, (end, _) in self.ends.items() if end}
+        return {
+            label: Path(str(training.outcome.checkpoint))
+            for label, training in self.trainings.items()
+            if training and training.outcome
+        }
 
     @property
     def damaged(self) -> list[str]:
         """Which ends of trainings are damaged, so they are trained again."""
-        return [text for _, damage in self.ends.values() for text in damage]
+        return [
+            f"{training.lost_end}; {LOST_END}"
+            for training in self.trainings.values()
+            if training and training.lost_end
+        ]
 
     @cached_property
     def left(self) -> list[Estimate]:
         """What is left of all trainings that are not finished."""
-        return [self.estimate(label) for label in self.jobs if label not in self.finished]
+        return self._left_of(*self.jobs)
+
+    def _left_of(self, *labels: str) -> list[Estimate]:
+        return [self.estimate(label) for label in labels if label not in self.finished]
 
     @cached_property
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
+        return self._price_of(self.left)
+
+    def _price_of(self, trainings: Sequence[Estimate]) -> Price:
         new = self.tokens.new_bytes if self.tokens else 0
-        return price_of(self.left, self.workspace.root, new_token_bytes=new, mfu=self.mfu)
+        return price_of(trainings, self.workspace.root, new_token_bytes=new, mfu=self.mfu)
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        return self._problems_of(self.left, self.price)
+
+    def _problems_of(self, trainings: Sequence[Estimate], price: Price) -> dict[str, str | None]:
         # The fewest GPUs of a job have the largest shares of a step.
         fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
-        placed = [replace(each, devices=run_devices(fewest)) for each in self.left]
+        placed = [replace(training, devices=run_devices(fewest)) for training in trainings]
         check = partial(check_run_resources, self.cluster, local=self.local)
         root, address = self.workspace.root, self.cluster.ray_address
-        return find_problems(placed, self.price.disk, root, address, check)
+        return find_problems(placed, price.disk, root, address, check)
 
-    @property
-    def each(self) -> dict[str, TrainingPlan]:
-        """Label -> the plan of this training alone."""
-        fields = {name: getattr(self, name) for name in TrainingPlan.model_fields}
-        return {
-            label: TrainingPlan(**fields | {"jobs": {label: job}})
-            for label, job in self.jobs.items()
-        }
-
-    @property
-    def state(self) -> str:
-        """Whether the only training is finished, or where it begins."""
-        [(label, job)] = self.jobs.items()
-        end, damage = self.ends[label]
-        if not job.tokens_folder:
+    def state(self, label: str) -> str:
+        """Say whether a training is finished, or where it begins."""
+        if not self.jobs[label].tokens_folder:
             return UNPREPARED
-        if self.is_bound:
+        training = self.trainings[label]
+        if training is None:
             return UNMEASURED_LAYERS
-        if end:
-            return f"finished: {job.folder}"
-        done = self.estimate(label).steps_done
-        return "; ".join([*damage, f"from step {done:,}" if done else "not begun"])
+        if training.outcome:
+            return f"finished: {training.folder}"
+        steps_done = self.estimate(label).steps_done
+        text = f"from step {steps_done:,}" if steps_done else "not begun"
+        return f"{training.lost_end}; {LOST_END}; {text}" if training.lost_end else text
 
     def to_json(self) -> dict[str, Any]:
         """Return what there is to train; of a `distill`, an entry of `students` for each student.
@@ -203,29 +209,34 @@ class TrainingPlan(Result):
             price: what is left to train, as of a sweep
             problems: place to why the training does not fit there, or `null`
         """
-        students = [
-            {
-                "method": self.jobs[label].model.method,
-                "schedule": self.jobs[label].schedule,
-                **({"dropped_layers": self.dropped_layers} if self.layers else {}),
-                "state": plan.state,
-                "price": plan.price.model_dump(mode="json"),
-                "problems": plan.problems,
-            }
-            for label, plan in self.each.items()
-        ]
+        students = [self._training_to_json(label) for label in self.jobs]
         return {"students": students} if self.kind == "distill" else students[0]
 
+    def _training_to_json(self, label: str) -> dict[str, Any]:
+        job = self.jobs[label]
+        left = self._left_of(label)
+        price = self._price_of(left)
+        return {
+            "method": job.model.method,
+            "schedule": job.schedule,
+            **({"dropped_layers": self.dropped_layers} if self.layers else {}),
+            "state": self.state(label),
+            "price": price.model_dump(mode="json"),
+            "problems": self._problems_of(left, price),
+        }
+
     def shown(self) -> Iterable[RenderableType]:
-        for label, plan in self.each.items():
+        for label in self.jobs:
             training = self.estimate(label)
+            left = self._left_of(label)
+            price = self._price_of(left)
             devices = training.devices
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
                 *training_rows(training, self.tokens),
                 *([("dropped layers", self._dropped_text)] if self.layers else []),
-                ("state", plan.state),
-                *price_rows(plan.price, plan.problems),
+                ("state", self.state(label)),
+                *price_rows(price, self._problems_of(left, price)),
             ]
             yield two_column_table(f"Plan: {training.config.method}, {workers}", rows)
 

@@ -26,15 +26,13 @@ from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
     Sweep,
-    Training,
     folders_in,
-    is_in_use,
-    run_locks,
     size_of,
     sweeps_of,
     training_folders,
     trials_by_folder,
 )
+from orchestrator.records.training_state import Training, TrainingState, is_in_use, run_locks
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal import render
 from orchestrator.workspace import files, layout
@@ -160,22 +158,44 @@ def _find_entries(
     else:
         planned = trials_by_folder(sweeps) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
-            training = Training(folder, note)
-            job, end, state = training.job, training.outcome, training.state()
+            training = _noted_training(folder, note)
+            state = _state_text(training)
             # A trial without a training holds the results of a model that was trained elsewhere.
-            if kind == "trials" and state in ("finished", "empty"):
+            is_ready = training.state in (TrainingState.FINISHED, TrainingState.EMPTY)
+            if kind == "trials" and is_ready and not training.lock:
                 state = "finished" if any(folder.glob("result-*.json")) else "to measure"
-            loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
+            job = training.job
+            end = training.outcome
             details: dict[str, Any] = {
                 "method": job and job.model.method,
                 "schedule": job and job.schedule and list(job.schedule),
-                "step": (end and end.step) or training.step or None,
+                "step": (end.step if end else training.step) or None,
                 "steps": training.num_steps or None,
-                "validation_loss": loss,
+                "validation_loss": (
+                    end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
+                ),
             }
-            if own := planned.get(folder):
-                details |= {"label": own[0][1].label, "sweeps": [sweep for sweep, _ in own]}
+            if sweeps_and_trials := planned.get(folder):
+                details["label"] = sweeps_and_trials[0][1].label
+                details["sweeps"] = [sweep for sweep, _ in sweeps_and_trials]
             yield folder.name, folder, state, details
+
+
+def _noted_training(folder: Path, note: Note) -> Training:
+    """Read a training; damage is noted."""
+    training = Training(folder)
+    if training.damage:
+        note(str(training.damage))
+    return training
+
+
+def _state_text(training: Training) -> str:
+    """Say how far a training is, or that a process works on it."""
+    if training.lock:
+        return "measuring" if training.outcome else "running"
+    if training.state in (TrainingState.STOPPED, TrainingState.DIVERGED):
+        return f"{training.state} at {training.step:,}/{training.num_steps:,}"
+    return str(training.state)
 
 
 # Status
@@ -232,14 +252,15 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             who = {"kind": kind, "name": name, "process": lock_holder(lock)}
             activities.append({**who, "sweeps": [], **unknown})
 
-    running = [Training(folder, note) for folder in filter(is_in_use, training_folders(workspace))]
+    folders_in_use = filter(is_in_use, training_folders(workspace))
+    running = [_noted_training(folder, note) for folder in folders_in_use]
     planned = trials_by_folder(sweeps_of(workspace, note)) if running else {}
     for run in running:
         if not run.lock:  # It has ended meanwhile.
             continue
         own = planned.get(run.folder, [])
         is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
-        is_measured = run.is_finished or (own and not own[0][1].job)
+        is_measured = run.outcome or (own and not own[0][1].job)
         activities.append(
             {
                 "kind": "training" if is_trained else "measuring" if is_measured else "queued",
@@ -252,7 +273,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
                 "loss": run.metrics.get("train/loss"),
                 "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
                 "seconds_left": run.seconds_left if is_trained else None,
-                "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+                "seconds_since_record": time.time() - run.recorded_at if run.recorded_at else None,
                 "waits_for": None,
             }
         )
@@ -436,20 +457,23 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last one, and the one to continue from."""
-    from orchestrator.records.training import TrainingJob
-    from orchestrator.training.job import finished_outcome
+    """Return those of a finished training: the last one, and the one to continue from.
+
+    There are none of a training that is not finished: it keeps all.
+
+    Raises:
+        UserError: If the training cannot be read.
+    """
+    from orchestrator.models.folder import check_checkpoint
     from orchestrator.training.schedules import stable_steps
 
-    if (job := TrainingJob.of_folder(folder)) is None:
-        if (folder / layout.DONE_NAME).exists():
-            raise UserError(f"{folder / layout.JOB_NAME} is missing")
+    training = Training(folder, check_checkpoint)
+    if training.damage:
+        raise training.damage
+    if training.job is None or training.outcome is None:
         return set()
-    outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))
-    if outcome is None or not outcome.finished:
-        return set()
-    stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
-    return {Path(str(outcome.checkpoint)), stable}
+    stable = folder / layout.checkpoint_name(stable_steps(training.job.recipe))
+    return {Path(str(training.outcome.checkpoint)), stable}
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:

@@ -25,7 +25,7 @@ from pydantic import Field
 from iiet import cost
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
+from orchestrator.models.folder import load_config, newest_checkpoint
 from orchestrator.planning import machine
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
@@ -34,7 +34,7 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes
 from orchestrator.training import schedules
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.shared_steps import FirstStage, first_stage_of
+from orchestrator.training.shared_steps import FirstStage, first_stage_of, first_step
 from orchestrator.training.world import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
@@ -104,23 +104,21 @@ class Estimate:
         Raises:
             UserError: If its teacher is missing or damaged.
         """
-        teacher = job.teacher_folder if job.objective == "distill" else None
-        newest = newest_checkpoint(job.folder) if job.tokens_folder else None
-        steps_done = int(load_provenance(newest)["step"]) if newest else 0
-        stage = first_stage_of(job)
-        if stage and stage.exists:
-            steps_done = max(steps_done, stage.num_steps)
-        if job.continued_from:
-            steps_done = max(steps_done, step_of(Path(job.continued_from)))
+        saved_step = 0
+        if job.tokens_folder and (newest := newest_checkpoint(job.folder)):
+            saved_step = step_of(newest)
+        teacher = None
+        if job.objective == "distill" and job.teacher_folder:
+            teacher = load_config(Path(job.teacher_folder))
         files = chain.from_iterable(folder.iterdir() for folder in find_checkpoints(job.folder))
         return Estimate(
             config=job.model,
             recipe=job.recipe,
             section=job.section,
-            teacher=load_config(Path(teacher)) if teacher else None,
+            teacher=teacher,
             loss=job.distillation or DistillationConfig(),
-            first_stage=stage,
-            steps_done=steps_done,
+            first_stage=first_stage_of(job),
+            steps_done=first_step(job, saved_step),
             present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
         )
 

@@ -25,6 +25,7 @@ from iiet.facts import facts_of
 from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
+from orchestrator.settings import SweepSettings
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.provenance import content_key
 
@@ -174,8 +175,8 @@ class Trial(Record):
 
     @property
     def schedule_text(self) -> str:
-        """The iteration schedule as `2,2,1,1`; empty if there is none."""
-        return ",".join(str(r) for r in self.schedule or ())
+        """The iteration schedule as `2,2,1,1` or `0*12,2*6,0*12`; empty if there is none."""
+        return "" if self.schedule is None else str(self.model.corrections)
 
     @property
     def name(self) -> str:
@@ -253,8 +254,8 @@ class Trial(Record):
         return params | ({"group": self.group} if self.group else {})
 
 
-class SweepPlan(Record):
-    """All trials of a sweep."""
+class SweepTrials(Record):
+    """All trials of a sweep, as its `plan.json` holds them."""
 
     key: str
     """Hash of the trials' keys: the same sweep has the same key."""
@@ -296,10 +297,16 @@ class AshaRule(Record):
     reduction_factor: int = 2
     """One of this many trials at a rung continues."""
 
+    @classmethod
+    def of(cls, sweep: SweepSettings) -> AshaRule:
+        """Return the rule of a sweep's settings."""
+        return cls(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
+
     @property
     def text(self) -> str:
         """One sentence for a plan."""
-        rungs, share = [], self.first_rung
+        rungs = []
+        share = self.first_rung
         while share < 1:
             rungs.append(f"{share:.3g}")
             share *= self.reduction_factor

@@ -21,7 +21,6 @@ from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
-from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -277,7 +276,7 @@ def shown_name(trial: Trial) -> str:
     """Return a model's label, or its schedule where the label says no more."""
     if trial.label and trial.label != trial.schedule_text:
         return trial.label
-    return format_schedule(trial.schedule) or trial.name
+    return trial.schedule_text or trial.name
 
 
 def lowest_seed(seeds: Sequence[Trial]) -> Trial:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, field_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator
 
 from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.workspace.errors import quoted
@@ -94,7 +94,11 @@ class DataSettings(Section):
     hub_config: str | None = None
     """Configuration of the hub's data set, if it has several."""
     text_field: str = "text"
-    """Field that holds the text in JSON lines, Parquet and hub data sets."""
+    """Field that holds the text in JSON lines, Parquet and hub data sets. JSON lines without it may
+    have `prompt` and `completion`: the model then reads both, and learns the completion alone."""
+    chat_template: StrictBool = False
+    """Write each `prompt` and `completion` of JSON lines as question and answer, by the chat
+    template of the model whose folder `tokenizer` names."""
     max_documents: StrictInt | None = Field(default=None, gt=0)
     """Read at most this many documents (default: all)."""
     passage_characters: StrictInt | None = Field(default=None, ge=100, le=MAX_COUNT)
@@ -155,7 +159,9 @@ class DataSettings(Section):
     def read_by_source(self) -> dict[str, Any]:
         """Return the settings that the source reads, as JSON values, for keys and manifests."""
         unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
+        # Data without these settings keep the key that they had before there were any.
         if self.passage_characters is None:
-            # Data without this setting keep the key that they had before there was one.
             unread = unread | {"passage_characters"}
+        if not self.chat_template:
+            unread = unread | {"chat_template"}
         return self.model_dump(mode="json", exclude=unread)

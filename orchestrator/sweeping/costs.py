@@ -15,7 +15,7 @@ from iiet.config import ModelConfig
 from orchestrator.cluster.task import trial_device
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
 from orchestrator.records.record import Record
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
@@ -35,7 +35,7 @@ class Measured(Record):
 
 def with_costs(
     found: Sequence[Trial],
-    plan: SweepPlan,
+    plan: SweepTrials,
     folder: Path,
     settings: Settings,
     progress: Progress,

@@ -72,6 +72,17 @@ def model_label(method: str, corrections: object, num_layers: int | None = None)
     return ", ".join(parts)
 
 
+def seed_label(group: str, seed: int) -> str:
+    """Return the label of one seed of a model."""
+    return f"{group}, seed {seed}"
+
+
+def group_of(label: str, seed: int) -> str | None:
+    """Return the label of a model without its seed; None if the label does not name the seed."""
+    ending = seed_label("", seed)
+    return label.removesuffix(ending) if label.endswith(ending) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelVariant:
     """What distinguishes a model from the others that a sweep trains from scratch."""
@@ -104,15 +115,15 @@ class ModelVariant:
     @property
     def label(self) -> str:
         """Name with learning rate and seed, in tables and figures."""
-        return self.group + ("" if self.seed is None else f", seed {self.seed}")
+        return self.group if self.seed is None else seed_label(self.group, self.seed)
 
 
 def _values_of(
     setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], usual: T
 ) -> tuple[T, ...]:
     """Return what a setting by model holds under the first of a model's names that is a key."""
-    found = next((setting[name] for name in names if name in setting), usual)
-    return found if isinstance(found, tuple) else (found,)
+    value = next((setting[name] for name in names if name in setting), usual)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
@@ -128,9 +139,9 @@ def own_num_layers(settings: Settings) -> int | None:
 
 
 def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
-    own = own_num_layers(settings)
-    for number in _values_of(settings.sweep.num_layers, model.keys, own):
-        yield replace(model, num_layers=None if number == own else number)
+    usual = own_num_layers(settings)
+    for number in _values_of(settings.sweep.num_layers, model.keys, usual):
+        yield replace(model, num_layers=None if number == usual else number)
 
 
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
@@ -138,8 +149,8 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
     its numbers of layers and learning rates, under each seed."""
     for method in settings.sweep.methods:
         for count in settings.sweep.iterations if has_counts(method) else (None,):
-            one = ModelVariant(method=method, corrections=count)
-            for model in _at_each_depth(settings, one):
+            variant = ModelVariant(method=method, corrections=count)
+            for model in _at_each_depth(settings, variant):
                 rates = learning_rates(settings, model)
                 for rate in rates if len(rates) > 1 else (None,):
                     for seed in settings.sweep.seeds or (None,):
@@ -149,11 +160,11 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
 def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
     """Return the teachers that a sweep trains by label: the settings' model, and beside it those of
     `sweep.teachers`; several have their own names, and are trained under each seed."""
-    own = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
+    first = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
     if not settings.sweep.teachers:
-        return {TEACHER: own}
-    models = [own, *_named_models(settings, settings.sweep.teachers)]
-    return {model.label: model for model in _under_seeds(settings, models)}
+        return {TEACHER: first}
+    teachers = [first, *_named_models(settings, settings.sweep.teachers)]
+    return {teacher.label: teacher for teacher in _under_seeds(settings, teachers)}
 
 
 def baseline_models(settings: Settings) -> list[ModelVariant]:
@@ -164,7 +175,7 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
         ModelVariant(method=settings.model.method, corrections=0),
         *_named_models(settings, settings.sweep.baselines),
     ]
-    models = [model for one in named for model in _at_each_depth(settings, one)]
+    models = [model for variant in named for model in _at_each_depth(settings, variant)]
     return _under_seeds(settings, models) if settings.sweep.teachers else models
 
 
@@ -182,9 +193,12 @@ def _under_seeds(settings: Settings, models: Iterable[ModelVariant]) -> list[Mod
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     """Return the settings of a variant, at its learning rate, or else its model's first one."""
-    full, changes = facts_of(variant.method).full_level, dict[str, Any](method=variant.method)
-    if variant.corrections is not None or full is not None:
-        changes["corrections"] = full if variant.corrections is None else variant.corrections
+    changes: dict[str, Any] = {"method": variant.method}
+    full_level = facts_of(variant.method).full_level
+    if variant.corrections is not None:
+        changes["corrections"] = variant.corrections
+    elif full_level is not None:
+        changes["corrections"] = full_level
     if variant.num_layers is not None:
         changes["num_layers"] = variant.num_layers
     if variant.method != settings.model.method:
@@ -203,14 +217,15 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the teachers and the baselines that a sweep trains, by label."""
     baselines = {model.label: model for model in baseline_models(settings)}
-    named = teachers_by_label(settings) | baselines
-    return {label: settings_of(settings, variant) for label, variant in named.items()}
+    variants = teachers_by_label(settings) | baselines
+    return {label: settings_of(settings, variant) for label, variant in variants.items()}
 
 
 def claims_answered(settings: Settings) -> str:
     """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
     teachers = {model.method for model in teachers_by_label(settings).values()}
-    beside = {model.method for model in baseline_models(settings) if model.num_layers is None}
+    baselines = {model.method for model in baseline_models(settings) if model.num_layers is None}
+    # Number of a claim -> methods of the teachers, and of the models beside them, that it needs.
     needs: dict[int, tuple[set[str], set[str]]] = {
         1: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
         2: ({DEFAULT_METHOD}, {PCFORMER}),
@@ -218,15 +233,15 @@ def claims_answered(settings: Settings) -> str:
         4: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
         5: ({DEFAULT_METHOD, PCFORMER}, set()),
     }
-    found = [
+    answered = [
         str(number)
-        for number, (taught, others) in needs.items()
-        if taught <= teachers and others <= teachers | beside
+        for number, (needed_teachers, needed_models) in needs.items()
+        if needed_teachers <= teachers and needed_models <= teachers | baselines
     ]
-    if len(found) == len(needs):
+    if len(answered) == len(needs):
         return "its models answer all five claims of the paper (`iiet-orch report --claims`)"
-    which = join_names(found) if found else "none"
-    return f"of the paper's five claims, its models answer {which}"
+    numbers = join_names(answered) if answered else "none"
+    return f"of the paper's five claims, its models answer {numbers}"
 
 
 # Baselines that the user names
@@ -253,7 +268,7 @@ def named_baselines(
         taken = {variant.label for variant in swept_variants(settings)}
     else:
         taken = {*teachers_by_label(settings), *(m.label for m in baseline_models(settings))}
-    found: dict[str, Path] = {}
+    baselines: dict[str, Path] = {}
     for name in settings.sweep.baseline_runs:
         try:
             checkpoint, _ = resolve_model(workspace, name)
@@ -265,17 +280,17 @@ def named_baselines(
                 f"sweep.baseline_runs: {name} is the teacher of the sweep, which is on its front "
                 "anyway; leave it out"
             )
-        if checkpoint in found.values():
+        if checkpoint in baselines.values():  # It was named twice.
             continue
         counts = tuple(config.corrections)
-        num_layers = None if config.num_layers == usual_layers else config.num_layers
         is_uniform = len(set(counts)) == 1
+        num_layers = None if config.num_layers == usual_layers else config.num_layers
         label = model_label(config.method, counts[0] if is_uniform else counts, num_layers)
         if label in taken:
             label = f"{label} ({checkpoint.parent.name})"
         taken.add(label)
-        found[label] = checkpoint
-    return found
+        baselines[label] = checkpoint
+    return baselines
 
 
 def check_named_baselines(
@@ -299,10 +314,11 @@ def check_named_baselines(
                 f"({tokens.name}), or has another tokenizer, so their qualities would not compare; "
                 "name a run of the same tokens, or leave it out"
             )
-        if (own_length := load_config(checkpoint).context_length) < length:
+        baseline_length = load_config(checkpoint).context_length
+        if baseline_length < length:
             raise UserError(
-                f"sweep.baseline_runs: {checkpoint} reads {own_length} tokens, and the models of "
-                f"this sweep read {length}; name a run of their context length, or leave it out"
+                f"sweep.baseline_runs: {checkpoint} reads {baseline_length} tokens, and the models "
+                f"of this sweep read {length}; name a run of their context length, or leave it out"
             )
 
 
@@ -333,7 +349,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """
     if broken := broken_rules(settings, of_sweep=True):
         raise UserError(list_of_problems("settings", broken))
-    if settings.sweep.asha and not any(one.learning_rate for one in swept_variants(settings)):
+    has_several_rates = any(variant.learning_rate for variant in swept_variants(settings))
+    if settings.sweep.asha and not has_several_rates:
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
@@ -352,12 +369,12 @@ def check_devices(
     Raises:
         UserError: If there are too few.
     """
-    sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
-    num_workers, num_gpus = sweep.workers_per_trial, sweep.gpus_per_trial or 0
-    address = cluster.ray_address
-    check_available(num_workers, num_gpus, resources, address=address, per_trial=True)
+    sweep = assign_trial_gpus(settings).sweep
+    num_gpus = sweep.gpus_per_trial or 0
+    address = settings.cluster.ray_address
+    check_available(sweep.workers_per_trial, num_gpus, resources, address=address, per_trial=True)
     if pretrains:
-        check_run_resources(cluster, resources)
+        check_run_resources(settings.cluster, resources)
 
 
 def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
@@ -394,28 +411,33 @@ def check_models(settings: Settings) -> None:
             "evaluation.apply_chat_template: models that are trained from scratch have no chat "
             "template; leave it out, or distill an imported model that has one"
         )
-    sweep, data = settings.sweep, settings.data
+    sweep = settings.sweep
+    data = settings.data
     is_scratch = sweep.kind == "iterations"
     models = [*swept_variants(settings)] if is_scratch else baseline_models(settings)
-    built = models if is_scratch else teachers_by_label(settings).values()
-    each = [settings_of(settings, model) for model in built]
-    problems, configs = [], []
-    for own in each:
+
+    # Every model is built once. Baselines are built as their teacher, so that one is enough.
+    problems = []
+    configs = []
+    for variant in models if is_scratch else teachers_by_label(settings).values():
+        model = settings_of(settings, variant).model
         try:
             length = sequence_length(data)
-            config = own.model.build(vocab_size=data.vocab_size, context_length=length)
+            config = model.build(vocab_size=data.vocab_size, context_length=length)
             settings.evaluation.tokens_at_once(config.context_length)
             configs.append(config)
         except UserError as error:
             problems.append(str(error))
+
+    # Every name in a setting is that of a model.
     known = {key for model in models for key in model.keys}
     # Other rates may be those of the teacher, or of an iterations sweep from the same file.
     rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
     unknown = [f"sweep.learning_rates: {name}" for name in sorted(rates - known - {*METHODS})]
     unknown += [f"sweep.num_layers: {name}" for name in sweep.num_layers if name not in known]
-    what = "swept" if is_scratch else "a baseline of this sweep"
+    role = "swept" if is_scratch else "a baseline of this sweep"
     names = ", ".join(dict.fromkeys(model.name for model in models))
-    problems += [f"{name} is not {what}; such models are {names}" for name in unknown]
+    problems += [f"{setting} is not {role}; such models are {names}" for setting in unknown]
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     if is_scratch:

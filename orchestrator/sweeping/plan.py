@@ -1,7 +1,7 @@
-"""Plan a sweep, by reading only: its trials, what they are measured on, and how far each is.
+"""Plan the trials of a sweep, by reading only: which there are, and what they are measured on.
 
 An iterations sweep pretrains models from scratch. A threshold sweep and a search distill students
-of one teacher under schedules that its influence gives.
+of one teacher under schedules that its influence gives. How far each trial is, says `states.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
@@ -28,12 +28,10 @@ from orchestrator.evaluation.tasks import (
 )
 from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
-from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
 from orchestrator.records.trial import (
-    AshaRule,
-    EarlyStop,
-    SweepPlan,
+    Role,
+    SweepTrials,
     Trial,
     TrialSuite,
     teacher_or_costliest,
@@ -44,19 +42,21 @@ from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
     baseline_models,
     check_teacher,
+    group_of,
     has_counts,
     settings_of,
     swept_variants,
     teachers_by_label,
 )
+from orchestrator.sweeping.states import TrialState
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
-from orchestrator.training.job import finished_outcome, job_key, pretraining_job
+from orchestrator.training.job import job_key, pretraining_job
 from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace
+from orchestrator.workspace.layout import PLAN_FILE, Workspace
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
@@ -66,78 +66,81 @@ SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
 """Settings of which one decides how many students there are; a later one wins."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepModel:
-    """A model that an iterations sweep trains from scratch."""
-
-    label: str
-    """What tables and pictures call it."""
-    settings: Settings
-    """Sections `model`, `training` and `cluster` count."""
-    group: str | None = None
-    """Label without the seed; models of one group are seeds of one model."""
-
-
 def plan_iterations(
     settings: Settings,
     workspace: Workspace,
     tokens: Path | None,
-    models: Sequence[SweepModel] | None = None,
+    models: Mapping[str, Settings] | None = None,
     *,
     named_baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
-) -> SweepPlan:
+) -> SweepTrials:
     """Plan a sweep of models trained from scratch on the same tokens.
 
     Args:
-        models: Those of the settings when unset.
+        models: Label -> settings, of which sections `model`, `training` and `cluster` count; those
+            of the sweep's settings when unset. Labels that differ in `, seed N` at their end name
+            the seeds of one model.
         named_baselines: Label -> checkpoint of the runs that the user wants beside them.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     if models is None:
-        models = [
-            SweepModel(
-                label=variant.label,
-                settings=settings_of(settings, variant),
-                group=None if variant.seed is None else variant.group,
-            )
-            for variant in swept_variants(settings)
-        ]
-    jobs = [pretraining_job(model.settings, workspace, tokens) for model in models]
+        models = {
+            variant.label: settings_of(settings, variant) for variant in swept_variants(settings)
+        }
+    jobs = [pretraining_job(own_settings, workspace, tokens) for own_settings in models.values()]
     suite = TrialSuite(tokens_folder="")
     if tokens is not None:
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
     beside = baseline_trials(named_baselines or {}, suite, workspace)
-    return iterations_plan(models, jobs, suite=suite, beside=beside, name=name)
+    return iterations_plan(dict(zip(models, jobs, strict=True)), suite, beside=beside, name=name)
 
 
 def iterations_plan(
-    models: Sequence[SweepModel],
-    jobs: Sequence[TrainingJob],
-    *,
+    jobs: Mapping[str, TrainingJob],
     suite: TrialSuite,
+    *,
     beside: Sequence[Trial] = (),
     name: str | None = None,
-) -> SweepPlan:
-    """Plan a sweep that pretrains models, each by its job; those of one job are one trial.
+) -> SweepTrials:
+    """Plan a sweep that pretrains models; those of one job are one trial.
 
     Args:
+        jobs: Label -> training of the model.
         beside: Trials of the baselines that the user names.
     """
     trials = {}
-    for model, job in zip(models, share_first_stages(jobs), strict=True):
-        is_swept = has_counts(job.model.method)
-        role: Literal["baseline", "trial"] = "trial" if is_swept else "baseline"
-        trial = make_trial(
-            role, model.label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
-        )
-        seed = job.recipe.seed if model.group else None
-        changes = {"seed": seed, "group": model.group}
-        trials[trial.key] = trial.model_copy(update=changes)
-    seeds = {job.recipe.seed for model, job in zip(models, jobs, strict=True) if model.group}
-    num_requested = len(models) // (len(seeds) or 1)
+    seeds = set()
+    for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
+        group = group_of(label, job.recipe.seed)
+        trial = pretraining_trial(label, job, suite)
+        if group is not None:
+            seeds.add(job.recipe.seed)
+            trial = trial.model_copy(update={"seed": job.recipe.seed, "group": group})
+        trials[trial.key] = trial
+    num_requested = len(jobs) // (len(seeds) or 1)
     return _named_plan("iterations", name, [*trials.values(), *beside], num_requested)
+
+
+def plan_pretrained(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
+    """Return the models that a sweep trains before its students, as trials of which nothing is
+    measured: what is known of a sweep whose teacher is not trained."""
+    suite = TrialSuite(tokens_folder=next(iter(jobs.values())).tokens_folder)
+    trials = {}
+    for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
+        trial = pretraining_trial(label, job, suite)
+        trials[trial.key] = trial
+    name = "the teacher and its baselines"
+    return _named_plan("iterations", name, [*trials.values()], len(jobs))
+
+
+def pretraining_trial(label: str, job: TrainingJob, suite: TrialSuite) -> Trial:
+    """Return the trial that trains a model from scratch; one without corrections is a baseline."""
+    role: Role = "trial" if has_counts(job.model.method) else "baseline"
+    return make_trial(
+        role, label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
+    )
 
 
 def baseline_trials(
@@ -160,7 +163,7 @@ def plan_students(
     named_baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
-) -> SweepPlan:
+) -> SweepTrials:
     """Plan a threshold sweep or a search: the trials that are known before any has run.
 
     The seeds of a teacher have the same schedules, those of their mean influence.
@@ -173,91 +176,116 @@ def plan_students(
         named_baselines: Label -> checkpoint of the runs that the user wants beside them.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
-    sweep, models, parts = settings.sweep, teachers_by_label(settings), list[Students]()
-    trained_baselines = baselines or {}
-    for label, teacher in teachers.items():
-        full = load_config(teacher)
-        model = models[label]
-        beside = trained_baselines
-        own_name = ""
-        check_teacher(sweep, full)
+    variants = teachers_by_label(settings)
+    first_name = next(iter(variants.values())).name
+    parts = []
+    for label, checkpoint in teachers.items():
+        variant = variants[label]
+        config = load_config(checkpoint)
+        check_teacher(settings.sweep, config)
+        tokens = tokens_folder_of(checkpoint, workspace)
         suite = plan_suite(
-            settings.evaluation,
-            tokens_folder_of(teacher, workspace),
-            full,
-            hashes,
-            teacher=teacher,
-            workspace=workspace,
+            settings.evaluation, tokens, config, hashes, teacher=checkpoint, workspace=workspace
         )
         if suite.prompts:
-            check_template(ModelTokenizer(teacher), suite.prompts)
-        tables = [influence[one] for one in influence if models[one].name == model.name]
-        if sweep.teachers:
-            own_name, beside = model.name, {}
-            if own_name == next(iter(models.values())).name:
-                beside = {
-                    baseline.name: trained_baselines[baseline.label]
-                    for baseline in baseline_models(settings)
-                    if baseline.seed == model.seed and baseline.label in trained_baselines
-                }
-        table = mean_influence(tables) if tables else None
-        where = settings, workspace, teacher, suite
-        parts.append(Students(*where, table, beside, name=own_name, seed=model.seed))
-    plan = students_plan(
-        *parts,
-        beside=baseline_trials(named_baselines or {}, parts[0].suite, workspace),
-        name=None if sweep.kind == "search" else name,
-    )
-    return search_plan(plan, settings.search, name) if sweep.kind == "search" else plan
+            check_template(ModelTokenizer(checkpoint), suite.prompts)
+
+        # Baselines stand beside the only teacher, or beside the seeds of the first of several.
+        beside: Mapping[str, Path] = baselines or {}
+        if settings.sweep.teachers and variant.name == first_name:
+            beside = _baselines_of_seed(settings, baselines or {}, variant.seed)
+        elif settings.sweep.teachers:
+            beside = {}
+
+        tables = [t for other, t in influence.items() if variants[other].name == variant.name]
+        parts.append(
+            Students(
+                settings,
+                workspace,
+                checkpoint,
+                suite,
+                mean_influence(tables) if tables else None,
+                beside,
+                name=variant.name if settings.sweep.teachers else "",
+                seed=variant.seed,
+            )
+        )
+    named_trials = baseline_trials(named_baselines or {}, parts[0].suite, workspace)
+    if settings.sweep.kind == "search":
+        family = students_plan(*parts, beside=named_trials)
+        return search_plan(family, settings.search, name)
+    return students_plan(*parts, beside=named_trials, name=name)
+
+
+def _baselines_of_seed(
+    settings: Settings, baselines: Mapping[str, Path], seed: int | None
+) -> dict[str, Path]:
+    """Return the trained baselines of a seed, by their names without it."""
+    return {
+        model.name: baselines[model.label]
+        for model in baseline_models(settings)
+        if model.seed == seed and model.label in baselines
+    }
 
 
 def students_plan(
     *students: Students, beside: Sequence[Trial] = (), name: str | None = None
-) -> SweepPlan:
+) -> SweepTrials:
     """Plan the trials of one teacher's students or of several; those of one key are one trial.
 
     Args:
         beside: Trials of the baselines that the user names.
         name: Made from the plan's key when unset.
     """
-    first, sweep = students[0], students[0].settings.sweep
-    trials = {trial.key: trial for each in students for trial in each.trials()}
+    sweep = students[0].settings.sweep
+    trials = {trial.key: trial for part in students for trial in part.trials()}
     for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
         trials.setdefault(trial.key, trial)
-    number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    number *= len({each.name for each in students})
-    return _named_plan("threshold", name, [*trials.values()], number, teacher=first.teacher)
+    num_schedules = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    num_teachers = len({part.name for part in students})
+    return _named_plan(
+        "threshold",
+        name,
+        [*trials.values()],
+        num_schedules * num_teachers,
+        teacher=students[0].teacher,
+    )
 
 
 def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
     """Return the mean of what was measured of one model's seeds; errors are those of the first."""
+    if len(tables) == 1:
+        return tables[0]
 
     def mean(*rows: Sequence[float]) -> tuple[float, ...]:
         return tuple(map(fmean, zip(*rows, strict=True)))
 
-    if len(tables) == 1:
-        return tables[0]
-    values, residuals = (
-        tuple(mean(*rows) for rows in zip(*each, strict=True))
-        for each in ([t.value_rows for t in tables], [t.residual_rows for t in tables])
+    def mean_by_layer(*matrices: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(mean(*rows) for rows in zip(*matrices, strict=True))
+
+    return replace(
+        tables[0],
+        value_rows=mean_by_layer(*(table.value_rows for table in tables)),
+        residual_rows=mean_by_layer(*(table.residual_rows for table in tables)),
+        layer_values=mean(*(table.layer_values for table in tables)),
     )
-    layers = mean(*(table.layer_values for table in tables))
-    return replace(tables[0], value_rows=values, residual_rows=residuals, layer_values=layers)
 
 
-def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
+def search_plan(
+    family: SweepTrials, settings: SearchSettings, name: str | None = None
+) -> SweepTrials:
     """Return the plan that a search starts with: the trials of a family of schedules.
 
     Its name is made from its key when unset. A longer search has the same key and continues.
     """
-    asked = settings.model_dump(mode="json", exclude={"num_trials"})
-    key = content_key("search", family.key, asked)
-    name = name or f"search-{key[:8]}"
-    return family.model_copy(update={"key": key, "kind": "search", "name": name})
+    key_settings = settings.model_dump(mode="json", exclude={"num_trials"})
+    key = content_key("search", family.key, key_settings)
+    changes = {"key": key, "kind": "search", "name": name or f"search-{key[:8]}"}
+    return family.model_copy(update=changes)
 
 
 def schedule_search(
-    settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
+    settings: Settings, workspace: Workspace, plan: SweepTrials, teacher: Path
 ) -> ScheduleSearch:
     """Return what suggests further trials for the plan of a search."""
     from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
@@ -278,11 +306,11 @@ def _named_plan(
     trials: Sequence[Trial],
     num_requested: int,
     teacher: Path | None = None,
-) -> SweepPlan:
+) -> SweepTrials:
     # Two measures of influence may lead to the same schedules by other thresholds.
     shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
     key = content_key("sweep", kind, shown)
-    return SweepPlan(
+    return SweepTrials(
         key=key,
         name=name or f"{kind}-{key[:8]}",
         kind=kind,
@@ -326,16 +354,16 @@ def plan_suite(
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
     length = settings.tokens_at_once(config.context_length)
-    asked = select_tasks(settings, tokens, context_length=length)
+    selection = select_tasks(settings, tokens, context_length=length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     vocabulary = text_files_key(teacher) if teacher else None
     suite = TrialSuite(
         tokens=open_data(tokens).fingerprint,
         tokens_folder=str(tokens),
-        tasks=() if is_heldout_alone else tuple(asked.names),
-        suite=asked.heldout.name if asked.heldout else "",
-        suite_folder=str(asked.heldout or ""),
+        tasks=() if is_heldout_alone else tuple(selection.names),
+        suite=selection.heldout.name if selection.heldout else "",
+        suite_folder=str(selection.heldout or ""),
         include_folder="".join(map(str, user_task_folders(settings))),
         batch_size=settings.batch_size,
         limit=settings.limit,
@@ -348,13 +376,20 @@ def plan_suite(
         vocabulary_folder=str(teacher) if vocabulary else None,
     )
     if hashes is None and workspace:
-        for sweep in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
-            with suppress(UserError):
-                if plan := SweepPlan.read(sweep / PLAN_FILE):
-                    known = plan.trials[0].suite
-                    found = suite.model_copy(update={"fingerprints": known.fingerprints})
-                    if found.key == known.key:
-                        return found
+        return _with_known_fingerprints(suite, workspace)
+    return suite
+
+
+def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSuite:
+    """Return a suite with the hashes that the newest sweep with the same tasks has found."""
+    for folder in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
+        with suppress(UserError):  # A damaged plan knows none.
+            if plan := SweepTrials.read(folder / PLAN_FILE):
+                stored_suite = plan.trials[0].suite
+                changes = {"fingerprints": stored_suite.fingerprints}
+                suite_with_hashes = suite.model_copy(update=changes)
+                if suite_with_hashes.key == stored_suite.key:
+                    return suite_with_hashes
     return suite
 
 
@@ -363,11 +398,12 @@ def plan_suite(
 
 def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
-    cost, most = inference_cost(config), inference_cost(full)
+    cost = inference_cost(config)
+    full_cost = inference_cost(full)
     return {
         **cost_numbers(cost),
-        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
-        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+        "relative_evaluations": cost.evaluations_per_token / full_cost.evaluations_per_token,
+        "relative_flops": cost.decode_flops_per_token / full_cost.decode_flops_per_token,
     }
 
 
@@ -383,15 +419,15 @@ def cost_numbers(cost: InferenceCost) -> dict[str, float]:
     }
 
 
-def full_trial(plan: SweepPlan) -> Trial:
+def full_trial(plan: SweepTrials) -> Trial:
     """Return the trial that the others are compared with; see `teacher_or_costliest`."""
-    found = teacher_or_costliest(
+    full = teacher_or_costliest(
         plan.trials,
         role=lambda trial: trial.role,
         cost=lambda trial: inference_cost(trial.model).evaluations_per_token,
     )
-    assert found is not None, "a plan has trials"
-    return found
+    assert full is not None, "a plan has trials"
+    return full
 
 
 def num_models(trials: Sequence[Trial]) -> int:
@@ -399,75 +435,11 @@ def num_models(trials: Sequence[Trial]) -> int:
 
     Baselines count where all models are trained from scratch.
     """
-    own = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
-    return len({t.schedule if t.parent else t.group or t.key for t in own})
+    counted = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
+    return len({t.schedule if t.parent else t.group or t.key for t in counted})
 
 
-def asha_rule(sweep: SweepSettings) -> AshaRule:
-    """Return when trials are compared, and how many continue."""
-    return AshaRule(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
-
-
-def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]:
-    """Return, for each model with several learning rates, its trials; none without ASHA."""
-    if plan.kind != "iterations" or not sweep.asha:
-        return []
-    models: dict[str, list[Trial]] = {}
-    for trial in plan.trials:
-        if trial.job:
-            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
-            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
-            same = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
-            models.setdefault(same, []).append(trial)
-    return [trials for trials in models.values() if len(trials) > 1]
-
-
-def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
-    """Return key -> reason of the trials without a result that were stopped early: by this rule,
-    for a competitor that is in the plan."""
-    found: dict[str, EarlyStop] = {}
-    for trials in competing_trials(plan, sweep):
-        labels = {trial.label for trial in trials}
-        for trial in (one for one in trials if not one.result_path.exists()):
-            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
-            if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
-                found[trial.key] = stop
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialState:
-    """How far a trial is."""
-
-    trial: Trial
-    name: Literal["finished", "stopped early", "to measure", "to train"]
-    """Its state, or what is done next."""
-    training: Estimate | None = None
-    """Its training, if that is not finished."""
-
-    @property
-    def steps_done(self) -> int:
-        """Training steps that it resumes after."""
-        return self.training.steps_done if self.training else 0
-
-
-def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
-    """Return how far each trial of a plan is."""
-    stops, states = early_stops(plan, sweep), []
-    for trial in plan.trials:
-        if trial.result():
-            states.append(TrialState(trial=trial, name="finished"))
-        elif trial.key in stops:
-            states.append(TrialState(trial=trial, name="stopped early"))
-        elif trial.job is None or finished_outcome(trial.job):
-            states.append(TrialState(trial=trial, name="to measure"))
-        else:
-            training = Estimate.of(trial.job)
-            states.append(TrialState(trial=trial, name="to train", training=training))
-    return states
-
-
-def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
+def plan_table(plan: SweepTrials, states: Sequence[TrialState]) -> Table:
     """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
 
     Learning rates and numbers of layers are shown if they differ.
@@ -486,7 +458,7 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
         Column("FLOPs", 4): [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
         Column("KV/token", 5): [format_bytes(cost.kv_bytes_per_token) for cost in costs],
         Column("state", is_text=True): [
-            f"from step {state.steps_done:,}" if state.steps_done else state.name
+            f"from step {state.steps_done:,}" if state.steps_done else state.status
             for state in states
         ],
     }
@@ -496,34 +468,40 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
 
 
 def plan_sentences(
-    plan: SweepPlan, sweep: SweepSettings, states: Sequence[TrialState]
+    plan: SweepTrials, sweep: SweepSettings, states: Sequence[TrialState]
 ) -> list[str]:
     """Say what was merged, and what is reused."""
-    asked = "model"
-    if plan.kind != "iterations":
-        asked = "threshold" if sweep.thresholds else "budget" if sweep.budgets else "schedule"
-    made = "" if asked == "model" else " schedule" if plan.num_distinct == 1 else " schedules"
-    first = (
-        f"{format_count(plan.num_requested, asked)} asked for, {plan.num_distinct:,} distinct{made}"
+    # What the plan is about.
+    if plan.kind == "iterations":
+        requested = "model"
+        distinct = ""
+    else:
+        requested = "schedule"
+        if sweep.thresholds or sweep.budgets:
+            requested = "threshold" if sweep.thresholds else "budget"
+        distinct = " schedule" if plan.num_distinct == 1 else " schedules"
+    contents = (
+        f"{format_count(plan.num_requested, requested)} asked for, "
+        f"{plan.num_distinct:,} distinct{distinct}"
     )
     if num_seeds := len({trial.seed for trial in plan.trials if trial.seed is not None}):
-        first += f", each under {format_count(num_seeds, 'seed')}"
-    if num_more := num_models(plan.trials) - plan.num_distinct:
-        first += f"; {num_more:,} more that the search suggested"
+        contents += f", each under {format_count(num_seeds, 'seed')}"
+    if num_suggested := num_models(plan.trials) - plan.num_distinct:
+        contents += f"; {num_suggested:,} more that the search suggested"
 
-    names = Counter(state.name for state in states)
-    are = "is" if len(states) == 1 else "are"
-    found = (
-        f"{names['finished']:,} of {format_count(len(states), 'trial')} {are} finished and reused"
-    )
-    if num_stopped := names["stopped early"]:
-        found += f", {num_stopped:,} stopped early and left so"
+    # How far it is.
+    numbers = Counter(state.status for state in states)
+    verb = "is" if len(states) == 1 else "are"
+    trials = format_count(len(states), "trial")
+    progress = f"{numbers['finished']:,} of {trials} {verb} finished and reused"
+    if num_stopped := numbers["stopped early"]:
+        progress += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
-        found += f", {num_begun:,} partly trained"
-    return [first, found] if plan.num_distinct else [found]
+        progress += f", {num_begun:,} partly trained"
+    return [contents, progress] if plan.num_distinct else [progress]
 
 
-def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
+def sweep_parameters(plan: SweepTrials, settings: Settings) -> dict[str, str]:
     """Return the parameters that apply to this kind of sweep, and those that its trainings share.
 
     A setting that is off, or an empty list, is left out.
@@ -553,7 +531,7 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
-            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
+            return ", ".join(f"{key}: {text(part)}" for key, part in value.items())
         return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
     jobs = [t.job for t in plan.trials if t.job]

@@ -22,8 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from iiet.schedule import IterationSchedule
-from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
 from orchestrator.workspace.errors import UserError
@@ -41,7 +40,7 @@ class ScheduleSearch:
 
     def __init__(
         self,
-        plan: SweepPlan,
+        plan: SweepTrials,
         full: IterationSchedule,
         settings: SearchSettings,
         make_trial: Callable[[IterationSchedule], Trial],
@@ -56,15 +55,18 @@ class ScheduleSearch:
             folder: The sweep's folder.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._full, self._settings, self._make_trial = full, settings, make_trial
-        self._path, self._name = folder / STUDY_FILE, plan.key
+        self._full = full
+        self._settings = settings
+        self._make_trial = make_trial
+        self._path = folder / STUDY_FILE
+        self._name = plan.key
         self._space: dict[str, BaseDistribution] = {
             _name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
         }
         self._trials = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
         """All that is known: the family, then what is suggested."""
-        self._num_given = len(self._trials)
-        self._asked: dict[str, int] = {}
+        self._num_family = len(self._trials)
+        self._suggested: dict[str, int] = {}
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
         if self._path.exists():
@@ -81,12 +83,12 @@ class ScheduleSearch:
     @property
     def num_wanted(self) -> int:
         """Largest number of schedules that the search suggests, over all restarts."""
-        return min(self._settings.num_trials, self.num_schedules - self._num_given)
+        return min(self._settings.num_trials, self.num_schedules - self._num_family)
 
     @property
     def num_left(self) -> int:
         """Number of those that are not suggested yet."""
-        return max(0, self.num_wanted - (len(self._trials) - self._num_given))
+        return max(0, self.num_wanted - (len(self._trials) - self._num_family))
 
     @property
     def text(self) -> str:
@@ -106,13 +108,7 @@ class ScheduleSearch:
 
     def suggested_trials(self) -> list[Trial]:
         """Return the trials that were suggested so far."""
-        return [*self._trials.values()][self._num_given :]
-
-    def jobs_left(self) -> list[TrainingJob]:
-        """Return a job for each trial that is not suggested yet, each of the full schedule."""
-        job = self._make_trial(self._full).job
-        folder = str(self._path.parent)
-        return [job.model_copy(update={"run_folder": folder})] * self.num_left if job else []
+        return [*self._trials.values()][self._num_family :]
 
     def open(self, results: Mapping[str, Trial]) -> None:
         """Open the study, close what a killed process left in it, and enter what is finished.
@@ -124,16 +120,16 @@ class ScheduleSearch:
             UserError: If the study is damaged, or no trial has the objective.
         """
         keys = {trial.key for trial in self._trials.values()}
-        named = {
+        qualities = {
             name.removeprefix("quality/")
             for key, result in results.items()
             for name in result.numbers
             if key in keys and name.startswith("quality/")
         }
-        if named and self._settings.objective not in named:
+        if qualities and self._settings.objective not in qualities:
             raise UserError(
                 f"search.objective={self._settings.objective}: the tasks of this sweep do not give "
-                f"it; they give {', '.join(sorted(named))}"
+                f"it; they give {', '.join(sorted(qualities))}"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._damage():
@@ -147,7 +143,7 @@ class ScheduleSearch:
                 load_if_exists=True,
             )
             self._read(study)
-            study.sampler = _sampler(self._settings, self._num_given, len(study.trials))
+            study.sampler = _sampler(self._settings, self._num_family, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
                 study.tell(stored.number, state=TrialState.FAIL)
             self._study = study
@@ -155,29 +151,35 @@ class ScheduleSearch:
 
     def suggest(self) -> Trial | None:
         """Return the trial of a schedule that is not known yet; None if enough were suggested."""
-        study, number = self._study, 0
+        study = self._study
         assert study is not None, "call open first"
+        num_attempts = 0
         while self.num_left:
-            number += 1
-            if number % MAX_DUPLICATES == 0:
-                draw, schedule = random.Random(len(study.trials)), self._full
-                while schedule in self._trials:
-                    points = tuple(draw.randint(0, most) for most in self._full)
-                    schedule = IterationSchedule(points)
-                study.enqueue_trial(self._point(schedule))
-            asked = study.ask(self._space)
-            schedule = self._schedule(asked)
+            num_attempts += 1
+            if num_attempts % MAX_DUPLICATES == 0:
+                study.enqueue_trial(self._point(self._unknown_schedule(seed=len(study.trials))))
+            suggestion = study.ask(self._space)
+            schedule = self._schedule(suggestion)
             if schedule in self._trials:
-                study.tell(asked, state=TrialState.FAIL)
+                study.tell(suggestion, state=TrialState.FAIL)
                 continue
-            trial = self._trials[schedule] = self._make_trial(schedule)
-            self._asked[trial.key] = asked.number
+            trial = self._make_trial(schedule)
+            self._trials[schedule] = trial
+            self._suggested[trial.key] = suggestion.number
             return trial
         return None
 
+    def _unknown_schedule(self, seed: int) -> IterationSchedule:
+        """Draw a schedule that is not known; there is one while `num_left` is above 0."""
+        draw = random.Random(seed)
+        schedule = self._full
+        while schedule in self._trials:
+            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
+        return schedule
+
     def tell(self, trial: Trial, result: Trial | None) -> None:
         """Store the values of a trial that has ended; others than those suggested here are not."""
-        number = self._asked.pop(trial.key, None)
+        number = self._suggested.pop(trial.key, None)
         if self._study is None or number is None:
             return
         values = self._values(result) if result else None
@@ -237,7 +239,7 @@ class ScheduleSearch:
 
 
 def _sampler(
-    settings: SearchSettings, num_given: int, num_before: int
+    settings: SearchSettings, num_family: int, num_before: int
 ) -> optuna.samplers.BaseSampler:
     # A sampler that starts again with the same seed would suggest the same again.
     seed = (settings.seed + num_before) % (MAX_SEED + 1)
@@ -246,9 +248,9 @@ def _sampler(
     with warnings.catch_warnings():  # Optuna 4 calls both experimental; Optuna 5 has them as here.
         warnings.simplefilter("ignore", ExperimentalWarning)
         if settings.sampler == "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=num_given, seed=seed)
+            return optuna.samplers.GPSampler(n_startup_trials=num_family, seed=seed)
         # Layer by layer, it would suggest the ends of the front again and again.
-        return optuna.samplers.TPESampler(n_startup_trials=num_given, multivariate=True, seed=seed)
+        return optuna.samplers.TPESampler(n_startup_trials=num_family, multivariate=True, seed=seed)
 
 
 def _name(layer: int) -> str:

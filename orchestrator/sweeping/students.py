@@ -37,10 +37,7 @@ from orchestrator.settings import (
     SweepSettings,
     TrainingSettings,
 )
-from orchestrator.sweeping.models import (
-    STUDENTS_SECTION,
-    schedule_cost,
-)
+from orchestrator.sweeping.models import STUDENTS_SECTION, schedule_cost, seed_label
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
@@ -202,38 +199,59 @@ def student_estimate(
     )
 
 
-def unknown_students(settings: Settings, teacher: ModelConfig) -> tuple[list[Estimate], str]:
-    """Return a simple bound of what a teacher's students take, and a sentence that counts them.
-
-    Their schedules are unknown, so each student makes all of the teacher's corrections.
-    """
-    sweep, recipe = settings.sweep, settings.distillation.training
-    is_pruned, num_seeds = settings.distillation.control == "pruned", max(1, len(sweep.seeds))
-    number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    number = min(number, 1 + sum(teacher.corrections))
+def most_students(settings: Settings, teacher: ModelConfig) -> int:
+    """Return how many schedules the students of a teacher have at most, before they are known."""
+    sweep = settings.sweep
+    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    # A family of nested schedules drops one correction at a time.
+    num_schedules = min(num_requested, 1 + sum(teacher.corrections))
     if sweep.kind == "search":
-        number = min(number + settings.search.num_trials, teacher.corrections.num_within)
-    counts = format_count(number if is_pruned else number * num_seeds, "student")
-    models: list[tuple[ModelConfig, TrainingSettings]] = []
-    if not is_pruned and not sweep.elastic:
-        models += [(teacher, recipe)] * number
+        num_searched = num_schedules + settings.search.num_trials
+        return min(num_searched, teacher.corrections.num_within)
+    return num_schedules
+
+
+def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> list[Estimate]:
+    """Return trainings that take at least as much as those of a teacher's students.
+
+    Their schedules are not known, so each student makes all of the teacher's corrections.
+
+    Args:
+        number: Schedules that are not known; without a meaning for elastic weights.
+    """
+    sweep = settings.sweep
+    recipe = settings.distillation.training
+    if settings.distillation.control == "pruned":
+        return []
+    num_trainings = number
     if sweep.elastic:
         # Each step trains the full schedule and those that are drawn: as so many students.
-        passes = 1 + (recipe.elastic or ElasticSettings()).num_drawn
-        steps = sweep.elastic_steps or recipe.num_steps
-        models += [(teacher, recipe.model_copy(update={"num_steps": steps}))] * passes
+        num_trainings = 1 + (recipe.elastic or ElasticSettings()).num_drawn
+        num_steps = sweep.elastic_steps or recipe.num_steps
+        recipe = recipe.model_copy(update={"num_steps": num_steps})
+    bound = []
+    for seed in sweep.seeds or (recipe.seed,):
+        changes = {"seed": seed, "elastic": None}
+        student_recipe = recipe.model_copy(update=changes)
+        training = student_estimate(settings, teacher, teacher, student_recipe)
+        bound += [training] * num_trainings
+    return bound
+
+
+def bound_text(settings: Settings, teacher: ModelConfig) -> str:
+    """Say how many students a teacher has at most, and how they are priced."""
+    num_seeds = max(1, len(settings.sweep.seeds))
+    is_pruned = settings.distillation.control == "pruned"
+    if settings.sweep.elastic:
         counts = format_count(num_seeds, "elastic training")
-    trainings = [
-        student_estimate(
-            settings, teacher, config, own.model_copy(update={"seed": seed, "elastic": None})
-        )
-        for seed in sweep.seeds or (recipe.seed,)
-        for config, own in models
-    ]
-    priced = "they are priced as if each made all of the teacher's corrections"
-    return trainings, (
+    else:
+        # Weights that are not trained have no seeds.
+        num_schedules = most_students(settings, teacher)
+        counts = format_count(num_schedules * (1 if is_pruned else num_seeds), "student")
+    price = "they are priced as if each made all of the teacher's corrections"
+    return (
         f"its students' schedules are not known yet: at most {counts}; "
-        f"{priced if trainings else 'none of them is trained'}"
+        f"{'none of them is trained' if is_pruned else price}"
     )
 
 
@@ -247,7 +265,8 @@ def without_elastic(settings: Settings) -> Settings:
 
 def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> DistillationSettings:
     """Return the settings of an elastic training from a teacher."""
-    distillation, recipe = settings.distillation, settings.distillation.training
+    distillation = settings.distillation
+    recipe = distillation.training
     elastic = recipe.elastic or ElasticSettings()
     changes = {
         "elastic": elastic.model_copy(update={"schedules": tuple(map(str, schedules))}),
@@ -270,7 +289,7 @@ def make_trial(
     """
     if seed is not None:
         fields |= {"seed": seed, "group": label}
-        label = f"{label}, seed {seed}"
+        label = seed_label(label, seed)
     key = content_key("trial", weights, suite.key)
     return Trial(key=key, role=role, label=label, suite=suite, **fields)
 
@@ -288,9 +307,16 @@ def checkpoint_trial(
     # A pruned student under all corrections is another trial than its teacher.
     kind = "pruned" if role == "trial" else "as it is"
     weights = content_key(kind, weights_key(checkpoint), config.to_dict())
-    folder = str(workspace.trials / weights)
-    fields |= {"model": config, "folder": folder, "checkpoint": str(checkpoint)}
-    return make_trial(role, label, weights, suite, **fields)
+    return make_trial(
+        role,
+        label,
+        weights,
+        suite,
+        model=config,
+        folder=str(workspace.trials / weights),
+        checkpoint=str(checkpoint),
+        **fields,
+    )
 
 
 @dataclass(frozen=True)
@@ -317,8 +343,9 @@ class Students:
     @property
     def seeds(self) -> tuple[int | None, ...]:
         """The seeds that each student is trained with."""
-        own = () if self.name else self.settings.sweep.seeds
-        return own or (self.seed,)
+        # One of several teachers has a seed itself, and its students have the same.
+        seeds_of_sweep = () if self.name else self.settings.sweep.seeds
+        return seeds_of_sweep or (self.seed,)
 
     def label(self, text: str) -> str:
         """Return the label of a student: with its teacher's name, if there are several."""
@@ -340,60 +367,75 @@ class Students:
 
     def trials(self) -> list[Trial]:
         """Return the trials of the teacher, of elastic weights or students, and of baselines."""
-        sweep = self.settings.sweep
-        found = [self._measured("teacher", self.name or "teacher", self.teacher, self.full)]
-        if self.influence and sweep.elastic:
-            found += self._elastic_trials()
-        if not sweep.elastic:
-            is_trained = self.settings.distillation.control != "pruned"
+        is_elastic = self.settings.sweep.elastic
+        is_trained = self.settings.distillation.control != "pruned"
+        trials = [self._as_it_is("teacher", self.name or "teacher", self.teacher)]
+        if is_elastic and self.influence:
+            trials += self._elastic_trials()
+        if not is_elastic:
             for seed in self.seeds if is_trained else (self.seed,):
-                found += [self.student(member, seed) for member in self.members]
-        for label, folder in self.baselines.items():
-            found.append(self._measured("baseline", label, folder, load_config(folder)))
-        return found
-
-    def _measured(self, role: Role, label: str, checkpoint: Path, config: ModelConfig) -> Trial:
-        where = self.suite, self.workspace
-        return checkpoint_trial(role, label, checkpoint, config, *where, seed=self.seed)
-
-    def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
-        tokens = self.suite.tokens_folder
-        return student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
-
-    def _trained(
-        self, role: Role, label: str, job: TrainingJob, seed: int | None, **fields: Any
-    ) -> Trial:
-        if seed is not None:
-            job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
-        weights, trials = job_key(job), self.workspace.trials
-        # The folder is that of a finished training, or follows from its key.
-        folder = str(folder_of_weights(self.workspace, weights, trials / weights))
-        fields |= {
-            "model": job.model,
-            "folder": folder,
-            "job": job.model_copy(update={"run_folder": folder}),
-            "parent": job.provenance.get("teacher"),
-        }
-        return make_trial(role, self.label(label), weights, self.suite, seed, **fields)
+                trials += [self.student(member, seed) for member in self.members]
+        for label, checkpoint in self.baselines.items():
+            trials.append(self._as_it_is("baseline", label, checkpoint))
+        return trials
 
     def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
         """Return the trial that trains and measures a student, or a control, under a schedule."""
         config = replace(self.full, schedule=member.schedule)
-        control, label = self.settings.distillation.control, str(config.corrections)
+        control = self.settings.distillation.control
+        label = str(config.corrections)
         if control != "distill":
             label += f", {control.replace('_', ' ')}"
-        if job := self._job(without_elastic(self.settings).distillation, config):
-            return self._trained("trial", label, job, seed, **_thresholds(member))
+        job = self._job(without_elastic(self.settings).distillation, config)
+        if job is None:
+            return checkpoint_trial(
+                "trial",
+                self.label(label),
+                self.teacher,
+                config,
+                self.suite,
+                self.workspace,
+                parent=weights_key(self.teacher),
+                seed=seed,
+                **_thresholds(member),
+            )
+        return self._trained(label, job, seed, **_thresholds(member))
+
+    def _as_it_is(self, role: Role, label: str, checkpoint: Path) -> Trial:
+        """Return the trial that measures a trained model under its own schedule."""
+        config = load_config(checkpoint)
         return checkpoint_trial(
+            role, label, checkpoint, config, self.suite, self.workspace, seed=self.seed
+        )
+
+    def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
+        return student_job(
+            distillation,
+            teacher=self.teacher,
+            config=config,
+            tokens_folder=self.suite.tokens_folder,
+        )
+
+    def _trained(self, label: str, job: TrainingJob, seed: int | None, **fields: Any) -> Trial:
+        """Return the trial that runs a job under a seed, and measures its weights."""
+        if seed is not None:
+            recipe = job.recipe.model_copy(update={"seed": seed})
+            job = job.model_copy(update={"recipe": recipe})
+        weights = job_key(job)
+        # The folder is that of a finished training, or follows from its key.
+        usual_folder = self.workspace.trials / weights
+        folder = str(folder_of_weights(self.workspace, weights, usual_folder))
+        return make_trial(
             "trial",
             self.label(label),
-            self.teacher,
-            config,
+            weights,
             self.suite,
-            self.workspace,
-            parent=weights_key(self.teacher),
-            seed=seed,
-            **_thresholds(member),
+            seed,
+            model=job.model,
+            folder=folder,
+            job=job.model_copy(update={"run_folder": folder}),
+            parent=job.provenance.get("teacher"),
+            **fields,
         )
 
     def _elastic_trials(self) -> list[Trial]:
@@ -404,8 +446,9 @@ class Students:
         Raises:
             UserError: If no schedule is below the full one.
         """
-        full, of_schedule = self.full, {member.schedule: member for member in self.members}
-        cheaper = [schedule for schedule in of_schedule if schedule != full.corrections]
+        full = self.full
+        members = {member.schedule: member for member in self.members}
+        cheaper = [schedule for schedule in members if schedule != full.corrections]
         if not cheaper:
             raise UserError(
                 "sweep.elastic trains schedules that are cheaper than the teacher's, and this "
@@ -416,16 +459,16 @@ class Students:
         assert job is not None, "check_sweep refuses controls"
         trials = []
         for seed in self.seeds:
-            thresholds = _thresholds(of_schedule.get(full.corrections))
+            thresholds = _thresholds(members.get(full.corrections))
             label = f"{full.corrections}, elastic"
-            trained = self._trained("trial", label, job, seed, is_elastic=True, **thresholds)
-            trials.append(trained)
+            trained = self._trained(label, job, seed, is_elastic=True, **thresholds)
             assert trained.job is not None
+            trials.append(trained)
+            last_checkpoint = trained.job.folder / checkpoint_name(job.recipe.num_steps)
             for schedule in cheaper:
                 # The key is that of the training: the weights are not known before it.
                 config = replace(full, schedule=schedule)
                 weights = content_key("elastic", job_key(trained.job), config.to_dict())
-                last = trained.job.folder / checkpoint_name(job.recipe.num_steps)
                 trials.append(
                     make_trial(
                         "trial",
@@ -435,15 +478,20 @@ class Students:
                         seed,
                         model=config,
                         folder=str(self.workspace.trials / weights),
-                        checkpoint=str(last),
+                        checkpoint=str(last_checkpoint),
                         parent=trained.parent,
                         is_elastic=True,
-                        **_thresholds(of_schedule[schedule]),
+                        **_thresholds(members[schedule]),
                     )
                 )
         return trials
 
 
 def _thresholds(member: FamilyMember | None) -> dict[str, float | None]:
-    names = "threshold_above", "threshold_up_to"
-    return {name: getattr(member, name) for name in names if member}
+    """Return the bounds of the thresholds that give a schedule, as fields of its trial."""
+    if member is None:
+        return {}
+    return {
+        "threshold_above": member.threshold_above,
+        "threshold_up_to": member.threshold_up_to,
+    }

@@ -4,36 +4,81 @@ A Ray Tune trial calls this, and a debugger can, without Ray. It is idempotent: 
 returns its result, a trained one is only measured, an interrupted one resumes from its checkpoint.
 
 A trial that competes with the same model at other learning rates may be stopped early, by ASHA
-(`cluster/tune.py`). The reason then lies in its folder. It keeps its checkpoint and has no result,
-so a sweep without ASHA, or with another rule, trains it to its end.
+(`cluster/tune.py`). It hears this where it reports a validation loss, keeps its checkpoint and has
+no result, so a sweep without ASHA, or with another rule, trains it to its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import TaskSelection, load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
-from orchestrator.records.training import TrainingOutcome
+from orchestrator.planning.estimate import out_of_memory_explained
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.stop import stop_requested, stop_when
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
-if TYPE_CHECKING:
-    from orchestrator.cluster.tune import TrialPlace
+
+class Place(Protocol):
+    """Where a trial runs, and who hears of it; `TrialPlace` is the one under Ray Tune."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that train together."""
+
+    @property
+    def device(self) -> str:
+        """Device of this process."""
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Report a validation loss; returns when it is decided whether the trial goes on."""
+
+    def is_beaten(self) -> bool:
+        """Return whether the last report has ended the trial early."""
+
+    def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
+        """Train a job on several workers, with reports as above."""
+
+    def on_device(self, work: Callable[[str], Trial]) -> Trial:
+        """Call a function with the name of one of the trial's devices, where that device is."""
 
 
-def run_trial(trial: Trial, place: TrialPlace | None = None) -> Trial | None:
+class ThisProcess:
+    """A place without Ray: this process, on the CPU; nothing competes with the trial."""
+
+    num_workers = 1
+    device = "cpu"
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell nobody."""
+
+    def is_beaten(self) -> bool:
+        """Return False: there is no other trial."""
+        return False
+
+    def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
+        """Raise an error: one worker is no case for it."""
+        raise NotImplementedError
+
+    def on_device(self, work: Callable[[str], Trial]) -> Trial:
+        """Call the function here."""
+        return work(self.device)
+
+
+def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
     The folder is locked until the result is written: a trial of another sweep that is the same
@@ -46,33 +91,33 @@ def run_trial(trial: Trial, place: TrialPlace | None = None) -> Trial | None:
     Returns:
         The trial with what was measured; None after a request to stop, or if it was stopped early.
     """
-    folder, is_beaten = Path(trial.folder), False
-    verdict = folder / STOPPED_NAME
-
-    def report(step: int, numbers: Mapping[str, float]) -> None:
-        nonlocal is_beaten
-        if place:
-            place.report(step, numbers)
-        is_beaten = verdict.exists()
-
+    place = place or ThisProcess()
+    folder = Path(trial.folder)
     with lock_run_folder(folder, wait=True) as is_ours:
         if not is_ours:
             return None
         if finished := trial.result():
             return finished
-        verdict.unlink(missing_ok=True)  # Whoever runs the trial follows another rule.
+        # Why an earlier call stopped it. This one follows another rule, or none.
+        (folder / STOPPED_NAME).unlink(missing_ok=True)
+
+        # Train it, if it is more than a checkpoint.
         outcome = None
         if trial.job:
-            with stop_when(lambda: is_beaten):
-                train = place.train if place else run_job
-                outcome = train(trial.job, report=report)
+            with stop_when(place.is_beaten):
+                if place.num_workers > 1:
+                    outcome = place.train_on_workers(trial.job)
+                else:
+                    world = World(device=place.device)
+                    with out_of_memory_explained(trial.job, world):
+                        outcome = run_job(trial.job, world=world, report=place.report)
             if not outcome.finished or stop_requested():
                 return None
+            trial = trial.model_copy(update={"checkpoint": outcome.checkpoint})
+
+        # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
-        if outcome:
-            trained = trained.model_copy(update={"checkpoint": outcome.checkpoint})
-        measure = partial(measure_trial, trained)
-        measured = place.on_device(measure) if place else measure("cpu")
+        measured = place.on_device(partial(measure_trial, trained))
         measured.write(trial.result_path)
         return measured
 
@@ -83,7 +128,7 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
-    asked = TaskSelection(
+    selection = TaskSelection(
         names=suite.tasks,
         folders=(Path(suite.include_folder),) if suite.include_folder else (),
         heldout=Path(suite.suite_folder) if suite.suite_folder else None,
@@ -91,8 +136,9 @@ def measure_trial(trial: Trial, device: str) -> Trial:
         prompts=suite.prompts,
     )
     # Students of an imported model read text as it does.
-    imported = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
-    model = open_model(Path(str(trial.checkpoint)), trial.model.corrections, text_folder=imported)
+    text_folder = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
+    checkpoint = Path(str(trial.checkpoint))
+    model = open_model(checkpoint, trial.model.corrections, text_folder=text_folder)
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
     conditions = Conditions(
@@ -103,11 +149,11 @@ def measure_trial(trial: Trial, device: str) -> Trial:
         device=device,
     )
     measurer = ModelMeasurer(model, store, conditions)
-    measured = measurer.tasks(load_suite(asked, suite.fingerprints))
+    measured = measurer.tasks(load_suite(selection, suite.fingerprints))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}
-    found = trial.model_copy(update={"evaluation": measured.keys})
-    return found.with_numbers("quality", quality)
+    measured_trial = trial.model_copy(update={"evaluation": measured.keys})
+    return measured_trial.with_numbers("quality", quality)
 
 
 def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float | None]:

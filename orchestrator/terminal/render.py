@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
 
+from iiet.schedule import IterationSchedule
+
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-MAX_PLAIN_SCHEDULE_LENGTH = 16
 
 
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
@@ -71,22 +71,12 @@ def join_names(names: Sequence[str]) -> str:
     return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
-def format_schedule(schedule: Sequence[int] | None) -> str:
-    """Write a schedule as it is typed; a long one with repetitions counted: `3*4,1*20`."""
-    plain = ",".join(map(str, schedule or ()))
-    return plain if len(plain) <= MAX_PLAIN_SCHEDULE_LENGTH else _with_repetitions(schedule or ())
-
-
 def shortest_schedule(schedule: Sequence[int]) -> str:
     """Write a schedule as short as it can be typed: `3` (all layers), `2*4,0*20`, `2,1,0`."""
     if len(set(schedule)) == 1:
         return str(schedule[0])
-    return min(",".join(map(str, schedule)), _with_repetitions(schedule), key=len)
-
-
-def _with_repetitions(schedule: Sequence[int]) -> str:
-    groups = [(r, len(list(same))) for r, same in groupby(schedule)]
-    return ",".join(f"{r}*{count}" if count > 1 else str(r) for r, count in groups)
+    repeated = IterationSchedule(tuple(schedule)).with_repetitions()
+    return min(",".join(map(str, schedule)), repeated, key=len)
 
 
 def scale_and_digits(value: float, *, is_percent: bool) -> tuple[float, int]:

@@ -83,20 +83,6 @@ def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator
             signal.signal(number, function)
 
 
-def run_interruptibly(
-    work: Callable[[], T],
-    *,
-    ask_to_stop: Callable[[], bool],
-    saved: Callable[[], str],
-    watch: Callable[[], None] | None = None,
-) -> T:
-    """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
-    with stop_on_signals():
-        future = start_thread(work)
-        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
-    return result
-
-
 def start_thread(work: Callable[[], T]) -> Future[T]:
     """Run a function in a daemon thread.
 

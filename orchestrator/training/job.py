@@ -1,4 +1,4 @@
-"""A training before it runs: the job of some settings, its key, its checks, and its folder.
+"""A training before it runs: the job of some settings, its key, its checks, and how far it is.
 
 The key is the hash of everything that determines the result. Equal weights are not trained twice,
 whatever they are for: a run of `pretrain --name`, a model of a sweep and a student may be the same
@@ -7,7 +7,6 @@ training. Which fields of a recipe are part of the key, their marks say (`settin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from orchestrator.data.preparation import check_sequence_length, expected_tokens
 from orchestrator.data.store import verify_data
 from orchestrator.models.folder import check_checkpoint, load_provenance, weights_key
 from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcome
+from orchestrator.records.training_state import Training
 from orchestrator.settings import Settings, TrainingSettings
 from orchestrator.settings.effects import key_values
 from orchestrator.training.remote_copy import RemoteCopy
@@ -31,7 +31,6 @@ from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
     Workspace,
-    checkpoint_name,
     find_checkpoints,
 )
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
@@ -265,21 +264,30 @@ def write_job_file(job: TrainingJob) -> None:
         ).write(path)
 
 
-def finished_outcome(
-    job: TrainingJob, warn: Callable[[str], None] | None = None
-) -> TrainingOutcome | None:
+# How far it is
+
+
+def training_of(job: TrainingJob) -> Training | None:
+    """Return what the folder of a job holds, its last checkpoint verified.
+
+    None while its tokens are not prepared: then nobody knows whether the folder is that of the job.
+
+    Raises:
+        UserError: If what was to be done, or how it ended, cannot be read.
+    """
+    if not job.tokens_folder:
+        return None
+    training = Training(job.folder, check_checkpoint)
+    if training.damage:
+        raise training.damage
+    return training
+
+
+def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
     """Return the outcome of a finished job with an intact last checkpoint, else None.
 
-    `warn` is called with a sentence if the last checkpoint of a finished job is damaged.
+    Raises:
+        UserError: If what was to be done, or how it ended, cannot be read.
     """
-    outcome = TrainingOutcome.read(job.folder / DONE_NAME) if job.tokens_folder else None
-    if not outcome:
-        return None
-    folder = job.folder / checkpoint_name(outcome.step)  # The workspace may have been moved.
-    try:
-        check_checkpoint(folder)
-    except UserError as error:
-        if warn:
-            warn(f"{error}; the end of this training is lost and is trained again")
-        return None
-    return outcome.model_copy(update={"checkpoint": str(folder)})
+    training = training_of(job)
+    return training.outcome if training else None

@@ -35,6 +35,7 @@ from orchestrator.models.folder import (
 )
 from orchestrator.models.lookup import find_pretraining
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.training_state import Training
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
 from orchestrator.settings.effects import Effect, fields_with
 from orchestrator.training.job import describe_difference, key_fields
@@ -47,7 +48,6 @@ from orchestrator.training.schedules import (
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import (
-    DONE_NAME,
     Workspace,
     checkpoint_name,
     find_checkpoints,
@@ -183,6 +183,22 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     return FirstStage(key, num_steps, Path(job.first_stages), job.folder)
 
 
+def first_step(job: TrainingJob, saved_step: int) -> int:
+    """Return the step after which a job starts: its own, or a later one that others have made.
+
+    Args:
+        saved_step: Step of its own newest checkpoint; 0 without one.
+    """
+    steps = [saved_step]
+    if job.continued_from:
+        steps.append(step_of(Path(job.continued_from)))
+    with suppress(UserError):  # Its tokens were deleted, so the key of the stage is unknown.
+        stage = first_stage_of(job)
+        if stage and stage.exists:
+            steps.append(stage.num_steps)
+    return max(steps)
+
+
 def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     """Return the jobs; those whose first stage is neither trained nor shared look for none."""
     stages = [first_stage_of(job) for job in jobs]
@@ -216,19 +232,22 @@ def continued_settings(
             are missing.
     """
     folder = find_pretraining(workspace, run)
-    job = TrainingJob.of_folder(folder)
-    assert job, "its file exists"
-    checkpoints = find_checkpoints(folder)
-    if not checkpoints or not (folder / DONE_NAME).is_file():
+    finished = Training(folder)
+    if finished.damage:
+        raise finished.damage
+    # If the last checkpoint is lost, an earlier one may be the one to continue.
+    reached_its_end = finished.outcome or finished.lost_end
+    if finished.job is None or not reached_its_end or not finished.checkpoints:
         raise UserError(
             f"{folder} is not finished or has lost its checkpoints; the command that started it "
             "resumes it, and then it can be continued"
         )
     if read_settings(folder / SETTINGS_NAME).data != settings.data:
         raise UserError(f"a run is continued on its own tokens; leave data as {folder} has it")
-    tokens = tokens_folder_of(checkpoints[-1], workspace)
-    recipe = continued_recipe(job.recipe, settings.training)
-    job = job.model_copy(update={"run_folder": str(folder), "tokens_folder": str(tokens)})
+    tokens = tokens_folder_of(finished.checkpoints[-1], workspace)
+    recipe = continued_recipe(finished.job.recipe, settings.training)
+    folders = {"run_folder": str(folder), "tokens_folder": str(tokens)}
+    job = finished.job.model_copy(update=folders)
     return settings.model_copy(update={"training": recipe}), job
 
 

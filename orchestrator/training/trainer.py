@@ -30,6 +30,7 @@ from iiet.distillation import Model, RememberingTeacher
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training_state import DIVERGED_EVENT
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import (
     CheckpointWriter,
@@ -82,8 +83,6 @@ from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, J
 from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME, step_of
 from orchestrator.workspace.locks import lock_file
 
-DIVERGED_EVENT = "diverged"
-"""Event in the journal, with the reason as `text`."""
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
 RECORD_EVERY_STEPS = 10

@@ -37,14 +37,15 @@ from orchestrator.records.training import (
     method_parameters,
     model_family,
 )
+from orchestrator.records.training_state import Training
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_duration, format_schedule, join_names
+from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.schedules import flops_per_token_by_step
-from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.training.shared_steps import first_step
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -54,13 +55,7 @@ from orchestrator.workspace.journal import (
     read_journal,
     recorded_times,
 )
-from orchestrator.workspace.layout import (
-    DONE_NAME,
-    PROFILE_NAME,
-    RUN_LOCK_NAME,
-    find_checkpoints,
-    step_of,
-)
+from orchestrator.workspace.layout import PROFILE_NAME, RUN_LOCK_NAME
 from orchestrator.workspace.locks import is_locked, lock_file
 
 if TYPE_CHECKING:
@@ -142,19 +137,18 @@ def waiting_text(names: Sequence[str]) -> str:
 
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
-    """Say what each run, by its name, has saved; a single run is named only if `named`."""
+    """Say what each run, by its name, has saved; a single run is named only if `named`.
+
+    Nothing is verified: this is said after Ctrl-C, and large checkpoints take minutes to read.
+    """
     texts = []
     for name, job in jobs.items():
-        steps = [step_of(path) for path in find_checkpoints(job.folder)[-1:]]
-        if job.continued_from:
-            steps.append(step_of(Path(job.continued_from)))
-        with suppress(UserError):  # Its tokens or its teacher were deleted.
-            stage = first_stage_of(job)
-            if stage and stage.exists:
-                steps.append(stage.num_steps)
-        text = f"saved at step {steps[0]}" if steps else "nothing was saved"
-        if (job.folder / DONE_NAME).is_file():
+        training = Training(job.folder)
+        step = first_step(job, training.saved_step)
+        if training.outcome:
             text = "the training is finished"
+        else:
+            text = f"saved at step {step}" if step else "nothing was saved"
         texts.append(f"{name}: {text}" if named or len(jobs) > 1 else text)
     return "; ".join(texts)
 
@@ -408,10 +402,12 @@ def tracked_model(
     params = {**method_parameters(config), "checkpoint": checkpoint}
     name = model_family(config)
     if "schedule" in params:
-        name += f" {format_schedule(tuple(config.corrections))}"
+        name += f" {config.corrections}"
     if seed is not None:
         params["seed"] = str(seed)
-    key = f"{weights} {params.get('schedule', '')}".strip()
+    # With a number for each layer, whatever form people read.
+    numbers = ",".join(map(str, config.corrections)) if "schedule" in params else ""
+    key = f"{weights} {numbers}".strip()
     return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))
 
 

@@ -75,6 +75,13 @@ class Journal:
         self._file.flush()
 
 
+def record_event(folder: Path, name: str, **details: Any) -> None:
+    """Append one event to the journal of a folder, such as that of a sweep."""
+    journal = Journal(folder)
+    journal.event(name, **details)
+    journal.close()
+
+
 def read_journal(
     folder: Path, offset: int = 0, *, end: int | None = None
 ) -> tuple[list[Record], int]:

@@ -14,9 +14,9 @@ from commands import settings_options
 from fake_runs import end_trials, trained
 from small_size import SMALL
 
-from orchestrator import PlannedSweep, measure_influence, plan_sweep, sweep
+from orchestrator import SweepPlan, measure_influence, plan_sweep, sweep
 from orchestrator.cli import build_app
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import VERIFIED_NAME
@@ -120,7 +120,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     teacher.rename(workspace.runs / "full")
     settings = resolve_settings({}, SMALL)
 
-    def plan() -> PlannedSweep:
+    def plan() -> SweepPlan:
         return plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
 
     unknown = plan()
@@ -133,7 +133,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
     end_trials(monkeypatch, trained)
     sweep(settings, workspace=workspace, teacher="full", name="mine")
-    assert SweepPlan.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
+    assert SweepTrials.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
     again = plan()
     assert {state.name for state in again.states} == {"finished"}
     assert again.price.num_trainings == 0

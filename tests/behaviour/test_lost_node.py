@@ -105,16 +105,16 @@ class OneTrial:
     def on_end(self, key, result, error):
         self.is_over, self.ended = True, (result, error)
 
-    watch = staticmethod(watch)
-
 def train_trial(trial, place):
-    return trial if place.train(trial.job).finished else None
+    from orchestrator.training.trainer import run_job
+    return trial if run_job(trial.job).finished else None
 
 try:
     with ray_cluster():
         if kind == "trial":
             queue, folder = OneTrial(), job.folder.with_name("sweep")
-            run_trials(train_trial, queue, folder, SweepSettings(), ClusterSettings(), num_trials=1)
+            settings = SweepSettings(), ClusterSettings()
+            run_trials(train_trial, queue, folder, *settings, num_trials=1, watch=watch)
             assert queue.ended[0], queue.ended
         else:
             # A loss that was announced is no failure.

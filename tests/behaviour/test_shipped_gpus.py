@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import PlannedSweep, plan_sweep
+from orchestrator import SweepPlan, plan_sweep
 from orchestrator.planning import machine
 from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
@@ -27,7 +27,7 @@ def _no_gpu_here(monkeypatch) -> None:
     monkeypatch.setattr(machine, "installed_gpus", list)
 
 
-def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:
+def planned(name: str, workspace: Path, *assignments: str) -> SweepPlan:
     """Plan a shipped sweep."""
     settings = read_settings(shipped_sweeps()[name], assignments)
     return plan_sweep(settings, workspace=workspace)

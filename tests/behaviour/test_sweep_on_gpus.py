@@ -17,7 +17,7 @@ from commands import settings_options
 from pretended_cluster import pretended_cluster
 from small_size import SMALL
 
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("gpus")]  # One workspace for all.
 
@@ -79,7 +79,7 @@ def tasks(log: str) -> list[str]:
 
 def precisions(workspace: Path) -> set[str]:
     """Return the precisions of all trials: of training, and of measuring."""
-    plans = [SweepPlan.read(path) for path in workspace.glob("sweeps/*/plan.json")]
+    plans = [SweepTrials.read(path) for path in workspace.glob("sweeps/*/plan.json")]
     trials = [trial for plan in plans if plan for trial in plan.trials]
     trained = {trial.job.recipe.precision for trial in trials if trial.job}
     return trained | {trial.suite.precision for trial in trials}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from plain_models import CASES, config_of, random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from iiet import ModelConfig, decoder_from_published
@@ -142,3 +142,38 @@ def test_what_no_type_computes_is_exported_with_code(tmp_path):
     assert plain_config_json(config) is None
     folder = export(Decoder(config), tmp_path)
     assert (folder / "modeling_iiet.py").is_file()
+
+
+_IN_SUITE = ("llama3", "mistral window")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in _IN_SUITE else pytest.mark.long)
+        for case in (*_IN_SUITE, "mistral", "qwen2", "qwen3 yarn", "smollm3")
+    ],
+)
+def test_an_export_gives_the_same_tokens_in_continuous_batching(case, tmp_path):
+    theirs = random_model(case)
+    config = theirs.config
+    decoder = decoder_from_published(config.to_diff_dict(), theirs.state_dict())
+    export(decoder, tmp_path, model_type=config.model_type)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 10, 11, 12, 13, 14], [20]]
+    options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    # Without sizes it fills most of the machine's memory with pages.
+    pages = ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=64)
+    results = model.generate_batch(
+        prompts,
+        generation_config=options,
+        continuous_batching_config=pages,
+        progress_bar=False,
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
+    text = torch.tensor([prompts[1]])
+    assert decoder.generate(text, max_new_tokens=8)[0, text.size(1) :].tolist() == expected[1]

@@ -46,7 +46,7 @@ def test_malformed_schedules_cannot_exist(corrections):
         IterationSchedule(corrections)
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=24))
 def test_text_and_schedule_are_the_same_thing(corrections):
     schedule = IterationSchedule(tuple(corrections))
     assert IterationSchedule.parse(str(schedule), num_layers=len(schedule)) == schedule
@@ -54,6 +54,20 @@ def test_text_and_schedule_are_the_same_thing(corrections):
     assert list(schedule) == corrections
     assert schedule.is_within(IterationSchedule.uniform(len(corrections), max(corrections)))
     assert hash(schedule) == hash(IterationSchedule(tuple(corrections)))
+
+
+@pytest.mark.parametrize(
+    ("corrections", "text"),
+    [
+        ((2, 2, 1, 1, 1, 1), "2,2,1,1,1,1"),
+        ((3,) * 8, "3,3,3,3,3,3,3,3"),
+        ((0,) * 12 + (2,) * 6 + (0,) * 12, "0*12,2*6,0*12"),
+        ((3,) * 4 + (1,) * 19 + (0,), "3*4,1*19,0"),
+        ((3,) * 24, "3*24"),
+    ],
+)
+def test_a_long_schedule_counts_repetitions(corrections, text):
+    assert str(IterationSchedule(corrections)) == text
 
 
 def test_a_schedule_equals_the_tuple_of_its_numbers():

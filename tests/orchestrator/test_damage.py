@@ -33,7 +33,7 @@ from orchestrator.models.lookup import Picked, load_influence_table
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping.costs import with_costs
@@ -169,8 +169,8 @@ def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
     return [trial.numbers for trial in found]
 
 
-def _plan(workspace: Workspace) -> SweepPlan:
-    plan = SweepPlan.read(workspace.sweeps / "s" / PLAN_FILE)
+def _plan(workspace: Workspace) -> SweepTrials:
+    plan = SweepTrials.read(workspace.sweeps / "s" / PLAN_FILE)
     assert plan
     return plan
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import pytest
 from lm_eval_tasks import write_choices
 from pydantic import BaseModel
-from sample_texts import tokens_of
+from sample_texts import add_opening, tokens_of
 
 from iiet.config import DistillationConfig, ModelConfig, RopeScaling
 from iiet.facts import ImplicitEulerOptions
@@ -159,3 +159,20 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
         open_model(model.path, text_folder=same),
     ]
     assert not any(ModelMeasurer(one, store, base).has_stored(suite) for one in others)
+
+
+def test_opening_tokens_are_in_the_keys_of_tasks_and_keys_without_them_are_as_before(
+    tmp_path, save_tiny
+):
+    folder = write_choices(tmp_path / "tasks", "words", ["a b", "a b"])
+    suite = load_suite(TaskSelection(names=("words",), folders=(folder,)))
+    measurer = ModelMeasurer(
+        open_model(save_tiny(tmp_path / "run")),
+        EvaluationStore(tmp_path / "store"),
+        Conditions(precision="fp32"),
+    )
+    plain_key = measurer._key(suite.fingerprint("words"))
+    assert measurer._keys(suite) == {"words": plain_key}
+    add_opening(measurer._model.text_folder / "tokenizer.json")
+    opened = ModelMeasurer(measurer._model, measurer._store, measurer._conditions)
+    assert opened._keys(suite) != {"words": plain_key}, "although the model's key is the old one"

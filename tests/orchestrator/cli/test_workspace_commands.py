@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.cli.session import open_session
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import Journal, read_tail
@@ -65,7 +65,7 @@ def two_runs(tiny_job, space) -> Path:
     return space.runs / "half"
 
 
-def _store_sweep(space: Workspace, plan: SweepPlan) -> None:
+def _store_sweep(space: Workspace, plan: SweepTrials) -> None:
     plan = plan.model_copy(update={"name": "my-sweep"})
     plan.write(space.sweeps / "my-sweep" / "plan.json")
 

@@ -17,7 +17,6 @@ from orchestrator.cluster.tune import LOSS, STEP, AshaByModel
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial, TrialSuite
 from orchestrator.settings import TrainingSettings
-from orchestrator.workspace.layout import STOPPED_NAME
 
 NUM_STEPS = 8
 CURVES = st.lists(st.lists(st.floats(1.0, 9.0), min_size=8, max_size=8), min_size=1, max_size=7)
@@ -35,7 +34,8 @@ class Race:
         for label in curves:
             models.setdefault(label.split()[0], []).append(self.trial(label))
         rule = AshaRule(first_rung=0.25, reduction_factor=reduction_factor)
-        self.scheduler = AshaByModel(rule, [*models.values()])
+        self.stops: dict[str, EarlyStop] = {}
+        self.scheduler = AshaByModel(rule, [*models.values()], self, None)
         self.tune_trials = {
             label: SimpleNamespace(config={"key": label}, trial_id=label) for label in curves
         }
@@ -54,12 +54,12 @@ class Race:
             folder=str(self.folder / label), suite=TrialSuite(tokens_folder=""),
         )  # fmt: skip
 
-    def stop_of(self, label: str) -> EarlyStop | None:
-        return EarlyStop.read(self.folder / label / STOPPED_NAME)
+    def on_early_stop(self, key: str, stop: EarlyStop) -> None:
+        self.stops[key] = stop
 
     @property
     def stopped(self) -> dict[str, int]:
-        return {label: stop.step for label in self.curves if (stop := self.stop_of(label))}
+        return {label: stop.step for label, stop in self.stops.items()}
 
     def validate(self, label: str, step: int) -> None:
         self.reached[label] = step
@@ -103,8 +103,7 @@ def test_models_never_compete_and_the_reason_names_the_best_rival(tmp_path):
             if label not in race.stopped:
                 race.validate(label, step)
     assert race.stopped == {"vanilla high": 2}, "who comes first at a rung continues"
-    stop = race.stop_of("vanilla high")
-    assert stop is not None
+    stop = race.stops["vanilla high"]
     assert stop.competitor == "vanilla lower"
     assert stop.text == (
         "stopped early at step 2 of 8: its validation loss is 6.000, vanilla lower had 4.000"

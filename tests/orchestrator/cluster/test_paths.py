@@ -55,14 +55,20 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
         given.extend(arguments)
         run_trials(*arguments, **named)
 
-    def run_interruptibly(_: Any, **__: Any) -> None:
+    def wait_for_work(_: Any, **__: Any) -> None:
         stacks.append(own_calls(sys._getframe(1)))
         function, trial = given[0], given[1].take()
         config = {"key": trial.key, "trial": trial.model_dump_json()}
         placement = tune.job_placement(1, 1, 0, resources)
-        place = tune.TrialPlace(placement, tune.ClusterSettings())
         stop = SimpleNamespace(is_sent=lambda: False)
-        tune._run_in_tune(config, function=function, place=place, stop=stop)  # type: ignore[arg-type]
+        tune._run_in_tune(
+            config,
+            function=function,
+            placement=placement,
+            cluster=tune.ClusterSettings(),
+            stop=stop,  # type: ignore[arg-type]
+            stops=None,
+        )
 
     def step(*_: Any, **__: Any) -> None:
         stacks.append(own_calls(sys._getframe(1)))
@@ -71,7 +77,8 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run_trials", noted)
     for module in (tune, run):
         monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: nullcontext(resources))
-    monkeypatch.setattr(tune, "run_interruptibly", run_interruptibly)
+    monkeypatch.setattr(tune, "start_thread", lambda _: None)
+    monkeypatch.setattr(tune, "wait_for_work", wait_for_work)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     options = ["-r", "1", "--methods", "iiet"]
     assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130
@@ -79,4 +86,4 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     worker = inside[inside.index("cluster/tune._run_in_tune") :]
     assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
-    assert len(driver) + len(worker) <= 13
+    assert len(driver) + len(worker) <= 11

@@ -24,20 +24,20 @@ from orchestrator.cluster.places import Placement
 from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.tune import (
     RESTART_PAUSES_SECONDS,
-    AshaByModel,
     TrialFunction,
     TrialPlace,
     run_trials,
 )
 from orchestrator.models.open import load_model
 from orchestrator.planning.machine import Node, Resources
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import EarlyStop, SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
-from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
+from orchestrator.sweeping.states import competing_trials, early_stops
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import STOPPED_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,7 @@ class ListQueue:
         self.waiting, self.taken = list(trials), dict[str, Trial]()
         self.ended: dict[str, tuple[Trial | None, str]] = {}
         self.reasons = list[str]()
+        self.stops: dict[str, EarlyStop] = {}
         self.most_at_once, self.threads, self.watch_too = 0, set[int](), watch
 
     @property
@@ -73,6 +74,10 @@ class ListQueue:
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
         del self.taken[key]
         self.ended[key] = result, error
+
+    def on_early_stop(self, key: str, stop: EarlyStop) -> None:
+        self.stops[key] = stop
+        stop.write(Path(self.taken[key].folder) / STOPPED_NAME)
 
     def start_again(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -101,13 +106,14 @@ def run_queue(
     cluster = more.pop("cluster", ClusterSettings())
     num_trials = len(queue.waiting)
     sweep = sweep or SweepSettings()
-    run_trials(function, queue, folder / "ray", sweep, cluster, num_trials=num_trials, **more)
+    more |= {"num_trials": num_trials, "watch": queue.watch}
+    run_trials(function, queue, folder / "ray", sweep, cluster, **more)
     assert queue.is_over
     assert not (folder / "ray").exists(), "nothing of Tune's own stays"
     return queue.ended
 
 
-def named(plan: SweepPlan, *names: str) -> list[Trial]:
+def named(plan: SweepTrials, *names: str) -> list[Trial]:
     return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
 
 
@@ -265,8 +271,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     )  # fmt: skip
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (good, bad)})
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
-    scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
-    ended = run_with_two([good, bad], tmp_path, scheduler=scheduler)
+    ended = run_with_two([good, bad], tmp_path, competitors=competing_trials(plan, sweep))
     assert ended["good"][0] is not None, ended
     assert ended["bad"] == (None, "")
     stop = early_stops(plan, sweep)["bad"]
@@ -352,10 +357,10 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
     reasons = {key: reason for key, (_, reason) in queue.ended.items()}
     assert reasons.pop("silent")
     assert reasons == {"raised": "ValueError: bad luck", "lost": "the node died"}
-    assert not suggester.is_stopping
+    assert not suggester.is_short_of_memory
 
     listener.on_trial_recover(trial=tune_trial("short", NO_MEMORY))
-    assert suggester.is_stopping, "no other trial starts until the running ones have ended"
+    assert suggester.is_short_of_memory, "no other trial starts until the running ones have ended"
     assert listener.shortage == NO_MEMORY
     listener.on_trial_error(trial=tune_trial("short", NO_MEMORY, "bad luck", pickled=error))
     assert set(queue.taken) == {"short"}, "it starts again with the next Tune"
@@ -386,8 +391,6 @@ class Queue:
     def start_again(self, reason):
         print("again", reason)
         self.waiting, self.taken = self.taken, []
-    def watch(self):
-        pass
     def saved(self):
         return ""
 

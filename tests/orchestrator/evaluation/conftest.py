@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from sample_texts import add_opening
 
 from iiet import Decoder, ModelConfig
 from orchestrator.data.store import open_tokens
@@ -13,6 +17,15 @@ from orchestrator.models.tokenizer import ModelTokenizer
 @pytest.fixture
 def tokenizer(tiny_tokens) -> ModelTokenizer:
     return ModelTokenizer(open_tokens(tiny_tokens).tokenizer_path)
+
+
+@pytest.fixture
+def opening_path(tiny_tokens, tmp_path) -> Path:
+    """The `tokenizer.json` of `tokenizer`, which now puts a token <s> before every text."""
+    path = tmp_path / "opening.json"
+    shutil.copyfile(open_tokens(tiny_tokens).tokenizer_path, path)
+    add_opening(path)
+    return path
 
 
 @pytest.fixture

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from kept_progress import KeptProgress
+from lm_eval.api.instance import Instance
 from lm_eval_tasks import write_task
 from model_cases import schedule_for
+from sample_texts import tokens_of
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling, generate_answers
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.measuring import heldout_loss
@@ -65,6 +68,12 @@ def make_model(decoder, tokenizer) -> Callable[..., DecoderModel]:
     return make
 
 
+def with_opening(decoder: Decoder, tokenizer: ModelTokenizer) -> Decoder:
+    """Return a decoder with weights of its own for a tokenizer with an opening token more."""
+    config = {**decoder.config.to_dict(), "vocab_size": tokenizer.tokenizer.get_vocab_size()}
+    return Decoder(ModelConfig.from_dict(config)).eval()
+
+
 def run(suite: Suite, model: DecoderModel, limit: int | None = None) -> dict[str, MeasuredTask]:
     return {name: run_task(name, task, model, limit) for name, task in suite.tasks.items()}
 
@@ -93,8 +102,9 @@ def answers_of(task: MeasuredTask) -> list[list[str]]:
     return [[text for texts in sample["resps"] for text in texts] for sample in task.samples]
 
 
+@pytest.mark.parametrize("has_opening", [False, True])
 def test_numbers_and_answers_equal_those_of_stock_lm_eval(
-    suite, decoder, tokenizer, make_model, tiny_tokens, tmp_path, capfd
+    has_opening, suite, decoder, tokenizer, opening_path, tiny_tokens, tmp_path, capfd
 ):
     from lm_eval import evaluator
     from lm_eval.api.metrics import mean_stderr
@@ -102,14 +112,16 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
 
     from iiet.exporting import fast_tokenizer, transformers_model
 
+    path = tiny_tokens / "tokenizer.json"
+    if has_opening:
+        path, tokenizer = opening_path, ModelTokenizer(opening_path)
+        decoder = with_opening(decoder, tokenizer)
     asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
     tasks = suite.tasks | asked.tasks
-    ours = {n: run_task(n, t, make_model()) for n, t in tasks.items()}
+    ours = {name: run_task(name, t, DecoderModel(decoder, tokenizer)) for name, t in tasks.items()}
     assert capfd.readouterr() == ("", "")
     model = transformers_model(decoder)
-    text = fast_tokenizer(
-        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=CONTEXT
-    )
+    text = fast_tokenizer(path, end_of_text="<|endoftext|>", context_length=CONTEXT)
     with suppress_output():
         stock = HFLM(
             pretrained=model, tokenizer=text, max_length=CONTEXT, batch_size=1, logits_cache=False
@@ -131,8 +143,33 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
         assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
     assert ours["lastword"].result.version == "2.0"
     assert [task.result.num_items for task in ours.values()] == [4, 5, 3, 6]
-    limited = run(suite, make_model(), limit=2)
+    limited = run(suite, DecoderModel(decoder, tokenizer), limit=2)
     assert [task.result.num_items for task in limited.values()] == [2, 2, 2]
+
+
+def test_a_model_reads_texts_as_documents_began_in_its_training(
+    decoder, opening_path, tmp_path, monkeypatch
+):
+    texts = [f"a bag had gone a bag {number}" for number in range(60)]
+    data = tokens_of(texts, tmp_path / "data", tokenizer=str(opening_path))
+    trained = open_tokens(data).train.tolist()
+    tokenizer = ModelTokenizer(opening_path)
+    model = DecoderModel(with_opening(decoder, tokenizer), tokenizer)
+    inputs: list[list[int]] = []
+    call = model._model_call
+    monkeypatch.setattr(
+        model, "_model_call", lambda ids: inputs.append(ids[0].tolist()) or call(ids)
+    )
+    for number, context in enumerate(["a bag had", ""]):
+        request = Instance("loglikelihood", {}, (context, " gone a bag"), number)
+        model.loglikelihood([request], disable_tqdm=True)
+    for text in ("a bag had gone a bag", " gone a bag"):
+        expected = [trained[0], *tokenizer.tokenizer.encode(text, add_special_tokens=False).ids]
+        assert expected[:-1] in inputs
+    assert trained[: len(inputs[0])] == inputs[0]
+    assert tokenizer.encode("<s>a", add_special_tokens=True) == tokenizer.encode(
+        "a", add_special_tokens=True
+    )
 
 
 def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 import torch
 from commands import run_here
 from lm_eval_tasks import write_choices
-from plain_models import CASES, random_model
+from plain_models import CASES, random_model, random_values
 from sample_texts import lines_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from iiet.plain_models import MODEL_TYPES
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import load_model, open_model
@@ -88,6 +90,31 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
     second = import_model(folder, workspace=workspace, name="second")
     weights = [load_provenance(each)["weights"] for each in (checkpoint, second)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_a_random_model_of_the_type_is_read_as_it_is(model_type, number, tmp_path):
+    seed = random.randrange(2**31)
+    values = random_values(model_type, random.Random(seed))
+    told = f"seed {seed}: {values}"
+    theirs = random_model(model_type, seed, **values)
+    theirs.save_pretrained(tmp_path)
+    decoder = load_model(tmp_path)
+    tokens = torch.randint(values["vocab_size"], (2, 40))
+    mask = torch.ones_like(tokens)
+    mask[0, : random.randrange(1, 20)] = 0
+    expected = theirs(tokens, attention_mask=mask).logits[mask.bool()]
+    whole = decoder(tokens, attention_mask=mask)[mask.bool()]
+    cache = decoder.new_cache(batch_size=2, max_tokens=40)
+    steps = [decoder(tokens[:, :20], cache=cache, attention_mask=mask[:, :20])]
+    steps += [decoder(step, cache=cache) for step in tokens[:, 20:].split(1, dim=1)]
+    for logits in (whole, torch.cat(steps, 1)[mask.bool()]):
+        torch.testing.assert_close(
+            logits, expected, rtol=0, atol=1e-5, msg=lambda text: f"{text}\n{told}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

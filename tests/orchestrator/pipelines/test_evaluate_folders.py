@@ -19,8 +19,7 @@ from lm_eval_tasks import KINDS, logged_responses, write_task
 from one_evaluation import evaluate_model as evaluate
 from plain_models import random_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
+from sample_texts import add_opening
 
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import tasks
@@ -93,14 +92,7 @@ def tokenizer_path(tiny_tokens) -> Path:
 
 def add_opening_token(folder: Path) -> None:
     """Let the folder's tokenizer put a token of its own before every text, as Llama's does."""
-    path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens(["<s>"])
-    first = ("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[first]
-    )
-    tokenizer.save(str(path))
+    add_opening(folder / "tokenizer.json")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
 

@@ -20,7 +20,7 @@ from orchestrator.planning.estimate import (
     reasons_not_to_fit,
 )
 from orchestrator.planning.machine import FreeBytes
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
@@ -53,7 +53,7 @@ def refused(
     return ". ".join(reasons)
 
 
-def trials_of(plan: SweepPlan, **devices: Any) -> list[Estimate]:
+def trials_of(plan: SweepTrials, **devices: Any) -> list[Estimate]:
     found = [Estimate.of(trial.job) for trial in plan.trials if trial.job]
     return [replace(each, devices=Devices(are_trials=True, **devices)) for each in found]
 

@@ -19,7 +19,7 @@ from orchestrator.records.training import (
     schedule_parameters,
     shared_parameters,
 )
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import DamagedFile
 from orchestrator.workspace.layout import open_workspace
@@ -97,16 +97,16 @@ def test_a_file_with_another_number_or_other_fields_is_damaged(tmp_path):
 def test_paths_of_nested_records_follow_the_workspace(tmp_path):
     root = open_workspace(tmp_path / "old").root
     trial = sample_trial(key="t", folder=f"{root}/trials/t", checkpoint="/elsewhere/step_1")
-    plan = SweepPlan(
+    plan = SweepTrials(
         key="k", name="n", kind="threshold", tokens_folder=f"{root}/tokens/f",
         teacher=f"{root}/runs/teacher/step_2", num_requested=1, trials=(trial,),
     )  # fmt: skip
     path = root / "sweeps" / "n" / "plan.json"
     plan.write(path)
     assert str(root) not in path.read_text()
-    assert SweepPlan.read(path) == plan
+    assert SweepTrials.read(path) == plan
     moved = root.rename(tmp_path / "new")
-    found = SweepPlan.read(moved / "sweeps" / "n" / "plan.json")
+    found = SweepTrials.read(moved / "sweeps" / "n" / "plan.json")
     assert (found.tokens_folder, found.trials[0].folder) == (
         f"{moved}/tokens/f", f"{moved}/trials/t",
     )  # fmt: skip

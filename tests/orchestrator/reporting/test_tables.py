@@ -42,7 +42,6 @@ from orchestrator.reporting.tables import (
     models_table,
     task_tables,
 )
-from orchestrator.terminal.render import format_schedule
 
 WIDTHS = (60, 80, 200)
 
@@ -190,9 +189,6 @@ def test_numbers_are_written_with_the_digits_that_matter():
     assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
     costs = {11.0: "11", 6.2745: "6.274", 16384.0: "16,384", 8.94e6: "8,940,000", 2.5e9: "2.5e+09"}
     assert [cost_text(cost) for cost in costs] == list(costs.values())
-    assert format_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
-    assert format_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
-    assert format_schedule(None) == ""
 
 
 # Tables of single commands

@@ -9,22 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_tracking import FakeTracking
 from sample_trials import with_items
 
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
-from orchestrator.sweeping.run import LiveSweep, SweepQueue
+from orchestrator.sweeping.states import SweepRun, trial_states
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import Workspace
 
 SMALL = [
     "sweep.elastic=true",
@@ -35,8 +32,8 @@ SMALL = [
 
 
 @pytest.fixture
-def plan_of(students, table) -> Callable[..., SweepPlan]:
-    def make(*assignments: str) -> SweepPlan:
+def plan_of(students, table) -> Callable[..., SweepTrials]:
+    def make(*assignments: str) -> SweepTrials:
         return students_plan(replace(students(*SMALL, *assignments), influence=table))
 
     return make
@@ -59,15 +56,9 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, spac
     assert [run_trial(trial) for trial in again.trials[1:]] == results
 
 
-def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[str], SweepQueue]:
+def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], SweepRun]:
     """Run a queue of the unfinished trials, each as soon as it can start; return their order."""
-    found = {trial.key: result for trial in plan.trials if (result := trial.result())}
-    waiting = [trial for trial in plan.trials if trial.key not in found]
-    live = LiveSweep(
-        plan, resolve_settings({}), FakeTracking(), space,
-        num_trials=len(plan.trials),
-    )  # fmt: skip
-    queue = SweepQueue(waiting, found, {}, live, Progress())
+    queue = SweepRun(plan, trial_states(plan, resolve_settings({}).sweep))
     order, running = list[str](), list[Trial]()
     while not queue.is_over:
         while trial := queue.take():
@@ -87,19 +78,19 @@ def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[st
     return order, queue
 
 
-def test_schedules_wait_for_the_training_of_their_weights(plan_of, space):
+def test_schedules_wait_for_the_training_of_their_weights(plan_of):
     plan = plan_of()
-    order, queue = order_of(plan, space, fails=True)
+    order, queue = order_of(plan, fails=True)
     assert order == ["teacher", "2,1, elastic", "|", "|"]
     assert queue.failures["0,0, elastic"] == "its weights are not trained"
 
-    order, queue = order_of(plan, space, fails=False)
+    order, queue = order_of(plan, fails=False)
     served = ["1,1, elastic", "1,0, elastic", "0,0, elastic"]
     assert order == ["2,1, elastic", "|", *served, "|", "|", "|"]
     assert queue.failures == {}
     for trial in plan.trials[2:]:
         trial.result_path.unlink()
-    order, _ = order_of(plan, space, fails=False)
+    order, _ = order_of(plan, fails=False)
     assert order[:3] == served, "the weights are there, and nothing waits"
 
 

@@ -6,17 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
+from changed_trials import stop_early
 from fake_runs import finished
 from mlflow.entities import Run
 
 from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.run import (
-    SECONDS_BETWEEN_FRONTS,
-    LiveSweep,
-)
+from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, SweepView
+from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
@@ -27,13 +27,16 @@ from orchestrator.workspace.layout import open_workspace
 class Watched:
     """A sweep of which nothing is finished, and a clock that only tests set."""
 
-    def __init__(self, plan: SweepPlan, folder: Path) -> None:
+    def __init__(self, plan: SweepTrials, folder: Path) -> None:
         workspace = open_workspace(folder)
-        self.tracking, self.plan, self.now = open_tracking(workspace, warn=pytest.fail), plan, 0.0
-        self.live = LiveSweep(
-            plan, resolve_settings({}), self.tracking, workspace,
-            num_trials=len(plan.trials), clock=lambda: self.now,
-        )  # fmt: skip
+        settings = resolve_settings({})
+        self.tracking = open_tracking(workspace, warn=pytest.fail)
+        self.plan = plan
+        self.now = 0.0
+        self.run = SweepRun(plan, trial_states(plan, settings.sweep))
+        self.view = SweepView(
+            self.run, settings, workspace, self.tracking, Progress(), clock=lambda: self.now
+        )
 
     def runs(self, filter_string: str) -> list[Run]:
         self.tracking.wait()
@@ -57,8 +60,14 @@ class Watched:
         history = self.tracking.store.connect().get_metric_history(run_id, "train/loss")
         return [point.step for point in history]
 
+    def start(self, *trials: Trial) -> None:
+        for trial in trials:
+            self.run.on_start(trial.key)
+        self.view.update()
+
     def finish(self, trial: Trial, accuracy: float) -> None:
-        self.live.on_results(finished(trial, accuracy))
+        self.run.on_end(trial.key, finished(trial, accuracy), "")
+        self.view.update()
 
 
 @pytest.fixture
@@ -74,11 +83,10 @@ def test_a_sweep_is_seen_while_it_runs(watched):
 
     # There is no front before the full model is measured.
     watched.finish(third, 0.4)
-    watched.live.watch([])
     assert NOTE_TAG not in watched.sweep.data.tags
 
     # The teacher is only measured; its run has the times and the curve of its own training.
-    watched.live.watch([teacher])
+    watched.start(teacher)
     assert watched.trial(teacher).info.status == "RUNNING"
     times = recorded_times(Path(str(teacher.checkpoint)).parent)
     watched.finish(teacher, 0.5)
@@ -90,14 +98,14 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     # A trial appears when it starts, with its parameters and its cost, and has a curve soon.
     journal = Journal(Path(first.folder))
     journal.event("started")
-    watched.live.watch([first])
+    watched.start(first)
     found = watched.trial(first)
     assert found.info.status == "RUNNING"
     assert found.data.params["schedule"] == first.schedule_text
     assert 0 < found.data.metrics["cost/relative_evaluations"] <= 1
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
-    watched.live.watch([first])
+    watched.view.update()
     while watched.losses(first) != [1, 2]:
         time.sleep(0.1)
     assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
@@ -119,7 +127,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     assert (found.info.start_time, found.info.end_time) == times
     assert found.data.metrics["quality/accuracy"] == 0.49
     for num_shown in (2, 3):
-        watched.live.watch([second])
+        watched.start(second)
         note = watched.sweep.data.tags[NOTE_TAG]
         assert f"{num_shown} of {len(watched.plan.trials)} models" in note
         watched.now += SECONDS_BETWEEN_FRONTS
@@ -128,10 +136,12 @@ def test_a_sweep_is_seen_while_it_runs(watched):
 @pytest.mark.slow
 def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     teacher, first, second, third, *_ = watched.plan.trials
-    watched.live.watch([first, second, third])
-    watched.live.on_end(first, "FAILED", "its loss is not finite")
-    watched.live.on_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
-    watched.live.close()
+    watched.start(first, second, third)
+    watched.run.on_end(first.key, None, "its loss is not finite")
+    stop = stop_early(second, third, resolve_settings({}).sweep, 3)
+    watched.run.on_early_stop(second.key, stop)
+    watched.run.on_end(second.key, None, "")
+    watched.view.end_trials()
     found = watched.trial(first)
     assert found.info.status == "FAILED"
     assert found.data.tags[REASON_TAG] == "its loss is not finite"
@@ -142,7 +152,7 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     assert REASON_TAG not in watched.trial(third).data.tags
 
     watched.finish(teacher, 0.5)
-    watched.live.watch([first])
+    watched.start(first)
     assert "its loss is not finite" in watched.sweep.data.tags[NOTE_TAG]
     found = watched.trial(first)
     assert found.info.status == "RUNNING"

@@ -23,19 +23,18 @@ from orchestrator.planning.estimate import (
     price_of,
 )
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.records.trial import SweepTrials, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.plan import (
-    SweepModel,
     exact_cost,
     iterations_plan,
     load_tasks,
     plan_sentences,
     plan_suite,
     plan_table,
-    trial_states,
 )
+from orchestrator.sweeping.states import trial_states
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -50,17 +49,17 @@ def settings(*assignments: str) -> Settings:
     return resolve_settings({}, assignments)
 
 
-def price_left(plan: SweepPlan, chosen: Settings, folder: Path) -> Price:
+def price_left(plan: SweepTrials, chosen: Settings, folder: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
     placed = assign_trial_gpus(chosen)
     return price_of(on_trial_devices(trainings, placed), folder)
 
 
-def told(plan: SweepPlan, chosen: Settings) -> list[str]:
+def told(plan: SweepTrials, chosen: Settings) -> list[str]:
     return plan_sentences(plan, chosen.sweep, trial_states(plan, chosen.sweep))
 
 
-def rows(plan: SweepPlan, chosen: Settings, *others: SweepPlan) -> list[str]:
+def rows(plan: SweepTrials, chosen: Settings, *others: SweepTrials) -> list[str]:
     states = [state for one in (plan, *others) for state in trial_states(one, chosen.sweep)]
     console = Console(width=120)
     with console.capture() as captured:
@@ -144,7 +143,7 @@ def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
     assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
     begin(student, 40)
-    assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
+    assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
 
 
 def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
@@ -179,28 +178,22 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
     def make(
         models: list[dict[str, Any]], *, seeds: tuple[int, ...] = (), rates: tuple[float, ...] = (),
         **recipe: Any,
-    ) -> SweepPlan:  # fmt: skip
+    ) -> SweepTrials:  # fmt: skip
         own = settings("training.num_steps=10", "training.num_tokens_per_step=64").training
-        found, jobs = [], []
+        jobs = {}
         for number, model in enumerate(models):
             for seed in seeds or (None,):
-                group = None if seed is None else f"model {number}"
                 changes = {**recipe, **({} if seed is None else {"seed": seed})}
                 if rates:
                     changes["learning_rate"] = rates[number]
-                label = f"model {number}, seed {seed}"
-                found.append(SweepModel(label=label, settings=settings(), group=group))
-                jobs.append(
-                    TrainingJob(
-                        run_folder=str(tmp_path / f"{model}-{seed}"),
-                        tokens_folder=str(tiny_tokens),
-                        model={**tiny_model, **model},
-                        recipe=own.model_copy(update=changes),
-                        first_stages=str(tmp_path),
-                    )
+                jobs[f"model {number}, seed {seed}"] = TrainingJob(
+                    run_folder=str(tmp_path / f"{model}-{seed}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, **model},
+                    recipe=own.model_copy(update=changes),
+                    first_stages=str(tmp_path),
                 )
-        suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
-        return iterations_plan(found, jobs, suite=suite)
+        return iterations_plan(jobs, TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
 
     return make
 
@@ -214,7 +207,7 @@ def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
     assert price.flops == STEP * (6 * 63_264 + behind)
     run_job(plan.trials[0].job)
     states = trial_states(plan, settings().sweep)
-    assert [(s.name, s.steps_done) for s in states] == [
+    assert [(s.status, s.steps_done) for s in states] == [
         ("to measure", 0), ("to train", 6), ("to train", 6)
     ]  # fmt: skip
     price = price_left(plan, settings(), tmp_path)

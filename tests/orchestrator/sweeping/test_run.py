@@ -21,18 +21,14 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
 from orchestrator.records import status
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import costs
-from orchestrator.sweeping.run import (
-    STOPPED_TAG,
-    LiveSweep,
-    SweepOutcome,
-    SweepQueue,
-    run_plan,
-)
+from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.states import SweepRun, trial_states
 from orchestrator.sweeping.trial import run_trial
+from orchestrator.sweeping.view import STOPPED_TAG
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
@@ -46,8 +42,8 @@ class Sweep:
         self.folder, self.tracking = folder, FakeTracking()
 
     def run(
-        self, plan: SweepPlan, *assignments: str, progress: Progress | None = None
-    ) -> SweepOutcome:
+        self, plan: SweepTrials, *assignments: str, progress: Progress | None = None
+    ) -> SweepRun:
         return run_plan(
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
             progress=progress, tracking=self.tracking,
@@ -97,7 +93,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     end_trials(monkeypatch, end)
     outcome = sweep.run(plan, "sweep.asha=true")
     assert asked == []
-    assert outcome.stopped == {stopped.label: stop.text}
+    assert outcome.stopped == {stopped.label: stop}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
     assert outcome.reused == {result.key for result in outcome.results}
@@ -206,17 +202,11 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     assert sweep.shown.status == ("FAILED" if fails else "KILLED")
 
 
-def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan, sweep):
-    waiting = tiny_plan.trials[1:]
-    live = LiveSweep(
-        tiny_plan, resolve_settings({}), sweep.tracking, open_workspace(sweep.folder),
-        num_trials=len(waiting),
-    )  # fmt: skip
-    progress = KeptProgress()
-    queue = SweepQueue(waiting, {}, {}, live, progress)
+def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
+    queue = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     taken = [queue.take(), queue.take()]
     queue.start_again("memory ran low")
-    assert progress.notes == ["memory ran low"]
+    assert queue.notes == ["memory ran low"]
     assert queue.num_taken == 0
     assert [queue.take(), queue.take()] == taken
     assert queue.failures == {}

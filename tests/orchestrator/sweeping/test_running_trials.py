@@ -19,13 +19,17 @@ from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.tasks import Suite
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import AshaRule, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
-from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
-from orchestrator.sweeping.trial import run_trial
+from orchestrator.sweeping.states import (
+    SweepRun,
+    competing_trials,
+    early_stops,
+    trial_states,
+)
+from orchestrator.sweeping.trial import ThisProcess, run_trial
 from orchestrator.terminal.stop import stop_when
-from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME
@@ -147,11 +151,12 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
-    scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
+    competitors = competing_trials(plan, sweep)
+    sweep_run = SweepRun(plan, trial_states(plan, sweep))
+    requests = Requests()
+    scheduler = AshaByModel(AshaRule.of(sweep), competitors, sweep_run, requests)
 
-    class UnderTune:
-        train = staticmethod(run_job)
-
+    class UnderTune(ThisProcess):
         def __init__(self, trial: Trial) -> None:
             self.tune_trial = SimpleNamespace(config={"key": trial.key}, trial_id=trial.key)
             scheduler.on_trial_add(None, self.tune_trial)
@@ -162,17 +167,19 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
                 decision = scheduler.on_trial_result(None, self.tune_trial, result)
                 assert decision == "CONTINUE", "Tune kills nothing"
 
-        def on_device(self, measure: Any) -> Trial:
-            found: Trial = measure("cpu")
-            return found
+        def is_beaten(self) -> bool:
+            return requests.is_asked(self.tune_trial.trial_id)
 
     def run(trial: Trial) -> Trial | None:
-        return run_trial(trial, UnderTune(trial))
+        result = run_trial(trial, UnderTune(trial))
+        sweep_run.on_end(trial.key, result, "")
+        return result
 
     assert run(high) is not None, "the first continues"
     assert run(low) is None
     assert run(alone) is not None, "nobody competes with it"
     stop = early_stops(plan, sweep)[low.key]
+    assert sweep_run.stopped == {low.label: stop}
     assert stop.step == 10
     assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
@@ -186,6 +193,19 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     assert run_trial(low) is not None
     assert starts(low) == 1, "it resumed from where it was stopped"
     assert early_stops(plan, sweep) == {}
+
+
+class Requests:
+    """Stands for the actor that carries requests to end a trial."""
+
+    def __init__(self) -> None:
+        self.keys = set[str]()
+
+    def ask(self, key: str) -> None:
+        self.keys.add(key)
+
+    def is_asked(self, key: str) -> bool:
+        return key in self.keys
 
 
 def with_label(trial: Trial, label: str) -> Trial:

@@ -18,11 +18,12 @@ from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.records.trial import SweepTrials, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, resolve_settings
 from orchestrator.sweeping.plan import search_plan
-from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
+from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.view import SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
@@ -45,7 +46,7 @@ class World:
         self.workspace = open_workspace(folder)
         self.folder, self.made, self.full, self.accuracy = folder, 0, FULL, accuracy
         teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
-        self.family = SweepPlan(
+        self.family = SweepTrials(
             key="family", name="family", kind="threshold", tokens_folder="", teacher="",
             num_requested=3, trials=(teacher, *map(self.trial, FAMILY)),
         )  # fmt: skip
@@ -144,15 +145,16 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     search, family = world.search(num_trials=24), world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
-    live = LiveSweep(plan, resolve_settings({}), tracking, open_workspace(tmp_path), num_trials=28)
-    queue = SweepQueue(family, {}, {}, live, Shown(), search=search)
+    settings = resolve_settings({})
+    queue = SweepRun(plan, trial_states(plan, settings.sweep), search)
+    view = SweepView(queue, settings, open_workspace(tmp_path), tracking, Shown())
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]
     assert running.pop() is None, "the search waits for the last of the family"
     for trial in running:
         world.finish(trial)
         queue.on_end(trial.key, trial.result(), "")
-        queue.watch()
+        view.update()
     assert shown == [1, 2, 3, 4], "what is not suggested yet is not done"
     assert [trial for trial in (queue.take(), queue.take()) if trial] == search.suggested_trials()
     assert len(world.complete()) == len(FAMILY), "the teacher is one of them"

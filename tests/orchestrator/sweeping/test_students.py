@@ -12,7 +12,7 @@ from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan
+from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import DistillationSettings, resolve_settings
 from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.students import (
@@ -27,7 +27,7 @@ from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 
 Make = Callable[..., Students]
-Plan = Callable[..., SweepPlan]
+Plan = Callable[..., SweepTrials]
 SMALL = (
     "distillation.training.num_steps=3",
     "distillation.training.num_tokens_per_step=64",
@@ -39,7 +39,7 @@ SMALL = (
 def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
-    def make(*assignments: str, **suite: str) -> SweepPlan:
+    def make(*assignments: str, **suite: str) -> SweepTrials:
         return students_plan(replace(students(*assignments, **suite), influence=table))
 
     return make

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.terminal.stop import (
-    run_interruptibly,
+    start_thread,
     stop_on_signals,
     stop_requested,
     stop_when,
@@ -35,7 +35,9 @@ def run(work: Callable[[], Any], **changes: Any) -> Any:
         if number := next(pressed, None):
             press(number)
 
-    return run_interruptibly(work, **{**options, "watch": watch, **changes})
+    with stop_on_signals():
+        [result] = wait_for_work([start_thread(work)], **{**options, "watch": watch, **changes})
+    return result
 
 
 def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored():

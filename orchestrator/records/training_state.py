@@ -1,0 +1,184 @@
+"""How far a training is, as its folder says: one enumeration, and one class that reads the folder.
+
+Lists, plans, estimates and sweeps ask it. Everything is read from small files, and PyTorch is not
+imported, so that an answer takes a moment also while trainings run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import SPEED_METRIC, Record, read_tail
+from orchestrator.workspace.layout import (
+    DONE_NAME,
+    JOB_NAME,
+    RUN_LOCK_NAME,
+    STOPPED_NAME,
+    WORKERS_LOCK_NAME,
+    checkpoint_name,
+    find_checkpoints,
+    step_of,
+)
+from orchestrator.workspace.locks import is_locked
+
+DIVERGED_EVENT = "diverged"
+"""Event in the journal of a training, with the reason as `text`."""
+
+
+class TrainingState(StrEnum):
+    """How far a training is. Whether a process works on it now is another question."""
+
+    EMPTY = "empty"
+    """Nothing has been trained."""
+    IMPORTED = "imported"
+    """A model from elsewhere: there are weights, and no training."""
+    STOPPED = "stopped"
+    """Begun and not finished, or its end is lost; the same job goes on."""
+    DIVERGED = "diverged"
+    """Begun, and ended because loss or gradient were bad."""
+    STOPPED_EARLY = "stopped early"
+    """Begun, and ended because another trial of its sweep was better."""
+    FINISHED = "finished"
+    """At its last step, whose checkpoint is there."""
+    DAMAGED = "damaged"
+    """What was to be trained, or how it ended, cannot be read."""
+
+
+def checkpoint_is_there(checkpoint: Path) -> None:
+    """Raise `UserError` if a checkpoint is missing; its files are not read."""
+    if not checkpoint.is_dir():
+        raise UserError(f"there is no checkpoint folder {checkpoint}")
+
+
+class Training:
+    """What the folder of a run or trial says about its training."""
+
+    def __init__(
+        self, folder: Path, check_checkpoint: Callable[[Path], None] = checkpoint_is_there
+    ) -> None:
+        """Read what was to be done, and how it ended.
+
+        Args:
+            folder: It need not exist.
+            check_checkpoint: Called with the last checkpoint of a finished training; if it raises
+                `UserError`, the training has lost its end.
+        """
+        self.folder = folder
+        self.job: TrainingJob | None = None
+        """What was to be done; None if the folder does not say, or cannot be read."""
+        self.outcome: TrainingOutcome | None = None
+        """How it ended, with its checkpoint in this folder; None if it is not finished."""
+        self.damage: UserError | None = None
+        """Why one of these cannot be read."""
+        self.lost_end: UserError | None = None
+        """Why the last checkpoint does not count, although the training was finished."""
+        try:
+            self.job = TrainingJob.of_folder(folder)
+            stored_outcome = TrainingOutcome.read(folder / DONE_NAME)
+            if stored_outcome and not self.job:
+                raise UserError(f"{folder / JOB_NAME} is missing")
+        except UserError as error:
+            self.damage = error
+            return
+        if stored_outcome is None:
+            return
+        # Its stored path is that of the workspace before it was moved.
+        last_checkpoint = folder / checkpoint_name(stored_outcome.step)
+        try:
+            check_checkpoint(last_checkpoint)
+        except UserError as error:
+            self.lost_end = error
+        else:
+            changes = {"checkpoint": str(last_checkpoint)}
+            self.outcome = stored_outcome.model_copy(update=changes)
+
+    @cached_property
+    def state(self) -> TrainingState:
+        """How far it is."""
+        if self.damage:
+            return TrainingState.DAMAGED
+        if (self.folder / STOPPED_NAME).is_file():
+            return TrainingState.STOPPED_EARLY
+        if self.outcome:
+            return TrainingState.FINISHED
+        if self.job is None:
+            return TrainingState.IMPORTED if self.checkpoints else TrainingState.EMPTY
+        events = [record["name"] for record in self.records if record["kind"] == "event"]
+        has_diverged = events[-1:] == [DIVERGED_EVENT]
+        return TrainingState.DIVERGED if has_diverged else TrainingState.STOPPED
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were to be done; 0 if unknown."""
+        return self.job.recipe.num_steps if self.job else 0
+
+    @property
+    def step(self) -> int:
+        """Last step in its journal, or of its newest checkpoint."""
+        recorded: list[int] = [
+            record["step"] for record in self.records if record["kind"] == "metrics"
+        ]
+        return max([*recorded, self.saved_step])
+
+    @property
+    def saved_step(self) -> int:
+        """Step of its newest checkpoint, intact or not; 0 without one."""
+        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
+
+    @cached_property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return find_checkpoints(self.folder)
+
+    # Its journal
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The last records of its journal."""
+        return read_tail(self.folder)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric in these records."""
+        values: dict[str, float] = {}
+        for record in self.records:
+            if record["kind"] == "metrics":
+                values |= record["values"]
+            elif record["name"] == "resumed":
+                values.pop(SPEED_METRIC, None)  # That of the process before.
+        return values
+
+    @property
+    def recorded_at(self) -> float | None:
+        """Time of the last record in seconds."""
+        return self.records[-1]["time"] / 1000 if self.records else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The steps that are left, as fast as the last ones; None before this process's first."""
+        speed = self.metrics.get(SPEED_METRIC)
+        if not self.job or not speed:
+            return None
+        return max(0, self.num_steps - self.step) * self.job.recipe.num_tokens_per_step / speed
+
+    # Who works on it
+
+    @cached_property
+    def lock(self) -> Path | None:
+        """The lock that a process holds now; None if none works here."""
+        return next(filter(is_locked, run_locks(self.folder)), None)
+
+
+def run_locks(folder: Path) -> tuple[Path, Path]:
+    """Return the files that processes lock while they train or measure in a folder."""
+    return folder / RUN_LOCK_NAME, folder / WORKERS_LOCK_NAME
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process trains or measures in a folder."""
+    return any(map(is_locked, run_locks(folder)))

@@ -1,0 +1,332 @@
+"""How far each trial of a sweep is: in a plan, and while the sweep runs.
+
+A plan reads the states from the folders of the trials. A run begins with these states, and holds
+them in one object, `SweepRun`. Ray Tune runs in a thread of its own, which takes trials and says
+how they ended; only that thread changes a state. The main thread waits for signals, and shows what
+has changed (`view.py`). Neither writes a file for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from iiet.cost import inference_cost
+from orchestrator.planning.estimate import Estimate, note_saving
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.training_state import Training
+from orchestrator.records.trial import AshaRule, EarlyStop, SweepTrials, Trial
+from orchestrator.settings import SweepSettings
+from orchestrator.terminal.stop import stop_requested
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.watching import describe_saved_state
+from orchestrator.workspace.layout import STOPPED_NAME
+
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
+
+Status = Literal[
+    "to train",
+    "to measure",
+    "taken",
+    "running",
+    "finished",
+    "stopped early",
+    "failed",
+    "interrupted",
+]
+"""The first two are waiting. For a `taken` trial Tune looks for a place. An `interrupted` one has
+ended unfinished after a request to stop, and has saved its state."""
+WAITING: tuple[Status, ...] = ("to train", "to measure")
+TAKEN: tuple[Status, ...] = ("taken", "running")
+
+
+@dataclass
+class TrialState:
+    """How far one trial is."""
+
+    trial: Trial
+    status: Status
+    result: Trial | None = None
+    """The trial with what was measured, once it is finished."""
+    early_stop: EarlyStop | None = None
+    """Why ASHA ended it, or asked it to end."""
+    error: str = ""
+    """Why it failed."""
+    was_stopping: bool = False
+    """Whether it ended after a request to stop."""
+
+    @cached_property
+    def training(self) -> Estimate | None:
+        """What is left of its training; None if nothing is."""
+        if self.status != "to train" or self.trial.job is None:
+            return None
+        return Estimate.of(self.trial.job)
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps that it resumes after."""
+        return self.training.steps_done if self.training else 0
+
+    def wait_again(self) -> None:
+        """Put it back, as if it had not been taken; what it has trained is found in its folder."""
+        self.status = "to train" if self.trial.job else "to measure"
+        self.early_stop = None
+
+
+def trial_states(plan: SweepTrials, sweep: SweepSettings) -> list[TrialState]:
+    """Read how far each trial of a plan is, from its folder."""
+    stops = early_stops(plan, sweep)
+    states = []
+    for trial in plan.trials:
+        if result := trial.result():
+            state = TrialState(trial, "finished", result=result)
+        elif stop := stops.get(trial.key):
+            state = TrialState(trial, "stopped early", early_stop=stop)
+        elif trial.job is None or finished_outcome(trial.job):
+            state = TrialState(trial, "to measure")
+        else:
+            state = TrialState(trial, "to train")
+        states.append(state)
+    return states
+
+
+# Learning rates that compete
+
+
+def competing_trials(plan: SweepTrials, sweep: SweepSettings) -> list[list[Trial]]:
+    """Return, for each model with several learning rates, its trials; none without ASHA."""
+    if plan.kind != "iterations" or not sweep.asha:
+        return []
+    models: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        if trial.job:
+            # Trials compete if their jobs differ in the learning rate only.
+            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
+            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
+            model = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
+            models.setdefault(model, []).append(trial)
+    return [trials for trials in models.values() if len(trials) > 1]
+
+
+def early_stops(plan: SweepTrials, sweep: SweepSettings) -> dict[str, EarlyStop]:
+    """Return key -> reason of the trials without a result that an earlier call has stopped early:
+    by the rule of this sweep, for a competitor that is in the plan."""
+    rule = AshaRule.of(sweep)
+    stops: dict[str, EarlyStop] = {}
+    for trials in competing_trials(plan, sweep):
+        for trial in trials:
+            rivals = {rival.label for rival in trials if rival is not trial}
+            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
+            is_ours = stop is not None and stop.rule == rule and stop.competitor in rivals
+            if stop and is_ours and not trial.result_path.exists():
+                stops[trial.key] = stop
+    return stops
+
+
+# A sweep that runs
+
+
+class SweepRun:
+    """The trials of a sweep that runs, and how far each is.
+
+    Tune's thread calls the methods that change a state. All others only read.
+    """
+
+    def __init__(
+        self,
+        plan: SweepTrials,
+        states: Iterable[TrialState],
+        search: ScheduleSearch | None = None,
+    ) -> None:
+        """Begin with the states of a plan's trials.
+
+        Args:
+            plan: All trials that are known.
+            states: What `trial_states` returns of them.
+            search: Suggests further trials when these have ended.
+        """
+        self.plan = plan
+        self.search = search
+        ordered = sorted(states, key=lambda state: _urgency(state.trial))
+        self.states = {state.trial.key: state for state in ordered}
+        """By key, in the order in which trials start."""
+        self.reused = frozenset(state.trial.key for state in self.with_status("finished"))
+        """Keys of the trials that were found finished."""
+        self.num_all = len(plan.trials) + (search.num_left if search else 0)
+        """Number of trials, with those that the search will suggest."""
+        self.notes: list[str] = []
+        """What happened to the sweep as a whole."""
+        self.results: tuple[Trial, ...] = ()
+        """Finished trials with their costs in the plan's order, the teacher and the baselines among
+        them; known when the sweep is over."""
+
+    # Called in Tune's thread.
+
+    def take(self) -> Trial | None:
+        """Return a trial that can start; None if there is none at the moment."""
+        for state in self.with_status(*WAITING):
+            trial = state.trial
+            if self._waits_for_weights(trial):
+                continue
+            if trial.is_elastic and not trial.job and not Path(str(trial.checkpoint)).is_dir():
+                # The trial that trains these weights has failed.
+                self._end(state, "failed", error="its weights are not trained")
+                continue
+            state.status = "taken"
+            return trial
+        # A search learns from the whole family before it suggests anything.
+        if self.search is None or self.num_of(*WAITING):
+            return None
+        if not self.search.is_open:
+            if self.num_taken:
+                return None
+            self.search.open(self.results_by_key)
+        suggested = self.search.suggest()
+        if suggested:
+            self.states[suggested.key] = TrialState(suggested, "taken")
+        return suggested
+
+    def on_start(self, key: str) -> None:
+        """Note that a trial has started."""
+        self.states[key].status = "running"
+
+    def on_early_stop(self, key: str, stop: EarlyStop) -> None:
+        """Note that ASHA ends a trial, and store why: later calls leave the trial as it is."""
+        state = self.states[key]
+        state.early_stop = stop
+        # While the trial holds its folder's lock: no other process has begun to train it on.
+        stop.write(Path(state.trial.folder) / STOPPED_NAME)
+
+    def on_end(self, key: str, result: Trial | None, error: str) -> None:
+        """Note how a trial ended; one that somebody else has asked to stop waits again."""
+        state = self.states[key]
+        state.was_stopping = stop_requested()
+        if result:
+            state.result = result
+            self._end(state, "finished")
+        elif error:
+            self._end(state, "failed", error=error)
+        elif state.early_stop:
+            self._end(state, "stopped early")
+        elif state.was_stopping:
+            self._end(state, "interrupted")
+        else:
+            state.wait_again()
+
+    def start_again(self, reason: str) -> None:
+        """Put the trials back that were taken and have not ended, and note why."""
+        for state in self.with_status(*TAKEN):
+            state.wait_again()
+        self.notes.append(reason)
+
+    def _end(self, state: TrialState, status: Status, error: str = "") -> None:
+        state.error = error
+        state.status = status
+        if self.search:
+            self.search.tell(state.trial, state.result)
+
+    def _waits_for_weights(self, trial: Trial) -> bool:
+        """Return whether a trial measures weights that an unfinished trial trains."""
+        if trial.job or not trial.checkpoint:
+            return False
+        unfinished = self.with_status(*WAITING, *TAKEN)
+        training_folders = {state.trial.folder for state in unfinished if state.trial.job}
+        return str(Path(trial.checkpoint).parent) in training_folders
+
+    # Called in any thread.
+
+    def with_status(self, *statuses: Status) -> Iterator[TrialState]:
+        """Yield the trials of some statuses, in the order in which they start."""
+        # A copy: a search may add a trial meanwhile.
+        return (state for state in list(self.states.values()) if state.status in statuses)
+
+    def num_of(self, *statuses: Status) -> int:
+        """Return the number of trials of some statuses."""
+        return sum(1 for _ in self.with_status(*statuses))
+
+    @property
+    def num_taken(self) -> int:
+        """Number of trials that were taken and have not ended."""
+        return self.num_of(*TAKEN)
+
+    @property
+    def num_ready(self) -> int:
+        """Number of trials that can start now, those that a search will suggest among them."""
+        ready = sum(not self._waits_for_weights(s.trial) for s in self.with_status(*WAITING))
+        return ready + (self.search.num_left if self.search else 0)
+
+    @property
+    def num_ended(self) -> int:
+        """Number of trials that need not be run any more, or have failed."""
+        return self.num_of("finished", "stopped early", "failed")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all trials have ended."""
+        has_suggestions = self.search is not None and self.search.num_left > 0
+        return not (self.num_of(*WAITING, *TAKEN) or has_suggestions)
+
+    @property
+    def results_by_key(self) -> dict[str, Trial]:
+        """Key -> finished trial."""
+        return {s.trial.key: s.result for s in self.with_status("finished") if s.result}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Label -> reason of the trials that failed for good."""
+        return {state.trial.label: state.error for state in self.with_status("failed")}
+
+    @property
+    def stopped(self) -> dict[str, EarlyStop]:
+        """Label -> reason of the trials that were stopped early."""
+        stops = self.with_status("stopped early")
+        return {state.trial.label: state.early_stop for state in stops if state.early_stop}
+
+    @property
+    def all_trials(self) -> SweepTrials:
+        """The plan, with the trials that the search has suggested."""
+        known = {trial.key for trial in self.plan.trials}
+        suggested = [state.trial for key, state in self.states.items() if key not in known]
+        return self.plan.model_copy(update={"trials": (*self.plan.trials, *suggested)})
+
+    def begin_saving(self) -> bool:
+        """Say what the running trials save, and return whether there are any."""
+        running = [state.trial for state in self.with_status("running")]
+        note_saving([trial.job for trial in running if trial.job], self.notes.append)
+        return bool(running)
+
+    def saved(self) -> str:
+        """Say how many trials are finished, and what the others have saved."""
+        begun: dict[str, TrainingJob] = {}
+        for state in self.with_status(*TAKEN, "interrupted", "failed"):
+            job = state.trial.job
+            has_just_ended = state.status != "failed" or state.was_stopping
+            if job and has_just_ended and Training(job.folder).step > 0:
+                begun[f"trial {state.trial.label}"] = job
+        text = f"{self.num_of('finished')} of {self.num_all} trials are finished"
+        return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
+
+    def summary(self) -> str:
+        """Say in one line how the sweep ended."""
+        counts = {
+            "of them found finished": len(self.reused),
+            "stopped early": self.num_of("stopped early"),
+            "failed": self.num_of("failed"),
+        }
+        parts = [f", {count} {what}" for what, count in counts.items() if count]
+        return f"{self.num_all} trials{''.join(parts)}"
+
+
+def _urgency(trial: Trial) -> tuple[bool, float]:
+    """Return the place of a trial in the order in which trials start.
+
+    The teacher comes first, because fronts are drawn beside it. Then come the costly ones, so that
+    none of them runs alone at the end.
+    """
+    # A training is about as much work as three evaluations.
+    work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)
+    return trial.role != "teacher", -work

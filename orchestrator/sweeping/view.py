@@ -1,0 +1,200 @@
+"""What a person sees of a sweep while it runs: a progress line, and MLflow's runs with the front.
+
+The main thread calls `SweepView.update` a few times a second. The view compares the states of the
+trials with those that it has shown last, so whoever changes a state needs not know who shows it.
+What is published is shown by MLflow's background thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from orchestrator.data.mixture import describe_data
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun, status_after
+from orchestrator.records.tracked_run import Status as ShownStatus
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
+from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
+from orchestrator.reporting.results import result_table
+from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
+from orchestrator.sweeping.plan import exact_cost, full_trial, sweep_parameters
+from orchestrator.sweeping.states import Status, SweepRun, TrialState
+from orchestrator.terminal.progress import Progress
+from orchestrator.tracking.tracker import Tracking
+from orchestrator.training.watching import JournalReader
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.layout import JOB_NAME, Workspace
+
+STOPPED_TAG = "iiet.stopped_early"
+TRAINING_SHARE = 0.9
+"""Share of a trial's progress that is its training; the rest is its measurement."""
+MAX_NAMED = 3
+"""Most running trials that the progress bar names."""
+SECONDS_BETWEEN_FRONTS = 30.0
+"""A picture takes up to a second of the process that waits for the trials."""
+LIVE_FOLDER = "live"
+"""Folder in the sweep's with the picture of the front so far."""
+
+SHOWN_AS: Mapping[Status, ShownStatus] = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "stopped early": "KILLED",
+    "interrupted": "KILLED",
+}
+"""Status of a trial -> that of its run in MLflow. A trial that waits has no run, or keeps the one
+that it had when it ran last."""
+
+
+class SweepView:
+    """Shows a sweep that runs; as a context manager, it also ends the sweep's run in MLflow."""
+
+    def __init__(
+        self,
+        run: SweepRun,
+        settings: Settings,
+        workspace: Workspace,
+        tracking: Tracking,
+        progress: Progress,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show the sweep as running from now on; what its run in MLflow showed before stays."""
+        self._run = run
+        self._workspace = workspace
+        self._folder = workspace.sweeps / run.plan.name
+        self._tracking = tracking
+        self._progress = progress
+        self._clock = clock
+        self._full = full_trial(run.plan)
+        self._shown: dict[str, ShownStatus] = {}
+        """Key of a trial -> status of its run in MLflow."""
+        self._num_notes = 0
+        """Number of the sweep's notes that were shown."""
+        self._journals: dict[str, JournalReader] = {}
+        self._has_new_results = False
+        self._next_front = clock()
+        self._ended_before = {s.trial.key for s in run.with_status("finished", "stopped early")}
+        """Keys of the trials that an earlier call has ended; they are shown without a note."""
+
+        stored = tracking.stored("sweep", run.plan.key)
+        self._sweep_run = sweep_run(stored, run.plan.name, run.plan.key, self._folder)
+        self._change(
+            status="RUNNING",
+            params=sweep_parameters(run.plan, settings),
+            tags={SWEEP_TAG: run.plan.name},
+            dataset=describe_data(run.plan.tokens_folder),
+            texts={SETTINGS_NAME: to_yaml(settings)},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """End the sweep's run; after a failure, wait only a moment for the store."""
+        stops = self._run.stopped
+        if stops and error is None:
+            saved = sum(stop.share_saved for stop in stops.values())
+            text = "; ".join(f"{label} {stop.text}" for label, stop in stops.items())
+            points = [("sweep/trainings_saved", saved, len(self._run.plan.trials))]
+            self._change(points=points, tags={STOPPED_TAG: text})
+        self._change(status=status_after(error), ended_ms=now_ms())
+        self._tracking.wait(briefly=error is not None)
+
+    def update(self) -> None:
+        """Show what has changed; call it a few times a second."""
+        changed_runs = []
+        for state in list(self._run.states.values()):
+            trial = state.trial
+            status = SHOWN_AS.get(state.status)
+            if status is None or self._shown.get(trial.key) == status:
+                continue
+            self._shown[trial.key] = status
+            self._has_new_results |= status == "FINISHED"
+            changed_runs.append(self._tracked_run(state, status))
+            if state.status == "failed":
+                self._progress.note(f"trial {trial.label} failed: {state.error}")
+            elif state.status == "stopped early" and trial.key not in self._ended_before:
+                assert state.early_stop, "it says why"
+                self._progress.note(f"trial {trial.label} {state.early_stop.text}")
+        self._tracking.publish(*changed_runs)
+        notes = self._run.notes[self._num_notes :]
+        for note in notes:
+            self._progress.note(note)
+        self._num_notes += len(notes)
+        self._show_progress()
+        if self._has_new_results and self._clock() >= self._next_front:
+            self._show_front()
+
+    def end_trials(self) -> None:
+        """Show the last changes, and end the runs of the trials that still ran."""
+        self.update()
+        states = self._run.states.values()
+        cut_off = [state for state in states if self._shown.get(state.trial.key) == "RUNNING"]
+        self._tracking.publish(*(self._tracked_run(state, "KILLED") for state in cut_off))
+
+    def _change(self, **changes: Any) -> None:
+        """Show changes of the sweep's own run, as `TrackedRun.changed` takes them."""
+        self._sweep_run = self._sweep_run.changed(**changes)
+        self._tracking.publish(self._sweep_run)
+
+    def _tracked_run(self, state: TrialState, status: ShownStatus) -> TrackedRun:
+        """Return what MLflow shows of a trial."""
+        trial = self._with_cost(state.result or state.trial)
+        # A teacher or a baseline that was trained before has the journal of its own training.
+        journal = Path(trial.folder) if trial.job else None
+        if not trial.job and trial.checkpoint and trial.role != "trial":
+            journal = Path(trial.checkpoint).parent
+            if status == "FINISHED":
+                self._withdraw_pretraining(journal)
+        reason = state.error if state.status == "failed" else ""
+        if state.status == "stopped early" and state.early_stop:
+            reason = state.early_stop.text
+        sweep_key = self._sweep_run.key
+        name = self._run.plan.name
+        return trial_run(name, sweep_key, trial, journal, status=status, reason=reason)
+
+    def _withdraw_pretraining(self, folder: Path) -> None:
+        """Remove the run that showed a model while it was trained for this sweep."""
+        with suppress(UserError):  # A damaged file names no run.
+            stored_job = read_json(folder / JOB_NAME) or {}
+            self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(stored_job.get("key")))
+
+    def _show_progress(self) -> None:
+        """Advance the bar by the trials that have ended, and by the steps of those that run."""
+        shares = {}
+        for state in self._run.with_status("running"):
+            trial = state.trial
+            if trial.job:
+                journal = self._journals.setdefault(trial.key, JournalReader(trial.job.folder))
+                journal.read()
+                shares[trial.label] = TRAINING_SHARE * journal.step / trial.job.recipe.num_steps
+        begun = [label for label, share in shares.items() if share]
+        num_done = self._run.num_ended + sum(shares.values())
+        self._progress.advance(num_done, "; ".join(begun[:MAX_NAMED]))
+
+    def _show_front(self) -> None:
+        """Show the front so far, once the full model is measured."""
+        self._has_new_results = False
+        measured = [self._with_cost(result) for result in self._run.results_by_key.values()]
+        reason = reason_against_accuracy(self._workspace, measured)
+        front = find_front(result_table(measured), parse_axes(against_accuracy=reason))
+        is_full_measured = self._full.key in self._run.results_by_key
+        if not is_full_measured or not front.members:
+            return
+        notes = [f"{len(measured)} of {self._run.num_all} models are measured so far."]
+        notes += [f"{label} failed: {why}" for label, why in self._run.failures.items()]
+        notes += [reason] if reason else []
+        folder = self._folder / LIVE_FOLDER
+        self._change(**front_so_far(front, name=self._run.plan.name, notes=notes, folder=folder))
+        self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
+
+    def _with_cost(self, trial: Trial) -> Trial:
+        """Return a trial with its exact cost."""
+        return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))

@@ -1,0 +1,66 @@
+"""The state of a training is that of its folder, whatever was left there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.models.folder import check_checkpoint
+from orchestrator.records.training_state import DIVERGED_EVENT, Training, TrainingState
+from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, STOPPED_NAME, find_checkpoints
+
+
+def _diverge(run: Path) -> None:
+    (run / DONE_NAME).unlink()
+    journal = Journal(run)
+    journal.event(DIVERGED_EVENT)
+    journal.close()
+
+
+def _import(run: Path) -> None:
+    (run / DONE_NAME).unlink()
+    (run / JOB_NAME).unlink()
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], TrainingState]] = {
+    "a run": (lambda _: None, TrainingState.FINISHED),
+    "without its end": (lambda run: (run / DONE_NAME).unlink(), TrainingState.STOPPED),
+    "without its last checkpoint": (
+        lambda run: shutil.rmtree(find_checkpoints(run)[-1]),
+        TrainingState.STOPPED,
+    ),
+    "diverged": (_diverge, TrainingState.DIVERGED),
+    "stopped early": (lambda run: (run / STOPPED_NAME).touch(), TrainingState.STOPPED_EARLY),
+    "without a training": (_import, TrainingState.IMPORTED),
+    "without its job": (lambda run: (run / JOB_NAME).unlink(), TrainingState.DAMAGED),
+    "with another end": (lambda run: (run / DONE_NAME).write_text("{}"), TrainingState.DAMAGED),
+    "missing": (shutil.rmtree, TrainingState.EMPTY),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_state_is_that_of_the_folder(name, trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    harm, state = FOLDERS[name]
+    harm(run)
+    training = Training(run)
+    assert training.state is state
+    assert (training.damage is not None) == (state is TrainingState.DAMAGED)
+    assert training.step == (0 if state is TrainingState.EMPTY else 2)
+
+
+def test_a_last_checkpoint_counts_if_it_is_intact_for_who_checks_it(trained_run, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(trained_run, run)
+    [checkpoint] = find_checkpoints(run)
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    assert Training(run).state is TrainingState.FINISHED
+    assert Training(run).outcome.checkpoint == str(checkpoint)
+    checked = Training(run, check_checkpoint)
+    assert checked.state is TrainingState.STOPPED
+    assert "model.safetensors" in str(checked.lost_end)
