@@ -51,6 +51,7 @@ ADDED = (
     "training.sequence_length", "distillation.training.sequence_length",
     "evaluation.sequence_length", "data.chat_template", "data.passage_characters",
     "training.gate_rate_factor", "distillation.training.gate_rate_factor",
+    "training.source", "distillation.training.source",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""

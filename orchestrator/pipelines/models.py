@@ -78,6 +78,29 @@ def local_model(
     return Path(model) if model else None
 
 
+def local_checkpoint(
+    model: Path | str | None,
+    workspace: Workspace | Path | str | None,
+    progress: Progress | None = None,
+) -> Path | None:
+    """Return a model whose weights a training can start from; None stays None.
+
+    A model folder, or `hub:OWNER/NAME`, is imported; the same import is found again.
+
+    Raises:
+        UserError: If there is no such model; and as `import_model`.
+    """
+    if model is None or is_hub_name(model):
+        return local_model(model, workspace, progress)
+    space = find_workspace(workspace)
+    if lookup.find_trial(space, Path(model)):
+        return Path(model)
+    folder = lookup.find_model_folder(space, Path(model), model_types=None)
+    if folders.is_checkpoint(folder) or find_checkpoints(folder):
+        return Path(model)
+    return import_model(folder, workspace=workspace, progress=progress)
+
+
 def import_model(
     folder: Path | str,
     *,

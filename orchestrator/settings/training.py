@@ -146,6 +146,12 @@ class TrainingSettings(Section):
     """Optimizer steps."""
     num_tokens_per_step: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=1024, gt=0)
     """Tokens of the global batch, for any number of workers."""
+    source: Annotated[str | None, Effect.FILES] = None
+    """Model whose weights the training starts from: a run, a trial, a checkpoint, a model folder or
+    `hub:NAME`. Sizes, context and tokenizer are then the source's, and what the method adds is
+    initialised as ever (default: random weights). The key holds the hash of the source's weights.
+    With a source, `iterate_from_fraction` is 0, and `learning_rate` that of the source's own
+    training, or 5e-5 for models from elsewhere, unless they are set."""
     sequence_length: Annotated[StrictInt | None, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
         default=None, gt=1
     )

@@ -38,8 +38,6 @@ MAX_NAMED = 3
 """Most running trials that the progress bar names."""
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
-LIVE_FOLDER = "live"
-"""Folder in the sweep's with the picture of the front so far."""
 
 SHOWN_AS: Mapping[Status, ShownStatus] = {
     "running": "RUNNING",
@@ -112,15 +110,18 @@ class SweepView:
         changed_runs = []
         for state in list(self._run.states.values()):
             trial = state.trial
-            status = SHOWN_AS.get(state.status)
+            trial_status = state.status  # Tune's thread may change it at any time.
+            status = SHOWN_AS.get(trial_status)
             if status is None or self._shown.get(trial.key) == status:
                 continue
             self._shown[trial.key] = status
-            self._has_new_results |= status == "FINISHED"
             changed_runs.append(self._tracked_run(state, status))
-            if state.status == "failed":
+            if status == "FINISHED":
+                self._has_new_results = True
+                self._withdraw_pretraining(trial)
+            elif trial_status == "failed":
                 self._progress.note(f"trial {trial.label} failed: {state.error}")
-            elif state.status == "stopped early" and trial.key not in self._ended_before:
+            elif trial_status == "stopped early" and trial.key not in self._ended_before:
                 assert state.early_stop, "it says why"
                 self._progress.note(f"trial {trial.label} {state.early_stop.text}")
         self._tracking.publish(*changed_runs)
@@ -147,24 +148,23 @@ class SweepView:
     def _tracked_run(self, state: TrialState, status: ShownStatus) -> TrackedRun:
         """Return what MLflow shows of a trial."""
         trial = self._with_cost(state.result or state.trial)
-        # A teacher or a baseline that was trained before has the journal of its own training.
-        journal = Path(trial.folder) if trial.job else None
-        if not trial.job and trial.checkpoint and trial.role != "trial":
-            journal = Path(trial.checkpoint).parent
-            if status == "FINISHED":
-                self._withdraw_pretraining(journal)
-        reason = state.error if state.status == "failed" else ""
-        if state.status == "stopped early" and state.early_stop:
+        reason = ""
+        if status == "FAILED":
+            reason = state.error
+        elif status == "KILLED" and state.early_stop:
             reason = state.early_stop.text
+        journal = _journal_folder(trial)
         sweep_key = self._sweep_run.key
         name = self._run.plan.name
         return trial_run(name, sweep_key, trial, journal, status=status, reason=reason)
 
-    def _withdraw_pretraining(self, folder: Path) -> None:
+    def _withdraw_pretraining(self, trial: Trial) -> None:
         """Remove the run that showed a model while it was trained for this sweep."""
-        with suppress(UserError):  # A damaged file names no run.
-            stored_job = read_json(folder / JOB_NAME) or {}
-            self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(stored_job.get("key")))
+        folder = _journal_folder(trial)
+        if folder and not trial.job:
+            with suppress(UserError):  # A damaged file names no run.
+                stored_job = read_json(folder / JOB_NAME) or {}
+                self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(stored_job.get("key")))
 
     def _show_progress(self) -> None:
         """Advance the bar by the trials that have ended, and by the steps of those that run."""
@@ -191,10 +191,21 @@ class SweepView:
         notes = [f"{len(measured)} of {self._run.num_all} models are measured so far."]
         notes += [f"{label} failed: {why}" for label, why in self._run.failures.items()]
         notes += [reason] if reason else []
-        folder = self._folder / LIVE_FOLDER
-        self._change(**front_so_far(front, name=self._run.plan.name, notes=notes, folder=folder))
+        # The report replaces its picture, which is drawn in the sweep's folder.
+        name = self._run.plan.name
+        self._change(**front_so_far(front, name=name, notes=notes, folder=self._folder))
         self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
 
     def _with_cost(self, trial: Trial) -> Trial:
         """Return a trial with its exact cost."""
         return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))
+
+
+def _journal_folder(trial: Trial) -> Path | None:
+    """Return the folder with the journal of a trial's training; None if it has none of its own."""
+    if trial.job:
+        return Path(trial.folder)
+    # A teacher or a baseline was trained before; a pruned student has its teacher's weights.
+    if trial.checkpoint and trial.role != "trial":
+        return Path(trial.checkpoint).parent
+    return None

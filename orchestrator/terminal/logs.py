@@ -36,14 +36,15 @@ def command_log(
         yield None, sys.stderr
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
-        old.unlink(missing_ok=True)
+    # Names begin with the time, so the oldest logs come first.
+    for old_log in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
+        old_log.unlink(missing_ok=True)
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # Not inherited by child processes.
     with suppress(OSError):  # A file system without locks.
         lock_descriptor(lock)
         write_holder(lock)
-    sys.stderr.flush()
+    sys.stderr.flush()  # What is buffered belongs on the terminal.
     saved = os.dup(2)
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)

@@ -33,9 +33,14 @@ class Progress(AbstractContextManager["Progress"]):
     """Shows a task on a console; without one it is silent, for tests and library callers."""
 
     _console: Console | None = None
-    _title, _state = "", ""
+    _title = ""
+    _state = ""
+    """Count, words and time left of the last report, for plain lines."""
     _total: float | None = None
-    _started, _printed = 0.0, 0.0
+    _started = 0.0
+    """When the task began, as `time.monotonic` counts; likewise `_printed`."""
+    _printed = 0.0
+    """When the last plain line was printed."""
     _units_before: float | None = None
     """Units of the first report; a task that resumes begins with some."""
     _counted_from: tuple[float, float] | None = None
@@ -44,6 +49,7 @@ class Progress(AbstractContextManager["Progress"]):
     _repeating: threading.Event | None = None
     """Ends the thread that repeats the last plain line of a silent task."""
     _printing = threading.Lock()
+    """Two threads print plain lines: the one that reports, and the one that repeats."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -51,8 +57,11 @@ class Progress(AbstractContextManager["Progress"]):
     def start(self, title: str, total: float | None = None) -> None:
         """Begin a task of `total` units; None if the total is not known."""
         self.close()
-        self._title, self._total, self._started = title, total, time.monotonic()
-        self._units_before = self._counted_from = None
+        self._title = title
+        self._total = total
+        self._started = time.monotonic()
+        self._units_before = None
+        self._counted_from = None
         if self._console and self._console.is_terminal:
             text = partial(TextColumn, markup=False)
             self._bar = Bar(
@@ -70,7 +79,9 @@ class Progress(AbstractContextManager["Progress"]):
             self._task = self._bar.add_task(title, total=None, share="", text="", left="")
             self._bar.start()
         elif self._console:
-            self._printed, self._state = self._started, self._count(0) if total else ""
+            # The first plain line comes after a pause: a quick task prints none.
+            self._printed = self._started
+            self._state = self._count(0) if total else ""
             self._repeating = threading.Event()
             threading.Thread(target=self._repeat_line, args=(self._repeating,), daemon=True).start()
 
@@ -81,14 +92,15 @@ class Progress(AbstractContextManager["Progress"]):
             seconds_left: Remaining time, if it does not follow from the units; NaN while it is not
                 known.
         """
-        left = self._time_left(done, seconds_left)
+        time_left = self._time_left(done, seconds_left)
         if self._bar:
             if done and self._total:
                 share = f"{min(1.0, done / self._total):4.0%}"
                 self._bar.update(self._task, total=self._total, share=share)
-            self._bar.update(self._task, completed=done, text=text, left=left)
+            self._bar.update(self._task, completed=done, text=text, left=time_left)
         elif self._repeating:
-            self._state = ", ".join(filter(None, (f"{self._count(done)} {text}".strip(), left)))
+            count_and_text = f"{self._count(done)} {text}".strip()
+            self._state = ", ".join(filter(None, (count_and_text, time_left)))
             self._print_state()
 
     def note(self, text: str) -> None:
@@ -112,7 +124,8 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.stop()
         if self._repeating:
             self._repeating.set()
-        self._bar = self._repeating = None
+        self._bar = None
+        self._repeating = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -126,11 +139,11 @@ class Progress(AbstractContextManager["Progress"]):
             if done > self._units_before:
                 self._counted_from = (now, done)
             return ""
-        begun, first = self._counted_from
-        if now - begun < SECONDS_TO_MEASURE or done <= first:
+        first_time, first_units = self._counted_from
+        if now - first_time < SECONDS_TO_MEASURE or done <= first_units:
             return ""
         if seconds_left is None and self._total:
-            seconds_left = (now - begun) * (self._total - done) / (done - first)
+            seconds_left = (now - first_time) * (self._total - done) / (done - first_units)
         if seconds_left is None or math.isnan(seconds_left):
             return ""
         return f"{format_duration(round(seconds_left))} left"
@@ -153,7 +166,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _count(self, done: float) -> str:
         total = f"/{format_number(self._total)}" if self._total else ""
-        return format_number(int(done)) + total  # A part of a trial or an item is none yet.
+        return format_number(int(done)) + total  # A trial that is half done is not counted yet.
 
 
 def terminal_progress(console: Console | None = None) -> Progress:

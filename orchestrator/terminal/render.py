@@ -25,7 +25,7 @@ def format_count(number: int, noun: str, plural: str | None = None) -> str:
 def format_bytes(value: float) -> str:
     """Format bytes with three digits: `512 B`, `1.5 GiB`."""
     for unit in BYTE_UNITS[:-1]:
-        if value < 999.5:
+        if value < 999.5:  # From there on, three digits would round to 1e+03.
             return f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} {BYTE_UNITS[-1]}"
@@ -51,6 +51,7 @@ def format_number(value: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Format a duration in the largest unit that fits: `12 s`, `2.5 min`, `1.5 h`, `3 days`."""
+    # Unit, from how many seconds on it is used (two days are "48 h"), and its seconds.
     units = (("days", 48 * 3600, 24 * 3600), ("h", 3600, 3600), ("min", 60, 60), ("s", 0, 1))
     unit, size = next((unit, size) for unit, least, size in units if seconds >= least)
     number = seconds / size
@@ -59,11 +60,14 @@ def format_duration(seconds: float) -> str:
 
 def format_duration_range(least: float, most: float) -> str:
     """Format a range of seconds: `2 to 3 h`, `30 min to 2 h`."""
-    first, second = format_duration(least), format_duration(most)
-    if first == second:
-        return first
-    number, unit = first.split(" ", 1)
-    return f"{number if second.endswith(f' {unit}') else first} to {second}"
+    shortest = format_duration(least)
+    longest = format_duration(most)
+    if shortest == longest:
+        return shortest
+    number, unit = shortest.split(" ", 1)
+    if longest.endswith(f" {unit}"):
+        return f"{number} to {longest}"
+    return f"{shortest} to {longest}"
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -102,8 +106,10 @@ def print_line(console: Console, line: str | Text) -> None:
 
 
 def _folded(line: Text, width: int) -> list[Text]:
-    # Rich's own wrapping would break long words.
-    parts, end = [], 0
+    # Rich's own wrapping would break long words. `textwrap` knows no styles, so each part is cut
+    # out of the styled line: by its place in the text, which is searched for from `end` on.
+    parts = []
+    end = 0
     # A number and its error stay together, as in `44.5 ± 1.2%`.
     text = re.sub(" (?=± )|(?<=±) ", "\u00a0", line.plain)
     for paragraph in text.split("\n"):
@@ -118,8 +124,8 @@ def _folded(line: Text, width: int) -> list[Text]:
             break_on_hyphens=False,
         )
         for number, part in enumerate(wrapped or [""]):
-            added = indent if number else ""
-            start = text.index(part.removeprefix(added), end)
-            end = start + len(part) - len(added)
-            parts.append(Text(added) + line[start:end])
+            added_indent = indent if number else ""
+            start = text.index(part.removeprefix(added_indent), end)
+            end = start + len(part) - len(added_indent)
+            parts.append(Text(added_indent) + line[start:end])
     return parts

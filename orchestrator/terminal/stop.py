@@ -28,9 +28,9 @@ than the ten minutes that the examples for SLURM and Kubernetes give."""
 T = TypeVar("T")
 
 _signals: list[int] = []
-"""Those that arrived in the blocks of `stop_on_signals` that run."""
+"""Signals that arrived in the blocks of `stop_on_signals` that run."""
 _sources: list[Callable[[], bool]] = []
-"""Those of the blocks of `stop_when` that run."""
+"""Functions of the blocks of `stop_when` that run."""
 
 
 def stop_requested() -> bool:
@@ -40,7 +40,11 @@ def stop_requested() -> bool:
 
 @contextmanager
 def stop_when(is_asked: Callable[[], bool]) -> Iterator[None]:
-    """Count a function that returns True, as one does that looks for a message, as a request."""
+    """Ask a function for requests to stop while the block runs, such as one that reads a message.
+
+    Args:
+        is_asked: Returns whether there is a request.
+    """
     _sources.append(is_asked)
     try:
         yield
@@ -52,7 +56,8 @@ def stop_when(is_asked: Callable[[], bool]) -> Iterator[None]:
 def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
     """Make signals that arrive in the block a request to stop; they do nothing else.
 
-    With `second_ends`, the second one raises `KeyboardInterrupt`.
+    Args:
+        second_ends: Whether a second signal raises `KeyboardInterrupt`.
     """
 
     def record(number: int, frame: Any) -> None:
@@ -60,27 +65,31 @@ def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
         if second_ends and len(_signals) > 1:
             signal.default_int_handler(number, frame)
 
-    before = len(_signals)
+    num_before = len(_signals)
     with signal_handlers(SIGNALS, record):
         try:
             yield
         finally:
+            # A block in another thread gets no signals; those of the main thread's block stay.
             if threading.current_thread() is threading.main_thread():
-                del _signals[before:]
+                del _signals[num_before:]
 
 
 @contextmanager
 def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    """Install a handler until the block ends; does nothing outside the main thread."""
+    """Install a handler until the block ends; Python allows this in the main thread alone.
+
+    In any other thread, the block runs without it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.signal(number, handler) for number in numbers}
+    earlier_handlers = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, function in earlier.items():
-            signal.signal(number, function)
+        for number, earlier_handler in earlier_handlers.items():
+            signal.signal(number, earlier_handler)
 
 
 def start_thread(work: Callable[[], T]) -> Future[T]:
@@ -126,7 +135,7 @@ def wait_for_work(
         Exception: The first failed job's own; after a request, its text also says what is saved.
     """
     must_save = False
-    deadline = math.inf
+    deadline = math.inf  # Until a request.
     is_over = False
     try:
         while not (is_over := all(future.done() for future in futures)):
@@ -145,6 +154,7 @@ def wait_for_work(
         raise
     if not stop_requested():
         return results
+    # The text is made when it is shown: until Ray has ended, workers may still save.
     raise Interrupted(lambda: interruption_text(saved(), in_time=is_over or not must_save))
 
 
@@ -167,10 +177,11 @@ def wait_interruptibly(
         if begin:
             begin()
         while True:
-            ended = is_over()
+            has_ended = is_over()
+            # Asked second: a Ctrl-C that came during `is_over` must not be lost.
             if stop_requested():
                 raise Interrupted("interrupted while waiting; run the same command again to resume")
-            if ended:
+            if has_ended:
                 return
             time.sleep(POLL_SECONDS)
             if watch:
@@ -183,13 +194,14 @@ def interruption_text(saved: str, *, in_time: bool = True) -> str:
     Args:
         in_time: Whether all steps were saved, or there were none to save.
     """
-    late = "" if in_time else ", and the latest steps were not saved in time"
-    return f"interrupted{late}; {saved}; run the same command again to resume"
+    loss = "" if in_time else ", and the latest steps were not saved in time"
+    return f"interrupted{loss}; {saved}; run the same command again to resume"
 
 
 def note_saved_state(error: Exception, saved: str) -> None:
     """Add to an error after Ctrl-C what is saved, such as "saved at step 40"."""
     text = f"it happened while the run was stopping; {saved}"
+    # Of these, the command line shows the text alone; of others, the traceback has the notes, too.
     if isinstance(error, UserError | RunFailed):
         error.args = (f"{error}; {text}",)
     else:

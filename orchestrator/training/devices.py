@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -281,31 +282,39 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     """Return the decoder on this worker's device, sharded if the model is, in training mode.
 
     Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
+    From a source of another method come the weights of a plain model; what the method adds is
+    initialised as in a model with random weights.
     It is made without weights. They are then copied tensor by tensor, a shard's own rows only, so
     no worker needs memory for a model beside its own.
     """
     torch.manual_seed(job.recipe.seed)
     use_tf32(world.device)
-    source, schedule = None, job.model.corrections
-    if checkpoint is None and job.initial_folder and job.kept_layers is not None:
-        whole = load_model(Path(job.initial_folder), check=False, frozen=True)
-        source = drop_layers(whole, job.kept_layers).with_schedule(schedule)
-    elif folder := checkpoint or job.initial_folder:
-        source = load_model(Path(folder), schedule=schedule, check=False, frozen=True)
-    config = source.config if source else job.model
+    config = job.model
+    weights: dict[str, Tensor] = {}
+    if folder := checkpoint or job.initial_folder:
+        origin = load_model(Path(folder), check=False, frozen=True)
+        if checkpoint is None and job.kept_layers is not None:
+            origin = drop_layers(origin, job.kept_layers)
+        weights = origin.state_dict()
+        if origin.config.method != config.method:
+            for name in origin.method_parameters():
+                del weights[name]
     with torch.device("meta"):
         decoder, pattern = Decoder(config), Decoder(config)
     if world.is_sharded:
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)
 
-    drawn = initial_weights(pattern, config.initializer_std)
     missing = dict(decoder.named_parameters())
+    drawn = initial_weights(pattern, config.initializer_std)
     with torch.no_grad():
-        for name, tensor in source.state_dict().items() if source else drawn:
-            parameter: Any = missing.pop(name)
-            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            own.copy_(own_rows(tensor, parameter))
+        for name, tensor in chain(weights.items(), drawn):
+            parameter: Any = missing.pop(name, None)
+            if parameter is not None:
+                own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                own.copy_(own_rows(tensor, parameter))
+            if not missing:  # Nothing is drawn that is not needed.
+                break
     assert not missing, f"no weights for {sorted(missing)}"
     return decoder.train()
 

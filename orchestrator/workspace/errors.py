@@ -46,10 +46,11 @@ def mask_secrets(text: str) -> str:
     Those are users, passwords and keys of addresses, values assigned to names such as `HF_TOKEN`,
     and the values of such environment variables of this process.
     """
-    values = {value for name, value in os.environ.items() if is_secret_name(name)}
-    for value in sorted(values, key=len, reverse=True):
-        if len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, MASK)
+    secrets = {value for name, value in os.environ.items() if is_secret_name(name)}
+    # The longest first: a secret that begins with another one would keep its end.
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, MASK)
     text = _USER.sub(f"{MASK}@", text)
     for pattern in (_QUERY, _ASSIGNMENT):
         text = pattern.sub(rf"\g<1>{MASK}", text)
@@ -57,7 +58,7 @@ def mask_secrets(text: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether an environment variable of this name holds a secret itself, not its file."""
+    """Return whether an environment variable of this name holds a secret, not a path."""
     parts = name.upper().split("_")
     return not set(SECRET_WORDS).isdisjoint(parts) and parts[-1] not in ("PATH", "FILE", "DIR")
 
@@ -134,10 +135,11 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     Args:
         with_type: Put the type before the text.
     """
-    name, lines = type(error).__name__, mask_secrets(str(error)).strip().splitlines()
+    type_name = type(error).__name__
+    lines = mask_secrets(str(error)).strip().splitlines()
     if not lines:
-        return name
-    return f"{name}: {lines[0]}" if with_type else lines[0]
+        return type_name
+    return f"{type_name}: {lines[0]}" if with_type else lines[0]
 
 
 def first_problem(error: ValidationError) -> str:
@@ -149,19 +151,22 @@ def first_problem(error: ValidationError) -> str:
 
 def out_of_memory_text(error: BaseException) -> str:
     """Return the facts of PyTorch's out-of-memory error, without the allocator's statistics."""
-    seen, is_free, _ = first_line(error).partition(" is free")
-    return seen + is_free
+    # "... Tried to allocate 2 GiB. GPU 0 has ... of which 1 GiB is free. Including non-PyTorch
+    # memory, ...": what follows the free memory is the allocator's.
+    before_statistics, end, _ = first_line(error).partition(" is free")
+    return before_statistics + end
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error, or one that it came from, says that a disk or a quota is full.
 
-    Its text tells, because safetensors, sqlite and others raise errors of their own.
+    The error's text tells, because safetensors, sqlite and others raise errors of their own.
     """
     texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
+    if any(text in str(error) for text in texts):
+        return True
     origin = error.__cause__ or error.__context__
-    is_said = any(text in str(error) for text in texts)
-    return is_said or (origin is not None and is_disk_full(origin))
+    return origin is not None and is_disk_full(origin)
 
 
 def path_error_message(error: OSError) -> str | None:

@@ -35,7 +35,11 @@ VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
 SCRATCH_NAME = "ray"
 """Begins the names of scratch folders; short because sockets in them have long paths."""
-_TEMPORARY, _UNLOCKED, _LOCK = ".iiet-temporary", ".iiet-unlocked", "lock"
+_TEMPORARY = ".iiet-temporary"
+"""Ends the names of temporary folders, which the next writer deletes if nobody holds their lock."""
+_UNLOCKED = ".iiet-unlocked"
+"""Ends the name of a temporary folder until its lock is held."""
+_LOCK = "lock"
 _SHORT_PARENT = Path("/tmp")
 
 
@@ -76,11 +80,11 @@ def new_file(path: Path) -> Iterator[Path]:
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException as error:  # Also of Ctrl-C.
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and str(error.filename) == str(temporary):
-            error.filename = str(path)  # A message names what was asked for.
+            error.filename = str(path)  # The user knows this name, not the temporary one.
         raise
     flush_to_disk(path.parent)
 
@@ -117,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if the file is missing.
 
     Raises:
-        DamagedFile: If the file holds none.
+        DamagedFile: If the file holds no JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         sentence = path_error_message(error)
         raise (UserError(sentence) if sentence else damaged(path, error)) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: 100,000 opening brackets.
         raise damaged(path, error) from None
     if not isinstance(value, dict):
         raise damaged(path, "it is not a JSON object")
@@ -166,31 +170,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
     delete_leftovers(folder.parent)
     temporary, lock = _make_locked(folder)
     try:
-        try:
-            filling = temporary / folder.name
-            filling.mkdir()
-            yield filling
-            for path in (*filling.rglob("*"), filling):
-                flush_to_disk(path)
-            replace_folder(filling, folder)
-        finally:
-            os.close(lock)
+        filling = temporary / folder.name
+        filling.mkdir()
+        yield filling
+        for path in (*filling.rglob("*"), filling):
+            flush_to_disk(path)
+        replace_folder(filling, folder)
     finally:
+        # Closed before it is deleted: NFS keeps an open file, and with it the folder.
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _make_locked(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
-    """Make a temporary folder for `folder`, with a file that is locked until its descriptor closes.
+    """Make a temporary folder for `folder`; return it with the descriptor that holds its lock.
 
-    So others delete it only after this process has ended.
+    Other processes delete the folder only when its lock is free: after this process has ended.
     """
-    # Locked before it gets the name that others look for.
+    # The folder is locked before it gets the name that other processes look for.
     unlocked = _temporary_name(folder).with_suffix(_UNLOCKED)
     unlocked.mkdir(mode)
     try:
-        # A file that is open for writing: network file systems lock nothing else.
+        # The lock is a file that is open for writing: network file systems lock nothing else.
         lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT)
-        with suppress(OSError):  # Then nobody else can lock it either, and it stays.
+        # On a file system without locks nobody else can lock the folder either, so it stays.
+        with suppress(OSError):
             lock_descriptor(lock)
         return unlocked.rename(unlocked.with_suffix(_TEMPORARY)), lock
     except BaseException:
@@ -204,6 +208,8 @@ def replace_folder(source: Path, folder: Path) -> None:
     Raises:
         OSError: If it cannot be renamed; the earlier folder is then in place.
     """
+    # A folder cannot be renamed onto one that holds files. So the earlier folder is moved away
+    # first, again and again if other processes write the same name meanwhile.
     replaced: list[Path] = []
     while True:
         try:
@@ -235,18 +241,19 @@ def delete_leftovers(parent: Path) -> None:
 
 
 def leftovers(parent: Path, *, below: bool = False) -> Iterator[Path]:
-    """Yield what killed processes left in a folder, each while it is locked.
-
-    What was renamed to be deleted has no lock.
+    """Yield the folders that killed processes left in a folder; each is locked until the next one.
 
     Args:
         below: Look into the folders below, too.
     """
     pattern = f".*{_TEMPORARY}"
     for leftover in parent.rglob(pattern) if below else parent.glob(pattern):
+        # An OSError means that it must stay: a process holds the lock, or another user owns it.
         with suppress(OSError), ExitStack() as stack:
+            # In a shared /tmp, a link could name a folder of somebody else's choice.
             if leftover.is_symlink():
                 continue
+            # A folder that was renamed to be deleted has no file to lock.
             with suppress(FileNotFoundError):
                 lock = os.open(leftover / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
                 stack.callback(os.close, lock)
@@ -299,10 +306,11 @@ def abandoned_folders() -> Iterator[Path]:
 def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return name -> SHA-256 of a folder's files, all of them when no names are given.
 
-    They count as verified, so that the next reader need not read them.
+    The files count as verified, so that the next reader need not read them.
     """
-    wanted = sorted(path.name for path in folder.iterdir()) if names is None else names
-    checksums = {name: file_digest(folder / name) for name in wanted}
+    if names is None:
+        names = sorted(path.name for path in folder.iterdir())
+    checksums = {name: file_digest(folder / name) for name in names}
     _mark_verified(folder, checksums)
     return checksums
 
@@ -323,41 +331,45 @@ def damaged_file(
         always: Read also files that have not changed since they were last verified.
         remember: Store that the files are whole, so that the next process need not read them.
     """
-    stored, read = _verified(folder), {}
+    stored_stamps = _verified_stamps(folder)
+    newly_verified: dict[str, str] = {}
     for name in checksums if names is None else names:
-        path, digest = folder / name, checksums.get(name)
+        path = folder / name
+        digest = checksums.get(name)
         if not path.is_file():
             return f"{name} is missing"
-        if path.parent != folder or digest is None:
+        if path.parent != folder or digest is None:  # A name such as `../other/file`.
             return f"{name} is not what was written"
         stamp = _stamp(path, digest)
-        if always or stamp not in (stored.get(name), _READ_HERE.get(path)):
+        if always or stamp not in (stored_stamps.get(name), _STAMPS_OF_THIS_PROCESS.get(path)):
             if file_digest(path) != digest:
                 return f"{name} was changed after writing"
-            _READ_HERE[path] = stamp
-        if stamp != stored.get(name):
-            read[name] = digest
-    if read and remember:
+            _STAMPS_OF_THIS_PROCESS[path] = stamp
+        if stamp != stored_stamps.get(name):
+            newly_verified[name] = digest
+    if newly_verified and remember:
         with suppress(OSError):  # A read-only folder is verified each time.
-            _mark_verified(folder, read)
+            _mark_verified(folder, newly_verified)
     return None
 
 
-_READ_HERE: dict[Path, list[int | str]] = {}
-"""Stamps of the files that this process has read."""
+_Stamp = list[int | str]
+"""Size, time and digest of a file when it was verified; a list, as JSON has it."""
+_STAMPS_OF_THIS_PROCESS: dict[Path, _Stamp] = {}
+"""Stamps of the files that this process has verified. A plan stores nothing, so it needs these."""
 
 
 def _mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
     stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
-    write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
+    write_json(folder / VERIFIED_NAME, _verified_stamps(folder) | stamps)
 
 
-def _stamp(path: Path, digest: str) -> list[int | str]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, digest]
+def _stamp(path: Path, digest: str) -> _Stamp:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, digest]
 
 
-def _verified(folder: Path) -> dict[str, list[int | str]]:
-    with suppress(UserError):
+def _verified_stamps(folder: Path) -> dict[str, _Stamp]:
+    with suppress(UserError):  # Without a readable list, all files are verified again.
         return read_json(folder / VERIFIED_NAME) or {}
     return {}

@@ -7,6 +7,7 @@ Records: `{"kind": "metrics", "time": ms, "step": n, "values": {name: number}}` 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ JOURNAL_NAME = "journal.jsonl"
 SPEED_METRIC = "train/tokens_per_second"
 VALIDATION_METRIC = "validation/loss"
 CHEAPEST_METRIC = "validation/cheapest_loss"
-"""That loss under the cheapest schedule of an elastic model."""
+"""The validation loss under the cheapest schedule of an elastic model."""
 ACCURACY_METRIC = "validation/accuracy"
 """Share of right answers; only of data that have answers."""
 TAIL_BYTES = 65_536
@@ -45,7 +46,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / JOURNAL_NAME
         self._file = self.path.open("a+b")
-        if size := self._file.seek(0, 2):
+        if size := self._file.seek(0, os.SEEK_END):
             # End the line that a crash cut off, so that it does not spoil the next one.
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
@@ -92,18 +93,21 @@ def read_journal(
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read(-1 if end is None else end - offset)
-    whole = data[: data.rfind(b"\n") + 1]
-    return list(_records(whole.splitlines())), offset + len(whole)
+    # The last line may be half written; the next call begins with it.
+    complete_lines = data[: data.rfind(b"\n") + 1]
+    return list(_records(complete_lines.splitlines())), offset + len(complete_lines)
 
 
 def read_tail(folder: Path) -> list[Record]:
     """Return the last records of a journal; none if it is missing or unreadable."""
-    return list(_records(_tail(folder)))
+    return list(_records(_last_lines(folder)))
 
 
-def _tail(folder: Path) -> list[bytes]:
+def _last_lines(folder: Path) -> list[bytes]:
     with suppress(OSError), (folder / JOURNAL_NAME).open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        # This may begin in the middle of a line, which then is no JSON and is skipped.
+        file.seek(max(0, size - TAIL_BYTES))
         data = file.read()
         return data[: data.rfind(b"\n") + 1].splitlines()
     return []
@@ -114,15 +118,17 @@ def last_recorded(folder: Path) -> float:
 
     The times of files would not do: a copied workspace has new ones.
     """
-    last = next(_records(reversed(_tail(folder))), None)
-    return float(last["time"] / 1000) if last else folder.stat().st_mtime
+    last_record = next(_records(reversed(_last_lines(folder))), None)
+    return float(last_record["time"] / 1000) if last_record else folder.stat().st_mtime
 
 
 def recorded_times(folder: Path) -> tuple[int, int] | None:
     """Return the times of a journal's first and last record in ms; None if it has no record."""
     with suppress(OSError, StopIteration), (folder / JOURNAL_NAME).open("rb") as file:
         first = next(_records(file))
-        return first["time"], (read_tail(folder) or [first])[-1]["time"]
+        # The tail may hold no record if damaged lines follow the first one.
+        last = (read_tail(folder) or [first])[-1]
+        return first["time"], last["time"]
     return None
 
 
@@ -135,14 +141,15 @@ def _records(lines: Iterable[bytes]) -> Iterator[Record]:
 
 
 def _is_record(record: Any) -> bool:
-    # A flipped bit may have renamed a key.
+    # A damaged line can be valid JSON: a flipped bit may have renamed a key or changed a digit.
     match record:
-        case {"kind": "metrics", "time": int() as when, "step": int(), "values": dict() as values}:
+        case {"kind": "metrics", "time": int() as ms, "step": int(), "values": dict() as values}:
+            # A longer integer is damage, and might not fit into a float.
             are_numbers = all(
                 isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
                 for value in values.values()
             )
-            return are_numbers and 0 <= when < _YEAR_9999
-        case {"kind": "event", "time": int() as when, "name": str()}:
-            return 0 <= when < _YEAR_9999
+            return are_numbers and 0 <= ms < _YEAR_9999
+        case {"kind": "event", "time": int() as ms, "name": str()}:
+            return 0 <= ms < _YEAR_9999
     return False

@@ -103,7 +103,7 @@ class Workspace:
 
     @property
     def is_made(self) -> bool:
-        """Whether a command has made it; its own file may be lost."""
+        """Whether a command has made the workspace, whose own file may be lost."""
         marks = (self.root / WORKSPACE_FILE_NAME, self.tokens, self.runs, self.trials)
         return any(path.exists() for path in marks)
 
@@ -127,7 +127,8 @@ def find_workspace(path: Workspace | Path | str | None = None) -> Workspace:
     if isinstance(path, Workspace):
         return path
     workspace = locate_workspace(Path(path) if path else None)
-    root, remedy = workspace.root, "choose another with --workspace"
+    root = workspace.root
+    remedy = "choose another with --workspace"
     if root.exists() and not root.is_dir():
         problem = os.strerror(errno.ENOTDIR)
         raise UserError(f"cannot use the workspace {root} ({problem}); {remedy}")
@@ -152,6 +153,7 @@ def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Work
         workspace = find_workspace(path)
         root = workspace.root
         root.mkdir(parents=True, exist_ok=True)
+        # The folder's mode would not tell: access lists, and a read-only mount, decide, too.
         probe = root / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -172,20 +174,24 @@ def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Work
 def unmade_by_mistakes(workspace: Workspace) -> Iterator[bool]:
     """Delete the file and the logs of a new workspace if the block raises a `UserError`.
 
-    So a mistyped path makes none. Results that the block stored stay, and so does the workspace.
+    So a mistyped path makes no workspace. If the block stored results, the workspace stays.
     Yields whether the folder holds other files, but no workspace.
     """
-    root, before = workspace.root, set[Path]()
-    if is_folder := root.is_dir():
-        before.update(root.iterdir())
+    root = workspace.root
+    was_folder = root.is_dir()
+    paths_before = {*root.iterdir()} if was_folder else set()
     try:
-        yield bool(before) and not workspace.is_made
+        yield bool(paths_before) and not workspace.is_made
     except UserError:
-        made = {*root.iterdir()} - before if root.is_dir() else set()
-        if root / WORKSPACE_FILE_NAME in made <= {root / WORKSPACE_FILE_NAME, root / "logs"}:
-            for path in made:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not is_folder:
+        new_paths = {*root.iterdir()} - paths_before if root.is_dir() else set()
+        marker = root / WORKSPACE_FILE_NAME
+        if marker in new_paths and new_paths <= {marker, root / "logs"}:
+            for path in new_paths:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            if not was_folder:
                 root.rmdir()
         raise
 
@@ -233,8 +239,9 @@ def step_of(checkpoint: Path) -> int:
 
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, unchecked."""
-    found = run_folder.glob("step_*")
-    return sorted(filter(lambda path: CHECKPOINT_NAME.fullmatch(path.name), found), key=step_of)
+    folders = run_folder.glob("step_*")
+    checkpoints = [folder for folder in folders if CHECKPOINT_NAME.fullmatch(folder.name)]
+    return sorted(checkpoints, key=step_of)
 
 
 # Paths in stored files are relative to the workspace's root, those outside of it as they are. In

@@ -42,10 +42,10 @@ def lock_file(
                 is_ours = True
                 write_holder(descriptor)
             except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0.0 or (should_stop and should_stop()):
+                seconds_left = deadline - time.monotonic()
+                if seconds_left <= 0.0 or (should_stop and should_stop()):
                     break
-                time.sleep(min(POLL_SECONDS, left))
+                time.sleep(min(POLL_SECONDS, seconds_left))
         yield is_ours
     finally:
         os.close(descriptor)
@@ -74,6 +74,7 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
+        # A shared lock: NFS gives an exclusive one only for a file that is open for writing.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -49,10 +49,10 @@ def extension_packages() -> dict[str, str]:
 
     `docs/extending.md` lists the groups of entry points.
     """
-    known = metadata.entry_points()
-    groups = [group for group in known.groups if group.startswith(("iiet.", "iiet_orch."))]
-    entries = [entry for group in groups for entry in known.select(group=group)]
-    return {entry.dist.name: entry.dist.version for entry in entries if entry.dist}
+    entry_points = metadata.entry_points()
+    groups = [group for group in entry_points.groups if group.startswith(("iiet.", "iiet_orch."))]
+    extensions = [entry for group in groups for entry in entry_points.select(group=group)]
+    return {entry.dist.name: entry.dist.version for entry in extensions if entry.dist}
 
 
 def installed_version(name: str) -> str:

@@ -133,9 +133,9 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
     end_trials(monkeypatch, trained)
     sweep(settings, workspace=workspace, teacher="full", name="mine")
-    assert SweepTrials.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
+    assert SweepTrials.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.trials
     again = plan()
-    assert {state.name for state in again.states} == {"finished"}
+    assert {state.status for state in again.states} == {"finished"}
     assert again.price.num_trainings == 0
 
     for stamp in workspace.root.rglob(VERIFIED_NAME):

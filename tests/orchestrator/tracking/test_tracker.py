@@ -399,7 +399,7 @@ def test_links_open_the_training_pages_also_of_a_server_below_a_path(tracking, w
     plain = show(tracking, run_of("plain", kind="sweep", started_ms=10**14))
     linked = show(tracking, run_of("linked", kind="sweep", tags=tags, started_ms=10**14 + 1))
     view = ChartView(key="all", name="All", run_filter="", order_by="attributes.start_time")
-    runs = f"https://host/team/mlflow/#/experiments/{tracking.experiment_id}/runs"
+    runs = f"https://host/team/mlflow/#/experiments/{tracking.open_experiment()}/runs"
     training, shown = "workflowType=machine_learning", "viewStateShareKey=front-toy"
     assert tracking.links("https://host/team/mlflow/", view, 2) == [
         f"training runs: {runs}?{training}&compareRunsMode=TABLE&viewStateShareKey=all",

@@ -137,7 +137,7 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     assert damaged_file(folder, checksums, remember=True) is None
     assert damaged_file(folder, checksums) is None
     assert read == ["weights", "state"], "each once in a process"
-    files._READ_HERE.clear()
+    files._STAMPS_OF_THIS_PROCESS.clear()
     assert damaged_file(folder, checksums) is None
     assert read == ["weights", "state"], "another process need not read them"
     read.clear()
