@@ -30,8 +30,8 @@ from orchestrator.models.hub import offline
 from orchestrator.models.open import (
     OpenedModel,
     best_device,
+    model_labels,
     open_models,
-    short_names,
 )
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
@@ -159,7 +159,7 @@ class EvaluatePlan(Result):
         """
         return [
             {"model": label, "task": task, "state": state}
-            for label, model in zip(short_names(self.opened), self.opened, strict=True)
+            for label, model in zip(model_labels(self.opened), self.opened, strict=True)
             for task, state in self._states_of(model).items()
         ]
 
@@ -245,7 +245,7 @@ def plan_evaluate(
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names = short_names(plan.opened)
+    names = model_labels(plan.opened)
     folder = plan.log_samples
     if folder is not None:
         try:

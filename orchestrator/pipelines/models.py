@@ -32,7 +32,7 @@ from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.folder import StoredPrecision
-from orchestrator.models.hub import download, is_hub_name, shown_name
+from orchestrator.models.hub import download, is_hub_name, model_folder_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
@@ -218,7 +218,7 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
-    name = shown_name(path)
+    name = model_folder_name(path)
     run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
     model_type = folders.read_config(path).get("model_type")
     return _Source(

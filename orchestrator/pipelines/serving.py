@@ -29,7 +29,13 @@ from orchestrator.evaluation.serving import (
     transformers_server,
 )
 from orchestrator.models.folder import read_config
-from orchestrator.models.open import DTYPES, OpenedModel, device_precision, open_models, short_names
+from orchestrator.models.open import (
+    DTYPES,
+    OpenedModel,
+    device_precision,
+    model_labels,
+    open_models,
+)
 from orchestrator.pipelines.benchmarking import USUAL_NEW_TOKENS, family_of
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import export_checkpoint
@@ -183,7 +189,7 @@ def plan_serving(
             f"{new_tokens} of prompt and new tokens; lower --contexts or --new-tokens"
         )
     return ServingPlan(
-        opened=dict(zip(short_names(opened), opened, strict=True)),
+        opened=dict(zip(model_labels(opened), opened, strict=True)),
         cluster=cluster or ClusterSettings(),
         conditions=ServingConditions(
             at_once=tuple(at_once) or USUAL_AT_ONCE,
@@ -198,7 +204,7 @@ def plan_serving(
 
 
 def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
-    if model.loops and model.depth != model.loops.own:
+    if model.loops and model.depth != model.loops.default_depth:
         raise UserError(
             f"--schedule: transformers' server runs {model.name} at the depth of its folder alone; "
             "leave --schedule out"
