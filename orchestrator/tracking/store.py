@@ -88,26 +88,40 @@ class Point(NamedTuple):
     time_ms: int
 
 
+CURVE_DENSITY = 100
+"""Points of a curve between its start and any step, and about as many in each later doubling."""
+
+
 class CurveReader:
     """Reads a journal from where the last call stopped; each step of a metric comes once.
 
     A resumed training records the steps after its checkpoint a second time, with the same values.
+    MLflow gets fewer points than a long journal has, which it takes and shows more slowly: they are
+    further apart the later they are. `last` has the last one.
     """
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
         """Start reading at byte `offset`; an earlier reader has read the bytes before it."""
         self.last: dict[str, Point] = {}
         """The last point of each metric."""
+        self._shown_steps: dict[str, int] = {}
+        """The last step of each metric that was returned."""
         self.offset = offset
         self._folder = folder
         if offset:
             # Only for `last`: the run has these points already.
             self._new_points(read_journal(folder, end=offset)[0])
 
-    def read(self) -> list[Point]:
-        """Return the points since the last call."""
+    def read(self, *, has_ended: bool) -> list[Point]:
+        """Return the points since the last call; of a run that has ended also the last ones."""
         records, self.offset = read_journal(self._folder, self.offset)
-        return self._new_points(records)
+        points = self._new_points(records)
+        if has_ended:
+            for name, point in self.last.items():
+                if self._shown_steps[name] < point.step:
+                    self._shown_steps[name] = point.step
+                    points.append(point)
+        return points
 
     def _new_points(self, records: list[Record]) -> list[Point]:
         points = []
@@ -116,9 +130,13 @@ class CurveReader:
                 continue
             for name, value in record["values"].items():
                 last = self.last.get(name)
-                if last is None or record["step"] > last.step:
-                    point = Point(name, value, record["step"], record["time"])
-                    self.last[name] = point
+                if last is not None and record["step"] <= last.step:
+                    continue
+                point = Point(name, value, record["step"], record["time"])
+                self.last[name] = point
+                shown_step = self._shown_steps.get(name)
+                if shown_step is None or point.step - shown_step >= shown_step // CURVE_DENSITY:
+                    self._shown_steps[name] = point.step
                     points.append(point)
         return points
 
@@ -251,7 +269,7 @@ class Store:
         curve_points: list[Point] = []
         curve_ends: Mapping[str, Point] = {}
         if stored.curves:
-            curve_points = stored.curves.read()
+            curve_points = stored.curves.read(has_ended=run.status != "RUNNING")
             curve_ends = stored.curves.last
             tags[OFFSET_TAG] = str(stored.curves.offset)
         time_ms = run.ended_ms or run.started_ms
@@ -414,7 +432,7 @@ class Store:
 def context_tags() -> dict[str, str]:
     """Return the tags of a new run that say who started it, with which command and which commit.
 
-    They are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
+    The tags are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
     MLflow looks for the commit beside the program, which may lie outside the repository of the code
     that it runs; then the commit is that of this package.
     """

@@ -16,9 +16,9 @@ from sample_trials import sample_front, with_items
 from iiet.pruning import InfluenceTable
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.reports import report
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
 from orchestrator.records.served import ServedCost, ServedTimes, ServingConditions, shape_key
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import (
     FrontAxes,
@@ -389,7 +389,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     ]
 
     def store(name: str, own: list[Trial], suite: str = "heldout-1") -> None:
-        measured = TrialSuite(suite=suite, tokens_folder=name)
+        measured = Suite(suite=suite, tokens_folder=name)
         results = tuple(r.model_copy(update={"suite": measured}) for r in (*others, *own))
         StoredSweep(name=name, key=name, results=results, facts={"Settings": {"n": name}}).store(
             workspace
