@@ -19,7 +19,8 @@ from diagrams import box, diagram, drawing, text
 
 from iiet import IterationSchedule, schedule_family
 from iiet.methods.implicit_euler import fixed_point
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
     BLUE,
     GRAY,
@@ -40,7 +41,7 @@ SHOWN_SCHEDULES = ("2", "3..0", "1,1,1,1,0,0", "0")
 
 REPORT = Path(__file__).resolve().parent.parent / "research" / "fronts" / "demo.json"
 TRIALS = [
-    Trial.model_validate({**row["details"], "suite": TrialSuite(tokens_folder="")})
+    Trial.model_validate({**row["details"], "suite": Suite()})
     for row in json.loads(REPORT.read_text("utf-8"))["results"]
 ]
 """The models of the demo."""

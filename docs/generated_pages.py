@@ -30,6 +30,7 @@ from orchestrator.pipelines import (
     loops,
     models,
     reports,
+    serving,
     sweeps,
     syncing,
     training,
@@ -73,6 +74,8 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "benchmark": {
         "": benchmarking.BenchmarkResult,
         "--dry-run": benchmarking.BenchmarkPlan,
+        "--serve": serving.ServingResult,
+        "--serve --dry-run": serving.ServingPlan,
     },
     "report": {"": reports.ReportResult, "--claims": reports.ClaimsResult},
     "pick": {"": models.PickResult},

@@ -2,12 +2,13 @@
 
 A vanilla decoder becomes a folder of a `model_type` of transformers, without code
 (`iiet.plain_models`). That of another method is a model folder (`iiet.weights`) with
-`modeling_iiet.py`, the decoder as a model of transformers in one file, which `transformers_model`
-makes here. Both have tokenizer files.
+`modeling_iiet.py`, the decoder as a model of transformers in one file, a copy of that of the
+method's family. `transformers_model` makes such a model here. Both have tokenizer files.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import shutil
 from collections.abc import Mapping
@@ -23,9 +24,7 @@ from iiet.plain_models import plain_config_json
 from iiet.weights import config_to_json, write_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from iiet.modeling_iiet import IIETForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["CODE", "export", "fast_tokenizer", "transformers_model"]
 
@@ -33,10 +32,25 @@ CODE = "modeling_iiet.py"
 """The file of an exported folder that transformers loads, if the model is not plain."""
 _AUTO_MAP = {
     "AutoConfig": "modeling_iiet.IIETConfig",
+    "AutoModel": "modeling_iiet.IIETModel",
     "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
+    # `transformers serve` looks for the name in `architectures` among its own classes alone, but
+    # asks this one first, and it takes a class of the folder.
+    "AutoModelForDecision": "modeling_iiet.IIETForCausalLM",
 }
-# `transformers serve` takes the class by this name from the package, which lacks a folder's own.
-_ARCHITECTURES = ["AutoModelForCausalLM"]
+_FAMILIES = {
+    "iiet": "modeling_iiet",
+    "pcformer": "modeling_pcformer",
+    "pcformer_rk4": "modeling_pcformer",
+    "looped": "modeling_looped",
+    "vanilla": "modeling_explicit",
+    "ode_rk2": "modeling_explicit",
+    "ode_rk4": "modeling_explicit",
+    "ode_rk2_gated": "modeling_explicit",
+}
+"""Method of this package -> the module here that computes it with transformers. Vanilla has one for
+options of attention that no `model_type` of transformers has together."""
 TokenIds = Mapping[str, int | list[int] | None]
 
 
@@ -89,8 +103,7 @@ def export(
         write_files(folder, values, decoder.state_dict())
     else:
         assert code is not None, "a decoder that is not plain has code"
-        names = {"architectures": _ARCHITECTURES, "auto_map": _AUTO_MAP}
-        decoder.save_pretrained(folder, dtype=dtype, **names, **(token_ids or {}))
+        decoder.save_pretrained(folder, dtype=dtype, auto_map=_AUTO_MAP, **(token_ids or {}))
         shutil.copyfile(code, folder / CODE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -107,9 +120,9 @@ def modeling_file(method: str) -> Path:
     Raises:
         ValueError: the method is of another package, which has none.
     """
+    if method in _FAMILIES:
+        return Path(__file__).with_name(f"{_FAMILIES[method]}.py")
     layer = METHODS[method]
-    if METHODS.package(method) is None and layer.__module__.startswith("iiet."):
-        return Path(__file__).with_name(CODE)
     if layer.facts.modeling_file is None:
         raise ValueError(
             f"method {method!r} of another package cannot be exported: its facts have no "
@@ -118,18 +131,22 @@ def modeling_file(method: str) -> Path:
     return Path(inspect.getfile(layer)).parent / layer.facts.modeling_file
 
 
-def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -> IIETForCausalLM:
+def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -> PreTrainedModel:
     """Return a model of transformers that shares the decoder's weights.
 
-    `token_ids` are `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    `token_ids` are `bos_token_id`, `eos_token_id` and `pad_token_id`. A method of another package
+    is a KeyError.
     """
-    from iiet.modeling_iiet import IIETConfig, IIETForCausalLM
-
+    module = importlib.import_module(f"iiet.{_FAMILIES[decoder.config.method]}")
     values: dict[str, Any] = {**config_to_json(decoder.config), **(token_ids or {})}
+    config = module.IIETConfig(**values)
     with torch.device("meta"):  # The weights made here are thrown away, so they take no memory.
-        model: Any = IIETForCausalLM(IIETConfig(**values))
-    model.load_state_dict(decoder.state_dict(), assign=True)
-    made: IIETForCausalLM = model.train(decoder.training)
+        model: Any = module.IIETForCausalLM(config)
+    # No weights, so the decoder does not have them.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(decoder.device)
+    model.load_state_dict(decoder.state_dict(), assign=True, strict=decoder.lm_head is not None)
+    model.tie_weights()
+    made: PreTrainedModel = model.train(decoder.training)
     return made
 
 

@@ -22,12 +22,11 @@ __all__ = [
     "plain_form",
 ]
 
-_FIELD_OF_KEY = {
+_FIELD_OF_KEY = {"num_hidden_layers": "num_layers"} | {
     key: CONFIG_NAMES[key]
     for key in (
         "vocab_size",
         "hidden_size",
-        "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
         "intermediate_size",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iiet.config import ATTENTION_OPTIONS, ModelConfig
+from iiet.facts import facts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,34 +43,56 @@ CONFIG_NAMES = {
     "corrections": "schedule",
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
+    "num_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "intermediate_size": "ffn_dim",
     "max_position_embeddings": "context_length",
     "tie_word_embeddings": "tie_embeddings",
-    "rope_theta": "rope_theta",
     "rms_norm_eps": "rms_norm_eps",
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "initializer_std",
 }
 """Names of transformers, and what `ModelConfig` calls them."""
-_OPTIONAL_NAMES = {name: name for name in ("head_dim", *ATTENTION_OPTIONS)} | {
-    # transformers gives `rope_scaling` of any config a meaning of its own.
-    "rope_scaling": "rotary_scaling",
-}
-"""What `ModelConfig` calls the options of attention, and their names in a file that has them."""
+_OPTIONAL = ("head_dim", *(name for name in ATTENTION_OPTIONS if name != "rope_scaling"))
+"""Options of attention, which have their names here in a file, too, if it says them."""
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the values of `config.json`."""
+    """Return the values of `config.json`.
+
+    Caches and servers keep keys and values for each of `num_hidden_layers`, so that counts the
+    field evaluations, one `layer_types` for each; the number of layers is `num_layers`.
+    """
     values = config.to_dict()
+    scaling = values.get("rope_scaling") or {"rope_type": "default"}
+    layer_types = _attention_of_evaluations(config)
     return {
         "architectures": ["IIETForCausalLM"],
         "model_type": MODEL_TYPE,
         **{theirs: values.get(ours) for theirs, ours in CONFIG_NAMES.items()},
-        **{theirs: values[ours] for ours, theirs in _OPTIONAL_NAMES.items() if ours in values},
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        **{name: values[name] for name in _OPTIONAL if name in values},
     }
+
+
+def _attention_of_evaluations(config: ModelConfig) -> list[str]:
+    """Return `full_attention` or `sliding_attention` for each field evaluation, in their order.
+
+    Windows of several sizes have no name in transformers; the exported model makes their masks.
+    """
+    windows = config.sliding_windows or (None,) * config.num_layers
+    has_one_size = len(set(windows) - {None}) == 1
+    types = [
+        "sliding_attention" if window is not None and has_one_size else "full_attention"
+        for window in windows
+    ]
+    counts = config.evaluations_per_layer()
+    if facts_of(config.method).repeats_stack:
+        return types * counts[0]
+    return [kind for kind, count in zip(types, counts, strict=True) for _ in range(count)]
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
@@ -83,14 +106,34 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
             f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
             "and those of plain models, are read by decoder_from_published"
         )
-    values = {"num_key_value_heads": None, **values}  # Which transformers, too, may leave out.
-    if missing := [name for name in CONFIG_NAMES if name not in values]:
+    values = _with_defaults(values)
+    missing = [name for name in (*CONFIG_NAMES, "rope_parameters") if name not in values]
+    if missing:
         raise ValueError(f"it does not say {', '.join(missing)}")
     fields = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()}
-    for ours, theirs in _OPTIONAL_NAMES.items():
-        if values.get(theirs) is not None:
-            fields[ours] = values[theirs]
+    for name in _OPTIONAL:
+        if values.get(name) is not None:
+            fields[name] = values[name]
+    scaling = dict(values["rope_parameters"])
+    fields["rope_theta"] = scaling.pop("rope_theta")
+    if scaling.get("rope_type") != "default":
+        fields["rope_scaling"] = scaling
     return ModelConfig.from_dict(fields)
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those that `IIETConfig`, too, takes from others if they are missing.
+
+    These are `num_key_value_heads`, `num_layers`, which `num_hidden_layers` is if no evaluations
+    were counted yet, and `rope_parameters`, beside which `rope_theta` stood before transformers 5.
+    """
+    values = {"num_key_value_heads": None, **values}
+    if "num_hidden_layers" in values:
+        values.setdefault("num_layers", values["num_hidden_layers"])
+    if "rope_theta" in values:
+        rope_parameters = {"rope_type": "default", "rope_theta": values["rope_theta"]}
+        values.setdefault("rope_parameters", rope_parameters)
+    return values
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:

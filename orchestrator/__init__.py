@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.reports import ClaimsResult, ReportResult, claims, report
+    from orchestrator.pipelines.serving import ServingResult, measure_serving
     from orchestrator.pipelines.sweeps import SweepPlan, SweepResult, plan_sweep, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.pipelines.training import (
@@ -56,6 +57,7 @@ _MODULES = {
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
     "pipelines.reports": "ClaimsResult ReportResult claims report",
+    "pipelines.serving": "ServingResult measure_serving",
     "pipelines.sweeps": "SweepPlan SweepResult plan_sweep sweep",
     "pipelines.syncing": "sync",
     "pipelines.training": (
@@ -74,11 +76,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "BenchmarkResult", "ClaimsResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
     "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PretrainResult",
-    "Progress", "ReportResult", "RunFailed", "Settings", "SweepPlan", "SweepResult", "TrainingPlan",
-    "Trial", "UserError", "Workspace", "benchmark", "claims", "distill", "evaluate", "export",
-    "generate", "generate_stream", "import_model", "measure_influence", "pick", "plan_distill",
-    "plan_evaluate", "plan_pick", "plan_pretrain", "plan_sweep", "prepare", "pretrain",
-    "read_settings", "report", "sweep", "sync", "terminal_progress",
+    "Progress", "ReportResult", "RunFailed", "ServingResult", "Settings", "SweepPlan",
+    "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark", "claims",
+    "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
+    "measure_influence", "measure_serving", "pick", "plan_distill", "plan_evaluate", "plan_pick",
+    "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep",
+    "sync", "terminal_progress",
 ]  # fmt: skip
 """All of them, as type checkers need to read it."""
 

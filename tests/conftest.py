@@ -251,7 +251,7 @@ def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
 def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     """A `SweepTrials`: a trained teacher and its students of 40 steps each, which have not run."""
     from iiet.pruning import InfluenceTable
-    from orchestrator.records.trial import TrialSuite
+    from orchestrator.records.evaluation import Suite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.plan import students_plan
     from orchestrator.sweeping.students import Students
@@ -262,7 +262,7 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
-    suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+    suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
     return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite, table))
 
 

@@ -28,6 +28,7 @@ from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
 from orchestrator.data.tokenize import is_validation
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import (
     DataSettings,
@@ -37,6 +38,7 @@ from orchestrator.settings import (
     read_settings,
 )
 from orchestrator.settings.data import DepthSettings
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.training.job import job_key
 from orchestrator.training.schedules import drawn_by_step
@@ -51,6 +53,8 @@ ADDED = (
     "training.sequence_length", "distillation.training.sequence_length",
     "evaluation.sequence_length", "data.chat_template", "data.passage_characters",
     "training.gate_rate_factor", "distillation.training.gate_rate_factor",
+    "training.source", "distillation.training.source",
+    "training.trained_layers", "distillation.training.trained_layers",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""
@@ -67,6 +71,7 @@ def recipe_hashes() -> dict[str, dict[str, str]]:
         "order of the data": _orders(),
         "initial weights": {method: _hash(_weights(method)) for method in own},
         "keys of trainings": _keys(),
+        "keys of evaluations": _evaluation_keys(),
     }
 
 
@@ -153,6 +158,21 @@ def _keys() -> dict[str, str]:
             name: job_key(TrainingJob(**{**usual, "recipe": TrainingSettings(), **fields}))
             for name, fields in jobs.items()
         }
+
+
+def _evaluation_keys() -> dict[str, str]:
+    """Return the keys by which trials and the results of tasks are found again."""
+    usual = Suite(tokens_folder="tokens", tokens="0123", suite="heldout-4567", batch_size=16)
+    changes = {"tasks": ("a", "b"), "limit": 3, "num_fewshot": 2, "precision": "bf16"}
+    templates = {"prompts": Prompts(chat_template=True), "sequence_length": 8}
+    other = usual.model_copy(update={**changes, **templates, "fingerprints": {"a": "89ab"}})
+    result = {"model_key": ["weights", "text"], "what": "89ab", "context_length": 16}
+    return {
+        "a suite": usual.key,
+        "another suite": other.key,
+        "a result": usual.result_key(**result, precision="fp32"),
+        "a result of shorter sequences": other.result_key(**result, precision="bf16", limit=3),
+    }
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from orchestrator.records.evaluation import (
     NO_FILTER,
     EvaluationKeys,
     EvaluationResult,
+    Suite,
 )
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, FrontAxes, find_front
 from orchestrator.reporting.results import result_table
 from orchestrator.workspace.layout import Workspace
@@ -41,7 +42,7 @@ def sample_trial(
         schedule=IterationSchedule(corrections) if METHODS[method].facts.has_corrections else None,
     )
     groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train")}
-    given = {"role": "trial", "folder": "", "suite": TrialSuite(tokens_folder=""), **values}
+    given = {"role": "trial", "folder": "", "suite": Suite(), **values}
     trial = Trial(key=key, model=model, **given)
     for group, numbers in groups.items():
         trial = trial.with_numbers(group, numbers)

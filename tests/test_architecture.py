@@ -20,6 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
+MODELING = tuple(f"iiet.modeling_{name}" for name in ("explicit", "iiet", "looped", "pcformer"))
+"""The code of exported folders, a module for each family of methods."""
 ADAPTERS = {
     "ray": ("orchestrator.cluster",),
     "mlflow": ("orchestrator.tracking", "orchestrator.pipelines.ui"),
@@ -31,7 +33,7 @@ ADAPTERS = {
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf",),
-    "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.modeling_iiet"),
+    "huggingface_hub": ("orchestrator.data", "orchestrator.models", *MODELING),
 }
 """Library -> the only packages or modules that import it."""
 
@@ -107,7 +109,7 @@ def libraries() -> dict[str, set[str]]:
 def test_the_core_imports_torch_and_the_standard_library_only():
     allowed = {*sys.stdlib_module_names, "torch", "iiet"}
     extra = {
-        "iiet.modeling_iiet": {"transformers", "huggingface_hub"},
+        **{module: {"transformers", "huggingface_hub"} for module in MODELING},
         "iiet.exporting": {"transformers"},  # Within functions.
         "iiet.weights": {"safetensors"},  # Within the functions that read and write files.
     }

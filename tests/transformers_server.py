@@ -1,4 +1,4 @@
-"""A server of transformers for one exported folder, in a process of its own."""
+"""A server of transformers for one folder, in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from transformers.utils.import_utils import is_serve_available
 START = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
 SECONDS_TO_START = 120
 Ask = Callable[..., Any]
+PAGED = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "512")
+"""Options of continuous batching that take little memory."""
 
 
 @contextmanager
-def served(folder: Path, home: Path) -> Iterator[Ask]:
+def served(folder: Path, home: Path, *options: str) -> Iterator[Ask]:
     """Yield a function that asks the server of a folder: the end of an address, then values.
 
-    Without the extra `transformers[serving]`, skip.
+    It returns the answer, or with `stream=True` the list of its parts. Without the extra
+    `transformers[serving]`, skip.
     """
     if not is_serve_available():
         pytest.skip("`pip install 'transformers[serving]'` installs what this needs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    options += ("--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", str(port))
     process = subprocess.Popen(
         [sys.executable, "-c", START, "serve", str(folder), *options],
         env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
@@ -47,7 +50,10 @@ def served(folder: Path, home: Path) -> Iterator[Ask]:
         data = json.dumps({"model": str(folder), **values}).encode() if values else None
         headers = {"Content-Type": "application/json"}
         with urlopen(Request(f"http://localhost:{port}/{path}", data, headers)) as answer:
-            return json.load(answer)
+            if not values.get("stream"):
+                return json.load(answer)
+            lines = [line.decode().strip() for line in answer]
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line]
 
     try:
         for _ in range(SECONDS_TO_START):

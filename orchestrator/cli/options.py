@@ -68,7 +68,7 @@ NOTHING_IS_TRAINED = {
 """The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
-    Literal["nfe", "flops", "ms", "kv", "evaluations"] | None,
+    Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"] | None,
     typer.Option(help="Cost of the front."),
 ]
 QualityOption = Annotated[

@@ -148,6 +148,9 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
 def pretrain(
     call: Call,
     schedule: SchedulesOption = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="MODEL", autocompletion=complete_models)
+    ] = None,
     continue_: Annotated[
         Path | None, typer.Option("--continue", metavar="RUN", autocompletion=complete_models)
     ] = None,
@@ -161,6 +164,8 @@ def pretrain(
 
     Args:
         schedule: Corrections per layer (the iteration schedule): 3, or 2,2,1,1,1,1.
+        from_: Model whose weights the training starts from: a run, a checkpoint, a model folder or
+            hub:NAME. Sizes, context and tokenizer are the model's.
         continue_: Finished run, by path or name, to continue to more --steps (wsd or constant).
         mfu: Share of the peak FLOP/s that --dry-run assumes.
     """
@@ -183,8 +188,21 @@ def pretrain(
 
     method = call.settings.model.method
     _check_schedule(schedule, [method] * facts_of(method).has_corrections, method)
+    source = from_
+    if source is None and continue_ is None and call.settings.training.source is not None:
+        source = Path(call.settings.training.source)
+    if not call.dry_run:
+        from orchestrator.pipelines.models import local_checkpoint
+
+        source = local_checkpoint(source, **call.common)
     plan = plan_pretrain(
-        call.settings, continued=continue_, name=name, local=local, mfu=mfu, **call.common
+        call.settings,
+        source=source,
+        continued=continue_,
+        name=name,
+        local=local,
+        mfu=mfu,
+        **call.common,
     )
     return call.finish(plan, run_pretrain)
 

@@ -31,7 +31,7 @@ from orchestrator.workspace.errors import DeviceError
 
 PLACEMENT_SECONDS = 2.0
 """Ray finds a place on nodes that are free within this time."""
-TRIAL_PROCESS_BYTES = 256 * 2**20
+TRIAL_PROCESS_BYTES = 512 * 2**20
 """Memory of a process that imports PyTorch and waits for its workers."""
 NAMESPACE = "iiet-orch"
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -30,7 +30,6 @@ from orchestrator.cluster.places import (
     Signal,
     asked_places,
     job_placement,
-    use_fake_gpus,
     worker_device,
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
@@ -362,11 +361,13 @@ def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None
                 for variable in INTERFACE_VARIABLES:
                     os.environ.setdefault(variable, interface)
     torch.distributed.init_process_group(
-        "nccl" if config["placement"].use_gpu and not use_fake_gpus() else "gloo",
+        "nccl" if world.is_gpu else "gloo",
         init_method=broadcast_from_rank_zero(address),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=config["cluster"].collective_timeout_seconds),
+        # Otherwise NCCL guesses it from the rank at the first barrier, and warns.
+        device_id=torch.device(world.device) if world.is_gpu else None,
     )
 
 

@@ -33,11 +33,13 @@ GENERATOR_VERSION = 1
 """Increase it if the same settings give other sequences."""
 NO_ANSWER = -1
 MAX_SEQUENCE_LENGTH = 100_000
-"""A longer one is a typing error and would only fill the memory."""
+"""A longer sequence is a typing error and would only fill the memory."""
 ELEMENTS = tuple(permutations(range(5)))
+"""The elements of the group S5."""
 _STREAMS = {"train": 1, "validation": 2, "test": 3}
-_ASKING = 4
-"""Stream of the random numbers that choose the asked positions."""
+"""Numbers that are part of the keys of the random numbers, so no two streams share a sequence."""
+_POSITION_SEED = 4
+"""Seed of the random numbers that choose the positions at which a test asks."""
 _SEQUENCES_PER_ROUND = 256
 """Sequences that are generated together for test items."""
 
@@ -123,7 +125,7 @@ class PHopInduction(DepthTask):
 
     def __init__(self, depth: int, *, num_symbols: int, length: int) -> None:
         super().__init__(depth)
-        # One hop goes back by about as many positions as there are symbols.
+        # In a uniform sequence, one hop goes back by about as many positions as there are symbols.
         if length < depth * num_symbols:
             raise UserError(
                 f"data.depth.length={length} is too short for {self.name}: {depth} hops over "
@@ -131,37 +133,43 @@ class PHopInduction(DepthTask):
                 "length, fewer symbols or a smaller depth"
             )
         self.num_symbols = num_symbols
-        self.length = self.num_random = length
+        self.length = length
+        self.num_random = length
         self.symbols = numbered_symbols(num_symbols)
         self.chance = 1 / num_symbols  # All symbols are equally frequent answers.
 
     def generate(self, bits: np.ndarray) -> Sequences:
         symbols = uniform_below(bits, self.num_symbols)
         hop = after_previous_occurrence(symbols, self.num_symbols)
+        # The position that each position's hops have reached so far; negative outside.
         reached = np.broadcast_to(np.arange(self.length), symbols.shape)
         for _ in range(self.depth):
             reached = np.where(reached >= 0, _take(hop, reached), NO_ANSWER)
-        return Sequences(symbols, np.where(reached >= 0, _take(symbols, reached), NO_ANSWER))
+        answers = np.where(reached >= 0, _take(symbols, reached), NO_ANSWER)
+        return Sequences(symbols, answers)
 
     def asked_positions(self, answers: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Return a random position of those with an answer, so that tests ask as training does."""
         has_answer = answers != NO_ANSWER
-        counts = has_answer.sum(axis=1)
+        num_answers = has_answer.sum(axis=1)
+        # A number from 0 to the row's `num_answers` - 1; `uniform_below` takes one limit for all.
+        chosen = uniform_below(bits, 1 << 32) * num_answers >> 32
         # The n-th answer stands where n answers lie before it.
-        wanted = uniform_below(bits, 1 << 32) * counts >> 32
-        position = ((has_answer.cumsum(axis=1) - 1 == wanted[:, None]) & has_answer).argmax(axis=1)
-        return np.where(counts > 0, position, NO_ANSWER)
+        answers_before = has_answer.cumsum(axis=1) - 1
+        position = ((answers_before == chosen[:, None]) & has_answer).argmax(axis=1)
+        return np.where(num_answers > 0, position, NO_ANSWER)
 
 
 def after_previous_occurrence(symbols: np.ndarray, num_symbols: int) -> np.ndarray:
     """Return for each position the one after its symbol's previous occurrence, or `NO_ANSWER`."""
     hop = np.full_like(symbols, NO_ANSWER)
-    places = np.arange(symbols.shape[1])
+    positions = np.arange(symbols.shape[1])
     for symbol in range(num_symbols):
-        here = symbols == symbol
-        latest = np.maximum.accumulate(np.where(here, places, NO_ANSWER), axis=1)
+        is_symbol = symbols == symbol
+        latest = np.maximum.accumulate(np.where(is_symbol, positions, NO_ANSWER), axis=1)
+        # Shifted by one: the latest occurrence before a position, without the position itself.
         previous = np.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=NO_ANSWER)
-        hop[here] = np.where(previous[here] >= 0, previous[here] + 1, NO_ANSWER)
+        hop[is_symbol] = np.where(previous[is_symbol] >= 0, previous[is_symbol] + 1, NO_ANSWER)
     return hop
 
 
@@ -187,7 +195,7 @@ class PointerChains(DepthTask):
     def __init__(self, depth: int, *, num_chains: int) -> None:
         super().__init__(depth)
         self.num_chains = num_chains
-        self.num_symbols = 2 * num_chains * depth  # Those of a sequence that differ: all.
+        self.num_symbols = 2 * num_chains * depth  # Each sequence has all of them.
         self.num_random = 2 * self.num_symbols
         self.length = 2 * self.num_symbols + 1
         if self.length > MAX_SEQUENCE_LENGTH:
@@ -199,16 +207,18 @@ class PointerChains(DepthTask):
         self.chance = 1 / (self.num_symbols - 1)  # Any symbol but that of the question.
 
     def generate(self, bits: np.ndarray) -> Sequences:
-        # In its row, each chain holds its symbols in the order of its pointers.
+        num_sequences = len(bits)
+        # A random permutation of the symbols: one chain after the other, in order of the pointers.
         chained = np.argsort(bits[:, : self.num_symbols], axis=1, kind="stable")
-        chains = chained.reshape(len(bits), self.num_chains, 2 * self.depth)
+        chains = chained.reshape(num_sequences, self.num_chains, 2 * self.depth)
+        # Each symbol with its successor; that of a chain's last symbol is its first.
         pairs = np.stack([chains, np.roll(chains, -1, axis=2)], axis=-1)
-        pairs = pairs.reshape(len(bits), self.num_symbols, 2)
+        pairs = pairs.reshape(num_sequences, self.num_symbols, 2)
         order = np.argsort(bits[:, self.num_symbols :], axis=1, kind="stable")
-        listed = np.take_along_axis(pairs, order[:, :, None], axis=1).reshape(
-            len(bits), 2 * self.num_symbols
-        )
-        symbols = np.concatenate([listed, chained[:, :1]], axis=1)
+        shuffled_pairs = np.take_along_axis(pairs, order[:, :, None], axis=1)
+        shuffled_symbols = shuffled_pairs.reshape(num_sequences, 2 * self.num_symbols)
+        # The question is the first symbol of the first chain.
+        symbols = np.concatenate([shuffled_symbols, chained[:, :1]], axis=1)
         answers = np.full_like(symbols, NO_ANSWER)
         answers[:, -1] = chained[:, self.depth]
         return Sequences(symbols, answers)
@@ -234,7 +244,8 @@ class PermutationWords(DepthTask):
         super().__init__(depth)
         if depth > MAX_SEQUENCE_LENGTH:
             raise UserError(f"{self.name} is a word of more than {MAX_SEQUENCE_LENGTH:,} symbols")
-        self.length = self.num_random = depth
+        self.length = depth
+        self.num_random = depth
 
     def generate(self, bits: np.ndarray) -> Sequences:
         symbols = uniform_below(bits, len(ELEMENTS))
@@ -247,9 +258,12 @@ class PermutationWords(DepthTask):
 @cache
 def products() -> np.ndarray:
     """Return the multiplication table, (120, 120): the first permutation, then the second."""
-    number = {element: place for place, element in enumerate(ELEMENTS)}
+    number_of = {element: number for number, element in enumerate(ELEMENTS)}
     return np.array(
-        [[number[tuple(second[i] for i in first)] for second in ELEMENTS] for first in ELEMENTS]
+        [
+            [number_of[tuple(second[thing] for thing in first)] for second in ELEMENTS]
+            for first in ELEMENTS
+        ]
     )
 
 
@@ -277,13 +291,14 @@ class DepthTasks(NamedTuple):
         tasks: list[DepthTask] = []
         for kind, steps in map(parse_task_name, depth.tasks):
             if kind == "phop":
-                sizes = {"num_symbols": depth.num_symbols, "length": depth.length}
-                tasks.append(PHopInduction(steps, **sizes))
+                tasks.append(
+                    PHopInduction(steps, num_symbols=depth.num_symbols, length=depth.length)
+                )
             elif kind == "chain":
                 tasks.append(PointerChains(steps, num_chains=depth.num_chains))
             else:
                 tasks.append(PermutationWords(steps))
-        return cls(tuple(tasks), is_mixed or len(tasks) > 1)
+        return cls(tuple(tasks), has_markers=is_mixed or len(tasks) > 1)
 
     @property
     def sequence_length(self) -> int:
@@ -326,6 +341,7 @@ def symbol_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 def add_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Add symbols to a tokenizer, after its own tokens. No text is ever merged with a symbol."""
+    # Unnormalized: a tokenizer that changes case or accents would no longer recognize a symbol.
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
 
 
@@ -343,9 +359,12 @@ class DepthItem(NamedTuple):
 class DepthStore(PreparedData):
     """Prepared depth tasks, or those of a mixture: a tokenizer; sequences are generated."""
 
-    tasks: tuple[DepthTask, ...]
-    has_markers: bool
-    """As of `DepthTasks`."""
+    depth_tasks: DepthTasks
+
+    @property
+    def tasks(self) -> tuple[DepthTask, ...]:
+        """The tasks whose sequences these data hold."""
+        return self.depth_tasks.tasks
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -359,11 +378,10 @@ class DepthStore(PreparedData):
 
     def describe(self) -> str:
         tasks = ", ".join(task.name_with_chance for task in self.tasks)
-        length = DepthTasks(self.tasks, self.has_markers).sequence_length
-        return f"{tasks}, sequences of {length} tokens"
+        return f"{tasks}, sequences of {self.depth_tasks.sequence_length} tokens"
 
     def check_length(self, context_length: int) -> None:
-        DepthTasks(self.tasks, self.has_markers).check_length(context_length)
+        self.depth_tasks.check_length(context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         return self._sequences(positions, context_length, "train", seed)
@@ -371,9 +389,9 @@ class DepthStore(PreparedData):
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int
     ) -> Iterator[Batch]:
-        wanted = max(1, num_tokens // context_length)
-        for first in range(0, wanted, batch_size):
-            numbers = np.arange(first, min(first + batch_size, wanted), dtype=np.int64)
+        num_sequences = max(1, num_tokens // context_length)
+        for first in range(0, num_sequences, batch_size):
+            numbers = np.arange(first, min(first + batch_size, num_sequences), dtype=np.int64)
             yield self._sequences(numbers, context_length, "validation", 0)
 
     def items(self, task: DepthTask, num_items: int) -> Iterator[DepthItem]:
@@ -384,12 +402,13 @@ class DepthStore(PreparedData):
     def _round_of_items(self, task: DepthTask, first: int) -> Iterator[DepthItem]:
         numbers = np.arange(first, first + _SEQUENCES_PER_ROUND, dtype=np.int64)
         symbols, answers = _generate(task, numbers, "test", 0)
-        asking = random_bits(_key(task, "test", seed=_ASKING), numbers, 1)[:, 0]
-        texts, start = task.symbols, task.marker if self.has_markers else ""
-        for row, place in enumerate(task.asked_positions(answers, asking)):
-            if place != NO_ANSWER:
-                context = "".join(texts[symbol] for symbol in symbols[row, : place + 1])
-                yield DepthItem(start + context, texts[answers[row, place]])
+        position_bits = random_bits(_key(task, "test", seed=_POSITION_SEED), numbers, 1)[:, 0]
+        marker = task.marker if self.depth_tasks.has_markers else ""
+        for row, position in enumerate(task.asked_positions(answers, position_bits)):
+            if position == NO_ANSWER:
+                continue
+            context = "".join(task.symbols[symbol] for symbol in symbols[row, : position + 1])
+            yield DepthItem(marker + context, task.symbols[answers[row, position]])
 
     def _sequences(
         self, positions: np.ndarray, context_length: int, stream: str, seed: int
@@ -398,23 +417,30 @@ class DepthStore(PreparedData):
 
         from iiet.batch import NO_TARGET, Batch
 
+        # A sequence is padded by ends of text, which are no targets.
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
+        # Each task has the same share.
         order = SourceOrder.of_shares([1.0] * len(self.tasks))
         parts = order.split(positions, content_number("order", stream, seed))
-        for task, (own, numbers) in zip(self.tasks, parts, strict=True):
+        for task, (rows, numbers) in zip(self.tasks, parts, strict=True):
             symbols, answers = _generate(task, numbers, stream, seed)
-            known = np.array([self._ids[symbol] for symbol in task.symbols])
-            first = int(self.has_markers)
+            symbol_ids = np.array([self._ids[symbol] for symbol in task.symbols])
+            first = 0
+            if self.depth_tasks.has_markers:
+                first = 1
+                ids[rows, 0] = self._ids[task.marker]
             end = first + task.length
-            if self.has_markers:
-                ids[own, 0] = self._ids[task.marker]
-            ids[own, first:end] = known[symbols]
-            targets[own, first:end] = np.where(answers == NO_ANSWER, NO_TARGET, known[answers])
+            ids[rows, first:end] = symbol_ids[symbols]
+            # Not shifted: the answer to a position is asked at this position.
+            targets[rows, first:end] = np.where(
+                answers == NO_ANSWER, NO_TARGET, symbol_ids[answers]
+            )
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
     @cached_property
     def _ids(self) -> Mapping[str, int]:
+        """Text of a symbol or marker -> its id."""
         ids: dict[str, int] = load_tokenizer(self.tokenizer_path).get_vocab(with_added_tokens=True)
         return ids
 

@@ -83,15 +83,19 @@ class MixtureStore(PreparedData):
 
     @property
     def profile(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"source": "mixture"}
+        profile: dict[str, Any] = {"source": "mixture"}
         for name, data in self.sources.items():
-            shown[f"{name}_share"] = self.shares[name]
-            known = data.profile
+            profile[f"{name}_share"] = self.shares[name]
             if isinstance(data, TokenStore):
-                shown |= {f"{name}_{n}": known[n] for n in ("train_tokens", "validation_tokens")}
+                for size in ("train_tokens", "validation_tokens"):
+                    profile[f"{name}_{size}"] = data.profile[size]
             else:
-                shown |= {key: n for key, n in known.items() if key.startswith("chance_")}
-        return {**shown, "vocab_size": self.vocab_size}
+                profile |= {
+                    entry: value
+                    for entry, value in data.profile.items()
+                    if entry.startswith("chance_")
+                }
+        return {**profile, "vocab_size": self.vocab_size}
 
     @property
     def num_validation_tokens(self) -> int | None:
@@ -104,15 +108,14 @@ class MixtureStore(PreparedData):
         return min(limits, default=None)
 
     def describe(self) -> str:
-        return ", ".join(
-            f"{100 * self.shares[name]:.3g}% "
-            + (
-                f"{name} ({data.describe()})"
-                if isinstance(data, TokenStore)
-                else ", ".join(task.name_with_chance for task in data.tasks)
-            )
-            for name, data in self.sources.items()
-        )
+        parts: list[str] = []
+        for name, data in self.sources.items():
+            if isinstance(data, TokenStore):
+                text = f"{name} ({data.describe()})"
+            else:
+                text = ", ".join(task.name_with_chance for task in data.tasks)
+            parts.append(f"{100 * self.shares[name]:.3g}% {text}")
+        return ", ".join(parts)
 
     def check_length(self, context_length: int) -> None:
         for data in self.sources.values():
@@ -124,16 +127,20 @@ class MixtureStore(PreparedData):
         from iiet.batch import Batch
 
         shape = (len(positions), context_length)
-        ids, targets, sources = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+        ids = torch.empty(shape, dtype=torch.int64)
+        targets = torch.empty_like(ids)
+        sources = torch.empty_like(ids)
         has_prompts = any(text.train_targets is not None for text in self.texts)
         mask = torch.ones(shape, dtype=torch.bool) if has_prompts else None
         parts = self.order.split(positions, content_number("mixture", seed))
-        for number, (data, (own, numbers)) in enumerate(
+        for source, (data, (is_of_source, numbers)) in enumerate(
             zip(self.sources.values(), parts, strict=True)
         ):
-            rows = torch.from_numpy(own)
+            rows = torch.from_numpy(is_of_source)
             part = data.sequences(numbers, context_length=context_length, seed=seed)
-            ids[rows], targets[rows], sources[rows] = part.input_ids, part.targets, number
+            ids[rows] = part.input_ids
+            targets[rows] = part.targets
+            sources[rows] = source
             if mask is not None and part.mask is not None:
                 mask[rows] = part.mask
         # A teacher has nothing to say about the padding of depth tasks.
@@ -150,15 +157,17 @@ class MixtureStore(PreparedData):
         import torch
 
         limit = self.num_validation_tokens
-        wanted = (num_tokens if limit is None else min(num_tokens, limit)) / context_length
-        for number, (name, data) in enumerate(self.sources.items()):
-            own = max(1, round(wanted * self.shares[name]))
-            for batch in data.validation_batches(
+        if limit is not None:
+            num_tokens = min(num_tokens, limit)
+        for source, (name, data) in enumerate(self.sources.items()):
+            num_sequences = max(1, round(num_tokens / context_length * self.shares[name]))
+            batches = data.validation_batches(
                 context_length=context_length,
-                num_tokens=own * context_length,
+                num_tokens=num_sequences * context_length,
                 batch_size=batch_size,
-            ):
-                yield replace(batch, sources=torch.full_like(batch.input_ids, number))
+            )
+            for batch in batches:
+                yield replace(batch, sources=torch.full_like(batch.input_ids, source))
 
 
 def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokenizer:
@@ -173,17 +182,17 @@ def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokeniz
     symbols = DepthTasks.of(settings).vocabulary
     if text is None:
         return symbol_tokenizer(symbols)
-    whole = Tokenizer.from_str(text.to_str())
-    add_symbols(whole, symbols)
-    first = num_token_ids(text)
+    tokenizer = Tokenizer.from_str(text.to_str())  # A copy: texts are read without the symbols.
+    add_symbols(tokenizer, symbols)
+    first_new_id = num_token_ids(text)
     for symbol in symbols:
-        if (whole.token_to_id(symbol) or 0) < first:
+        if (tokenizer.token_to_id(symbol) or 0) < first_new_id:
             raise UserError(
                 f"data.tokenizer={settings.tokenizer} cannot get {symbol} as a new token, because "
                 "it has this token or unused ids; the symbols of depth tasks need ids after those "
                 "of the text; choose another tokenizer"
             )
-    return whole
+    return tokenizer
 
 
 def write_mixture(
@@ -193,9 +202,9 @@ def write_mixture(
 
     Args:
         texts: Text source -> its folder.
-        tokenizer: That of the texts; None if there are none.
+        tokenizer: The tokenizer of the texts; None if there are none.
     """
-    whole = mixture_tokenizer(settings, tokenizer)
+    whole_tokenizer = mixture_tokenizer(settings, tokenizer)
     names = {name: path.name for name, path in texts.items()}
     fingerprint = content_key(
         "mixture",
@@ -204,22 +213,21 @@ def write_mixture(
         dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
         names,
         settings.tasks.model_dump(mode="json"),
-        whole.to_str(),
+        whole_tokenizer.to_str(),
     )
     folder = parent / fingerprint
     if not is_complete(folder):
-        train, validation = SplitCounts(), SplitCounts()
+        train = SplitCounts()
+        validation = SplitCounts()
         for manifest in map(checked_manifest, texts.values()):
-            for total, own in ((train, manifest.train), (validation, manifest.validation)):
-                total.documents += own.documents
-                total.tokens += own.tokens
-                total.bytes += own.bytes
+            train += manifest.train
+            validation += manifest.validation
         with new_folder(folder) as filling:
             finish_folder(
                 filling,
                 fingerprint,
                 settings.read_by_source(),
-                whole,
+                whole_tokenizer,
                 train=train,
                 validation=validation,
                 texts=names,
@@ -250,14 +258,16 @@ def open_data(folder: Path | str) -> PreparedData:
         raise UserError(f"cannot read the data in {folder}: {reason}") from None
     tasks = DepthTasks.of(settings)
     if settings.source == "depth":
-        return DepthStore(folder, manifest, *tasks)
-    folders, tasks_by_name = manifest.text_folders(folder), {task.name: task for task in tasks[0]}
-    sources = {
-        name: open_tokens(folders[name])
-        if name in folders
-        else DepthStore(folder, manifest, (tasks_by_name[name],), has_markers=True)
-        for name in source_order(settings.shares)
-    }
+        return DepthStore(folder, manifest, tasks)
+    text_folders = manifest.text_folders(folder)
+    tasks_by_name = {task.name: task for task in tasks.tasks}
+    sources: dict[str, TokenStore | DepthStore] = {}
+    for name in source_order(settings.shares):
+        if name in text_folders:
+            sources[name] = open_tokens(text_folders[name])
+        else:
+            one_task = DepthTasks((tasks_by_name[name],), has_markers=True)
+            sources[name] = DepthStore(folder, manifest, one_task)
     return MixtureStore(folder, manifest, sources, _order_of(settings))
 
 
@@ -270,7 +280,10 @@ def describe_data(folder: Path | str) -> tuple[str, str, dict[str, Any]]:
     """
     data = open_data(folder)
     profile = data.profile
-    # Depth tasks, sources of a mixture, a data set of the hub, else the only source.
-    mixed = ", ".join(data.source_names)
-    name = profile.get("tasks") or mixed or profile.get("hub_name") or profile["source"]
+    name = (
+        profile.get("tasks")  # Of depth tasks alone.
+        or ", ".join(data.source_names)  # Of a mixture.
+        or profile.get("hub_name")
+        or profile["source"]
+    )
     return name, data.fingerprint, profile

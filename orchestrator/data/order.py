@@ -20,6 +20,7 @@ BLOCK_LENGTH = 1000
 """Shares are rounded to a thousandth. Changing it changes which sequences runs are trained on."""
 _FEISTEL_ROUNDS = 6
 _MASK = (1 << 64) - 1
+# Odd numbers: multiples of one, modulo 2^64, differ for all positions.
 _GOLDEN = 0x9E3779B97F4A7C15
 _ODD = 0xD1B54A32D192ED03
 
@@ -46,17 +47,18 @@ def uniform_below(bits: np.ndarray, limit: int) -> np.ndarray:
 def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     """Return the images of `values`, int64, under the permutation of range(size) of a `key`."""
     # A Feistel network over the next power of four; images outside the range are permuted again.
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = [np.uint64(mix(key + number)) for number in range(1, _FEISTEL_ROUNDS + 1)]
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = np.uint64((1 << half_bits) - 1)
+    round_keys = [np.uint64(mix(key + number)) for number in range(1, _FEISTEL_ROUNDS + 1)]
     images = values.astype(np.uint64)
-    outside = np.ones(images.shape, dtype=bool)
-    while outside.any():
-        left, right = images[outside] >> np.uint64(half), images[outside] & low
-        for round_key in keys:
-            left, right = right, left ^ (mix_array(right ^ round_key) & low)
-        images[outside] = left << np.uint64(half) | right
-        outside = images >= np.uint64(size)
+    is_outside = np.ones(images.shape, dtype=bool)
+    while is_outside.any():
+        high = images[is_outside] >> np.uint64(half_bits)
+        low = images[is_outside] & half_mask
+        for round_key in round_keys:
+            high, low = low, high ^ (mix_array(low ^ round_key) & half_mask)
+        images[is_outside] = high << np.uint64(half_bits) | low
+        is_outside = images >= np.uint64(size)
     return images.astype(np.int64)
 
 
@@ -93,7 +95,8 @@ def positions_of_step(
         world_size: Number of workers.
     """
     assert global_batch >= world_size
-    first, end = (global_batch * number // world_size for number in (rank, rank + 1))
+    first = global_batch * rank // world_size
+    end = global_batch * (rank + 1) // world_size
     return step * global_batch + np.arange(first, end, dtype=np.int64)
 
 
@@ -128,13 +131,14 @@ class WindowOrder:
         """Return where the sequences with these numbers (from 0) start, int64."""
         starts = np.empty_like(positions)
         epochs = positions // self.num_windows
+        # Tokens that the windows leave over: an epoch may begin so much later.
         slack = self.num_tokens - self.num_windows * self.context_length
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            key = mix(self.seed * 0x9E3779B97F4A7C15 + int(epoch) + 1)
-            windows = permute(positions[chosen] % self.num_windows, self.num_windows, key)
+            is_in_epoch = epochs == epoch
+            key = mix(self.seed * _GOLDEN + int(epoch) + 1)
+            windows = permute(positions[is_in_epoch] % self.num_windows, self.num_windows, key)
             offset = mix(key) % (min(slack, self.context_length - 1) + 1)
-            starts[chosen] = windows * self.context_length + offset
+            starts[is_in_epoch] = windows * self.context_length + offset
         return starts
 
 
@@ -151,14 +155,15 @@ class SourceOrder:
 
     @classmethod
     def of_shares(cls, shares: Sequence[float]) -> SourceOrder:
-        """Return the order for shares that sum to 1; rounded, each source keeps at least one."""
+        """Return the order for shares; each source has at least one sequence of a block."""
+        # The sums are rounded, not the shares: so the counts sum to the block's length.
         ends = np.cumsum(shares) / sum(shares)
         edges = [0, *(round(float(end) * BLOCK_LENGTH) for end in ends)]
         counts = [max(1, end - start) for start, end in pairwise(edges)]
         return cls(tuple(counts))
 
     def split(self, positions: np.ndarray, key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield for each source which of the positions are its, and their numbers within it.
+        """Yield for each source a mask of its positions, and the numbers of its sequences there.
 
         Args:
             positions: Numbers of sequences, int64.
@@ -171,10 +176,12 @@ class SourceOrder:
         blocks = positions // length
         places = np.empty_like(positions)
         for block in np.unique(blocks):
-            chosen = blocks == block
-            places[chosen] = permute(positions[chosen] % length, length, mix(key + int(block)))
+            is_in_block = blocks == block
+            permuted = permute(positions[is_in_block] % length, length, mix(key + int(block)))
+            places[is_in_block] = permuted
+        # The first source has the first places of a permuted block, and so on.
         first = 0
         for count in self.counts:
-            own = (places >= first) & (places < first + count)
-            yield own, blocks[own] * count + places[own] - first
+            is_of_source = (places >= first) & (places < first + count)
+            yield is_of_source, blocks[is_of_source] * count + places[is_of_source] - first
             first += count

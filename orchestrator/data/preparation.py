@@ -65,11 +65,13 @@ def prepare(
     Raises:
         UserError: If the source is missing, empty or unreadable, or existing tokens are damaged.
     """
-    progress, parent = progress or Progress(), workspace.tokens
+    progress = progress or Progress()
+    parent = workspace.tokens
     folder = find_prepared(settings, parent)
     if folder is None:
         # One process at a time: two would write the same files.
         with lock_file(parent / ".lock"):
+            # Another process may have prepared it while this one waited.
             folder = find_prepared(settings, parent)
             if folder is None:
                 folder = _write(settings, parent, progress)
@@ -82,6 +84,7 @@ def prepare(
 
 
 def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
+    """Write the folder of prepared data and the file that names it; the lock is held."""
     if settings.source == "depth":
         progress.start("corpus")
         return write_depth(settings, parent)
@@ -89,17 +92,20 @@ def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
     index = _index_file(key, parent)
     if index.exists():
         progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
+    # Nobody else writes under the lock, so these are of killed processes.
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
-        for name, alone in settings.texts.items():
+        for name, text_settings in settings.texts.items():
             assert tokenizer is not None
-            text_key = source_key(alone, "mixture", tokenizer.to_str())
-            found = find_folder(text_key, parent)
-            texts[name] = found or write_text(alone, parent, text_key, progress, tokenizer)
+            # A text has the mixture's tokenizer, so its tokens are not those that it has alone.
+            text_key = source_key(text_settings, "mixture", tokenizer.to_str())
+            texts[name] = find_folder(text_key, parent) or write_text(
+                text_settings, parent, text_key, progress, tokenizer
+            )
             _store_folder(text_key, texts[name])
         folder = write_mixture(settings, parent, texts, tokenizer)
     else:
@@ -112,12 +118,13 @@ def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
 def _tokenizer_of_texts(settings: DataSettings) -> Tokenizer:
     if settings.tokenizer != "train":
         return load_tokenizer(settings.tokenizer)
-    # A long text must not leave nothing for the others to read.
-    total = sum(settings.shares[name] for name in settings.texts)
+    # Each text gives its share of the characters: the first must not use up all of them.
+    total_share = sum(settings.shares[name] for name in settings.texts)
     texts: list[Iterator[str]] = []
-    for name, alone in settings.texts.items():
-        num_characters = int(TOKENIZER_CHARACTERS * settings.shares[name] / total)
-        texts.append(sample_texts(alone, num_characters)[0])
+    for name, text_settings in settings.texts.items():
+        num_characters = int(TOKENIZER_CHARACTERS * settings.shares[name] / total_share)
+        sample, _ = sample_texts(text_settings, num_characters)
+        texts.append(sample)
     return train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
 
 
@@ -155,6 +162,7 @@ def source_key(settings: DataSettings, *more: Any) -> str:
         state = ["mixture", MIXTURE_VERSION, GENERATOR_VERSION, states]
     else:
         state = source_state(settings)
+    # The settings hold the tokenizer's name, but not whether its file has changed.
     tokenizer_state = None
     is_path = settings.tokenizer != "train" and not is_hub_name(settings.tokenizer)
     if is_path and (path := expand_user(settings.tokenizer)).is_file():
@@ -169,10 +177,10 @@ def find_folder(key: str, parent: Path) -> Path | None:
         UserError: If the file that names it is damaged.
     """
     path = _index_file(key, parent)
-    found = read_json(path)
-    if found is None:
+    index = read_json(path)
+    if index is None:
         return None
-    fingerprint = found.get("fingerprint")
+    fingerprint = index.get("fingerprint")
     if not is_valid_name(fingerprint):
         raise damaged(path, f"fingerprint: {fingerprint!r}")
     folder = parent / str(fingerprint)
@@ -229,14 +237,22 @@ def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
         UserError: If it has none.
     """
     manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
-    hint = ""
+    missing = "prepared data"
+    option = ""
     if tokenizer:
-        wanted, hint = file_key(tokenizer), f" --set data.tokenizer={tokenizer}"
-        manifests = [m for m in manifests if file_key(m.with_name(TOKENIZER_NAME)) == wanted]
+        tokenizer_key = file_key(tokenizer)
+        manifests = [
+            manifest
+            for manifest in manifests
+            if file_key(manifest.with_name(TOKENIZER_NAME)) == tokenizer_key
+        ]
+        missing = "tokens of this model's tokenizer"
+        option = f" --set data.tokenizer={tokenizer}"
     if not manifests:
-        of = "tokens of this model's tokenizer" if tokenizer else "prepared data"
-        raise UserError(f"{workspace.root} has no {of}; `iiet-orch prepare{hint}` makes them")
-    folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
+        raise UserError(
+            f"{workspace.root} has no {missing}; `iiet-orch prepare{option}` makes them"
+        )
+    folder = max(manifests, key=lambda manifest: manifest.stat().st_mtime).parent
     verify_data(folder)
     return folder
 
@@ -267,14 +283,16 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
     """
     is_mixture = settings.source == "mixture"
     texts = settings.texts if is_mixture else {settings.source: settings}
-    num_train_tokens, new_bytes = None, 0
+    num_train_tokens = None
+    new_bytes = 0
     if settings.source == "depth" or not (texts or prepared):
         tasks = DepthTasks.of(settings)
         vocab_size = num_token_ids(symbol_tokenizer(tasks.vocabulary))
         origin = "of the depth tasks"
     elif prepared is not None:
         data = open_data(prepared)
-        vocab_size, origin = data.vocab_size, "of the prepared tokens"
+        vocab_size = data.vocab_size
+        origin = "of the prepared tokens"
         num_train_tokens = len(data.train) if isinstance(data, TokenStore) else None
     else:
         vocab_size, origin = _text_vocabulary(settings)
@@ -321,8 +339,9 @@ def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:
 
 
 def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
-    text = text_source(settings).num_bytes()
+    text_bytes = text_source(settings).num_bytes()
+    num_tokens = text_bytes // ASSUMED_TEXT_BYTES_PER_TOKEN
     token_bytes = 2 if vocab_size <= 1 << 16 else 4
-    held_out = int(text * settings.validation_fraction)  # stored as text, too
-    # Twice: those of the shards are deleted when all are joined.
-    return 2 * (text // ASSUMED_TEXT_BYTES_PER_TOKEN * token_bytes + held_out)
+    held_out_bytes = int(text_bytes * settings.validation_fraction)  # Stored as text, too.
+    # Twice: the files of the shards are deleted only when all are joined.
+    return 2 * (num_tokens * token_bytes + held_out_bytes)

@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
-TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME = "train.bin", "validation.bin", "validation.jsonl"
-TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME = "train_targets.bin", "validation_targets.bin"
-"""Of text with prompts: a byte for each token, 1 where it is a target."""
+TRAIN_NAME = "train.bin"
+VALIDATION_NAME = "validation.bin"
+TEXTS_NAME = "validation.jsonl"
+"""The held-out documents."""
+TRAIN_TARGETS_NAME = "train_targets.bin"
+"""File of text with prompts: a byte for each training token, 1 where it is a target."""
+VALIDATION_TARGETS_NAME = "validation_targets.bin"
+"""The same for validation tokens."""
 FORMAT_VERSION = 1
 
 
@@ -43,6 +48,14 @@ class SplitCounts(BaseModel):
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+
+    def __add__(self, other: SplitCounts) -> SplitCounts:
+        """Return the size of both texts together."""
+        return SplitCounts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            bytes=self.bytes + other.bytes,
+        )
 
 
 class Manifest(Record):
@@ -64,11 +77,11 @@ class Manifest(Record):
     sha256: dict[str, str]
     """Hash of each file."""
     texts: dict[str, str] = Field(default_factory=dict)
-    """Of a mixture: text source -> name of its folder, which lies beside this one."""
+    """The texts of a mixture: source -> name of its folder, which lies beside this one."""
 
     def text_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each text source of the mixture in `folder`."""
-        return {name: folder.parent / beside for name, beside in self.texts.items()}
+        return {source: folder.parent / name for source, name in self.texts.items()}
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class TokenStore(PreparedData):
     train_targets: np.ndarray | None = None
     """Whether each training token is a target; None: all are."""
     validation_targets: np.ndarray | None = None
-    """Likewise for validation tokens."""
+    """Whether each validation token is a target; None: all are."""
 
     def validation_texts(self) -> Iterator[str]:
         """Yield the held-out documents."""
@@ -175,7 +188,7 @@ class TokenStore(PreparedData):
         settings = self.manifest.settings
         origin = {name: settings[name] for name in ("source", "hub_name") if settings.get(name)}
         sides = {"train": self.manifest.train, "validation": self.manifest.validation}
-        sizes = {f"{side}_{unit}": n for side, counts in sides.items() for unit, n in counts}
+        sizes = {f"{side}_{unit}": size for side, counts in sides.items() for unit, size in counts}
         return {**origin, **sizes, "vocab_size": self.vocab_size}
 
     @property
@@ -183,7 +196,8 @@ class TokenStore(PreparedData):
         return len(self.validation)
 
     def describe(self) -> str:
-        train, validation = self.manifest.train, self.manifest.validation
+        train = self.manifest.train
+        validation = self.manifest.validation
         return (
             f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to "
             f"train on, {validation.tokens:,} held out"
@@ -215,18 +229,19 @@ class TokenStore(PreparedData):
 
         self.check_length(context_length)
         available = len(self.validation) // context_length
-        wanted = min(max(1, num_tokens // context_length), available)
-        starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
-        for first in range(0, wanted, batch_size):
-            of_batch = starts[first : first + batch_size]
+        num_sequences = min(max(1, num_tokens // context_length), available)
+        numbers = np.arange(num_sequences, dtype=np.int64) * available // num_sequences
+        starts = numbers * context_length
+        for first in range(0, num_sequences, batch_size):
+            batch_starts = starts[first : first + batch_size]
             mask = None
             if self.validation_targets is not None:
-                mask = gather(self.validation_targets, of_batch, context_length)
-            yield Batch.of_text(gather(self.validation, of_batch, context_length), mask)
+                mask = gather(self.validation_targets, batch_starts, context_length)
+            yield Batch.of_text(gather(self.validation, batch_starts, context_length), mask)
 
 
 def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
-    """Return the sequences that start there, int64, (starts, length)."""
+    """Return the sequences of a flat array that start at `starts`, int64, (starts, length)."""
     import torch
 
     rows = starts[:, None] + np.arange(length, dtype=np.int64)
@@ -245,15 +260,12 @@ def open_tokens(folder: Path | str) -> TokenStore:
     folder = Path(folder)
     manifest = checked_manifest(folder)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    train, validation = (
-        np.memmap(folder / name, dtype=dtype, mode="r") for name in (TRAIN_NAME, VALIDATION_NAME)
-    )
+    train = np.memmap(folder / TRAIN_NAME, dtype=dtype, mode="r")
+    validation = np.memmap(folder / VALIDATION_NAME, dtype=dtype, mode="r")
     if TRAIN_TARGETS_NAME not in manifest.sizes:
         return TokenStore(folder, manifest, train, validation)
-    train_targets, validation_targets = (
-        np.memmap(folder / name, dtype=np.bool_, mode="r")
-        for name in (TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME)
-    )
+    train_targets = np.memmap(folder / TRAIN_TARGETS_NAME, dtype=np.bool_, mode="r")
+    validation_targets = np.memmap(folder / VALIDATION_TARGETS_NAME, dtype=np.bool_, mode="r")
     return TokenStore(folder, manifest, train, validation, train_targets, validation_targets)
 
 
@@ -274,8 +286,12 @@ def finish_folder(
     """
     tokenizer.save(str(folder / TOKENIZER_NAME))
     names = (
-        *(TRAIN_NAME, VALIDATION_NAME, TRAIN_TARGETS_NAME, VALIDATION_TARGETS_NAME),
-        *(TEXTS_NAME, TOKENIZER_NAME),
+        TRAIN_NAME,
+        VALIDATION_NAME,
+        TRAIN_TARGETS_NAME,
+        VALIDATION_TARGETS_NAME,
+        TEXTS_NAME,
+        TOKENIZER_NAME,
     )
     sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
     manifest = Manifest(

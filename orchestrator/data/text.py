@@ -38,20 +38,18 @@ SHARD_BYTES = 64 << 20
 DOCUMENT_MARK = "<|endoftext|>"
 TITLE_CHARACTERS = 100
 ASSUMED_BYTES_PER_DOCUMENT = 4000
-"""For data sets on the hub."""
+"""Mean size of a document of the hub, assumed without a request."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
 """Packages that the `datasets` library imports for compressed files."""
 HOLDS_NUL = "it holds NUL bytes, so it is UTF-16 or no text at all; convert it to UTF-8 first"
-"""UTF-16 without a byte order mark can be valid UTF-8."""
-
-
+"""The problem of a file that decodes: UTF-16 without a byte order mark can be valid UTF-8."""
 PAIR = ("prompt", "completion")
 """Fields of a record that has no text."""
 
 
 class RecordError(ValueError):
-    """A record does not hold the text that is wanted; says why and what to do, but not where."""
+    """A record does not hold the field with the text; says why and what to do, but not where."""
 
 
 class Document(NamedTuple):
@@ -60,7 +58,7 @@ class Document(NamedTuple):
     text: str
     source: str
     prompt_characters: int | None = None
-    """Of a prompt with its completion: the length of the prompt, with which the text begins."""
+    """Length of the prompt with which the text begins; None of a text that is learned whole."""
 
     @property
     def prompt(self) -> str:
@@ -92,7 +90,7 @@ class TextSource(ABC):
     def state(self) -> Any:
         """Return a JSON value that changes when the content does, such as sizes and times of files.
 
-        It is part of the key of the prepared data; the settings are, too. No content is read.
+        The value and the settings are parts of the key of the prepared data. No content is read.
 
         Raises:
             UserError: If the source does not exist, or its settings do not fit together.
@@ -142,20 +140,20 @@ class TextFiles(TextSource):
 
     def state(self) -> Any:
         files = {str(path): path for path in find_files(self.settings)}
-        if self.settings.chat_template:
+        if self.settings.chat_template:  # Another template writes other texts.
             files |= _template_files(self.settings.tokenizer)
         return ["files", _stamps(files)]
 
     def shards(self) -> Sequence[Any]:
         shards: list[list[Any]] = []
-        size = SHARD_BYTES
+        shard_bytes = SHARD_BYTES  # As after a full shard: the first piece begins a new one.
         for path in find_files(self.settings):
             for first, end, num_bytes in _pieces(path):
-                if size >= SHARD_BYTES:
+                if shard_bytes >= SHARD_BYTES:
                     shards.append([])
-                    size = 0
+                    shard_bytes = 0
                 shards[-1].append([str(path), first, end])
-                size += num_bytes
+                shard_bytes += num_bytes
         return shards
 
     def documents(self, shard: Any) -> Iterator[Document]:
@@ -171,7 +169,7 @@ class TextFiles(TextSource):
 
     @cached_property
     def _chat(self) -> ModelTokenizer | None:
-        """What writes prompts and completions as a chat; None unless that is asked for."""
+        """The tokenizer whose chat template writes prompts and completions; None for plain text."""
         if not self.settings.chat_template:
             return None
         return ModelTokenizer(tokenizer_path(self.settings.tokenizer).parent)
@@ -184,7 +182,8 @@ class HubDataset(TextSource):
     """The data set `data.hub_name` of the hub, streamed; its shards are those of the data set."""
 
     def state(self) -> Any:
-        state, folder = ["hub", self._name, self.settings.hub_config], Path(self._name)
+        state = ["hub", self._name, self.settings.hub_config]
+        folder = Path(self._name)  # The hub's library also takes a folder of this machine.
         if not folder.is_dir():
             return state
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -207,7 +206,7 @@ class HubDataset(TextSource):
                     yield Document(passage, self._name)
         except RecordError as error:
             raise UserError(f"{self._name}, record {number} of shard {shard}: {error}") from None
-        except Exception as error:  # the hub's client raises dozens of kinds
+        except Exception as error:  # The hub's client raises dozens of kinds.
             raise self._unreadable(error, f", shard {shard}, after record {number}") from None
 
     def num_bytes(self) -> int:
@@ -219,10 +218,11 @@ class HubDataset(TextSource):
             require_hub(f"the data set {self._name}")
         import datasets
 
-        options = {"split": "train", "streaming": True}
         try:
-            return datasets.load_dataset(self._name, self.settings.hub_config, **options)
-        except Exception as error:  # as above
+            return datasets.load_dataset(
+                self._name, self.settings.hub_config, split="train", streaming=True
+            )
+        except Exception as error:  # As above.
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception, place: str = "") -> UserError:
@@ -231,6 +231,7 @@ class HubDataset(TextSource):
 
     @property
     def _name(self) -> str:
+        """The name of the data set; a `UserError` if the settings have none."""
         if not self.settings.hub_name:
             raise UserError(
                 "the source `hub` reads data.hub_name, which is empty; name a data set, such as "
@@ -240,8 +241,12 @@ class HubDataset(TextSource):
 
 
 def _stamps(files: Mapping[str, Path]) -> list[Any]:
-    stats = [(name, path.stat()) for name, path in files.items()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    """Return a list that changes when one of the files does: names, sizes and times."""
+    stamps: list[Any] = []
+    for name, path in files.items():
+        status = path.stat()
+        stamps.append([name, status.st_size, status.st_mtime_ns])
+    return stamps
 
 
 _SOURCES: Mapping[str, type[TextSource]] = {
@@ -279,8 +284,8 @@ def read_documents(source: TextSource, shard: Any) -> Iterator[Document]:
         is_pair = document.prompt_characters is not None
         text = document.text if is_pair else document.text.strip()
         # JSON can hold lone surrogates, which UTF-8 cannot. Each is replaced by one character.
-        if data := text.encode("utf-8", "replace"):
-            yield document._replace(text=data.decode("utf-8"))
+        if utf8 := text.encode("utf-8", "replace"):
+            yield document._replace(text=utf8.decode("utf-8"))
 
 
 # Files
@@ -297,15 +302,16 @@ def find_files(settings: DataSettings) -> list[Path]:
             "the source `files` reads data.files, which is empty; name text files, such as "
             "--set 'data.files=[books/*.txt]'"
         )
-    found: set[Path] = set()
+    all_files: set[Path] = set()
+    kinds = ", ".join(SUFFIXES)
     for pattern in settings.files:
         if not pattern:
             raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
-        path, kinds = Path.cwd() / expand_user(pattern), ", ".join(SUFFIXES)
+        path = Path.cwd() / expand_user(pattern)
         problem = f"no file matches {quoted(pattern)} (searched from {Path.cwd()})"
         try:
             if path.is_dir():
-                matches = [each for each in path.rglob("*") if each.name.endswith(SUFFIXES)]
+                matches = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES)]
                 problem = f"the folder {path} holds no text; the kinds are {kinds}"
             elif path.is_file():  # Taken literally, even with brackets in its name.
                 matches = [path]
@@ -314,18 +320,23 @@ def find_files(settings: DataSettings) -> list[Path]:
                 matches = list(root.glob(str(path.relative_to(root))))
             files = [match.resolve() for match in matches if match.is_file()]
         except (OSError, ValueError) as error:
-            problem, files = f"{quoted(pattern)} is not a valid path or file pattern ({error})", []
+            files = []
+            problem = f"{quoted(pattern)} is not a valid path or file pattern ({error})"
         if not files:
             raise UserError(f"data.files: {problem}")
         for file in files:
             if not file.name.endswith(SUFFIXES):
                 raise UserError(f"data.files: cannot read {file}; the kinds are {kinds}")
-        found.update(files)
-    return sorted(found)
+        all_files.update(files)
+    return sorted(all_files)
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
-    # First and end in bytes or row groups, and the size; None: to the end of the file.
+    """Yield the pieces of a file that threads can read apart: first, end and bytes.
+
+    First and end count the bytes of a `.jsonl` file, or the row groups of a `.parquet` file. An end
+    of None is that of the file: other kinds can be read from their beginning only.
+    """
     size = path.stat().st_size
     if path.suffix == ".jsonl":
         for first in range(0, max(1, size), SHARD_BYTES):
@@ -353,7 +364,9 @@ def read_file(
         UserError: If it cannot be read, is not UTF-8 text, or a record has no `text_field`; names
             the file, and the line or the row.
     """
-    position, line = first, b""
+    # The place of a problem, if it is in a line.
+    position = first
+    line = b""
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8-sig")
@@ -366,6 +379,7 @@ def read_file(
                 yield Document(text, path.name)
         else:
             for position, line in _read_lines(path, first, end):
+                # Only the beginning of a file can have a byte-order mark.
                 record = json.loads(line.decode("utf-8" if position else "utf-8-sig"))
                 yield _record_document(record, text_field, path.name)
     except UserError:
@@ -380,7 +394,9 @@ def read_file(
 def _read_lines(path: Path, first: int, end: int | None) -> Iterator[tuple[int, bytes]]:
     with _open_lines(path) as file:
         position = first
-        if first:  # The line that is cut belongs to the range before.
+        # A line belongs to the range in which it begins. From one byte before the range, the rest
+        # of the earlier line is read: only its end if a line begins exactly at `first`.
+        if first:
             file.seek(first - 1)
             position += len(file.readline()) - 1
         for line in file:
@@ -435,16 +451,17 @@ def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> I
     import pyarrow
 
     file = _parquet(path)
-    record_text(dict.fromkeys(file.schema_arrow.names, ""), text_field)  # Is there such a column?
+    # Raises if there is no such column; a record of empty texts stands for the rows.
+    record_text(dict.fromkeys(file.schema_arrow.names, ""), text_field)
     groups = range(first, file.num_row_groups if end is None else end)
-    number = sum(file.metadata.row_group(group).num_rows for group in range(first))
+    row = sum(file.metadata.row_group(group).num_rows for group in range(first))
     try:
         for batch in file.iter_batches(row_groups=groups, columns=[text_field]):
             for text in batch.column(0).to_pylist():
-                number += 1
+                row += 1
                 yield record_text({text_field: "" if text is None else text}, text_field)
     except (RecordError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}, row {number}: {error}") from None
+        raise UserError(f"{path}, row {row}: {error}") from None
 
 
 def _record_document(record: Any, text_field: str, source: str) -> Document:
@@ -452,7 +469,8 @@ def _record_document(record: Any, text_field: str, source: str) -> Document:
     is_pair = isinstance(record, dict) and text_field not in record and {*PAIR} <= record.keys()
     if not is_pair:
         return Document(record_text(record, text_field), source)
-    prompt, completion = (record_text(record, name) for name in PAIR)
+    prompt = record_text(record, "prompt")
+    completion = record_text(record, "completion")
     if not completion.strip():
         raise RecordError("the field 'completion' is empty; write what is to be learned")
     return Document(prompt + completion, source, len(prompt))
@@ -530,9 +548,9 @@ def split_text_file(text: str) -> list[str]:
     titled = [block for block in blocks if len(block) > 1 and len(block[0]) <= TITLE_CHARACTERS]
     # In hard-wrapped paragraphs, the first line is as long as the others; titles are shorter.
     if len(blocks) > 2 and len(titled) >= 0.9 * len(blocks):
-        first = median(len(block[0]) for block in titled)
-        longest = median(max(map(len, block[1:])) for block in titled)
-        if first < 0.6 * longest:
+        title_length = median(len(block[0]) for block in titled)
+        line_length = median(max(map(len, block[1:])) for block in titled)
+        if title_length < 0.6 * line_length:
             return ["\n".join(block) for block in blocks]
     return [text]
 

@@ -23,10 +23,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain, compress, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from orchestrator.data.store import (
     TEXTS_NAME,
@@ -62,15 +62,23 @@ DOCUMENTS_PER_BATCH = 1024
 FEW_DOCUMENTS = 100
 """In a corpus smaller than this, at least one document is held out whatever its hash."""
 HASHES_SORTED_TOGETHER = 50_000_000
+"""Sorting them takes one to two gigabytes."""
 DOCUMENTS_COPIED_TOGETHER = 20_000
+"""Their tokens are in memory at once: a shard of short documents has more."""
 RECORD = np.dtype(
     [("key", "<u8"), ("check", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")]
 )
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
-_PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
-_TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
+# Files of a preparation.
+_PLAN = "plan.json"
+_TOKENIZER = "tokenizer.json"
+# Files of each shard.
+_TOKENS = "tokens.bin"
+_TEXTS = "held_out.jsonl"
+_RECORDS = "records.npy"
 _PROMPTS = "prompts.npy"
-"""Of a shard with prompts: how many tokens each document begins with that are no targets."""
+"""Of a shard with prompts: the number of tokens that each document begins with as its prompt."""
+_SUMS = "sha256.json"
 
 Report = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
@@ -116,7 +124,7 @@ def write_text(
         plan = _make_plan(folder, settings, source, tokenizer, progress)
         shards = _tokenize_shards(ShardWriter(folder, source), progress, num_threads)
         final = _join(folder, shards, plan, parent)
-    except BaseException:
+    except BaseException:  # Also of Ctrl-C, after which whole shards stay.
         if not can_resume(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -136,6 +144,7 @@ def _make_plan(
     tokenizer: Tokenizer | None,
     progress: Progress,
 ) -> Plan:
+    # The plan of an interrupted call: its shards were tokenized with the tokenizer beside it.
     if stored := Plan.read(folder / _PLAN):
         return stored
     progress.start("corpus")
@@ -159,8 +168,8 @@ def sample_texts(
     """Return the first documents for training a tokenizer, and the share that is held out.
 
     Args:
-        num_characters: Enough to read, if these are some documents.
-        source: That of the settings, if it is open already.
+        num_characters: Reading ends after so much text, but not before `FEW_DOCUMENTS`.
+        source: The source of the settings, if it is open already.
 
     Returns:
         Texts that are not held out, and `data.validation_fraction`: a small corpus with no document
@@ -170,30 +179,34 @@ def sample_texts(
         UserError: If the source cannot be read, or is empty.
     """
     source = source or text_source(settings)
-    read: list[Document] = []
-    size = 0
+    sample: list[Document] = []
+    sample_characters = 0
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
     for document, _ in islice(_first_of_their_kind(documents), settings.max_documents):
-        read.append(document)
-        size += len(document.text)
-        if len(read) >= FEW_DOCUMENTS and size >= num_characters:
+        sample.append(document)
+        sample_characters += len(document.text)
+        if len(sample) >= FEW_DOCUMENTS and sample_characters >= num_characters:
             break
-    if not read:
+    if not sample:
         raise UserError(
             "the corpus is empty: no document with text was found; check data.source and data.files"
         )
     fraction = settings.validation_fraction
-    if 1 < len(read) < FEW_DOCUMENTS:
-        smallest = min(_place_in_split(document.deciding_text) for document in read)
+    if 1 < len(sample) < FEW_DOCUMENTS:
+        # The next larger number: a document is held out if its place is below the fraction.
+        smallest = min(_place_in_split(document.deciding_text) for document in sample)
         fraction = max(fraction, math.nextafter(smallest, 1.0))
-    trained = (
-        document.text for document in read if not is_validation(document.deciding_text, fraction)
+    training_texts = (
+        document.text for document in sample if not is_validation(document.deciding_text, fraction)
     )
-    return trained, fraction
+    return training_texts, fraction
 
 
 def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
-    # With their hashes. Over one shard: those of all are compared at the end.
+    """Yield documents with their hashes, without copies of earlier ones.
+
+    A shard calls it for its own documents; `_join` compares those of all shards.
+    """
     seen: set[bytes] = set()
     for document in documents:
         content = document.text.encode()
@@ -212,8 +225,9 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 def _place_in_split(text: str) -> float:
-    # A hash in [0, 1).
+    """Return a hash of a text in [0, 1)."""
     data = text.encode("utf-8", "replace")
+    # `person` makes it another hash than the one that tells copies.
     digest = hashlib.blake2b(data, digest_size=8, person=b"split").digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -229,7 +243,7 @@ class ShardWriter:
 
         Args:
             folder: Holds plan and tokenizer, and will hold the shards.
-            source: That of the plan, if it is open already.
+            source: The source of the plan, if it is open already.
         """
         plan = Plan.read(folder / _PLAN)
         assert plan is not None, "a shard is written after its plan"
@@ -244,10 +258,10 @@ class ShardWriter:
         opening = opening_ids(self._tokenizer)
         end = end_of_text_id(self._tokenizer)
         dtype = _dtype_of(self._tokenizer)
-        read = _first_of_their_kind(read_documents(self._source, self.plan.shards[number]))
-        documents = islice(read, self.plan.settings.max_documents)
+        documents = _first_of_their_kind(read_documents(self._source, self.plan.shards[number]))
+        documents = islice(documents, self.plan.settings.max_documents)
         records: list[tuple[int, int, int, int, bool]] = []
-        prompts: list[int] = []
+        prompt_lengths: list[int] = []
         with new_folder(self.shards[number]) as filling:
             with (
                 (filling / _TOKENS).open("wb") as tokens,
@@ -255,17 +269,12 @@ class ShardWriter:
             ):
                 while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
                     # A prompt is encoded by itself: so the model reads it when it answers.
-                    of_prompts, of_completions = (
-                        self._tokenizer.encode_batch_fast(
-                            [getattr(document, part) for document, _ in batch],
-                            add_special_tokens=False,
-                        )
-                        for part in ("prompt", "completion")
-                    )
+                    prompts = self._encode([document.prompt for document, _ in batch])
+                    completions = self._encode([document.completion for document, _ in batch])
                     num_tokens = 0
                     num_bytes = 0
                     for (document, digest), prompt, completion in zip(
-                        batch, of_prompts, of_completions, strict=True
+                        batch, prompts, completions, strict=True
                     ):
                         start = opening
                         if document.prompt_characters is not None:
@@ -274,7 +283,8 @@ class ShardWriter:
                             start = prompt.ids if is_open else [*opening, *prompt.ids]
                         # Not what the tokenizer puts after a text: some put nothing, some two ends.
                         ids = [*start, *completion.ids, end]
-                        prompts.append(0 if document.prompt_characters is None else len(start))
+                        is_pair = document.prompt_characters is not None
+                        prompt_lengths.append(len(start) if is_pair else 0)
                         tokens.write(np.array(ids, dtype).tobytes())
                         is_held_out = is_validation(document.deciding_text, self.plan.fraction)
                         if is_held_out:
@@ -288,11 +298,14 @@ class ShardWriter:
                     report(num_tokens, num_bytes)
             np.save(filling / _RECORDS, np.array(records, RECORD))
             names = [_TOKENS, _TEXTS, _RECORDS]
-            if any(prompts):
-                np.save(filling / _PROMPTS, np.array(prompts, "<u4"))
+            if any(prompt_lengths):
+                np.save(filling / _PROMPTS, np.array(prompt_lengths, "<u4"))
                 names.append(_PROMPTS)
             sums = {name: file_digest(filling / name) for name in names}
             write_json(filling / _SUMS, sums)
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
 
 def _dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -302,7 +315,7 @@ def _dtype_of(tokenizer: Tokenizer) -> np.dtype:
 def _tokenize_shards(
     writer: ShardWriter, progress: Progress, num_threads: int | None
 ) -> list[Path]:
-    """Tokenize the shards that are missing; return the first shards, enough for the documents."""
+    """Tokenize the shards that are missing; return the first ones that hold enough documents."""
     missing = _missing_shards(writer.shards, progress)
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
     rates = _Rates(progress)
@@ -315,6 +328,7 @@ def _tokenize_shards(
     try:
         while True:
             unfinished = {*waiting, *at_work.values()}
+            # Shards are counted in their order: which documents are copies depends on it.
             while num_counted < len(writer.shards) and num_counted not in unfinished:
                 documents.add(writer.shards[num_counted])
                 num_counted += 1
@@ -333,6 +347,7 @@ def _tokenize_shards(
                 future.result()
                 rates.end_shard()
     finally:
+        # Threads cannot be stopped; those at work end at their next report.
         rates.is_over = True
         pool.shutdown(cancel_futures=True)
 
@@ -405,8 +420,12 @@ class _Rates:
     def __init__(self, progress: Progress) -> None:
         self.is_over = False
         """Whether the threads have to end: at an error of one, or after Ctrl-C."""
-        self._progress, self._started, self._lock = progress, time.monotonic(), Lock()
-        self._tokens = self._bytes = self._shards = 0
+        self._progress = progress
+        self._started = time.monotonic()
+        self._lock = Lock()
+        self._tokens = 0
+        self._bytes = 0
+        self._shards = 0
 
     def __call__(self, num_tokens: int, num_bytes: int) -> None:
         if self.is_over:
@@ -419,6 +438,7 @@ class _Rates:
             self._progress.advance(self._shards, f"{text}, {format_bytes(self._bytes / seconds)}/s")
 
     def end_shard(self) -> None:
+        """Count a shard that is whole."""
         self._shards += 1
         self(0, 0)
 
@@ -426,32 +446,57 @@ class _Rates:
 # Join
 
 
-def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Path:
-    records = [np.load(shard / _RECORDS, mmap_mode="r") for shard in shards]
-    is_kept = first_occurrences(np.concatenate([some["key"] for some in records]))
-    if plan.settings.max_documents is not None:
-        is_kept &= np.cumsum(is_kept) <= plan.settings.max_documents
-    kept = np.split(is_kept, np.cumsum([len(some) for some in records])[:-1])
-    prompts = [
-        np.load(shard / _PROMPTS) if (shard / _PROMPTS).exists() else np.zeros(len(of_shard), "<u4")
-        for shard, of_shard in zip(shards, records, strict=True)
-    ]
-    has_prompts = any(
-        of_shard[chosen].any() for of_shard, chosen in zip(prompts, kept, strict=True)
-    )
-    sides = {False: SplitCounts(), True: SplitCounts()}
+class ShardDocuments(NamedTuple):
+    """A shard's documents as they are joined; each array has one entry per document."""
+
+    folder: Path
+    records: np.ndarray
+    """What is known of the documents, as values of `RECORD`."""
+    is_kept: np.ndarray
+    """Whether a document is the first of its kind, and one of `data.max_documents`."""
+    prompt_lengths: np.ndarray
+    """Tokens that a document begins with that are no targets."""
+
+    def on_side(self, *, held_out: bool) -> np.ndarray:
+        """Return whether each document is kept, and is on this side of the split."""
+        is_on_side: np.ndarray = self.is_kept & (self.records["held_out"] == held_out)
+        return is_on_side
+
+
+def _read_shards(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
+    """Read the records of all shards, and choose which documents are kept."""
+    records = [np.load(folder / _RECORDS, mmap_mode="r") for folder in folders]
+    is_kept = first_occurrences(np.concatenate([of_shard["key"] for of_shard in records]))
+    if max_documents is not None:
+        is_kept &= np.cumsum(is_kept) <= max_documents
+    shards: list[ShardDocuments] = []
+    first = 0
+    for folder, of_shard in zip(folders, records, strict=True):
+        end = first + len(of_shard)
+        prompt_lengths = np.zeros(len(of_shard), "<u4")
+        if (folder / _PROMPTS).exists():
+            prompt_lengths = np.load(folder / _PROMPTS)
+        shards.append(ShardDocuments(folder, of_shard, is_kept[first:end], prompt_lengths))
+        first = end
+    return shards
+
+
+def _join(folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path) -> Path:
+    """Append the tokens of all documents that are kept; return the folder, named by the content."""
+    shards = _read_shards(shard_folders, plan.settings.max_documents)
+    has_prompts = any(shard.prompt_lengths[shard.is_kept].any() for shard in shards)
+
+    # What is kept: its size on each side, and a hash of it.
+    train = SplitCounts()
+    validation = SplitCounts()
     documents = hashlib.sha256()
-    for some, chosen in zip(records, kept, strict=True):
-        documents.update(some[chosen].tobytes())
-        for is_held_out, counts in sides.items():
-            own = some[chosen & (some["held_out"] == is_held_out)]
-            counts.documents += len(own)
-            counts.tokens += int(own["tokens"].sum(dtype=np.int64))
-            counts.bytes += int(own["bytes"].sum(dtype=np.int64))
+    for shard in shards:
+        documents.update(shard.records[shard.is_kept].tobytes())
+        train += _counts(shard.records[shard.on_side(held_out=False)])
+        validation += _counts(shard.records[shard.on_side(held_out=True)])
     if has_prompts:
-        for of_shard, chosen in zip(prompts, kept, strict=True):
-            documents.update(of_shard[chosen].tobytes())
-    train, validation = sides.values()
+        for shard in shards:
+            documents.update(shard.prompt_lengths[shard.is_kept].tobytes())
     num_documents = train.documents + validation.documents
     if num_documents == 1:
         raise UserError(
@@ -478,26 +523,41 @@ def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Pat
             (filling / VALIDATION_NAME).open("wb") as validation_file,
             (filling / TEXTS_NAME).open("wb") as texts,
         ):
-            for shard, of_shard, chosen in zip(shards, records, kept, strict=True):
-                with (shard / _TEXTS).open("rb") as rows:
-                    texts.writelines(compress(rows, chosen[of_shard["held_out"]]))
-                with (shard / _TOKENS).open("rb") as file:
-                    for first in range(0, len(of_shard), DOCUMENTS_COPIED_TOGETHER):
+            for shard in shards:
+                with (shard.folder / _TEXTS).open("rb") as rows:
+                    # The file has a row for each held-out document, kept or not.
+                    texts.writelines(compress(rows, shard.is_kept[shard.records["held_out"]]))
+                num_tokens = shard.records["tokens"]
+                sides = (
+                    (train_file, shard.on_side(held_out=False)),
+                    (validation_file, shard.on_side(held_out=True)),
+                )
+                with (shard.folder / _TOKENS).open("rb") as tokens_file:
+                    for first in range(0, len(num_tokens), DOCUMENTS_COPIED_TOGETHER):
                         part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)
-                        some, flags = of_shard[part], chosen[part]
-                        tokens = np.fromfile(file, dtype, int(some["tokens"].sum()))
-                        for out, side in ((train_file, False), (validation_file, True)):
-                            own = flags & (some["held_out"] == side)
-                            out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
+                        tokens = np.fromfile(tokens_file, dtype, int(num_tokens[part].sum()))
+                        for file, is_on_side in sides:
+                            is_copied = np.repeat(is_on_side[part], num_tokens[part])
+                            file.write(tokens[is_copied].tobytes())
         if has_prompts:
-            for name, side in ((TRAIN_TARGETS_NAME, False), (VALIDATION_TARGETS_NAME, True)):
+            for name, held_out in ((TRAIN_TARGETS_NAME, False), (VALIDATION_TARGETS_NAME, True)):
                 with (filling / name).open("wb") as file:
-                    for of_shard, chosen, lengths in zip(records, kept, prompts, strict=True):
-                        own = chosen & (of_shard["held_out"] == side)
-                        file.write(_is_target(of_shard["tokens"][own], lengths[own]).tobytes())
+                    for shard in shards:
+                        is_on_side = shard.on_side(held_out=held_out)
+                        num_tokens = shard.records["tokens"][is_on_side]
+                        is_target = _is_target(num_tokens, shard.prompt_lengths[is_on_side])
+                        file.write(is_target.tobytes())
         settings = plan.settings.read_by_source()
         finish_folder(filling, fingerprint, settings, tokenizer, train=train, validation=validation)
     return final
+
+
+def _counts(records: np.ndarray) -> SplitCounts:
+    return SplitCounts(
+        documents=len(records),
+        tokens=int(records["tokens"].sum(dtype=np.int64)),
+        bytes=int(records["bytes"].sum(dtype=np.int64)),
+    )
 
 
 def _is_target(num_tokens: np.ndarray, num_prompt_tokens: np.ndarray) -> np.ndarray:

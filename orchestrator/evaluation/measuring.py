@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ from iiet.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
-from orchestrator.evaluation.tasks import FEWSHOT_SEED, Suite
+from orchestrator.evaluation.tasks import FEWSHOT_SEED, LoadedSuite
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision
 from orchestrator.models.tokenizer import check_template, trained_opening
-from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
+from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult, Suite
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
@@ -38,21 +38,6 @@ LARGEST_VALIDATION_BATCH = 16
 """Sequences in one forward pass of it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """How a model is measured; precision, limit and sequence length determine the numbers."""
-
-    precision: Precision | None = None
-    """Weights and arithmetic; by the device when unset: bf16 on GPUs that have it, else fp32."""
-    limit: int | None = None
-    """Score only this many items of each task."""
-    sequence_length: int | None = None
-    """Most tokens that the model reads at once; its context when unset."""
-    batch_size: int = 32
-    device: str = "cpu"
-    trust_remote_code: bool = False
-
-
 @dataclass(frozen=True)
 class Measured:
     """An evaluation, the keys of its results in the store, and how they came about."""
@@ -70,59 +55,71 @@ class ModelMeasurer:
         self,
         model: OpenedModel,
         store: EvaluationStore,
-        conditions: Conditions,
+        suite: Suite,
+        *,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        self._model, self._store, self._conditions = model, store, conditions
+        """Say what is measured, and where.
+
+        Args:
+            suite: What determines the numbers; without a precision, the device does, too.
+            trust_remote_code: Whether code in the model's folder may run.
+        """
+        self._model = model
+        self._store = store
+        self._suite = suite
+        self._device = device
+        self._trust_remote_code = trust_remote_code
         self._progress = progress or Progress()
 
     @cached_property
     def precision(self) -> Precision:
         """Weights and arithmetic of the model."""
-        return self._conditions.precision or device_precision(self._conditions.device)
+        return self._suite.precision or device_precision(self._device)
 
     @property
     def sequence_length(self) -> int:
         """Most tokens that the model reads at once."""
-        return self._conditions.sequence_length or self._model.context_length
+        return self._suite.sequence_length or self._model.context_length
 
-    def has_stored(self, suite: Suite) -> bool:
+    def has_stored(self, loaded: LoadedSuite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
-        return all(map(self._store.read, self._keys(suite).values()))
+        return all(map(self._store.read, self._keys(loaded).values()))
 
-    def stored_answers(self, suite: Suite) -> dict[str, int | None]:
+    def stored_answers(self, loaded: LoadedSuite) -> dict[str, int | None]:
         """Return for each task how many answers are stored; None if its result is."""
         return {
             name: None if self._store.read(key) else self._store.journal(key, name).num_answers
-            for name, key in self._keys(suite).items()
+            for name, key in self._keys(loaded).items()
         }
 
-    def tasks(self, suite: Suite) -> Measured:
+    def tasks(self, loaded: LoadedSuite) -> Measured:
         """Measure the tasks of a suite, one after the other.
 
         Raises:
             UserError: If the weights or the tokenizer are missing or damaged, or a task wants
                 answers that the decoder cannot generate.
         """
-        keys = self._keys(suite)
+        keys = self._keys(loaded)
         found = {name: self._store.read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
-        missing = suite.only([name for name in suite.tasks if name not in results])
+        missing = loaded.only([name for name in loaded.tasks if name not in results])
         if missing.tasks:
             # Imported here: it takes seconds, and what is stored is read without it.
             from orchestrator.evaluation.lm_eval_model import run_task
 
-            limit, progress = self._conditions.limit, self._progress
+            progress = self._progress
             model = self._lm_eval_model(missing)
-            num_items = sum(missing.num_items(name, limit) for name in missing.tasks)
-            progress.start("evaluate", num_items)
+            progress.start("evaluate", sum(map(missing.num_items, missing.tasks)))
             for name, task in missing.tasks.items():
                 model.journal = self._store.journal(keys[name], name)
                 if count := model.journal.num_answers:
                     progress.note(f"{name}: {count:,} answers were stored before an interruption")
-                measured = run_task(name, task, model, limit)
+                measured = run_task(name, task, model, self._suite.limit)
                 # One by one: what is measured survives an interruption.
-                self._store.write(keys[name], measured, self._about(suite))
+                self._store.write(keys[name], measured, self._about())
                 results[name] = measured.result
                 model.num_items_before += measured.result.num_items
                 progress.advance(model.num_items_before)
@@ -131,11 +128,11 @@ class ModelMeasurer:
                     f"{model.num_cut} prompts lost their beginning: they are longer than the "
                     f"{self.sequence_length} tokens that the model reads at once"
                 )
-        stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
+        stored = EvaluationKeys(tasks=keys, groups=loaded.groups, skipped=loaded.skipped)
         evaluation = EvaluationResult(
-            results={name: results[name] for name in suite.tasks},
-            groups=suite.groups,
-            skipped=suite.skipped,
+            results={name: results[name] for name in loaded.tasks},
+            groups=loaded.groups,
+            skipped=loaded.skipped,
         )
         return Measured(evaluation, stored, len(missing.tasks), self.precision)
 
@@ -165,57 +162,64 @@ class ModelMeasurer:
             found = measured.result
         return found.metrics[VALIDATION_LOSS]
 
-    def _keys(self, suite: Suite) -> dict[str, str]:
-        limit = self._conditions.limit
-        # Keys without opening tokens are those of earlier versions, which added none.
-        opening = [self._opening] if self._opening else []
-        return {name: self._key(suite.fingerprint(name), limit, *opening) for name in suite.tasks}
+    def _keys(self, loaded: LoadedSuite) -> dict[str, str]:
+        opening = trained_opening(self._model.text_folder)
+        limit = self._suite.limit
+        return {
+            name: self._key(loaded.fingerprint(name), limit=limit, opening=opening)
+            for name in loaded.tasks
+        }
 
-    @cached_property
-    def _opening(self) -> list[int]:
-        return trained_opening(self._model.text_folder)
-
-    def _key(self, what: str, limit: int | None = None, *others: Any) -> str:
-        # A length that is the context's is absent, so that keys are those of earlier versions.
-        is_usual = self.sequence_length == self._model.context_length
-        length = [] if is_usual else [self.sequence_length]
-        others = (*length, *others)
-        return content_key("evaluation", [*self._model.key, self.precision], what, limit, *others)
+    def _key(self, what: str, *, limit: int | None = None, opening: Sequence[int] = ()) -> str:
+        return self._suite.result_key(
+            self._model.key,
+            what,
+            precision=self.precision,
+            context_length=self._model.context_length,
+            limit=limit,
+            opening=opening,
+        )
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return self._model.decoder(DTYPES[self.precision], device=self._conditions.device)
+        return self._model.decoder(DTYPES[self.precision], device=self._device)
 
-    def _lm_eval_model(self, suite: Suite) -> LmEvalModel:
-        """Load the model as one of lm-eval."""
-        from orchestrator.evaluation import lm_eval_model
+    def _lm_eval_model(self, missing: LoadedSuite) -> LmEvalModel:
+        """Load the model as one of lm-eval, to answer these tasks."""
+        from orchestrator.evaluation.lm_eval_model import DecoderModel, LmEvalModel
         from orchestrator.evaluation.looped import load_transformers
 
-        model, conditions = self._model, self._conditions
-        prompts, device = suite.prompts or Prompts(), conditions.device
-        kind: type[LmEvalModel] = lm_eval_model.LmEvalModel
-        if model.config is None:
-            trusts = conditions.trust_remote_code
-            text = model.tokenizer(trust_remote_code=trusts)
-            loaded: Any = load_transformers(
-                model, trust_remote_code=trusts, device=device, dtype=DTYPES[self.precision]
+        kind: type[LmEvalModel]
+        network: Any
+        if self._model.config is None:
+            kind = LmEvalModel
+            text = self._model.tokenizer(trust_remote_code=self._trust_remote_code)
+            network = load_transformers(
+                self._model,
+                trust_remote_code=self._trust_remote_code,
+                device=self._device,
+                dtype=DTYPES[self.precision],
             )
         else:
-            kind, loaded, text = lm_eval_model.DecoderModel, self._decoder, model.tokenizer()
-            check_answer_settings(suite.tasks, self.sequence_length)
+            kind = DecoderModel
+            text = self._model.tokenizer()
+            network = self._decoder
+            check_answer_settings(missing.tasks, self.sequence_length)
+        prompts = self._suite.prompts or Prompts()
         check_template(text, prompts)
         return kind(
-            loaded,
+            network,
             text,
-            conditions.batch_size,
+            self._suite.batch_size,
             prompts=prompts,
             progress=self._progress,
-            max_length=conditions.sequence_length,
+            max_length=self._suite.sequence_length,
         )
 
-    def _about(self, suite: Suite) -> dict[str, object]:
+    def _about(self) -> dict[str, object]:
         """Return what lm-eval's results say of a run beside its numbers."""
-        model, prompts = self._model, suite.prompts or Prompts()
+        model = self._model
+        prompts = self._suite.prompts or Prompts()
         model_args: dict[str, object] = {"dtype": self.precision}
         if model.config is not None and facts_of(model.config.method).has_corrections:
             model_args["schedule"] = str(model.config.corrections)
@@ -223,8 +227,8 @@ class ModelMeasurer:
             "config": {
                 "model": model.architecture,
                 "model_args": model_args,
-                "batch_size": self._conditions.batch_size,
-                "limit": self._conditions.limit,
+                "batch_size": self._suite.batch_size,
+                "limit": self._suite.limit,
                 "fewshot_seed": FEWSHOT_SEED,
                 "apply_chat_template": prompts.chat_template,
             },

@@ -38,9 +38,8 @@ from orchestrator.evaluation.heldout import (
     offered_tasks,
 )
 from orchestrator.models.hub import hub_problem, offline
-from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC
+from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
-from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, shortened
 from orchestrator.workspace.files import expand_user
@@ -67,56 +66,50 @@ PAPER_TASKS = (
 # What the settings ask for
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskSelection:
-    """Names of tasks, where they are looked up, and how they are asked."""
-
-    names: tuple[str, ...] = ()
-    """Tasks, groups or tags; if empty, all tasks of the folders and all held-out tasks."""
-    folders: tuple[Path, ...] = ()
-    """Folders of the user's task files; they take precedence over lm-eval's own."""
-    heldout: Path | None = None
-    """Folder of the held-out tasks, which take precedence over all others; None without any."""
-    num_fewshot: int | None = None
-    """Solved examples before each item, unless a task fixes 0; if unset, the task's own number."""
-    prompts: Prompts | None = None
-    """How items become prompts, if not as the tasks' files say."""
-
-
-def select_tasks(
+def make_suite(
     settings: EvaluationSettings,
     tokens: Path | None,
     *,
     context_length: int,
     make: Progress | None = None,
-) -> TaskSelection:
-    """Return the tasks that the settings ask for; `heldout` means all held-out tasks of the data.
+) -> Suite:
+    """Return what the settings ask to measure; `heldout` means all held-out tasks of the data.
 
     Args:
         tokens: Folder of prepared tokens, which held-out tasks need; see `needs_heldout`.
-        context_length: Tokens that the model reads; every held-out item fits into them.
+        context_length: Most tokens that the model can read.
         make: Shows the progress of making missing held-out tasks; without it, none are made.
 
     Raises:
-        UserError: If the tokens do not give the held-out tasks, or these are damaged, or cannot be
-            made because the documents give no items.
+        UserError: If the model reads fewer tokens at once than the settings say, the tokens do not
+            give the held-out tasks, or these are damaged, or cannot be made because the documents
+            give no items.
     """
-    names, heldout = named_tasks(settings), None
+    length = settings.tokens_at_once(context_length)
+    names = named_tasks(settings)
+    heldout = None
     if tokens is not None and needs_heldout(settings):
         offered = offered_tasks(open_data(tokens))
         check_offered(settings, offered)
+        # Every held-out item fits into what the model reads at once.
         heldout = heldout_folder(
-            tokens, num_items=settings.num_items, context_length=context_length, make=make
+            tokens, num_items=settings.num_items, context_length=length, make=make
         )
         if HELDOUT in names:
             place = names.index(HELDOUT)
             names[place : place + 1] = offered
-    return TaskSelection(
-        names=tuple(dict.fromkeys(names)),
-        folders=user_task_folders(settings),
-        heldout=heldout,
+    return Suite(
+        tokens_folder=str(tokens or ""),
+        tasks=tuple(dict.fromkeys(names)),
+        suite=heldout.name if heldout else "",
+        suite_folder=str(heldout or ""),
+        include_folder=user_task_folder(settings),
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        sequence_length=None if length == context_length else length,
         num_fewshot=settings.num_fewshot,
         prompts=settings.prompts,
+        precision=settings.precision,
     )
 
 
@@ -140,21 +133,21 @@ def needs_lm_eval(settings: EvaluationSettings) -> bool:
     return names_all or bool(_lm_eval_names(settings))
 
 
-def user_task_folders(settings: EvaluationSettings) -> tuple[Path, ...]:
-    """Return the user's folder of task files as an absolute path, or nothing if none is set.
+def user_task_folder(settings: EvaluationSettings) -> str:
+    """Return the user's folder of task files as an absolute path; empty if none is set.
 
     Raises:
         UserError: If it does not exist.
     """
     if not settings.include_path:
-        return ()
+        return ""
     folder = expand_user(settings.include_path).absolute()
     if not folder.is_dir():
         raise UserError(
             f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
             "find lm-eval task files in"
         )
-    return (folder,)
+    return str(folder)
 
 
 def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
@@ -173,7 +166,7 @@ def check_task_names(settings: EvaluationSettings) -> None:
     Which tasks a folder of the user has, only lm-eval can say.
     """
     others = [name for name in _lm_eval_names(settings) if name not in {PAPER, *PAPER_TASKS}]
-    if others and not user_task_folders(settings):
+    if others and not user_task_folder(settings):
         known = _builtin_folders()
         _refuse({name: _no_such_task(name, known) for name in others if name not in known})
 
@@ -221,14 +214,15 @@ def lm_eval_task_fingerprints(
         UserError: If a task does not exist, cannot be read or not be answered, the hub provides
             none of them, or none reports an accuracy although one is needed.
     """
-    folders, names = user_task_folders(settings), named_tasks(settings)
+    include_folder = user_task_folder(settings)
+    names = named_tasks(settings)
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
         loaded = load_suite(
-            TaskSelection(
-                names=tuple(_lm_eval_names(settings)),
-                folders=folders,
+            Suite(
+                tasks=tuple(_lm_eval_names(settings)),
+                include_folder=include_folder,
                 num_fewshot=settings.num_fewshot,
                 prompts=settings.prompts,
             )
@@ -272,31 +266,30 @@ def suppress_output() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
-    """Loaded tasks, and those that the hub did not provide."""
+class LoadedSuite:
+    """Loaded tasks of a suite, and those that the hub did not provide."""
 
+    suite: Suite
+    """What was asked for."""
     tasks: dict[str, Task]
     """Task by name, in the requested order."""
     groups: dict[str, tuple[str, ...]]
     """Requested group or tag -> names of its tasks."""
     skipped: dict[str, str]
     """Name of a task -> why it is not run."""
-    prompts: Prompts | None = None
-    """How items become prompts, if not as the tasks' files say."""
 
-    def only(self, names: Collection[str]) -> Suite:
+    def only(self, names: Collection[str]) -> LoadedSuite:
         """Return the suite with only these tasks."""
         return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
 
-    def num_items(self, name: str, limit: int | None = None) -> int:
-        """Return the number of items that a run with this limit scores."""
+    def num_items(self, name: str) -> int:
+        """Return the number of items of a task that a run scores."""
         available = len(self.tasks[name].eval_docs)
-        return available if limit is None else min(available, limit)
+        return available if self.suite.limit is None else min(available, self.suite.limit)
 
     def fingerprint(self, name: str) -> str:
         """Return a hash of all that determines items, prompts and metrics, but no file paths."""
-        key = _task_hash(self.tasks[name])
-        return content_key(key, self.prompts.key) if self.prompts else key
+        return self.suite.task_fingerprint(_task_hash(self.tasks[name]))
 
 
 @lru_cache(maxsize=64)
@@ -318,58 +311,70 @@ def _task_hash(task: Task) -> str:
     return content_key(text, str(task.VERSION), metadata.version("lm_eval"))
 
 
-def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> Suite:
-    """Load tasks by name; in one process, tasks of the same files are loaded once.
+def load_suite(suite: Suite) -> LoadedSuite:
+    """Load the tasks of a suite; in one process, tasks of the same files are loaded once.
 
-    Args:
-        planned: Names of tasks found when a sweep was planned, without held-out ones. The suite
-            gets exactly these, so that all models have an average over the same tasks.
+    A suite with fingerprints gets exactly the tasks that have one, and the held-out tasks, so that
+    all models of a sweep have an average over the same tasks.
 
     Raises:
         UserError: If a name has no task, a local task cannot be loaded or scored, or the hub
             provides none of the tasks.
-        RunFailed: If a planned task cannot be loaded.
+        RunFailed: If a task with a fingerprint cannot be loaded.
     """
-    folders = [*asked.folders, *([asked.heldout] if asked.heldout else [])]
+    folders = [*suite.task_folders, *([suite.heldout] if suite.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    suite = replace(_load(replace(asked, prompts=None), state), prompts=asked.prompts)
-    if suite.skipped:
+    # The rest of the suite says how tasks are run, not which there are.
+    which = Suite(
+        tasks=suite.tasks,
+        include_folder=suite.include_folder,
+        suite_folder=suite.suite_folder,
+        num_fewshot=suite.num_fewshot,
+    )
+    loaded = replace(_load(which.model_dump_json(), state), suite=suite)
+    if loaded.skipped:
         _load.cache_clear()  # The hub may provide them later.
-    if planned is None:
-        if not suite.tasks:
-            raise UserError(f"nothing is left to evaluate: {_as_text(suite.skipped)}")
-        return suite
-    own = heldout_configs(asked.heldout) if asked.heldout else {}
-    wanted = {*planned, *(name for name in own if not asked.names or name in asked.names)}
-    if missing := [name for name in wanted if name not in suite.tasks]:
-        reasons = f" ({_as_text(suite.skipped)})" if suite.skipped else ""
+    if suite.fingerprints is None:
+        if not loaded.tasks:
+            raise UserError(f"nothing is left to evaluate: {_as_text(loaded.skipped)}")
+        return loaded
+    heldout_names = heldout_configs(suite.heldout) if suite.heldout else {}
+    asked_heldout = [name for name in heldout_names if not suite.tasks or name in suite.tasks]
+    planned = {*suite.fingerprints, *asked_heldout}
+    if missing := [name for name in planned if name not in loaded.tasks]:
+        reasons = f" ({_as_text(loaded.skipped)})" if loaded.skipped else ""
         raise RunFailed(
             f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
             f"cannot now{reasons}; the same command tries again"
         )
-    others = [name for name in suite.tasks if name not in wanted]
+    others = [name for name in loaded.tasks if name not in planned]
     reason = "it could not be loaded when the sweep was planned"
-    return replace(suite.only(wanted), skipped=suite.skipped | dict.fromkeys(others, reason))
+    return replace(loaded.only(planned), skipped=loaded.skipped | dict.fromkeys(others, reason))
 
 
 @lru_cache(maxsize=4)
-def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Suite:
-    """Load tasks whose files have this state."""
+def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedSuite:
+    """Load the tasks of a suite, as JSON because a key of the cache must be hashable.
+
+    `_state` is that of the files.
+    """
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
+
+    suite = Suite.model_validate_json(suite_json)
 
     def manager_of(*folders: Path) -> TaskManager:
         with suppress_output():
             return lm_eval.tasks.TaskManager(include_path=[*folders], include_defaults=False)
 
     # Find them.
-    manager = manager_of(*asked.folders)
-    _check_files(manager, asked.folders)
-    configs = heldout_configs(asked.heldout) if asked.heldout else {}
-    names = _with_paper_tasks(asked.names or sorted({*manager.all_subtasks, *configs}))
+    manager = manager_of(*suite.task_folders)
+    _check_files(manager, suite.task_folders)
+    configs = heldout_configs(suite.heldout) if suite.heldout else {}
+    names = _with_paper_tasks(suite.tasks or sorted({*manager.all_subtasks, *configs}))
     if not names:
-        places = ", ".join(map(str, asked.folders))
+        places = suite.include_folder
         raise UserError(
             f"there are no lm-eval task files in {places}" if places else "no task was named"
         )
@@ -378,7 +383,7 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
         # Of lm-eval's own tasks, only the folders that define these names are read.
         builtin = _builtin_folders()
         having: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
-        manager = manager_of(*sorted(having), *asked.folders)
+        manager = manager_of(*sorted(having), *suite.task_folders)
 
     # Load them; only what the hub does not give is skipped.
     tasks: dict[str, Task] = {}
@@ -417,11 +422,11 @@ def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Su
             groups[name] = tuple(loaded)
     _refuse(problems)
     for task in tasks.values():
-        if asked.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config("num_fewshot", asked.num_fewshot)
+        if suite.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", suite.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-    return Suite(tasks=tasks, groups=groups, skipped=skipped)
+    return LoadedSuite(suite=suite, tasks=tasks, groups=groups, skipped=skipped)
 
 
 def _no_such_task(name: str, known: Iterable[str]) -> str:

@@ -34,14 +34,15 @@ from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 
 TOKENIZER = "tokenizer.json"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
-"""Of weights in several files: which tensor is in which."""
+"""Name of the file that says which tensor is in which file, of weights in several files."""
 TRAINING_STATE = "training_state.pt"
 METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
 FIRST_STAGE = "first_stage"
-"""Entry of the provenance: the key of the first stage whose last step it is, if others share it."""
+"""Entry of the provenance, of the last step of a first stage that several trainings share: the
+stage's key."""
 JOB_KEY = "job"
 """Entry of the provenance: the key of the training that wrote the checkpoint."""
 
@@ -73,12 +74,12 @@ def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:
         DamagedFile: If it is damaged.
     """
     try:
-        found = read_json(folder / name)
+        values = read_json(folder / name)
     except NotADirectoryError:
-        found = None
-    if found is None:
+        values = None
+    if values is None:
         raise UserError(f"{folder} is not a model folder: it has no {name}")
-    return found
+    return values
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -91,7 +92,7 @@ def load_config(folder: Path) -> ModelConfig:
     values = read_config(folder)
     try:
         return config_from_json(values)
-    except ExtensionError as error:
+    except ExtensionError as error:  # The method is unknown here, or its package is broken.
         package = load_provenance(folder).get(METHOD_PACKAGE)
         if package is None or values.get("method") in METHODS:
             raise UserError(f"cannot use {folder}: {shortened(str(error))}") from None
@@ -175,18 +176,20 @@ def weights_precision(folder: Path) -> StoredPrecision:
     Raises:
         UserError: If there are no weights, or they cannot be read.
     """
-    largest, precision = 0, "F32"
+    largest_size = 0
+    largest_dtype = "F32"
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in list(weights.keys()):
                     tensor = weights.get_slice(name)
                     size = math.prod(tensor.get_shape())
-                    if size > largest:
-                        largest, precision = size, tensor.get_dtype()
+                    if size > largest_size:
+                        largest_size = size
+                        largest_dtype = tensor.get_dtype()
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
-    return _SAFETENSORS_NAMES.get(precision, "fp32")
+    return _SAFETENSORS_NAMES.get(largest_dtype, "fp32")
 
 
 def model_files_key(folder: Path) -> str:
@@ -216,7 +219,8 @@ def tokenizer_file(folder: Path) -> Path:
 
 def read_text_files(folder: Path) -> dict[str, bytes]:
     """Return the `TEXT_FILES` in a folder: name -> content."""
-    return {n: (folder / n).read_bytes() for n in TEXT_FILES if (folder / n).is_file()}
+    files = [folder / name for name in TEXT_FILES]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def text_files_key(folder: Path) -> str | None:
@@ -240,20 +244,21 @@ def resolve_checkpoint(path: Path) -> Path:
         UserError: If there is none, or it is damaged; an older one would be another model. Of a
             model folder, says how it becomes one, or why it cannot.
     """
-    path, hint = resolve_path(path), ""
+    path = resolve_path(path)
+    hint = ""
     if not is_checkpoint(path):
-        found = find_checkpoints(path)
-        if not found and (path / CONFIG).is_file():
-            decoder_config(path)  # Else the import would refuse it.
+        checkpoints = find_checkpoints(path)
+        if not checkpoints and (path / CONFIG).is_file():
+            decoder_config(path)  # Raises why not, if the import would refuse it.
             raise UserError(
                 f"{path} is a model folder, not a checkpoint; `iiet-orch import {path}` makes one "
                 "of it"
             )
-        if not found:
+        if not checkpoints:
             raise UserError(f"{path} holds no checkpoint; `iiet-orch pretrain` makes one")
-        path = found[-1]
-        if len(found) > 1:
-            hint = f"; restore it, or name an older model: {found[-2]}"
+        path = checkpoints[-1]
+        if len(checkpoints) > 1:
+            hint = f"; restore it, or name an older model: {checkpoints[-2]}"
     try:
         check_checkpoint(path)
     except UserError as error:
@@ -276,20 +281,21 @@ def load_provenance(folder: Path) -> dict[str, Any]:
 def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     """Return the schedules that a checkpoint's weights learned, costliest first.
 
-    These are the model's own, and of elastic weights the family; none for a method without
-    corrections. Of a model folder from elsewhere none are known.
+    The schedules are the model's own one and, of elastic weights, the others of the family. A
+    method without corrections has none, and of a model folder from elsewhere none are known.
 
     Raises:
         UserError: If the checkpoint is damaged.
     """
     if not is_checkpoint(folder):
         return ()
-    config, members = load_config(folder), load_provenance(folder).get(ELASTIC, [])
+    config = load_config(folder)
+    family = load_provenance(folder).get(ELASTIC, [])
     if not facts_of(config.method).has_corrections:
         return ()
     parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
     with damage_named(folder / PROVENANCE):
-        return (config.corrections, *map(parse, members))
+        return (config.corrections, *map(parse, family))
 
 
 def weights_key(folder: Path) -> str:
@@ -306,8 +312,10 @@ def check_checkpoint(
 ) -> None:
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
-    `with_training_state` adds the file that only a resumed training reads, most of the bytes.
-    `remember` as in `files.damaged_file`.
+    Args:
+        with_training_state: Verify also the file that only a resumed training reads, which holds
+            most of the bytes.
+        remember: As in `files.damaged_file`.
 
     Raises:
         UserError: If the folder is not a checkpoint.
@@ -319,7 +327,9 @@ def check_checkpoint(
     checksums = provenance.get("checksums", {})
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
         raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
-    names = [name for name in {CONFIG: 0, WEIGHTS: 0, **checksums} if name != TRAINING_STATE]
+    # Without a checksum for the configuration or the weights, that file counts as damaged.
+    other_names = [name for name in checksums if name not in (CONFIG, WEIGHTS, TRAINING_STATE)]
+    names = [CONFIG, WEIGHTS, *other_names]
     if with_training_state:
         names.append(TRAINING_STATE)
     if damage := damaged_file(folder, checksums, names=names, remember=remember):
@@ -334,16 +344,18 @@ def newest_checkpoint(
     with_training_state: bool = False,
 ) -> Path | None:
     """Return the newest intact checkpoint of a run, or None; warn of each damaged newer one."""
-    damage, newest = [], None
+    problems: list[str] = []
+    newest = None
     for folder in reversed(find_checkpoints(run_folder)):
         if step_of(folder) <= up_to_step:
             try:
                 check_checkpoint(folder, with_training_state=with_training_state)
             except UserError as error:
-                damage.append(str(error))
+                problems.append(str(error))
             else:
                 newest = folder
                 break
-    for problem in damage:
+    # Only now: a warning says which checkpoint is used instead.
+    for problem in problems:
         warn(f"{problem}; {f'{newest} is used instead' if newest else 'no older one is left'}")
     return newest

@@ -27,7 +27,7 @@ from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 _PREFIX = "llama."
-# transformers takes its own defaults for missing ones, and reads weights wrongly without the heads.
+# For a missing entry, transformers takes a default; with wrong heads it reads weights wrongly.
 _REQUIRED = {
     *("embedding_length", "block_count", "feed_forward_length", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -39,6 +39,12 @@ _KNOWN_TENSORS = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))"
     r"\.weight"
 )
+
+# How a token is used, as `gguf.TokenType` numbers it; the package is optional.
+_NORMAL = 1
+_CONTROL = 3
+_USER_DEFINED = 4
+_UNUSED = 5
 
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _DIGITS_AND_WORDS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])
@@ -65,34 +71,55 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
     gguf = _package(f"reading {path}")
     try:
         reader = gguf.GGUFReader(path)
-        metadata: dict[str, Any] = {n: field.contents() for n, field in reader.fields.items()}
+        metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # A damaged file fails in many ways.
         raise UserError(
             f"cannot read {path}: it is not a GGUF file, is damaged, or is newer than the "
             f"installed package gguf ({first_line(error, with_type=True)})"
         ) from None
 
-    # What transformers would ignore.
-    values = {n.removeprefix(_PREFIX): v for n, v in metadata.items() if n.startswith(_PREFIX)}
-    wrong = {n: v for n, v in values.items() if n not in _KNOWN and v not in _SWITCHED_OFF}
-    wrong |= {n: values.get(n) for n in _REQUIRED if not isinstance(values.get(n), int | float)}
-    if not wrong:
-        size = values["embedding_length"] // values["attention.head_count"]
-        wrong = {name: values[name] for name in _HEAD_SIZES if values.get(name, size) != size}
-    problems = [f"{_PREFIX}{name}={value!r}" for name, value in sorted(wrong.items())]
-    names = [tensor.name for tensor in reader.tensors]
-    problems += [f"the tensor {name}" for name in names if not _KNOWN_TENSORS.fullmatch(name)]
+    # What transformers would ignore: unknown entries, missing ones, and heads of other sizes.
+    values = {
+        name.removeprefix(_PREFIX): value
+        for name, value in metadata.items()
+        if name.startswith(_PREFIX)
+    }
+    wrong_values = {
+        name: value
+        for name, value in values.items()
+        if name not in _KNOWN and value not in _SWITCHED_OFF
+    }
+    for name in _REQUIRED:
+        if not isinstance(values.get(name), int | float):
+            wrong_values[name] = values.get(name)
+    if not wrong_values:
+        head_size = values["embedding_length"] // values["attention.head_count"]
+        for name in _HEAD_SIZES:
+            if values.get(name, head_size) != head_size:
+                wrong_values[name] = values[name]
+    problems = [f"{_PREFIX}{name}={value!r}" for name, value in sorted(wrong_values.items())]
+    for tensor in reader.tensors:
+        if not _KNOWN_TENSORS.fullmatch(tensor.name):
+            problems.append(f"the tensor {tensor.name}")
     if (architecture := metadata.get("general.architecture")) != "llama":
         problems = [f"the architecture {architecture!r}"]
     if problems:
         raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")
 
     if texts:
-        tokens = ("bos", "eos", "eot", "padding")
-        first, *ends, pad = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in tokens)
-        ends = [number for number in dict.fromkeys(ends) if number is not None]
-        ids = {"bos_token_id": first, "eos_token_id": ends or None, "pad_token_id": pad}
-        (texts / CONFIG).write_text(json.dumps({"model_type": "llama", **ids}))
+        special_ids = {
+            name: metadata.get(f"tokenizer.ggml.{name}_token_id")
+            for name in ("bos", "eos", "eot", "padding")
+        }
+        # A chat model may end a turn (eot) otherwise than a text (eos).
+        end_ids = dict.fromkeys([special_ids["eos"], special_ids["eot"]])
+        config = {
+            "model_type": "llama",
+            "bos_token_id": special_ids["bos"],
+            "eos_token_id": [number for number in end_ids if number is not None] or None,
+            "pad_token_id": special_ids["padding"],
+        }
+        (texts / CONFIG).write_text(json.dumps(config))
         if with_tokenizer:
             _write_tokenizer(path, metadata, texts)
     from transformers import AutoModelForCausalLM
@@ -100,11 +127,11 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         with offline():
-            model, found = load(
+            model, loading_info = load(
                 path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
             )
-        # It fills missing weights with random numbers.
-        if missing := sorted(found["missing_keys"]):
+        # transformers fills missing weights with random numbers.
+        if missing := sorted(loading_info["missing_keys"]):
             raise ValueError(f"missing {', '.join(missing)}")
         values = model.config.to_dict()
         del values["quantization_config"]  # Says how the file is packed; these weights are not.
@@ -128,7 +155,8 @@ def _package(task: str) -> Any:
 def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    kind, rule = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    kind = metadata.get("tokenizer.ggml.model")
+    rule = metadata.get("tokenizer.ggml.pre")
     is_sentencepiece = kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True)
     try:
         if not is_sentencepiece and (kind != "gpt2" or rule not in _RULES):
@@ -142,7 +170,7 @@ def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None
         if not is_sentencepiece:
             tokenizer.backend_tokenizer.pre_tokenizer = _RULES[str(rule)]
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # tokenizers raises plain `Exception`.
         raise UserError(
             f"cannot build the tokenizer of {path}: {first_line(error)}; give the model's own "
             "tokenizer.json with --tokenizer FILE"
@@ -163,7 +191,7 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
     Raises:
         UserError: If llama.cpp has no counterpart of the method or the tokenizer.
     """
-    config, schedule = decoder.config, decoder.config.schedule
+    config = decoder.config
     if config.method not in ("vanilla", "looped"):
         raise UserError(
             f"llama.cpp cannot run a model of the method {config.method!r}: it has no counterpart "
@@ -171,13 +199,14 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
             "looped models have a GGUF file"
         )
     values = config.to_dict()
-    if chosen := [name for name in ("head_dim", *ATTENTION_OPTIONS) if name in values]:
+    if options := [name for name in ("head_dim", *ATTENTION_OPTIONS) if name in values]:
         raise UserError(
             f"a GGUF file is written of models with the attention of a plain Llama; this one has "
-            f"{', '.join(chosen)}; export it for transformers instead"
+            f"{', '.join(options)}; export it for transformers instead"
         )
     gguf = _package(f"writing {path}")
-    num_loops = 1 + schedule[0] if schedule else 1
+    # A looped model has the same number of corrections in all layers.
+    num_loops = 1 + config.schedule[0] if config.schedule else 1
     writer = gguf.GGUFWriter(path, "llama" if num_loops == 1 else "nanbeige")
     writer.add_name(folder.parent.name)
     writer.add_block_count(config.num_layers)
@@ -198,13 +227,13 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     for name, weight in decoder.state_dict().items():
-        stem, suffix = name.rpartition(".")[::2]
+        module, _, suffix = name.rpartition(".")
         rows = weight.float()
-        if num_heads := heads.get(stem.rpartition(".")[2]):
+        if num_heads := heads.get(module.rpartition(".")[2]):
             # llama.cpp turns neighbouring numbers of a head together, this project its halves.
             halves = rows.reshape(num_heads, 2, -1, config.dim)
             rows = halves.transpose(1, 2).reshape(rows.shape)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", rows.contiguous().cpu().numpy())
+        writer.add_tensor(f"{names.get_name(module)}.{suffix}", rows.contiguous().cpu().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -212,35 +241,46 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
-    reads = ModelTokenizer(folder)
-    tokenizer: Any = reads.tokenizer
-    model = json.loads(tokenizer.to_str())["model"] if tokenizer else {"type": "unknown"}
-    cut = tokenizer.pre_tokenizer.__getstate__() if tokenizer and tokenizer.pre_tokenizer else None
-    rules = (name for name, rule in _RULES.items() if rule.__getstate__() == cut)
-    rule = next(rules, None)
+    model_tokenizer = ModelTokenizer(folder)
+    tokenizer: Any = model_tokenizer.tokenizer
+    model = {"type": "unknown"}
+    rule = None
+    if tokenizer:
+        model = json.loads(tokenizer.to_str())["model"]
+        # Two rules that cut text in the same way are equal by their state, not by `==`.
+        state = tokenizer.pre_tokenizer.__getstate__() if tokenizer.pre_tokenizer else None
+        rule = next((name for name, cut in _RULES.items() if cut.__getstate__() == state), None)
     if model["type"] != "BPE" or rule is None or tokenizer.normalizer is not None:
         raise UserError(
             f"llama.cpp cannot read text as the tokenizer of {folder} does, which is of the kind "
             f"{model['type']}; a GGUF file can have a byte-level BPE, as models trained on text "
             "have here, or SmolLM's, but not the words of a depth task"
         )
-    added = tokenizer.get_added_tokens_decoder()
-    tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [5] * vocab_size
+    # Rows of the embedding beyond the vocabulary get names, too.
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    kinds = [_UNUSED] * vocab_size
+    added_tokens = tokenizer.get_added_tokens_decoder()
     for token, number in tokenizer.get_vocab().items():
         tokens[number] = token
-        kinds[number] = 1 if number not in added else 3 if added[number].special else 4
+        if number not in added_tokens:
+            kinds[number] = _NORMAL
+        elif added_tokens[number].special:
+            kinds[number] = _CONTROL
+        else:
+            kinds[number] = _USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    ends = token_ids(folder, "eos_token_id") or sorted(reads.end_ids)
-    writer.add_eos_token_id(ends[0])
-    if len(ends) > 1:
-        writer.add_eot_token_id(ends[1])
-    writer.add_bos_token_id(reads.prefix_id)
+    end_ids = token_ids(folder, "eos_token_id") or sorted(model_tokenizer.end_ids)
+    writer.add_eos_token_id(end_ids[0])
+    if len(end_ids) > 1:
+        writer.add_eot_token_id(end_ids[1])
+    writer.add_bos_token_id(model_tokenizer.prefix_id)
     # As `generate` reads a prompt: models that were trained here begin after the end of a text.
-    without = reads.encode("a", add_special_tokens=False)
-    writer.add_add_bos_token(reads.encode_document("a") != without)
-    if reads.loaded is not None and isinstance(reads.loaded.chat_template, str):
-        writer.add_chat_template(reads.loaded.chat_template)
+    text_alone = model_tokenizer.encode("a", add_special_tokens=False)
+    writer.add_add_bos_token(model_tokenizer.encode_document("a") != text_alone)
+    loaded = model_tokenizer.loaded
+    if loaded is not None and isinstance(loaded.chat_template, str):
+        writer.add_chat_template(loaded.chat_template)

@@ -22,7 +22,7 @@ from orchestrator.workspace.errors import UserError, first_line, mask_secrets
 
 HUB_PREFIX = "hub:"
 OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*")
-"""The same weights once more."""
+"""Files that hold the same weights once more, for other programs."""
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5
@@ -41,7 +41,7 @@ _REFUSALS = {
 }
 """Errors of the hub's library that users are likely to meet."""
 _reasons: list[str] = []
-"""Those of the blocks of `offline` that run."""
+"""Reasons of the blocks of `offline` that run."""
 
 
 # The network
@@ -52,7 +52,7 @@ def hub_problem() -> str | None:
     if os.environ.get(_FLAG, "").upper() in _TRUE:
         return _reasons[0] if _reasons else f"{_FLAG} is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return None  # a direct connection proves nothing; the client reports its own failure
+        return None  # A direct connection proves nothing; the client reports its own failure.
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     try:
         endpoint = urlsplit(address)
@@ -65,13 +65,13 @@ def hub_problem() -> str | None:
     return None
 
 
-def require_hub(wanted: str) -> None:
-    """Raise a `UserError` at once if the hub, which `wanted` needs, cannot be reached."""
+def require_hub(subject: str) -> None:
+    """Raise a `UserError` at once if the hub, which `subject` needs, cannot be reached."""
     problem = hub_problem()
     if problem:
         raise UserError(
-            f"{wanted} needs the hub: {problem}; use data.source=files with files of this machine, "
-            "or data.source=python"
+            f"{subject} needs the hub: {problem}; use data.source=files with files of this "
+            "machine, or data.source=python"
         )
 
 
@@ -79,15 +79,16 @@ def require_hub(wanted: str) -> None:
 def offline(reason: str = "") -> Iterator[None]:
     """Keep the hub's libraries off the network inside the block, also if already imported.
 
-    `reason` says why, such as `DRY_RUN`.
+    Args:
+        reason: Why, such as `DRY_RUN`.
     """
-    before = os.environ.get(_FLAG)
+    flag_before = os.environ.get(_FLAG)
     _reasons.append(reason or f"{_FLAG} is set")
     _set_flag("1")
     try:
         yield
     finally:
-        _set_flag(before)
+        _set_flag(flag_before)
         _reasons.pop()
 
 
@@ -95,6 +96,7 @@ def _set_flag(value: str | None) -> None:
     os.environ.pop(_FLAG, None)
     if value is not None:
         os.environ[_FLAG] = value
+    # The libraries have copied the variable to these modules when they were imported.
     for name in ("huggingface_hub.constants", "datasets.config"):
         if module := sys.modules.get(name):
             setattr(module, _FLAG, (value or "").upper() in _TRUE)
@@ -139,9 +141,9 @@ def download(name: Path | str, *, weights: bool = True) -> Path:
             ) from None
 
 
-def shown_name(folder: Path) -> str:
+def model_folder_name(folder: Path) -> str:
     """Return a folder's name; `OWNER/NAME` for one in the hub's cache, whose own name is a hash."""
-    repository = folder.parent.parent.name
+    repository = folder.parent.parent.name  # models--OWNER--NAME/snapshots/HASH
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return "/".join(repository.split("--")[1:])
     return folder.name

@@ -53,15 +53,15 @@ class Picked(Record):
 
 
 def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | None:
-    """Return the last pick, of this sweep if one is named; None without one.
+    """Return the last pick if its checkpoint exists, and it is of `sweep` if that is not None.
 
     Raises:
-        UserError: If its file is damaged.
+        UserError: If the file of the pick is damaged.
     """
-    found = Picked.read(workspace.picked)
-    if found is None or not Path(found.checkpoint).is_dir() or sweep not in (None, found.sweep):
+    pick = Picked.read(workspace.picked)
+    if pick is None or not Path(pick.checkpoint).is_dir():
         return None
-    return found
+    return pick if sweep in (None, pick.sweep) else None
 
 
 def resolve_model(
@@ -93,37 +93,46 @@ def resolve_model(
         if trial := find_trial(workspace, Path(path)):
             return trial
         return resolve_checkpoint(find_model_folder(workspace, Path(path))), None
-    runs = [
-        run
-        for run in run_folders(workspace)  # An imported one has no training.
-        if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
-    ]
-    runs.sort(key=last_recorded, reverse=True)
-    what, missing, others = "of the newest run", "no finished run", list[str]()
+
+    # Nobody named a model: the newest run, and in `skipped_runs` those that do not count.
+    runs = sorted(_finished_runs(workspace), key=last_recorded, reverse=True)
+    skipped_runs: list[str] = []
     picked = None if with_corrections else picked_model(workspace)
     if with_corrections:
-        missing, what = "no IIET checkpoint with corrections", f"{what} with corrections"
         while runs:
             config = load_config(find_checkpoints(runs[0])[-1])
             if config.method == DEFAULT_METHOD and config.corrections.num_corrections:
                 break
-            others.append(f"{runs.pop(0).name} ({config.method})")
+            skipped_runs.append(f"{runs.pop(0).name} ({config.method})")
+
     schedule = None
     if picked and (not runs or picked.time > last_recorded(runs[0])):
-        checkpoint, schedule = picked.model
-        what = f"that `pick` chose from the sweep {picked.sweep}"
+        folder, schedule = picked.model
+        origin = f"that `pick` chose from the sweep {picked.sweep}"
     elif runs:
-        checkpoint = runs[0]
+        folder = runs[0]
+        origin = "of the newest run with corrections" if with_corrections else "of the newest run"
     else:
-        only = f", only {', '.join(others)}" if others else ""
+        missing = "no IIET checkpoint with corrections" if with_corrections else "no finished run"
+        only = f", only {', '.join(skipped_runs)}" if skipped_runs else ""
         raise UserError(
             f"{workspace.root} has {missing}{only}; `iiet-orch pretrain` makes one, `iiet-orch "
             "quickstart` does the whole job, or give a path or the name of a run as argument"
         )
-    checkpoint = resolve_checkpoint(checkpoint)
+    checkpoint = resolve_checkpoint(folder)
     if note:
-        note(f"the model is {checkpoint}, {what}")
+        note(f"the model is {checkpoint}, {origin}")
     return checkpoint, schedule
+
+
+def _finished_runs(workspace: Workspace) -> list[Path]:
+    """Return the runs with a checkpoint whose training, if they have one, is finished."""
+    return [
+        run
+        for run in run_folders(workspace)
+        # An imported run has no training.
+        if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
+    ]
 
 
 def resolve_teacher(workspace: Workspace, path: Path | str | None, note: Note | None) -> Path:
@@ -134,21 +143,25 @@ def resolve_teacher(workspace: Workspace, path: Path | str | None, note: Note | 
 def find_trial(workspace: Workspace, path: Path) -> tuple[Path, IterationSchedule | None] | None:
     """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
 
-    A trial may have no weights of its own, such as one that measures a teacher under a schedule.
-    None for any other name, and for a trial that is not measured: its folder is that of a training.
+    The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
+    schedule. None for any other name, and for a trial that is not measured: its folder is that of a
+    training.
 
     Raises:
         UserError: If its result is damaged.
     """
-    places = (workspace.trials / path, workspace.root / path)
-    folder = next((p for p in places if p.parent == workspace.trials and p.is_dir()), None)
-    results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))] if folder else []
-    trials = [trial for trial in results if trial and trial.checkpoint and trial.config]
+    trials: list[Trial] = []
+    for folder in (workspace.trials / path, workspace.root / path):
+        if folder.parent == workspace.trials and folder.is_dir():
+            results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))]
+            trials = [trial for trial in results if trial and trial.checkpoint and trial.config]
+            break
     if not trials:
         return None
     checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
     schedules = {trial.schedule for trial in trials}
-    schedule = schedules.pop() if len(schedules) == 1 else None  # Elastic weights serve several.
+    # Elastic weights are measured under several schedules: then the checkpoint's own is used.
+    schedule = schedules.pop() if len(schedules) == 1 else None
     return checkpoint, None if schedule is None else IterationSchedule(schedule)
 
 
@@ -170,8 +183,9 @@ def find_model_folder(
     if is_hub_name(path):
         return download(path)
     path = expand_user(path)
-    own = (workspace.root / path, workspace.runs / path, workspace.trials / path)
-    places = [p for p in (path, *own) if p.exists()]
+    parents = (workspace.root, workspace.runs, workspace.trials)
+    candidates = (path, *(parent / path for parent in parents))
+    places = [place for place in candidates if place.exists()]
     for place in places:
         # A folder of no use must not hide a run: an imported run has the name of its source.
         if is_checkpoint(place) or find_checkpoints(place):
@@ -188,10 +202,10 @@ def find_model_folder(
             )
         return places[0].resolve()
     names = shortened(", ".join(sorted(run.name for run in run_folders(workspace))))
-    known = f"its runs are {names}" if names else "it has no runs yet"
+    runs = f"its runs are {names}" if names else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
-        f"{known}{hub_hint(path)}"
+        f"{runs}{hub_hint(path)}"
     )
 
 
@@ -248,8 +262,12 @@ def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
 def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
-    It is the table of `metric` (default: that of the settings). Without it, it is the only other
-    table; None if there are none or several.
+    Args:
+        metric: Metric of the table (default: that of the settings). If the checkpoint has no such
+            table, but one of another metric, that one is returned.
+
+    Returns:
+        The table; None if there is none, or several of other metrics.
 
     Raises:
         DamagedFile: If one of the tables is damaged.
@@ -260,8 +278,9 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
         stored = StoredInfluence.read(path)
         if stored and stored.table.schedule == own_schedule:
             tables[stored.table.metric] = stored.table
-    wanted = tables.get(metric or InfluenceSettings().metric)
-    return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
+    if table := tables.get(metric or InfluenceSettings().metric):
+        return table
+    return next(iter(tables.values())) if len(tables) == 1 else None
 
 
 def parse_schedule(

@@ -39,30 +39,32 @@ class LoopedModel:
         Raises:
             UserError: If none is there, or it is not a whole number.
         """
-        found = next((self.config[name] for name in names if self.config.get(name)), None)
-        if not isinstance(found, int):
+        value = next((self.config[name] for name in names if self.config.get(name)), None)
+        if not isinstance(value, int):
             raise UserError(f"the model's config.json does not say {' or '.join(names)}")
-        return found
+        return value
 
     def parse(self, text: str) -> Depth:
         """Read a depth as typed: `4`, or as many numbers as there are settings, `2,3`.
 
         Raises:
-            UserError: If it is not one.
+            UserError: If the text is not a depth of this model.
         """
         parts = text.split(",")
         numbers = [int(part) for part in parts if part.strip().isdigit()]
-        own = self.own
-        if len(numbers) != len(parts) or len(parts) not in (1, len(own)) or 0 in numbers:
-            kind, names = self.config.get("model_type"), " and ".join(self.settings)
+        default = self.default_depth
+        if len(numbers) != len(parts) or len(parts) not in (1, len(default)) or 0 in numbers:
+            kind = self.config.get("model_type")
+            names = " and ".join(self.settings)
             raise UserError(
                 f"a depth of a {kind} model is {names}, each 1 or more, such as "
-                f"{','.join(map(str, own))}; got {text!r}"
+                f"{','.join(map(str, default))}; got {text!r}"
             )
-        return (*numbers, *own[len(numbers) :])
+        # One number sets the outer loops; the inner ones run as often as the configuration says.
+        return (*numbers, *default[len(numbers) :])
 
     @property
-    def own(self) -> Depth:
+    def default_depth(self) -> Depth:
         """The depth that the configuration has."""
         return tuple(self.number(name) for name in self.settings)
 
@@ -85,6 +87,7 @@ class LoopedModel:
 
     def kv_width(self, prefix: str = "") -> int:
         """Return the numbers of a token's keys in one slot, where entries have this prefix."""
+        # `n_heads` and `n_embd` are Huginn's names.
         heads = self.number(f"{prefix}num_attention_heads", "n_heads")
         kv_heads = self.config.get(f"{prefix}num_key_value_heads") or heads
         head_dim = (
@@ -128,10 +131,12 @@ class Huginn(LoopedModel):
 
     @property
     def _parts(self) -> tuple[int, int, int]:
-        prelude, core, coda = (
-            self.number(f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda")
+        """Layers of the prelude, the core and the coda."""
+        return (
+            self.number("n_layers_in_prelude"),
+            self.number("n_layers_in_recurrent_block"),
+            self.number("n_layers_in_coda"),
         )
-        return prelude, core, coda
 
     @property
     def num_layers(self) -> int:
@@ -193,7 +198,9 @@ class Inkling(LoopedModel):
     settings = ("loop_num_passes",)
 
     def _runs(self, depth: Depth) -> Iterator[int]:
-        start, end = self.number("loop_layer_index_start"), self.number("loop_layer_index_end")
+        """Yield the index of each layer that a token passes, as often as it passes it."""
+        start = self.number("loop_layer_index_start")
+        end = self.number("loop_layer_index_end")
         yield from range(self.num_layers)
         for _ in range(depth[0] - 1):
             yield from range(start, end)
@@ -202,6 +209,7 @@ class Inkling(LoopedModel):
         return len([*self._runs(depth)])
 
     def kv_numbers(self, depth: Depth) -> int:
+        # Without the entry, every sixth layer sees all, as in transformers.
         kinds = self.config.get("layer_types") or [
             "hybrid" if layer % 6 == 5 else "hybrid_sliding" for layer in range(self.num_layers)
         ]

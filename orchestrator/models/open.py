@@ -40,7 +40,7 @@ from orchestrator.models.folder import (
     weight_files,
     weights_key,
 )
-from orchestrator.models.hub import shown_name
+from orchestrator.models.hub import model_folder_name
 from orchestrator.models.lookup import find_model_folder, find_trial, resolve_model
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
@@ -59,7 +59,9 @@ STORED_DTYPES: dict[str, torch.dtype] = {**DTYPES, "fp16": torch.float16}
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability from which GPUs have bfloat16."""
 AUTO = "auto"
-"""A GPU if there is one."""
+"""Name of the device that is a GPU if there is one, else the CPU."""
+ASSUMED_CONTEXT_LENGTH = 2048
+"""Length for a model of transformers whose configuration names none."""
 
 
 def best_device(device: str | torch.device = AUTO) -> str | torch.device:
@@ -156,6 +158,7 @@ class OpenedModel:
 
     path: Path
     name: str
+    """Name of its run or folder, and the schedule or depth if it is not the model's own."""
     key: tuple[Any, ...]
     """All that its scores depend on, as JSON values: weights, configuration, tokenizer."""
     config: ModelConfig | None
@@ -229,17 +232,23 @@ def open_model(
     is_external = not is_checkpoint(path) and (path / CONFIG).is_file()
     if not is_external:
         path = resolve_checkpoint(path)
-    config, why_no_decoder = None, ""
+
+    # Who runs it: a decoder, which has a configuration, or transformers.
+    config = None
+    why_no_decoder = ""
     try:
         config = decoder_config(path) if is_external else load_config(path)
     except NoDecoder as error:
         why_no_decoder = str(error)
     values = read_config(path)
     architecture = str(values.get("model_type") or "unknown")
-    loops, depth = None, None
+
+    # The schedule of a decoder, or the depth of a looped model that transformers runs.
+    loops = None
+    depth = None
     if config is None and architecture in LOOPED_MODELS:
         loops = LOOPED_MODELS[architecture](values)
-        depth = loops.own if schedule is None else loops.parse(str(schedule))
+        depth = loops.default_depth if schedule is None else loops.parse(str(schedule))
     elif config is None and schedule is not None:
         raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
     if config is not None and schedule is not None:
@@ -250,21 +259,34 @@ def open_model(
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
 
-    text_folder = text_folder or path
-    how: Any = "transformers" if config is None else config.to_dict()
-    if loops and depth != loops.own:
-        how = ["transformers", depth]
-    if is_external:
-        name, key = shown_name(path).rpartition("/")[2], [model_files_key(path), how]
-    else:
-        texts = [file_key(tokenizer_file(text_folder)), text_files_key(text_folder)]
-        name, key = path.parent.name, [weights_key(path), how, *filter(None, texts)]
+    # The name for people.
+    name = model_folder_name(path).rpartition("/")[2] if is_external else path.parent.name
     if config is not None and schedule is not None:
         name += f" r={shortest_schedule(tuple(config.corrections))}"
     elif depth is not None and schedule is not None:
         name += f" depth={','.join(map(str, depth))}"
-    values = values.get("text_config") or values
-    length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
+
+    # The key of stored scores.
+    text_folder = text_folder or path
+    computation: Any
+    if config is not None:
+        computation = config.to_dict()
+    elif loops and depth != loops.default_depth:
+        computation = ["transformers", depth]
+    else:
+        computation = "transformers"  # Its own depth is in its files.
+    key = [model_files_key(path) if is_external else weights_key(path), computation]
+    if not is_external:  # Otherwise the tokenizer is one of the model's files.
+        texts = [file_key(tokenizer_file(text_folder)), text_files_key(text_folder)]
+        key += filter(None, texts)
+
+    # Models that read text and pictures have the sizes of the text's part in a section.
+    text_values = values.get("text_config") or values
+    context_length = (
+        text_values.get("max_position_embeddings")
+        or text_values.get("n_positions")
+        or ASSUMED_CONTEXT_LENGTH
+    )
     return OpenedModel(
         path=path,
         name=name,
@@ -272,7 +294,7 @@ def open_model(
         config=config,
         why_no_decoder=why_no_decoder,
         architecture=config.method if config else architecture,
-        context_length=config.context_length if config else int(length),
+        context_length=config.context_length if config else int(context_length),
         is_external=is_external,
         text_folder=text_folder,
         loops=loops,
@@ -298,18 +320,20 @@ def open_models(
     Raises:
         UserError: If one is missing or damaged, or a schedule does not fit it.
     """
-    named: list[tuple[Path, IterationSchedule | None]] = [
-        find_trial(workspace, path) or (find_model_folder(workspace, path, model_types=None), None)
-        for path in paths or ()
-    ]
-    opened: list[OpenedModel] = []
-    for folder, own in named or [resolve_model(workspace, note=note)]:
-        wanted: Sequence[str | IterationSchedule | None] = schedules or [own]
-        opened += [open_model(folder, schedule) for schedule in wanted]
-    return opened
+    folders: list[tuple[Path, IterationSchedule | None]] = []
+    for path in paths or ():
+        trial = find_trial(workspace, path)
+        folders.append(trial or (find_model_folder(workspace, path, model_types=None), None))
+    if not paths:
+        folders.append(resolve_model(workspace, note=note))
+    models: list[OpenedModel] = []
+    for folder, trial_schedule in folders:
+        applied: Sequence[str | IterationSchedule | None] = schedules or [trial_schedule]
+        models += [open_model(folder, schedule) for schedule in applied]
+    return models
 
 
-def short_names(models: Sequence[OpenedModel]) -> list[str]:
+def model_labels(models: Sequence[OpenedModel]) -> list[str]:
     """Return a unique label for each model.
 
     For one model under several schedules, the labels are the schedules. Otherwise they are names;
@@ -319,13 +343,20 @@ def short_names(models: Sequence[OpenedModel]) -> list[str]:
     is_one_model = len({model.path for model in models}) == 1
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
         return [f"r={shortest_schedule(schedule)}" for schedule in schedules]
+
     labels: list[str] = []
     for model in models:
-        label, shown = model.name, shown_name(model.path)
+        label = model.name
         if any(label == other.name and model.path != other.path for other in models):
-            longer = shown if "/" in shown else "/".join(model.path.parts[-2:])
-            label = longer + "".join(label.partition(" r=")[1:])
+            folder_name = model_folder_name(model.path)
+            if "/" not in folder_name:  # It is none of the hub's, which has its owner's name.
+                folder_name = "/".join(model.path.parts[-2:])
+            _, separator, schedule_text = label.partition(" r=")
+            label = folder_name + separator + schedule_text
         labels.append(label)
-    times = [labels[:number].count(label) + 1 for number, label in enumerate(labels)]
-    numbered = zip(labels, times, strict=True)
-    return [f"{label} ({time})" if time > 1 else label for label, time in numbered]
+
+    unique_labels: list[str] = []
+    for number, label in enumerate(labels):
+        num_before = labels[:number].count(label)
+        unique_labels.append(f"{label} ({num_before + 1})" if num_before else label)
+    return unique_labels

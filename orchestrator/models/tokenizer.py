@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,7 +75,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         )
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # tokenizers raises plain `Exception`.
         raise UserError(
             f"{path} is not a tokenizer.json of the tokenizers library: {error}"
         ) from None
@@ -93,14 +93,13 @@ def tokenizer_path(name: str | Path) -> Path:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Return the id of the end-of-text token; a `UserError` if the tokenizer has no known one."""
-    found = (tokenizer.token_to_id(token) for token in END_OF_TEXT_NAMES)
-    token_id = next((int(token_id) for token_id in found if token_id is not None), None)
-    if token_id is None:
-        raise UserError(
-            f"the tokenizer has no end-of-text token; it needs one of "
-            f"{', '.join(END_OF_TEXT_NAMES)}"
-        )
-    return token_id
+    for name in END_OF_TEXT_NAMES:
+        token_id = tokenizer.token_to_id(name)
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        f"the tokenizer has no end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}"
+    )
 
 
 def opening_ids(tokenizer: Tokenizer) -> list[int]:
@@ -118,13 +117,15 @@ def trained_opening(folder: Path) -> list[int]:
     if not (folder / TOKENIZER).is_file() or not _has_tokenizer_alone(folder):
         return []
     path = folder / TOKENIZER
-    return list(_opening_of_file(path, file_key(path)))
+    # A sweep asks for each trial, and loading a tokenizer takes longer than hashing its file.
+    digest = file_key(path)
+    if digest not in _openings:
+        _openings[digest] = tuple(opening_ids(load_tokenizer(path)))
+    return list(_openings[digest])
 
 
-@lru_cache(maxsize=64)
-def _opening_of_file(path: Path, digest: str) -> tuple[int, ...]:  # noqa: ARG001 - of the cache
-    """Return the `opening_ids` of a file with these contents: a sweep asks for each trial."""
-    return tuple(opening_ids(load_tokenizer(path)))
+_openings: dict[str, tuple[int, ...]] = {}
+"""Hash of a `tokenizer.json` -> its `opening_ids`."""
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:
@@ -146,7 +147,7 @@ class ModelTokenizer:
     tokenizer: Any
     """The tokenizer of the library `tokenizers`, for pieces of text; None if there is none."""
     loaded: Any = None
-    """That of transformers; None for a model that was trained here."""
+    """The tokenizer of transformers; None for a model that was trained here."""
     prefix_id: int
     """The token that replaces an empty context."""
     end_ids: frozenset[int]
@@ -163,18 +164,21 @@ class ModelTokenizer:
             return
         self.loaded = _load(path, trust_remote_code=trust_remote_code)
         self.tokenizer = getattr(self.loaded, "backend_tokenizer", None)
-        first, end = self.loaded.bos_token_id, self.loaded.eos_token_id
+        first = self.loaded.bos_token_id
+        end = self.loaded.eos_token_id
         # Trained on documents that an end of text separates, such as an export of a model of ours.
         self._follows_a_text = first is None and not self.loaded.chat_template
-        first = end if first is None else first
+        if first is None:
+            first = end
         if first is None:
             raise UserError(
                 f"the tokenizer in {path} names neither a bos_token nor an eos_token, and a text "
                 "without context needs one; name one in tokenizer_config.json"
             )
         self.prefix_id = int(first)
-        ends = token_ids(path, "eos_token_id")
-        self.end_ids = frozenset(ends if end is None else [*ends, int(end)])
+        self.end_ids = frozenset(token_ids(path, "eos_token_id"))
+        if end is not None:
+            self.end_ids |= {int(end)}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Return the tokens of a text; with special tokens, as the model's texts begin.
@@ -187,13 +191,13 @@ class ModelTokenizer:
             is_opened = ids[: len(self._opening)] == self._opening
             return ids if is_opened or not add_special_tokens else (*self._opening, *ids)
         opening = self.loaded.decode([self.prefix_id])
-        wanted = add_special_tokens and not text.startswith(opening)
-        return self._plain(text, add_special_tokens=wanted)
+        is_opened = text.startswith(opening)
+        return self._plain(text, add_special_tokens=add_special_tokens and not is_opened)
 
     def encode_document(self, text: str) -> tuple[int, ...]:
         """Return the tokens of the beginning of a document; at least one.
 
-        It follows an end of text if the tokenizer has no opening token of its own.
+        The document follows an end of text if the tokenizer has no opening token of its own.
         """
         ids = self.encode(text, add_special_tokens=True)
         if not self._follows_a_text:
@@ -204,12 +208,16 @@ class ModelTokenizer:
     def _plain(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # Spaces between symbols mean nothing; a tokenizer that reads text reads them, too.
         for readable in (text, "".join(text.split())):
-            with suppress(Exception):  # tokenizers raises plain Exception
+            with suppress(Exception):  # tokenizers raises plain `Exception`.
                 if self.loaded is None:
-                    found = self.tokenizer.encode(readable, add_special_tokens=add_special_tokens)
-                    return tuple(found.ids)
-                asked = {} if add_special_tokens else {"add_special_tokens": False}
-                return tuple(self.loaded.encode(readable, **asked))
+                    encoding = self.tokenizer.encode(
+                        readable, add_special_tokens=add_special_tokens
+                    )
+                    return tuple(encoding.ids)
+                # By its own default, a tokenizer adds the special tokens that it has.
+                if add_special_tokens:
+                    return tuple(self.loaded.encode(readable))
+                return tuple(self.loaded.encode(readable, add_special_tokens=False))
         raise UserError(
             f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
             f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
@@ -217,10 +225,11 @@ class ModelTokenizer:
 
     @cached_property
     def _symbols(self) -> dict[str, int]:
-        added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer else {}
+        """Ids of the texts that are never merged with, or taken from, the text around them."""
+        added_tokens = self.tokenizer.get_added_tokens_decoder() if self.tokenizer else {}
         return {
             token.content: number
-            for number, token in added.items()
+            for number, token in added_tokens.items()
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         }
 
@@ -244,20 +253,21 @@ class ModelTokenizer:
         Raises:
             UserError: If there is none.
         """
-        known = self.loaded and self.loaded.chat_template
-        if not known:
+        stored = self.loaded and self.loaded.chat_template
+        if not stored:
             raise UserError(
                 f"{self._folder} has no chat template; put the one that the model was trained with "
                 "into its tokenizer_config.json (as chat_template), or use the model without: it "
                 "then reads the text as it is"
             )
-        named, name = known if isinstance(known, dict) else {"default": known}, name or "default"
-        if name not in named:
-            known_names = ", ".join(sorted(named))
+        templates = stored if isinstance(stored, dict) else {"default": stored}
+        name = name or "default"
+        if name not in templates:
             raise UserError(
-                f"{self._folder} has no chat template named {name}; it has {known_names}"
+                f"{self._folder} has no chat template named {name}; it has "
+                f"{', '.join(sorted(templates))}"
             )
-        return str(named[name])
+        return str(templates[name])
 
     def chat(
         self,
@@ -275,12 +285,12 @@ class ModelTokenizer:
         Raises:
             UserError: If there is no such template, or it fails.
         """
-        chosen = self.template(template)
+        chat_template = self.template(template)
         try:
             return str(
                 self.loaded.apply_chat_template(
                     list(messages),
-                    chat_template=chosen,
+                    chat_template=chat_template,
                     tokenize=False,
                     add_generation_prompt=opens_answer,
                 )
@@ -293,9 +303,11 @@ def check_template(tokenizer: ModelTokenizer, prompts: Prompts) -> None:
     """Raise `UserError` if prompts need a chat template that the model does not have, or that
     refuses the system's message."""
     if prompts.chat_template:
-        first = prompts.system_instruction
-        system: list[Message] = [{"role": "system", "content": first}] if first else []
-        tokenizer.chat([*system, {"role": "user", "content": "?"}], prompts.template_name)
+        messages: list[Message] = []
+        if prompts.system_instruction:
+            messages.append({"role": "system", "content": prompts.system_instruction})
+        messages.append({"role": "user", "content": "?"})
+        tokenizer.chat(messages, prompts.template_name)
 
 
 def token_ids(folder: Path, name: str) -> list[int]:
@@ -304,19 +316,21 @@ def token_ids(folder: Path, name: str) -> list[int]:
     Raises:
         UserError: If a file cannot be read, or a value is neither a token's number nor a list.
     """
-    found: list[int] = []
+    all_ids: list[int] = []
     for file in (CONFIG, GENERATION_CONFIG):
         if not (folder / file).is_file():
             continue
         value = read_config(folder, file).get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
         if not all(type(number) is int for number in ids):
             raise UserError(
                 f"{name} in {folder / file} must be a token's number, or a list of them; "
                 f"got {value!r}"
             )
-        found += [number for number in ids if number >= 0]  # Some write -1 for none.
-    return list(dict.fromkeys(found))
+        all_ids += [number for number in ids if number >= 0]  # Some write -1 for none.
+    return list(dict.fromkeys(all_ids))
 
 
 def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> dict[str, bytes]:
@@ -335,16 +349,19 @@ def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> d
     """
     if is_checkpoint(folder):
         return read_text_files(folder)
-    has_values = (folder / GENERATION_CONFIG).is_file()
-    values = dict(read_config(folder, GENERATION_CONFIG)) if has_values else {}
+    # Which tokens begin and end a text, of those that the model has.
+    values: dict[str, Any] = {}
+    if (folder / GENERATION_CONFIG).is_file():
+        values = dict(read_config(folder, GENERATION_CONFIG))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = [number for number in token_ids(folder, name) if number < vocab_size]
         values[name] = ids if len(ids) > 1 else next(iter(ids), None)
     if tokenizer is None:
         return {GENERATION_CONFIG: _json_file(values)} if any(values.values()) else {}
 
-    with TemporaryDirectory() as name:
-        scratch, written = Path(name), Path(name) / "written"
+    with TemporaryDirectory() as scratch_name:
+        # A folder with the tokenizer, as transformers loads it.
+        scratch = Path(scratch_name)
         shutil.copyfile(tokenizer, scratch / TOKENIZER)
         for file, content in read_text_files(tokenizer.parent).items():
             (scratch / file).write_bytes(content)
@@ -353,20 +370,23 @@ def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> d
             config.pop("auto_map", None)  # No code of the folder runs.
             (scratch / TOKENIZER_CONFIG).write_bytes(_json_file(config))
         # The model's type may choose the tokenizer's class.
-        kind = read_config(folder).get("model_type", "llama")
-        (scratch / CONFIG).write_bytes(_json_file({"model_type": kind}))
+        model_type = read_config(folder).get("model_type", "llama")
+        (scratch / CONFIG).write_bytes(_json_file({"model_type": model_type}))
         loaded = _load(scratch, shown=tokenizer.parent)
+
+        # The configuration and the tokenizer tell each other what one of them lacks.
         if values["eos_token_id"] is None:
-            end = loaded.eos_token_id
-            values["eos_token_id"] = (
-                end_of_text_id(load_tokenizer(tokenizer)) if end is None else end
-            )
+            values["eos_token_id"] = loaded.eos_token_id
+        if values["eos_token_id"] is None:
+            values["eos_token_id"] = end_of_text_id(load_tokenizer(tokenizer))
         for token in ("bos_token", "eos_token"):
-            first = values[f"{token}_id"]
-            first = first[0] if isinstance(first, list) else first
-            if getattr(loaded, token) is None and first is not None and first < len(loaded):
-                setattr(loaded, token, loaded.convert_ids_to_tokens(first))
+            token_id = values[f"{token}_id"]
+            if isinstance(token_id, list):
+                token_id = token_id[0]
+            if getattr(loaded, token) is None and token_id is not None and token_id < len(loaded):
+                setattr(loaded, token, loaded.convert_ids_to_tokens(token_id))
         # Templates of several names would be files in a folder of their own.
+        written = scratch / "written"
         loaded.save_pretrained(written, save_jinja_files=False)
         return {**read_text_files(written), GENERATION_CONFIG: _json_file(values)}
 
@@ -386,7 +406,7 @@ def _load(folder: Path, *, trust_remote_code: bool = False, shown: Path | None =
     try:
         with offline():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged files raise dozens of kinds
+    except Exception as error:  # Damaged files raise dozens of kinds.
         line = first_line(error).replace(str(folder), str(shown or folder))
         raise UserError(f"cannot load a tokenizer from {shown or folder}: {line}") from None
 

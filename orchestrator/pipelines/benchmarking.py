@@ -23,7 +23,7 @@ from orchestrator.cluster.task import command_device
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
+from orchestrator.models.open import OpenedModel, model_labels, open_model, open_models
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -144,7 +144,7 @@ def plan_benchmark(
     if not conditions.new_tokens:
         room = min(model.context_length for model in opened) - max(conditions.contexts)
         conditions = replace(conditions, new_tokens=max(2, min(USUAL_NEW_TOKENS, room)))
-    by_name = dict(zip(short_names(opened), opened, strict=True))
+    by_name = dict(zip(model_labels(opened), opened, strict=True))
     conditions.check({name: model.context_length for name, model in by_name.items()})
     return BenchmarkPlan(
         opened=by_name,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,19 @@ from rich.console import RenderableType
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
-from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
+from orchestrator.evaluation.measuring import Measured, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import (
-    TaskSelection,
     load_suite,
+    make_suite,
     needs_heldout,
-    select_tasks,
 )
 from orchestrator.models.hub import offline
 from orchestrator.models.open import (
     OpenedModel,
     best_device,
+    model_labels,
     open_models,
-    short_names,
 )
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
@@ -40,6 +38,7 @@ from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
+    Suite,
 )
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
@@ -159,45 +158,39 @@ class EvaluatePlan(Result):
         """
         return [
             {"model": label, "task": task, "state": state}
-            for label, model in zip(short_names(self.opened), self.opened, strict=True)
+            for label, model in zip(model_labels(self.opened), self.opened, strict=True)
             for task, state in self._states_of(model).items()
         ]
 
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
         settings, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, settings, self.workspace)
-        length = settings.tokens_at_once(model.context_length)
-        asked = select_tasks(settings, tokens, context_length=length)
+        suite = make_suite(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
-        if asked.heldout and not asked.heldout.is_dir():
-            missing = filter(is_heldout_task, asked.names)
+        if suite.heldout and not suite.heldout.is_dir():
+            missing = filter(is_heldout_task, suite.tasks)
             states = dict.fromkeys(missing, "to measure, its items are not made yet")
-            others = tuple(name for name in asked.names if name not in states)
+            others = tuple(name for name in suite.tasks if name not in states)
             if not others:
                 return states
-            asked = replace(asked, names=others, heldout=None)
+            suite = suite.model_copy(update={"tasks": others, "suite_folder": ""})
         try:
             with offline():
-                suite = load_suite(asked)
+                loaded = load_suite(suite)
         except RunFailed:
-            return states | dict.fromkeys(asked.names, NEEDS_HUB)
+            return states | dict.fromkeys(suite.tasks, NEEDS_HUB)
         command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
-        precision, device = settings.precision, cluster.device
+        device = cluster.device
         is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
-        if precision is None and device in (None, "cuda") and is_elsewhere:
-            precision = "bf16"
-        conditions = Conditions(
-            precision=precision,
-            limit=settings.limit,
-            sequence_length=settings.sequence_length,
-            device=device or str(best_device()),
-        )
-        measurer = ModelMeasurer(model, EvaluationStore(self.workspace.evaluations), conditions)
-        for name, num_answers in measurer.stored_answers(suite).items():
-            items = format_count(suite.num_items(name, settings.limit), "item")
+        if suite.precision is None and device in (None, "cuda") and is_elsewhere:
+            suite = suite.model_copy(update={"precision": "bf16"})
+        store = EvaluationStore(self.workspace.evaluations)
+        measurer = ModelMeasurer(model, store, suite, device=device or str(best_device()))
+        for name, num_answers in measurer.stored_answers(loaded).items():
+            items = format_count(loaded.num_items(name), "item")
             resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
             states[name] = f"{items}{', stored' if num_answers is None else ' to measure'}{resumes}"
-        return states | dict.fromkeys(suite.skipped, NEEDS_HUB)
+        return states | dict.fromkeys(loaded.skipped, NEEDS_HUB)
 
     def shown(self) -> Iterable[RenderableType]:
         rows = []
@@ -245,7 +238,7 @@ def plan_evaluate(
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names = short_names(plan.opened)
+    names = model_labels(plan.opened)
     folder = plan.log_samples
     if folder is not None:
         try:
@@ -283,26 +276,19 @@ def _evaluate_model(
     started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
-    length = settings.tokens_at_once(model.context_length)
-    asked = select_tasks(settings, tokens, context_length=length, make=progress)
-    suite, chances = load_suite(asked), heldout_chances(asked.heldout)
-    notes = [f"chance of {name}: {chances[name]}" for name in chances if name in asked.names]
-    notes += [f"skipped {name}: {reason}" for name, reason in suite.skipped.items()]
+    suite = make_suite(settings, tokens, context_length=model.context_length, make=progress)
+    loaded = load_suite(suite)
+    chances = heldout_chances(suite.heldout)
+    notes = [f"chance of {name}: {chances[name]}" for name in chances if name in suite.tasks]
+    notes += [f"skipped {name}: {reason}" for name, reason in loaded.skipped.items()]
     for note in notes:
         if note not in told:
             progress.note(note)
     told |= set(notes)
-    conditions = Conditions(
-        precision=settings.precision,
-        limit=settings.limit,
-        sequence_length=settings.sequence_length,
-        batch_size=settings.batch_size,
-        trust_remote_code=plan.trust_remote_code,
-    )
-    measure = partial(_measure, model, asked, conditions, workspace.evaluations)
+    measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
-    if settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite):
+    if suite.precision and ModelMeasurer(model, store, suite).has_stored(loaded):
         measured = measure("cpu", progress)
     else:
         measured = command_device(plan.settings.cluster, workspace.root)(measure, progress)
@@ -311,7 +297,7 @@ def _evaluate_model(
 
     # A run of MLflow shows it.
     params: dict[str, Any] = {**model.parameters(), "checkpoint": model.path}
-    tasks = {name: suite.fingerprint(name) for name in suite.tasks}
+    tasks = {name: loaded.fingerprint(name) for name in loaded.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
     tracked = None
@@ -338,16 +324,23 @@ def _evaluate_model(
 
 def _measure(
     model: OpenedModel,
-    asked: TaskSelection,
-    conditions: Conditions,
+    suite: Suite,
+    trust_remote_code: bool,
     evaluations: Path,
     device: str,
     progress: Progress,
 ) -> Measured:
     # Loaded tasks cannot be pickled, so a worker loads them again.
     store = EvaluationStore(evaluations, progress.note)
-    conditions = replace(conditions, device=device)
-    return ModelMeasurer(model, store, conditions, progress).tasks(load_suite(asked))
+    measurer = ModelMeasurer(
+        model,
+        store,
+        suite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return measurer.tasks(load_suite(suite))
 
 
 def tokens_of_tasks(

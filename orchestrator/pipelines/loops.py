@@ -35,8 +35,9 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
 from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import ClusterSettings, Settings, flatten
@@ -123,7 +124,7 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
             label=label,
             folder=str(workspace.trials / key),
             checkpoint=str(model.path),
-            suite=TrialSuite(tokens_folder=""),
+            suite=Suite(),
             evaluation=keys,
             **what,
         )

@@ -32,7 +32,7 @@ from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.folder import StoredPrecision
-from orchestrator.models.hub import download, is_hub_name, shown_name
+from orchestrator.models.hub import download, is_hub_name, model_folder_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
@@ -76,6 +76,29 @@ def local_model(
     if model and is_hub_name(model):
         return import_model(model, workspace=workspace, progress=progress)
     return Path(model) if model else None
+
+
+def local_checkpoint(
+    model: Path | str | None,
+    workspace: Workspace | Path | str | None,
+    progress: Progress | None = None,
+) -> Path | None:
+    """Return a model whose weights a training can start from; None stays None.
+
+    A model folder, or `hub:OWNER/NAME`, is imported; the same import is found again.
+
+    Raises:
+        UserError: If there is no such model; and as `import_model`.
+    """
+    if model is None or is_hub_name(model):
+        return local_model(model, workspace, progress)
+    space = find_workspace(workspace)
+    if lookup.find_trial(space, Path(model)):
+        return Path(model)
+    folder = lookup.find_model_folder(space, Path(model), model_types=None)
+    if folders.is_checkpoint(folder) or find_checkpoints(folder):
+        return Path(model)
+    return import_model(folder, workspace=workspace, progress=progress)
 
 
 def import_model(
@@ -195,7 +218,7 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
-    name = shown_name(path)
+    name = model_folder_name(path)
     run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
     model_type = folders.read_config(path).get("model_type")
     return _Source(

@@ -75,7 +75,7 @@ def sync(
         place.database.unlink(missing_ok=True)
         shutil.rmtree(place.artifacts, ignore_errors=True)
     tracking = context.tracking
-    if tracking.experiment_id is None and tracking.copied:
+    if tracking.open_experiment() is None and tracking.copied:
         added = tracking.added_by_people()
         lost = ", ".join(added[:MAX_NAMED]) or "no note, tag or alias of a person"
         lost += " and more" if len(added) > MAX_NAMED else ""

@@ -1,4 +1,4 @@
-"""Prepare text, pretrain models from fresh weights, and distill students of a teacher.
+"""Prepare text, pretrain models from random weights or those of a source, and distill students.
 
 A plan is made by reading only: the jobs, how far each is, and what the rest takes. A run executes
 exactly its plan; if the tokens are missing, it prepares them and plans again. A run's folder is
@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_serializer
+from pydantic import Field, field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
@@ -28,12 +28,12 @@ from orchestrator.data.preparation import (
     tokens_folder_of,
 )
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.models.folder import load_config
+from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_model
+from orchestrator.pipelines.models import local_checkpoint, local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
 from orchestrator.planning.machine import check_run_resources
@@ -48,6 +48,7 @@ from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
+from orchestrator.training.source import find_source, follow_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
@@ -60,6 +61,8 @@ UNPREPARED = (
     "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
     "the tokens of texts that were copied or moved); their number is that of the settings"
 )
+
+UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"
 
 LOST_END = "the end of this training is lost and is trained again"
 
@@ -111,6 +114,11 @@ class TrainingPlan(Result):
     """The influence of a teacher's layers, if its student drops some of them."""
     num_dropped: int = 0
     """How many layers the student drops."""
+    source: Path | None = None
+    """The model whose weights a pretraining starts from: its checkpoint, or the folder of one that
+    is imported first."""
+    source_defaults: dict[str, Any] = Field(default_factory=dict)
+    """Setting -> its default with this source, where another one holds without."""
     dropped_layers: tuple[int, ...] | None = None
     """Numbers of these layers, the first being 1; None if there are none, or if the influence is
     not measured. The job then keeps the layers that cost most, and its price is a bound."""
@@ -119,6 +127,11 @@ class TrainingPlan(Result):
     def is_bound(self) -> bool:
         """Whether it is not known yet which layers the student drops."""
         return self.layers is not None and self.dropped_layers is None
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the source, if there is one, can be trained from as it is."""
+        return self.source is None or is_checkpoint(self.source)
 
     @property
     def cluster(self) -> ClusterSettings:
@@ -132,9 +145,8 @@ class TrainingPlan(Result):
     @cached_property
     def trainings(self) -> dict[str, Training | None]:
         """Label -> what its folder holds; None while it is not known which training it is."""
-        return {
-            label: None if self.is_bound else training_of(job) for label, job in self.jobs.items()
-        }
+        is_known = self.has_source and not self.is_bound
+        return {label: training_of(job) if is_known else None for label, job in self.jobs.items()}
 
     @property
     def finished(self) -> dict[str, Path]:
@@ -186,6 +198,8 @@ class TrainingPlan(Result):
 
     def state(self, label: str) -> str:
         """Say whether a training is finished, or where it begins."""
+        if not self.has_source:
+            return UNIMPORTED
         if not self.jobs[label].tokens_folder:
             return UNPREPARED
         training = self.trainings[label]
@@ -203,6 +217,8 @@ class TrainingPlan(Result):
         Keys:
             method: of the model
             schedule: its corrections, or `null` without
+            source: (optional) checkpoint or model folder that it starts from
+            source_defaults: (optional) setting to its default with this source, where it differs
             dropped_layers: (optional) with `--drop-layers`, numbers of the layers that it drops, as
                 in the table of `influence`; `null` while that is not measured
             state: whether it is finished, or where it begins
@@ -219,6 +235,7 @@ class TrainingPlan(Result):
         return {
             "method": job.model.method,
             "schedule": job.schedule,
+            **self._source_json,
             **({"dropped_layers": self.dropped_layers} if self.layers else {}),
             "state": self.state(label),
             "price": price.model_dump(mode="json"),
@@ -234,11 +251,27 @@ class TrainingPlan(Result):
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
                 *training_rows(training, self.tokens),
+                *self._source_rows,
                 *([("dropped layers", self._dropped_text)] if self.layers else []),
                 ("state", self.state(label)),
                 *price_rows(price, self._problems_of(left, price)),
             ]
             yield two_column_table(f"Plan: {training.config.method}, {workers}", rows)
+
+    @property
+    def _source_json(self) -> dict[str, Any]:
+        if self.source is None:
+            return {}
+        return {"source": str(self.source), "source_defaults": self.source_defaults}
+
+    @property
+    def _source_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        if self.source is not None:
+            rows.append(("source", str(self.source)))
+        if self.source_defaults:
+            rows.append(("defaults with a source", _assignments(self.source_defaults)))
+        return rows
 
     @property
     def _dropped_text(self) -> str:
@@ -248,6 +281,13 @@ class TrainingPlan(Result):
         if self.dropped_layers:
             which = ", ".join(map(str, self.dropped_layers))
         return f"{self.num_dropped} of {num_layers}: {which}"
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values.items()
+    )
 
 
 class PretrainResult(Result):
@@ -297,6 +337,7 @@ def plan_pretrain(
     settings: Settings,
     *,
     workspace: Workspace | Path | str | None = None,
+    source: Path | str | None = None,
     continued: Path | str | None = None,
     name: str | None = None,
     local: bool = False,
@@ -307,6 +348,8 @@ def plan_pretrain(
 
     Args:
         settings: Sections `data`, `model`, `training` and `cluster`.
+        source: Model whose weights the training starts from, in place of `training.source`: a run,
+            a trial, a checkpoint, a model folder, or `hub:OWNER/NAME`.
         continued: Finished run to continue, by path or name; the settings are those in its
             `settings.yaml`, with more steps. The result is bitwise that of one longer training.
         name: Name of the run's folder; made from method, schedule and content when unset.
@@ -318,15 +361,36 @@ def plan_pretrain(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
+    if source is not None and continued is not None:
+        raise UserError(
+            f"training.source={source}: a run that is continued ({continued}) has its source; "
+            "leave --from out"
+        )
     space, earlier = find_workspace(workspace), None
-    if continued is None:
-        tokens = find_prepared(settings.data, space.tokens)
-    else:
+    source_options: dict[str, Any] = {}
+    if continued is not None:
         settings, earlier = continued_settings(settings, space, Path(continued))
-        tokens = Path(earlier.tokens_folder)
+        settings = with_source(settings, earlier.initial_folder)
+        tokens: Path | None = Path(earlier.tokens_folder)
+    else:
+        settings = with_source(settings, source or settings.training.source)
+        if settings.training.source is not None:
+            found = find_source(space, settings.training.source)
+            prepared = find_prepared(settings.data, space.tokens)
+            settings, defaults = follow_source(settings, found, prepared)
+            source_options = {"source": found.folder, "source_defaults": defaults}
+        tokens = find_prepared(settings.data, space.tokens)
     models = {settings.model.method: settings}
-    options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu}
+    options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu, **source_options}
     return plan_models(models, space, tokens, earlier=earlier, **options)
+
+
+def with_source(settings: Settings, source: Path | str | None) -> Settings:
+    """Return the settings with another `training.source`; None for random weights."""
+    recipe = settings.training.model_copy(
+        update={"source": None if source is None else str(source)}
+    )
+    return settings.model_copy(update={"training": recipe})
 
 
 def plan_models(
@@ -348,6 +412,11 @@ def plan_models(
         options: Other fields of the plan.
     """
     notes: list[str] = []
+    if source := options.get("source"):
+        defaults = _assignments(options["source_defaults"])
+        notes.append(
+            f"the training starts from {source}{'; defaults: ' * bool(defaults)}{defaults}"
+        )
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
@@ -378,13 +447,20 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
         if not plan.is_continued:
             tokens = prepare_tokens(settings.data, context.workspace, context.progress)
             if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
-                models, space = plan.models, context.workspace
-                plan = plan_models(models, space, tokens, name=plan.name, local=plan.local)
+                plan = plan_models(
+                    plan.models,
+                    context.workspace,
+                    tokens,
+                    name=plan.name,
+                    local=plan.local,
+                    source=plan.source,
+                    source_defaults=plan.source_defaults,
+                )
         (result,) = run_trainings(plan, context).values()
     return result
 
 
-pretrain = in_one_call(plan_pretrain, run_pretrain)
+pretrain = in_one_call(plan_pretrain, run_pretrain, source=local_checkpoint)
 
 
 @offline(DRY_RUN)

@@ -43,8 +43,8 @@ from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 if TYPE_CHECKING:
     from orchestrator.training.world import World
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""A float32 weight and AdamW's two moments."""
+WEIGHT_BYTES, MOMENTS_BYTES = 4, 8
+"""Bytes in a checkpoint of a float32 weight, and of AdamW's two moments of one that is trained."""
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 ALLOCATOR_FACTOR = 1.1
@@ -154,7 +154,10 @@ class Estimate:
         """Training FLOPs of these steps, without a teacher's."""
         config, length = self.config, self.sequence_length
         trained = [
-            num_steps * cost.training_flops_per_token(config, schedule, context_length=length)
+            num_steps
+            * cost.training_flops_per_token(
+                config, schedule, context_length=length, trained=self.recipe.trained_layers
+            )
             for schedule, num_steps in self.stages.items()
         ]
         if elastic := self.recipe.elastic:
@@ -164,7 +167,11 @@ class Estimate:
             trained += [
                 times
                 * cost.member_flops_per_token(
-                    config, member, reads_full=reads_full, context_length=length
+                    config,
+                    member,
+                    reads_full=reads_full,
+                    context_length=length,
+                    trained=self.recipe.trained_layers,
                 )
                 for member, times in drawn.items()
             ]
@@ -231,6 +238,7 @@ class Estimate:
             num_passes=self.num_passes * (1 + self.num_members),
             has_teacher=self.teacher is not None,
             has_members=self.num_members > 0,
+            trained=self.recipe.trained_layers,
         )
         if not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
@@ -246,7 +254,7 @@ class Estimate:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        return CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(self.config)
+        return checkpoint_bytes(self.config, self.recipe)
 
     @property
     def disk_bytes(self) -> tuple[int, int]:
@@ -262,6 +270,12 @@ class Estimate:
         numbers = min(kept, most), min(kept + 1, most)
         new = max(0, self.checkpoint_bytes * numbers[0] - self.present_bytes)
         return new, self.checkpoint_bytes * (numbers[1] - numbers[0])
+
+
+def checkpoint_bytes(config: ModelConfig, recipe: TrainingSettings) -> int:
+    """Return the bytes of one checkpoint."""
+    num_trained = cost.num_trained_parameters(config, recipe.trained_layers)
+    return WEIGHT_BYTES * cost.num_parameters(config) + MOMENTS_BYTES * num_trained
 
 
 class Rate(Record):
@@ -466,7 +480,7 @@ def assign_trial_gpus(
 def note_saving(jobs: Iterable[TrainingJob], note: Callable[[str], None] | None) -> None:
     """Say how much the jobs that train save now that a stop was requested, and how to skip it."""
     num_bytes = sum(
-        CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(job.model)
+        checkpoint_bytes(job.model, job.recipe)
         for job in jobs
         if not (job.folder / DONE_NAME).is_file()
     )

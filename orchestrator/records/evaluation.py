@@ -1,4 +1,8 @@
-"""Results of an evaluation: each task's metrics with standard errors, and their averages.
+"""What is measured of a model, and the results: each task's metrics, errors and averages.
+
+`Suite` is the one record of what is measured. `evaluate` and the trials of a sweep make it from the
+same settings by the same function (`make_suite` in `evaluation/tasks.py`), and two evaluations are
+the same if their models and `Suite.result_key` are.
 
 Per-item values are kept for paired comparisons of two models on the same items, where most of the
 noise cancels. Standard errors are analytic, not bootstrapped (0 seconds instead of several per
@@ -13,11 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from orchestrator.records.record import Record
+from orchestrator.records.record import Record, WorkspacePath
+from orchestrator.settings.evaluation import Prompts
+from orchestrator.settings.training import Precision
+from orchestrator.workspace.provenance import content_key
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 """A task's accuracy is the first of these that it reports."""
@@ -38,6 +46,106 @@ tables and MLflow."""
 STDERR_SUFFIX = "_stderr"
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
+
+
+class Suite(Record):
+    """What is measured of a model: tasks, how they are asked, and how the model reads them.
+
+    All fields are part of `key`, but for folders, which differ between machines. Names of folders
+    end with `_folder`. The fields' names are those in the files of sweeps.
+    """
+
+    tokens_folder: WorkspacePath = ""
+    """Prepared tokens, for the validation loss and the held-out tasks."""
+    tokens: str = ""
+    """Fingerprint of these tokens."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks, groups or tags; if empty, all tasks of the two folders below."""
+    suite: str = ""
+    """Key of the held-out tasks; empty if none are measured."""
+    suite_folder: WorkspacePath = ""
+    """Folder of the held-out tasks, which take precedence over all others; empty without any."""
+    include_folder: WorkspacePath = ""
+    """The user's folder of task files, which take precedence over lm-eval's own."""
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+    limit: int | None = None
+    """Score only this many items of each task."""
+    sequence_length: int | None = None
+    """Most tokens that a model reads at once; its context when unset."""
+    num_fewshot: int | None = None
+    """Solved examples before each item, unless a task fixes 0; if unset, the task's own number."""
+    prompts: Prompts | None = None
+    """How items become prompts, if not as the tasks' files say."""
+    precision: Precision | None = "fp32"
+    """Weights and arithmetic of the measured model; when unset, by the device: bf16 on GPUs that
+    have it, else fp32. That of a trial is set."""
+    fingerprints: dict[str, str] | None = None
+    """Task -> hash of its items and metrics, without held-out tasks: those that a sweep has found
+    when it was planned. All its models are measured on exactly these."""
+    vocabulary: str | None = None
+    """Hash of the tokenizer files of an imported teacher."""
+    vocabulary_folder: WorkspacePath | None = None
+    """Folder of these files."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The other fields are part of the key even if they are None.
+        absent = ("sequence_length", "prompts", "fingerprints", "vocabulary", "vocabulary_folder")
+        return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
+
+    @property
+    def key(self) -> str:
+        """Hash of what is measured; a trial's key is that of its weights and this one."""
+        values = self.model_dump(mode="json")
+        return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
+
+    @property
+    def heldout(self) -> Path | None:
+        """Folder of the held-out tasks; None without any."""
+        return Path(self.suite_folder) if self.suite_folder else None
+
+    @property
+    def task_folders(self) -> tuple[Path, ...]:
+        """The user's folder of task files, if there is one."""
+        return (Path(self.include_folder),) if self.include_folder else ()
+
+    def task_fingerprint(self, content: str) -> str:
+        """Return the hash of a task as it is asked here.
+
+        Args:
+            content: Hash of the task's items, metrics and solved examples.
+        """
+        return content_key(content, self.prompts.key) if self.prompts else content
+
+    def result_key(
+        self,
+        model_key: Sequence[str],
+        what: str,
+        *,
+        precision: Precision,
+        context_length: int,
+        limit: int | None = None,
+        opening: Sequence[int] = (),
+    ) -> str:
+        """Return the key under which the result of one task of one model is stored.
+
+        Args:
+            model_key: What `OpenedModel.key` says.
+            what: The task's fingerprint.
+            precision: That of this suite, or of the device if this suite sets none.
+            context_length: The model's.
+            limit: That of this suite, for a task whose items it limits.
+            opening: Tokens that begin each text of the task, as in the training.
+        """
+        length = self.sequence_length or context_length
+        # What is usual is absent, so that keys are those of versions that could not do it.
+        unusual: list[Any] = []
+        if length != context_length:
+            unusual.append(length)
+        if opening:
+            unusual.append(list(opening))
+        return content_key("evaluation", [*model_key, precision], what, limit, *unusual)
 
 
 class TaskResult(Record):

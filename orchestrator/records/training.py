@@ -49,8 +49,8 @@ class TrainingJob(Record):
     objective: Annotated[Literal["pretrain", "distill", "cross_entropy"], Effect.WEIGHTS] = (
         "pretrain"
     )
-    """`pretrain`: cross-entropy from random weights; `distill`: from a teacher; `cross_entropy`: a
-    student trained without its teacher."""
+    """`pretrain`: cross-entropy from random weights or those of a source; `distill`: from a
+    teacher; `cross_entropy`: a student trained without its teacher."""
     teacher_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
@@ -191,6 +191,8 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
         }
     if job.kept_layers is not None:
         params["kept_layers"] = ",".join(map(str, job.kept_layers))
+    if job.objective == "pretrain":
+        params["source"] = job.initial_folder
     if "teacher" in job.provenance:
         params["teacher"] = job.teacher_folder or job.initial_folder
     return model_parameters(job.model) | {n: str(v) for n, v in params.items() if v is not None}

@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from iiet.config import ModelConfig
 from iiet.facts import facts_of
-from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys
+from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys, Suite
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings import SweepSettings
-from orchestrator.settings.evaluation import Prompts
-from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
@@ -40,53 +36,6 @@ def _finite_or_none(number: float | None) -> float | None:
 
 Threshold = Annotated[float | None, AfterValidator(_finite_or_none)]
 """A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
-
-
-class TrialSuite(Record):
-    """What a trial is measured on. Its folders differ between machines and are not in its key."""
-
-    tokens_folder: WorkspacePath
-    """Prepared tokens, for the validation loss and the held-out tasks."""
-    tokens: str = ""
-    """Fingerprint of these tokens."""
-    tasks: tuple[str, ...] = ()
-    """Names of tasks; if empty, all tasks of `suite_folder`."""
-    suite: str = ""
-    """Key of the held-out tasks; empty if none are measured."""
-    suite_folder: WorkspacePath = ""
-    """Folder of the held-out tasks."""
-    include_folder: WorkspacePath = ""
-    """The user's folder of task files."""
-    batch_size: int = 32
-    """Sequences in one forward pass."""
-    limit: int | None = None
-    """Score only this many items of each task."""
-    sequence_length: int | None = None
-    """Most tokens that a model reads at once; its context when unset."""
-    num_fewshot: int | None = None
-    """Solved examples before each item; the task's own number when unset."""
-    prompts: Prompts | None = None
-    """How items become prompts, if not as the tasks' files say."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Weights and arithmetic of the measured model."""
-    fingerprints: dict[str, str] | None = None
-    """Task -> hash of its items and metrics, without held-out tasks."""
-    vocabulary: str | None = None
-    """Hash of the tokenizer files of an imported teacher."""
-    vocabulary_folder: WorkspacePath | None = None
-    """Folder of these files."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The other fields are part of the key even if they are None.
-        absent = ("sequence_length", "prompts", "fingerprints", "vocabulary", "vocabulary_folder")
-        return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
-
-    @property
-    def key(self) -> str:
-        """Hash of what is measured."""
-        values = self.model_dump(mode="json")
-        return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
 
 class OtherModel(Record):
@@ -122,7 +71,7 @@ class Trial(Record):
     """Its training; None when a checkpoint is measured without training."""
     checkpoint: WorkspacePath | None = None
     """Folder of the weights; None before they are trained."""
-    suite: TrialSuite
+    suite: Suite
     """What is measured."""
     threshold_above: Threshold = None
     """Thresholds above this, up to `threshold_up_to`, give this schedule; both are None if no
@@ -142,10 +91,10 @@ class Trial(Record):
 
     `cost/`: inference, lower is better. `evaluations` (NFE) and other counts per token,
     `relative_evaluations` and `relative_flops` as shares of the full model's,
-    `decode_ms_per_token`. `quality/`: `accuracy`, `bits_per_byte`, `validation_loss` and
-    `TASK/METRIC`, with standard errors as `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`,
-    `seconds`; `shared_flops` were spent by another run, on a first stage in common; `seeds` are
-    averaged."""
+    `decode_ms_per_token`, and in reports `served_ms_per_token`. `quality/`: `accuracy`,
+    `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with standard errors as
+    `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`, `seconds`; `shared_flops` were spent by
+    another run, on a first stage in common; `seeds` are averaged."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
     run_id: str | None = None

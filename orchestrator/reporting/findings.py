@@ -37,6 +37,7 @@ COST_NOUNS = {
     "cost/flops_per_token": ("FLOPs", ""),
     "cost/kv_bytes_per_token": ("key/value cache", "bytes"),
     "cost/decode_ms_per_token": ("decoding time", "ms"),
+    "cost/served_ms_per_token": ("time in the server", "ms"),
 }
 """Cost -> what it is called in sentences, and its unit."""
 HIGH_CONFIDENCE = 0.95

@@ -20,6 +20,7 @@ import moocore
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.served import newest_served_times
 from orchestrator.records.trial import Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
@@ -27,6 +28,7 @@ from orchestrator.reporting.results import (
     load_item_values,
     result_table,
     with_overhead,
+    with_served_times,
 )
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
@@ -53,6 +55,7 @@ COSTS = {
     "flops": "cost/flops_per_token",
     "ms": "cost/decode_ms_per_token",
     "kv": "cost/kv_bytes_per_token",
+    "served_ms": "cost/served_ms_per_token",
 }
 """Value of the option `--cost` -> tracked name."""
 TIME_SPREAD = "cost/decode_ms_spread"
@@ -75,6 +78,7 @@ TITLES = {
     "cost/relative_flops": "FLOPs per token, share of the full model's",
     "cost/kv_bytes_per_token": "KV cache, bytes per token",
     "cost/decode_ms_per_token": "Decoding, ms per token",
+    "cost/served_ms_per_token": "Served, ms per token",
     "cost/overhead_evaluations": "Overhead: NFE beyond vanilla",
     "cost/overhead_share": "Overhead in NFE, share of the teacher's",
     "cost/overhead_ms_per_token": "Overhead: ms per token beyond vanilla",
@@ -522,7 +526,10 @@ def sweep_front(
     """
     import pandas
 
-    table = pandas.concat([result_table(s.results).assign(sweep=s.name) for s in sweeps])
+    served = newest_served_times(workspace)
+    table = pandas.concat(
+        [result_table(with_served_times(s.results, served)).assign(sweep=s.name) for s in sweeps]
+    )
     table = table[~table.index.duplicated()]
     if len(sweeps) == 1:
         table = table.drop(columns="sweep")
@@ -535,4 +542,10 @@ def sweep_front(
     notes = item_notes(front.seeds, items)
     if axes.against_accuracy and axes.quality == QUALITIES["bits"]:
         notes.insert(0, axes.against_accuracy)
+    if axes.cost == COSTS["served_ms"]:
+        notes.append(
+            "No model was measured in a server; `iiet-orch benchmark --serve MODEL...` does that."
+            if served is None
+            else served.sentence
+        )
     return with_confidence(front, items, kept_share=kept_share), notes

@@ -19,6 +19,7 @@ from pydantic import Field
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
+from orchestrator.records.served import ServedTimes
 from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.workspace.errors import UserError
@@ -151,6 +152,17 @@ def item_notes(results: Sequence[Trial], items: Mapping[str, EvaluationResult]) 
             f"missing: {', '.join(lacking)}."
         )
     return notes
+
+
+def with_served_times(trials: Iterable[Trial], served: ServedTimes | None) -> list[Trial]:
+    """Return trials with the time per token that a server needs for models of their shapes."""
+    if served is None:
+        return list(trials)
+    timed = []
+    for trial in trials:
+        time = None if trial.config is None else served.ms_per_token(trial.config)
+        timed.append(trial.with_numbers("cost", {"served_ms_per_token": time}))
+    return timed
 
 
 def newest_sweep(workspace: Workspace) -> str:

@@ -50,6 +50,7 @@ COST_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
     "cost/relative_flops": ("FLOPs", 4, "{:.0%}".format),
     COSTS["kv"]: ("KV/token", 7, format_bytes),
     COSTS["ms"]: ("ms/token", 3, "{:.2f}".format),
+    COSTS["served_ms"]: ("served ms", 8, "{:.2f}".format),
     "cost/overhead_evaluations": ("+NFE", 14, "{:g}".format),
     "cost/overhead_ms_per_token": ("+ms", 13, "{:.2f}".format),
     "cost/overhead_share": ("overhead", 5, "{:.0%}".format),

@@ -53,8 +53,7 @@ def resolve_settings(
         except UserError as error:
             problems.append(str(error))
     try:
-        # Merged here, not by pydantic: both recipes have one type, but different defaults.
-        settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
+        settings = Settings.model_validate(_with_defaults(merged))
     except ValidationError as error:
         found = error.errors()
         causes = [each for each in found if not any(_causes(other, each) for other in found)]
@@ -123,6 +122,31 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         elif value is not None or not isinstance(default, Mapping):
             merged[name] = value  # An empty section keeps its defaults.
     return merged
+
+
+def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those defaults that the types do not have.
+
+    Both recipes have one type, but different defaults. All others are left to pydantic, so that
+    `model_fields_set` of a section says which values were given.
+    """
+    students = DEFAULTS.distillation.training.model_dump()
+    values = _merge({"distillation": {"training": students}}, given)
+    return _without_empty_sections(values, DEFAULTS.model_dump())
+
+
+def _without_empty_sections(
+    values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    # An empty section keeps its defaults.
+    full: dict[str, Any] = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            full[name] = _without_empty_sections(value, default)
+        elif value is not None or not isinstance(default, Mapping):
+            full[name] = value
+    return full
 
 
 def _causes(problem: Any, other: Any) -> bool:

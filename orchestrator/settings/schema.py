@@ -154,6 +154,10 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
             yield f"{names}: the ramp must end within the training, so both sum to 1 at most"
     distillation = settings.distillation
+    if distillation.training.source is not None:
+        yield "distillation.training.source: a student starts from its teacher; leave it out"
+    if distillation.training.trained_layers != "all":
+        yield "distillation.training.trained_layers: all weights of a student are trained"
     first, until = distillation.teacher_from_step, distillation.teacher_until_step
     if until is not None and until <= first:
         yield (
@@ -178,6 +182,11 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
 
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
+    if settings.training.source is not None:
+        yield (
+            "training.source: a sweep trains its models from random weights; train one by "
+            "`iiet-orch pretrain --from`, and give it to `sweep-threshold` as the teacher"
+        )
     sweep, kind = settings.sweep, settings.sweep.kind
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus

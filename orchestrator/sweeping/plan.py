@@ -23,19 +23,13 @@ from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
-    select_tasks,
-    user_task_folders,
+    make_suite,
 )
 from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
-from orchestrator.records.trial import (
-    Role,
-    SweepTrials,
-    Trial,
-    TrialSuite,
-    teacher_or_costliest,
-)
+from orchestrator.records.trial import Role, SweepTrials, Trial, teacher_or_costliest
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
 from orchestrator.settings.training import default_precision
@@ -90,7 +84,7 @@ def plan_iterations(
             variant.label: settings_of(settings, variant) for variant in swept_variants(settings)
         }
     jobs = [pretraining_job(own_settings, workspace, tokens) for own_settings in models.values()]
-    suite = TrialSuite(tokens_folder="")
+    suite = Suite()
     if tokens is not None:
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
     beside = baseline_trials(named_baselines or {}, suite, workspace)
@@ -99,7 +93,7 @@ def plan_iterations(
 
 def iterations_plan(
     jobs: Mapping[str, TrainingJob],
-    suite: TrialSuite,
+    suite: Suite,
     *,
     beside: Sequence[Trial] = (),
     name: str | None = None,
@@ -126,7 +120,7 @@ def iterations_plan(
 def plan_pretrained(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
     """Return the models that a sweep trains before its students, as trials of which nothing is
     measured: what is known of a sweep whose teacher is not trained."""
-    suite = TrialSuite(tokens_folder=next(iter(jobs.values())).tokens_folder)
+    suite = Suite(tokens_folder=next(iter(jobs.values())).tokens_folder)
     trials = {}
     for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
         trial = pretraining_trial(label, job, suite)
@@ -135,7 +129,7 @@ def plan_pretrained(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
     return _named_plan("iterations", name, [*trials.values()], len(jobs))
 
 
-def pretraining_trial(label: str, job: TrainingJob, suite: TrialSuite) -> Trial:
+def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
     """Return the trial that trains a model from scratch; one without corrections is a baseline."""
     role: Role = "trial" if has_counts(job.model.method) else "baseline"
     return make_trial(
@@ -144,7 +138,7 @@ def pretraining_trial(label: str, job: TrainingJob, suite: TrialSuite) -> Trial:
 
 
 def baseline_trials(
-    baselines: Mapping[str, Path], suite: TrialSuite, workspace: Workspace
+    baselines: Mapping[str, Path], suite: Suite, workspace: Workspace
 ) -> list[Trial]:
     """Return the trials that measure the baselines that the user names."""
     return [
@@ -333,8 +327,8 @@ def load_tasks(
     Raises:
         UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
+    make_suite(settings, tokens, context_length=config.context_length, make=progress)
     length = settings.tokens_at_once(config.context_length)
-    select_tasks(settings, tokens, context_length=length, make=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
 
@@ -346,41 +340,30 @@ def plan_suite(
     *,
     teacher: Path | None = None,
     workspace: Workspace | None = None,
-) -> TrialSuite:
+) -> Suite:
     """Return how trials are evaluated.
 
     Args:
         hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
-    length = settings.tokens_at_once(config.context_length)
-    selection = select_tasks(settings, tokens, context_length=length)
-    # Held-out tasks alone need no names: they are all tasks of their folder.
-    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
-    vocabulary = text_files_key(teacher) if teacher else None
-    suite = TrialSuite(
-        tokens=open_data(tokens).fingerprint,
-        tokens_folder=str(tokens),
-        tasks=() if is_heldout_alone else tuple(selection.names),
-        suite=selection.heldout.name if selection.heldout else "",
-        suite_folder=str(selection.heldout or ""),
-        include_folder="".join(map(str, user_task_folders(settings))),
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        sequence_length=None if length == config.context_length else length,
-        num_fewshot=settings.num_fewshot,
-        prompts=settings.prompts,
-        precision=settings.precision or default_precision(on_gpus=False),
-        fingerprints=dict(hashes) if hashes else None,
-        vocabulary=vocabulary or None,
-        vocabulary_folder=str(teacher) if vocabulary else None,
-    )
+    suite = make_suite(settings, tokens, context_length=config.context_length)
+    more: dict[str, Any] = {
+        "tokens": open_data(tokens).fingerprint,
+        "precision": settings.precision or default_precision(on_gpus=False),
+        "fingerprints": dict(hashes) if hashes else None,
+    }
+    if settings.suite == HELDOUT and not settings.include_path:
+        more["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
+    if teacher and (vocabulary := text_files_key(teacher)):
+        more |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
+    suite = suite.model_copy(update=more)
     if hashes is None and workspace:
         return _with_known_fingerprints(suite, workspace)
     return suite
 
 
-def _with_known_fingerprints(suite: TrialSuite, workspace: Workspace) -> TrialSuite:
+def _with_known_fingerprints(suite: Suite, workspace: Workspace) -> Suite:
     """Return a suite with the hashes that the newest sweep with the same tasks has found."""
     for folder in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
         with suppress(UserError):  # A damaged plan knows none.

@@ -28,8 +28,9 @@ from iiet.pruning import (
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Role, Trial, TrialSuite
+from orchestrator.records.trial import Role, Trial
 from orchestrator.settings import (
     DistillationSettings,
     ElasticSettings,
@@ -279,7 +280,7 @@ def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> Dist
 
 
 def make_trial(
-    role: Role, label: str, weights: str, suite: TrialSuite, seed: int | None = None, **fields: Any
+    role: Role, label: str, weights: str, suite: Suite, seed: int | None = None, **fields: Any
 ) -> Trial:
     """Return a trial whose key follows from its weights and from what is measured.
 
@@ -299,7 +300,7 @@ def checkpoint_trial(
     label: str,
     checkpoint: Path,
     config: ModelConfig,
-    suite: TrialSuite,
+    suite: Suite,
     workspace: Workspace,
     **fields: Any,
 ) -> Trial:
@@ -329,7 +330,7 @@ class Students:
     """Where trials are stored."""
     teacher: Path
     """Checkpoint of the full model."""
-    suite: TrialSuite
+    suite: Suite
     """What is measured."""
     influence: InfluenceTable | None = None
     """The teacher's; without it, the schedules of its students are not known."""

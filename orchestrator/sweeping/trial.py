@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.measuring import ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.tasks import TaskSelection, load_suite
+from orchestrator.evaluation.tasks import load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
 from orchestrator.planning.estimate import out_of_memory_explained
@@ -128,28 +128,14 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
-    selection = TaskSelection(
-        names=suite.tasks,
-        folders=(Path(suite.include_folder),) if suite.include_folder else (),
-        heldout=Path(suite.suite_folder) if suite.suite_folder else None,
-        num_fewshot=suite.num_fewshot,
-        prompts=suite.prompts,
-    )
     # Students of an imported model read text as it does.
     text_folder = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
     checkpoint = Path(str(trial.checkpoint))
     model = open_model(checkpoint, trial.model.corrections, text_folder=text_folder)
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
-    conditions = Conditions(
-        precision=suite.precision,
-        limit=suite.limit,
-        sequence_length=suite.sequence_length,
-        batch_size=suite.batch_size,
-        device=device,
-    )
-    measurer = ModelMeasurer(model, store, conditions)
-    measured = measurer.tasks(load_suite(selection, suite.fingerprints))
+    measurer = ModelMeasurer(model, store, suite, device=device)
+    measured = measurer.tasks(load_suite(suite))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}
     measured_trial = trial.model_copy(update={"evaluation": measured.keys})

@@ -72,13 +72,24 @@ class ChartView:
 
     def state(self) -> dict[str, Any]:
         """Return the state of MLflow's page: filter, table and charts."""
-        own = {"name": self.name, "display": True, "isGenerated": False}
-        own |= {"columns": 2, "cardHeight": CARD_HEIGHT_PIXELS}
+        sections: dict[str, dict[str, Any]] = {
+            "section": {
+                "name": self.name,
+                "display": True,
+                "isGenerated": False,
+                "columns": 2,
+                "cardHeight": CARD_HEIGHT_PIXELS,
+            }
+        }
         # MLflow adds a section for each group of metrics; listing it here keeps it folded.
-        groups = {g: {"name": g, "display": False, "isGenerated": True} for g in self.folded_groups}
-        sections = {"section": own, **groups}
-        shared = {"runsCountToCompare": 100, "metricSectionId": self._id("section")}
-        shared |= {"deleted": False, "isGenerated": False}
+        for group in self.folded_groups:
+            sections[group] = {"name": group, "display": False, "isGenerated": True}
+        every_chart = {
+            "runsCountToCompare": 100,
+            "metricSectionId": self._id("section"),
+            "deleted": False,
+            "isGenerated": False,
+        }
         return {
             "searchFilter": self.run_filter,
             "orderByKey": _column(self.order_by),
@@ -97,7 +108,7 @@ class ChartView:
             # Otherwise MLflow sorts its own sections between ours by name.
             "isAccordionReordered": True,
             "compareRunCharts": [
-                {"uuid": self._id(chart["displayName"]), **shared, **chart}
+                {"uuid": self._id(chart["displayName"]), **every_chart, **chart}
                 for chart in self._charts()
             ],
             "viewMaximized": False,
@@ -109,10 +120,13 @@ class ChartView:
         }
 
     def _charts(self) -> Iterator[dict[str, Any]]:
-        for pair in self.scatters:
-            x, y = ({"key": name, "type": "METRIC", "dataAccessKey": name} for name in pair)
-            name = f"{pair[1]} against {pair[0]}"
-            yield {"type": "SCATTER", "displayName": name, "xaxis": x, "yaxis": y}
+        for horizontal, vertical in self.scatters:
+            yield {
+                "type": "SCATTER",
+                "displayName": f"{vertical} against {horizontal}",
+                "xaxis": _axis(horizontal),
+                "yaxis": _axis(vertical),
+            }
         if self.parallel_params:
             yield {
                 "type": "PARALLEL",
@@ -123,15 +137,24 @@ class ChartView:
             }
         for metric in self.curves:
             yield {
-                **{"type": "LINE", "displayName": metric, "metricKey": metric},
-                **{"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear"},
+                "type": "LINE",
+                "displayName": metric,
+                "metricKey": metric,
+                "selectedMetricKeys": [metric],
+                "xAxisKey": "step",
+                "scaleType": "linear",
                 # Otherwise curves are smoothed, and their ends are no values of the run.
-                **{"lineSmoothness": 0, "useGlobalLineSmoothing": False},
+                "lineSmoothness": 0,
+                "useGlobalLineSmoothing": False,
             }
 
     def _id(self, part: str) -> str:
         # Saving the same view again must give the same ids.
         return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.key}/{part}"))
+
+
+def _axis(metric: str) -> dict[str, str]:
+    return {"key": metric, "type": "METRIC", "dataAccessKey": metric}
 
 
 def _column(name: str) -> str:

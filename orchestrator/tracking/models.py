@@ -44,78 +44,113 @@ def log_model(client: MlflowClient, run: StoredRun, shown: TrackedRun) -> None:
         shown: The same run with its `model`.
     """
     assert shown.model is not None
-    model = _logged_model(client, run, shown.model)
+    logged_model = _logged_model(client, run, shown.model)
     time_ms = shown.ended_ms or shown.started_ms
     points = {name: Point(name, value, step, time_ms) for name, value, step in shown.points}
-    points |= {**(run.curves.last if run.curves else {}), **run.points}
-    linked = {(p.run_id, p.key, p.value) for p in model.metrics or ()}
-    # MLflow would store NaN as 0. Time and step are the run's, so the run gets no second point.
-    new = [
-        Metric(
-            valid_name(name), points[name].value, points[name].time_ms, points[name].step,
-            model.model_id, *(data or (None, None)),
+    # What the run has in MLflow already gets the same time and step: no second point.
+    if run.curves:
+        points |= run.curves.last
+    points |= run.points
+    linked_values = {(m.run_id, m.key, m.value) for m in logged_model.metrics or ()}
+    new_metrics: list[Metric] = []
+    for name, data in shown.model.datasets.items():
+        point = points.get(name)
+        # MLflow would store NaN as 0.
+        if point is None or not math.isfinite(point.value):
+            continue
+        if (run.id, valid_name(name), point.value) in linked_values:
+            continue
+        data_name, data_digest = data or (None, None)
+        new_metrics.append(
+            Metric(
+                valid_name(name),
+                point.value,
+                point.time_ms,
+                point.step,
+                model_id=logged_model.model_id,
+                dataset_name=data_name,
+                dataset_digest=data_digest,
+            )
         )
-        for name, data in shown.model.datasets.items()
-        if name in points
-        and math.isfinite(points[name].value)
-        and (run.id, valid_name(name), points[name].value) not in linked
-    ]  # fmt: skip
-    if new:
-        client.log_batch(run.id, metrics=new)
+    if new_metrics:
+        client.log_batch(run.id, metrics=new_metrics)
 
 
 def register(
-    client: MlflowClient, run: StoredRun, given: RegisteredModel, *, moves_alias: bool
+    client: MlflowClient, run: StoredRun, model: RegisteredModel, *, moves_alias: bool
 ) -> None:
     """Store an exported folder with a logged model, and point an alias to its version.
 
-    `moves_alias` says whether an alias that another version has moves here.
+    Args:
+        run: The run in the store that made or measured the model.
+        model: The registered model's version to store.
+        moves_alias: Whether an alias that another version has moves to this one.
     """
-    stored = _logged_model(client, run, given.model)
-    if EXTERNAL_TAG in stored.tags:
-        client.log_model_artifacts(stored.model_id, given.folder)
-        _write_model_file(client, stored.model_id, run.id, is_external=False)
+    logged_model = _logged_model(client, run, model.model)
+    if EXTERNAL_TAG in logged_model.tags:
+        client.log_model_artifacts(logged_model.model_id, model.folder)
+        _write_model_file(client, logged_model.model_id, run.id, is_external=False)
         # The last step: after a crash, the files are stored again.
-        client.delete_logged_model_tag(stored.model_id, EXTERNAL_TAG)
+        client.delete_logged_model_tag(logged_model.model_id, EXTERNAL_TAG)
 
-    name = given.name
-    found = client.search_registered_models(f"name = '{name}'")
-    aliases = found[0].aliases if found else client.create_registered_model(name).aliases
-    versions = client.search_model_versions(f"name = '{name}'")
-    same = [v for v in versions if v.tags.get(KEY_TAG) == given.model.key and v.run_id == run.id]
-    if same:
-        version = same[0]
-        for tag, text in given.tags.items():
+    registered_models = client.search_registered_models(f"name = '{model.name}'")
+    if registered_models:
+        aliases = registered_models[0].aliases
+    else:
+        aliases = client.create_registered_model(model.name).aliases
+    # The same model of the same run is the same version; its tags and its note may be new.
+    versions = [
+        version
+        for version in client.search_model_versions(f"name = '{model.name}'")
+        if version.tags.get(KEY_TAG) == model.model.key and version.run_id == run.id
+    ]
+    if versions:
+        version = versions[0]
+        for tag, text in model.tags.items():
             if version.tags.get(tag) != text:
-                client.set_model_version_tag(name, version.version, tag, text)
-        if given.note not in ("", version.description):
-            client.update_model_version(name, version.version, given.note)
+                client.set_model_version_tag(model.name, version.version, tag, text)
+        if model.note not in ("", version.description):
+            client.update_model_version(model.name, version.version, model.note)
     else:
         version = client.create_model_version(
-            name,
-            stored.artifact_location,
+            model.name,
+            logged_model.artifact_location,
             run.id,
-            tags={KEY_TAG: given.model.key, **given.tags},
-            description=given.note,
-            model_id=stored.model_id,
+            tags={KEY_TAG: model.model.key, **model.tags},
+            description=model.note,
+            model_id=logged_model.model_id,
         )
-        # A server does this itself. MLflow's page of the logged model shows its versions by this
-        # tag.
-        known = json.loads(client.get_logged_model(stored.model_id).tags.get(VERSIONS_TAG, "[]"))
-        own = {"name": name, "version": str(version.version)}
-        if own not in [{**each, "version": str(each["version"])} for each in known]:
-            client.set_logged_model_tags(stored.model_id, {VERSIONS_TAG: json.dumps([*known, own])})
-    if moves_alias or given.alias not in aliases:
-        client.set_registered_model_alias(name, given.alias, version.version)
+        _list_version(client, logged_model.model_id, model.name, str(version.version))
+    if moves_alias or model.alias not in aliases:
+        client.set_registered_model_alias(model.name, model.alias, version.version)
 
 
-def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> LoggedModel:
+def _list_version(client: MlflowClient, model_id: str, name: str, version: str) -> None:
+    """Add a version to the tag by which MLflow's page of a logged model shows its versions.
+
+    A server writes this tag itself, a version as a number or as a text; a local store does not.
+    """
+    listed = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS_TAG, "[]"))
+    is_listed = any(
+        {**entry, "version": str(entry["version"])} == {"name": name, "version": version}
+        for entry in listed
+    )
+    if not is_listed:
+        versions = json.dumps([*listed, {"name": name, "version": version}])
+        client.set_logged_model_tags(model_id, {VERSIONS_TAG: versions})
+
+
+def _logged_model(client: MlflowClient, run: StoredRun, model: TrackedModel) -> LoggedModel:
     """Find or create a logged model, as an output of the run."""
-    found = client.search_logged_models([run.experiment_id], tag_filter({KEY_TAG: given.key}))
-    if found:
-        model = min(found, key=lambda m: (m.creation_timestamp, m.model_id))
+    logged_models = client.search_logged_models(
+        [run.experiment_id], tag_filter({KEY_TAG: model.key})
+    )
+    if logged_models:
+        # Two machines may have created it at the same moment: all take the older one.
+        logged_model = min(logged_models, key=lambda m: (m.creation_timestamp, m.model_id))
     else:
-        tags, params = {KEY_TAG: given.key, EXTERNAL_TAG: "true"}, dict(given.params)
+        tags = {KEY_TAG: model.key, EXTERNAL_TAG: "true"}
+        params = dict(model.params)
         if checkpoint := params.get(CHECKPOINT_PARAM):
             checkpoint = portable_path(checkpoint, workspace_root(Path(checkpoint)))
             params[CHECKPOINT_PARAM] = checkpoint
@@ -123,23 +158,25 @@ def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> 
                 f"Weights: `{checkpoint}` in the workspace. MLflow holds the files of the models "
                 "that `iiet-orch pick` has registered."
             )
-        model = client.create_logged_model(
+        logged_model = client.create_logged_model(
             run.experiment_id,
-            name="".join("_" if c in "/:.%\"'" else c for c in given.name),
+            # MLflow refuses names with these characters.
+            name="".join("_" if c in "/:.%\"'" else c for c in model.name),
             source_run_id=run.id,
             tags=tags,
             params=params,
         )
     # MLflow would store the link again each time.
-    is_linked = any(point.run_id == run.id for point in model.metrics or ())
+    is_linked = any(metric.run_id == run.id for metric in logged_model.metrics or ())
     if not is_linked:
-        outputs = client.get_run(run.id).outputs if found else None
-        if not outputs or model.model_id not in [o.model_id for o in outputs.model_outputs]:
-            client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
-    if model.status != LoggedModelStatus.READY:
-        _write_model_file(client, model.model_id, run.id, is_external=True)
-        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model
+        outputs = client.get_run(run.id).outputs if logged_models else None
+        output_ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+        if logged_model.model_id not in output_ids:
+            client.log_outputs(run.id, [LoggedModelOutput(logged_model.model_id, step=0)])
+    if logged_model.status != LoggedModelStatus.READY:
+        _write_model_file(client, logged_model.model_id, run.id, is_external=True)
+        logged_model = client.finalize_logged_model(logged_model.model_id, LoggedModelStatus.READY)
+    return logged_model
 
 
 def _write_model_file(

@@ -42,14 +42,16 @@ SQLITE_HEAD = b"SQLite format 3\0"
 """First bytes of every sqlite file that is not empty."""
 ARTIFACTS_TAG = "iiet.artifacts_in_workspace"
 """Tag of experiments whose artifacts lie in the database's workspace."""
-KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
+KEY_TAG = "iiet.key"
+KIND_TAG = "iiet.kind"
 ROOT_TAG = "iiet.root_key"
 """Key of the sweep, for a run that is nested in one; else the run's own key."""
 OFFSET_TAG = "iiet.mirrored_bytes"
 """Bytes of the journal that the run has."""
 PARENT_TAG = "mlflow.parentRunId"
 SOURCE_TAG = "mlflow.source.name"
-COMMIT_TAG, REPOSITORY_TAG = "mlflow.source.git.commit", "mlflow.source.git.repoURL"
+COMMIT_TAG = "mlflow.source.git.commit"
+REPOSITORY_TAG = "mlflow.source.git.repoURL"
 COMMAND = "iiet-orch"
 PROGRAMS = (f"/{COMMAND}", "/orchestrator/cli/__main__.py")
 """How the path of the running program ends if it is this command."""
@@ -65,9 +67,12 @@ MAX_PARAM_CHARACTERS = 6000
 
 FAILURES = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """Errors of MLflow's client if a store cannot be reached or refuses a value."""
+_MODEL = ""
+"""Key of the model in `StoredRun.sent`; no artifact has an empty path."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
 Place = tuple[str, str, str | None]
+"""What a run is found by: its kind, its key, and its sweep's key if it is nested in one."""
 
 
 class CopiedStoreError(OSError):
@@ -83,34 +88,56 @@ class Point(NamedTuple):
     time_ms: int
 
 
+CURVE_DENSITY = 100
+"""Points of a curve between its start and any step, and about as many in each later doubling."""
+
+
 class CurveReader:
     """Reads a journal from where the last call stopped; each step of a metric comes once.
 
     A resumed training records the steps after its checkpoint a second time, with the same values.
+    MLflow gets fewer points than a long journal has, which it takes and shows more slowly: they are
+    further apart the later they are. `last` has the last one.
     """
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
         """Start reading at byte `offset`; an earlier reader has read the bytes before it."""
         self.last: dict[str, Point] = {}
         """The last point of each metric."""
+        self._shown_steps: dict[str, int] = {}
+        """The last step of each metric that was returned."""
         self.offset = offset
         self._folder = folder
         if offset:
-            self._new(read_journal(folder, end=offset)[0])
+            # Only for `last`: the run has these points already.
+            self._new_points(read_journal(folder, end=offset)[0])
 
-    def read(self) -> list[Point]:
-        """Return the points since the last call."""
+    def read(self, *, has_ended: bool) -> list[Point]:
+        """Return the points since the last call; of a run that has ended also the last ones."""
         records, self.offset = read_journal(self._folder, self.offset)
-        return self._new(records)
+        points = self._new_points(records)
+        if has_ended:
+            for name, point in self.last.items():
+                if self._shown_steps[name] < point.step:
+                    self._shown_steps[name] = point.step
+                    points.append(point)
+        return points
 
-    def _new(self, records: list[Record]) -> list[Point]:
+    def _new_points(self, records: list[Record]) -> list[Point]:
         points = []
         for record in records:
-            for name, value in record["values"].items() if record["kind"] == "metrics" else ():
-                known = self.last.get(name)
-                if known is None or record["step"] > known.step:
-                    self.last[name] = Point(name, value, record["step"], record["time"])
-                    points.append(self.last[name])
+            if record["kind"] != "metrics":
+                continue
+            for name, value in record["values"].items():
+                last = self.last.get(name)
+                if last is not None and record["step"] <= last.step:
+                    continue
+                point = Point(name, value, record["step"], record["time"])
+                self.last[name] = point
+                shown_step = self._shown_steps.get(name)
+                if shown_step is None or point.step - shown_step >= shown_step // CURVE_DENSITY:
+                    self._shown_steps[name] = point.step
+                    points.append(point)
         return points
 
 
@@ -129,7 +156,8 @@ class StoredRun:
     datasets: set[str]
     """Digests of the data that it read."""
     sent: dict[str, object] = field(default_factory=dict)
-    """What this process has stored as artifacts and as model, in the form that it had then."""
+    """What this process has stored, in the form that it had then: artifacts by their path, and the
+    model with its metrics as `_MODEL`."""
     points: dict[str, Point] = field(default_factory=dict)
     """The last point of each metric that this process has sent."""
     curves: CurveReader | None = None
@@ -137,6 +165,7 @@ class StoredRun:
     @classmethod
     def of(cls, run: Run) -> StoredRun:
         """Return the state of a run that MLflow returned."""
+        dataset_inputs = getattr(run.inputs, "dataset_inputs", ())  # A new run has no inputs.
         return cls(
             id=run.info.run_id,
             experiment_id=run.info.experiment_id,
@@ -145,7 +174,7 @@ class StoredRun:
             params=dict(run.data.params),
             tags=dict(run.data.tags),
             values=dict(run.data.metrics),
-            datasets={each.dataset.digest for each in getattr(run.inputs, "dataset_inputs", ())},
+            datasets={dataset_input.dataset.digest for dataset_input in dataset_inputs},
         )
 
 
@@ -164,7 +193,9 @@ class Store:
         self._workspace = workspace
         self._client: MlflowClient | None = None
         self._views: dict[str, str] = {}
+        """Chart views that this process has stored."""
         self._runs: dict[Place, StoredRun] = {}
+        """Runs that this process has searched for or created."""
 
     def connect(self) -> MlflowClient:
         """Return the client; create the database and the experiment if they are missing.
@@ -172,37 +203,38 @@ class Store:
         Raises:
             CopiedStoreError: If the database came with a copied workspace.
         """
-        if self._client is None:
-            _check_database(self.uri)
-            with self.lock():
-                client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
-                found = client.get_experiment_by_name(self.experiment_name)
-                artifacts = self._workspace.artifacts.as_uri()
-                if found is None:
-                    # Without the tag, MLflow opens its pages for language-model applications.
-                    tags = {"mlflow.experimentKind": "custom_model_development"}
-                    if self.is_in_workspace:
-                        tags[ARTIFACTS_TAG] = "true"
-                    # An explicit folder keeps `./mlruns` out of the current directory.
-                    location = None if self.is_remote else artifacts
-                    self.experiment_id = str(
-                        client.create_experiment(self.experiment_name, location, tags)
-                    )
-                elif (
-                    self.is_in_workspace
-                    and ARTIFACTS_TAG in found.tags
-                    and found.artifact_location != artifacts
-                ):
-                    raise CopiedStoreError(
-                        f"{self._workspace.database} was copied or moved with the workspace, and "
-                        f"names files in {found.artifact_location}, so it shows nothing new; "
-                        "`iiet-orch ui --sync --replace` makes it anew, without what people have "
-                        "added there, which `iiet-orch ui --sync` names"
-                    )
-                else:
-                    self.experiment_id = found.experiment_id
-            self._client = client
-        return self._client
+        if self._client is not None:
+            return self._client
+        _check_database(self.uri)
+        with self.lock():
+            client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
+            experiment = client.get_experiment_by_name(self.experiment_name)
+            artifacts = self._workspace.artifacts.as_uri()
+            if experiment is None:
+                # Without the tag, MLflow opens its pages for language-model applications.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                if self.is_in_workspace:
+                    tags[ARTIFACTS_TAG] = "true"
+                # An explicit folder keeps `./mlruns` out of the current directory.
+                location = None if self.is_remote else artifacts
+                self.experiment_id = str(
+                    client.create_experiment(self.experiment_name, location, tags)
+                )
+            elif (
+                self.is_in_workspace
+                and ARTIFACTS_TAG in experiment.tags
+                and experiment.artifact_location != artifacts
+            ):
+                raise CopiedStoreError(
+                    f"{self._workspace.database} was copied or moved with the workspace, and "
+                    f"names files in {experiment.artifact_location}, so it shows nothing new; "
+                    "`iiet-orch ui --sync --replace` makes it anew, without what people have "
+                    "added there, which `iiet-orch ui --sync` names"
+                )
+            else:
+                self.experiment_id = experiment.experiment_id
+        self._client = client
+        return client
 
     def publish(
         self,
@@ -217,9 +249,11 @@ class Store:
             run: The run; that of its sweep is in the store.
             log_model: Logs its model when its metrics are stored.
         """
-        client, root = self.connect(), self._workspace.root
+        client = self.connect()
         self.prepare([run])
         stored = self._runs[run.place]
+
+        # Its status, if it goes or starts again.
         if run.status == "WITHDRAWN":
             client.delete_run(stored.id)
             del self._runs[run.place]
@@ -228,27 +262,32 @@ class Store:
             client.update_run(stored.id, status=run.status)
             stored.status = run.status
 
+        # Parameters, tags, curves and points.
         if run.journal and stored.curves is None:
             stored.curves = CurveReader(Path(run.journal), int(stored.tags.get(OFFSET_TAG, 0)))
-        tags = {name: _sent(text, root, stored.id) for name, text in run.tags.items()}
-        curves: list[Point] = []
+        tags = {name: self._tag_text(text, stored.id) for name, text in run.tags.items()}
+        curve_points: list[Point] = []
         curve_ends: Mapping[str, Point] = {}
         if stored.curves:
-            curves, curve_ends = stored.curves.read(), stored.curves.last
+            curve_points = stored.curves.read(has_ended=run.status != "RUNNING")
+            curve_ends = stored.curves.last
             tags[OFFSET_TAG] = str(stored.curves.offset)
-        # MLflow shows the newest value, so one that replaces another is measured now. The summary
-        # of a curve would stand before its first step.
-        time_ms, now = run.ended_ms or run.started_ms, now_ms()
-        last = {name: value for name, value, _ in run.points}
-        points = [
-            Point(name, value, step, now if valid_name(name) in stored.values else time_ms)
-            for name, value, step in run.points
-            if name not in curve_ends
-            and not _is_same(stored.values.get(valid_name(name)), last[name])
-        ]
-        points += curves
-        self._send(stored, run.params, tags, points)
+        time_ms = run.ended_ms or run.started_ms
+        now = now_ms()
+        last_values = {name: value for name, value, _ in run.points}
+        points: list[Point] = []
+        for name, value, step in run.points:
+            # The summary of a curve would stand before its first step.
+            if name in curve_ends:
+                continue
+            stored_value = stored.values.get(valid_name(name))
+            if _is_same(stored_value, last_values[name]):
+                continue
+            # MLflow shows the newest value, so one that replaces another is measured now.
+            points.append(Point(name, value, step, time_ms if stored_value is None else now))
+        self._send(stored, run.params, tags, [*points, *curve_points])
 
+        # Its data, artifacts, chart views and model.
         if run.dataset and run.dataset[1] not in stored.datasets:
             name, digest, profile = run.dataset
             context = "evaluation" if run.kind in MEASUREMENTS else "training"
@@ -262,19 +301,22 @@ class Store:
                 stored.sent[path] = text
         for folder, files in run.files.items():
             for file in filter(Path.is_file, map(Path, files)):
-                state = file.stat()
-                if stored.sent.get(f"{folder}/{file.name}") != (state.st_mtime_ns, state.st_size):
+                artifact = f"{folder}/{file.name}"
+                status = file.stat()
+                stamp = (status.st_mtime_ns, status.st_size)
+                if stored.sent.get(artifact) != stamp:
                     client.log_artifact(stored.id, str(file), folder)
-                    stored.sent[f"{folder}/{file.name}"] = state.st_mtime_ns, state.st_size
+                    stored.sent[artifact] = stamp
         for tag, view in run.views.items():
             if self._views.get(tag) != view:
                 client.set_experiment_tag(str(self.experiment_id), tag, view)
                 self._views[tag] = view
-        if run.model and log_model and stored.sent.get("") != (run.model, last):
+        if run.model and log_model and stored.sent.get(_MODEL) != (run.model, last_values):
             with self.lock():
                 log_model(client, stored, run)
-            stored.sent[""] = run.model, last
+            stored.sent[_MODEL] = (run.model, last_values)
 
+        # Its end comes last: a run that is shown as finished has everything.
         if run.status not in ("RUNNING", stored.status):
             # The run of a short piece of work is created after that has ended.
             end_ms = max(time_ms, stored.started_ms)
@@ -289,22 +331,29 @@ class Store:
         client = self.connect()
         with self.lock():
             for root in dict.fromkeys(run.parent or run.key for run in unknown):
-                # The first time with all runs that are nested in it.
-                wanted = {ROOT_TAG: root}
                 keys = [run.key for run in unknown if root in (run.parent, run.key)]
+                tags = {ROOT_TAG: root}
+                # One search finds a sweep with all runs that are nested in it. For a run alone, and
+                # for one more trial of a sweep that is known, that would be too much.
                 if keys == [root] or (len(keys) == 1 and ("sweep", root, None) in self._runs):
-                    wanted[KEY_TAG] = keys[0]
-                found = client.search_runs(
-                    [str(self.experiment_id)], tag_filter(wanted), max_results=MAX_RUNS_FOUND
+                    tags[KEY_TAG] = keys[0]
+                runs_in_store = client.search_runs(
+                    [str(self.experiment_id)], tag_filter(tags), max_results=MAX_RUNS_FOUND
                 )
-                for old in map(StoredRun.of, found):
-                    parent = root if PARENT_TAG in old.tags else None
-                    place = old.tags.get(KIND_TAG, ""), old.tags.get(KEY_TAG, ""), parent
-                    self._runs.setdefault(place, old)
-            parents = dict.fromkeys(run.parent for run in unknown if run.parent)
-            sweeps = [TrackedRun.stored(self._workspace, "sweep", key) for key in parents]
-            named = [TrackedRun(key=key, kind="sweep", name=key) for key in parents]
-            for run in [*filter(None, sweeps), *named, *unknown]:
+                for stored in map(StoredRun.of, runs_in_store):
+                    parent = root if PARENT_TAG in stored.tags else None
+                    place = stored.tags.get(KIND_TAG, ""), stored.tags.get(KEY_TAG, ""), parent
+                    # The newest comes first, and an earlier call may know more of it.
+                    self._runs.setdefault(place, stored)
+            # A sweep's run is created before those nested in it: with what the workspace says of
+            # it, or, if that file is missing or damaged, with its key as its name.
+            sweep_keys = dict.fromkeys(run.parent for run in unknown if run.parent)
+            sweeps = [
+                TrackedRun.stored(self._workspace, "sweep", key)
+                or TrackedRun(key=key, kind="sweep", name=key)
+                for key in sweep_keys
+            ]
+            for run in [*sweeps, *unknown]:
                 if run.place in self._runs:
                     continue
                 tags = {KEY_TAG: run.key, KIND_TAG: run.kind, ROOT_TAG: run.parent or run.key}
@@ -326,7 +375,11 @@ class Store:
     def forget(self, run: TrackedRun) -> None:
         """Search for a run and its sweep again, because the store may have changed."""
         root = run.parent or run.key
-        self._runs = {p: known for p, known in self._runs.items() if root not in (p[1], p[2])}
+        self._runs = {
+            (kind, key, parent): stored
+            for (kind, key, parent), stored in self._runs.items()
+            if root not in (key, parent)
+        }
 
     def _send(
         self,
@@ -343,11 +396,17 @@ class Store:
             for name, text in params.items()
         }
         new_params = {name: text for name, text in texts.items() if name not in run.params}
-        for name in run.tags.keys() & {name for name, text in tags.items() if not text}:
-            client.delete_tag(run.id, name)
-            del run.tags[name]
-        new_tags = {n: text for n, text in tags.items() if text and run.tags.get(n) != text}
-        metrics = [Metric(valid_name(p.name), p.value, p.time_ms, p.step) for p in points]
+        for name, text in tags.items():
+            if not text and name in run.tags:
+                client.delete_tag(run.id, name)
+                del run.tags[name]
+        new_tags = {
+            name: text for name, text in tags.items() if text and run.tags.get(name) != text
+        }
+        metrics = [
+            Metric(valid_name(point.name), point.value, point.time_ms, point.step)
+            for point in points
+        ]
         # The last request has the tags: from then on, what was copied from a journal is copied.
         while len(metrics) > METRICS_PER_REQUEST:
             client.log_batch(run.id, metrics=metrics[:METRICS_PER_REQUEST])
@@ -361,15 +420,19 @@ class Store:
             )
         run.params |= new_params
         run.tags |= new_tags
-        run.values |= {valid_name(p.name): p.value for p in points}
-        run.points |= {p.name: p for p in points}
+        run.values |= {valid_name(point.name): point.value for point in points}
+        run.points |= {point.name: point for point in points}
+
+    def _tag_text(self, text: str, run_id: str) -> str:
+        text = portable_path(text, self._workspace.root)
+        return text.replace(RUN_ID, run_id)[:MAX_TAG_CHARACTERS]
 
 
 @lru_cache(maxsize=1)
 def context_tags() -> dict[str, str]:
     """Return the tags of a new run that say who started it, with which command and which commit.
 
-    They are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
+    The tags are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
     MLflow looks for the commit beside the program, which may lie outside the repository of the code
     that it runs; then the commit is that of this package.
     """
@@ -390,17 +453,15 @@ def valid_name(name: str) -> str:
 
 def is_refusal(error: Exception) -> bool:
     """Return whether the store refused the request, so that a retry is useless."""
-    missing_file = isinstance(error, FileNotFoundError)
-    return missing_file or getattr(error, "error_code", None) in _REFUSALS
-
-
-def _sent(text: str, root: Path, run_id: str) -> str:
-    return portable_path(text, root).replace(RUN_ID, run_id)[:MAX_TAG_CHARACTERS]
+    is_missing_file = isinstance(error, FileNotFoundError)
+    return is_missing_file or getattr(error, "error_code", None) in _REFUSALS
 
 
 def _is_same(stored: float | None, value: float) -> bool:
-    if stored is None or math.isnan(value):
-        return stored is not None and math.isnan(stored)
+    if stored is None:
+        return False
+    if math.isnan(value):
+        return math.isnan(stored)
     largest = sys.float_info.max  # MLflow stores infinity as this.
     return stored in (value, min(max(value, -largest), largest))
 

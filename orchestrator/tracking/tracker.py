@@ -37,6 +37,7 @@ from orchestrator.tracking.store import (
     PARENT_TAG,
     ROOT_TAG,
     CopiedStoreError,
+    Place,
     Store,
     is_refusal,
 )
@@ -44,8 +45,7 @@ from orchestrator.workspace.errors import UserError, first_line, is_disk_full
 from orchestrator.workspace.layout import Workspace
 
 SECONDS_BETWEEN_COPIES = 4.0
-
-Place = tuple[str, str, str | None]
+"""Running runs are published again after so long, with what their journals have gained."""
 
 
 class Publisher:
@@ -55,8 +55,11 @@ class Publisher:
         """Use `publish`, which yields after each run whether it need not be tried again."""
         self._publish = publish
         self._waiting: dict[Place, TrackedRun] = {}
+        """Runs to publish, in their last state: new ones, and those to be tried again."""
         self._running: dict[Place, TrackedRun] = {}
-        self._has_new = self._is_busy = False
+        """Runs whose work goes on."""
+        self._has_new = False
+        self._is_busy = False
         self._num_published = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -66,8 +69,8 @@ class Publisher:
         """Publish runs soon, the run of a sweep before those of its trials; returns at once."""
         with self._changed:
             for run in runs:
-                self._running.pop(run.place, None)
                 self._waiting[run.place] = run
+                self._running.pop(run.place, None)
                 if run.status == "RUNNING":
                     self._running[run.place] = run
             self._has_new = True
@@ -86,17 +89,18 @@ class Publisher:
         Raises:
             BaseException: What `publish` raised.
         """
-        is_over, num_before = False, -1
-        while not is_over and num_before < self._num_published:
+        while True:
             num_before = self._num_published
             with self._changed:
                 is_over = self._changed.wait_for(
                     lambda: not (self._has_new or self._is_busy), seconds
                 )
-            if in_all:
+            # While runs are published, however slowly, the wait begins again.
+            if is_over or in_all or self._num_published == num_before:
                 break
         with self._changed:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
         if error:
             raise error
         return is_over
@@ -106,22 +110,26 @@ class Publisher:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._has_new, max(0, copy_at - time.monotonic()))
-                batch, self._waiting = self._waiting, {}
+                batch = self._waiting
+                self._waiting = {}
                 if time.monotonic() >= copy_at:
                     batch = {**self._running, **batch}
                     copy_at = time.monotonic() + SECONDS_BETWEEN_COPIES
-                self._has_new, self._is_busy = False, True
-            left: dict[Place, TrackedRun] = {}
+                self._has_new = False
+                self._is_busy = True
+            # The lock is free here: publishing may take minutes, and `put` must return at once.
+            unpublished: dict[Place, TrackedRun] = {}
             try:
                 runs = list(batch.values())
                 for run, is_done in zip(runs, self._publish(runs), strict=True):
                     self._num_published += is_done
                     if not is_done:
-                        left[run.place] = run
-            except BaseException as error:
+                        unpublished[run.place] = run
+            except BaseException as error:  # Raised by `wait`, in the thread that waits.
                 self._error = error
             with self._changed:
-                self._waiting = {**left, **self._waiting}
+                # What was put meanwhile is newer, so it replaces what is tried again.
+                self._waiting = {**unpublished, **self._waiting}
                 self._is_busy = self._has_new
                 self._changed.notify_all()
                 if not (self._waiting or self._running):
@@ -129,9 +137,15 @@ class Publisher:
                     return
 
 
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
-MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
-OWN_PREFIXES = ("iiet.", "mlflow.")
+FIRST_PAUSE_SECONDS = 30.0
+"""Time without attempts after a failure of the store; each further failure doubles it."""
+MAX_PAUSE_SECONDS = 600.0
+MAX_WAIT_SECONDS = 60.0
+"""Longest wait at the end of a command for a store that publishes nothing."""
+SHORT_WAIT_SECONDS = 2.0
+"""Longest wait if the store failed last time, or the caller is in a hurry."""
+PROGRAM_PREFIXES = ("iiet.", "mlflow.")
+"""Begin the names of tags that this program or MLflow writes; people write the others."""
 
 Warn = Callable[[str], None]
 
@@ -146,26 +160,30 @@ class Tracking:
             warn: Called once when the store stops responding, and for what it refuses (default: a
                 log message).
         """
-        self.store, self._workspace = Store(workspace), workspace
+        self.store = Store(workspace)
+        self._workspace = workspace
         self._warn = warn or logging.getLogger(__name__).warning
         self._publisher = Publisher(self.publish_now)
-        self._pause_seconds = self._paused_until = 0.0
-        self._has_lost = False
+        self._pause_seconds = 0.0
+        """Length of the last pause; 0 once the store has responded again."""
+        self._paused_until = 0.0
+        self._has_warned_of_files = False
         self.copied: CopiedStoreError | None = None
         """Why the workspace's database shows nothing new, if it was copied."""
 
     def publish(self, *runs: TrackedRun) -> None:
         """Store runs in the workspace, and show them soon; returns at once."""
         try:
-            for run in runs if self._workspace.is_writable else ():
-                run.write(run.path(self._workspace))
+            if self._workspace.is_writable:
+                for run in runs:
+                    run.write(run.path(self._workspace))
         except OSError as error:
-            if not self._has_lost:
+            if not self._has_warned_of_files:
                 self._warn(
                     f"cannot store what MLflow shows in {self._workspace.tracked} ({error}); the "
                     "work continues, and running the same command again stores it"
                 )
-            self._has_lost = True
+            self._has_warned_of_files = True
         if self.copied and not self._pause_seconds:
             self._pause_seconds = MAX_PAUSE_SECONDS
             self._warn(str(self.copied))
@@ -215,9 +233,11 @@ class Tracking:
     def register(self, model: RegisteredModel, *, moves_alias: bool = True) -> bool:
         """Store an exported model as a version of a registered one; its run is published before.
 
-        Returns whether the store has it now.
+        Args:
+            moves_alias: Whether an alias that another version has moves to this one.
 
-        `moves_alias` says whether an alias that another version has moves to this one.
+        Returns:
+            Whether the store has it now.
         """
         if moves_alias:
             model.write(model.path(self._workspace))
@@ -237,10 +257,10 @@ class Tracking:
 
     def wait(self, *, briefly: bool = False) -> None:
         """Wait until the store has everything, as long as it responds; or for two seconds."""
-        # It did not respond last time?
-        is_short, is_over = briefly or self._pause_seconds > 0, False
+        has_failed = self._pause_seconds > 0
+        seconds = SHORT_WAIT_SECONDS if briefly or has_failed else MAX_WAIT_SECONDS
+        is_over = False
         try:
-            seconds = SHORT_WAIT_SECONDS if is_short else MAX_WAIT_SECONDS
             is_over = self._publisher.wait(seconds, in_all=briefly)
         finally:
             if not is_over:  # Also after Ctrl-C.
@@ -249,8 +269,8 @@ class Tracking:
     def run_id(self, run: TrackedRun) -> str | None:
         """Return MLflow's id of a published run; None if the store does not respond."""
         self.wait()
-        known = self.store.known(run.place)
-        return known.id if known else None
+        stored = self.store.known(run.place)
+        return stored.id if stored else None
 
     @property
     def is_store_down(self) -> bool:
@@ -260,20 +280,21 @@ class Tracking:
     def pause(self, error: Exception) -> None:
         """Make no attempts for a while; warn the first time."""
         if isinstance(error, CopiedStoreError):
-            self.copied, self._paused_until = error, math.inf  # Publishing says so.
+            self.copied = error  # `publish` warns of it.
+            self._paused_until = math.inf
             return
         if not self._pause_seconds:
             self._warn(
                 f"MLflow at {self.store.public_uri} does not respond ({first_line(error)[:200]}); "
                 "training continues, and `iiet-orch ui --sync` publishes what is missing later"
             )
-        longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
-        self._pause_seconds = min(longer, MAX_PAUSE_SECONDS)
+        self._pause_seconds = min(
+            max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS), MAX_PAUSE_SECONDS
+        )
         self._paused_until = time.monotonic() + self._pause_seconds
 
-    @property
-    def experiment_id(self) -> str | None:
-        """The experiment's id; None if the store does not respond."""
+    def open_experiment(self) -> str | None:
+        """Connect to the store and return the experiment's id; None if it does not respond."""
         if not self.is_store_down:
             try:
                 self.store.connect()
@@ -284,11 +305,16 @@ class Tracking:
     def links(self, base_url: str, overview: ChartView, max_sweeps: int) -> list[str]:
         """Return links to all runs and, for each new sweep, to its charts, table, report and run.
 
-        The `overview` of all runs is saved first, because a link cannot choose columns. There are
-        none while the store does not respond.
+        There are no links while the store does not respond.
+
+        Args:
+            base_url: Address of MLflow's server.
+            overview: View of all runs; it is saved first, because a link cannot choose columns.
+            max_sweeps: Number of the newest sweeps that get links.
         """
         try:
-            client, experiment_id = self.store.connect(), str(self.store.experiment_id)
+            client = self.store.connect()
+            experiment_id = str(self.store.experiment_id)
             client.set_experiment_tag(experiment_id, *overview.tag)
             sweeps = client.search_runs(
                 [experiment_id],
@@ -305,39 +331,41 @@ class Tracking:
         charts = f"{runs}?{training}&compareRunsMode={{}}&viewStateShareKey={{}}"
         lines = [f"training runs: {charts.format('TABLE', overview.key)}"]
         for run in sweeps:
-            view, report = run.data.tags.get(VIEW_TAG), run.data.tags.get(REPORT_TAG)
-            own = f"{runs}/{run.info.run_id}"
-            pages = {
-                "charts": charts.format("CHART", view) if view else "",
-                "table": charts.format("TABLE", view) if view else "",
-                "report": f"{own}/artifacts/{report}?{training}" if report else "",
-                "run": f"{own}?{training}",
-            }
+            run_page = f"{runs}/{run.info.run_id}"
+            pages: dict[str, str] = {}
+            if view := run.data.tags.get(VIEW_TAG):
+                pages["charts"] = charts.format("CHART", view)
+                pages["table"] = charts.format("TABLE", view)
+            if report := run.data.tags.get(REPORT_TAG):
+                pages["report"] = f"{run_page}/artifacts/{report}?{training}"
+            pages["run"] = f"{run_page}?{training}"
             for page, link in pages.items():
-                if link:
-                    lines.append(f"sweep {run.info.run_name}, {page + ':':<7} {link}")
+                lines.append(f"sweep {run.info.run_name}, {page + ':':<7} {link}")
         return lines
 
     def added_by_people(self) -> list[str]:
         """Name what the store holds and no file of the workspace says: it would be lost."""
         client = MlflowClient(self.store.uri)
         experiment = client.get_experiment_by_name(self.store.experiment_name)
-        found: list[str] = []
-        ids = [experiment.experiment_id] if experiment else []
-        for run in client.search_runs(ids, max_results=MAX_RUNS_FOUND):
+        additions: list[str] = []
+        experiment_ids = [experiment.experiment_id] if experiment else []
+        for run in client.search_runs(experiment_ids, max_results=MAX_RUNS_FOUND):
             tags = run.data.tags
             parent = tags.get(ROOT_TAG) if PARENT_TAG in tags else None
-            own = self.stored(tags.get(KIND_TAG, ""), tags.get(KEY_TAG, ""), parent)
-            note = own.tags.get(NOTE_TAG, "").replace(RUN_ID, run.info.run_id) if own else ""
+            tracked_run = self.stored(tags.get(KIND_TAG, ""), tags.get(KEY_TAG, ""), parent)
+            note = ""
+            if tracked_run:
+                note = tracked_run.tags.get(NOTE_TAG, "").replace(RUN_ID, run.info.run_id)
             if tags.get(NOTE_TAG, "") != note[:MAX_TAG_CHARACTERS]:
-                found.append(f"the note of {run.info.run_name}")
-            foreign = [name for name in tags if not name.startswith(OWN_PREFIXES)]
-            found += [f"the tag {name} of {run.info.run_name}" for name in foreign]
+                additions.append(f"the note of {run.info.run_name}")
+            for name in tags:
+                if not name.startswith(PROGRAM_PREFIXES):
+                    additions.append(f"the tag {name} of {run.info.run_name}")
+        picked = {path.stem for path in self._workspace.tracked.glob("registered/*.json")}
         for model in client.search_registered_models():
-            picked = {path.stem for path in self._workspace.tracked.glob("registered/*.json")}
-            names = {f"{model.name}@{alias}" for alias in model.aliases}
-            found += [f"the alias {name}" for name in sorted(names - picked)]
-        return found
+            aliases = {f"{model.name}@{alias}" for alias in model.aliases}
+            additions += [f"the alias {name}" for name in sorted(aliases - picked)]
+        return additions
 
 
 def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking:

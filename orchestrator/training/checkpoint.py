@@ -89,6 +89,21 @@ class Position:
     """Number of the latest steps that were all skipped."""
     recent_norms: list[float] = field(default_factory=list)
     """Gradient norms of the latest steps, if the recipe checks for spikes."""
+    window: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Sum and count of each loss and of the gradient norm since the last record; saved, so that a
+    resumed run records the same means. A count for each: some losses are not of every step."""
+
+    def add_to_window(self, numbers: Mapping[str, float]) -> None:
+        """Add the losses and the gradient norm of a step whose update was made."""
+        for name, number in numbers.items():
+            total, count = self.window.get(name, (0.0, 0))
+            self.window[name] = (total + number, count + 1)
+
+    def end_window(self) -> dict[str, float]:
+        """Return the means over the steps since the last call."""
+        means = {name: total / count for name, (total, count) in self.window.items()}
+        self.window = {}
+        return means
 
 
 def save_checkpoint(

@@ -14,17 +14,25 @@ from typing import Any
 
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.facts import facts_of
+from iiet.freezing import TrainedLayers, trained_part
+from iiet.weights import CONFIG
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
 from orchestrator.data.preparation import check_sequence_length, expected_tokens
-from orchestrator.data.store import verify_data
-from orchestrator.models.folder import check_checkpoint, load_provenance, weights_key
+from orchestrator.data.store import TOKENIZER_NAME, verify_data
+from orchestrator.models.folder import (
+    check_checkpoint,
+    is_checkpoint,
+    load_provenance,
+    weights_key,
+)
 from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcome
 from orchestrator.records.training_state import Training
 from orchestrator.settings import Settings, TrainingSettings
 from orchestrator.settings.effects import key_values
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import DRAWS_VERSION, checked_family
+from orchestrator.training.source import check_tokenizer, find_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.layout import (
@@ -56,9 +64,17 @@ def pretraining_job(
         UserError: If the settings do not go together.
     """
     expected = expected_tokens(settings.data, tokens)
-    config = settings.model.build(
-        vocab_size=expected.vocab_size, context_length=expected.context_length
-    )
+    source = None
+    if settings.training.source is None:
+        config = settings.model.build(
+            vocab_size=expected.vocab_size, context_length=expected.context_length
+        )
+    else:
+        source = find_source(workspace, settings.training.source)
+        config = source.model(settings.model)
+        if tokens is not None:
+            check_tokenizer(source, tokens / TOKENIZER_NAME, settings.data.tokenizer)
+    check_trained_layers(settings.training.trained_layers, config)
     recipe = checked_family(settings.training, config)
     sequences_per_step(recipe, config)
     check_sequence_length(settings.data, recipe.tokens_per_sequence(config))
@@ -72,6 +88,7 @@ def pretraining_job(
         recipe=recipe,
         first_stages=str(workspace.runs),
         storage=settings.cluster.storage,
+        initial_folder=str(source.folder) if source else None,
     )
     if name is not None:
         folder = workspace.runs / name
@@ -80,6 +97,27 @@ def pretraining_job(
         usual_folder = workspace.runs / f"{usual_name(config)}-{key[:KEY_CHARACTERS]}"
         folder = folder_of_weights(workspace, key, usual_folder)
     return job.model_copy(update={"run_folder": str(folder)})
+
+
+def check_trained_layers(trained: TrainedLayers, config: ModelConfig) -> None:
+    """Check that a training of this part of a model leaves the rest as it is.
+
+    Raises:
+        UserError: If the model is not its source at the start, or nothing would be trained.
+    """
+    if trained == "all":
+        return
+    if getattr(config.options, "start", None) != "identity":
+        raise UserError(
+            f"training.trained_layers={trained}: layers are frozen where the model begins as its "
+            "source; set model.method_options.start=identity, with the method iiet"
+        )
+    try:
+        trained_part(config.corrections, trained)
+    except ValueError as error:
+        raise UserError(
+            f"training.trained_layers={trained}: {error}; set model.corrections"
+        ) from None
 
 
 def usual_name(config: ModelConfig) -> str:
@@ -148,7 +186,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
         "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
-        "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
+        "initial": _initial_key(job.initial_folder),
         "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,
     }
     if job.kept_layers is not None:
@@ -157,6 +195,17 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     if method_version > 1:
         fields["method_version"] = method_version
     return fields
+
+
+def _initial_key(folder: str | None) -> str | None:
+    """Return the hash of the weights that a training starts from; None if they are random.
+
+    A dry run plans jobs whose source is not imported; no stored job has their key.
+    """
+    if folder is None:
+        return None
+    is_imported = is_checkpoint(Path(folder)) or not (Path(folder) / CONFIG).is_file()
+    return weights_key(Path(folder)) if is_imported else ""
 
 
 def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
@@ -241,6 +290,11 @@ def check_folder(job: TrainingJob) -> None:
             "cannot resume; choose another name or another workspace"
         )
     fields = key_fields(job)
+    if stored.essence.get("initial") != fields["initial"] and job.objective == "pretrain":
+        raise UserError(
+            f"{job.folder} holds a run whose source had other weights than training.source="
+            f"{job.initial_folder} has now; restore that source, or choose another name"
+        )
     if stored.key != content_key(fields):
         raise UserError(
             f"{job.folder} holds a run with other settings "

@@ -41,6 +41,7 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.devices import (
     autocast,
     check_precision,
+    clear_gradients,
     clip_gradients,
     compile_layers,
     decoder_to_train,
@@ -84,8 +85,12 @@ from orchestrator.workspace.locks import lock_file
 
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
+RECORD_EVERY_STEPS = 10
+"""Steps between two records of training losses, each the mean of the steps since the one before."""
+RECORD_EVERY_SECONDS = 15.0
+"""Longest time between two of them: a step of a large model may take a minute."""
 NUM_RECORDED_POINTS = 250
-"""Approximate number of training losses in the journal of a run of any length."""
+"""Records of a run that is so short that it would have fewer."""
 SPIKE_WINDOW = 64
 """Steps whose median gradient norm defines a spike; a quarter of them is enough to start."""
 STEPS_BETWEEN_COLLECTIONS = 50
@@ -216,6 +221,7 @@ class Trainer:
             "parallel": world.parallel,
             "num_shards": world.num_shards,
             "device": world.device,
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),
             "pid": os.getpid(),
         }
@@ -271,7 +277,8 @@ class Trainer:
         recipe, world, position = self.recipe, self.world, self.position
         if position.step == recipe.num_steps:
             return True
-        record_every = max(1, recipe.num_steps // NUM_RECORDED_POINTS)
+        record_every = max(1, min(RECORD_EVERY_STEPS, recipe.num_steps // NUM_RECORDED_POINTS))
+        recorded_at = time.monotonic()
         self.model.train()
         batch = self.batch(position.step)
         agreed = mean_over_workers({**_counts(batch), **self.wishes(position.step)}, world)
@@ -302,11 +309,13 @@ class Trainer:
                 agreed = mean_over_workers(ending, world)
 
                 # The update, if loss and gradient are good.
-                numbers = mean_by_source({name: agreed[name] for name in totals})
+                sums = {name: agreed[name] for name in totals}
+                numbers = mean_by_source(sums)
                 numbers["learning_rate"] = learning_rate
                 if self._is_good(numbers):
                     self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                    position.add_to_window(sums)
+                clear_gradients(self.model, self.optimizer)
                 position.num_tokens += num_tokens
                 position.flops += num_tokens * self.flops_per_token(position.step)
                 position.seconds += time.perf_counter() - started
@@ -316,7 +325,14 @@ class Trainer:
                 if position.num_skipped_in_row:
                     self.event("skipped", step=step, **numbers)
                     self.report(step, {"train/skipped_steps": position.num_skipped})
-                elif is_last or step % record_every == 0:
+                elif (
+                    is_last
+                    or step % record_every == 0
+                    or time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
+                ):
+                    recorded_at = time.monotonic()
+                    numbers = mean_by_source(position.end_window())
+                    numbers["learning_rate"] = learning_rate
                     numbers |= {"tokens": position.num_tokens, "flops": position.flops}
                     named = {f"train/{name}": number for name, number in numbers.items()}
                     self.report(step, {**named, **self.meter.measure(position)})

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.folder import weights_key
+from orchestrator.models.folder import JOB_KEY, load_provenance, weights_key
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
     Status,
@@ -331,8 +331,11 @@ def training_run(
         if job.continued_from:
             tags["iiet.continued_from"] = job.continued_from
     started_ms, ended_ms = recorded_times(job.folder) or (now_ms(), None)
-    # The folder of a student is named by its key.
-    teacher = job.teacher_folder or job.initial_folder
+    teacher = None
+    if job.objective != "pretrain":  # The folder of a student is named by its key.
+        teacher = job.teacher_folder or job.initial_folder
+    elif job.initial_folder and (source_key := _key_of_training(Path(job.initial_folder))):
+        tags["iiet.source_key"] = source_key
     return TrackedRun(
         key=job_key(job),
         kind=kind,
@@ -348,6 +351,13 @@ def training_run(
         started_ms=started_ms,
         ended_ms=ended_ms,
     )
+
+
+def _key_of_training(checkpoint: Path) -> str | None:
+    """Return the tag `iiet.key` of the run that trained a checkpoint; None if nobody knows."""
+    with suppress(UserError):  # It may be deleted since.
+        return load_provenance(checkpoint).get(JOB_KEY)
+    return None
 
 
 def job_model(job: TrainingJob) -> TrackedModel | None:

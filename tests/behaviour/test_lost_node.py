@@ -45,7 +45,8 @@ from orchestrator.cluster import train
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.tune import run_trials
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
@@ -88,7 +89,7 @@ class OneTrial:
         if self.num_taken:
             return None
         self.num_taken = 1
-        suite = TrialSuite(tokens_folder=job.tokens_folder)
+        suite = Suite(tokens_folder=job.tokens_folder)
         return Trial(
             key="x", role="trial", model=job.model, folder=job.run_folder, job=job, suite=suite
         )

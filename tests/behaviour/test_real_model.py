@@ -204,6 +204,7 @@ def test_scores_are_those_of_lm_eval(walk):
     assert 0.3 < sum(sample["acc"] for sample in ours.values()) / 32 < 1
 
 
+@pytest.mark.timeout(3600)  # Ten minutes on two idle cores, and setup counts.
 def test_it_is_trained_on_sequences_that_are_shorter_than_its_context(walk):
     texts = walk.folder / "my-texts"
     texts.mkdir()

@@ -19,7 +19,7 @@ from iiet import METHODS, Decoder, preset
 from iiet.config import ModelConfig
 from iiet.exporting import export
 
-CODE = Path(iiet.__file__).with_name("modeling_iiet.py").read_text(encoding="utf-8")
+CODE = Path(iiet.__file__).with_name("modeling_explicit.py").read_text(encoding="utf-8")
 PACKAGE = {
     "relaxed_methods/__init__.py": '''\
 from dataclasses import dataclass
@@ -59,22 +59,21 @@ class RelaxedEuler(Layer):
         return Advance(hidden, state)
 ''',
     "relaxed_methods/modeling_relaxed.py": f"""\
-{CODE}
+{CODE.replace("if self.method_options:", "if self.method not in LAYERS:")}
 
-class RelaxedEuler(Layer):
+class RelaxedEuler(IIETDecoderLayer):
     num_evaluations = 2
-    options = {{"step": 0.5}}
 
-    def build(self, config):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
         self.gain = nn.Parameter(torch.ones(1))
+        self.step = (config.method_options or {{}}).get("step", 0.5)
 
-    def reset_parameters(self):
-        nn.init.ones_(self.gain)
-
-    def forward(self, hidden, *_, evaluate, **__):
-        for _ in range(2):
-            hidden = hidden + self.gain * self.chosen["step"] * (evaluate(hidden) - hidden)
-        return hidden, None
+    def forward(self, hidden_states, slots, **kwargs):
+        for slot in slots:
+            change = self.field(hidden_states, slot, **kwargs) - hidden_states
+            hidden_states = hidden_states + self.gain * self.step * change
+        return hidden_states
 
 
 LAYERS["relaxed"] = RelaxedEuler

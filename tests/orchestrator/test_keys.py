@@ -17,21 +17,21 @@ from sample_texts import add_opening, tokens_of
 from iiet.config import DistillationConfig, ModelConfig, RopeScaling
 from iiet.facts import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.measuring import ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.tasks import TaskSelection, load_suite
+from orchestrator.evaluation.tasks import load_suite
 from orchestrator.models.open import open_model
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.settings.effects import Effect, fields_with, key_values
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.section import Section
 from orchestrator.training.job import job_key
+from orchestrator.workspace.provenance import content_key
 
 NOT_IN_KEY: dict[type, set[str]] = {
-    TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
-    Conditions: {"batch_size", "device", "trust_remote_code"},
+    Suite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "num_sequences_per_pass": 2, "iterate_ramp_fraction": 0.2, "elastic": None,
@@ -129,10 +129,10 @@ def test_a_field_without_a_mark_has_no_key():
 
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
-    suite = TrialSuite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
+    suite = Suite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
     given = {"prompts": Prompts(chat_template=False)}
     same = {name for name, one in variants(suite, given).items() if one.key == suite.key}
-    assert same == NOT_IN_KEY[TrialSuite]
+    assert same == NOT_IN_KEY[Suite]
     for one in variants(Prompts()).values():
         assert one.key != Prompts().key
         assert suite.model_copy(update={"prompts": one}).key != suite.key
@@ -140,39 +140,44 @@ def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
 
 def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_path, save_tiny):
     folder = write_choices(tmp_path / "tasks", "words", ["a b", "a b"])
-    suite = load_suite(TaskSelection(names=("words",), folders=(folder,)))
-    store, base = EvaluationStore(tmp_path / "store"), Conditions(precision="fp32")
+    base = Suite(tasks=("words",), include_folder=str(folder))
+    loaded = load_suite(base)
+    store = EvaluationStore(tmp_path / "store")
     checkpoint, same, other = (
         save_tiny(tmp_path / name, initializer_std=std)
         for name, std in (("run", 0.02), ("same", 0.02), ("other", 0.03))
     )
     model = open_model(checkpoint)
-    ModelMeasurer(model, store, base).tasks(suite)
-    assert ModelMeasurer(open_model(same), store, base).has_stored(suite), "a folder is not a model"
-    conditions = variants(base, {"precision": "bf16", "limit": 1})
-    found = {n for n, c in conditions.items() if ModelMeasurer(model, store, c).has_stored(suite)}
-    assert found == NOT_IN_KEY[Conditions]
+    ModelMeasurer(model, store, base).tasks(loaded)
+    same_model = ModelMeasurer(open_model(same), store, base)
+    assert same_model.has_stored(loaded), "a folder is not a model"
+
+    def needs_new_results(suite: Suite) -> bool:
+        asked = replace(loaded, suite=suite)
+        return not ModelMeasurer(model, store, suite).has_stored(asked)
+
+    # What is measured are the tasks that are loaded; how, is what makes another result.
+    suites = variants(base, {"precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1)})
+    others = {name for name, suite in suites.items() if needs_new_results(suite)}
+    assert others == {"precision", "limit", "sequence_length", "prompts"}
     (same / "tokenizer.json").write_text((same / "tokenizer.json").read_text() + " ")
     others = [
         open_model(other),
         open_model(checkpoint, "1,1"),
         open_model(model.path, text_folder=same),
     ]
-    assert not any(ModelMeasurer(one, store, base).has_stored(suite) for one in others)
+    assert not any(ModelMeasurer(one, store, base).has_stored(loaded) for one in others)
 
 
 def test_opening_tokens_are_in_the_keys_of_tasks_and_keys_without_them_are_as_before(
     tmp_path, save_tiny
 ):
     folder = write_choices(tmp_path / "tasks", "words", ["a b", "a b"])
-    suite = load_suite(TaskSelection(names=("words",), folders=(folder,)))
-    measurer = ModelMeasurer(
-        open_model(save_tiny(tmp_path / "run")),
-        EvaluationStore(tmp_path / "store"),
-        Conditions(precision="fp32"),
-    )
-    plain_key = measurer._key(suite.fingerprint("words"))
-    assert measurer._keys(suite) == {"words": plain_key}
-    add_opening(measurer._model.text_folder / "tokenizer.json")
-    opened = ModelMeasurer(measurer._model, measurer._store, measurer._conditions)
-    assert opened._keys(suite) != {"words": plain_key}, "although the model's key is the old one"
+    suite = Suite(tasks=("words",), include_folder=str(folder))
+    loaded = load_suite(suite)
+    model = open_model(save_tiny(tmp_path / "run"))
+    measurer = ModelMeasurer(model, EvaluationStore(tmp_path / "store"), suite)
+    plain_key = content_key("evaluation", [*model.key, "fp32"], loaded.fingerprint("words"), None)
+    assert measurer._keys(loaded) == {"words": plain_key}
+    add_opening(model.text_folder / "tokenizer.json")
+    assert measurer._keys(loaded) != {"words": plain_key}, "although the model's key is the old one"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.tune import LOSS, STEP, AshaByModel
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import AshaRule, EarlyStop, Trial, TrialSuite
+from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import TrainingSettings
 
 NUM_STEPS = 8
@@ -51,7 +52,7 @@ class Race:
         job = TrainingJob(run_folder="", tokens_folder="", model=model, recipe=recipe)
         return Trial(
             key=label, role="trial", label=label, model=model, job=job,
-            folder=str(self.folder / label), suite=TrialSuite(tokens_folder=""),
+            folder=str(self.folder / label), suite=Suite(),
         )  # fmt: skip
 
     def on_early_stop(self, key: str, stop: EarlyStop) -> None:

@@ -29,16 +29,15 @@ from orchestrator.evaluation.heldout import (
 )
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.tasks import (
-    Suite,
-    TaskSelection,
+    LoadedSuite,
     lm_eval_task_fingerprints,
     load_suite,
-    select_tasks,
+    make_suite,
     tasks_of_source,
 )
 from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
-from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
@@ -143,7 +142,7 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
     assert (file.stat().st_mtime_ns, file.read_bytes()) == (before, content)
     # The fingerprint does not depend on the path.
     copy = Path(shutil.copytree(suite, tmp_path / suite.name))
-    here, there = (load_suite(TaskSelection(heldout=folder)) for folder in (suite, copy))
+    here, there = (load_suite(Suite(suite_folder=str(folder))) for folder in (suite, copy))
     assert set(here.tasks) == set(TEXT_TASKS)
     for name in TEXT_TASKS:
         assert there.fingerprint(name) == here.fingerprint(name)
@@ -155,7 +154,7 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
     assert file.read_bytes() == content
     (copy / file.name).write_bytes(content.replace(b"the", b"teh", 1))
     with pytest.raises(UserError, match=r"suite\.json is damaged.*"):
-        load_suite(TaskSelection(heldout=copy))
+        load_suite(Suite(suite_folder=str(copy)))
 
 
 def test_text_without_sentences_is_one_error(tmp_path):
@@ -194,9 +193,9 @@ def test_a_suite_can_mix_held_out_and_other_tasks(tokens, suite, tmp_path):
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
-    asked = select_tasks(settings, tokens, context_length=CONTEXT_LENGTH)
-    assert asked.names == ("first", *TEXT_TASKS, "last")
-    assert asked.folders == (tmp_path,)
+    asked = make_suite(settings, tokens, context_length=CONTEXT_LENGTH)
+    assert asked.tasks == ("first", *TEXT_TASKS, "last")
+    assert asked.task_folders == (tmp_path,)
     assert asked.heldout == suite
 
 
@@ -219,7 +218,7 @@ def hops(context: str, count: int) -> str:
     return symbols[place]
 
 
-def run_model(suite: Suite, model: Any) -> EvaluationResult:
+def run_model(suite: LoadedSuite, model: Any) -> EvaluationResult:
     return EvaluationResult(
         results={n: run_task(n, t, model).result for n, t in suite.tasks.items()}
     )
@@ -227,7 +226,7 @@ def run_model(suite: Suite, model: Any) -> EvaluationResult:
 
 def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
     folder = built(prepared(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
-    suite, chances = load_suite(TaskSelection(heldout=folder)), heldout_chances(folder)
+    suite, chances = load_suite(Suite(suite_folder=str(folder))), heldout_chances(folder)
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
     assert perfect.accuracies["phop_2"][0] == perfect.accuracies["phop_3"][0] == 1.0
     draw = random.Random(0)
@@ -267,7 +266,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name):
         )
     ).eval()
     suite = built(data, NUM_DEPTH_ITEMS, 32)
-    loaded = load_suite(TaskSelection(heldout=suite))
+    loaded = load_suite(Suite(suite_folder=str(suite)))
     result = run_task(name, loaded.tasks[name], DecoderModel(decoder, tokenizer)).result
     values = []
     for row in rows(suite, name):
@@ -282,7 +281,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name):
 
 def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     settings = EvaluationSettings(suite=suite, num_items=20, **options)
-    return select_tasks(settings, data, context_length=32, make=Progress()).names
+    return make_suite(settings, data, context_length=32, make=Progress()).tasks
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
@@ -295,8 +294,8 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
     with pytest.raises(UserError, match="a sweep's front needs an accuracy"):
         lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
     folder = built(data, 20, 32)
-    asked = TaskSelection(names=("chain_2",), heldout=folder)
-    assert list(load_suite(asked, planned=()).tasks) == ["chain_2"]
+    asked = Suite(tasks=("chain_2",), suite_folder=str(folder), fingerprints={})
+    assert list(load_suite(asked).tasks) == ["chain_2"]
 
 
 def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):

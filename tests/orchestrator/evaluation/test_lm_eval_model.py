@@ -24,8 +24,9 @@ from orchestrator.evaluation.answers import Sampling, generate_answers
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.evaluation.store import AnswerJournal, MeasuredTask
-from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
+from orchestrator.evaluation.tasks import LoadedSuite, load_suite, suppress_output
 from orchestrator.models.tokenizer import Message, ModelTokenizer, check_template
+from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import DeviceError, UserError
@@ -46,11 +47,11 @@ CONTEXT = 48
 
 
 @pytest.fixture
-def suite(tmp_path) -> Suite:
+def suite(tmp_path) -> LoadedSuite:
     folder = tmp_path / "tasks"
     for name, rows in ROWS.items():
         write_task(folder, name, rows)
-    return load_suite(TaskSelection(folders=(folder,)))
+    return load_suite(Suite(include_folder=str(folder)))
 
 
 @pytest.fixture
@@ -74,7 +75,9 @@ def with_opening(decoder: Decoder, tokenizer: ModelTokenizer) -> Decoder:
     return Decoder(ModelConfig.from_dict(config)).eval()
 
 
-def run(suite: Suite, model: DecoderModel, limit: int | None = None) -> dict[str, MeasuredTask]:
+def run(
+    suite: LoadedSuite, model: DecoderModel, limit: int | None = None
+) -> dict[str, MeasuredTask]:
     return {name: run_task(name, task, model, limit) for name, task in suite.tasks.items()}
 
 
@@ -85,7 +88,7 @@ def scores_of(sample: dict[str, Any]) -> list[float]:
 
 def questions(
     folder: Path, decoder: Decoder, tokenizer: ModelTokenizer, **changes: Any
-) -> tuple[Suite, list[str]]:
+) -> tuple[LoadedSuite, list[str]]:
     """Return a task of questions, every second with the decoder's answer, and its answers."""
     contexts = [tokenizer.encode(q, add_special_tokens=False) for q in QUESTIONS]
     settings = Sampling(max_new_tokens=6, stop=("\n",))
@@ -95,7 +98,7 @@ def questions(
         for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True))
     ]
     write_task(folder, "questions", rows, **changes)
-    return load_suite(TaskSelection(folders=(folder,))), answers
+    return load_suite(Suite(include_folder=str(folder))), answers
 
 
 def answers_of(task: MeasuredTask) -> list[list[str]]:
@@ -176,7 +179,7 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
     folder = write_task(tmp_path, "lastword", ROWS["lastword"], fewshot_split="test")
     plain, shown = (
         run(
-            load_suite(TaskSelection(folders=(folder,), num_fewshot=n)),
+            load_suite(Suite(include_folder=str(folder), num_fewshot=n)),
             make_model(context_length=512),
         )["lastword"]
         for n in (0, 2)
@@ -184,7 +187,7 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
     assert (plain.result.num_fewshot, shown.result.num_fewshot) == (0, 2)
     assert list(map(scores_of, plain.samples)) != list(map(scores_of, shown.samples))
     narrow = make_model(context_length=8)
-    run(load_suite(TaskSelection(folders=(folder,))), narrow)
+    run(load_suite(Suite(include_folder=str(folder))), narrow)
     assert narrow.num_cut == 5
 
 
@@ -319,7 +322,7 @@ def test_examples_are_those_that_stock_lm_eval_draws_in_each_run(make_model, tmp
 
     rows = [{"question": word, "answer": str(n)} for n, word in enumerate(QUESTIONS)]
     folder = write_task(tmp_path, "questions", rows)
-    suite = load_suite(TaskSelection(folders=(folder,), num_fewshot=2))
+    suite = load_suite(Suite(include_folder=str(folder), num_fewshot=2))
     ours = [run(suite, make_model())["questions"].samples for _ in range(2)]
     with suppress_output():
         stock = simple_evaluate(

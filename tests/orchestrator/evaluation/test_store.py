@@ -17,8 +17,8 @@ from orchestrator.evaluation.store import (
     MeasuredTask,
     item_values,
 )
-from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite, suppress_output
-from orchestrator.records.evaluation import EvaluationKeys, TaskResult
+from orchestrator.evaluation.tasks import LoadedSuite, load_suite, suppress_output
+from orchestrator.records.evaluation import EvaluationKeys, Suite, TaskResult
 from orchestrator.workspace.errors import DamagedFile, RunFailed
 
 WORDS = ["a bag", "the hen", "cab", "face", "dad", "x", "a bag"]
@@ -30,14 +30,14 @@ ABOUT: dict[str, Any] = {"config": {"model": "iiet", "model_args": {"schedule": 
 
 
 @pytest.fixture
-def suite(tmp_path) -> Suite:
+def suite(tmp_path) -> LoadedSuite:
     folder = tmp_path / "tasks"
     rows = [{"context": w, "endings": ["bag", "fog"], "label": n % 2} for n, w in enumerate(WORDS)]
     write_task(folder, "choices", rows)
     asked = [{"question": word, "answer": word} for word in WORDS]
     write_task(folder, "answers", asked, kind="questions", filter_list=FILTERS)
     write_task(folder, "texts", [{"text": word} for word in WORDS], kind="rolling")
-    return load_suite(TaskSelection(folders=(folder,)))
+    return load_suite(Suite(include_folder=str(folder)))
 
 
 @pytest.fixture

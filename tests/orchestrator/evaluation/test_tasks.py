@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from lm_eval_tasks import write_task
 
 from orchestrator.evaluation import tasks
-from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
+from orchestrator.evaluation.tasks import LoadedSuite, load_suite
+from orchestrator.records.evaluation import Suite
 from orchestrator.workspace.errors import RunFailed, UserError
 
 LAST_WORDS = [{"context": f"one {word} and {word}", "word": word} for word in ("bag", "cab")]
@@ -42,8 +44,9 @@ def asked(monkeypatch) -> list[str]:
     return asked
 
 
-def load(*names: str, folder: Path, planned: list[str] | None = None) -> Suite:
-    return load_suite(TaskSelection(names=names, folders=(folder,)), planned)
+def load(*names: str, folder: Path, planned: list[str] | None = None) -> LoadedSuite:
+    fingerprints = None if planned is None else dict.fromkeys(planned, "")
+    return load_suite(Suite(tasks=names, include_folder=str(folder), fingerprints=fingerprints))
 
 
 def test_names_and_groups_are_loaded_without_the_hub(folder, asked):
@@ -52,7 +55,8 @@ def test_names_and_groups_are_loaded_without_the_hub(folder, asked):
         ["lastword", "choices"], {"both": ("lastword", "choices")},
     )  # fmt: skip
     assert grouped.num_items("choices") == 2
-    assert grouped.num_items("choices", 1) == 1
+    limited = replace(grouped, suite=grouped.suite.model_copy(update={"limit": 1}))
+    assert limited.num_items("choices") == 1
     assert set(load(folder=folder).tasks) == {"lastword", "choices"}
     assert asked == []
     assert os.environ.get("HF_HUB_OFFLINE") is None
@@ -128,7 +132,7 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
     with pytest.raises(UserError, match="no lm-eval task files"):
         load(folder=tmp_path / "empty")
     with pytest.raises(UserError, match="no task was named"):
-        load_suite(TaskSelection())
+        load_suite(Suite())
 
 
 def test_hub_tasks_are_skipped_at_once_without_network(folder, asked):

@@ -24,8 +24,8 @@ from huggingface_hub import constants
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance
-from orchestrator.models.hub import DRY_RUN, download, hub_problem, offline, shown_name
-from orchestrator.models.open import load_model, open_model, open_models, short_names
+from orchestrator.models.hub import DRY_RUN, download, hub_problem, model_folder_name, offline
+from orchestrator.models.open import load_model, model_labels, open_model, open_models
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -234,12 +234,12 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     # Models of one name are told apart by their owners.
     hub.add("you/tiny", folder)
     models = open_models(space, [Path(NAME), Path("hub:you/tiny")], ["1"])
-    assert short_names(models) == ["me/tiny r=1", "you/tiny r=1"]
+    assert model_labels(models) == ["me/tiny r=1", "you/tiny r=1"]
 
 
 def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
     folder = download(NAME)
-    assert shown_name(folder) == "me/tiny"
+    assert model_folder_name(folder) == "me/tiny"
     monkeypatch.setenv("HF_ENDPOINT", _closed_address())
     assert download(NAME) == folder
     assert load_tokenizer(NAME).get_vocab_size() == 300

@@ -23,10 +23,11 @@ from sample_texts import add_opening
 
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import tasks
-from orchestrator.evaluation.tasks import TaskSelection, load_suite, suppress_output
+from orchestrator.evaluation.tasks import load_suite, suppress_output
 from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
@@ -113,8 +114,7 @@ def by_lm_eval(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    folders = (Path(settings.include_path or ""),)
-    suite = load_suite(TaskSelection(names=tuple(TASKS), folders=folders))
+    suite = load_suite(Suite(tasks=tuple(TASKS), include_folder=str(settings.include_path)))
     with suppress_output():
         model = HFLM(
             pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False, **options
@@ -199,7 +199,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         ours = evaluate(place, settings, workspace)
         assert_alike(scored(place, settings, workspace), theirs)
     # As in a sweep, whose students are measured as the model is that they were made from.
-    suite = TrialSuite(
+    suite = Suite(
         tokens_folder=str(tokenizer_path.parent),
         tasks=tuple(TASKS),
         include_folder=settings.include_path or "",

@@ -26,7 +26,7 @@ from orchestrator.pipelines.evaluating import (
     plan_evaluate,
 )
 from orchestrator.pipelines.models import export
-from orchestrator.records.trial import TrialSuite
+from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
@@ -92,7 +92,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     settings = settings.model_copy(update={"precision": precision})
     config = load_config(checkpoint)
 
-    def suite_of(settings: EvaluationSettings) -> TrialSuite:
+    def suite_of(settings: EvaluationSettings) -> Suite:
         fingerprints = load_tasks(settings, tiny_tokens, config, Progress())
         return plan_suite(settings, tiny_tokens, config, fingerprints)
 

@@ -142,7 +142,7 @@ def test_an_exported_model_has_the_same_front_through_its_class(
     )
     folder = export_checkpoint(run, tmp_path / "exported", decoder=load_model(run), card=card)
     loops = Exported(json.loads((folder / "config.json").read_text()))
-    assert loops.own == (2,)
+    assert loops.default_depth == (2,)
     exported = [
         replace(
             open_model(folder), name=f"depth={depth}", key=("exported", depth), config=None,

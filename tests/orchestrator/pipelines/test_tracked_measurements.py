@@ -40,7 +40,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
 
     client = MlflowClient(workspace.tracking_uri)
     runs: dict[str, list[Run]] = {}
-    for run in client.search_runs([str(context.tracking.experiment_id)]):
+    for run in client.search_runs([str(context.tracking.open_experiment())]):
         runs.setdefault(run.data.tags["iiet.kind"], []).append(run)
     assert {kind: len(found) for kind, found in runs.items()} == {
         "evaluation": 1, "influence": 1, "benchmark": 4,

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 
 import psutil
 import pytest
 from browser import BROWSER, page_text
 from commands import Started
+from local_servers import servers
 
-from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
+from orchestrator.pipelines.ui import serve
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
+from orchestrator.terminal.server import check_port, free_port
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
@@ -26,24 +26,6 @@ from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspac
 def workspace(tmp_path, monkeypatch) -> Workspace:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return open_workspace(tmp_path / "ws")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def servers(port: int) -> list[psutil.Process]:
-    """Return the processes that have a port among their arguments, but this test's command."""
-    running = psutil.process_iter(["cmdline", "status"])
-    return [
-        process
-        for process in running
-        if str(port) in (words := process.info["cmdline"] or [])
-        and "orchestrator.cli" not in words
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
 
 
 def test_a_taken_port_is_named_with_another():
@@ -131,12 +113,9 @@ def test_the_server_ends_with_its_command(workspace, number):
 
 @pytest.mark.slow
 def test_a_server_that_ends_names_its_last_line_and_its_log(workspace, monkeypatch):
-    def start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
-        workspace.logs.mkdir(exist_ok=True)
-        with (workspace.logs / LOG_NAME).open("wb") as log:
-            command = [sys.executable, "-c", "print('no such host'); raise SystemExit(3)"]
-            return subprocess.Popen(command, stdout=log, start_new_session=True)
-
-    monkeypatch.setattr("orchestrator.pipelines.ui._start", start)
+    code = "print('no such host'); raise SystemExit(3)"
+    monkeypatch.setattr(
+        "orchestrator.pipelines.ui.server_arguments", lambda workspace, port: ["-c", code]
+    )
     with pytest.raises(RunFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
         serve(workspace, port=free_port(), say=lambda line: None)

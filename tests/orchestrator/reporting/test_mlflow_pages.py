@@ -129,9 +129,9 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch
             serve(workspace, say=said.append)
             links = dict(re.findall(r"(.+?): +http(.+)", "\n".join(said)))
             assert all(link.startswith(f"://{host}{PREFIX}/#/") for link in links.values())
-            runs = tracking.store.connect().search_runs([str(tracking.experiment_id)])
+            runs = tracking.store.connect().search_runs([str(tracking.open_experiment())])
             trials = [run.info.run_id for run in runs if run.data.tags["iiet.kind"] != "sweep"][:4]
-            chosen = f"runs={json.dumps(trials)}&experiments=[%22{tracking.experiment_id}%22]"
+            chosen = f"runs={json.dumps(trials)}&experiments=[%22{tracking.open_experiment()}%22]"
             links["compared"] = f"://{host}{PREFIX}/#/compare-runs?{chosen}"
             for name, link in links.items():
                 first = f"http://{USER}:{PASSWORD}@{host}/start?{quote(f'http{link}')}"

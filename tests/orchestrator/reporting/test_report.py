@@ -16,8 +16,9 @@ from sample_trials import sample_front, with_items
 from iiet.pruning import InfluenceTable
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.reports import report
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
+from orchestrator.records.served import ServedCost, ServedTimes, ServingConditions, shape_key
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import (
     FrontAxes,
@@ -100,6 +101,43 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert {path.name for path in other.files} == FILES
     assert other.front.axes.quality == "quality/perplexity"
     assert {path.name: path.read_bytes() for path in written.files} == before
+
+
+def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(workspace, sweep):
+    axes = parse_axes("served_ms", "bits")
+    none = write_sweep_report(workspace, sweep, axes=axes)
+    assert none.front.rows == []
+    assert any("iiet-orch benchmark --serve" in note for note in none.notes)
+    students = [trial for trial in sweep.results if trial.role == "trial"]
+    costs = {
+        shape_key(trial.model): (served_cost(1, 10.0), served_cost(16, 100.0 * number))
+        for number, trial in enumerate(students[:2], start=1)
+    }
+    ServedTimes(
+        time=1.0, server="transformers 5.24.0", device="cpu", dtype="float32", machine={},
+        conditions=ServingConditions(
+            at_once=(1, 16), num_requests=32, prompt_tokens=128, new_tokens=32, num_threads=1
+        ),
+        costs=costs,
+    ).write(workspace.benchmarks / "served-key.json")  # fmt: skip
+    written = write_sweep_report(workspace, sweep, axes=axes)
+    # The teacher has the shape and the schedule of the first student.
+    assert {row["schedule"]: row["cost"] for row in written.front.rows} == {
+        students[0].schedule_text: 10.0,
+        students[1].schedule_text: 5.0,
+    }
+    assert written.folder.name == "bits-served_ms"
+    assert any("16 requests at a time of 128 + 32 tokens" in note for note in written.notes)
+    sweep.store(workspace)
+    picked = plan_pick("toy", workspace=workspace, cost="served_ms", quality="bits", budget=6.0)
+    assert picked.point.key == students[1].key
+
+
+def served_cost(at_once: int, tokens_per_second: float) -> ServedCost:
+    return ServedCost(
+        model="m", at_once=at_once, tokens_per_second=tokens_per_second, latency_ms=1.0,
+        latency_95_ms=2.0, kv_bytes_per_token=None,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -230,7 +268,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
-    experiment = str(tracking.experiment_id)
+    experiment = str(tracking.open_experiment())
     [parent] = client.search_runs([experiment], "tags.`iiet.kind` = 'sweep'")
     run_id = parent.info.run_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
@@ -351,7 +389,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     ]
 
     def store(name: str, own: list[Trial], suite: str = "heldout-1") -> None:
-        measured = TrialSuite(suite=suite, tokens_folder=name)
+        measured = Suite(suite=suite, tokens_folder=name)
         results = tuple(r.model_copy(update={"suite": measured}) for r in (*others, *own))
         StoredSweep(name=name, key=name, results=results, facts={"Settings": {"n": name}}).store(
             workspace

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iiet.pruning import InfluenceTable
-from orchestrator.records.trial import TrialSuite
+from orchestrator.records.evaluation import Suite
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.students import Students
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -43,7 +43,7 @@ def students(space, teacher, tiny_tokens) -> Callable[..., Students]:
     """A function that returns the teacher's students under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> Students:
-        measured = TrialSuite(**{"suite": "x", "tokens_folder": str(tiny_tokens), **suite})
+        measured = Suite(**{"suite": "x", "tokens_folder": str(tiny_tokens), **suite})
         return Students(resolve_settings({}, assignments), space, teacher, measured)
 
     return make

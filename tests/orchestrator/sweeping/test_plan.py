@@ -22,8 +22,9 @@ from orchestrator.planning.estimate import (
     on_trial_devices,
     price_of,
 )
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepTrials, Trial, TrialSuite
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.plan import (
@@ -193,7 +194,7 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
                     recipe=own.model_copy(update=changes),
                     first_stages=str(tmp_path),
                 )
-        return iterations_plan(jobs, TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
+        return iterations_plan(jobs, Suite(suite="x", tokens_folder=str(tiny_tokens)))
 
     return make
 

@@ -18,7 +18,7 @@ from changed_trials import in_folder, with_accuracy, with_job
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.tasks import Suite
+from orchestrator.evaluation.tasks import LoadedSuite
 from orchestrator.records.trial import AshaRule, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
@@ -125,8 +125,11 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkey
         dtypes.append(decoder.model.embed_tokens.weight.dtype)
         return 1.0
 
-    no_tasks = Suite(tasks={}, groups={}, skipped={})
-    monkeypatch.setattr(trial_module, "load_suite", lambda *_, **__: no_tasks)
+    monkeypatch.setattr(
+        trial_module,
+        "load_suite",
+        lambda suite: LoadedSuite(suite=suite, tasks={}, groups={}, skipped={}),
+    )
     monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
     for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):

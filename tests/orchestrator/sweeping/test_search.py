@@ -18,7 +18,8 @@ from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.records.trial import SweepTrials, Trial, TrialSuite
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings, resolve_settings
 from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
@@ -59,7 +60,7 @@ class World:
         key = str(schedule).replace(",", "")
         return Trial(
             key=key, role="trial", label=str(schedule), model=model, parent="parent",
-            folder=str(self.workspace.trials / key), suite=TrialSuite(tokens_folder=""),
+            folder=str(self.workspace.trials / key), suite=Suite(),
         )  # fmt: skip
 
     def finish(self, trial: Trial) -> None:

@@ -115,10 +115,27 @@ def test_a_resumed_training_repeats_no_step(tracking, workspace, tmp_path):
     assert history(tracking, first, "train/loss") == [(1, 4), (2, 3), (3, 2), (4, 1)]
 
 
+def test_a_long_curve_is_thinned_and_keeps_its_end(tracking, workspace, tmp_path):
+    run, journal = run_of("long", journal=str(tmp_path)), Journal(tmp_path)
+    for step in range(10, 100_001, 10):
+        journal.metrics(step, {"train/loss": float(step)})
+        if step == 50_000:
+            show(tracking, run)
+    journal.close()
+    show(open_tracking(workspace, warn=pytest.fail), run)  # Another process goes on.
+    ended = show(tracking, run.changed(status="FINISHED"))
+    steps = [step for step, _ in history(tracking, ended, "train/loss")]
+    assert steps[:100] == list(range(10, 1001, 10))
+    assert steps == sorted(set(steps))
+    assert 300 < len(steps) < 800
+    assert steps[-1] == ended.data.metrics["train/loss"] == 100_000
+
+
 def test_a_copy_after_a_lost_answer_adds_no_point(tracking, tmp_path, monkeypatch):
     run, journal = run_of("lost answer", journal=str(tmp_path)), Journal(tmp_path)
-    for step in range(1000):  # More than fit into one request.
-        journal.metrics(step, {"train/loss": float(step)})
+    names = [f"train/loss_{number}" for number in range(20)]
+    for step in range(60):  # More points than fit into one request.
+        journal.metrics(step, dict.fromkeys(names, float(step)))
     show(tracking, run_of("lost answer"))
     log_batch = MlflowClient.log_batch
 
@@ -134,11 +151,12 @@ def test_a_copy_after_a_lost_answer_adds_no_point(tracking, tmp_path, monkeypatc
         tracking.wait()
         assert len(warnings) == 1
         assert tracking.is_store_down
-    journal.metrics(1000, {"train/loss": 1000.0})
+    journal.metrics(60, dict.fromkeys(names, 60.0))
     journal.close()
     tracking._pause_seconds = tracking._paused_until = 0.0  # So it waits for slow answers, too.
     found = show(tracking, run)
-    assert [step for step, _ in history(tracking, found, "train/loss")] == list(range(1001))
+    for name in names:
+        assert [step for step, _ in history(tracking, found, name)] == list(range(61))
 
 
 def test_a_run_has_the_times_of_its_training(tracking):
@@ -381,7 +399,7 @@ def test_links_open_the_training_pages_also_of_a_server_below_a_path(tracking, w
     plain = show(tracking, run_of("plain", kind="sweep", started_ms=10**14))
     linked = show(tracking, run_of("linked", kind="sweep", tags=tags, started_ms=10**14 + 1))
     view = ChartView(key="all", name="All", run_filter="", order_by="attributes.start_time")
-    runs = f"https://host/team/mlflow/#/experiments/{tracking.experiment_id}/runs"
+    runs = f"https://host/team/mlflow/#/experiments/{tracking.open_experiment()}/runs"
     training, shown = "workflowType=machine_learning", "viewStateShareKey=front-toy"
     assert tracking.links("https://host/team/mlflow/", view, 2) == [
         f"training runs: {runs}?{training}&compareRunsMode=TABLE&viewStateShareKey=all",

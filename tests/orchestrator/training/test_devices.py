@@ -31,9 +31,11 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
     autocast,
     check_precision,
+    clear_gradients,
     compile_layers,
     decoder_to_train,
     pass_of_several,
+    replicate,
     shard,
 )
 from orchestrator.training.job import job_key
@@ -138,6 +140,51 @@ def test_a_few_graphs_serve_the_sums_of_any_number_of_layers():
     assert backend.frame_count == 1 + 2 * TERMS_AT_ONCE
     torch.testing.assert_close(decoder.loss(tokens), expected)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.fixture
+def copies() -> Iterator[World]:
+    """Be a worker that has a whole model, and sends its gradients to itself."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield World(size=2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_copies_compile_whole_fields(copies):
+    """Dynamo cuts a graph where the buckets of gradients end, 1 MiB for the first one."""
+    decoder = Decoder(preset("tiny", num_layers=1, dim=256, num_heads=4, context_length=8))
+    assert sum(p.nbytes for p in decoder.model.layers[0].field_parameters()) > 2 * 2**20
+    model, graphs = replicate(decoder, copies), CompileCounter()
+    compile_layers(decoder, lambda *_, **__: None, backend=graphs)
+    model(torch.zeros(2, 8, dtype=torch.long), schedule=0)
+    assert graphs.frame_count == 1
+
+
+def test_the_passes_of_a_step_add_gradients_up_where_copies_send_them(copies):
+    decoder = tiny_decoder(2)
+    model = replicate(decoder, copies)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+
+    def places_after(num_passes: int) -> set[int]:
+        for number in range(num_passes):
+            with pass_of_several(model, copies, is_last=number == num_passes - 1):
+                loss = model(tokens, loss_fn=partial(next_token_loss, input_ids=tokens))
+                loss.backward()
+        places = {p.grad.untyped_storage().data_ptr() for p in decoder.parameters()}
+        clear_gradients(model, optimizer)
+        return places
+
+    buckets = places_after(1)
+    for number in range(2):
+        with pass_of_several(model, copies, is_last=False):
+            model(tokens, loss_fn=partial(next_token_loss, input_ids=tokens)).backward()
+        places = {p.grad.untyped_storage().data_ptr() for p in decoder.parameters()}
+        assert places == buckets, f"pass {number} adds gradients up elsewhere"
+    clear_gradients(model, optimizer)
+    assert all(not p.grad.any() for p in decoder.parameters())
 
 
 def tiny_decoder(num_layers: int) -> Decoder:

@@ -60,6 +60,28 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
     assert run_job(job) == finished_outcome(job) == outcome
 
 
+def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkeypatch):
+    recipe = {"num_steps": 40, "validate_every_steps": 100, "checkpoint_every_steps": 100}
+    each_step = make_job("each step", **recipe)
+    run_job(each_step)
+    monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 4)
+    every_ten = make_job("every ten", **recipe)
+    stops = iter([False] * 15 + [True])
+    assert not run_job(every_ten, should_stop=lambda: next(stops)).finished
+    run_job(every_ten)  # Resumes in the middle of the steps from 11 to 20.
+    for name in ("train/loss", "train/gradient_norm"):
+        expected = list(curve(each_step, name).values())
+        recorded = curve(every_ten, name)
+        assert list(recorded) == [10, 20, 30, 40]
+        for step, value in recorded.items():
+            assert value == pytest.approx(sum(expected[step - 10 : step]) / 10, rel=1e-6), step
+
+    monkeypatch.setattr(trainer_module, "RECORD_EVERY_SECONDS", 0.0)
+    slow = make_job("slow steps", **recipe)
+    run_job(slow)
+    assert curve(slow) == curve(each_step)
+
+
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     make_job, monkeypatch
 ):

@@ -11,8 +11,8 @@ import pytest
 from sample_trials import sample_trial
 
 from orchestrator.data.mixture import describe_data
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
@@ -114,7 +114,7 @@ def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
     name, digest, _ = describe_data(tiny_tokens)
     assert trained.datasets["validation/loss"] == (name, digest)
     assert (trained.name, trained.params["seed"]) == ("iiet-2x16 2,1", "5")
-    suite = TrialSuite(tokens_folder=str(tiny_tokens), tasks=("copy", "sort"))
+    suite = Suite(tokens_folder=str(tiny_tokens), tasks=("copy", "sort"))
     cost, quality = {"evaluations": 5}, {"validation_loss": 2.0, "copy/acc": 0.5}
     teacher, pruned = (
         sample_trial(
