@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from iiet.checks import check_rules, is_nan, is_number_from
 from iiet.config import ModelConfig
 from iiet.facts import LayerCounts, facts_of
+from iiet.freezing import TrainedLayers, freeze, trained_part
 from iiet.schedule import ScheduleLike
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "layer_counts",
     "member_flops_per_token",
     "num_parameters",
+    "num_trained_parameters",
     "training_flops_per_token",
 ]
 
@@ -137,19 +139,38 @@ def training_flops_per_token(
     schedule: ScheduleLike | None = None,
     *,
     context_length: int | None = None,
+    trained: TrainedLayers = "all",
 ) -> float:
     """Count forward and backward pass of a training step, per token; see `inference_cost`.
 
-    The backward pass costs two forward passes of the evaluations that are differentiated.
+    The backward pass costs two forward passes of the evaluations that are differentiated: one for
+    the gradients of inputs, one for those of weights. Frozen parts save one or both.
+
+    Args:
+        config: the model; its own schedule says which layers are trained.
+        schedule: that of the step; the config's own if None.
+        context_length: tokens read; the config's if None.
+        trained: which weights are trained.
     """
+    part = trained_part(config.corrections, trained)
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
     evaluations = config.evaluations_per_layer()
-    constant = 0.0
+    left_out = 0.0 if part.has_ends else 2 * config.dim * config.vocab_size
     for layer, tokens_seen in enumerate(_mean_tokens_seen(config, context_length)):
-        differentiated = layer_counts(config, layer).num_differentiated
-        constant += _field_flops(config, tokens_seen) * (evaluations[layer] - differentiated)
-    return 3 * forward.forward_flops_per_token - 2 * constant
+        counts = layer_counts(config, layer)
+        differentiated = counts.num_differentiated
+        field_flops = _field_flops(config, tokens_seen)
+        left_out += 2 * field_flops * (evaluations[layer] - differentiated)
+        if layer < part.first_layer:
+            left_out += 2 * field_flops * differentiated + 2 * 2 * config.dim * counts.num_terms
+        elif not part.has_field[layer]:
+            left_out += 2 * _sizes(config).matrices * differentiated
+        is_first = layer == part.first_layer and not part.has_field[layer]
+        if is_first and differentiated == evaluations[layer]:
+            # A frozen field's prediction at a constant point is a constant, too.
+            left_out += 2 * field_flops - 2 * _sizes(config).matrices
+    return 3 * forward.forward_flops_per_token - left_out
 
 
 def member_flops_per_token(
@@ -158,6 +179,7 @@ def member_flops_per_token(
     *,
     reads_full: bool,
     context_length: int | None = None,
+    trained: TrainedLayers = "all",
 ) -> float:
     """Count the forward and backward pass of a member of an elastic family.
 
@@ -166,9 +188,13 @@ def member_flops_per_token(
         member: the schedule of the family.
         reads_full: it learns from the full schedule, whose logits are computed once more.
         context_length: tokens read; the config's if None.
+        trained: which weights are trained.
     """
     again = 2 * config.dim * config.vocab_size if reads_full else 0
-    return training_flops_per_token(config, member, context_length=context_length) + again
+    trained_member = training_flops_per_token(
+        config, member, context_length=context_length, trained=trained
+    )
+    return trained_member + again
 
 
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
@@ -178,6 +204,22 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     """
     sizes = _sizes(config)
     return sizes.all - (0 if include_mix else sizes.of_method)
+
+
+@lru_cache(maxsize=64)
+def num_trained_parameters(config: ModelConfig, trained: TrainedLayers = "all") -> int:
+    """Count the parameters that a training changes, under the config's own schedule as the full
+    one."""
+    if trained == "all":
+        return num_parameters(config)
+    import torch
+
+    from iiet.backbone import Backbone
+
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    freeze(backbone, trained_part(config.corrections, trained))
+    return sum(p.numel() for p in backbone.parameters() if p.requires_grad)
 
 
 def field_parameters(config: ModelConfig) -> int:

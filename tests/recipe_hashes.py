@@ -54,6 +54,7 @@ ADDED = (
     "evaluation.sequence_length", "data.chat_template", "data.passage_characters",
     "training.gate_rate_factor", "distillation.training.gate_rate_factor",
     "training.source", "distillation.training.source",
+    "training.trained_layers", "distillation.training.trained_layers",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""

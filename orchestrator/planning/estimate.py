@@ -31,8 +31,8 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
 ONE_CPU_WORKER = Devices()
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""A float32 weight and AdamW's two moments."""
+WEIGHT_BYTES, MOMENTS_BYTES = 4, 8
+"""Bytes in a checkpoint of a float32 weight, and of AdamW's two moments of one that is trained."""
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 ALLOCATOR_FACTOR = 1.1
@@ -116,7 +116,10 @@ class Estimate:
         """Training FLOPs of these steps, without a teacher's."""
         config, length = self.config, self.sequence_length
         trained = [
-            num_steps * cost.training_flops_per_token(config, schedule, context_length=length)
+            num_steps
+            * cost.training_flops_per_token(
+                config, schedule, context_length=length, trained=self.recipe.trained_layers
+            )
             for schedule, num_steps in self.stages.items()
         ]
         if elastic := self.recipe.elastic:
@@ -126,7 +129,11 @@ class Estimate:
             trained += [
                 times
                 * cost.member_flops_per_token(
-                    config, member, reads_full=reads_full, context_length=length
+                    config,
+                    member,
+                    reads_full=reads_full,
+                    context_length=length,
+                    trained=self.recipe.trained_layers,
                 )
                 for member, times in drawn.items()
             ]
@@ -198,6 +205,7 @@ class Estimate:
             num_passes=self.num_passes * (1 + self.num_members),
             num_frozen_parameters=cost.num_parameters(self.teacher) if self.teacher else 0,
             has_members=self.num_members > 0,
+            trained=self.recipe.trained_layers,
         )
         if not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
@@ -213,7 +221,7 @@ class Estimate:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        return checkpoint_bytes(self.config)
+        return checkpoint_bytes(self.config, self.recipe)
 
     @property
     def new_checkpoint_bytes(self) -> int:
@@ -246,14 +254,15 @@ class Estimate:
         return math.ceil(recipe.num_steps / recipe.checkpoint_every_steps) + self._has_stable_part
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Return the bytes of one checkpoint of a model."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(config)
+def checkpoint_bytes(config: ModelConfig, recipe: TrainingSettings) -> int:
+    """Return the bytes of one checkpoint."""
+    num_trained = cost.num_trained_parameters(config, recipe.trained_layers)
+    return WEIGHT_BYTES * cost.num_parameters(config) + MOMENTS_BYTES * num_trained
 
 
 def note_saving(jobs: Iterable[TrainingJob], note: Callable[[str], None] | None) -> None:
     """Say how much the jobs that train save now that a stop was requested, and how to skip it."""
     unfinished = [job for job in jobs if not (job.folder / DONE_NAME).is_file()]
-    num_bytes = sum(checkpoint_bytes(job.model) for job in unfinished)
+    num_bytes = sum(checkpoint_bytes(job.model, job.recipe) for job in unfinished)
     if note and num_bytes:
         note(f"saving {format_bytes(num_bytes)}; a second Ctrl-C ends without it")

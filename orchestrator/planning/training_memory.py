@@ -16,8 +16,14 @@ from dataclasses import replace
 from typing import Literal
 
 from iiet.config import ModelConfig
-from iiet.cost import field_parameters, layer_counts, num_parameters
+from iiet.cost import (
+    field_parameters,
+    layer_counts,
+    num_parameters,
+    num_trained_parameters,
+)
 from iiet.facts import facts_of
+from iiet.freezing import TrainedLayers, TrainedPart, trained_part
 from iiet.losses import CHUNK_ELEMENTS
 from iiet.schedule import IterationSchedule
 
@@ -41,6 +47,7 @@ def training_memory(
     num_passes: int = 1,
     num_frozen_parameters: int = 0,
     has_members: bool = False,
+    trained: TrainedLayers = "all",
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
 
@@ -53,12 +60,15 @@ def training_memory(
         num_passes: passes of a step; a sharded model stays gathered between them.
         num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
+        trained: which weights are trained, by the config's own schedule.
     """
+    part = trained_part(config.corrections, trained)
+    trained_share = num_trained_parameters(config, trained) / num_parameters(config)
     config = config if schedule is None else replace(config, schedule=schedule)
     parameters = num_parameters(config)
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
-    weights, gradients = shard, shard
+    weights, gradients = shard, int(shard * trained_share)
     if num_shards > 1:
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
@@ -68,7 +78,7 @@ def training_memory(
         weights += others + gathered * layer * width
         # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
-        gradients += others + layer * (width + _FULL)
+        gradients += int((others + layer * (width + _FULL)) * trained_share)
     if precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
         # a sharded model, layers are gathered as bfloat16, and the head is copied.
@@ -77,15 +87,17 @@ def training_memory(
     weights += num_frozen_parameters * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
     compares = num_frozen_parameters > 0 or has_members
-    peak = _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares)
+    peak = _peak_bytes(config, part, tokens, width, activation_checkpointing, num_shards, compares)
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
-    memory = {"weights": weights, "gradients": gradients, "AdamW": 2 * shard}
+    moments = int(2 * shard * trained_share)
+    memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
     return {**memory, "activations": peak + kept}
 
 
 def _peak_bytes(
     config: ModelConfig,
+    part: TrainedPart,
     tokens: int,
     width: int,
     activation_checkpointing: bool,
@@ -99,7 +111,13 @@ def _peak_bytes(
     """
     method = facts_of(config.method)
     state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
-    of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
+    # A layer before the first trained one keeps nothing.
+    of_layers = [
+        _layer_bytes(config, layer, width, is_frozen=not part.has_field[layer])
+        if layer >= part.first_layer
+        else 0
+        for layer in range(config.num_layers)
+    ]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
@@ -107,20 +125,23 @@ def _peak_bytes(
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
     at_once = _LOGITS_WITH_TEACHER if compares else _LOGITS_AT_ONCE
     loss = at_once * logits * _FULL + tokens * 3 * state
-    loss += config.vocab_size * config.dim * (_FULL + width)
+    if part.has_ends:
+        loss += config.vocab_size * config.dim * (_FULL + width)
     # Gradients of its output, of the state between attention and feed-forward network, and of what
     # its output is added to.
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
         # Of a layer, its input stays.
-        kept = num_runs * config.num_layers * state + left
+        kept = num_runs * (config.num_layers - part.first_layer) * state + left
         field += max(of_layers) // num_runs - state + left
     else:
         kept = sum(of_layers) + left
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
         field += max(0, left - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
-    matrices = config.ffn_dim * config.dim + config.vocab_size * config.dim // num_shards
+    matrices = config.ffn_dim * config.dim if any(part.has_field) else 0
+    if part.has_ends:
+        matrices += config.vocab_size * config.dim // num_shards
     at_start = tokens * kept + max(loss, tokens * field + matrices * _FULL)
     # Where the stack repeats, a field's gradients wait for those of the field's earlier runs.
     waiting = config.num_layers * field_parameters(config) * width if num_runs > 1 else 0
@@ -128,7 +149,7 @@ def _peak_bytes(
     return max(at_start, after_run)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
+def _layer_bytes(config: ModelConfig, layer: int, width: int, *, is_frozen: bool) -> int:
     dim, counts = config.dim, layer_counts(config, layer)
     q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
@@ -136,6 +157,8 @@ def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
     # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
     # and up.
     evaluation = 3 * dim * _FULL + (dim + 2 * q_dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    if is_frozen:  # What the matrices multiply is kept for their gradients alone.
+        evaluation -= dim * _FULL + dim * width
     if config.head_norms:  # Queries and keys before their norm.
         evaluation += (q_dim + kv_dim) * width
     return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

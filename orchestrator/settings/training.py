@@ -8,6 +8,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
 from iiet.facts import METHODS, facts_of
+from iiet.freezing import TrainedLayers
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.effects import Effect, KeyForm
 from orchestrator.settings.section import OneOf, Section
@@ -152,6 +153,11 @@ class TrainingSettings(Section):
     initialised as ever (default: random weights). The key holds the hash of the source's weights.
     With a source, `iterate_from_fraction` is 0, and `learning_rate` that of the source's own
     training, or 5e-5 for models from elsewhere, unless they are set."""
+    trained_layers: Annotated[TrainedLayers, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = "all"
+    """`all` weights are trained; or the `corrected` layers, those that make corrections, and what
+    the method adds from the first of them on; or only what is `added` there. The rest is frozen,
+    and the model stays its source before the first corrected layer. The last two need
+    `model.method_options.start: identity`."""
     sequence_length: Annotated[StrictInt | None, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
         default=None, gt=1
     )

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iiet.decoder import Decoder
 from iiet.distillation import Model
+from iiet.freezing import freeze, trained_part
 from iiet.layers import initial_weights
 from iiet.methods.implicit_euler import MixedLayer
 from orchestrator.models.open import has_bf16, load_model, use_tf32
@@ -301,6 +302,8 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
                 del weights[name]
     with torch.device("meta"):
         decoder, pattern = Decoder(config), Decoder(config)
+    part = trained_part(config.corrections, job.recipe.trained_layers)
+    freeze(decoder.model, part, decoder.lm_head)
     if world.is_sharded:
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.facts import facts_of
+from iiet.freezing import TrainedLayers, trained_part
 from iiet.weights import CONFIG
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
@@ -73,6 +74,7 @@ def pretraining_job(
         config = source.model(settings.model)
         if tokens is not None:
             check_tokenizer(source, tokens / TOKENIZER_NAME, settings.data.tokenizer)
+    check_trained_layers(settings.training.trained_layers, config)
     recipe = checked_family(settings.training, config)
     sequences_per_step(recipe, config)
     check_sequence_length(settings.data, recipe.tokens_per_sequence(config))
@@ -95,6 +97,27 @@ def pretraining_job(
         usual_folder = workspace.runs / f"{usual_name(config)}-{key[:KEY_CHARACTERS]}"
         folder = folder_of_weights(workspace, key, usual_folder)
     return job.model_copy(update={"run_folder": str(folder)})
+
+
+def check_trained_layers(trained: TrainedLayers, config: ModelConfig) -> None:
+    """Check that a training of this part of a model leaves the rest as it is.
+
+    Raises:
+        UserError: If the model is not its source at the start, or nothing would be trained.
+    """
+    if trained == "all":
+        return
+    if getattr(config.options, "start", None) != "identity":
+        raise UserError(
+            f"training.trained_layers={trained}: layers are frozen where the model begins as its "
+            "source; set model.method_options.start=identity, with the method iiet"
+        )
+    try:
+        trained_part(config.corrections, trained)
+    except ValueError as error:
+        raise UserError(
+            f"training.trained_layers={trained}: {error}; set model.corrections"
+        ) from None
 
 
 def usual_name(config: ModelConfig) -> str:

@@ -135,7 +135,7 @@ def losses_of(
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW over the parameters of a bare decoder on its device; fused on CUDA.
+    """Return AdamW over the trained parameters of a bare decoder on its device; fused on CUDA.
 
     It decays the weight matrices of linear layers, the first group, and nothing else. The rows of
     the learned mix sum to one at the start, and decay towards zero would shrink the hidden state;
@@ -146,7 +146,7 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Ad
     gates = {id(gate) for layer in layers for gate in layer.gates()}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     decayed = linear - {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if id(p) in decayed]
     others = [p for p in parameters if id(p) not in decayed | gates]
     gated = [p for p in parameters if id(p) in gates]

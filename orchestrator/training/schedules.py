@@ -187,6 +187,7 @@ def flops_per_token_by_step(
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     drawn_at = drawn_by_step(config.corrections, job.recipe)
     length = job.sequence_length
+    trained = job.recipe.trained_layers
     teacher_flops = 0.0
     if teacher:
         teacher_flops = inference_cost(teacher, context_length=length).forward_flops_per_token
@@ -194,11 +195,14 @@ def flops_per_token_by_step(
 
     @lru_cache
     def student_flops(schedule: IterationSchedule) -> float:
-        return float(training_flops_per_token(config, schedule, context_length=length))
+        flops = training_flops_per_token(config, schedule, context_length=length, trained=trained)
+        return float(flops)
 
     @lru_cache
     def member_flops(member: IterationSchedule) -> float:
-        flops = member_flops_per_token(config, member, reads_full=reads_full, context_length=length)
+        flops = member_flops_per_token(
+            config, member, reads_full=reads_full, context_length=length, trained=trained
+        )
         return float(flops)
 
     return lambda step: (

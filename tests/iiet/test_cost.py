@@ -13,10 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig, preset
-from iiet.cost import inference_cost, layer_counts, num_parameters, training_flops_per_token
+from iiet.cost import (
+    field_parameters,
+    inference_cost,
+    layer_counts,
+    num_parameters,
+    num_trained_parameters,
+    training_flops_per_token,
+)
 from iiet.decoder import Decoder
 from iiet.facts import MethodFacts
 from iiet.fast import plain_formulas
+from iiet.freezing import freeze, trained_part
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
@@ -166,6 +174,46 @@ def test_a_truncated_backward_pass_costs_less_training():
     whole = training_flops_per_token(full, context_length=10)
     assert whole - training_flops_per_token(truncated, context_length=10) == 2 * 3 * 1136
     assert inference_cost(truncated) == inference_cost(full)
+
+
+@pytest.mark.parametrize("schedule", [(0, 2, 1), (1, 0, 2), (2, 1, 1)])
+@pytest.mark.parametrize("trained", ["corrected", "added"])
+def test_frozen_parts_save_what_pytorch_does_not_count(schedule, trained):
+    options = METHODS["iiet"].facts.Options(start="identity")
+    config, time = small("iiet", schedule, method_options=options), 7
+
+    def counted(which):
+        decoder = Decoder(config)
+        freeze(decoder.model, trained_part(config.corrections, which), decoder.lm_head)
+        with torch.no_grad():  # At their start gates let no gradient through.
+            for parameter in decoder.method_parameters().values():
+                parameter.add_(0.1)
+        counter = FlopCounterMode(display=False)
+        ids = torch.zeros(2, time, dtype=torch.long)
+        with plain_formulas(), counter, sdpa_kernel(SDPBackend.MATH):
+            decoder(ids).float().square().sum().backward()
+        return counter.get_total_flops()
+
+    part = trained_part(config.corrections, trained)
+    frozen = range(part.first_layer)
+    # Sums of the mix, which PyTorch does not count; and attention to later tokens, which it does.
+    sums = sum(layer_counts(config, layer).num_terms for layer in frozen) * 2 * 2 * 8
+    unseen = 2 * 4 * 8 * (time - (time + 1) / 2)
+    num_unseen = sum(1 + config.corrections[layer] for layer in frozen) + (trained == "added")
+    whole = training_flops_per_token(config, context_length=time)
+    saved = whole - training_flops_per_token(config, context_length=time, trained=trained)
+    expected = 2 * time * (saved - sums + num_unseen * unseen)
+    assert counted("all") - counted(trained) == expected
+
+
+def test_trained_parameters_are_those_that_are_not_frozen():
+    options = METHODS["iiet"].facts.Options(start="identity")
+    config = small("iiet", (0, 2, 0), method_options=options)
+    assert num_trained_parameters(config) == num_parameters(config)
+    # The last two layers: two norms with their blends, the damping, and rows of the mix.
+    added = 2 * (2 * 3 * 8 + 8) + 2 * 3 + 2 * 4
+    assert num_trained_parameters(config, "added") == added
+    assert num_trained_parameters(config, "corrected") == added + field_parameters(config)
 
 
 BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4

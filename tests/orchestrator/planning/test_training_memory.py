@@ -13,9 +13,10 @@ from live_tensors import LiveTensors
 
 from iiet.batch import Batch
 from iiet.config import DistillationConfig, ModelConfig, preset
-from iiet.cost import num_parameters
+from iiet.cost import num_parameters, num_trained_parameters
 from iiet.decoder import Decoder
 from iiet.distillation import AnswerKeeper, distillation_loss, frozen_teacher, member_loss
+from iiet.freezing import TrainedLayers, freeze, trained_part
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from orchestrator.planning.training_memory import training_memory
@@ -28,7 +29,8 @@ def peak_of(module: torch.nn.Module, *steps: Callable[[], torch.Tensor]) -> int:
     """Return the peak of all tensors that losses and their backward passes make, without weights
     and gradients."""
     for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     with LiveTensors(module) as live:
         for step in steps:
             torch.autograd.backward(step())
@@ -36,10 +38,15 @@ def peak_of(module: torch.nn.Module, *steps: Callable[[], torch.Tensor]) -> int:
 
 
 def measured_bytes(
-    config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
+    config: ModelConfig,
+    num_sequences: int,
+    precision: str,
+    checkpoint: bool,
+    trained: TrainedLayers = "all",
 ) -> int:
     """Return the peak of a pretraining step."""
     decoder = Decoder(config)
+    freeze(decoder.model, trained_part(config.corrections, trained), decoder.lm_head)
     decoder.activation_checkpointing = checkpoint
     input_ids = torch.randint(config.vocab_size, (num_sequences, config.context_length))
 
@@ -49,6 +56,25 @@ def measured_bytes(
             return decoder(input_ids, loss_fn=partial(next_token_loss, input_ids=input_ids))
 
     return peak_of(decoder, step)
+
+
+@pytest.mark.parametrize("schedule", ["0*3,2*2,0", "1*6"])
+@pytest.mark.parametrize("trained", ["corrected", "added"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_frozen_layers_take_no_gradients_moments_or_activations(schedule, trained, checkpoint):
+    config = preset(
+        "tiny", vocab_size=500, context_length=64, schedule=schedule,
+        method_options={"start": "identity"},
+    )  # fmt: skip
+    options: dict[str, Any] = {"num_sequences": 4, "activation_checkpointing": checkpoint}
+    whole = training_memory(config, **options)
+    found = training_memory(config, **options, trained=trained)
+    share = num_trained_parameters(config, trained) / num_parameters(config)
+    assert found["weights"] == whole["weights"]
+    assert found["AdamW"] == pytest.approx(whole["AdamW"] * share, abs=1)
+    assert found["gradients"] == pytest.approx(whole["gradients"] * share, abs=1)
+    measured = measured_bytes(config, 4, "fp32", checkpoint, trained)
+    assert measured / FACTOR < found["activations"] < measured * FACTOR
 
 
 def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
