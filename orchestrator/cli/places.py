@@ -108,18 +108,20 @@ def clean(
 def doctor(call: Call) -> Result:
     """Check this machine and the workspace; name a remedy for what is broken.
 
-    Exits with 1 if something is broken. Nothing is written or started.
+    Then say which shipped sweeps fit this machine, and the hours that they take from their start,
+    as estimated by `sweep NAME --dry-run`. Exits with 1 if something is broken, not if a sweep does
+    not fit. Nothing is written, downloaded or started.
 
     Example: iiet-orch doctor
     """
-    from orchestrator.pipelines.doctor import Findings, examine
+    from orchestrator.pipelines.doctor import Findings, examine, price_shipped_sweeps
 
     found = []
     for finding in examine(call.session.workspace):  # Each is shown as soon as it is found.
         found.append(finding)
         if not call.as_json:
             call.show(finding)
-    return Findings(findings=found)
+    return Findings(findings=found, sweeps=price_shipped_sweeps(call.session.workspace))
 
 
 @Command("config show", group="Start", config="argument", workspace=None)

@@ -50,6 +50,10 @@ UNREAD_BY_KIND = {
     ),
 }
 """Kind of a sweep -> sections that it does not read, and what decides instead."""
+AFTER_QUICKSTART = (
+    "next, with a model: iiet-orch import MODEL, then iiet-orch pretrain --from NAME --dry-run",
+    "next, with a text: iiet-orch config init my-sweep.yaml --data my-texts/",
+)
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -68,7 +72,8 @@ def quickstart(call: Call) -> Result:
     """
     call.config = call.config or "demo"
     call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
-    return _sweep(call)
+    result = _sweep(call)
+    return result if call.dry_run else result.model_copy(update={"next_steps": AFTER_QUICKSTART})
 
 
 @Command(

@@ -31,13 +31,14 @@ from orchestrator.data.store import (
     is_complete,
     verify_data,
 )
-from orchestrator.data.text import source_state, text_source
+from orchestrator.data.text import find_files, source_state, text_source
 from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damaged, expand_user, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
@@ -75,11 +76,11 @@ def prepare(
             folder = find_prepared(settings, parent)
             if folder is None:
                 folder = _write(settings, parent, progress)
-                progress.finish(_summary(folder))
+                progress.finish(_summary(folder, settings))
                 return folder
     progress.start("corpus")
     verify_data(folder, always=verify, remember=True)
-    progress.finish(f"{_summary(folder)}, found again")
+    progress.finish(f"{_summary(folder, settings)}, found again")
     return folder
 
 
@@ -128,9 +129,15 @@ def _tokenizer_of_texts(settings: DataSettings) -> Tokenizer:
     return train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
 
 
-def _summary(folder: Path) -> str:
+def _summary(folder: Path, settings: DataSettings) -> str:
     data = open_data(folder)
-    return f"{data.describe()}, vocabulary {data.vocab_size:,}"
+    origin = ""
+    if settings.source == "files":
+        origin = f"{format_count(len(find_files(settings)), 'file')} gave "
+    cuts = ""
+    if settings.source in ("python", "files", "hub") and settings.passage_characters is not None:
+        cuts = f"; long ones are cut by data.passage_characters={settings.passage_characters}"
+    return f"{origin}{data.describe()}, vocabulary {data.vocab_size:,}{cuts}"
 
 
 # Find

@@ -337,7 +337,10 @@ def load_suite(suite: Suite) -> LoadedSuite:
         _load.cache_clear()  # The hub may provide them later.
     if suite.fingerprints is None:
         if not loaded.tasks:
-            raise UserError(f"nothing is left to evaluate: {_as_text(loaded.skipped)}")
+            raise UserError(
+                f"the hub gives none of these tasks of evaluation.suite: "
+                f"{_as_text(loaded.skipped)}; make it reachable, or leave them out of the suite"
+            )
         return loaded
     heldout_names = heldout_configs(suite.heldout) if suite.heldout else {}
     asked_heldout = [name for name in heldout_names if not suite.tasks or name in suite.tasks]

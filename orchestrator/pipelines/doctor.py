@@ -22,15 +22,18 @@ from rich.text import Text
 
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.upkeep import list_workspace, show_status
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.terminal.render import format_bytes
+from orchestrator.terminal.render import format_bytes, format_count, format_duration_range
 from orchestrator.workspace.errors import RunFailed, UserError, mask_secrets
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import NOT_INSTALLED, installed_version
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from iiet.extensions import ExtensionTable
 
 DISTRIBUTION = "iiet-orch"
@@ -61,11 +64,49 @@ class Finding(Result):
             yield f"    {self.remedy}"
 
 
+class ShippedSweep(Result):
+    """What a shipped sweep takes from its start: nothing that a workspace holds is counted off."""
+
+    name: str
+    """As `sweep` takes it."""
+    fits: bool
+    """Whether this machine has the memory, the disk and the GPUs for it."""
+    hours: tuple[float, float]
+    """Shortest and longest time of its trainings, estimated: `sweep NAME --dry-run` says how."""
+    num_devices: int
+    """CPUs or GPUs of that estimate."""
+    num_gpus: int
+    """GPUs that it needs; 0 if it trains on CPUs."""
+    needs_hub: bool
+    """Whether it reads data, a tokenizer or tasks of the Hugging Face hub."""
+    problem: str | None
+    """Why it does not fit; null if it does."""
+
+    def text(self) -> str:
+        """Say all of this in a line or two."""
+        needs = [format_count(self.num_gpus, "GPU")] if self.num_gpus else []
+        needs += ["the Hugging Face hub"] if self.needs_hub else []
+        devices = format_count(self.num_devices, "GPU" if self.num_gpus else "CPU")
+        time = format_duration_range(*(3600 * hours for hours in self.hours))
+        parts = [f"{time} on {devices}"]
+        parts += [f"needs {' and '.join(needs)}"] if needs else []
+        parts += [f"does not fit: {self.problem}"] if self.problem else []
+        return "; ".join(parts)
+
+
 class Findings(Result):
     """What all checks found; a failure if something is broken."""
 
     findings: list[Finding]
     """One entry per check."""
+    sweeps: list[ShippedSweep]
+    """One entry per shipped sweep: what it takes on this machine, from its start."""
+
+    def shown(self) -> Iterator[RenderableType]:
+        rows = [
+            (("✓ " if sweep.fits else "- ") + sweep.name, sweep.text()) for sweep in self.sweeps
+        ]
+        yield two_column_table("Shipped sweeps on this machine, time of their trainings", rows)
 
     def raise_failures(self) -> None:
         if broken := [each.name for each in self.findings if each.state == "broken"]:
@@ -84,6 +125,43 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             text, _, remedy = mask_secrets(f"{kind}{error}").partition("; ")
             yield Finding(name=name, state="broken", text=text, remedy=remedy)
+
+
+def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
+    """Return what each shipped sweep takes on this machine; nothing is read from the hub.
+
+    Args:
+        workspace: Results would be written to its disk.
+    """
+    from orchestrator.evaluation.tasks import needs_lm_eval
+    from orchestrator.models.hub import is_hub_name
+    from orchestrator.pipelines.sweeps import plan_sweep
+    from orchestrator.planning.machine import installed_gpus
+    from orchestrator.settings.files import read_settings, shipped_sweeps
+
+    # A place on the same disk without results, whatever the workspace holds or lacks.
+    unmade = Workspace(workspace.root / "not-made")
+    sweeps = []
+    for name, file in shipped_sweeps().items():
+        settings = read_settings(file)
+        plan = plan_sweep(settings, workspace=unmade)
+        problem = next(iter(plan.problems.values()))
+        num_gpus = settings.cluster.num_gpus
+        if num_gpus and len(installed_gpus()) < num_gpus:
+            problem = "this machine has too few GPUs"
+        sweep = ShippedSweep(
+            name=name,
+            fits=problem is None,
+            hours=plan.price.hours,
+            num_devices=plan.price.num_devices,
+            num_gpus=num_gpus,
+            needs_hub=settings.data.source == "hub"
+            or is_hub_name(settings.data.tokenizer)
+            or needs_lm_eval(settings.evaluation),
+            problem=problem,
+        )
+        sweeps.append(sweep)
+    return sweeps
 
 
 def _versions(_: Workspace) -> Found:

@@ -269,6 +269,12 @@ class SweepResult(ReportResult):
     """Label to reason of the trials that failed; the same call tries them again."""
     stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
+    next_steps: tuple[str, ...] = Field(default=(), exclude=True)
+    """Lines on what a person may do next."""
+
+    def shown(self) -> Iterable[RenderableType]:
+        yield from super().shown()
+        yield from self.next_steps
 
     def raise_failures(self) -> None:
         raise_failures(self.failures)

@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 UNPREPARED = (
-    "the tokens are not prepared, so no finished training can be found (`iiet-orch prepare` finds "
-    "the tokens of texts that were copied or moved); their number is that of the settings"
+    "the data are not prepared yet, which a run does first; until then it is not known which "
+    "trainings are finished, and data.vocab_size says how many entries a new vocabulary has"
 )
 
 UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"

@@ -232,7 +232,10 @@ class _Evidence:
             scores, (mine, whole) = self._scores(student, teacher)
             share = scores.kept(mine, whole, num_items=num_items)
             if share is None:
-                raise _Missing("a teacher that answers more than nothing in every draw")
+                raise _Missing(
+                    f"{teacher['label']} answers so few items right that in some draws of the "
+                    "items it answers none, so no share of its accuracy can be kept"
+                )
             shares.append(share)
         return shares
 

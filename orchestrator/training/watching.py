@@ -192,6 +192,8 @@ class RunMonitor:
         self._speeds = {label: deque[float](maxlen=MAX_SPEEDS) for label in jobs}
         self._begun: set[str] = set()
         """Jobs with a record since the monitor started."""
+        self._stepped: set[str] = set()
+        """Those of them with a step since they started or resumed."""
         self._warm: set[str] = set()
         """Those of them whose first speed is known; it includes what is done once, so it does not
         count."""
@@ -215,14 +217,19 @@ class RunMonitor:
         num_done = 0
         losses: list[str] = []
         total_speed = 0.0
+        is_left = False
         for label, job in self._jobs.items():
             step, loss = self._journals[label].step, self._losses[label]
             num_done += step
-            if loss is not None and step < job.recipe.num_steps:
+            if step < job.recipe.num_steps:
+                is_left = True
+                if label not in self._stepped or loss is None:
+                    continue
                 losses.append(f"{label} {loss:.2f}")
                 if self._speeds[label]:
                     total_speed += harmonic_mean(self._speeds[label])
-        text = "" if num_done else "waiting for the first step"
+        # Steps that are counted may be those of an earlier process: they say nothing of this one.
+        text = "starting, no step yet" if is_left else ""
         if losses:
             text = f"loss {'; '.join(losses)}"
             text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
@@ -262,6 +269,8 @@ class RunMonitor:
                 if record["time"] < self._started_ms:
                     continue
                 self._begun.add(label)
+                if record["kind"] == "metrics":
+                    self._stepped.add(label)
                 if speed := values.get(SPEED_METRIC):
                     if label in self._warm:
                         self._speeds[label].append(speed)
@@ -269,6 +278,7 @@ class RunMonitor:
                 if record["kind"] == "event":
                     self._note(label, record)
                 if record.get("name") in ("started", "resumed"):  # What came before is another's.
+                    self._stepped.discard(label)
                     self._warm.discard(label)
                     self._speeds[label].clear()
 

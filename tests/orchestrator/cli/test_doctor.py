@@ -11,6 +11,7 @@ import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
 
@@ -40,6 +41,20 @@ def test_nothing_is_broken_here_and_nothing_is_written(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
     assert cli.main(["doctor", "--workspace", str(root)]) == 0
     assert "✓ versions: Python" in capsys.readouterr().out
+
+
+def test_shipped_sweeps_are_priced_and_what_they_need_is_said_but_nothing_is_broken(
+    tmp_path, capsys
+):
+    assert cli.main(["doctor", "--json", "--workspace", str(tmp_path / "none")]) == 0
+    sweeps = {sweep["name"]: sweep for sweep in json.loads(capsys.readouterr().out)["sweeps"]}
+    assert sweeps.keys() == shipped_sweeps().keys()
+    demo, paper = sweeps["demo"], sweeps["paper-340m"]
+    assert (demo["num_gpus"], demo["needs_hub"]) == (0, False)
+    assert (paper["num_gpus"], paper["needs_hub"]) == (8, True)
+    assert all(0 < sweep["hours"][0] <= sweep["hours"][1] for sweep in sweeps.values())
+    assert demo["hours"][1] < 1 < paper["hours"][0]
+    assert all(sweep["fits"] == (sweep["problem"] is None) for sweep in sweeps.values())
 
 
 def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch):

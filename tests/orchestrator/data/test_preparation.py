@@ -15,6 +15,7 @@ from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -44,6 +45,19 @@ def test_finished_work_is_reused(workspace, settings, monkeypatch):
     assert "200 documents" in open_data(folder).describe()
     with pytest.raises(TypeError):
         prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
+
+
+def test_the_summary_says_how_many_files_gave_the_documents_and_what_cut_them(workspace, settings):
+    class Lines(Progress):
+        def finish(self, summary: str) -> None:
+            lines.append(summary)
+
+    lines: list[str] = []
+    prepare(settings, workspace, Lines())
+    prepare(settings, workspace, Lines())
+    prepare(settings.model_copy(update={"passage_characters": 100}), workspace, Lines())
+    assert all(line.startswith("1 file gave 200 documents, ") for line in lines)
+    assert ["data.passage_characters=100" in line for line in lines] == [False, False, True]
 
 
 @pytest.mark.slow
