@@ -143,7 +143,8 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
     unmade = Workspace(workspace.root / "not-made")
     sweeps = []
     for name, file in shipped_sweeps().items():
-        settings = read_settings(file)
+        # On this machine, whatever cluster RAY_ADDRESS names, and even if it names none.
+        settings = read_settings(file, ("cluster.address=local",))
         plan = plan_sweep(settings, workspace=unmade)
         problem = next(iter(plan.problems.values()))
         num_gpus = settings.cluster.num_gpus
