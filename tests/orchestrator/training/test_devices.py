@@ -101,6 +101,18 @@ def test_compiled_fields_give_the_losses_of_plain_ones(job):
     assert not events(in_folder(job, "run-alone"), "compiled")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+def test_compiled_fields_of_a_retrofit_give_the_losses_of_plain_ones(tiny_job, tiny_model):
+    identity = {"method_options": {"start": "identity"}, "schedule": [0, 2]}
+    job = tiny_job(num_steps=4, iterate_from_fraction=0.0, trained_layers="corrected")
+    job = job.model_copy(update={"model": ModelConfig.from_dict({**tiny_model, **identity})})
+    compiled = same_run(job, recipe(compile=True), rel=1e-5)
+    assert events(compiled, "compiled")
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     raise OSError("no space\nleft for the compiler")
 
