@@ -291,13 +291,14 @@ class DepthTasks(NamedTuple):
         tasks: list[DepthTask] = []
         for kind, steps in map(parse_task_name, depth.tasks):
             if kind == "phop":
-                sizes = {"num_symbols": depth.num_symbols, "length": depth.length}
-                tasks.append(PHopInduction(steps, **sizes))
+                tasks.append(
+                    PHopInduction(steps, num_symbols=depth.num_symbols, length=depth.length)
+                )
             elif kind == "chain":
                 tasks.append(PointerChains(steps, num_chains=depth.num_chains))
             else:
                 tasks.append(PermutationWords(steps))
-        return cls(tuple(tasks), is_mixed or len(tasks) > 1)
+        return cls(tuple(tasks), has_markers=is_mixed or len(tasks) > 1)
 
     @property
     def sequence_length(self) -> int:
@@ -358,9 +359,12 @@ class DepthItem(NamedTuple):
 class DepthStore(PreparedData):
     """Prepared depth tasks, or those of a mixture: a tokenizer; sequences are generated."""
 
-    tasks: tuple[DepthTask, ...]
-    has_markers: bool
-    """As of `DepthTasks`."""
+    depth_tasks: DepthTasks
+
+    @property
+    def tasks(self) -> tuple[DepthTask, ...]:
+        """The tasks whose sequences these data hold."""
+        return self.depth_tasks.tasks
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -374,11 +378,10 @@ class DepthStore(PreparedData):
 
     def describe(self) -> str:
         tasks = ", ".join(task.name_with_chance for task in self.tasks)
-        length = DepthTasks(self.tasks, self.has_markers).sequence_length
-        return f"{tasks}, sequences of {length} tokens"
+        return f"{tasks}, sequences of {self.depth_tasks.sequence_length} tokens"
 
     def check_length(self, context_length: int) -> None:
-        DepthTasks(self.tasks, self.has_markers).check_length(context_length)
+        self.depth_tasks.check_length(context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         return self._sequences(positions, context_length, "train", seed)
@@ -400,7 +403,7 @@ class DepthStore(PreparedData):
         numbers = np.arange(first, first + _SEQUENCES_PER_ROUND, dtype=np.int64)
         symbols, answers = _generate(task, numbers, "test", 0)
         position_bits = random_bits(_key(task, "test", seed=_POSITION_SEED), numbers, 1)[:, 0]
-        marker = task.marker if self.has_markers else ""
+        marker = task.marker if self.depth_tasks.has_markers else ""
         for row, position in enumerate(task.asked_positions(answers, position_bits)):
             if position == NO_ANSWER:
                 continue
@@ -423,10 +426,11 @@ class DepthStore(PreparedData):
         for task, (rows, numbers) in zip(self.tasks, parts, strict=True):
             symbols, answers = _generate(task, numbers, stream, seed)
             symbol_ids = np.array([self._ids[symbol] for symbol in task.symbols])
-            first = int(self.has_markers)
-            end = first + task.length
-            if self.has_markers:
+            first = 0
+            if self.depth_tasks.has_markers:
+                first = 1
                 ids[rows, 0] = self._ids[task.marker]
+            end = first + task.length
             ids[rows, first:end] = symbol_ids[symbols]
             # Not shifted: the answer to a position is asked at this position.
             targets[rows, first:end] = np.where(

@@ -258,7 +258,7 @@ def open_data(folder: Path | str) -> PreparedData:
         raise UserError(f"cannot read the data in {folder}: {reason}") from None
     tasks = DepthTasks.of(settings)
     if settings.source == "depth":
-        return DepthStore(folder, manifest, *tasks)
+        return DepthStore(folder, manifest, tasks)
     text_folders = manifest.text_folders(folder)
     tasks_by_name = {task.name: task for task in tasks.tasks}
     sources: dict[str, TokenStore | DepthStore] = {}
@@ -266,7 +266,8 @@ def open_data(folder: Path | str) -> PreparedData:
         if name in text_folders:
             sources[name] = open_tokens(text_folders[name])
         else:
-            sources[name] = DepthStore(folder, manifest, (tasks_by_name[name],), has_markers=True)
+            one_task = DepthTasks((tasks_by_name[name],), has_markers=True)
+            sources[name] = DepthStore(folder, manifest, one_task)
     return MixtureStore(folder, manifest, sources, _order_of(settings))
 
 

@@ -36,9 +36,9 @@ VALIDATION_NAME = "validation.bin"
 TEXTS_NAME = "validation.jsonl"
 """The held-out documents."""
 TRAIN_TARGETS_NAME = "train_targets.bin"
-"""Of text with prompts: a byte for each training token, 1 where it is a target."""
+"""File of text with prompts: a byte for each training token, 1 where it is a target."""
 VALIDATION_TARGETS_NAME = "validation_targets.bin"
-"""Likewise for validation tokens."""
+"""The same for validation tokens."""
 FORMAT_VERSION = 1
 
 
@@ -77,7 +77,7 @@ class Manifest(Record):
     sha256: dict[str, str]
     """Hash of each file."""
     texts: dict[str, str] = Field(default_factory=dict)
-    """Of a mixture: text source -> name of its folder, which lies beside this one."""
+    """The texts of a mixture: source -> name of its folder, which lies beside this one."""
 
     def text_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each text source of the mixture in `folder`."""
@@ -176,7 +176,7 @@ class TokenStore(PreparedData):
     train_targets: np.ndarray | None = None
     """Whether each training token is a target; None: all are."""
     validation_targets: np.ndarray | None = None
-    """Likewise for validation tokens."""
+    """Whether each validation token is a target; None: all are."""
 
     def validation_texts(self) -> Iterator[str]:
         """Yield the held-out documents."""

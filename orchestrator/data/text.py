@@ -38,7 +38,7 @@ SHARD_BYTES = 64 << 20
 DOCUMENT_MARK = "<|endoftext|>"
 TITLE_CHARACTERS = 100
 ASSUMED_BYTES_PER_DOCUMENT = 4000
-"""For data sets on the hub."""
+"""Mean size of a document of the hub, assumed without a request."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
 """Packages that the `datasets` library imports for compressed files."""
@@ -58,7 +58,7 @@ class Document(NamedTuple):
     text: str
     source: str
     prompt_characters: int | None = None
-    """Of a prompt with its completion: the length of the prompt, with which the text begins."""
+    """Length of the prompt with which the text begins; None of a text that is learned whole."""
 
     @property
     def prompt(self) -> str:
@@ -90,7 +90,7 @@ class TextSource(ABC):
     def state(self) -> Any:
         """Return a JSON value that changes when the content does, such as sizes and times of files.
 
-        It is part of the key of the prepared data; the settings are, too. No content is read.
+        The value and the settings are parts of the key of the prepared data. No content is read.
 
         Raises:
             UserError: If the source does not exist, or its settings do not fit together.

@@ -77,7 +77,7 @@ _TOKENS = "tokens.bin"
 _TEXTS = "held_out.jsonl"
 _RECORDS = "records.npy"
 _PROMPTS = "prompts.npy"
-"""Of a shard with prompts: how many tokens each document begins with that are no targets."""
+"""Of a shard with prompts: the number of tokens that each document begins with as its prompt."""
 _SUMS = "sha256.json"
 
 Report = Callable[[int, int], None]
@@ -205,7 +205,7 @@ def sample_texts(
 def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
     """Yield documents with their hashes, without copies of earlier ones.
 
-    It sees the copies within one shard; `_join` compares the documents of all.
+    A shard calls it for its own documents; `_join` compares those of all shards.
     """
     seen: set[bytes] = set()
     for document in documents:
@@ -451,7 +451,7 @@ class ShardDocuments(NamedTuple):
 
     folder: Path
     records: np.ndarray
-    """Of the type `RECORD`."""
+    """What is known of the documents, as values of `RECORD`."""
     is_kept: np.ndarray
     """Whether a document is the first of its kind, and one of `data.max_documents`."""
     prompt_lengths: np.ndarray

@@ -281,8 +281,8 @@ def load_provenance(folder: Path) -> dict[str, Any]:
 def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     """Return the schedules that a checkpoint's weights learned, costliest first.
 
-    These are the model's own schedule, and of elastic weights the family. A method without
-    corrections has none, and of a model folder from elsewhere none are known.
+    The schedules are the model's own one and, of elastic weights, the others of the family. A
+    method without corrections has none, and of a model folder from elsewhere none are known.
 
     Raises:
         UserError: If the checkpoint is damaged.

@@ -202,10 +202,10 @@ def find_model_folder(
             )
         return places[0].resolve()
     names = shortened(", ".join(sorted(run.name for run in run_folders(workspace))))
-    known = f"its runs are {names}" if names else "it has no runs yet"
+    runs = f"its runs are {names}" if names else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
-        f"{known}{hub_hint(path)}"
+        f"{runs}{hub_hint(path)}"
     )
 
 

@@ -59,9 +59,9 @@ STORED_DTYPES: dict[str, torch.dtype] = {**DTYPES, "fp16": torch.float16}
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability from which GPUs have bfloat16."""
 AUTO = "auto"
-"""As a device: a GPU if there is one."""
+"""Name of the device that is a GPU if there is one, else the CPU."""
 ASSUMED_CONTEXT_LENGTH = 2048
-"""Of a model of transformers whose configuration names none, as one with relative positions."""
+"""Length for a model of transformers whose configuration names none."""
 
 
 def best_device(device: str | torch.device = AUTO) -> str | torch.device:

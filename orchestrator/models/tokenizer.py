@@ -380,10 +380,11 @@ def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> d
         if values["eos_token_id"] is None:
             values["eos_token_id"] = end_of_text_id(load_tokenizer(tokenizer))
         for token in ("bos_token", "eos_token"):
-            first = values[f"{token}_id"]
-            first = first[0] if isinstance(first, list) else first
-            if getattr(loaded, token) is None and first is not None and first < len(loaded):
-                setattr(loaded, token, loaded.convert_ids_to_tokens(first))
+            token_id = values[f"{token}_id"]
+            if isinstance(token_id, list):
+                token_id = token_id[0]
+            if getattr(loaded, token) is None and token_id is not None and token_id < len(loaded):
+                setattr(loaded, token, loaded.convert_ids_to_tokens(token_id))
         # Templates of several names would be files in a folder of their own.
         written = scratch / "written"
         loaded.save_pretrained(written, save_jinja_files=False)

@@ -1,7 +1,7 @@
 """Run a server of another program on the loopback interface for as long as it is needed.
 
-It gets a process group of its own, writes to a log, and ends with this process, also if that is
-killed.
+The server gets a process group of its own, writes to a log, and ends with this process, also if
+this process is killed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ STOP_TIMEOUT_SECONDS = 2.0
 # A child of the shell reads a pipe that this process alone holds open. The pipe ends with this
 # process, also by SIGKILL; then the whole group is killed.
 _WITH_PARENT = 'exec 3<&0; { read _ <&3; kill -KILL 0; } & exec "$@" 3<&- </dev/null'
-# The addresses are local: do not use a proxy from the environment.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Opens addresses of this machine."""
+"""Opens addresses of this machine, without a proxy that the environment names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,10 @@ class LocalServer:
     process: subprocess.Popen[bytes]
 
     def wait_until_healthy(self, *, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
-        """Wait until it answers, or a stop is requested.
+        """Wait until the server answers, or a stop is requested.
 
         Raises:
-            RunFailed: If it ends, or does not answer in time.
+            RunFailed: If the server ends, or does not answer in time.
         """
         deadline = time.monotonic() + timeout_seconds
         while not stop_requested():
@@ -65,12 +64,12 @@ class LocalServer:
                 time.sleep(POLL_SECONDS)
 
     def failure(self) -> RunFailed:
-        """Return the error that says how it ended, or that it does not answer."""
+        """Return the error that says how the server ended, or that it does not answer."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        code = self.process.poll()
-        state = "did not answer in time" if code is None else f"ended ({code})"
-        last = f"; its last line: {lines[-1].strip()}" if lines else ""
-        return RunFailed(f"{self.name} {state}{last}; see {self.log}")
+        exit_code = self.process.poll()
+        state = "did not answer in time" if exit_code is None else f"ended ({exit_code})"
+        last_line = f"; its last line: {lines[-1].strip()}" if lines else ""
+        return RunFailed(f"{self.name} {state}{last_line}; see {self.log}")
 
 
 @contextmanager
@@ -86,7 +85,7 @@ def local_server(
 
     Args:
         name: What messages call it.
-        arguments: Those of this Python, such as `-m mlflow server`.
+        arguments: Arguments of this Python, such as `-m mlflow server`.
         port: Where it listens; see `check_port`.
         log: The file that it prints to.
         environment: Variables beside those of this process.
@@ -99,7 +98,7 @@ def local_server(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
-            # Python imports from the current directory first; no file of a shared workspace.
+            # Python imports from the current directory first, which may be a shared workspace.
             cwd=sys.prefix,
             start_new_session=True,
         )
@@ -113,9 +112,9 @@ def local_server(
 
 def stop_group(server: subprocess.Popen[bytes]) -> None:
     """Stop the server and its children: SIGTERM first, then SIGKILL those that have not ended."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):  # All have ended.
-            os.killpg(server.pid, how)
+            os.killpg(server.pid, signal_number)
         with suppress(subprocess.TimeoutExpired):
             server.wait(STOP_TIMEOUT_SECONDS)
 

@@ -432,7 +432,7 @@ class Store:
 def context_tags() -> dict[str, str]:
     """Return the tags of a new run that say who started it, with which command and which commit.
 
-    They are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
+    The tags are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
     MLflow looks for the commit beside the program, which may lie outside the repository of the code
     that it runs; then the commit is that of this package.
     """

@@ -43,7 +43,7 @@ _ASSIGNMENT = re.compile(
 def mask_secrets(text: str) -> str:
     """Return a text with `***` in the place of secrets.
 
-    Those are users, passwords and keys of addresses, values assigned to names such as `HF_TOKEN`,
+    Secrets are users, passwords and keys of addresses, values assigned to names such as `HF_TOKEN`,
     and the values of such environment variables of this process.
     """
     secrets = {value for name, value in os.environ.items() if is_secret_name(name)}
@@ -86,7 +86,7 @@ class UserError(_MaskedError, ValueError):
 class DamagedFile(UserError):
     """A stored file is missing or is not what was written; its text names it. Exit code 1.
 
-    It is a `UserError`, because whoever skips what cannot be used skips it, too.
+    This is a `UserError`, because whoever skips files that cannot be used skips damaged ones, too.
     """
 
 

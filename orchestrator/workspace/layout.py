@@ -251,7 +251,7 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
 def workspace_root(path: Path) -> Path | None:
     """Return the root of the workspace that a path lies in; None if it lies in none."""
     folders = (path, *path.parents)
-    return next((f for f in folders if (f / WORKSPACE_FILE_NAME).is_file()), None)
+    return next((folder for folder in folders if (folder / WORKSPACE_FILE_NAME).is_file()), None)
 
 
 def portable_path(path: str, root: Path | None) -> str:

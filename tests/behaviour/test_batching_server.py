@@ -1,5 +1,5 @@
-"""transformers' server with continuous batching writes what a decoder writes, for every method
-that docs/other-programs.md names, and several schedules."""
+"""transformers' server writes what a decoder writes, of each family of methods and of several
+schedules: with continuous batching, and one request at a time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "iiet, no corrections": {"schedule": [0, 0]},
     "looped": {"method": "looped", "schedule": [1, 1]},
     "pcformer": {"method": "pcformer", "schedule": None},
+    "ode_rk2": {"method": "ode_rk2", "schedule": None},
 }
 NEW_TOKENS = 12
 TEXTS = [f"ab{'cd efg hij ' * number}k" for number in range(10)]
 """Prompts of ten lengths."""
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_ten_streams_at_once_are_what_the_decoder_writes(name, save_tiny, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [*((name, PAGED) for name in MODELS), ("iiet", ())])
+def test_ten_streams_at_once_are_what_the_decoder_writes(name, options, save_tiny, tmp_path):
     checkpoint = save_tiny(
         tmp_path / "run", **{"context_length": 256, "initializer_std": 0.3, **MODELS[name]}
     )
@@ -45,7 +46,7 @@ def test_ten_streams_at_once_are_what_the_decoder_writes(name, save_tiny, tmp_pa
         end = tokenizer.prefix_id
         return tokenizer.decode(written[: written.index(end)] if end in written else written)
 
-    with served(folder, tmp_path, *PAGED) as ask:
+    with served(folder, tmp_path, *options) as ask:
 
         def streamed(text: str) -> str:
             values = {"max_tokens": NEW_TOKENS, "temperature": 0}
