@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet import METHODS, Decoder, ModelConfig, next_token_loss, preset
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from orchestrator.models.open import device_precision, use_tf32
