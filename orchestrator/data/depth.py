@@ -341,7 +341,7 @@ def symbol_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 def add_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Add symbols to a tokenizer, after its own tokens. No text is ever merged with a symbol."""
-    # Unnormalized: a tokenizer that changes case or accents would no longer recognize a symbol.
+    # Unnormalized: a symbol is recognized in the text as it is, whatever else is done to the text.
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
 
 

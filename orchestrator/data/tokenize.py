@@ -466,17 +466,18 @@ class ShardDocuments(NamedTuple):
 def _read_shards(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
     """Read the records of all shards, and choose which documents are kept."""
     records = [np.load(folder / _RECORDS, mmap_mode="r") for folder in folders]
-    is_kept = first_occurrences(np.concatenate([of_shard["key"] for of_shard in records]))
+    keys = np.concatenate([shard_records["key"] for shard_records in records])
+    is_kept = first_occurrences(keys)
     if max_documents is not None:
         is_kept &= np.cumsum(is_kept) <= max_documents
     shards: list[ShardDocuments] = []
     first = 0
-    for folder, of_shard in zip(folders, records, strict=True):
-        end = first + len(of_shard)
-        prompt_lengths = np.zeros(len(of_shard), "<u4")
+    for folder, shard_records in zip(folders, records, strict=True):
+        end = first + len(shard_records)
+        prompt_lengths = np.zeros(len(shard_records), "<u4")
         if (folder / _PROMPTS).exists():
             prompt_lengths = np.load(folder / _PROMPTS)
-        shards.append(ShardDocuments(folder, of_shard, is_kept[first:end], prompt_lengths))
+        shards.append(ShardDocuments(folder, shard_records, is_kept[first:end], prompt_lengths))
         first = end
     return shards
 
@@ -489,14 +490,14 @@ def _join(folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path)
     # What is kept: its size on each side, and a hash of it.
     train = SplitCounts()
     validation = SplitCounts()
-    documents = hashlib.sha256()
+    content = hashlib.sha256()
     for shard in shards:
-        documents.update(shard.records[shard.is_kept].tobytes())
+        content.update(shard.records[shard.is_kept].tobytes())
         train += _counts(shard.records[shard.on_side(held_out=False)])
         validation += _counts(shard.records[shard.on_side(held_out=True)])
     if has_prompts:
         for shard in shards:
-            documents.update(shard.prompt_lengths[shard.is_kept].tobytes())
+            content.update(shard.prompt_lengths[shard.is_kept].tobytes())
     num_documents = train.documents + validation.documents
     if num_documents == 1:
         raise UserError(
@@ -511,7 +512,7 @@ def _join(folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path)
             f"data.validation_fraction={plan.fraction:g}; choose another fraction or give more text"
         )
 
-    fingerprint = content_key(documents.hexdigest(), file_digest(folder / _TOKENIZER))
+    fingerprint = content_key(content.hexdigest(), file_digest(folder / _TOKENIZER))
     final = parent / fingerprint
     if is_complete(final):
         return final

@@ -27,7 +27,7 @@ from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 _PREFIX = "llama."
-# For a missing entry, transformers takes a default; with wrong heads it reads weights wrongly.
+# For a missing entry, transformers takes a default; without the heads it reads weights wrongly.
 _REQUIRED = {
     *("embedding_length", "block_count", "feed_forward_length", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),

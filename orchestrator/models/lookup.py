@@ -94,11 +94,12 @@ def resolve_model(
             return trial
         return resolve_checkpoint(find_model_folder(workspace, Path(path))), None
 
-    # Nobody named a model: the newest run, and in `skipped_runs` those that do not count.
+    # Nobody named a model: it is that of the newest finished run, or of a later pick.
     runs = sorted(_finished_runs(workspace), key=last_recorded, reverse=True)
-    skipped_runs: list[str] = []
     picked = None if with_corrections else picked_model(workspace)
+    skipped_runs: list[str] = []
     if with_corrections:
+        # Newer runs of other models are skipped; the error names them if there is no other run.
         while runs:
             config = load_config(find_checkpoints(runs[0])[-1])
             if config.method == DEFAULT_METHOD and config.corrections.num_corrections:

@@ -70,7 +70,8 @@ def test_chains_are_followed_pointer_by_pointer(depth, num_chains):
         assert set(Counter(listed[::2]).values()) == {1}
         assert sorted(pointers) == sorted(pointers.values())
         # The way back is no shorter.
-        steps, back = 0, place
+        steps = 0
+        back = place
         while back != question:
             back, steps = pointers[back], steps + 1
         assert steps == depth

@@ -79,7 +79,8 @@ def test_workers_share_a_step_as_evenly_as_possible(batch, workers, step):
 
 def test_training_and_validation_read_their_own_tokens():
     manifest: Any = None
-    train, validation = np.arange(600, dtype=np.uint16), np.arange(600, 1000, dtype=np.uint16)
+    train = np.arange(600, dtype=np.uint16)
+    validation = np.arange(600, 1000, dtype=np.uint16)
     store = TokenStore(Path(), manifest, train, validation)
     held_out = torch.cat(
         [

@@ -98,7 +98,8 @@ def test_names_folders_and_patterns(tmp_path):
     (tmp_path / "corpus" / "deeper").mkdir(parents=True)
     for name in ("a[1].txt", "deeper/b.jsonl", "notes.md"):
         (tmp_path / "corpus" / name).write_text(f'{{"text": "{name}"}}')
-    first, second = tmp_path / "corpus" / "a[1].txt", tmp_path / "corpus" / "deeper" / "b.jsonl"
+    first = tmp_path / "corpus" / "a[1].txt"
+    second = tmp_path / "corpus" / "deeper" / "b.jsonl"
     assert find_files(files(first)) == [first], "a file with brackets is not a pattern"
     assert find_files(files(tmp_path / "corpus")) == [first, second]
     assert find_files(files(tmp_path / "*" / "*" / "b*", first)) == [first, second]

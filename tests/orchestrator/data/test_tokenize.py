@@ -78,7 +78,8 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
         folders[name] = open_tokens(tokens_of(texts, tmp_path / name, **options))
     # What a tokenizer puts after a text does not count: each document ends once.
     for name in ("one", "two"):
-        array, bare = folders[name].train, plain.train
+        array = folders[name].train
+        bare = plain.train
         ends = np.flatnonzero(bare == plain.manifest.end_of_text_id)
         starts = [0, *(ends[:-1] + 1)]
         assert array.tolist() == np.insert(bare.astype(array.dtype), starts, first).tolist()
@@ -255,7 +256,8 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     damaged = kept[1] / "tokens.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
-    written, notes = [], []
+    written = []
+    notes = []
     write = ShardWriter.write
 
     def counting(writer: ShardWriter, number: int, report: Any) -> None:

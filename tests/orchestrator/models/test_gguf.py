@@ -93,7 +93,8 @@ def test_what_the_decoder_does_not_do_is_named(changes, words, tmp_path):
 
 
 def test_what_is_not_a_whole_file_is_refused(file, tmp_path, monkeypatch):
-    content, bad = file.read_bytes(), tmp_path / "bad.gguf"
+    content = file.read_bytes()
+    bad = tmp_path / "bad.gguf"
     for share in (0.0001, 0.001, 0.01, 0.5, 0.9999):
         bad.write_bytes(content[: max(8, int(share * len(content)))])
         with pytest.raises(UserError, match=r"cannot read .*bad\.gguf: it is not a GGUF"):
@@ -128,7 +129,8 @@ def read_with(path: Path, tokenizer: Path, **changes: Any) -> Any:
 
 def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
     path = tmp_path / "tiny.gguf"
-    words, digits = read_with(path, tokenizer, pre="gpt-2"), read_with(path, tokenizer)
+    words = read_with(path, tokenizer, pre="gpt-2")
+    digits = read_with(path, tokenizer)
     # The rule of the original.
     assert words.encode(TEXT) == Tokenizer.from_file(str(tokenizer)).encode(TEXT).ids
     assert words.decode(words.encode(TEXT)) == TEXT

@@ -215,7 +215,8 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.private["me/tiny"] in (True, "private")
 
-    other, third = tmp_path / "other", tmp_path / "third"
+    other = tmp_path / "other"
+    third = tmp_path / "third"
     assert run(other, "import", NAME) == 0
     (checkpoint,) = (other / "runs" / "tiny").glob("step_*")
     assert load_provenance(checkpoint)["imported"]["from"] == "me/tiny"

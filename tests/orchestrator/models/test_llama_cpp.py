@@ -49,7 +49,8 @@ def test_a_vanilla_model_that_was_written_is_read_back(tied, tmp_path, save_tiny
     assert replace(found.config, **rounded) == ours.config
     weights = found.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in ours.state_dict().items())
-    reads, own = ModelTokenizer(texts), ModelTokenizer(checkpoint)
+    reads = ModelTokenizer(texts)
+    own = ModelTokenizer(checkpoint)
     for text in (TEXT, "ab<|endoftext|>c"):
         assert reads.encode_document(text) == own.encode_document(text)
     assert (reads.prefix_id, reads.end_ids) == (own.prefix_id, own.end_ids)
@@ -98,12 +99,15 @@ def test_llama_cpp_gives_the_same_tokens(method, schedule, tmp_path, save_tiny):
     checkpoint = save_tiny(tmp_path / "run", method=method, schedule=schedule, **SIZES)
     parameters = llama_cpp.CommonParams()
     parameters.model.path = str(written(checkpoint, tmp_path / "model.gguf"))
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup = 128, 1, False
+    parameters.n_ctx = 128
+    parameters.n_parallel = 1
+    parameters.warmup = False
     parameters.cache_type_k = parameters.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = llama_cpp.Server(parameters)
     differences: list[float] = []
-    decoder, reads = load_model(checkpoint), ModelTokenizer(checkpoint)
+    decoder = load_model(checkpoint)
+    reads = ModelTokenizer(checkpoint)
     # Its answer leaves out tokens that are part of a character; and none shall end the text.
     texts = [reads.decode([number], skip_special_tokens=False) for number in range(300)]
     banned = [number for number, text in enumerate(texts) if not text.isascii() or len(text) > 9]

@@ -119,7 +119,8 @@ def test_unreadable_folders_are_errors(tmp_path):
 
 
 def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path):
-    folder, moved = tmp_path / "llama", tmp_path / "moved"
+    folder = tmp_path / "llama"
+    moved = tmp_path / "moved"
     llama_folder(folder)
     with pytest.raises(UserError, match="makes no corrections"):
         open_model(folder, "1")

@@ -354,3 +354,20 @@ def test_pcformer_is_trained_at_its_own_levels_from_the_first_step_on(space, tin
     of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
     job = pretraining_job(of_file, space, tiny_tokens)
     assert (str(job.model.schedule), job.recipe.iterate_from_fraction) == ("2,2,2,2,2,2", 0.0)
+
+
+def test_models_whose_labels_end_with_their_seeds_are_seeds_of_one_model(space, tiny_tokens):
+    tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
+    settings = resolve_settings(
+        {}, ["sweep.kind=iterations", "model.context_length=32", "training.num_tokens_per_step=64"]
+    )
+    seed_1 = settings.training.model_copy(update={"seed": 1})
+    models = {
+        "mine, seed 0": settings,
+        "mine, seed 1": settings.model_copy(update={"training": seed_1}),
+    }
+    plan = plan_iterations(settings, space, tokens, models)
+    assert [(trial.group, trial.seed) for trial in plan.trials] == [("mine", 0), ("mine", 1)]
+    assert (plan.num_requested, plan.num_distinct) == (1, 1)
+    alone = plan_iterations(settings, space, tokens, {"mine, seed 1": settings})
+    assert [(trial.group, trial.seed) for trial in alone.trials] == [(None, None)], "its seed is 0"

@@ -59,7 +59,8 @@ def test_a_line_is_folded_between_words_on_a_terminal_alone():
         assert all(line.startswith(indent) and line[len(indent)] != " " for line in lines[:2])
         assert all(len(line) <= 60 and line[0] != " " for line in lines[2:])
         assert " ".join(" ".join(lines).split()) == f"{SUMMARY} {SUMMARY}"
-    path, console = "/a/folder/" + "x" * 90, terminal(80)
+    path = "/a/folder/" + "x" * 90
+    console = terminal(80)
     print_line(console, f"the file {path} is damaged")
     assert path in printed(console).splitlines()[1], "it can be copied"
     pipe = Console(file=io.StringIO(), width=80)
@@ -72,7 +73,8 @@ class Lines(io.StringIO):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.enough = number, threading.Event()
+        self.number = number
+        self.enough = threading.Event()
 
     def write(self, text: str) -> int:
         self.number -= text.count("\n")

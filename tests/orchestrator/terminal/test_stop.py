@@ -94,7 +94,8 @@ def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_b
 
 
 def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(monkeypatch):
-    never, newest = threading.Event(), ["step 40"]
+    never = threading.Event()
+    newest = ["step 40"]
     with pytest.raises(Interrupted) as caught:
         run(never.wait, saved=lambda: newest[-1], pressed=[signal.SIGINT] * 9)
     newest.append("step 50")  # A worker finishes its save while Ray ends.

@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.tracking.tracker import Tracking, open_tracking
 
-TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
+TOKENS = ("tokens", "0123456789abcdef")
+TASKS = ("held-out tasks", "fedcba9876543210")
 
 
 def model_of(key: str, **datasets: tuple[str, str] | None) -> TrackedModel:
@@ -112,7 +113,8 @@ def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(tr
 
 
 def test_a_model_has_one_version_for_each_key_and_aliases_move(tracking, tmp_path):
-    small, large = folder_of(tmp_path / "small", size="small"), folder_of(tmp_path / "large")
+    small = folder_of(tmp_path / "small", size="small")
+    large = folder_of(tmp_path / "large")
     register(tracking, "front", small, key="s", alias="knee", tags={"sweep": "a"})
     register(tracking, "front", large, key="l", alias="best", note="the full model")
     register(tracking, "front", small, key="s", alias="best", tags={"sweep": "a", "x": "1"})

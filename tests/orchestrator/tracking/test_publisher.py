@@ -53,7 +53,8 @@ def test_runs_are_published_in_order_by_a_thread_that_ends(shown):
 
 
 def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown):
-    has_begun, may_end = threading.Event(), threading.Event()
+    has_begun = threading.Event()
+    may_end = threading.Event()
 
     def wait(each: TrackedRun) -> None:
         if each.key == "slow":
@@ -75,7 +76,8 @@ def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown):
 def test_running_ones_are_published_again_until_they_end(shown, monkeypatch):
     assert SECONDS_BETWEEN_COPIES < 5.0, "what is shown is at most 5 s old"
     monkeypatch.setattr(publishing, "SECONDS_BETWEEN_COPIES", 0.01)
-    publisher, again = Publisher(shown.publish), threading.Event()
+    publisher = Publisher(shown.publish)
+    again = threading.Event()
     shown.before = lambda each: again.set() if len(shown.names) > 10 else None
     publisher.put(run("a", "RUNNING"))
     assert again.wait(60)

@@ -36,7 +36,8 @@ def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking, tmp_path):
     journal = Journal(tmp_path / "trial")
     journal.metrics(1, {"train/loss": 1.0})
     journal.close()
-    folder, started = journal.path.parent, time.monotonic()
+    folder = journal.path.parent
+    started = time.monotonic()
     tracking.publish(SWEEP)
     for number in range(NUM_TRIALS):
         tracking.publish(trial(number, "RUNNING", folder))

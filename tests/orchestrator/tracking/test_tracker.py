@@ -98,7 +98,8 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking):
 
 
 def test_a_resumed_training_repeats_no_step(tracking, workspace, tmp_path):
-    run, journal = run_of("resumed", journal=str(tmp_path)), Journal(tmp_path)
+    run = run_of("resumed", journal=str(tmp_path))
+    journal = Journal(tmp_path)
     for step in (1, 2, 3):
         journal.metrics(step, {"train/loss": 5.0 - step, "train/acc,none": step})
     journal.event("checkpoint", step=3)
@@ -116,7 +117,8 @@ def test_a_resumed_training_repeats_no_step(tracking, workspace, tmp_path):
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tracking, workspace, tmp_path):
-    run, journal = run_of("long", journal=str(tmp_path)), Journal(tmp_path)
+    run = run_of("long", journal=str(tmp_path))
+    journal = Journal(tmp_path)
     for step in range(10, 100_001, 10):
         journal.metrics(step, {"train/loss": float(step)})
         if step == 50_000:
@@ -132,7 +134,8 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tracking, workspace, tmp_path
 
 
 def test_a_copy_after_a_lost_answer_adds_no_point(tracking, tmp_path, monkeypatch):
-    run, journal = run_of("lost answer", journal=str(tmp_path)), Journal(tmp_path)
+    run = run_of("lost answer", journal=str(tmp_path))
+    journal = Journal(tmp_path)
     names = [f"train/loss_{number}" for number in range(20)]
     for step in range(60):  # More points than fit into one request.
         journal.metrics(step, dict.fromkeys(names, float(step)))
@@ -307,7 +310,8 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
         raise AssertionError("MLflow would retry for minutes")
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    workspace, database = open_workspace(tmp_path), tmp_path / "mlflow.db"
+    workspace = open_workspace(tmp_path)
+    database = tmp_path / "mlflow.db"
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.tracking.store.MlflowClient", never)
         for make in (
@@ -400,7 +404,8 @@ def test_links_open_the_training_pages_also_of_a_server_below_a_path(tracking, w
     linked = show(tracking, run_of("linked", kind="sweep", tags=tags, started_ms=10**14 + 1))
     view = ChartView(key="all", name="All", run_filter="", order_by="attributes.start_time")
     runs = f"https://host/team/mlflow/#/experiments/{tracking.open_experiment()}/runs"
-    training, shown = "workflowType=machine_learning", "viewStateShareKey=front-toy"
+    training = "workflowType=machine_learning"
+    shown = "viewStateShareKey=front-toy"
     assert tracking.links("https://host/team/mlflow/", view, 2) == [
         f"training runs: {runs}?{training}&compareRunsMode=TABLE&viewStateShareKey=all",
         f"sweep linked, charts: {runs}?{training}&compareRunsMode=CHART&{shown}",

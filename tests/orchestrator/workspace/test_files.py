@@ -168,7 +168,8 @@ def parent(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent):
-    left, living = make_scratch_folder(), make_scratch_folder()
+    left = make_scratch_folder()
+    living = make_scratch_folder()
     (left.folder / "session").mkdir()
     (left.folder / "session" / "log").write_text("of a process that was killed")
     assert parent not in {folder.parent for folder in abandoned_folders()}

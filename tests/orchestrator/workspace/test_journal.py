@@ -51,7 +51,8 @@ def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path):
 def test_keys_depend_on_content_alone(tmp_path):
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
     assert content_key({"a": 1}) != content_key({"a": 2})
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     one.write_bytes(b"x" * 3_000_000)
     two.write_bytes(b"x" * 3_000_000)
     assert file_key(one) == file_key(two)
