@@ -371,7 +371,7 @@ class Trainer:
                 members=members,
                 elastic=self.recipe.elastic,
                 # Members of a retrofit learn from its full schedule, not from the source.
-                teacher=self.teacher if self.job.objective == "distill" else None,
+                teacher=None if self.recipe.source_kl_weight else self.teacher,
                 distillation=self.distillation,
             )
             for _ in range(1 + len(members)):
