@@ -340,7 +340,6 @@ LAYERS: dict[str, type[IIETDecoderLayer]] = {
 class IIETPreTrainedModel(PreTrainedModel):
     """What the models have in common."""
 
-    config_class = IIETConfig
     config: IIETConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

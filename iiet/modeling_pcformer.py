@@ -433,7 +433,6 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
 class IIETPreTrainedModel(PreTrainedModel):
     """What the models have in common."""
 
-    config_class = IIETConfig
     config: IIETConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

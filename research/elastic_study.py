@@ -47,7 +47,8 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.planning.estimate import Estimate, price_of
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.price import price_of
 from orchestrator.reporting.front import Front, is_accuracy, metric_title
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table

@@ -27,7 +27,8 @@ from iiet.decoder import Decoder
 from iiet.distillation import frozen_teacher
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.estimate import Devices, Estimate
+from orchestrator.planning.devices import Devices
+from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings

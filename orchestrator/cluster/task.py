@@ -255,7 +255,7 @@ def run_local_jobs(
         Exception: What a job raised, also after a signal; then it says what is saved, too.
     """
     from orchestrator.evaluation.decode_timing import threads
-    from orchestrator.planning.estimate import out_of_memory_explained
+    from orchestrator.planning.fit import out_of_memory_explained
     from orchestrator.training.trainer import run_job
     from orchestrator.training.watching import describe_saved_state, jobs_to_train
     from orchestrator.training.world import World

@@ -33,7 +33,8 @@ from orchestrator.cluster.places import (
     worker_device,
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
-from orchestrator.planning.estimate import note_saving, out_of_memory_explained
+from orchestrator.planning.estimate import note_saving
+from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration

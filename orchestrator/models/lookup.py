@@ -43,7 +43,7 @@ class Picked(Record):
     schedule: tuple[int, ...] | None
     """Iteration schedule; None for a method without corrections."""
     time: float
-    """When it was picked, in seconds since 1970."""
+    """When the model was picked, in seconds since 1970."""
 
     @property
     def model(self) -> tuple[Path, IterationSchedule | None]:

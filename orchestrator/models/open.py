@@ -160,42 +160,42 @@ class OpenedModel:
     name: str
     """Name of its run or folder, and the schedule or depth if it is not the model's own."""
     key: tuple[Any, ...]
-    """All that its scores depend on, as JSON values: weights, configuration, tokenizer."""
+    """All that scores depend on, as JSON values: weights, configuration, tokenizer."""
     config: ModelConfig | None
     """Sizes, method and schedule; None if transformers runs the model."""
     why_no_decoder: str = ""
-    """Why transformers runs it."""
+    """Why transformers runs the model, as a sentence; empty if a decoder does."""
     architecture: str
     """The method's registry key, or transformers' name of the architecture."""
     context_length: int
-    """Largest number of tokens that it reads."""
+    """Largest number of tokens that the model reads at once."""
     is_external: bool
-    """Whether it is a model folder from elsewhere, not a checkpoint of this project."""
+    """Whether `path` is a model folder from elsewhere, not a checkpoint of this project."""
     text_folder: Path
-    """Folder of its tokenizer."""
+    """Folder of the tokenizer."""
     loops: LoopedModel | None = None
-    """What a depth is and costs, if transformers runs it and it is a looped model."""
+    """What a depth is and costs, of a looped model that transformers runs; None of any other."""
     depth: Depth | None = None
-    """How often its loops run."""
+    """How often the loops run; None without `loops`."""
 
     def looped(self) -> tuple[LoopedModel, Depth]:
-        """Return what its loops are and how often they run; it is a looped model."""
-        assert self.loops is not None, "it is a looped model"
-        assert self.depth is not None, "which has a depth"
+        """Return `loops` and `depth` of a model that has them."""
+        assert self.loops is not None, "only a looped model is asked for its loops"
+        assert self.depth is not None, "a looped model has a depth"
         return self.loops, self.depth
 
     def parameters(self) -> dict[str, str]:
-        """Return what is tracked of it: the method, and the iteration schedule or the depth."""
+        """Return the parameters of a tracked run: method, and iteration schedule or depth."""
         if self.config is not None:
             return schedule_parameters(self.config)
         depth = {"depth": ",".join(map(str, self.depth))} if self.depth else {}
         return {"method": self.architecture, **depth}
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> ModelTokenizer:
-        """Load its tokenizer.
+        """Load the model's tokenizer.
 
         Raises:
-            UserError: If it has none, or one that cannot be used.
+            UserError: If the model has none, or one that cannot be used.
         """
         return ModelTokenizer(self.text_folder, trust_remote_code=trust_remote_code)
 

@@ -36,14 +36,10 @@ from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.reports import ReportResult
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
-from orchestrator.planning.estimate import (
-    Estimate,
-    Price,
-    assign_trial_gpus,
-    find_problems,
-    on_trial_devices,
-    price_of,
-)
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.fit import find_problems
+from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import AshaRule, SweepTrials, Trial
 from orchestrator.reporting import results

@@ -35,8 +35,11 @@ from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_checkpoint, local_model
 from orchestrator.pipelines.result import Result
-from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
+from orchestrator.planning.devices import run_devices
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_run_resources
+from orchestrator.planning.price import Price, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows

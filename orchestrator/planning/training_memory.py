@@ -45,7 +45,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     num_shards: int = 1,
     num_passes: int = 1,
-    has_teacher: bool = False,
+    num_frozen_parameters: int = 0,
     has_members: bool = False,
     trained: TrainedLayers = "all",
 ) -> dict[str, int]:
@@ -58,7 +58,7 @@ def training_memory(
         on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them.
-        has_teacher: whether a frozen model of the same size runs beside it.
+        num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
         trained: which weights are trained, by the config's own schedule.
     """
@@ -84,10 +84,9 @@ def training_memory(
         # a sharded model, layers are gathered as bfloat16, and the head is copied.
         copied = parameters // (config.num_layers if activation_checkpointing else 1)
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
-    if has_teacher:
-        weights += parameters * (width if on_gpus else _FULL)
+    weights += num_frozen_parameters * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
-    compares = has_teacher or has_members
+    compares = num_frozen_parameters > 0 or has_members
     peak = _peak_bytes(config, part, tokens, width, activation_checkpointing, num_shards, compares)
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0

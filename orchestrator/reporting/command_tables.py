@@ -28,7 +28,8 @@ from orchestrator.terminal.render import (
 if TYPE_CHECKING:
     from orchestrator.data.preparation import ExpectedTokens
     from orchestrator.evaluation.decode_timing import MeasuredCost, MeasurementSettings
-    from orchestrator.planning.estimate import Estimate, Price
+    from orchestrator.planning.estimate import Estimate
+    from orchestrator.planning.price import Price
 
 # Evaluations
 

@@ -23,8 +23,8 @@ from orchestrator.data.preparation import reads_tokens, sequence_length
 from orchestrator.evaluation.tasks import check_task_names, lm_eval_task_fingerprints
 from orchestrator.models.folder import load_config
 from orchestrator.models.lookup import resolve_model
-from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import Resources, check_available, check_run_resources
+from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import (
     BASELINE_METHOD,
     DEFAULT_METHOD,

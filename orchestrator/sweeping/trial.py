@@ -21,7 +21,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
-from orchestrator.planning.estimate import out_of_memory_explained
+from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.stop import stop_requested, stop_when

@@ -47,7 +47,7 @@ class ChartView:
     folded_groups: Sequence[str] = ()
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
     time_ms: int = field(default_factory=now_ms)
-    """When it was made."""
+    """When the view was made, in ms since 1970."""
 
     @property
     def tag(self) -> tuple[str, str]:

@@ -37,7 +37,7 @@ CHECKPOINT_PARAM = "checkpoint"
 
 
 def log_model(client: MlflowClient, run: StoredRun, shown: TrackedRun) -> None:
-    """Find or create the logged model of a run, as its output, with those of its metrics.
+    """Find or create the logged model of a run, as its output, and link the run's metrics with it.
 
     Args:
         run: The run in the store.

@@ -246,14 +246,14 @@ class Store:
         A run that is RUNNING starts a killed or failed one again; a finished one stays finished.
 
         Args:
-            run: The run; that of its sweep is in the store.
-            log_model: Logs its model when its metrics are stored.
+            run: The run; if it is nested in a sweep, the sweep's run is in the store.
+            log_model: Logs the run's model, after its metrics, to which the model is linked.
         """
         client = self.connect()
         self.prepare([run])
         stored = self._runs[run.place]
 
-        # Its status, if it goes or starts again.
+        # The run's status, if it is withdrawn or starts again.
         if run.status == "WITHDRAWN":
             client.delete_run(stored.id)
             del self._runs[run.place]
@@ -262,7 +262,7 @@ class Store:
             client.update_run(stored.id, status=run.status)
             stored.status = run.status
 
-        # Parameters, tags, curves and points.
+        # Parameters, tags, curves, and metrics of no curve.
         if run.journal and stored.curves is None:
             stored.curves = CurveReader(Path(run.journal), int(stored.tags.get(OFFSET_TAG, 0)))
         tags = {name: self._tag_text(text, stored.id) for name, text in run.tags.items()}
@@ -287,7 +287,7 @@ class Store:
             points.append(Point(name, value, step, time_ms if stored_value is None else now))
         self._send(stored, run.params, tags, [*points, *curve_points])
 
-        # Its data, artifacts, chart views and model.
+        # The data that it read, artifacts, chart views, and the model.
         if run.dataset and run.dataset[1] not in stored.datasets:
             name, digest, profile = run.dataset
             context = "evaluation" if run.kind in MEASUREMENTS else "training"
@@ -316,7 +316,7 @@ class Store:
                 log_model(client, stored, run)
             stored.sent[_MODEL] = (run.model, last_values)
 
-        # Its end comes last: a run that is shown as finished has everything.
+        # The end comes last: a run that is shown as finished has everything.
         if run.status not in ("RUNNING", stored.status):
             # The run of a short piece of work is created after that has ended.
             end_ms = max(time_ms, stored.started_ms)

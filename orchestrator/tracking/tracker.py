@@ -344,7 +344,7 @@ class Tracking:
         return lines
 
     def added_by_people(self) -> list[str]:
-        """Name what the store holds and no file of the workspace says: it would be lost."""
+        """Name what the store holds and no file of the workspace says: a new one would lack it."""
         client = MlflowClient(self.store.uri)
         experiment = client.get_experiment_by_name(self.store.experiment_name)
         additions: list[str] = []

@@ -63,7 +63,9 @@ def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
     fields = key_fields(job)
     for name in fields_with(TrainingSettings, Effect.LATER_WEIGHTS):
         fields["recipe"].pop(name, None)
-    fields["model"].pop("schedule", None)
+    if job.recipe.trained_layers == "all":
+        # Otherwise the layers that are trained in each step are those that this schedule corrects.
+        fields["model"].pop("schedule", None)
     return fields
 
 

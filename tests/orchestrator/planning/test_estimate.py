@@ -12,16 +12,11 @@ from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.models.folder import TRAINING_STATE
-from orchestrator.planning.estimate import (
-    Devices,
-    Estimate,
-    assign_trial_gpus,
-    note_saving,
-)
+from orchestrator.planning.devices import Devices
+from orchestrator.planning.estimate import Estimate, note_saving
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.settings import TrainingSettings
 from orchestrator.training.trainer import run_job
-from orchestrator.training.world import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME
@@ -121,10 +116,12 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     folder = Path(str(outcome.checkpoint))
     written = sum((folder / name).stat().st_size for name in (WEIGHTS, TRAINING_STATE))
     assert estimate.checkpoint_bytes == pytest.approx(written, rel=0.05)
-    assert sum(estimate.disk_bytes) == 3 * estimate.checkpoint_bytes
+    most_bytes = estimate.new_checkpoint_bytes + estimate.bytes_in_writing
+    assert most_bytes == 3 * estimate.checkpoint_bytes
     finished = Estimate.of(job)
     assert (finished.steps_done, finished.flops) == (6, 0)
-    assert finished.disk_bytes[0] < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
+    left_to_write = finished.new_checkpoint_bytes
+    assert left_to_write < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
 
 
 def test_all_kept_checkpoints_are_counted():
@@ -132,47 +129,13 @@ def test_all_kept_checkpoints_are_counted():
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
         own = TrainingSettings.model_validate(values)
         estimate = Estimate(config=preset("tiny"), recipe=own)
-        return sum(estimate.disk_bytes) / estimate.checkpoint_bytes
+        most_bytes = estimate.new_checkpoint_bytes + estimate.bytes_in_writing
+        return most_bytes / estimate.checkpoint_bytes
 
     assert kept() == 3
     assert kept(decay="wsd") == 4, "the one before the decay stays"
     assert kept(checkpoint_every_steps=1000) == 1
     assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
-
-
-def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[float, int | None]:
-    """Return the GPUs of a trial, and how many trials run at once."""
-    settings = resolve_settings({}, assignments)
-    sweep = assign_trial_gpus(settings, trainings, gpu_bytes=ASSUMED_GPU_BYTES).sweep
-    return sweep.gpus_per_trial or 0, sweep.trials_at_once
-
-
-def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
-    for assignments, found in {
-        (): (0, None),
-        ("cluster.num_workers=4",): (0, None),
-        ("cluster.num_gpus=8",): (1, 8),
-        ("cluster.num_gpus=8", "sweep.trials_at_once=3"): (1, 3),
-        ("cluster.num_gpus=8", "sweep.gpus_per_trial=3"): (3, 2),
-        ("cluster.num_gpus=8", "sweep.workers_per_trial=4"): (4, 2),
-        ("cluster.num_gpus=2", "sweep.gpus_per_trial=0.25"): (0.25, 8),
-        ("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3"): (0.3, 3),
-        ("sweep.gpus_per_trial=2",): (2, None),  # Of a run on CPUs, as many as there are.
-    }.items():
-        assert assigned(*assignments) == found
-    settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
-    config = settings.model.build(vocab_size=32_000)
-    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
-    training = Estimate(config=config, recipe=recipe)
-    # All sequences of a worker go through one pass: 32 on one GPU, 16 on each of two, 8, 4.
-    needed = [
-        replace(training, devices=Devices(num_workers=number, on_gpus=True)).worker_bytes
-        for number in (1, 2, 4)
-    ]
-    assert needed[1] > ASSUMED_GPU_BYTES >= needed[2]
-    # Three cannot share 32 sequences evenly.
-    assert assigned("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
-    assert assigned("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"
 
 
 def test_a_request_to_stop_says_how_much_is_saved(tiny_job):

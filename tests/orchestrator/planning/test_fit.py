@@ -11,15 +11,12 @@ import pytest
 import torch
 
 from iiet.config import preset
-from orchestrator.planning.estimate import (
-    Devices,
-    Estimate,
-    find_problems,
-    out_of_memory_explained,
-    price_of,
-    reasons_not_to_fit,
-)
+from iiet.cost import num_parameters
+from orchestrator.planning.devices import Devices
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.fit import find_problems, out_of_memory_explained, reasons_not_to_fit
 from orchestrator.planning.machine import FreeBytes
+from orchestrator.planning.price import price_of
 from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
@@ -120,6 +117,14 @@ def test_a_teachers_weights_are_counted():
     with_teacher = Estimate(config=config, recipe=recipe, teacher=config).worker_memory
     without = Estimate(config=config, recipe=recipe).worker_memory
     assert with_teacher["weights"] == 2 * without["weights"]
+
+
+def test_a_teacher_of_more_layers_takes_its_own_weights():
+    recipe = Settings().distillation.training
+    student, teacher = preset("tiny", num_layers=2), preset("tiny", num_layers=6)
+    memory = Estimate(config=student, recipe=recipe, teacher=teacher).worker_memory
+    alone = Estimate(config=student, recipe=recipe).worker_memory
+    assert memory["weights"] == alone["weights"] + 4 * num_parameters(teacher)
 
 
 def test_each_place_has_its_own_problems():

@@ -16,12 +16,8 @@ from rich.console import Console
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.estimate import (
-    Price,
-    assign_trial_gpus,
-    on_trial_devices,
-    price_of,
-)
+from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials, Trial

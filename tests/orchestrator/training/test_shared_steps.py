@@ -132,6 +132,9 @@ def test_only_models_with_the_same_first_stage_share_it(staged):
     assert stage_of(jobs[0]).key == stage_of(jobs[1]).key
     assert len({stage_of(job).key for job in jobs[:6]}) == 5
     assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
+    # Of two schedules that correct other layers, other layers are trained from the start.
+    frozen = [staged(schedule, trained_layers="corrected") for schedule in ((1, 0), (0, 1))]
+    assert stage_of(frozen[0]).key != stage_of(frozen[1]).key
 
 
 # Longer trainings

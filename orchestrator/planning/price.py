@@ -1,0 +1,204 @@
+"""What several trainings take together: hours on their devices, memory of the largest, disk.
+
+Speeds are assumed, not measured: the peak of an installed GPU, else of an H100, or of a CPU core,
+times the shares of it that trainings reach, or the share that `--mfu` names. The hours are those of
+training alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import Field
+
+from orchestrator.planning import machine
+from orchestrator.planning.devices import Devices
+from orchestrator.planning.estimate import Estimate
+from orchestrator.records.record import Record
+from orchestrator.training.world import ASSUMED_GPU, gpu_peak_flops
+from orchestrator.workspace.files import free_disk
+
+GPU_SHARES = (0.15, 0.25)
+"""Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
+CPU_SHARES = (0.2, 0.8)
+"""CPUs differ more, and no table knows their peaks."""
+CPU_PEAK_FLOPS = 1e11
+"""Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
+
+
+class Rate(Record):
+    """Assumed speed of one device: FLOP/s at most, and the shares of them that are reached."""
+
+    peak_flops: float
+    shares: tuple[float, float]
+    source: str
+    """What the peak is of, as text."""
+
+
+class Price(Record):
+    """What trainings take from here on."""
+
+    is_upper_bound: bool = False
+    """Whether not all are known, and the others are priced as the costliest that are possible."""
+    num_trainings: int = 0
+    num_tokens: int = 0
+    """Tokens that they train on."""
+    num_teacher_tokens: int = 0
+    """Tokens that their teachers read."""
+    flops: float = 0.0
+    """FLOPs of both."""
+    hours: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest time at the assumed rate, until the last training ends."""
+    num_devices: int = 0
+    """GPUs or CPUs that are used."""
+    uses_gpus: bool = False
+    rate: Rate | None = None
+    """Assumed speed of one of them; None if nothing is trained."""
+    memory: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what takes memory in a worker of the largest training."""
+    disk: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what will be written, at most."""
+    free_disk: int | None = None
+    """Free bytes on the workspace's disk."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainings that share devices."""
+
+    devices: Devices
+    trainings: list[Estimate]
+
+    @property
+    def at_once(self) -> int:
+        """How many of them run at the same time."""
+        return min(self.devices.at_once, len(self.trainings))
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs or CPUs that they use."""
+        if not self.devices.on_gpus:
+            return machine.num_cpus()
+        return math.ceil(self.at_once * self.devices.num_workers / self.devices.sharing_a_gpu)
+
+    @property
+    def largest(self) -> Estimate:
+        """The training whose workers need the most memory."""
+        return max(self.trainings, key=lambda training: training.worker_bytes)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all of them."""
+        return sum(training.total_flops for training in self.trainings)
+
+    @property
+    def flops_per_device(self) -> float:
+        """FLOPs that each device computes until the last training ends."""
+        # The longest training starts first, and each next one where one ends.
+        places = [0.0] * self.at_once
+        flops = [training.total_flops for training in self.trainings]
+        for flops_of_one in sorted(flops, reverse=True):
+            heapq.heapreplace(places, places[0] + flops_of_one)
+        return max(places) * self.at_once / self.num_devices
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of all checkpoints that exist at one time, at most."""
+        kept = sum(training.new_checkpoint_bytes for training in self.trainings)
+        in_writing = sorted(training.bytes_in_writing for training in self.trainings)
+        return kept + sum(in_writing[-self.at_once :])
+
+
+def groups_by_devices(trainings: Iterable[Estimate]) -> list[Group]:
+    """Return the trainings that share devices; one of those with the same first stage trains it."""
+    groups: dict[Devices, Group] = {}
+    trained_stages: set[str] = set()
+    for training in trainings:
+        stage = training.first_stage
+        if stage and stage.key in trained_stages:
+            steps_done = max(training.steps_done, stage.num_steps)
+            training = replace(training, steps_done=steps_done)
+        elif stage:
+            trained_stages.add(stage.key)
+        group = groups.setdefault(training.devices, Group(training.devices, []))
+        group.trainings.append(training)
+    return list(groups.values())
+
+
+def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
+    """Return the rate of a device of a training.
+
+    Args:
+        share: Share of the peak that is reached; a usual range if unset.
+    """
+    shares = GPU_SHARES if training.devices.on_gpus else CPU_SHARES
+    if share:
+        shares = (share, share)
+    if training.devices.on_gpus:
+        precision = training.recipe.precision
+        for name in [*(gpu.name for gpu in machine.installed_gpus()[:1]), ASSUMED_GPU]:
+            if peak := gpu_peak_flops(name, precision):
+                source = f"{name}, {precision}, dense"
+                return Rate(peak_flops=peak, shares=shares, source=source)
+    return Rate(peak_flops=CPU_PEAK_FLOPS, shares=shares, source="a CPU core, assumed")
+
+
+def price_of(
+    trainings: Sequence[Estimate],
+    folder: Path,
+    *,
+    new_token_bytes: int = 0,
+    is_upper_bound: bool = False,
+    mfu: float | None = None,
+) -> Price:
+    """Return the price of trainings; those on other devices run one after another.
+
+    Args:
+        trainings: Those that are not finished.
+        folder: A folder on the workspace's disk; it need not exist.
+        new_token_bytes: Bytes of the tokens that are prepared first.
+        is_upper_bound: Whether some of them stand for others that are not known yet.
+        mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
+    """
+    groups = groups_by_devices(trainings)
+    priced = [training for group in groups for training in group.trainings]
+
+    # Hours: one group after another, each at the rate of its devices.
+    rates = [assumed_rate(group.trainings[0], mfu) for group in groups]
+    shortest = longest = 0.0
+    for group, rate in zip(groups, rates, strict=True):
+        low_share, high_share = rate.shares
+        shortest += group.flops_per_device / (rate.peak_flops * high_share) / 3600
+        longest += group.flops_per_device / (rate.peak_flops * low_share) / 3600
+
+    # Disk: a first stage that is shared keeps a checkpoint of its own.
+    first_stages: dict[str, int] = {}
+    for training in trainings:
+        stage = training.first_stage
+        if stage and not stage.exists:
+            first_stages[stage.key] = training.checkpoint_bytes
+    disk = {
+        "tokens": new_token_bytes,
+        "checkpoints": sum(group.checkpoint_bytes for group in groups),
+        "shared first stages": sum(first_stages.values()),
+    }
+
+    largest = max(trainings, key=lambda training: training.worker_bytes, default=None)
+    return Price(
+        is_upper_bound=is_upper_bound,
+        num_trainings=len(trainings),
+        num_tokens=sum(training.num_tokens for training in priced),
+        num_teacher_tokens=sum(training.num_teacher_tokens for training in priced),
+        flops=sum(group.flops for group in groups),
+        hours=(shortest, longest),
+        num_devices=max((group.num_devices for group in groups), default=0),
+        uses_gpus=any(group.devices.on_gpus for group in groups),
+        rate=rates[-1] if rates else None,
+        memory=largest.worker_memory if largest else {},
+        disk={name: num_bytes for name, num_bytes in disk.items() if num_bytes},
+        free_disk=free_disk(folder),
+    )
