@@ -114,7 +114,8 @@ class Estimate:
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
-        config, length = self.config, self.sequence_length
+        config = self.config
+        length = self.sequence_length
         trained = [
             num_steps
             * cost.training_flops_per_token(

@@ -220,8 +220,8 @@ def model_family(config: ModelConfig) -> str:
     Vocabulary and context length, which follow the data, are not part of it.
     """
     sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
-    own = [getattr(config, name) for name in sizes]
-    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    values = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == values]
     size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
     return f"{config.method}-{size}"
 
