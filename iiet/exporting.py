@@ -78,14 +78,10 @@ def export(
             it can, else the first of `iiet.plain_models.MODEL_TYPES` that computes the same.
 
     Raises:
-        ValueError: the tokenizer has no such token, the method is of another package and brings
-            no code for transformers, or the code has not learned an option of the method yet.
+        ValueError: the tokenizer has no such token, or the method is of another package and brings
+            no code for transformers.
     """
     folder = Path(folder)
-    if getattr(decoder.config.options, "learn_damping", False) == "vector":
-        raise ValueError(
-            "a model with learn_damping=vector, as start=identity has, cannot be exported yet"
-        )
     plain_values = plain_config_json(decoder.config, model_type)
     code = modeling_file(decoder.config.method) if plain_values is None else None
     tokenizer = None

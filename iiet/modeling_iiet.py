@@ -51,6 +51,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 OPTIONS = {
+    "start": "mean",
     "damping": 1.0,
     "learn_damping": False,
     "differentiated_corrections": None,
@@ -300,6 +301,19 @@ class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
         )
 
 
+class IIETBlendedNorm(IIETEstimateNorm):
+    """`x + b (norm(x) - x)`: the norm of an identity start, blended in by a b that starts at 0."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps=eps)
+        self.blend = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = at_least_float32(hidden_states)
+        normed = super().forward(hidden_states)
+        return hidden_states + at_least_float32(self.blend) * (normed - hidden_states)
+
+
 class IIETMix(KeepsFloat32):
     """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
 
@@ -325,8 +339,10 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         e = N(F(sum_{k<l} A[l,k] s_k + A[l,l] e))               correction, r times
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
-    Options: `damping`, the share of each correction that is applied, perhaps learned; training
-    differentiates the last `differentiated_corrections`; `reinject_prediction` adds the prediction.
+    Options: `damping`, the share of each correction that is applied, perhaps learned, as a scalar
+    or a vector; training differentiates the last `differentiated_corrections`;
+    `reinject_prediction` adds the prediction. With `start` identity, norms are blended in and
+    corrections damped from 0, so that an untrained layer is `h_l = F(h_{l-1})`.
     """
 
     def __init__(self, config: IIETConfig, layer_idx: int) -> None:
@@ -336,14 +352,18 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        self.prediction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.correction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mix = IIETMix(layer_idx)
         options = {**OPTIONS, **(config.method_options or {})}
-        self.fixed_damping = options["damping"]
+        self.starts_as_identity = options["start"] == "identity"
+        norm = IIETBlendedNorm if self.starts_as_identity else IIETEstimateNorm
+        self.prediction_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.correction_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mix = IIETMix(layer_idx)
+        self.first_damping = 0.0 if self.starts_as_identity else float(options["damping"])
         self.differentiated_corrections = options["differentiated_corrections"]
-        learned_damping = torch.full((1,), float(self.fixed_damping))
-        self.damping = nn.Parameter(learned_damping) if options["learn_damping"] else None
+        self.damping: nn.Parameter | None = None
+        if options["learn_damping"]:
+            size = config.hidden_size if options["learn_damping"] == "vector" else 1
+            self.damping = nn.Parameter(torch.full((size,), self.first_damping))
         self.reinjection = nn.Parameter(torch.zeros(1)) if options["reinject_prediction"] else None
 
     def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
@@ -397,8 +417,8 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
                 corrected = self.correction_norm(self.field(point, slot, **kwargs))
                 if self.damping is not None:
                     estimate = estimate + self.damping * (corrected - estimate)
-                elif self.fixed_damping != 1.0:
-                    estimate = estimate + self.fixed_damping * (corrected - estimate)
+                elif self.first_damping != 1.0:
+                    estimate = estimate + self.first_damping * (corrected - estimate)
                 else:
                     estimate = corrected
         mixed = self.mix.sum(self.mix.outer, [*estimates, estimate])
@@ -431,9 +451,15 @@ class IIETPreTrainedModel(PreTrainedModel):
         if isinstance(module, IIETMix):
             for row in (module.inner, module.outer):
                 init.constant_(row, 1.0 / len(row))
+        elif isinstance(module, IIETBlendedNorm):
+            init.zeros_(module.blend)
         elif isinstance(module, IIETDecoderLayer):
+            if module.starts_as_identity:  # Both rows then read the newest estimate alone.
+                for row in (module.mix.inner, module.mix.outer):
+                    init.zeros_(row)
+                    init.ones_(row[-1:])
             if module.damping is not None:
-                init.constant_(module.damping, module.fixed_damping)
+                init.constant_(module.damping, module.first_damping)
             if module.reinjection is not None:
                 init.zeros_(module.reinjection)
 

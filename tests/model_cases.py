@@ -64,26 +64,17 @@ def left_padding(*counts: int, time: int) -> Tensor:
 
 
 @st.composite
-def models(
-    draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own), *, with_gates: bool = False
-) -> Decoder:
-    """Draw a model: method, schedule, options, grouped heads, tying and seed.
-
-    `with_gates` includes what an export cannot compute: identity starts, dampings by channel.
-    """
+def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own)) -> Decoder:
+    """Draw a model: method, schedule, options, grouped heads, tying and seed."""
     method = draw(st.sampled_from(methods))
     schedule = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))
     options = None
     if method == "iiet":
-        starts = [{"damping": 1.0}, {"damping": 0.3}]
-        learned = [False, "scalar"]
-        if with_gates:
-            starts.append({"start": "identity"})
-            learned.append("vector")
+        starts = [{"damping": 1.0}, {"damping": 0.3}, {"start": "identity"}]
         others = st.fixed_dictionaries(
             {},
             optional={
-                "learn_damping": st.sampled_from(learned),
+                "learn_damping": st.sampled_from([False, "scalar", "vector"]),
                 "differentiated_corrections": st.sampled_from([None, 1, 2]),
                 "reinject_prediction": st.booleans(),
             },

@@ -62,8 +62,11 @@ schedulers: Any = ray.tune.schedulers
 search: Any = ray.tune.search
 
 T = TypeVar("T")
-STEP, LOSS, ANSWER = "step", "validation_loss", "answer"
-"""What a trial reports to Tune: its validations, and last how it ended."""
+STEP = "step"
+LOSS = "validation_loss"
+"""What a trial reports to Tune after each validation."""
+ANSWER = "answer"
+"""What it reports last: its result and why it failed, as JSON."""
 
 RESTART_PAUSES_SECONDS = (5.0, 20.0, 60.0)
 """Pauses before Tune is started again because memory ran low: others often free it soon."""

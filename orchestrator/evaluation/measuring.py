@@ -18,7 +18,13 @@ from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, LoadedSuite
 from orchestrator.models.open import DTYPES, OpenedModel, device_precision
 from orchestrator.models.tokenizer import check_template, trained_opening
-from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult, Suite
+from orchestrator.records.evaluation import (
+    NO_FILTER,
+    EvaluationKeys,
+    EvaluationResult,
+    Suite,
+    TaskResult,
+)
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
@@ -103,8 +109,10 @@ class ModelMeasurer:
                 answers that the decoder cannot generate.
         """
         keys = self._keys(loaded)
-        found = {name: self._store.read(key) for name, key in keys.items()}
-        results = {name: result for name, result in found.items() if result}
+        results: dict[str, TaskResult] = {}
+        for name, key in keys.items():
+            if stored_result := self._store.read(key):
+                results[name] = stored_result
         missing = loaded.only([name for name in loaded.tasks if name not in results])
         if missing.tasks:
             # Imported here: it takes seconds, and what is stored is read without it.
@@ -144,8 +152,8 @@ class ModelMeasurer:
         """
         fingerprint = open_data(tokens_folder).fingerprint
         key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
-        found = self._store.read(key)
-        if found is None:
+        result = self._store.read(key)
+        if result is None:
             loss = heldout_loss(
                 self._decoder,
                 tokens_folder,
@@ -159,8 +167,8 @@ class ModelMeasurer:
             }
             measured = MeasuredTask(name=VALIDATION_LOSS, run=run)
             self._store.write(key, measured, {})
-            found = measured.result
-        return found.metrics[VALIDATION_LOSS]
+            result = measured.result
+        return result.metrics[VALIDATION_LOSS]
 
     def _keys(self, loaded: LoadedSuite) -> dict[str, str]:
         opening = trained_opening(self._model.text_folder)

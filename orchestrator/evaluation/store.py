@@ -143,10 +143,10 @@ class EvaluationStore:
     def load(self, keys: EvaluationKeys) -> EvaluationResult | None:
         """Return a whole evaluation; None if the result of a task is missing."""
         results = {name: self.read(key) for name, key in keys.tasks.items()}
-        found = {name: result for name, result in results.items() if result}
-        if len(found) < len(results):
+        stored = {name: result for name, result in results.items() if result}
+        if len(stored) < len(results):
             return None
-        return EvaluationResult(results=found, groups=keys.groups, skipped=keys.skipped)
+        return EvaluationResult(results=stored, groups=keys.groups, skipped=keys.skipped)
 
     def journal(self, key: str, name: str) -> AnswerJournal:
         """Return the answers to a task that is not finished; `name` is the task's, for notes."""
@@ -164,15 +164,25 @@ class EvaluationStore:
         """
         from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
-        date, hashes, lines = _date_now(), [], []
+        date = _date_now()
+        hashes: list[str] = []
+        lines: list[str] = []
         for sample in task.samples:
             arguments = {
                 f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(values)}
                 for i, values in enumerate(sample["arguments"])
             }
-            said = {part: sanitize_list(sample[part]) for part in ("resps", "filtered_resps")}
-            changed = {**sample, **said, "arguments": arguments, "target": str(sample["target"])}
-            lines.append(json.dumps(changed, default=handle_non_serializable, ensure_ascii=False))
+            as_lm_eval_writes = {
+                **sample,
+                "resps": sanitize_list(sample["resps"]),
+                "filtered_resps": sanitize_list(sample["filtered_resps"]),
+                "arguments": arguments,
+                "target": str(sample["target"]),
+            }
+            line = json.dumps(
+                as_lm_eval_writes, default=handle_non_serializable, ensure_ascii=False
+            )
+            lines.append(line)
             hashes.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
         run = {
             **task.run,
@@ -206,7 +216,8 @@ class EvaluationStore:
             DamagedFile: If a file is damaged.
             RunFailed: If the files cannot be written.
         """
-        date, merged = _date_now(), dict[str, Any]()
+        date = _date_now()
+        merged: dict[str, Any] = {}
         try:
             target.mkdir(parents=True, exist_ok=True)
             for name, key in keys.tasks.items():

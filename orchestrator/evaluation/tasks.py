@@ -178,7 +178,8 @@ def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
         UserError: As `check_offered`; or if a search is to improve bits per byte, and no task gives
             them.
     """
-    evaluation, objective = settings.evaluation, settings.search.objective
+    evaluation = settings.evaluation
+    objective = settings.search.objective
     check_offered(evaluation, offered)
     wants_bits = settings.sweep.kind == "search" and objective == BITS_METRIC
     has_bits = BITS_METRIC in offered and {HELDOUT, BITS_METRIC} & set(named_tasks(evaluation))
@@ -391,7 +392,8 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
     # Load them; only what the hub does not give is skipped.
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
-    problems, skipped = dict[str, str](), dict[str, str]()
+    problems: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     without_hub = cache(hub_problem)
     for name in names:
         if name not in configs and name not in manager.task_index:

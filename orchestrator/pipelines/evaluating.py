@@ -163,7 +163,8 @@ class EvaluatePlan(Result):
         ]
 
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
-        settings, cluster = self.settings.evaluation, self.settings.cluster
+        settings = self.settings.evaluation
+        cluster = self.settings.cluster
         tokens = tokens_of_tasks(model, settings, self.workspace)
         suite = make_suite(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
@@ -249,7 +250,9 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     if prompts := plan.settings.evaluation.prompts:
         for model in plan.opened:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
-    evaluations, keys, told = {}, {}, set[str]()
+    evaluations: dict[str, EvaluationResult] = {}
+    keys: dict[str, EvaluationKeys] = {}
+    told: set[str] = set()
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
         measured = _evaluate_model(model, plan, context, output, told)
@@ -272,7 +275,9 @@ def _evaluate_model(
 
     What was `told` of the tasks of earlier models is not said again.
     """
-    settings, workspace, progress = plan.settings.evaluation, context.workspace, context.progress
+    settings = plan.settings.evaluation
+    workspace = context.workspace
+    progress = context.progress
     started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
@@ -292,7 +297,8 @@ def _evaluate_model(
         measured = measure("cpu", progress)
     else:
         measured = command_device(plan.settings.cluster, workspace.root)(measure, progress)
-    evaluation, config = measured.evaluation, model.config
+    evaluation = measured.evaluation
+    config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
     # A run of MLflow shows it.

@@ -151,9 +151,11 @@ def _find_entries(
                 state = "failed" if sweep.has_failed else "interrupted"
             else:
                 state = "finished"
-            finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
-            has_report = (sweep.folder / layout.RESULTS_FILE).is_file()
-            counts = {"finished": finished, "trials": trials, "has_report": has_report}
+            counts = {
+                "finished": len(sweep.trials) - len(sweep.left),
+                "trials": len(sweep.trials),
+                "has_report": (sweep.folder / layout.RESULTS_FILE).is_file(),
+            }
             yield sweep.folder.name, sweep.folder, state, {"kind": sweep.kind, **counts}
     else:
         planned = trials_by_folder(sweeps) if kind == "trials" else {}
@@ -287,7 +289,8 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             ]
             activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
-    names, sweeps = [name for activity in activities for name in activity["sweeps"]], []
+    names = [name for activity in activities for name in activity["sweeps"]]
+    sweeps = []
     for name in dict.fromkeys(names):
         sweep = Sweep(workspace.sweeps / name)
         counts = {"finished": len(sweep.trials) - len(sweep.left), "trials": len(sweep.trials)}
@@ -379,7 +382,8 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     """Delete what can still go: it is looked for again; what a process has taken stays."""
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
     still = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
-    deleted, refused = [], ""
+    deleted: list[Removable] = []
+    refused = ""
     for item in plan.found:
         try:
             with ExitStack() as stack:
@@ -396,8 +400,8 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
         except OSError as error:
             if item.path.exists():
                 refused = f"{item.path} cannot be deleted ({error.strerror})"
-    found = {"deleted": tuple(deleted), "refused": refused, "is_done": True}
-    return plan.model_copy(update=found)
+    outcome = {"deleted": tuple(deleted), "refused": refused, "is_done": True}
+    return plan.model_copy(update=outcome)
 
 
 # What can go of each kind; `note` is called with a sentence on each damaged file.

@@ -19,7 +19,7 @@ from pathlib import Path
 from iiet import cost
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import load_config, newest_checkpoint
+from orchestrator.models.folder import decoder_config, newest_checkpoint
 from orchestrator.planning.devices import Devices
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
@@ -70,15 +70,15 @@ class Estimate:
         if job.tokens_folder and (newest := newest_checkpoint(job.folder)):
             saved_step = step_of(newest)
         teacher = None
-        if job.objective == "distill" and job.teacher_folder:
-            teacher = load_config(Path(job.teacher_folder))
+        if job.frozen_teacher:
+            teacher = decoder_config(Path(job.frozen_teacher))
         files = chain.from_iterable(folder.iterdir() for folder in find_checkpoints(job.folder))
         return Estimate(
             config=job.model,
             recipe=job.recipe,
             section=job.section,
             teacher=teacher,
-            loss=job.distillation or DistillationConfig(),
+            loss=job.teaching or DistillationConfig(),
             first_stage=first_stage_of(job),
             steps_done=first_step(job, saved_step),
             present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
@@ -114,7 +114,8 @@ class Estimate:
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
-        config, length = self.config, self.sequence_length
+        config = self.config
+        length = self.sequence_length
         trained = [
             num_steps
             * cost.training_flops_per_token(
@@ -124,7 +125,9 @@ class Estimate:
         ]
         if elastic := self.recipe.elastic:
             drawn_at = schedules.drawn_by_step(self.config.corrections, self.recipe)
-            reads_full = schedules.members_read_full(elastic, has_teacher=bool(self.teacher))
+            # Members of a retrofit learn from its full schedule, also beside a source.
+            is_student = self.teacher is not None and not self.recipe.source_kl_weight
+            reads_full = schedules.members_read_full(elastic, has_teacher=is_student)
             drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
             trained += [
                 times

@@ -220,13 +220,13 @@ class EvaluationResult(Record):
         """Terms of the average: task or group to its accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}
         tasks = {name: (name,) for name in self.results if name not in in_group}
-        found = {}
+        accuracies = {}
         for name, members in (tasks | self.groups).items():
             results = [self.results[member] for member in members if member in self.results]
             pairs = [result.with_error(result.accuracy_metric) for result in results]
             if known := [pair for pair in pairs if pair]:
-                found[name] = mean_and_error(known)
-        return found
+                accuracies[name] = mean_and_error(known)
+        return accuracies
 
     @property
     def accuracy(self) -> float:
@@ -264,8 +264,11 @@ def metric_label(metric: str, filter_name: str) -> str:
 def accuracy_among(metrics: Iterable[str]) -> str | None:
     """Return the metric that counts as accuracy: the first of the best kind; None without one."""
     names = list(metrics)
-    found = (n for kind in ACCURACY_METRICS for n in names if n.partition(FILTER_MARK)[0] == kind)
-    return next(found, None)
+    for kind in ACCURACY_METRICS:
+        for name in names:
+            if name.partition(FILTER_MARK)[0] == kind:
+                return name
+    return None
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

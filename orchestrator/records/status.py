@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from orchestrator.records.training import TrainingOutcome
+from orchestrator.records.training_state import Training
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.workspace import layout
 from orchestrator.workspace.errors import UserError
@@ -61,14 +61,18 @@ class Sweep:
 
     def seconds_left(self, at_once: int) -> float | None:
         """Estimate the time of the trials that are left: as long as the finished ones took."""
-        left, seconds = {trial.key for trial in self.left}, list[float]()
+        keys_left = {trial.key for trial in self.left}
+        seconds: list[float] = []
         for trial in self.trials:
-            with suppress(UserError):
-                end = TrainingOutcome.read(Path(trial.folder) / layout.DONE_NAME)
-                if trial.job and trial.key not in left and end and end.train_seconds:
-                    seconds.append(end.train_seconds)
-        mean = sum(seconds) / len(seconds) if seconds else None
-        return mean and len(self.left) / max(1, at_once) * mean
+            if trial.job is None or trial.key in keys_left:
+                continue
+            outcome = Training(Path(trial.folder)).outcome
+            if outcome and outcome.train_seconds:
+                seconds.append(outcome.train_seconds)
+        if not seconds:
+            return None
+        mean = sum(seconds) / len(seconds)
+        return len(self.left) / max(1, at_once) * mean
 
 
 def sweeps_of(workspace: Workspace, note: Note) -> list[Sweep]:
@@ -108,7 +112,7 @@ def size_of(path: Path, *, links: bool = True) -> int:
     total = 0
     for file in files:
         with suppress(OSError):  # Deleted meanwhile.
-            found = os.lstat(file)
-            is_counted = stat.S_ISREG(found.st_mode) and (links or found.st_nlink == 1)
-            total += found.st_size if is_counted else 0
+            entry = os.lstat(file)
+            if stat.S_ISREG(entry.st_mode) and (links or entry.st_nlink == 1):
+                total += entry.st_size
     return total

@@ -87,6 +87,22 @@ class TrainingJob(Record):
         return tuple(self.model.corrections) if has_corrections else None
 
     @property
+    def frozen_teacher(self) -> str | None:
+        """Folder of the frozen model that runs beside the trained one: a student's teacher, or a
+        source from which the model must not move far; None if there is none."""
+        if self.objective == "distill":
+            return self.teacher_folder
+        return self.initial_folder if self.recipe.source_kl_weight else None
+
+    @property
+    def teaching(self) -> DistillationConfig | None:
+        """What the trained model learns from the frozen one; None without one."""
+        if self.objective == "distill":
+            return self.distillation or DistillationConfig()
+        weight = self.recipe.source_kl_weight
+        return DistillationConfig(kl_weight=weight) if weight else None
+
+    @property
     def sequence_length(self) -> int:
         """Tokens of a training sequence."""
         return self.recipe.tokens_per_sequence(self.model)
@@ -204,8 +220,8 @@ def model_family(config: ModelConfig) -> str:
     Vocabulary and context length, which follow the data, are not part of it.
     """
     sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
-    own = [getattr(config, name) for name in sizes]
-    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    values = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == values]
     size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
     return f"{config.method}-{size}"
 

@@ -27,7 +27,8 @@ from orchestrator.settings import SweepSettings
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
-LOSS, PERPLEXITY = "quality/validation_loss", "quality/perplexity"
+LOSS = "quality/validation_loss"
+PERPLEXITY = "quality/perplexity"
 
 
 def _finite_or_none(number: float | None) -> float | None:
@@ -135,7 +136,8 @@ class Trial(Record):
     @property
     def threshold_text(self) -> str:
         """Thresholds that give this schedule: `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
-        above, up_to = self.threshold_above, self.threshold_up_to
+        above = self.threshold_above
+        up_to = self.threshold_up_to
         if above is None:
             return "" if up_to is None else f"<={up_to:.2g}"
         return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
@@ -150,11 +152,11 @@ class Trial(Record):
 
         All else is this sweep's: another sweep may have measured the same trial under other names.
         """
-        found = Trial.read(self.result_path)
-        if not found:
+        stored = Trial.read(self.result_path)
+        if stored is None:
             return None
         measured = ("numbers", "evaluation", "checkpoint")
-        return self.model_copy(update={name: getattr(found, name) for name in measured})
+        return self.model_copy(update={name: getattr(stored, name) for name in measured})
 
     def with_numbers(self, group: str, numbers: Mapping[str, float | None]) -> Trial:
         """Return the trial with those of these numbers, tracked as `GROUP/NAME`, that are known."""

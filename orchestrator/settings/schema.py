@@ -156,6 +156,8 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
     distillation = settings.distillation
     if distillation.training.source is not None:
         yield "distillation.training.source: a student starts from its teacher; leave it out"
+    if distillation.training.source_kl_weight:
+        yield "distillation.training.source_kl_weight: a student has distillation.kl_weight"
     if distillation.training.trained_layers != "all":
         yield "distillation.training.trained_layers: all weights of a student are trained"
     first, until = distillation.teacher_from_step, distillation.teacher_until_step

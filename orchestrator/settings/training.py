@@ -153,6 +153,11 @@ class TrainingSettings(Section):
     initialised as ever (default: random weights). The key holds the hash of the source's weights.
     With a source, `iterate_from_fraction` is 0, and `learning_rate` that of the source's own
     training, or 5e-5 for models from elsewhere, unless they are set."""
+    source_kl_weight: Annotated[StrictFloat, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
+        default=0.0, ge=0.0
+    )
+    """With a source: adds this many times KL(source || model) on the same tokens to the loss, so
+    that the model keeps what the source predicts. The source then runs beside it."""
     trained_layers: Annotated[TrainedLayers, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = "all"
     """`all` weights are trained; or the `corrected` layers, those that make corrections, and what
     the method adds from the first of them on; or only what is `added` there. The rest is frozen,

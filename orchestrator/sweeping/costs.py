@@ -34,7 +34,7 @@ class Measured(Record):
 
 
 def with_costs(
-    found: Sequence[Trial],
+    trials: Sequence[Trial],
     plan: SweepTrials,
     folder: Path,
     settings: Settings,
@@ -44,11 +44,12 @@ def with_costs(
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and milliseconds; `again` replaces stored ones."""
     full = full_trial(plan).model
-    counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
+    counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in trials]
     shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
     on_gpu = ["GPU"] if settings.trials_use_gpus else []
     state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
     path = folder / TIMES_NAME
+    # Milliseconds depend on the shapes only, so that models of one shape share them.
     times = Measured.read(path)
     if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}

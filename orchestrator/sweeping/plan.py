@@ -87,8 +87,9 @@ def plan_iterations(
     suite = Suite()
     if tokens is not None:
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
-    beside = baseline_trials(named_baselines or {}, suite, workspace)
-    return iterations_plan(dict(zip(models, jobs, strict=True)), suite, beside=beside, name=name)
+    labeled_jobs = dict(zip(models, jobs, strict=True))
+    named_trials = baseline_trials(named_baselines or {}, suite, workspace)
+    return iterations_plan(labeled_jobs, suite, beside=named_trials, name=name)
 
 
 def iterations_plan(
@@ -185,11 +186,11 @@ def plan_students(
             check_template(ModelTokenizer(checkpoint), suite.prompts)
 
         # Baselines stand beside the only teacher, or beside the seeds of the first of several.
-        beside: Mapping[str, Path] = baselines or {}
+        teacher_baselines: Mapping[str, Path] = baselines or {}
         if settings.sweep.teachers and variant.name == first_name:
-            beside = _baselines_of_seed(settings, baselines or {}, variant.seed)
+            teacher_baselines = _baselines_of_seed(settings, baselines or {}, variant.seed)
         elif settings.sweep.teachers:
-            beside = {}
+            teacher_baselines = {}
 
         tables = [t for other, t in influence.items() if variants[other].name == variant.name]
         parts.append(
@@ -199,7 +200,7 @@ def plan_students(
                 checkpoint,
                 suite,
                 mean_influence(tables) if tables else None,
-                beside,
+                teacher_baselines,
                 name=variant.name if settings.sweep.teachers else "",
                 seed=variant.seed,
             )

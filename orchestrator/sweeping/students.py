@@ -91,7 +91,7 @@ def choose_members(
         budgets = sorted(sweep.budgets, reverse=True)
         best = [knapsack(influence, budget, cost=cost) for budget in budgets]
     else:
-        best = [knapsack(influence, member.schedule.num_evaluations) for member in chosen]
+        best = [knapsack(influence, cost(member.schedule), cost=cost) for member in chosen]
     return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
 
 

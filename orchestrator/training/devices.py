@@ -350,11 +350,12 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
-    """Return the frozen teacher on this worker's device; None if the job has none."""
-    if job.objective != "distill" or job.teacher_folder is None:
+    """Return the frozen model that the job learns from, on this worker's device; None if it has
+    none."""
+    if job.frozen_teacher is None:
         return None
     dtype = frozen_dtype(job.recipe.precision, world.device)
-    folder = Path(job.teacher_folder)
+    folder = Path(job.frozen_teacher)
     return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
 
 

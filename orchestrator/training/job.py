@@ -66,6 +66,11 @@ def pretraining_job(
     expected = expected_tokens(settings.data, tokens)
     source = None
     if settings.training.source is None:
+        if settings.training.source_kl_weight:
+            raise UserError(
+                f"training.source_kl_weight={settings.training.source_kl_weight:g} needs a source, "
+                "which `pretrain --from` or training.source names; name one, or leave it out"
+            )
         config = settings.model.build(
             vocab_size=expected.vocab_size, context_length=expected.context_length
         )

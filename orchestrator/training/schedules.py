@@ -183,7 +183,7 @@ def flops_per_token_by_step(
     job: TrainingJob, teacher: ModelConfig | None = None
 ) -> Callable[[int], float]:
     """Return step -> training FLOPs per token; a teacher adds its forward pass."""
-    config, distillation = job.model, job.distillation or DistillationConfig()
+    config, distillation = job.model, job.teaching or DistillationConfig()
     schedule_at = schedule_by_step(config.corrections, job.recipe)
     drawn_at = drawn_by_step(config.corrections, job.recipe)
     length = job.sequence_length

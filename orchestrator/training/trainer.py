@@ -179,7 +179,7 @@ class Trainer:
         report: Report | None,
     ) -> None:
         """Open the job's data, journal and teacher; arguments as of `run_job`."""
-        self.job, self.recipe, self.distillation = job, job.recipe, job.distillation
+        self.job, self.recipe, self.distillation = job, job.recipe, job.teaching
         self.world = world
         self.position = Position()
         self.data = open_data(job.tokens_folder)
@@ -370,7 +370,8 @@ class Trainer:
                 step,
                 members=members,
                 elastic=self.recipe.elastic,
-                teacher=self.teacher,
+                # Members of a retrofit learn from its full schedule, not from the source.
+                teacher=None if self.recipe.source_kl_weight else self.teacher,
                 distillation=self.distillation,
             )
             for _ in range(1 + len(members)):

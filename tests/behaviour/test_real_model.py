@@ -144,6 +144,13 @@ def greedy_text(stock: Any, tokenizer: Any, ids: torch.Tensor, num_tokens: int) 
     return text.rstrip("\ufffd")
 
 
+def write_texts(folder: Path) -> None:
+    """Write a few documents to train on."""
+    folder.mkdir(exist_ok=True)
+    text = DOCUMENT_MARK.join(help_texts(40))
+    (folder / "python.txt").write_text(text, encoding="utf-8")
+
+
 def test_the_model_is_that_of_transformers(walk, stock):
     tokenizer = AutoTokenizer.from_pretrained(walk.file.parent, gguf_file=walk.file.name)
     writer, exported = TextGenerator(walk.checkpoint), load_model(walk.folder / "smollm2-exported")
@@ -206,9 +213,7 @@ def test_scores_are_those_of_lm_eval(walk):
 
 @pytest.mark.timeout(3600)  # Ten minutes on two idle cores, and setup counts.
 def test_it_is_trained_on_sequences_that_are_shorter_than_its_context(walk):
-    texts = walk.folder / "my-texts"
-    texts.mkdir()
-    (texts / "python.txt").write_text(DOCUMENT_MARK.join(help_texts(40)), encoding="utf-8")
+    write_texts(walk.folder / "my-texts")
     for line in TRAINING_LINES:
         walk.run(line)
     (record,) = walk.folder.glob("iiet-workspace/trials/*/job.json")
@@ -218,3 +223,41 @@ def test_it_is_trained_on_sequences_that_are_shorter_than_its_context(walk):
     losses = curve(job)
     assert list(losses) == list(range(1, 11))
     assert all(0 < loss < 10 for loss in losses.values()), "it starts from the model's weights"
+
+
+RETROFIT = (
+    "iiet-orch pretrain --from smollm2 --name iterative -r 0*14,2*4,0*12 --steps 20 --local "
+    "--set data.source=files --set 'data.files=[my-texts]' "
+    "--set model.method_options.start=identity --set training.trained_layers=corrected "
+    "--set training.sequence_length=256 --set training.num_tokens_per_step=256 "
+    "--set training.num_validation_tokens=256 --set training.warmup_steps=5 "
+    "--set training.checkpoint_every_steps=20"
+)
+"""Corrections in four of 30 layers; all others stay as they are."""
+
+
+@pytest.mark.timeout(3600)  # At most 15 minutes on two idle cores, and setup counts.
+def test_it_becomes_iterative_and_still_answers(walk):
+    write_texts(walk.folder / "my-texts")
+    walk.run(RETROFIT)
+    (checkpoint,) = walk.folder.glob("iiet-workspace/runs/iterative/step_00000020")
+    influence = json.loads(walk.run("iiet-orch influence iterative --json"))
+    values = [value for row in influence["values"] for value in row]
+    assert len(values) == 8
+    assert min(values) > 0
+
+    walk.run("iiet-orch export iterative --to iterative-exported --no-measure")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        walk.folder / "iterative-exported", trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    full = load_model(checkpoint)
+    none = full.with_schedule(0)
+    ids = torch.tensor([TextGenerator(checkpoint).text.encode_document(PROMPTS[0])])
+    with torch.no_grad():
+        logits = full(ids)
+        assert (theirs(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+        assert not torch.equal(logits, none(ids))
+    for schedule in (full.schedule, none.schedule):
+        writer = TextGenerator(checkpoint, schedule)
+        asked = writer.as_asked(["What is the capital of France?"], chat=True)
+        assert "Paris" in "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))

@@ -49,6 +49,29 @@ def test_without_weight_or_outside_its_window_no_teacher_runs():
             distillation_loss(student, None, TOKENS, config=window, step=step)
 
 
+class Watched(torch.nn.Module):
+    """A teacher that records whether it is in training mode where it runs."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.was_training = []
+
+    def forward(self, *given, **options):
+        self.was_training.append(any(module.training for module in self.modules()))
+        return self.decoder(*given, **options)
+
+
+def test_a_teacher_is_never_in_training_mode():
+    student = full_decoder().train()
+    assert not any(module.training for module in frozen_teacher(student).modules())
+    assert student.training, "a frozen teacher is a copy"
+    teacher = Watched(full_decoder()).train()
+    distillation_loss(student, teacher, TOKENS, config=DistillationConfig())
+    assert teacher.was_training == [False]
+    assert student.training
+
+
 def test_the_teacher_shares_nothing_that_the_optimizer_touches():
     decoder = full_decoder()
     teacher = frozen_teacher(decoder)

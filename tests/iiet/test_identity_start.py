@@ -6,9 +6,11 @@ import pytest
 import torch
 from model_cases import tokens
 from plain_models import CASES, config_of, random_model
+from transformers import AutoModelForCausalLM
 
 from iiet import Decoder, decoder_from_published, influence_table, next_token_loss
 from iiet.config import ModelConfig
+from iiet.exporting import export, transformers_model
 from iiet.facts import facts_of
 from iiet.methods import METHODS
 from iiet.plain_models import config_from_plain
@@ -79,6 +81,25 @@ def test_ten_steps_move_the_model_and_its_corrections(case, kind):
         assert not torch.equal(full, plain(ids))
         assert (full - none).abs().max() > 1e-3
         torch.testing.assert_close(cached_logits(decoder, ids, 3), full, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_starts_as_its_source_and_is_drafted_from(tmp_path):
+    plain = plain_model("llama")
+    ids = ids_of(plain)
+    decoder = retrofitted(plain)
+    export(decoder, tmp_path / "start")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "start", trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, plain(ids), rtol=1e-5, atol=1e-5)
+        for layer in decoder.model.layers:
+            for gate in layer.gates():
+                gate.uniform_(0.0, 0.5)
+            layer.mix.inner.add_(0.05)
+        expected = decoder(ids)
+        found = transformers_model(decoder).eval()(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    drafted = decoder.generate(ids, max_new_tokens=12, draft="0", draft_tokens=3)
+    assert torch.equal(drafted, decoder.generate(ids, max_new_tokens=12))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])

@@ -41,7 +41,7 @@ def of_every_method(*others, max_examples=5):
         @settings(max_examples=max_examples)
         @given(st.data())
         def test(method, data):
-            law(data.draw(models((method,), with_gates=True)), *map(data.draw, others))
+            law(data.draw(models((method,))), *map(data.draw, others))
 
         test.__name__ = test.__qualname__ = law.__name__
         return test

@@ -33,6 +33,14 @@ def test_parse_reads_every_way_of_writing(text, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0..1", (0, 1, 1)), ("1..0", (1, 1, 0)), ("0..3", (0, 2, 3)), ("2..2", (2, 2, 2))],
+)
+def test_a_ramp_rounds_half_up(text, expected):
+    assert IterationSchedule.parse(text, num_layers=3).corrections == expected
+
+
+@pytest.mark.parametrize(
     "text", ["", "a", "1,2", "3*3", "1.5", "-1", "1,,2,2", [1, 2, 3, -1], 2.5, True]
 )
 def test_parse_refuses_and_names_what_it_got(text):

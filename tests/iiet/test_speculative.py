@@ -65,6 +65,29 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
         assert batch.acceptance == pytest.approx(share, abs=0.1)
 
 
+def test_the_record_is_that_of_a_plain_loop():
+    """A draft that reads whole texts anew; a row's tokens count up to its first that differs."""
+    draft = decoder_of((1, 0, 0))
+    tokens_in_all = PROMPTS.size(1) + 40
+    expected = decoder_of().generate(PROMPTS, max_new_tokens=40)
+    _, record = drafted(decoder_of(), PROMPTS, max_new_tokens=40, **drafts(draft, 3))
+
+    plain = DraftRecord()
+    length = PROMPTS.size(1) + 1  # The first token comes with the prompt's pass.
+    while (count := min(3, tokens_in_all - length - 1)) > 0:
+        proposed = draft.generate(expected[:, :length], max_new_tokens=count)[:, length:]
+        is_equal = proposed == expected[:, length : length + count]
+        num_equal = [([*row, False]).index(False) for row in is_equal.tolist()]
+        num_new = min(num_equal) + 1
+        plain.drafted += proposed.numel()
+        plain.accepted += sum(num_equal)
+        plain.verifications += len(PROMPTS)
+        plain.verified += num_new * len(PROMPTS)
+        length += num_new
+    counts = ("drafted", "accepted", "verifications", "verified")
+    assert [getattr(record, name) for name in counts] == [getattr(plain, name) for name in counts]
+
+
 def test_end_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
     free = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)

@@ -11,6 +11,8 @@ import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.pipelines import doctor
+from orchestrator.pipelines.doctor import cpu_flags
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
@@ -43,9 +45,7 @@ def test_nothing_is_broken_here_and_nothing_is_written(tmp_path, capsys):
     assert "✓ versions: Python" in capsys.readouterr().out
 
 
-def test_shipped_sweeps_are_priced_and_what_they_need_is_said_but_nothing_is_broken(
-    tmp_path, capsys
-):
+def test_shipped_sweeps_are_priced_and_say_what_they_need(tmp_path, capsys):
     assert cli.main(["doctor", "--json", "--workspace", str(tmp_path / "none")]) == 0
     sweeps = {sweep["name"]: sweep for sweep in json.loads(capsys.readouterr().out)["sweeps"]}
     assert sweeps.keys() == shipped_sweeps().keys()
@@ -55,6 +55,18 @@ def test_shipped_sweeps_are_priced_and_what_they_need_is_said_but_nothing_is_bro
     assert all(0 < sweep["hours"][0] <= sweep["hours"][1] for sweep in sweeps.values())
     assert demo["hours"][1] < 1 < paper["hours"][0]
     assert all(sweep["fits"] == (sweep["problem"] is None) for sweep in sweeps.values())
+
+
+def test_bf16_is_recommended_for_processors_that_have_it(tmp_path, capsys, monkeypatch):
+    """A study has shown that it costs no quality (research/bf16.md)."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse2 avx512_bf16 avx2\n\nprocessor\t: 1\n")
+    assert cpu_flags(cpuinfo) == {"fpu", "sse2", "avx512_bf16", "avx2"}
+    assert cpu_flags(tmp_path / "missing") == set()
+    for flags, recommends in ({"avx512_bf16"}, True), ({"avx2"}, False):
+        monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
+        assert cli.main(["doctor", "--workspace", str(tmp_path / "space")]) == 0
+        assert ("training.precision=bf16" in capsys.readouterr().out) == recommends
 
 
 def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from iiet.exporting import export
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
+from orchestrator.evaluation import heldout
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     heldout_chances,
@@ -130,6 +131,15 @@ def test_items_are_diverse_slices_of_the_held_out_documents(tokens, suite):
     counts = Counter(item["word"] for item in items)
     assert max(counts.values()) == max(1, int(0.02 * NUM_ITEMS))
     assert not {"a", "an", "the"} & set(counts)
+
+
+def test_the_size_of_the_held_out_text_is_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(heldout, "MAX_ROLLING_BYTES", 4000)
+    draw = random.Random(0)
+    texts = [f"{story(draw)} {number} {'ж' * 2000}" for number in range(30)]
+    folder = tokens_of(texts, tmp_path, vocab_size=400, validation_fraction=0.5)
+    sizes = [len(row["text"].encode()) for row in rows(built(folder), "bits_per_byte")]
+    assert 4000 <= sum(sizes) < 4000 + max(sizes)
 
 
 def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_path):

@@ -156,3 +156,13 @@ def test_exactly_the_planned_tasks_are_run(folder):
         load(*names, folder=folder, planned=list(names))
     with pytest.raises(RunFailed, match=r"piqa could be loaded when "):
         load("piqa", folder=folder, planned=["piqa"])
+
+
+def test_a_task_that_fixes_its_number_of_examples_at_0_keeps_it(folder):
+    write_task(folder, "none", CHOICES, kind="choices", num_fewshot=0)
+    write_task(folder, "one", CHOICES, kind="choices", num_fewshot=1)
+    for number, expected in ((None, (0, 1, 0)), (2, (0, 2, 2))):
+        names = ("none", "one", "choices")
+        suite = Suite(tasks=names, include_folder=str(folder), num_fewshot=number)
+        loaded = load_suite(suite).tasks
+        assert tuple(loaded[name].get_config("num_fewshot") for name in names) == expected

@@ -90,6 +90,17 @@ def test_baselines_compete_only_where_there_is_no_teacher():
     assert "is worse than rk2" in " ".join(findings(front))
 
 
+def test_a_baseline_of_equal_quality_or_equal_cost_beats_a_member():
+    teacher = result(24, 0.50, "teacher", key="full")
+    places = {"cheaper": (5, 0.30), "better": (6, 0.31), "equal": (6, 0.30), "dearer": (7, 0.30)}
+    for name, place in places.items():
+        baseline = result(*place, "baseline", key=name)
+        front = sample_front([result(6, 0.30, key="none"), teacher, baseline])
+        (placed,) = (row for row in front.rows if row["role"] == "baseline")
+        beaten = [row["key"] for row in front.members_beaten_by(placed)]
+        assert beaten == (["none"] if name in ("cheaper", "better") else []), name
+
+
 def test_picks():
     front = front_of((6, 0.30), (8, 0.46), (12, 0.49), (24, 0.50), teacher=(24, 0.495))
     assert {n: row["cost"] for n, row in front.picks.items()} == {

@@ -223,6 +223,8 @@ def test_relative_costs_relate_to_the_full_model(tiny_model):
     assert cost["relative_flops"] == inference_cost(none).decode_flops_per_token / most
     assert cost["relative_flops"] != 2 / 5, "the head is not evaluated more often"
     assert exact_cost(full, full)["relative_flops"] == 1.0
+    # One token after a full context: a forward pass over one gives its tokens less attention.
+    assert exact_cost(full, full)["flops_per_token"] == most == 40_672
     assert none.corrections == IterationSchedule((0, 0))
 
 

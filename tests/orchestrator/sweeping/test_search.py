@@ -177,6 +177,16 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(tmp
     assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
 
 
+def test_a_search_continues_after_a_line_that_a_crash_cut_off(tmp_path):
+    world = World(tmp_path)
+    before = world.run(num_trials=6, most=3)
+    with (tmp_path / STUDY_FILE).open("a") as file:
+        file.write('{"op_code": 4, "worker_')
+    after = world.run(num_trials=6)
+    assert len(set(before) | set(after)) == 6
+    assert len(world.complete()) == 6 + len(FAMILY), "what was written after it can be read"
+
+
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
     world = World(tmp_path)
     world.full = IterationSchedule((1, 0, 0, 1, 0, 1))

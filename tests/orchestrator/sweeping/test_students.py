@@ -67,6 +67,18 @@ def test_schedules_by_number_threshold_budget_and_knapsack(assignments, schedule
     assert [str(member.schedule) for member in members] == schedules
 
 
+def test_a_knapsack_of_no_budgets_counts_as_schedules_are_spread():
+    """At the cost of the second layer's correction, the first layer's three are worth more."""
+    rows = ((0.3, 0.3, 0.3), (0.5,))
+    table = InfluenceTable("cosine", rows, ((0.0, 0.0, 0.0), (0.0,)), 64)
+    members = choose_members(
+        table,
+        resolve_settings({}, ["sweep.selection=knapsack"]).sweep,
+        cost=lambda schedule: 1.0 + schedule[0] + 10.0 * schedule[1],
+    )
+    assert [str(member.schedule) for member in members] == ["3,1", "3,0", "0,0"]
+
+
 @pytest.mark.parametrize("rows", [((0.0, 0.0), (0.0,)), ((0.3, 0.3), (0.3,)), ((0.0,), ())])
 def test_corrections_of_equal_influence_are_refused(rows):
     equal = InfluenceTable("cosine", rows, rows, 64)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet import METHODS, Decoder, ModelConfig, next_token_loss, preset
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from orchestrator.models.open import device_precision, use_tf32
@@ -99,6 +99,18 @@ def test_compiled_fields_give_the_losses_of_plain_ones(job):
     assert event["seconds"] > 0
     # The default compiles nothing on a CPU.
     assert not events(in_folder(job, "run-alone"), "compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+def test_compiled_fields_of_a_retrofit_give_the_losses_of_plain_ones(tiny_job, tiny_model):
+    identity = {"method_options": {"start": "identity"}, "schedule": [0, 2]}
+    job = tiny_job(num_steps=4, iterate_from_fraction=0.0, trained_layers="corrected")
+    job = job.model_copy(update={"model": ModelConfig.from_dict({**tiny_model, **identity})})
+    compiled = same_run(job, recipe(compile=True), rel=1e-5)
+    assert events(compiled, "compiled")
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

@@ -36,6 +36,9 @@ RECIPE: dict[str, Any] = {
 LEAN = {"activation_checkpointing": True, "precision": "bf16"}
 FAMILY = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=2)
 DAMPED = {"damping": 0.0, "learn_damping": "scalar", "differentiated_corrections": 1}
+IDENTITY = {"method_options": {"start": "identity"}, "schedule": [0, 2]}
+FROZEN = {"trained_layers": "corrected", "iterate_from_fraction": 0.0}
+SECOND_LAYERS = ElasticSettings(schedules=("0,1", "0,0"), num_drawn=2)
 HIDDEN = DistillationConfig(hidden_weight=0.5, start_step=1)
 JOBS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,6 +51,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "masked": {"recipe": {"num_sequences_per_pass": 1}},
     "bad": {"recipe": {"skip_bad_steps": 1}},
     "short": {"recipe": {"sequence_length": 8}},  # Half of the model's context.
+    "retrofit": {"model": IDENTITY, "recipe": FROZEN},
+    "elastic retrofit": {"model": IDENTITY, "recipe": {**FROZEN, "elastic": SECOND_LAYERS}},
 }
 """Name of a run -> what distinguishes its job from the plain one."""
 
@@ -107,6 +112,7 @@ QUICK = {
     "options of a method": Row("damped", [stop(7)], [7]),
     "a teacher": Row("student", [stop(3)], [3]),
     "a sequence length of its own": Row("short", [stop(7)], [7]),
+    "a source and frozen layers": Row("retrofit", [stop(3), crash(7)], [3, 4]),
 }
 KILLED = {
     "killed in a step": ("training.trainer", "learning_rate_at", "(6,"),
@@ -146,6 +152,10 @@ SEVERAL = {
     "replicas of a family": Row("elastic", [REPLICAS], []),
     "shards of a family": Row("elastic", [SHARDS], []),
     "copies of a family": Row("elastic", [TWO_BY_TWO], []),
+    "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
+    "shards of a retrofit": Row("retrofit", [SHARDS], []),
+    "shards of an elastic retrofit": Row("elastic retrofit", [SHARDS], []),
+    "one worker after shards of a retrofit": Row("retrofit", [workers(2, "fsdp", until=5)], [5]),
     "replicas with a teacher": Row("student", [REPLICAS], []),
     "shards with a teacher": Row("student", [SHARDS], []),
     "lean replicas": Row("lean student", [REPLICAS], [], rel=0.1),
@@ -164,6 +174,7 @@ def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[
     folder = tmp_path_factory.mktemp("runs")
     teacher = str(save_tiny(folder / "teacher"))
     taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
+    source = save_tiny(folder / "source", method="vanilla", schedule=None)
 
     def make(name: str) -> TrainingJob:
         own = dict(JOBS[name])
@@ -173,6 +184,7 @@ def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[
             model={**tiny_model, **own.pop("model", {})},  # type: ignore[arg-type]
             recipe=TrainingSettings(**{**RECIPE, **own.pop("recipe", {})}),
             **(taught if "distillation" in own else {}),
+            **({"initial_folder": str(source)} if "retrofit" in name else {}),
             **own,
         )
 
@@ -210,3 +222,8 @@ def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
 @pytest.mark.parametrize("place", KILLED)
 def test_a_killed_run_ends_like_one_that_was_left_alone(make_job, place):
     assert steps_of(same_run(make_job("one kept"), kill(*KILLED[place]))) == [12]
+
+
+@pytest.mark.slow
+def test_a_killed_retrofit_ends_like_one_that_was_left_alone(make_job):
+    assert steps_of(same_run(make_job("retrofit"), kill(*KILLED["killed in a step"])))[-1] == 12

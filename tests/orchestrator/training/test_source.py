@@ -16,16 +16,19 @@ from commands import run_here
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from plain_models import random_model
+from same_run import curve
 from sample_texts import lines_of
 
-from iiet import Decoder
+from iiet import Decoder, next_token_loss
 from iiet.facts import facts_of
 from orchestrator.cli import main
+from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
 from orchestrator.pipelines.training import plan_pretrain, prepare, pretrain, run_pretrain
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.schema import broken_rules
@@ -33,6 +36,7 @@ from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.devices import decoder_to_train
 from orchestrator.training.job import check_job, job_key
 from orchestrator.training.source import IMPORTED_LEARNING_RATE
+from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -311,3 +315,37 @@ def test_in_one_call(model_folder, settings, workspace):
     prepare(settings(f"data.tokenizer={model_folder}"), workspace=workspace)
     result = pretrain(settings(), workspace=workspace, source=model_folder, local=True)
     assert facts_of(load_config(result.checkpoint).method).has_corrections
+
+
+def test_the_divergence_from_the_source_is_added_to_the_loss(plain_run, settings, workspace):
+    asked = settings(
+        "training.source_kl_weight=0.5", "training.learning_rate=0.02", "training.warmup_steps=0",
+        "training.checkpoint_every_steps=1", "model.method_options={start: identity}",
+    )  # fmt: skip
+    plan = plan_pretrain(asked, workspace=workspace, source="plain", local=True)
+    job = job_from(plan)
+    assert Estimate.of(job).teacher_flops > 0
+    outcome = run_job(job)
+    assert outcome.training_flops == pytest.approx(plan.price.flops)
+    (first, kl), (second, moved_kl) = curve(job, "train/kl").items()
+    assert (first, second) == (1, 2)
+    assert kl == 0.0, "an identity start is its source"
+    # The second step by hand.
+    batch = open_data(job.tokens_folder).batch(
+        1, context_length=job.sequence_length, seed=0, global_batch=2
+    )
+    with torch.no_grad():
+        ours = load_model(job.folder / "step_00000001")(batch.input_ids).log_softmax(-1)
+        theirs = load_model(plain_run)(batch.input_ids).log_softmax(-1)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    assert moved_kl == pytest.approx(divergence.item(), rel=1e-4)
+    entropy = next_token_loss(ours, batch.input_ids)
+    loss = curve(job, "train/loss")[2]
+    assert loss == pytest.approx((entropy + 0.5 * divergence).item(), rel=1e-4)
+
+
+def test_a_divergence_needs_a_source(settings, workspace):
+    with pytest.raises(UserError, match=r"distillation\.training\.source_kl_weight"):
+        settings("distillation.training.source_kl_weight=1.0")
+    with pytest.raises(UserError, match=r"training\.source_kl_weight"):
+        plan_pretrain(settings("training.source_kl_weight=1.0"), workspace=workspace, local=True)
