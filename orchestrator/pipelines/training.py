@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 UNPREPARED = (
     "the data are not prepared yet, which a run does first; until then it is not known which "
-    "trainings are finished, and data.vocab_size says how many entries a new vocabulary has"
+    "trainings are finished (`iiet-orch prepare` finds the tokens of copied or moved texts)"
 )
 
 UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"
