@@ -224,9 +224,11 @@ def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of a step.
 
     Those of copies stay as zeros in the buckets that send them. Without a place there, all passes
-    of the next step but the last would add theirs up elsewhere, and hold them twice.
+    of the next step but the last would add theirs up elsewhere, and hold them twice. But where a
+    step may leave parameters out, these must have no gradient: the optimizer moves one of zeros.
     """
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+    keeps_zeros = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+    optimizer.zero_grad(set_to_none=not keeps_zeros)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

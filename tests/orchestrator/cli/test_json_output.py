@@ -235,8 +235,9 @@ def test_trainings_have_the_keys_of_the_page(tmp_path, capfd):
         "\n\n".join(f"The square of {n} is {n * n}, and its cube {n**3}." for n in range(400))
     )
     data = [
-        "data.source=files", f"data.files=[{text}]", "data.vocab_size=300", "model.dim=16",
-        "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.ffn_dim=32",
+        "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
+        "data.passage_characters=1000", "model.dim=16", "model.num_layers=2",
+        "model.num_heads=2", "model.num_kv_heads=2", "model.ffn_dim=32",
         "model.context_length=48",
     ]  # fmt: skip
     prepared = result("prepare", *settings_options(data, "prepare"))

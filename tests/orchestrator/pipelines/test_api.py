@@ -51,6 +51,7 @@ def test_every_name_exists_and_editors_see_the_same_names():
 def settings() -> orchestrator.Settings:
     # The models are those of the workspace, the students are not.
     changes = ["distillation.training.num_steps=4", "sweep.num_schedules=2"]
+    changes += ["data.passage_characters=4000"]  # As the shipped toy has it.
     return orchestrator.read_settings(None, [*SMALL, *changes])
 
 

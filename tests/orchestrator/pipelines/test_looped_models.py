@@ -53,11 +53,20 @@ class Exported(LoopedModel):
     settings = ("corrections",)
 
     @property
-    def own(self):
+    def default_depth(self):
         return (1 + max(self.config["corrections"]),)
 
+    @property
+    def num_layers(self):
+        return self.number("num_layers")
+
     def changes(self, depth):
-        return {"corrections": [depth[0] - 1] * self.num_layers}
+        num_runs = self.layer_runs(depth)
+        return {
+            "corrections": [depth[0] - 1] * self.num_layers,
+            "num_hidden_layers": num_runs,  # Slots of the cache.
+            "layer_types": ["full_attention"] * num_runs,
+        }
 
 
 @pytest.fixture
