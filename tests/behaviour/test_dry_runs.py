@@ -98,7 +98,7 @@ def test_a_missing_workspace_stays_missing(tmp_path):
     for name, (code, printed) in dry_runs(tmp_path / "ws").items():
         assert code == (0 if name in FROM_SETTINGS else 2), printed
         if name in FROM_SETTINGS:
-            assert "tokens are not prepared" in printed
+            assert "data are not prepared" in printed
             assert " FLOPs" in printed
             assert "at most" in printed
     assert not (tmp_path / "ws").exists()

@@ -13,6 +13,7 @@ from small_size import SMALL
 from typer.main import get_command
 
 from orchestrator import cli
+from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.cli.command import Group
 from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
@@ -111,6 +112,52 @@ def test_options_change_their_settings(asked, tmp_path):
         assert sweep.budget_unit == "evaluations"
     sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", "flops", *where).sweep
     assert sweep.budget_unit == "flops"
+
+
+OTHER_NAMES = {
+    "--cost": "budget_unit", "--dtype": "precision", "--gpus": "num_gpus", "--hub": "hub_name",
+    "--lr": "learning_rate", "--profile": "profile_steps", "--schedules": "num_schedules",
+    "--search": "num_trials", "--steps": "num_steps", "--workers": "num_workers",
+}  # fmt: skip
+"""Options that are not named as their settings."""
+
+
+def test_an_option_has_the_name_of_its_setting():
+    for command in COMMANDS_BY_NAME.values():
+        for flags, key in command.options.items():
+            flag = flags.partition(",")[0]
+            expected = OTHER_NAMES.get(flag, flag.removeprefix("--").replace("-", "_"))
+            assert key.rpartition(".")[2] == expected, f"{command.name} {flag}"
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        ("pretrain", {"--steps": 7, "--seed": 3, "--lr": 1e-4, "--workers": 2}),
+        ("distill full -r 1", {"--steps": 7, "--seed": 3, "--lr": 1e-4}),
+        ("sweep-threshold full", {"--schedules": 4, "--metric": "relative", "--seeds": "3,4"}),
+        ("sweep-iterations", {"--steps": 7, "--trials-at-once": 3, "--workers-per-trial": 2}),
+    ],
+)
+def test_an_option_changes_its_own_setting_alone(command, values, asked, tmp_path):
+    name, *words = command.split()
+    where = [name, *words, "-w", str(tmp_path)]
+    before = _flat(asked(*where))
+    for option, value in values.items():
+        after = _flat(asked(*where, option, str(value)))
+        changed = {key for key in before if before[key] != after[key]}
+        assert changed == {COMMANDS_BY_NAME[name].options[option]}
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    """Return all settings by their keys."""
+    sections = settings.model_dump()
+    sections["distillation.training"] = sections["distillation"].pop("training")
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
 
 
 def test_the_device_of_a_training_is_an_option(asked, tmp_path, monkeypatch):

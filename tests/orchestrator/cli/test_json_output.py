@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typer.main import get_command
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.pipelines.reports import report
+from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -173,6 +175,16 @@ def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
     result = report(workspace=space, sweeps=["two"])
     ended = SweepResult(**dict(result), name="two", trials=(), failures={}, stopped={})
     _check("sweep", ended.to_json())
+
+
+class Numbers(Result):
+    parts: dict[str, list[float]]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    text = Numbers(parts={"a": [1.5, math.nan], "b": [math.inf, -math.inf]}).to_text()
+    parts = json.loads(text, parse_constant=pytest.fail)["parts"]
+    assert parts == {"a": [1.5, None], "b": [None, None]}
 
 
 @pytest.fixture

@@ -90,15 +90,18 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
 def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "DOCUMENTS_PER_BATCH", 7)
     monkeypatch.setattr(tokenize, "DOCUMENTS_COPIED_TOGETHER", 11)
-    store = open_tokens(tokens_of([*TEXTS, *TEXTS[:50]], tmp_path, **OPTIONS))
+    texts = [*TEXTS, *(f"Ένα κείμενο {number}." for number in range(20))]
+    store = open_tokens(tokens_of([*texts, *texts[:50]], tmp_path, **OPTIONS))
     verify_data(store.folder, always=True)
-    train = [each for each in TEXTS if not is_validation(each, 0.2)]
-    assert {each for each in TEXTS if is_validation(each, 0.1)} < set(TEXTS) - set(train)
-    validation = [each for each in TEXTS if is_validation(each, 0.2)]
+    train = [each for each in texts if not is_validation(each, 0.2)]
+    assert {each for each in texts if is_validation(each, 0.1)} < set(texts) - set(train)
+    validation = [each for each in texts if is_validation(each, 0.2)]
     assert split_documents(store, store.train) == train
     assert split_documents(store, store.validation) == validation
     counts = store.manifest.validation
-    assert (counts.documents, counts.bytes) == (len(validation), sum(map(len, validation)))
+    num_bytes = sum(len(each.encode()) for each in validation)
+    assert num_bytes > sum(map(len, validation)), "one of them is not ASCII"
+    assert (counts.documents, counts.bytes) == (len(validation), num_bytes)
     lines = (store.folder / "validation.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"text": each, "source": "texts.jsonl"} for each in validation

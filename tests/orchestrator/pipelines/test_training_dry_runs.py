@@ -73,7 +73,7 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "may give fewer" in before["vocabulary"]
     assert "epochs" not in before["tokens"]
     assert "tokens " in before["disk"]
-    assert "tokens are not prepared" in before["state"]
+    assert "data are not prepared" in before["state"]
     folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
     os.utime(text, (0, 0))  # As of a copy.
     assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]

@@ -14,7 +14,7 @@ from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 
 NUM_TRIALS = 200
-MOST_SECONDS = 10.0
+MOST_SECONDS = 60.0  # If each of them waited its two seconds, they would take 400.
 SWEEP = TrackedRun(key="sweep", kind="sweep", name="sweep", status="RUNNING")
 
 

@@ -16,8 +16,10 @@ from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
 from orchestrator.training.job import job_key
+from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.files import VERIFIED_NAME
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 
 RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 2}
@@ -120,6 +122,43 @@ def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_jo
     run_job(again)
     assert not events(again, "resumed")
     assert "belongs to another training" in events(again, "damaged")[0]["text"]
+
+
+def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from(
+    make_job, tmp_path, monkeypatch
+):
+    from pyarrow import fs
+
+    job = make_job(num_steps=2)
+    run_job(job)
+    [checkpoint] = find_checkpoints(job.folder)
+    files = {path.name for path in checkpoint.iterdir() if path.name != VERIFIED_NAME}
+    copy_files = fs.copy_files
+    for number in range(len(files)):  # It ends before this file.
+        copied = list[str]()
+
+        def copy(
+            source: str, target: str, *, copied: list[str] = copied, last: int = number, **more: Any
+        ) -> None:
+            if len(copied) == last:
+                raise OSError("the connection is lost")
+            copied.append(target)
+            copy_files(source, target, **more)
+
+        store = tmp_path / f"store {number}"
+        remote = RemoteCopy(str(store), job.folder, job_key(job))
+        new = RemoteCopy(str(store), tmp_path / "new" / job.folder.name, job_key(job))
+        said = list[str]()
+        with monkeypatch.context() as patched:
+            patched.setattr(fs, "copy_files", copy)
+            remote.upload(2, lambda name, said=said, **_: said.append(name))
+        assert said == ["not copied"]
+        assert len(copied) == number
+        assert new.download(pytest.fail) is None
+        remote.upload(2, lambda name, said=said, **_: said.append(name))
+        assert said == ["not copied", "uploaded"]
+        [copy_of_it] = find_checkpoints(store / store_of(job).name)
+        assert {path.name for path in copy_of_it.iterdir()} == files
 
 
 def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):
