@@ -6,7 +6,6 @@ and the machine, and tracked in MLflow as one run per model. Every call measures
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,7 +34,7 @@ from orchestrator.terminal.render import join_names
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment
+from orchestrator.workspace.provenance import content_key, environment, timing_environment
 
 NUM_SCHEDULES = 5
 """How many schedules of one IIET are measured by default: full, none, and some between."""
@@ -170,7 +169,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
         path=context.workspace.benchmarks / f"{key}.json",
         device=device,
         dtype=dtype,
-        machine={**environment(), "cpus": os.cpu_count()},
+        machine=timing_environment(),
         conditions=conditions,
         costs=costs,
     )

@@ -142,6 +142,7 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
 
     # A place on the same disk without results, whatever the workspace holds or lacks.
     unmade = Workspace(workspace.root / "not-made")
+    num_installed_gpus = len(installed_gpus())
     sweeps = []
     for name, file in shipped_sweeps().items():
         # On this machine, whatever cluster RAY_ADDRESS names, and even if it names none.
@@ -149,7 +150,7 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
         plan = plan_sweep(settings, workspace=unmade)
         problem = next(iter(plan.problems.values()))
         num_gpus = settings.cluster.num_gpus
-        if num_gpus and len(installed_gpus()) < num_gpus:
+        if num_installed_gpus < num_gpus:
             problem = "this machine has too few GPUs"
         sweep = ShippedSweep(
             name=name,

@@ -7,7 +7,6 @@ conditions, and reports take their `--cost served_ms` from it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -53,7 +52,7 @@ from orchestrator.terminal.server import check_port, free_port
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment, installed_version
+from orchestrator.workspace.provenance import content_key, installed_version, timing_environment
 
 LOG_NAME = "transformers-server.log"
 USUAL_AT_ONCE = (1, 4, 16)
@@ -227,7 +226,7 @@ def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the server has ended, and nothing was stored") from None
     server = f"transformers {installed_version('transformers')}"
-    machine = {**environment(), "cpus": os.cpu_count()}
+    machine = timing_environment()
     key = content_key("served", plan.conditions.model_dump(mode="json"), device, dtype, machine)
     path = context.workspace.benchmarks / f"served-{key}.json"
     earlier = ServedTimes.read(path)

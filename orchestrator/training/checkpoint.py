@@ -178,20 +178,25 @@ class CheckpointWriter:
         """First stage shared with other models, if any."""
         self.remote: RemoteCopy | None = None
         """Copies in the run's storage, if it has one; the first worker's."""
-        self._job, self._world, self._data, self._event = job, world, data, event
+        self._job = job
+        self._world = world
+        self._data = data
+        self._event = event
         self._key = job_key(job)
         if job.storage and world.is_first:
             self.remote = RemoteCopy(job.storage, job.folder, self._key)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
         # A student keeps the text files of the imported model that it was made from.
         origin = job.teacher_folder or job.initial_folder
         self._text_files = read_text_files(Path(origin)) if origin else {}
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
         """Continue after a checkpoint that is already written."""
-        self.checkpoint, self._saved_step = checkpoint, step
+        self.checkpoint = checkpoint
+        self._saved_step = step
 
     def is_due(self, step: int) -> bool:
         """Return whether a first stage or the stable part ends, or the minutes have passed."""
@@ -211,7 +216,8 @@ class CheckpointWriter:
         if position.step in (0, self._saved_step):
             return
         run_on_first(self.finish, world)
-        self._saved_step, self._saved_at = position.step, time.monotonic()
+        self._saved_step = position.step
+        self._saved_at = time.monotonic()
         if not (world.is_first or world.is_sharded):
             return
         weights, moments = (
@@ -231,7 +237,8 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteFailed: If it could not be written; earlier ones are unchanged.
         """
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         try:
             if writing:
                 writing.result()
@@ -250,8 +257,11 @@ class CheckpointWriter:
         self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
     ) -> None:
         started = time.perf_counter()
-        job, step = self._job, position.step
-        folder, recipe, teacher = job.folder, job.recipe, job.teacher_folder
+        job = self._job
+        step = position.step
+        folder = job.folder
+        recipe = job.recipe
+        teacher = job.teacher_folder
         provenance = {
             "tokens": self._data.fingerprint,
             "objective": job.objective,

@@ -179,7 +179,9 @@ class Trainer:
         report: Report | None,
     ) -> None:
         """Open the job's data, journal and teacher; arguments as of `run_job`."""
-        self.job, self.recipe, self.distillation = job, job.recipe, job.teaching
+        self.job = job
+        self.recipe = job.recipe
+        self.distillation = job.teaching
         self.world = world
         self.position = Position()
         self.data = open_data(job.tokens_folder)
@@ -191,7 +193,9 @@ class Trainer:
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
         self.flops_per_token = flops_per_token_by_step(job, teacher.config if teacher else None)
-        self._should_stop, self._should_save, self._report = should_stop, should_save, report
+        self._should_stop = should_stop
+        self._should_save = should_save
+        self._report = report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Batch]] = {}
         self.profiler: StepProfiler | None = None
@@ -209,7 +213,9 @@ class Trainer:
     def prepare(self) -> None:
         """Make model, optimizer and losses, with the state of the newest checkpoint if there is
         one."""
-        job, recipe, world = self.job, self.recipe, self.world
+        job = self.job
+        recipe = self.recipe
+        world = self.world
         checkpoint = run_on_first(self._find_start, world)
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
@@ -250,7 +256,8 @@ class Trainer:
         own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
         if own is None and self.writer.remote:
             own = self.writer.remote.download(warn)
-        newest, stage = own, self.writer.first_stage
+        newest = own
+        stage = self.writer.first_stage
         if own is None and self.job.continued_from:
             newest = Path(self.job.continued_from)
             check_checkpoint(newest, with_training_state=True)
@@ -274,7 +281,9 @@ class Trainer:
             Diverged: If loss or gradient are bad (not finite, or a spike) in more consecutive steps
                 than the recipe skips; the weights are those before the step.
         """
-        recipe, world, position = self.recipe, self.world, self.position
+        recipe = self.recipe
+        world = self.world
+        position = self.position
         if position.step == recipe.num_steps:
             return True
         record_every = max(1, min(RECORD_EVERY_STEPS, recipe.num_steps // NUM_RECORDED_POINTS))
@@ -331,10 +340,10 @@ class Trainer:
                     or time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
                 ):
                     recorded_at = time.monotonic()
-                    numbers = mean_by_source(position.end_window())
-                    numbers["learning_rate"] = learning_rate
-                    numbers |= {"tokens": position.num_tokens, "flops": position.flops}
-                    named = {f"train/{name}": number for name, number in numbers.items()}
+                    means = mean_by_source(position.end_window())
+                    means["learning_rate"] = learning_rate
+                    means |= {"tokens": position.num_tokens, "flops": position.flops}
+                    named = {f"train/{name}": number for name, number in means.items()}
                     self.report(step, {**named, **self.meter.measure(position)})
                 if validates:
                     metrics = self.validate()
@@ -387,8 +396,11 @@ class Trainer:
 
     def _is_good(self, numbers: Mapping[str, float]) -> bool:
         # Whether to update the weights; if not, the step is counted as skipped.
-        recipe, position = self.recipe, self.position
-        loss, norm, norms = numbers["loss"], numbers["gradient_norm"], position.recent_norms
+        recipe = self.recipe
+        position = self.position
+        loss = numbers["loss"]
+        norm = numbers["gradient_norm"]
+        norms = position.recent_norms
         problem = ""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             problem = "diverged"
@@ -414,7 +426,8 @@ class Trainer:
 
     def end(self, finished: bool) -> TrainingOutcome:
         """Record how the run ended, and return that."""
-        checkpoint, position = self.writer.checkpoint, self.position
+        checkpoint = self.writer.checkpoint
+        position = self.position
         outcome = TrainingOutcome(
             checkpoint=str(checkpoint) if checkpoint else None,
             step=position.step,
@@ -459,7 +472,8 @@ class Trainer:
         return batch
 
     def _gather(self, step: int) -> Batch:
-        job, world = self.job, self.world
+        job = self.job
+        world = self.world
         batch = self.data.batch(
             step,
             context_length=job.sequence_length,
@@ -476,14 +490,17 @@ class Trainer:
         saves = stops = False
         if self.world.is_first:
             is_noticed = self._should_save is not None and self._should_save()
-            saves, stops = is_noticed or self.writer.is_due(step), self._should_stop()
+            saves = is_noticed or self.writer.is_due(step)
+            stops = self._should_stop()
         return {"stop": float(stops), "save": float(saves)}
 
     def validate(self) -> dict[str, float]:
         """Return the validation metrics under the schedule of the latest step, the same on all
         workers, and of an elastic model also the loss of its cheapest schedule.
         """
-        job, recipe, last = self.job, self.recipe, self.position.step - 1
+        job = self.job
+        recipe = self.recipe
+        last = self.position.step - 1
         per_worker = sequences_per_step(recipe, job.model) // self.world.size
         batches = list(
             self.data.validation_batches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,11 @@ def environment() -> dict[str, str]:
     names = ("iiet-orch", "torch", "ray", "mlflow", "lm_eval", "transformers")
     machine = {"python": platform.python_version(), "machine": platform.machine()}
     return machine | {name: installed_version(name) for name in names}
+
+
+def timing_environment() -> dict[str, str | int | None]:
+    """Return the environment and the number of CPUs, stored with times that were measured."""
+    return {**environment(), "cpus": os.cpu_count()}
 
 
 def extension_packages() -> dict[str, str]:
