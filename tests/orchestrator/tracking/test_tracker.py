@@ -255,8 +255,9 @@ def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace):
     warnings: list[str] = []
     tracking = open_tracking(workspace, warn=warnings.append)
     refused = run_of("refused", params={"a name": "x", "": "no name"})
-    tracking.publish(refused, run_of("other", points=[("still", 1.0, 0)]))
-    assert show(tracking, run_of("other")).data.metrics == {"still": 1.0}
+    other = run_of("other", points=[("still", 1.0, 0)])
+    tracking.publish(refused, other)
+    assert show(tracking, other).data.metrics == {"still": 1.0}
     assert [text.split(":")[0] for text in warnings] == ["MLflow refused trial refused"]
     assert not tracking.is_store_down
 
