@@ -48,7 +48,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms, record_event
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment
+from orchestrator.workspace.provenance import content_key, environment, timing_environment
 
 MOST_TOKENS = 256
 """Tokens of a row of text."""
@@ -149,7 +149,7 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     workspace, cluster = context.workspace, plan.settings.cluster
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
-    state = content_key([*models], environment(), cluster.device)
+    state = content_key([*models], timing_environment(), cluster.device)
     costs = Measured.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.trust_remote_code)
