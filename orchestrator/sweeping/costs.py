@@ -25,7 +25,7 @@ from orchestrator.workspace.provenance import content_key, timing_environment
 TIMES_NAME = "times.json"
 
 
-class Measured(Record):
+class StoredTimes(Record):
     """What was measured on one machine, by model or shape."""
 
     state: str
@@ -54,12 +54,12 @@ def with_costs(
     state = content_key(sorted(set(shapes.values())), timing_environment(), SWEEP_NEW_TOKENS, *gpus)
     path = folder / TIMES_NAME
     # Milliseconds depend on the shapes only, so that models of one shape share them.
-    times = Measured.read(path)
+    times = StoredTimes.read(path)
     if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = trial_device(settings, folder)(partial(_time, models), progress)
-        times = Measured(state=state, by_name=by_shape)
+        times = StoredTimes(state=state, by_name=by_shape)
         times.write(path)
     return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
 
