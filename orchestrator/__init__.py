@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         plan_pretrain,
         prepare,
         pretrain,
+        schedule_of_trial,
     )
     from orchestrator.records.trial import Trial
     from orchestrator.reporting.sweep_report import ReportResult
@@ -63,7 +64,7 @@ _MODULES = {
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "
-        "pretrain"
+        "pretrain schedule_of_trial"
     ),
     "records.trial": "Trial",
     "reporting.sweep_report": "ReportResult",
@@ -82,8 +83,8 @@ __all__ = [
     "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark", "claims",
     "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
     "measure_influence", "measure_serving", "pick", "plan_distill", "plan_evaluate", "plan_pick",
-    "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report", "sweep",
-    "sync", "terminal_progress",
+    "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report",
+    "schedule_of_trial", "sweep", "sync", "terminal_progress",
 ]  # fmt: skip
 """All of them, as type checkers need to read it."""
 

@@ -388,6 +388,50 @@ def plan_pretrain(
     return plan_models(models, space, tokens, earlier=earlier, **options)
 
 
+def schedule_of_trial(
+    name: str, *, workspace: Workspace | Path | str | None = None
+) -> IterationSchedule:
+    """Return the schedule of a trial of a stored sweep, to train a model under.
+
+    Args:
+        name: `SWEEP:NAME`. NAME is a trial's label or schedule, as the sweep's table shows it; or
+            `knee`, `best` or `cheapest` of its front.
+
+    Raises:
+        UserError: If there is no such sweep or trial, or its method has no corrections.
+    """
+    from orchestrator.reporting.front import parse_axes, reason_against_accuracy, sweep_front
+    from orchestrator.reporting.results import load_sweep_results
+
+    sweep_name, mark, trial_name = name.partition(":")
+    if not mark:
+        raise UserError(f"--schedule-of takes SWEEP:NAME, such as my-sweep:knee; got {name!r}")
+    space = find_workspace(workspace)
+    sweep = load_sweep_results(space, sweep_name)
+    named = [
+        trial
+        for trial in sweep.results
+        if trial_name in (trial.label, trial.group, trial.schedule_text)
+    ]
+    if not named:
+        reason = reason_against_accuracy(space, sweep.results)
+        front, _ = sweep_front(space, [sweep], parse_axes(against_accuracy=reason))
+        if trial_name not in front.picks:
+            known = ", ".join([*front.picks, *(trial.name for trial in sweep.results)])
+            raise UserError(
+                f"--schedule-of {name}: the sweep {sweep_name} has no trial {trial_name!r}; there "
+                f"are: {known}"
+            )
+        named = [front.picks[trial_name]["trial"]]
+    trial = named[0]
+    if trial.schedule is None:
+        raise UserError(
+            f"--schedule-of {name}: {trial.method} makes no corrections, so it has no schedule; "
+            "name a trial that has one"
+        )
+    return IterationSchedule(trial.schedule)
+
+
 def with_source(settings: Settings, source: Path | str | None) -> Settings:
     """Return the settings with another `training.source`; None for random weights."""
     recipe = settings.training.model_copy(

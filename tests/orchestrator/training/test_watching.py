@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from sample_trials import sample_trial
@@ -16,8 +17,14 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import RunMonitor, job_model, tracked_model, trial_model
-from orchestrator.workspace.journal import Journal
+from orchestrator.training.watching import (
+    JournalReader,
+    RunMonitor,
+    job_model,
+    tracked_model,
+    trial_model,
+)
+from orchestrator.workspace.journal import JOURNAL_NAME, Journal
 
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 STARTING = "starting, no step yet"
@@ -104,6 +111,28 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
     other.close()
     monitor.poll()
     assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
+
+
+def test_a_journal_is_opened_only_when_it_has_grown(tmp_path, monkeypatch):
+    opened = list[str]()
+    open_path = Path.open
+
+    def counted_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", counted_open)
+    reader = JournalReader(tmp_path)
+    assert reader.read() == []
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"train/loss": 2.0})
+    opened.clear()
+    assert [record["step"] for _ in range(5) for record in reader.read()] == [1]
+    journal.metrics(2, {"train/loss": 1.0})
+    assert [record["step"] for _ in range(5) for record in reader.read()] == [2]
+    journal.close()
+    assert opened == [JOURNAL_NAME, JOURNAL_NAME]
+    assert reader.step == 2
 
 
 def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
