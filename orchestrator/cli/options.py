@@ -23,6 +23,11 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     return _names_in(ctx, f"runs/{run}/step_*" if slash else "runs/*", incomplete)
 
 
+def complete_trial_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer the sweeps of the workspace, each with the mark before a trial's name."""
+    return [f"{name}:" for name in complete_sweeps(ctx, incomplete)]
+
+
 def complete_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the sweeps of the workspace to a shell."""
     return _names_in(ctx, "sweeps/*", incomplete)

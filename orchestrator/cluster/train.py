@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -58,6 +59,8 @@ MAX_FAILED_STARTS = 3
 """Starts in a row that fail although there was a place, such as on a node that has just died."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables for the network interface of PyTorch's backends; a user's own value stays."""
+HANG_FOLDER = "hang_detector"
+"""Folder, in Ray's and then in the run's, with the workers' stacks when NCCL hung."""
 FINAL_ERRORS = (UserError, Diverged, CheckpointWriteFailed)
 """Errors that trying again cannot help."""
 
@@ -180,6 +183,8 @@ class JobRun:
         newest, num_failures, num_failed_starts = find_checkpoints(folder)[-1:], 0, 0
         while self._find_place():
             size = self._journal_bytes()
+            if self.placement.use_gpu:
+                watch_for_hangs(self.cluster.collective_timeout_seconds)
             try:
                 self._trainer().fit()
                 return
@@ -209,6 +214,7 @@ class JobRun:
                 reason = f"{failure_reason(error)}; {saved}; run the same command again to resume"
                 raise RunFailed(failed + reason) from error
             finally:
+                keep_stacks(folder)
                 shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
     def _find_place(self) -> bool:
@@ -294,6 +300,25 @@ class JobRun:
                 logging_config=train.LoggingConfig(log_level="WARNING"),
             ),
         )
+
+
+def watch_for_hangs(collective_timeout_seconds: float) -> None:
+    """Let Ray Train ask NCCL whether its workers wait for each other, and store their stacks.
+
+    It does so after half of the time in which a collective operation fails: then the processes are
+    gone. Workers without NCCL's program `ncclras` (2.28 or later) are not asked. Ray has this from
+    2.60 on, and reads the variables when a training starts; what the user has set stays.
+    """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+    half = str(collective_timeout_seconds / 2)
+    os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", half)
+
+
+def keep_stacks(folder: Path) -> None:
+    """Move what Ray has stored about a hang from its own folder, which is deleted, to the run's."""
+    for stored in (folder / RAY_FOLDER).glob(f"*/{HANG_FOLDER}"):
+        shutil.rmtree(folder / HANG_FOLDER, ignore_errors=True)
+        shutil.move(stored, folder / HANG_FOLDER)
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.facts import facts_of, metric_facts_of
-from iiet.pruning import InfluenceTable
+from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_over_cost
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
@@ -27,11 +27,11 @@ from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
-from orchestrator.pipelines.result import Result
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.reporting.command_tables import influence_tables
+from orchestrator.reporting.command_tables import influence_tables, schedules_table
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -43,6 +43,8 @@ from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
+NUM_PROPOSED = 7
+"""Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
 
 
 class InfluencePlan(Result):
@@ -104,6 +106,20 @@ class InfluenceResult(Result):
         """The model's corrections per layer."""
         return list(self.table.schedule)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def schedules(self) -> list[str]:
+        """Schedules that thresholds on the influence give, costliest first, as `--schedule` takes
+        them; empty if all corrections have the same influence."""
+        return [str(member.schedule) for member in self._proposed]
+
+    @property
+    def _proposed(self) -> tuple[FamilyMember, ...]:
+        influences = {value for row in self.table.value_rows for value in row}
+        if len(influences) < 2:  # A threshold keeps all of them or none.
+            return ()
+        return spread_over_cost(schedule_family(self.table), NUM_PROPOSED)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual.
 
@@ -125,6 +141,8 @@ class InfluenceResult(Result):
     def shown(self) -> Iterable[RenderableType]:
         yield f"model: {self.checkpoint}"
         yield from influence_tables(self.table)
+        if self._proposed:
+            yield schedules_table(self._proposed)
 
 
 def plan_influence(

@@ -36,6 +36,8 @@ TRAINING_SHARE = 0.9
 """Share of a trial's progress that is its training; the rest is its measurement."""
 MAX_NAMED = 3
 """Most running trials that the progress bar names."""
+JOURNALS_AT_ONCE = 4
+"""Most journals that one update looks into: network file systems serve a few questions a second."""
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
 
@@ -76,6 +78,7 @@ class SweepView:
         self._num_notes = 0
         """Number of the sweep's notes that were shown."""
         self._journals: dict[str, JournalReader] = {}
+        self._num_updates = 0
         self._has_new_results = False
         self._next_front = clock()
         self._ended_before = {s.trial.key for s in run.with_status("finished", "stopped early")}
@@ -168,13 +171,24 @@ class SweepView:
 
     def _show_progress(self) -> None:
         """Advance the bar by the trials that have ended, and by the steps of those that run."""
-        shares = {}
-        for state in self._run.with_status("running"):
-            trial = state.trial
-            if trial.job:
-                journal = self._journals.setdefault(trial.key, JournalReader(trial.job.folder))
-                journal.read()
-                shares[trial.label] = TRAINING_SHARE * journal.step / trial.job.recipe.num_steps
+        jobs = {
+            state.trial.label: state.trial.job
+            for state in self._run.with_status("running")
+            if state.trial.job
+        }
+        readers = [
+            self._journals.setdefault(job.run_folder, JournalReader(job.folder))
+            for job in jobs.values()
+        ]
+        # In turn: each update begins after the trials of the one before.
+        first = self._num_updates * JOURNALS_AT_ONCE
+        for number in range(first, first + min(JOURNALS_AT_ONCE, len(readers))):
+            readers[number % len(readers)].read()
+        self._num_updates += 1
+        shares = {
+            label: TRAINING_SHARE * reader.step / job.recipe.num_steps
+            for (label, job), reader in zip(jobs.items(), readers, strict=True)
+        }
         begun = [label for label, share in shares.items() if share]
         num_done = self._run.num_ended + sum(shares.values())
         self._progress.advance(num_done, "; ".join(begun[:MAX_NAMED]))

@@ -142,6 +142,41 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
     assert len(starts) == num_starts
 
 
+def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make_job, monkeypatch):
+    import ray.train
+    from ray.train.v2._internal import constants
+
+    api: Any = ray.train
+    job, seen = make_job("run"), list[tuple[str | None, str | None]]()
+    names = ("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S")
+    if hasattr(constants, "HANG_DETECTOR_DIRNAME"):  # From Ray 2.60 on.
+        assert names[0] == constants.ENABLE_NCCL_HANG_DETECTOR_ENV_VAR
+        assert names[1] == constants.NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR
+        assert constants.HANG_DETECTOR_DIRNAME == train.HANG_FOLDER
+    for name in names:
+        monkeypatch.setenv(name, "0")  # So that what the job sets is taken back.
+        monkeypatch.delenv(name)
+
+    def hang() -> None:
+        seen.append((os.environ.get(names[0]), os.environ.get(names[1])))
+        stacks = job.folder / "ray" / "train" / train.HANG_FOLDER / "stack_traces"
+        stacks.mkdir(parents=True)
+        (stacks / "rank_0.log").write_text(f"attempt {len(seen)}")
+        raise api.WorkerGroupError("", {0: RuntimeError("collective timed out")})
+
+    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=hang))
+    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
+    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
+    placement = Placement(jobs_at_once=1, workers=8, cpus=8, gpus=1.0)
+    cluster = ClusterSettings(max_failures=1, collective_timeout_seconds=500)
+    with pytest.raises(RunFailed, match="timed out"):
+        JobRun(job, placement, cluster, Signal()).fit()
+    assert seen == [("1", "250.0")] * 2
+    assert not (job.folder / "ray").exists()
+    kept = job.folder / train.HANG_FOLDER / "stack_traces" / "rank_0.log"
+    assert kept.read_text() == "attempt 2"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "retries", "error", "sentence"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from changed_trials import stop_early
@@ -14,10 +16,12 @@ from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import view as view_module
 from orchestrator.sweeping.states import SweepRun, trial_states
 from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, SweepView
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import open_tracking
+from orchestrator.tracking.tracker import Tracking, open_tracking
+from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
 
@@ -74,6 +78,30 @@ class Watched:
 def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Watched(tiny_plan, tmp_path)
+
+
+def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_path, monkeypatch):
+    looks = list[Path]()
+    read = JournalReader.read
+
+    def counted_read(reader: JournalReader) -> list[dict[str, Any]]:
+        looks.append(reader._folder)
+        return read(reader)
+
+    monkeypatch.setattr(JournalReader, "read", counted_read)
+    trainings = [trial for trial in tiny_plan.trials if trial.job]
+    monkeypatch.setattr(view_module, "JOURNALS_AT_ONCE", len(trainings) - 1)
+    settings = resolve_settings({})
+    run = SweepRun(tiny_plan, trial_states(tiny_plan, settings.sweep))
+    nothing = SimpleNamespace(stored=lambda *_: None, publish=lambda *_: None)
+    tracking = cast("Tracking", nothing)
+    view = SweepView(run, settings, open_workspace(tmp_path), tracking, Progress())
+    for trial in trainings:
+        run.on_start(trial.key)
+    view.update()
+    assert len(looks) == len(set(looks)) == len(trainings) - 1
+    view.update()
+    assert set(looks) == {Path(trial.folder) for trial in trainings}
 
 
 @pytest.mark.slow
