@@ -485,6 +485,19 @@ def _tooltip(row: Row) -> dict[str, str]:
 # Influence, curves and depth
 
 
+def layer_chart(values: Sequence[float]) -> Spec:
+    """Return a bar for the block influence of each layer, the first on top."""
+    rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
+            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
+        },
+    }
+
+
 def influence_chart(
     rows: Sequence[Sequence[float]],
     *,

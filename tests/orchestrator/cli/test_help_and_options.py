@@ -64,7 +64,7 @@ def test_the_list_of_commands_begins_with_quickstart(capsys):
     panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
     assert panels == ["Options", *get_args(Group)]
     assert printed.index("quickstart") < printed.index("pretrain") < printed.index("clean")
-    assert len({names[0] for names in COMMANDS}) == 20
+    assert len({names[0] for names in COMMANDS}) == 21
 
 
 @pytest.fixture
