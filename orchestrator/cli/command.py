@@ -232,7 +232,8 @@ def _of_setting(flags: str, key: str) -> inspect.Parameter:
     limits = found.metadata if kind is int else ()
     info = typer.Option(*flags.split(","), show_default=False)
     if kind is tuple:
-        kind, info.metavar = str, "A,B,..."
+        kind = str
+        info.metavar = "A,B,..."
     text = " ".join((found.description or "").split())
     return _parameter(_name(flags), None, kind | None, text, info, *limits)
 
@@ -265,7 +266,8 @@ def _parameter(
 
 def _plain_type(annotation: Any) -> Any:
     """Return the type of an option: a choice, bool, int, float, list, tuple or str."""
-    origin, kinds = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    kinds = get_args(annotation)
     if origin is Annotated:
         return _plain_type(kinds[0])
     if origin in (Literal, tuple, list):

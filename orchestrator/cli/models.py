@@ -239,7 +239,8 @@ def export(
         dtype=dtype,
         **call.common,
     )
-    lines, address = [f"exported: {folder}"], None
+    lines = [f"exported: {folder}"]
+    address = None
     if push_to_hub is not None:
         call.session.progress.start("push")
         address = upload_model(folder, push_to_hub, private=private, token=token)

@@ -441,7 +441,8 @@ def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
         probe: A file that the driver's machine holds locked in the workspace, if that is checked.
         ours: The `versions` there.
     """
-    problem, deadline = "", time.monotonic() + SEEN_SECONDS
+    problem = ""
+    deadline = time.monotonic() + SEEN_SECONDS
     while probe and not (is_seen := probe.is_file()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     if probe and not is_seen:

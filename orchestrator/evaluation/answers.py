@@ -138,7 +138,8 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling
     from lm_eval.models.utils import normalize_gen_kwargs
 
     found = dict(normalize_gen_kwargs(dict(options), usual_max_new_tokens(context_length)))
-    samples, temperature = found.pop("do_sample"), found.pop("temperature", None)
+    samples = found.pop("do_sample")
+    temperature = found.pop("temperature", None)
     if temperature is None:  # As transformers does.
         temperature = 1.0 if samples else 0.0
     most = found.pop("max_gen_toks")

@@ -91,7 +91,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         progress: Progress | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.text, self.prompts = text, prompts or Prompts()
+        self.text = text
+        self.prompts = prompts or Prompts()
         self.progress = progress or Progress()
         tokenizer = text.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=text.tokenizer, eos_token=text.tokenizer.id_to_token(text.prefix_id)
@@ -181,7 +182,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate the answer to each (context, generation_kwargs)."""
-        asked, rows = [request.args[:2] for request in requests], []
+        asked = [request.args[:2] for request in requests]
+        rows = []
         for number, (text, options) in enumerate(asked):
             size = len(self.tok_encode(text))
             most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
@@ -231,7 +233,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 batch = left[: max(1, limit // left[0].size)]
                 numbers = [number for group in batch for number in group.numbers]
                 key = content_key("answers", numbers, [asked[number] for number in numbers])
-                problem, found = "", self.journal.get(key)
+                problem = ""
+                found = self.journal.get(key)
                 if found is None:
                     try:
                         found = work(kind, numbers)

@@ -150,7 +150,8 @@ def check_run_resources(
             f"--local trains in this process alone, and cluster.{asked}="
             f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
         )
-    address, fewest = LOCAL if local else cluster.ray_address, cluster.min_gpus
+    address = LOCAL if local else cluster.ray_address
+    fewest = cluster.min_gpus
     workers = cluster.num_workers, cluster.num_gpus
     check_available(*workers, resources, address=address, min_gpus=fewest if resources else None)
 
@@ -191,7 +192,8 @@ def check_available(
     else:
         key += "workers_per_trial" if per_trial else "num_workers"
     is_here = resources.place == THIS_MACHINE
-    found, needs = describe_nodes(resources.nodes), "a CPU" + " and a GPU" * bool(num_gpus)
+    found = describe_nodes(resources.nodes)
+    needs = "a CPU" + " and a GPU" * bool(num_gpus)
     changes = [f"type --set {key}={places}"] if places else []
     if num_gpus and not resources.gpus:
         import torch
@@ -280,7 +282,8 @@ def read_nvml(nvml: Any = None) -> tuple[str | None, list[InstalledGpu]]:
     # does not exist.
     with suppress(nvml.NVMLError):
         for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
-            by_number, by_id = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+            by_number = nvml.nvmlDeviceGetHandleByIndex
+            by_id = nvml.nvmlDeviceGetHandleByUUID
             handle = by_number(int(entry)) if entry.isdecimal() else by_id(entry)
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             found.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))

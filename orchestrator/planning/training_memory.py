@@ -31,7 +31,8 @@ _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
-_LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
+_LOGITS_AT_ONCE = 3
+_LOGITS_WITH_TEACHER = 6
 
 
 def training_memory(
@@ -70,7 +71,8 @@ def training_memory(
     parameters = num_parameters(config)
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
-    weights, gradients = shard, int(shard * trained_share)
+    weights = shard
+    gradients = int(shard * trained_share)
     if num_shards > 1:
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
@@ -114,7 +116,8 @@ def _peak_bytes(
     whether the loss compares two distributions.
     """
     method = facts_of(config.method)
-    state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
+    state = config.dim * _FULL
+    num_runs = method.num_runs(config.corrections)
     # A layer before the first trained one keeps nothing.
     of_layers = [
         _layer_bytes(config, layer, width, is_frozen=not part.has_field[layer])
@@ -154,7 +157,8 @@ def _peak_bytes(
 
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int, *, is_frozen: bool) -> int:
-    dim, counts = config.dim, layer_counts(config, layer)
+    dim = config.dim
+    counts = layer_counts(config, layer)
     q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
     # The point, its norm, and the state between attention and feed-forward network. In the

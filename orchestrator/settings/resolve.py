@@ -151,14 +151,16 @@ def _without_empty_sections(
 
 def _causes(problem: Any, other: Any) -> bool:
     """Return whether the value of one problem is an item of the list that the other is about."""
-    place, value = other["loc"], other["input"]
+    place = other["loc"]
+    value = other["input"]
     is_inside = len(problem["loc"]) > len(place) and problem["loc"][: len(place) - 1] == place[:-1]
     return is_inside and isinstance(value, list | tuple) and problem["input"] in value
 
 
 def _described(problem: Any) -> list[str]:
     """Return pydantic's message after the setting's name, or the broken rules, one a line."""
-    location, message = [str(part) for part in problem["loc"]], problem["msg"]
+    location = [str(part) for part in problem["loc"]]
+    message = problem["msg"]
     message = message.removeprefix("Value error, ")
     if not location:
         return str(message).split("\n")
@@ -185,7 +187,8 @@ def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
     """
     trials = settings.trials_use_gpus
     run = trials if settings.sweep.kind == "iterations" else settings.cluster.num_gpus > 0
-    training, distillation = settings.training, settings.distillation
+    training = settings.training
+    distillation = settings.distillation
     changes: dict[str, Any] = {}
     if "precision" not in (given.get("training") or {}):
         precision = {"precision": default_precision(on_gpus=run)}
