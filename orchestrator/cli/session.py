@@ -222,9 +222,9 @@ def open_session(
             f"there is no workspace {space.root}; name one with --workspace, or "
             "`iiet-orch quickstart` makes one"
         )
-    own = layout.WORKSPACE_FILE_NAME
-    if place == "existing" and not (space.root / own).is_file():
-        raise UserError(f"{space.root / own} is missing; `iiet-orch report` writes it anew")
+    file_name = layout.WORKSPACE_FILE_NAME
+    if place == "existing" and not (space.root / file_name).is_file():
+        raise UserError(f"{space.root / file_name} is missing; `iiet-orch report` writes it anew")
     streams: dict[str, Any] = {"terminal": terminal, "output": output}
     if place not in ("made", "read", "kept"):
         notes = Warnings(terminal)

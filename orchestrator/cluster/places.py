@@ -50,8 +50,8 @@ def nodes_with_devices() -> list[dict[str, Any]]:
 
 def alive_nodes() -> tuple[Node, ...]:
     """Return the nodes that have CPUs or GPUs."""
-    found = [node["Resources"] for node in nodes_with_devices()]
-    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found)
+    resources = [node["Resources"] for node in nodes_with_devices()]
+    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources)
 
 
 # Places of jobs

@@ -388,8 +388,8 @@ def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None
     if not is_one_machine:
         with socket.socket() as free:
             free.bind(("", 0))
-            own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            address = f"tcp://{own}:{free.getsockname()[1]}"
+            own_address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            address = f"tcp://{own_address}:{free.getsockname()[1]}"
     else:  # The loopback interface is `lo` on Linux, and `lo0` on macOS.
         for interface, addresses in psutil.net_if_addrs().items():
             if any(each.address == "127.0.0.1" for each in addresses):

@@ -182,9 +182,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate the answer to each (context, generation_kwargs)."""
-        asked = [request.args[:2] for request in requests]
+        prompts_and_options = [request.args[:2] for request in requests]
         rows = []
-        for number, (text, options) in enumerate(asked):
+        for number, (text, options) in enumerate(prompts_and_options):
             size = len(self.tok_encode(text))
             most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             self.num_cut += size + most > self.max_length
@@ -194,7 +194,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         def answer(_: Any, numbers: list[int]) -> list[str]:
             return self._generate([requests[number] for number in numbers], numbers)
 
-        return self._in_batches(asked, groups, self._num_rows, answer)
+        return self._in_batches(prompts_and_options, groups, self._num_rows, answer)
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         """Answer requests with the same options in one batch."""
@@ -234,17 +234,17 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 numbers = [number for group in batch for number in group.numbers]
                 key = content_key("answers", numbers, [asked[number] for number in numbers])
                 problem = ""
-                found = self.journal.get(key)
-                if found is None:
+                stored_answer = self.journal.get(key)
+                if stored_answer is None:
                     try:
-                        found = work(kind, numbers)
-                        self.journal.add({key: found})
+                        stored_answer = work(kind, numbers)
+                        self.journal.add({key: stored_answer})
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
                 if problem:  # Not in the handler: there, the error still holds the batch's tensors.
                     limit = smaller_batch(len(batch), problem, self.progress.note) * left[0].size
                     continue
-                answers |= zip(numbers, found or (), strict=True)
+                answers |= zip(numbers, stored_answer or (), strict=True)
                 del left[: len(batch)]
                 done = self.num_items * len(answers) // len(asked)
                 self.progress.advance(self.num_items_before + done)

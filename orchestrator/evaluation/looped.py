@@ -132,8 +132,10 @@ def load_transformers(
             hint = "; --trust-remote-code runs it"
         raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
     if missing := sorted(found.get("missing_keys", ())):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
+        and_others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"the weights in {folder} are not complete: {missing[0]}{and_others} missing"
+        )
     model = model.to(device).eval()
     if loops and depth:
         if loops.starts_at_random:

@@ -126,7 +126,7 @@ def _peak_bytes(
         for layer in range(config.num_layers)
     ]
     # What layers leave for later ones, and as much for its gradient while they go backward.
-    left = method.num_left * config.num_layers * state
+    left_for_later = method.num_left * config.num_layers * state
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
     # of a chunk.
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
@@ -139,12 +139,12 @@ def _peak_bytes(
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
         # Of a layer, its input stays.
-        kept = num_runs * (config.num_layers - part.first_layer) * state + left
-        field += max(of_layers) // num_runs - state + left
+        kept = num_runs * (config.num_layers - part.first_layer) * state + left_for_later
+        field += max(of_layers) // num_runs - state + left_for_later
     else:
-        kept = sum(of_layers) + left
+        kept = sum(of_layers) + left_for_later
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
-        field += max(0, left - of_layers[-1])
+        field += max(0, left_for_later - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim if any(part.has_field) else 0
     if part.has_ends:

@@ -55,8 +55,8 @@ def resolve_settings(
     try:
         settings = Settings.model_validate(_with_defaults(merged))
     except ValidationError as error:
-        found = error.errors()
-        causes = [each for each in found if not any(_causes(other, each) for other in found)]
+        errors = error.errors()
+        causes = [one for one in errors if not any(_causes(other, one) for other in errors)]
         problems += [text for problem in causes for text in _described(problem)]
     if not problems:
         return _fill_precisions(settings, merged)
@@ -262,6 +262,6 @@ def _length(node: yaml.Node, known: dict[int, float]) -> float:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
-        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
-        known[id(node)] = 1 + own + sum(_length(part, known) for part in parts)
+        length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        known[id(node)] = 1 + length + sum(_length(part, known) for part in parts)
     return known[id(node)]

@@ -74,8 +74,8 @@ class Settings(Section):
     @property
     def trials_use_gpus(self) -> bool:
         """Whether a sweep's trials run on GPUs (default: as `cluster.num_gpus` says)."""
-        own = self.sweep.gpus_per_trial
-        return (self.cluster.num_gpus if own is None else own) > 0
+        gpus_per_trial = self.sweep.gpus_per_trial
+        return (self.cluster.num_gpus if gpus_per_trial is None else gpus_per_trial) > 0
 
 
 def fields_of(location: list[str]) -> dict[str, FieldInfo]:
@@ -85,10 +85,10 @@ def fields_of(location: list[str]) -> dict[str, FieldInfo]:
         field = section.model_fields.get(name)
         # A section that may be left out is one of two types.
         types = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-        if not found:
+        sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if not sections:
             return {}
-        section = found[0]
+        section = sections[0]
     return section.model_fields
 
 
@@ -237,6 +237,6 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
     if settings.distillation.control != "distill":
         yield "sweep.elastic, distillation.control: a control is about students of one schedule"
     if elastic and (elastic.schedules or not elastic.weight):
-        given = "schedules" if elastic.schedules else "weight"
-        names = f"sweep.elastic, distillation.training.elastic.{given}"
+        setting = "schedules" if elastic.schedules else "weight"
+        names = f"sweep.elastic, distillation.training.elastic.{setting}"
         yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"
