@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from orchestrator.terminal.metrics import CostName, QualityName
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
 
@@ -21,6 +22,11 @@ def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the runs of the workspace to a shell; with `RUN/` typed, its checkpoints."""
     run, slash, _ = incomplete.partition("/")
     return _names_in(ctx, f"runs/{run}/step_*" if slash else "runs/*", incomplete)
+
+
+def complete_trial_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer the sweeps of the workspace, each with the mark before a trial's name."""
+    return [f"{name}:" for name in complete_sweeps(ctx, incomplete)]
 
 
 def complete_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -68,11 +74,11 @@ NOTHING_IS_TRAINED = {
 """The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
-    Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"] | None,
+    CostName | None,
     typer.Option(help="Cost of the front."),
 ]
 QualityOption = Annotated[
-    Literal["accuracy", "bits", "perplexity", "loss"] | None,
+    QualityName | None,
     typer.Option(help="Quality of the front."),
 ]
 NameOption = Annotated[

@@ -17,6 +17,7 @@ from orchestrator.cli.options import (
     TeacherArgument,
     TrustOption,
     complete_models,
+    complete_trial_sweeps,
     one_schedule,
     read_schedules,
     split_list,
@@ -26,7 +27,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import locate_workspace
 
 if TYPE_CHECKING:
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 HERE = {"--address": "cluster.address"}
 MEASURED_LATER = {
@@ -153,6 +154,9 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
 def pretrain(
     call: Call,
     schedule: SchedulesOption = None,
+    schedule_of: Annotated[
+        str | None, typer.Option(metavar="SWEEP:NAME", autocompletion=complete_trial_sweeps)
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="MODEL", autocompletion=complete_models)
     ] = None,
@@ -169,6 +173,8 @@ def pretrain(
 
     Args:
         schedule: Corrections per layer (the iteration schedule): 3, or 2,2,1,1,1,1.
+        schedule_of: Instead: the schedule of a trial of a finished sweep, by the name in its table,
+            or of the front's knee, best or cheapest.
         from_: Model whose weights the training starts from: a run, a checkpoint, a model folder or
             hub:NAME. Sizes, context and tokenizer are the model's.
         continue_: Finished run, by path or name, to continue to more --steps (wsd or constant).
@@ -176,8 +182,15 @@ def pretrain(
     """
     if mfu is not None and not call.dry_run:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
-    from orchestrator.pipelines.training import plan_pretrain, run_pretrain
+    from orchestrator.pipelines.training import plan_pretrain, run_pretrain, schedule_of_trial
 
+    if schedule_of is not None:
+        if schedule:
+            raise UserError(
+                f"--schedule {schedule[0]} and --schedule-of {schedule_of}: a model has one "
+                "schedule; leave one out"
+            )
+        schedule = [str(schedule_of_trial(schedule_of, workspace=locate_workspace(call.path)))]
     call.set("model.corrections", one_schedule(schedule))
     if continue_ is not None:
         if call.config is not None:

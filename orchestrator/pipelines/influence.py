@@ -19,19 +19,19 @@ from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.facts import facts_of, metric_facts_of
-from iiet.pruning import InfluenceTable
+from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_over_cost
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
-from orchestrator.models.folder import load_config, weights_key
+from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
-from orchestrator.pipelines.result import Result
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.reporting.command_tables import influence_tables
+from orchestrator.reporting.command_tables import influence_tables, schedules_table
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -43,6 +43,8 @@ from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
+NUM_PROPOSED = 7
+"""Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
 
 
 class InfluencePlan(Result):
@@ -60,6 +62,8 @@ class InfluencePlan(Result):
     """File of the table, beside the weights."""
     table: InfluenceTable | None = Field(exclude=True)
     """The stored table."""
+    sequence_length: int = Field(exclude=True)
+    """Tokens of a sequence, as many as the model was trained on."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
     cluster: ClusterSettings = Field(exclude=True)
@@ -104,6 +108,20 @@ class InfluenceResult(Result):
         """The model's corrections per layer."""
         return list(self.table.schedule)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def schedules(self) -> list[str]:
+        """Schedules that thresholds on the influence give, costliest first, as `--schedule` takes
+        them; empty if all corrections have the same influence."""
+        return [str(member.schedule) for member in self._proposed]
+
+    @property
+    def _proposed(self) -> tuple[FamilyMember, ...]:
+        influences = {value for row in self.table.value_rows for value in row}
+        if len(influences) < 2:  # A threshold keeps all of them or none.
+            return ()
+        return spread_over_cost(schedule_family(self.table), NUM_PROPOSED)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual.
 
@@ -125,6 +143,8 @@ class InfluenceResult(Result):
     def shown(self) -> Iterable[RenderableType]:
         yield f"model: {self.checkpoint}"
         yield from influence_tables(self.table)
+        if self._proposed:
+            yield schedules_table(self._proposed)
 
 
 def plan_influence(
@@ -165,6 +185,7 @@ def plan_influence(
     num_tokens = settings.influence.num_tokens
     if data.num_validation_tokens:
         num_tokens = min(num_tokens, data.num_validation_tokens)
+    trained_length = trained_sequence_length(checkpoint)
     version = metric_facts_of(metric).version
     key = content_key(
         "influence",
@@ -173,7 +194,9 @@ def plan_influence(
         data.fingerprint,
         metric,
         num_tokens,
-        *([version] if version > 1 else []),  # Keys of earlier versions have none.
+        # Absent from keys where they were not there before.
+        *([version] if version > 1 else []),
+        *([["sequence_length", trained_length]] if trained_length else []),
     )
 
     path = influence_path(checkpoint, metric)
@@ -185,6 +208,7 @@ def plan_influence(
         num_tokens=num_tokens,
         path=path,
         table=stored.table if stored and stored.key == key else None,
+        sequence_length=trained_length or config.context_length,
         key=key,
         cluster=settings.cluster,
     )
@@ -248,13 +272,12 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
     from orchestrator.models.open import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
-    context_length = decoder.config.context_length
     batches = open_data(plan.tokens_folder).validation_batches(
-        context_length=context_length,
+        context_length=plan.sequence_length,
         num_tokens=plan.num_tokens,
         batch_size=SEQUENCES_PER_BATCH,
     )
-    per_batch = SEQUENCES_PER_BATCH * context_length
+    per_batch = SEQUENCES_PER_BATCH * plan.sequence_length
     return influence_table(
         decoder,
         batches,

@@ -34,7 +34,6 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_checkpoint, local_model
-from orchestrator.pipelines.result import Result
 from orchestrator.planning.devices import run_devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
@@ -43,6 +42,7 @@ from orchestrator.planning.price import Price, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.sweeping.students import distillation_job, student_config
@@ -386,6 +386,50 @@ def plan_pretrain(
     models = {settings.model.method: settings}
     options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu, **source_options}
     return plan_models(models, space, tokens, earlier=earlier, **options)
+
+
+def schedule_of_trial(
+    name: str, *, workspace: Workspace | Path | str | None = None
+) -> IterationSchedule:
+    """Return the schedule of a trial of a stored sweep, to train a model under.
+
+    Args:
+        name: `SWEEP:NAME`. NAME is a trial's label or schedule, as the sweep's table shows it; or
+            `knee`, `best` or `cheapest` of its front.
+
+    Raises:
+        UserError: If there is no such sweep or trial, or its method has no corrections.
+    """
+    from orchestrator.reporting.front import parse_axes, reason_against_accuracy, sweep_front
+    from orchestrator.reporting.results import load_sweep_results
+
+    sweep_name, mark, trial_name = name.partition(":")
+    if not mark:
+        raise UserError(f"--schedule-of takes SWEEP:NAME, such as my-sweep:knee; got {name!r}")
+    space = find_workspace(workspace)
+    sweep = load_sweep_results(space, sweep_name)
+    named = [
+        trial
+        for trial in sweep.results
+        if trial_name in (trial.label, trial.group, trial.schedule_text)
+    ]
+    if not named:
+        reason = reason_against_accuracy(space, sweep.results)
+        front, _ = sweep_front(space, [sweep], parse_axes(against_accuracy=reason))
+        if trial_name not in front.picks:
+            known = ", ".join([*front.picks, *(trial.name for trial in sweep.results)])
+            raise UserError(
+                f"--schedule-of {name}: the sweep {sweep_name} has no trial {trial_name!r}; there "
+                f"are: {known}"
+            )
+        named = [front.picks[trial_name]["trial"]]
+    trial = named[0]
+    if trial.schedule is None:
+        raise UserError(
+            f"--schedule-of {name}: {trial.method} makes no corrections, so it has no schedule; "
+            "name a trial that has one"
+        )
+    return IterationSchedule(trial.schedule)
 
 
 def with_source(settings: Settings, source: Path | str | None) -> Settings:

@@ -51,6 +51,7 @@ def training_memory(
     num_passes: int = 1,
     num_frozen_parameters: int = 0,
     has_members: bool = False,
+    compares_hidden: bool = False,
     trained: TrainedLayers = "all",
     forms: Forms = "fast",
 ) -> dict[str, int]:
@@ -65,6 +66,7 @@ def training_memory(
         num_passes: passes of a step; a sharded model stays gathered between them.
         num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
+        compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
         forms: how fields are computed.
     """
@@ -100,6 +102,8 @@ def training_memory(
     )
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
+    if compares_hidden:  # Those of the teacher stay until the student's loss.
+        kept += tokens * config.dim * _FULL * config.num_layers
     moments = int(2 * shard * trained_share)
     memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
     return {**memory, "activations": peak + kept}

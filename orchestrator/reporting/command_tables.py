@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from iiet.cost import num_parameters
-from iiet.pruning import InfluenceTable
+from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.served import ServedCost
 from orchestrator.reporting.comparison import AVERAGE, Difference
@@ -244,6 +244,19 @@ def influence_tables(influence: InfluenceTable) -> list[Table]:
         title = "Residual |g(e) - e| / |g(e)|, and its contraction factor"
         tables.append(_by_layer(title, residuals, _contractions(influence, ".2g")))
     return tables
+
+
+def schedules_table(family: Sequence[FamilyMember]) -> Table:
+    """Return the schedules that thresholds give, a row for each, with the largest threshold."""
+    columns = [Column("schedule", is_text=True), Column("NFE"), Column("threshold")]
+    rows = []
+    for member in family:
+        threshold = f"{member.threshold_up_to:.3g}"
+        if math.isinf(member.threshold_up_to):
+            threshold = f">{member.threshold_above:.3g}"
+        schedule = member.schedule
+        rows.append(TableRow((str(schedule), str(schedule.num_evaluations), threshold)))
+    return Table(columns, rows, "Schedules by threshold, as --schedule takes them")
 
 
 def influence_table(influence: InfluenceTable) -> Table:

@@ -17,6 +17,7 @@ from orchestrator.settings.training import (
     MAX_STEPS,
     METHOD,
 )
+from orchestrator.terminal.metrics import BudgetUnit
 from orchestrator.workspace.errors import quoted
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class SweepSettings(Section):
     budgets: tuple[StrictFloat, ...] = ()
     """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
     budget_unit: Annotated[
-        Literal["nfe", "evaluations", "flops", "kv"],
+        BudgetUnit,
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
@@ -159,6 +160,18 @@ class SweepSettings(Section):
     `cluster.num_gpus` on which every trial fits)."""
     max_failures_per_trial: StrictInt = Field(default=2, ge=0)
     """Retries of a failed trial."""
+
+    @property
+    def schedule_choice(self) -> Literal["thresholds", "budgets", "num_schedules"]:
+        """The setting that chooses the schedules of the students: the first one that is set."""
+        if self.thresholds:
+            return "thresholds"
+        return "budgets" if self.budgets else "num_schedules"
+
+    @property
+    def num_requested(self) -> int:
+        """Schedules that are asked for; several may turn out to be the same."""
+        return len(self.thresholds) or len(self.budgets) or self.num_schedules
 
     @property
     def num_workers_per_trial(self) -> int:
