@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from orchestrator.terminal.metrics import CostName, QualityName
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
 
@@ -40,8 +41,8 @@ def _names_in(ctx: typer.Context, pattern: str, incomplete: str) -> list[str]:
     with suppress(UserError, OSError, ValueError):
         named = ctx.params.get("workspace")
         root = locate_workspace(Path(named) if named else None).root
-        found = [path.relative_to(root).as_posix() for path in root.glob(pattern)]
-        names = sorted(name.partition("/")[2] for name in found)
+        paths = [path.relative_to(root).as_posix() for path in root.glob(pattern)]
+        names = sorted(name.partition("/")[2] for name in paths)
         return [name for name in names if name.startswith(incomplete)]
     return []
 
@@ -73,11 +74,11 @@ NOTHING_IS_TRAINED = {
 """The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
-    Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"] | None,
+    CostName | None,
     typer.Option(help="Cost of the front."),
 ]
 QualityOption = Annotated[
-    Literal["accuracy", "bits", "perplexity", "loss"] | None,
+    QualityName | None,
     typer.Option(help="Quality of the front."),
 ]
 NameOption = Annotated[

@@ -17,6 +17,7 @@ from orchestrator.settings.training import (
     MAX_STEPS,
     METHOD,
 )
+from orchestrator.terminal.metrics import BudgetUnit
 from orchestrator.workspace.errors import quoted
 
 T = TypeVar("T")
@@ -39,10 +40,10 @@ def split_count(name: str) -> tuple[str, str | None]:
     Raises:
         ValueError: If it names no method.
     """
-    found = _MODEL_WITH_COUNT.fullmatch(name)
-    if not found:
+    match = _MODEL_WITH_COUNT.fullmatch(name)
+    if not match:
         return METHOD.checked(name), None
-    return METHOD.checked(found["method"] or DEFAULT_METHOD), found["count"] or found["level"]
+    return METHOD.checked(match["method"] or DEFAULT_METHOD), match["count"] or match["level"]
 
 
 def has_layers(name: str) -> bool:
@@ -97,7 +98,7 @@ class SweepSettings(Section):
     budgets: tuple[StrictFloat, ...] = ()
     """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
     budget_unit: Annotated[
-        Literal["nfe", "evaluations", "flops", "kv"],
+        BudgetUnit,
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
