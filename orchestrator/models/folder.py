@@ -116,8 +116,8 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
         needs_weights: Whether the folder must hold weights; a plan needs none.
 
     Raises:
-        UserError: If the folder has no weights though it needs them, or they cannot be read; as a `NoDecoder`, if only
-            transformers can run the model.
+        UserError: If the folder has no weights though it needs them, or they cannot be read; as a
+            `NoDecoder`, if only transformers can run the model.
     """
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
