@@ -489,9 +489,9 @@ def _no_such_task(name: str, known: Iterable[str]) -> str:
 def _refuse(problems: dict[str, str]) -> None:
     if problems:
         raise UserError(
-            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite or evaluation.retention, "
-            "or leave out what cannot be evaluated (an average over the rest alone would be another "
-            "number)"
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite or "
+            "evaluation.retention, or leave out what cannot be evaluated (an average over the rest "
+            "alone would be another number)"
         )
 
 

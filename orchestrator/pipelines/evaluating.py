@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
-from orchestrator.evaluation.measuring import Measured, ModelMeasurer
+from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import (
     load_suite,
@@ -33,7 +33,6 @@ from orchestrator.models.open import (
 )
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     EvaluationKeys,
@@ -43,6 +42,7 @@ from orchestrator.records.evaluation import (
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
@@ -270,7 +270,7 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 def _evaluate_model(
     model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
-) -> Measured:
+) -> MeasuredSuite:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     What was `told` of the tasks of earlier models is not said again.
@@ -335,7 +335,7 @@ def _measure(
     evaluations: Path,
     device: str,
     progress: Progress,
-) -> Measured:
+) -> MeasuredSuite:
     # Loaded tasks cannot be pickled, so a worker loads them again.
     store = EvaluationStore(evaluations, progress.note)
     measurer = ModelMeasurer(

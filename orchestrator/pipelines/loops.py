@@ -33,22 +33,22 @@ from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
-from orchestrator.pipelines.reports import ReportResult
-from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.costs import TIMES_NAME, Measured
+from orchestrator.sweeping.costs import TIMES_NAME, StoredTimes
 from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms, record_event
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment
+from orchestrator.workspace.provenance import content_key, environment, timing_environment
 
 MOST_TOKENS = 256
 """Tokens of a row of text."""
@@ -138,10 +138,10 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
         },
     )
-    written = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
+    report = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
     # Commands without a name take the newest sweep.
     record_event(stored.folder(workspace), "finished")
-    return ReportResult.of(written, workspace)
+    return report
 
 
 def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
@@ -149,12 +149,12 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     workspace, cluster = context.workspace, plan.settings.cluster
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
-    state = content_key([*models], environment(), cluster.device)
-    costs = Measured.read(path)
+    state = content_key([*models], timing_environment(), cluster.device)
+    costs = StoredTimes.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.trust_remote_code)
         by_name = command_device(cluster, workspace.root)(measure, context.progress)
-        costs = Measured(state=state, by_name=by_name)
+        costs = StoredTimes(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vl_convert
 
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
@@ -104,6 +103,8 @@ def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) ->
     with suppress(OSError):
         if all(map(Path.is_file, paths)) and paths[-1].read_bytes().endswith(mark):
             return paths
+    import vl_convert  # A large library, which only drawing needs.
+
     svg: str = vl_convert.vegalite_to_svg(spec)
     # Ids must not depend on the charts that were drawn before.
     ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
