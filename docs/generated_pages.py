@@ -36,7 +36,8 @@ from orchestrator.pipelines import (
     training,
     upkeep,
 )
-from orchestrator.pipelines.result import Result
+from orchestrator.reporting.result import Result
+from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"
@@ -55,7 +56,7 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "sweep": {
         **SWEEPS,
-        "FILE (kind: depth)": reports.ReportResult,
+        "FILE (kind: depth)": ReportResult,
         "FILE (kind: depth) --dry-run": loops.DepthPlan,
     },
     "doctor": {"": doctor.Findings},
@@ -77,7 +78,7 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
         "--serve": serving.ServingResult,
         "--serve --dry-run": serving.ServingPlan,
     },
-    "report": {"": reports.ReportResult, "--claims": reports.ClaimsResult},
+    "report": {"": ReportResult, "--claims": reports.ClaimsResult},
     "pick": {"": models.PickResult},
     "ui": {"--sync": syncing.SyncResult},
     "list": {"": upkeep.Listing, "running": upkeep.WorkspaceStatus},

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.generating import generate, generate_stream
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
-    from orchestrator.pipelines.reports import ClaimsResult, ReportResult, claims, report
+    from orchestrator.pipelines.reports import ClaimsResult, claims, report
     from orchestrator.pipelines.serving import ServingResult, measure_serving
     from orchestrator.pipelines.sweeps import SweepPlan, SweepResult, plan_sweep, sweep
     from orchestrator.pipelines.syncing import sync
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         schedule_of_trial,
     )
     from orchestrator.records.trial import Trial
+    from orchestrator.reporting.sweep_report import ReportResult
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
@@ -57,7 +58,7 @@ _MODULES = {
     "pipelines.generating": "generate generate_stream",
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.models": "PickResult export import_model pick plan_pick",
-    "pipelines.reports": "ClaimsResult ReportResult claims report",
+    "pipelines.reports": "ClaimsResult claims report",
     "pipelines.serving": "ServingResult measure_serving",
     "pipelines.sweeps": "SweepPlan SweepResult plan_sweep sweep",
     "pipelines.syncing": "sync",
@@ -66,6 +67,7 @@ _MODULES = {
         "pretrain schedule_of_trial"
     ),
     "records.trial": "Trial",
+    "reporting.sweep_report": "ReportResult",
     "settings": "Settings read_settings",
     "terminal.progress": "Progress terminal_progress",
     "workspace.errors": "Interrupted RunFailed UserError",

@@ -45,11 +45,11 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
-from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.price import price_of
 from orchestrator.reporting.front import Front, is_accuracy, metric_title
+from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL

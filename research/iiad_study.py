@@ -43,9 +43,9 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
-from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX
+from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.settings import BASELINE_METHOD

@@ -25,7 +25,7 @@ from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError, quoted
 
 if TYPE_CHECKING:
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
 TASKS = {

@@ -24,7 +24,7 @@ from orchestrator.cli.session import Call, Warnings
 from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 MAX_SEED = 2**32 - 1
 """Largest seed that every library's random generator takes."""

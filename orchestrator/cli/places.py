@@ -15,7 +15,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
 
 if TYPE_CHECKING:
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 Size = Literal["tiny", "55m", "340m"]
 

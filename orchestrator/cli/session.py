@@ -31,7 +31,7 @@ from orchestrator.workspace.errors import (
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 Place = Literal["made", "read", "kept", "existing", "named"]
 
@@ -162,13 +162,13 @@ class Call:
 
     def show(self, result: Result) -> None:
         """Print what a terminal shows of a result."""
-        from orchestrator.pipelines.result import show
+        from orchestrator.reporting.result import show
 
         show(result, self.session.console)
 
     def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
         """Return a result of a few values and lines."""
-        from orchestrator.pipelines.result import Answer
+        from orchestrator.reporting.result import Answer
 
         return Answer(values=values, lines=lines)
 

@@ -27,7 +27,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import locate_workspace
 
 if TYPE_CHECKING:
-    from orchestrator.pipelines.result import Result
+    from orchestrator.reporting.result import Result
 
 HERE = {"--address": "cluster.address"}
 MEASURED_LATER = {

@@ -24,9 +24,9 @@ from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, model_labels, open_model, open_models
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress

@@ -8,8 +8,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
+from orchestrator.reporting.result import Result
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, open_workspace

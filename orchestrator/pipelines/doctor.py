@@ -21,8 +21,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import Field
 from rich.text import Text
 
-from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.upkeep import list_workspace, show_status
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL

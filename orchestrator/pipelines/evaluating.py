@@ -33,7 +33,6 @@ from orchestrator.models.open import (
 )
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import (
     STDERR_SUFFIX,
     EvaluationKeys,
@@ -43,6 +42,7 @@ from orchestrator.records.evaluation import (
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL

@@ -27,11 +27,11 @@ from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
-from orchestrator.pipelines.result import Result
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_tables, schedules_table
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress

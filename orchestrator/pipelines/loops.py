@@ -33,13 +33,13 @@ from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
-from orchestrator.pipelines.reports import ReportResult
-from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import ClusterSettings, Settings, flatten
 from orchestrator.sweeping.costs import TIMES_NAME, Measured
 from orchestrator.sweeping.models import check_sweep
@@ -138,10 +138,10 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
         },
     )
-    written = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
+    report = write_sweep_report(workspace, stored, tracking=lambda: context.tracking)
     # Commands without a name take the newest sweep.
     record_event(stored.folder(workspace), "finished")
-    return ReportResult.of(written, workspace)
+    return report
 
 
 def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:

@@ -34,7 +34,6 @@ from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.folder import StoredPrecision
 from orchestrator.models.hub import download, is_hub_name, model_folder_name
 from orchestrator.pipelines.context import Context, in_one_call, open_context
-from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import model_family
@@ -42,6 +41,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import COSTS, FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
+from orchestrator.reporting.result import Result
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters

@@ -1,26 +1,25 @@
 """What stored results show: reports of one or several sweeps, and the paper's claims.
 
 Everything is read from the folders of finished sweeps, and only times are measured again if that
-is asked for. The results are what `sweep`
-returns, too: a front, its sentences, and the files of its page.
+is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.result import Result
 from orchestrator.records.trial import SweepTrials
 from orchestrator.reporting.claims import claims_section
 from orchestrator.reporting.front import FrontAxes, parse_axes, reason_against_accuracy
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
-from orchestrator.reporting.sections import Section, render_json, render_terminal
-from orchestrator.reporting.tables import model_rows
+from orchestrator.reporting.sections import Section, render_terminal
+from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -28,71 +27,6 @@ from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from orchestrator.reporting.sweep_report import SweepReport
-
-
-class ReportResult(Result):
-    """The front of one sweep or several, and the files of its report."""
-
-    title: str
-    """Heading of the report."""
-    front: Any = Field(exclude=True)
-    """A `Front`: every model with its place."""
-    sentences: tuple[str, ...]
-    """Notes on how to read the front, then its findings."""
-    sections: tuple[Section, ...] = Field(exclude=True)
-    """What a terminal shows, and JSON holds."""
-    folder: Path
-    """Folder of the report's files."""
-    page: Path | None
-    """The HTML page; None if no model could be placed."""
-    workspace: Path = Field(exclude=True)
-
-    @classmethod
-    def of(cls, report: SweepReport, workspace: Workspace, **more: Any) -> Self:
-        """Return a report that was written."""
-        names = ("title", "front", "sentences", "folder", "page")
-        own = {name: getattr(report, name) for name in names}
-        return cls(**own, sections=tuple(report.brief()), workspace=workspace.root, **more)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per model: cost, quality, place on the front, checkpoint."""
-        return model_rows(self.front)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return title, sentences and files, and what `front.json` holds.
-
-        Keys:
-            title: data, model, tokens and date of the sweep, or its name
-            sentences: what the front says, the most important first
-            folder: the report's files
-            page: its HTML page, or `null` if no model could be placed
-            axes: tracked names of the `cost` and the `quality`
-            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
-                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
-                metric by its name, `key`, `checkpoint`, `run_id`, `details`
-            front: keys of the models on the front, from the cheapest
-            picks: `best`, `knee` and `cheapest`, each the key of a model
-            hypervolume: of the front, or `null`
-            hypervolume_box: the box that it is relative to
-            confidence_basis: what the confidences were computed from, or `null`
-            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
-        """
-        return {**super().to_json(), **render_json(self.sections)}
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the front as a picture, and what a terminal does."""
-        picture = self.folder / "front.svg"
-        drawn = picture.read_text("utf-8") if picture.is_file() else ""
-        return f"<div>{drawn}</div>{super()._repr_html_()}"
-
-    def shown(self) -> Iterable[RenderableType]:
-        yield ""
-        yield from render_terminal(self.sections)
-        if self.page:
-            yield f"report: {self.page}"
-        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
 
 def report(
@@ -125,13 +59,14 @@ def report(
     context = open_context(workspace, progress)
     space = context.workspace
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
-    found = [load_sweep_results(space, name) for name in names]
+    stored_sweeps = [load_sweep_results(space, name) for name in names]
     if time_again:
-        found = [_timed_again(found, context)]
-    trials = [trial for sweep in found for trial in sweep.results]
+        stored_sweeps = [_timed_again(stored_sweeps, context)]
+    trials = [trial for sweep in stored_sweeps for trial in sweep.results]
     axes = parse_axes(cost, quality, against_accuracy=reason_against_accuracy(space, trials))
-    tracking = (lambda: context.tracking) if space.is_writable and len(found) == 1 else None
-    return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+    is_shown = space.is_writable and len(stored_sweeps) == 1
+    tracking = (lambda: context.tracking) if is_shown else None
+    return write_sweep_report(space, *stored_sweeps, axes=axes, tracking=tracking)
 
 
 def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
@@ -200,13 +135,13 @@ def claims(
 
     space = find_workspace(workspace)
     names = dict.fromkeys(sweeps or [newest_sweep(space)])
-    found = [load_sweep_results(space, name) for name in names]
-    front, notes = sweep_front(space, found, FrontAxes())
+    stored_sweeps = [load_sweep_results(space, name) for name in names]
+    front, notes = sweep_front(space, stored_sweeps, FrontAxes())
     title = f"Claims of the paper in {' + '.join(names)}"
     section = claims_section(find_claims(front), title)
     return ClaimsResult(
         title=title,
-        notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
+        notes=(*suite_notes(stored_sweeps), *notes),
         claims=section.data["claims"],
         section=section,
     )

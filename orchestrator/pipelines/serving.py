@@ -38,11 +38,11 @@ from orchestrator.models.open import (
 from orchestrator.pipelines.benchmarking import USUAL_NEW_TOKENS, family_of
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import export_checkpoint
-from orchestrator.pipelines.result import Result
 from orchestrator.records.served import ServedCost, ServedTimes, ServingConditions, shape_key
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.model_card import ModelCard
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.training import Precision

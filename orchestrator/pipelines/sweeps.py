@@ -35,8 +35,6 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_checkpoint, local_model
-from orchestrator.pipelines.reports import ReportResult
-from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import (
     UNPREPARED,
     TrainingPlan,
@@ -52,7 +50,9 @@ from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, AshaRule, SweepTrials, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import price_rows
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
+from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import (
@@ -329,14 +329,17 @@ class SweepResult(ReportResult):
 
     name: str
     """Name of the sweep; `report` and `pick` find it by this."""
-    trials: tuple[Trial, ...] = Field(exclude=True)
-    """Finished trials, the teacher and the baselines among them, in the plan's order."""
     failures: dict[str, str]
     """Label to reason of the trials that failed; the same call tries them again."""
     stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
     next_steps: tuple[str, ...] = Field(default=(), exclude=True)
     """Lines on what a person may do next."""
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Finished trials, the teacher and the baselines among them, in the plan's order."""
+        return self.sweeps[0].results
 
     def shown(self) -> Iterable[RenderableType]:
         yield from super().shown()
@@ -853,11 +856,9 @@ def _report_of(
     # Commands without a name take the newest sweep.
     record_event(workspace.sweeps / name, "finished")
     stops = early_stops(plan.trials, plan.placed.sweep)
-    return SweepResult.of(
-        report,
-        workspace,
+    return SweepResult(
+        **dict(report),
         name=name,
-        trials=sweep_results.results,
         failures=dict(failures or {}),
         stopped={t.label: stops[t.key].text for t in plan.trials.trials if t.key in stops},
     )

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.pipelines.context import open_context
-from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training_state import is_in_use
 from orchestrator.records.trial import SweepTrials
+from orchestrator.reporting.result import Result
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError

@@ -34,7 +34,6 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import local_checkpoint, local_model
-from orchestrator.pipelines.result import Result
 from orchestrator.planning.devices import run_devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
@@ -43,6 +42,7 @@ from orchestrator.planning.price import Price, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.sweeping.students import distillation_job, student_config

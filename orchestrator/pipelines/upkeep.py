@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cache
@@ -21,18 +21,21 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from orchestrator.pipelines.result import Result
 from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
-    Sweep,
     folders_in,
+    has_failed,
+    seconds_left,
     size_of,
-    sweeps_of,
+    sweep_plans,
     training_folders,
     trials_by_folder,
+    unfinished_trials,
 )
 from orchestrator.records.training_state import Training, TrainingState, is_in_use, run_locks
+from orchestrator.records.trial import SweepTrials
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal import render
 from orchestrator.workspace import files, layout
@@ -116,10 +119,10 @@ def list_workspace(
     """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
     kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
     found, note = dict[Kind, list[dict[str, Any]]](), cache(note)
-    sweeps = sweeps_of(workspace, note) if {"sweeps", "trials"} & {*kinds} else []
+    plans = sweep_plans(workspace, note) if {"sweeps", "trials"} & {*kinds} else {}
     for each in kinds:
         entries = []
-        for name, folder, state, details in _find_entries(workspace, each, sweeps, note):
+        for name, folder, state, details in _find_entries(workspace, each, plans, note):
             known = {key: value for key, value in details.items() if value is not None}
             size, changed = size_of(folder), round(last_recorded(folder), 3)
             entry = {"name": name, "state": state, "bytes": size, "changed": changed}
@@ -129,7 +132,7 @@ def list_workspace(
 
 
 def _find_entries(
-    workspace: Workspace, kind: Kind, sweeps: Sequence[Sweep], note: Note
+    workspace: Workspace, kind: Kind, plans: Mapping[str, SweepTrials | None], note: Note
 ) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
     """Yield name, folder, state and details of everything of a kind."""
     if kind == "models":
@@ -142,23 +145,28 @@ def _find_entries(
                 state = "complete" if is_complete else "damaged"
                 yield str(saved.relative_to(workspace.root)), saved, state, {}
     elif kind == "sweeps":
-        for sweep in sweeps:
-            if not sweep.trials:
-                state = "damaged" if sweep.is_damaged else "without a plan"
-            elif any(is_in_use(Path(trial.folder)) for trial in sweep.left):
+        for name, plan in plans.items():
+            folder = workspace.sweeps / name
+            trials = plan.trials if plan else ()
+            unfinished = unfinished_trials(plan) if plan else []
+            if plan is None:
+                has_plan = (folder / layout.PLAN_FILE).exists()
+                state = "damaged" if has_plan else "without a plan"
+            elif any(is_in_use(Path(trial.folder)) for trial in unfinished):
                 state = "running"
-            elif sweep.left:
-                state = "failed" if sweep.has_failed else "interrupted"
+            elif unfinished:
+                state = "failed" if has_failed(folder) else "interrupted"
             else:
                 state = "finished"
-            counts = {
-                "finished": len(sweep.trials) - len(sweep.left),
-                "trials": len(sweep.trials),
-                "has_report": (sweep.folder / layout.RESULTS_FILE).is_file(),
+            details: dict[str, Any] = {
+                "kind": plan and plan.kind,
+                "finished": len(trials) - len(unfinished),
+                "trials": len(trials),
+                "has_report": (folder / layout.RESULTS_FILE).is_file(),
             }
-            yield sweep.folder.name, sweep.folder, state, {"kind": sweep.kind, **counts}
+            yield name, folder, state, details
     else:
-        planned = trials_by_folder(sweeps) if kind == "trials" else {}
+        planned = trials_by_folder(plans) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
             training = _noted_training(folder, note)
             state = _state_text(training)
@@ -168,7 +176,7 @@ def _find_entries(
                 state = "finished" if any(folder.glob("result-*.json")) else "to measure"
             job = training.job
             end = training.outcome
-            details: dict[str, Any] = {
+            details = {
                 "method": job and job.model.method,
                 "schedule": job and job.schedule and list(job.schedule),
                 "step": (end.step if end else training.step) or None,
@@ -256,7 +264,8 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
 
     folders_in_use = filter(is_in_use, training_folders(workspace))
     running = [_noted_training(folder, note) for folder in folders_in_use]
-    planned = trials_by_folder(sweeps_of(workspace, note)) if running else {}
+    plans = sweep_plans(workspace, note) if running else {}
+    planned = trials_by_folder(plans)
     for run in running:
         if not run.lock:  # It has ended meanwhile.
             continue
@@ -292,10 +301,17 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     names = [name for activity in activities for name in activity["sweeps"]]
     sweeps = []
     for name in dict.fromkeys(names):
-        sweep = Sweep(workspace.sweeps / name)
-        counts = {"finished": len(sweep.trials) - len(sweep.left), "trials": len(sweep.trials)}
-        left = sweep.seconds_left(names.count(name))
-        sweeps.append({"name": name, **counts, "seconds_left": left})
+        plan = plans[name]
+        assert plan, "its trials are known"
+        num_unfinished = len(unfinished_trials(plan))
+        sweeps.append(
+            {
+                "name": name,
+                "finished": len(plan.trials) - num_unfinished,
+                "trials": len(plan.trials),
+                "seconds_left": seconds_left(plan, names.count(name)),
+            }
+        )
     return WorkspaceStatus(workspace=str(root), activities=activities, sweeps=sweeps)
 
 

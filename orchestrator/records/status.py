@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 
 from orchestrator.records.training_state import Training
@@ -27,66 +26,67 @@ Note = Callable[[str], None]
 """Called with a sentence on each damaged file."""
 
 
-class Sweep:
-    """The plan of a sweep; one that cannot be read has no trials."""
-
-    def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
-        """Read the plan; a damaged one is noted."""
-        self.folder, self.is_damaged = folder, False
-        self.kind: str | None = None
-        self.trials: tuple[Trial, ...] = ()
+def sweep_plans(workspace: Workspace, note: Note) -> dict[str, SweepTrials | None]:
+    """Return name of each sweep -> its plan; None if it has none, or a damaged one, which is
+    noted."""
+    plans: dict[str, SweepTrials | None] = {}
+    for folder in folders_in(workspace.sweeps):
         try:
-            if plan := SweepTrials.read(folder / layout.PLAN_FILE):
-                self.kind, self.trials = plan.kind, plan.trials
+            plans[folder.name] = SweepTrials.read(folder / layout.PLAN_FILE)
         except UserError as error:
-            self.is_damaged = True
+            plans[folder.name] = None
             note(str(error))
-
-    @cached_property
-    def left(self) -> list[Trial]:
-        """The trials that have not ended."""
-        return [
-            trial
-            for trial in self.trials
-            if not trial.result_path.exists()
-            and not (Path(trial.folder) / layout.STOPPED_NAME).exists()
-        ]
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether trials failed when the sweep ran last."""
-        names = [record["name"] for record in read_tail(self.folder) if record["kind"] == "event"]
-        last = [name for name in names if name in (STARTED_EVENT, FAILED_EVENT)][-1:]
-        return last == [FAILED_EVENT]
-
-    def seconds_left(self, at_once: int) -> float | None:
-        """Estimate the time of the trials that are left: as long as the finished ones took."""
-        keys_left = {trial.key for trial in self.left}
-        seconds: list[float] = []
-        for trial in self.trials:
-            if trial.job is None or trial.key in keys_left:
-                continue
-            outcome = Training(Path(trial.folder)).outcome
-            if outcome and outcome.train_seconds:
-                seconds.append(outcome.train_seconds)
-        if not seconds:
-            return None
-        mean = sum(seconds) / len(seconds)
-        return len(self.left) / max(1, at_once) * mean
+    return plans
 
 
-def sweeps_of(workspace: Workspace, note: Note) -> list[Sweep]:
-    """Return all sweeps of a workspace by name."""
-    return [Sweep(folder, note) for folder in folders_in(workspace.sweeps)]
+def unfinished_trials(plan: SweepTrials) -> list[Trial]:
+    """Return the trials of a plan that have not ended."""
+    return [
+        trial
+        for trial in plan.trials
+        if not trial.result_path.exists()
+        and not (Path(trial.folder) / layout.STOPPED_NAME).exists()
+    ]
 
 
-def trials_by_folder(sweeps: Iterable[Sweep]) -> dict[Path, list[tuple[str, Trial]]]:
-    """Return folder -> sweeps that plan a trial there, with the trial."""
-    found: dict[Path, list[tuple[str, Trial]]] = {}
-    for sweep in sweeps:
-        for trial in sweep.trials:
-            found.setdefault(Path(trial.folder), []).append((sweep.folder.name, trial))
-    return found
+def has_failed(sweep_folder: Path) -> bool:
+    """Return whether trials failed when a sweep ran last."""
+    records = read_tail(sweep_folder)
+    events = [record["name"] for record in records if record["kind"] == "event"]
+    ends = [event for event in events if event in (STARTED_EVENT, FAILED_EVENT)]
+    return bool(ends) and ends[-1] == FAILED_EVENT
+
+
+def seconds_left(plan: SweepTrials, at_once: int) -> float | None:
+    """Estimate the time of the trials that are left: as long as the finished ones took.
+
+    Args:
+        at_once: Number of trials that run at the same time.
+    """
+    unfinished = unfinished_trials(plan)
+    unfinished_keys = {trial.key for trial in unfinished}
+    seconds: list[float] = []
+    for trial in plan.trials:
+        if trial.job is None or trial.key in unfinished_keys:
+            continue
+        outcome = Training(Path(trial.folder)).outcome
+        if outcome and outcome.train_seconds:
+            seconds.append(outcome.train_seconds)
+    if not seconds:
+        return None
+    mean = sum(seconds) / len(seconds)
+    return len(unfinished) / max(1, at_once) * mean
+
+
+def trials_by_folder(
+    plans: Mapping[str, SweepTrials | None],
+) -> dict[Path, list[tuple[str, Trial]]]:
+    """Return folder -> the sweeps that plan a trial there, with the trial."""
+    trials: dict[Path, list[tuple[str, Trial]]] = {}
+    for name, plan in plans.items():
+        for trial in plan.trials if plan else ():
+            trials.setdefault(Path(trial.folder), []).append((name, trial))
+    return trials
 
 
 def folders_in(parent: Path) -> list[Path]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vl_convert
 
+from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
     COSTS,
@@ -104,6 +104,8 @@ def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) ->
     with suppress(OSError):
         if all(map(Path.is_file, paths)) and paths[-1].read_bytes().endswith(mark):
             return paths
+    import vl_convert  # A large library, which only drawing needs.
+
     svg: str = vl_convert.vegalite_to_svg(spec)
     # Ids must not depend on the charts that were drawn before.
     ids = dict.fromkeys(re.findall(r'id="([a-z]+_?\d+)"', svg))
@@ -375,7 +377,7 @@ def _front_data(
             places = place_names(placed, names, width, paper[pair])
             for key, own in marks.items():
                 own["places"].append(places.get(key, -1))
-    groups = {"teacher": FULL_MODEL, "baseline": BASELINE}
+    groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
     found = []
     for row in rows:
         key, sweep = row["key"], row.get("sweep")

@@ -45,8 +45,8 @@ from orchestrator.reporting.statistics import (
     ON_FRONT_METRIC,
     SUMMARY_METRICS,
 )
-from orchestrator.reporting.sweep_report import SweepReport
-from orchestrator.reporting.tables import interval_rows, model_rows, models_table
+from orchestrator.reporting.sweep_report import ReportResult
+from orchestrator.reporting.tables import interval_rows, models_table
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import UserError
@@ -58,6 +58,8 @@ from orchestrator.workspace.journal import (
 )
 
 ARTIFACT_FOLDER = "front"
+INTERVALS_FILE = f"{ARTIFACT_FOLDER}/intervals.json"
+"""Differences of the models, a row for each pair and task."""
 SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
 CHECKPOINT_TAG = "iiet.checkpoint"
@@ -197,35 +199,32 @@ def run_name(result: Trial) -> str:
     return f"{result.name} {result.schedule_text}" if is_teacher else result.name
 
 
-def report_changes(report: SweepReport, time_ms: int) -> dict[str, Any]:
+def report_changes(report: ReportResult, time_ms: int) -> dict[str, Any]:
     """Return what a report changes of its sweep's run, for `TrackedRun.changed`.
 
     A front on other axes only adds a folder of files. `time_ms` is when the sweep began.
     """
-    front, files = report.front, report.files
-    paths = [str(path) for path in files]
+    front = report.front
+    paths = [str(path) for path in report.files]
     if slug := front.axes.slug:
         return {"files": {f"{ARTIFACT_FOLDER}/{slug}": paths}}
-    models = [  # Differences to other models have their own table.
-        {n: v for n, v in row.items() if not n.startswith("paired/") or n in SUMMARY_METRICS}
-        for row in model_rows(front, report.folder)
-    ]
-    tables = {"table": models, "intervals": interval_rows(front)}
-    found = {f"{ARTIFACT_FOLDER}/{table}.json": rows for table, rows in tables.items() if rows}
-    shown = [{"path": path, "type": "table"} for path in found]
-    pictures = [path.stem for path in files if path.suffix == ".svg"]
-    changes = _on_page(front, report.name, report.curves, report.sentences, pictures, time_ms)
+    pictures = [path.stem for path in report.files if path.suffix == ".svg"]
+    [sweep] = report.sweeps
+    changes = _on_page(front, sweep.name, report.curves, report.sentences, pictures, time_ms)
+    texts = {}
+    tables_tag = ""
+    if rows := interval_rows(front):
+        # MLflow's own `log_table` appends to an existing table; a new report must replace it.
+        table = {"columns": [*rows[0]], "data": [[*row.values()] for row in rows]}
+        texts[INTERVALS_FILE] = json.dumps(table)
+        tables_tag = json.dumps([{"path": INTERVALS_FILE, "type": "table"}])
+    changes["tags"][TABLES_TAG] = tables_tag
     changes["tags"][REPORT_TAG] = f"{ARTIFACT_FOLDER}/front.html"
-    changes["tags"][TABLES_TAG] = json.dumps(shown) if shown else ""
     return {
         **changes,
         "points": without_step({**front_metrics(front), **claim_metrics(report.claims)}),
         "files": {ARTIFACT_FOLDER: paths},
-        # MLflow's own `log_table` appends to an existing table; a new report must replace it.
-        "texts": {
-            path: json.dumps({"columns": [*rows[0]], "data": [[*row.values()] for row in rows]})
-            for path, rows in found.items()
-        },
+        "texts": texts,
     }
 
 
@@ -279,7 +278,7 @@ def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) ->
     parts = [bullets(shown), images.pop("front", "")]
     table = models_table(front).to_markdown()
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
-        table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
+        table = f"All models: `{ARTIFACT_FOLDER}/front.csv` under Artifacts."
     return "\n\n".join(part for part in (*parts, table, *images.values()) if part)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
-from orchestrator.reporting.depths import depth_section
+from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
     COSTS,
     Front,
@@ -31,7 +31,7 @@ from orchestrator.reporting.results import (
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.sweep_report import SweepReport
+from orchestrator.reporting.sweep_report import ReportResult, sweeps_text
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import Workspace
@@ -52,7 +52,7 @@ def write_sweep_report(
     *sweeps: StoredSweep | str,
     axes: FrontAxes | None = None,
     tracking: Callable[[], Tracking] | None = None,
-) -> SweepReport:
+) -> ReportResult:
     """Write the report of a sweep, or of several on one front.
 
     Of several sweeps, a result that they share counts once, for the first of them. If they were
@@ -69,51 +69,52 @@ def write_sweep_report(
     Raises:
         UserError: If there is no such sweep, or one has no result yet.
     """
-    loaded = (load_sweep_results(workspace, s) if isinstance(s, str) else s for s in sweeps)
-    found = list({sweep.name: sweep for sweep in loaded}.values())
+    by_name: dict[str, StoredSweep] = {}
+    for sweep in sweeps:
+        results = load_sweep_results(workspace, sweep) if isinstance(sweep, str) else sweep
+        by_name[results.name] = results
+    stored_sweeps = tuple(by_name.values())
     if axes is None:
-        trials = [trial for sweep in found for trial in sweep.results]
+        trials = [trial for sweep in stored_sweeps for trial in sweep.results]
         axes = parse_axes(against_accuracy=reason_against_accuracy(workspace, trials))
-    front, notes = sweep_front(workspace, found, axes)
-    if len(found) > 1:
-        report = _several_sweeps(workspace, found, front, notes)
-        return report.written(report.folder) if workspace.is_writable else report
+    front, notes = sweep_front(workspace, stored_sweeps, axes)
+    if len(stored_sweeps) > 1:
+        report = _report_of_several(workspace, stored_sweeps, front, notes)
+        return report.written() if workspace.is_writable else report
 
-    [sweep] = found
-    place = sweep.folder(workspace)
+    [sweep] = stored_sweeps
+    folder = sweep.folder(workspace)
     if workspace.is_writable:
         sweep.store(workspace)
-    run = sweep_run(TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, place)
+    run = sweep_run(TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, folder)
     if tracking and not axes.slug:
         runs = trial_runs(sweep, front)
-        is_known = all(each.is_stored(workspace) for each in (run, *runs))
-        if not is_known or any(result.run_id is None for result in sweep.results):
+        is_known = all(known_run.is_stored(workspace) for known_run in (run, *runs))
+        if not is_known or any(trial.run_id is None for trial in sweep.results):
             mlflow = tracking()
             mlflow.publish(run, *runs)
             tracked = [
-                result.model_copy(update={"run_id": mlflow.run_id(own)})
-                for result, own in zip(sweep.results, runs, strict=True)
+                trial.model_copy(update={"run_id": mlflow.run_id(trial_run)})
+                for trial, trial_run in zip(sweep.results, runs, strict=True)
             ]
             sweep = sweep.model_copy(update={"results": tuple(tracked)})
             front = front.with_runs(tracked)
             sweep.store(workspace)
 
-    times = recorded_times(place)
-    report = SweepReport(
-        name=sweep.name,
-        about=_about(sweep, front, times),
+    times = recorded_times(folder)
+    report = ReportResult(
+        title=_title(sweep, front, times),
+        sentences=_sentences(front, [*sweep.notes, *notes]),
+        folder=folder / axes.slug,
+        workspace=workspace.root,
+        sweeps=(sweep,),
         front=front,
-        influence=sweep.influence,
         curves=read_training_curves(sweep, front.rows),
-        facts=sweep.facts,
-        depths=depth_section(front) if sweep.is_of_depths else None,
-        notes=[*sweep.notes, *notes],
         claims=_measured_claims(front),
-        folder=place / axes.slug,
     )
     before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
     if workspace.is_writable:
-        report = report.written(report.folder)
+        report = report.written()
     if tracking:
         ended_ms = times[1] if times else None
         run = run.changed(
@@ -128,51 +129,66 @@ def write_sweep_report(
     return report
 
 
-def _several_sweeps(
-    workspace: Workspace, sweeps: Sequence[StoredSweep], front: Front, notes: Sequence[str]
-) -> SweepReport:
-    common = list(dict.fromkeys(note for each in sweeps for note in each.notes))
-    common += suite_notes(sweeps)
+def _report_of_several(
+    workspace: Workspace, sweeps: Sequence[StoredSweep], front: Front, front_notes: Sequence[str]
+) -> ReportResult:
+    """Return the report of several sweeps, which is not written yet."""
+    notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
+    notes += suite_notes(sweeps)
     if front.axes.cost == COSTS["ms"]:
-        common.append(MS_NOTE)
-    names = [sweep.name for sweep in sweeps]
-    folder = "+".join(names)
-    if len(folder) > MAX_FOLDER_NAME_LENGTH:
-        folder = f"{names[0]}+{len(names) - 1}-{content_key(folder)[:8]}"
-    slug = front.axes.slug
-    return SweepReport(
-        name=" + ".join(names),
+        notes.append(MS_NOTE)
+    folder_name = "+".join(sweep.name for sweep in sweeps)
+    if len(folder_name) > MAX_FOLDER_NAME_LENGTH:
+        folder_name = f"{sweeps[0].name}+{len(sweeps) - 1}-{content_key(folder_name)[:8]}"
+    if front.axes.slug:
+        folder_name += f"-{front.axes.slug}"
+    return ReportResult(
+        title=sweeps_text(sweeps),
+        sentences=_sentences(front, [*notes, *front_notes]),
+        folder=workspace.overlays / folder_name,
+        workspace=workspace.root,
+        sweeps=tuple(sweeps),
         front=front,
         curves={
             f"{title}: {sweep.name}": curves
             for sweep in sweeps
             for title, curves in read_training_curves(sweep, front.rows).items()
         },
-        facts={f"{title}: {s.name}": facts for s in sweeps for title, facts in s.facts.items()},
-        notes=[*common, *notes],
         claims=_measured_claims(front),
-        folder=workspace.overlays / (f"{folder}-{slug}" if slug else folder),
     )
 
 
-def _about(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:
-    """Return data, model, tokens and date of a sweep, as far as they are known."""
-    settings, full = sweep.facts.get(SETTINGS_TITLE, {}), front.full
-    names = ("data.depth.tasks", "data.hub_name", "data.files", "data.source")
-    data = next((text for name in names if (text := str(settings.get(name) or "()")) != "()"), "")
+def _sentences(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
+    """Return what the front says in one sentence, the notes, then the other findings."""
+    headline, *others = findings(front)
+    return (headline, *notes, *others)
+
+
+def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:
+    """Return data, model, tokens and date of a sweep, as far as they are known, or its name."""
+    settings = sweep.facts.get(SETTINGS_TITLE, {})
+    data = ""
+    for setting in ("data.depth.tasks", "data.hub_name", "data.files", "data.source"):
+        value = str(settings.get(setting) or "()")
+        if value != "()":
+            data = value
+            break
+    if not data:
+        return sweeps_text([sweep])
     parts = [re.sub(r"[()']|,\)$", "", data).rstrip(",")]
-    if full is not None:
-        trial = full["trial"]
+    if front.full is not None:
+        trial = front.full["trial"]
         parts.append(f"{trial.method} {trial.schedule_text}".strip())
-        for number, noun in (("cost/num_parameters", "parameters"), ("train/tokens", "tokens")):
-            if value := known(trial.numbers, number):
-                parts.append(f"{format_parameters(value)} {noun}")
+        for name, noun in (("cost/num_parameters", "parameters"), ("train/tokens", "tokens")):
+            if number := known(trial.numbers, name):
+                parts.append(f"{format_parameters(number)} {noun}")
     if times:
         ended = datetime.fromtimestamp((times[1] or times[0]) / 1000, UTC)
         parts.append(f"{ended.day} {ended:%B %Y}")
-    return ", ".join(filter(None, parts)) if data else ""
+    return ", ".join(filter(None, parts))
 
 
-def _measured_claims(front: Front) -> list[Claim]:
+def _measured_claims(front: Front) -> tuple[Claim, ...]:
+    """Return the paper's claims, if the models say anything of one."""
     claims = find_claims(front)
-    return claims if any(claim.is_measured for claim in claims) else []
+    return tuple(claims) if any(claim.is_measured for claim in claims) else ()

@@ -1,4 +1,4 @@
-"""The content of a report: its sections, and the files that are made of them.
+"""The report of a sweep, or of several on one front: its content, and the files made of it.
 
 `front.png` and `front.svg` for papers, `front.html` for browsing, `front.csv` and `front.json` for
 programs, `influence.png` and `influence.svg`. The same results give the same bytes.
@@ -6,10 +6,12 @@ programs, `influence.png` and `influence.svg`. The same results give the same by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, InstanceOf, computed_field
 
 from iiet.pruning import InfluenceTable
 from orchestrator.reporting.charts import curves_chart, front_chart, influence_chart, save_chart
@@ -21,18 +23,24 @@ from orchestrator.reporting.claims import (
     claims_section,
 )
 from orchestrator.reporting.command_tables import influence_table
-from orchestrator.reporting.findings import confidence_note, findings
+from orchestrator.reporting.depths import depth_section
+from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import Front
-from orchestrator.reporting.results import Curve
-from orchestrator.reporting.sections import Section, render_json, render_page
+from orchestrator.reporting.result import Result
+from orchestrator.reporting.results import Curve, StoredSweep
+from orchestrator.reporting.sections import Section, render_json, render_page, render_terminal
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
+    model_rows,
     model_table,
     models_table,
     task_tables,
 )
 from orchestrator.workspace.files import json_text, write_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
@@ -46,123 +54,177 @@ INFLUENCE_LEGEND = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepReport:
-    """Content of a report, and its files."""
+class ReportResult(Result):
+    """The front of one sweep or several, and the files of its report."""
 
-    name: str
-    front: Front
-    influence: InfluenceTable | None = None
-    """The teacher's influence table, if the sweep has one."""
-    curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
-    """Title of a chart -> its curves over steps."""
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Title of a list -> names and values, such as settings and provenance."""
-    notes: Sequence[str] = ()
-    """Sentences to read before the findings, such as that the tasks differ."""
-    depths: Section | None = None
-    """The depth curves of a sweep of kind `depth`."""
-    about: str = ""
-    """What was trained: data, model, tokens and date."""
-    claims: Sequence[Claim] = ()
-    """The paper's claims, if the models say anything of one."""
-    folder: Path = Path()
-    files: Sequence[Path] = ()
+    title: str
+    """Heading of picture and page: what was trained, or the sweeps' names."""
+    sentences: tuple[str, ...]
+    """What the front says in one sentence, notes on how to read it, then the other findings."""
+    folder: Path
+    """Folder of the report's files."""
+    files: tuple[Path, ...] = Field(default=(), exclude=True)
     """What was written to the folder; nothing in a workspace that can only be read."""
+    workspace: Path = Field(exclude=True)
+    """Folder of the workspace."""
+    sweeps: tuple[StoredSweep, ...] = Field(exclude=True)
+    """The stored results of each sweep; one sweep also has influence and depths to show."""
+    front: InstanceOf[Front] = Field(exclude=True)
+    """Every model with its place."""
+    curves: Mapping[str, Sequence[Curve]] = Field(default={}, exclude=True)
+    """Title of a chart -> its curves over steps."""
+    claims: tuple[InstanceOf[Claim], ...] = Field(default=(), exclude=True)
+    """The paper's claims, if the models say anything of one."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def page(self) -> Path | None:
-        """The HTML file; None if no result is on the front's axes."""
+        """The HTML page; None if no model could be placed."""
         return next((path for path in self.files if path.suffix == ".html"), None)
 
     @property
-    def sentences(self) -> list[str]:
-        """What the front says in one sentence, the notes, then the other findings."""
-        first, *more = findings(self.front)
-        return [first, *self.notes, *more]
+    def influence(self) -> InfluenceTable | None:
+        """The teacher's influence table, if there is one sweep, and it has one."""
+        return self.sweeps[0].influence if len(self.sweeps) == 1 else None
 
     @property
-    def title(self) -> str:
-        """Heading of picture and page."""
-        return self.about or self._name
+    def facts(self) -> dict[str, Mapping[str, Any]]:
+        """Title of a list -> names and values, such as settings and provenance."""
+        if len(self.sweeps) == 1:
+            return dict(self.sweeps[0].facts)
+        return {
+            f"{title}: {sweep.name}": facts
+            for sweep in self.sweeps
+            for title, facts in sweep.facts.items()
+        }
 
-    @property
-    def _name(self) -> str:
-        return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per model: cost, quality, place on the front, checkpoint."""
+        return model_rows(self.front)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return title, sentences and files, and what `front.json` holds.
+
+        Keys:
+            title: data, model, tokens and date of the sweep, or its name
+            sentences: what the front says, the most important first
+            folder: the report's files
+            page: its HTML page, or `null` if no model could be placed
+            axes: tracked names of the `cost` and the `quality`
+            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
+                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
+                metric by its name, `key`, `checkpoint`, `run_id`, `details`
+            front: keys of the models on the front, from the cheapest
+            picks: `best`, `knee` and `cheapest`, each the key of a model
+            hypervolume: of the front, or `null`
+            hypervolume_box: the box that it is relative to
+            confidence_basis: what the confidences were computed from, or `null`
+            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
+        """
+        return {**super().to_json(), **render_json(self.brief())}
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the front as a picture, and what a terminal does."""
+        picture = self.folder / "front.svg"
+        drawn = picture.read_text("utf-8") if picture.is_file() else ""
+        return f"<div>{drawn}</div>{super()._repr_html_()}"
+
+    def shown(self) -> Iterable[RenderableType]:
+        yield ""
+        yield from render_terminal(self.brief())
+        if self.page:
+            yield f"report: {self.page}"
+        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
     def brief(self) -> list[Section]:
-        """Return what a terminal shows: the front and its findings, claims."""
+        """Return the sections that a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
         return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
-    def sections(self, folder: Path | None = None) -> list[Section]:
-        """Return all sections; for files in a `folder`, paths in its workspace are relative."""
-        front, influence, knee = self.front, self.influence, self.front.picks.get("knee")
-        first, *more = self.sentences
+    def sections(self) -> list[Section]:
+        """Return the sections of the page and of `front.json`; paths in the workspace are
+        relative."""
+        front = self.front
+        headline, *other_sentences = self.sentences
         counts = f"{len(front.rows)} models, {len(front.members)} on the front"
-        found = [Section(sentences=[first, f"{self._name}: {counts}."])]
+        sections = [Section(sentences=[headline, f"{sweeps_text(self.sweeps)}: {counts}."])]
         if front.rows:
-            chart = front_chart(front, title=self.title, mark_paper=True)
-            explanations = [LEGEND, *confidence_note(front)]
-            found.append(
-                Section(chart=chart, picture="front", notes=more, explanations=explanations)
-            )
-        else:
-            found.append(Section(notes=more))
-        if self.depths:
-            found.append(self.depths)
-        if self.claims:
-            found.append(claims_section(self.claims))
-        models, data = models_table(front), front_values(front, folder)
-        found.append(Section(title="All models, cheapest first", tables=[models], data=data))
-        folded = []
-        if tasks := task_tables(front):
-            note = [TASK_TABLES_NOTE]
-            folded.append(Section(title="Task by task", tables=tasks, explanations=note))
-        if influence is not None and any(influence.rows()):
-            chart = influence_chart(
-                influence.rows(),
-                metric=influence.metric,
-                title="Influence of each correction",
-                kept=knee["trial"].schedule if knee else None,
-                kept_name=f"{knee['label']} (knee)" if knee else "",
-            )
-            folded.append(
+            sections.append(
                 Section(
-                    title=f"Influence of each correction ({influence.metric})",
-                    sentences=[INFLUENCE_LEGEND],
-                    chart=chart,
-                    picture="influence",
-                    tables=[influence_table(influence)],
+                    chart=front_chart(front, title=self.title, mark_paper=True),
+                    picture="front",
+                    notes=other_sentences,
+                    explanations=[LEGEND, *confidence_note(front)],
                 )
             )
-        folded += [
-            Section(title=title, chart=curves_chart(title, curves))
-            for title, curves in self.curves.items()
-        ]
-        folded += [Section(title=title, facts=facts) for title, facts in self.facts.items()]
-        return found + [replace(section, is_folded=True) for section in folded]
+        else:
+            sections.append(Section(notes=other_sentences))
+        is_of_depths = len(self.sweeps) == 1 and self.sweeps[0].is_of_depths
+        if is_of_depths and (depths := depth_section(front)):
+            sections.append(depths)
+        if self.claims:
+            sections.append(claims_section(self.claims))
+        sections.append(
+            Section(
+                title="All models, cheapest first",
+                tables=[models_table(front)],
+                data=front_values(front, self.folder),
+            )
+        )
 
-    def written(self, folder: Path) -> SweepReport:
-        """Write all files and return the report with them.
+        folded = []
+        if tables := task_tables(front):
+            note = [TASK_TABLES_NOTE]
+            folded.append(Section(title="Task by task", tables=tables, explanations=note))
+        if self.influence is not None and any(self.influence.rows()):
+            folded.append(self._influence_section(self.influence))
+        for title, curves in self.curves.items():
+            folded.append(Section(title=title, chart=curves_chart(title, curves)))
+        folded += [Section(title=title, facts=facts) for title, facts in self.facts.items()]
+        return sections + [replace(section, is_folded=True) for section in folded]
+
+    def _influence_section(self, influence: InfluenceTable) -> Section:
+        knee = self.front.picks.get("knee")
+        chart = influence_chart(
+            influence.rows(),
+            metric=influence.metric,
+            title="Influence of each correction",
+            kept=knee["trial"].schedule if knee else None,
+            kept_name=f"{knee['label']} (knee)" if knee else "",
+        )
+        return Section(
+            title=f"Influence of each correction ({influence.metric})",
+            sentences=[INFLUENCE_LEGEND],
+            chart=chart,
+            picture="influence",
+            tables=[influence_table(influence)],
+        )
+
+    def written(self) -> Self:
+        """Write all files to the folder, and return the report with them.
 
         There is no picture and no page if the front has no model.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        sections = self.sections(folder)
-        paths = [
-            path
-            for section in sections
-            if section.picture and section.chart
-            for path in save_chart(dict(section.chart), folder / section.picture)
-        ]
-        models = model_table(self.front, folder)
-        texts = {
-            **({"front.html": render_page(self.title, sections)} if self.front.rows else {}),
-            "front.csv": models.to_csv(index=False, lineterminator="\n"),
-            "front.json": json_text(render_json(sections), allow_nan=False) + "\n",
-        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sections = self.sections()
+        files: list[Path] = []
+        for section in sections:
+            if section.picture and section.chart:
+                files += save_chart(dict(section.chart), self.folder / section.picture)
+        texts: dict[str, str] = {}
+        if self.front.rows:
+            texts["front.html"] = render_page(self.title, sections)
+        models = model_table(self.front, self.folder)
+        texts["front.csv"] = models.to_csv(index=False, lineterminator="\n")
+        texts["front.json"] = json_text(render_json(sections), allow_nan=False) + "\n"
         for name, text in texts.items():
-            write_text(folder / name, text)
-        return replace(self, files=(*paths, *(folder / name for name in texts)))
+            write_text(self.folder / name, text)
+            files.append(self.folder / name)
+        return self.model_copy(update={"files": tuple(files)})
+
+
+def sweeps_text(sweeps: Sequence[StoredSweep]) -> str:
+    """Return the sweeps' names, such as `Sweep a` or `Sweeps a + b`."""
+    names = " + ".join(sweep.name for sweep in sweeps)
+    return f"Sweeps {names}" if len(sweeps) > 1 else f"Sweep {names}"

@@ -20,8 +20,8 @@ from typer.main import get_command
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.pipelines.reports import report
-from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.sweeps import SweepResult
+from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -173,7 +173,7 @@ def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
     _check("report --claims", run("report", "--claims", "two")[0])
     _check("doctor", run("doctor")[0])
     result = report(workspace=space, sweeps=["two"])
-    ended = SweepResult(**dict(result), name="two", trials=(), failures={}, stopped={})
+    ended = SweepResult(**dict(result), name="two", failures={}, stopped={})
     _check("sweep", ended.to_json())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
 from orchestrator.reporting.front import Front, with_confidence
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sections import _scripts, render_page, sort_value
-from orchestrator.reporting.sweep_report import SweepReport
+from orchestrator.reporting.sweep_report import ReportResult
 
 
 @pytest.fixture
@@ -21,8 +24,18 @@ def front(sample_results) -> Front:
     return sample_front(sample_results)
 
 
-def page_of(front: Front, **content: Any) -> str:
-    report = SweepReport(name="toy", front=front, **content)
+def page_of(front: Front, *, name: str = "toy", notes: Sequence[str] = (), **content: Any) -> str:
+    """Return the page of a sweep; `content` are fields of the report or of the stored sweep."""
+    stored = {name: content.pop(name) for name in ("influence", "facts") if name in content}
+    report = ReportResult(
+        title=name,
+        sentences=("The headline.", *notes),
+        folder=Path(),
+        workspace=Path(),
+        sweeps=(StoredSweep(name=name, key="key", results=(), **stored),),
+        front=front,
+        **content,
+    )
     return render_page(report.title, report.sections())
 
 
@@ -47,15 +60,15 @@ def test_text_from_outside_cannot_become_markup(sample_results):
     renamed = sample_results[1].model_copy(update={"label": bad})
     metric: Any = bad
     rows = ((0.1,),)
-    report = SweepReport(
+    page = page_of(
+        sample_front([renamed]),
         name=bad,
-        front=sample_front([renamed]),
         notes=[bad],
         influence=InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64),
         curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
         facts={bad: {bad: bad}},
     )
-    page = render_page(report.title, report.sections()).replace(_scripts(), "")
+    page = page.replace(_scripts(), "")
     assert "<script>alert" not in page
     assert page.count("</script>") == 3
     assert bad in json.dumps(charts_in(page))

@@ -105,7 +105,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
-    assert status.Sweep(open_workspace(tmp_path).sweeps / plan.name).has_failed
+    assert status.has_failed(open_workspace(tmp_path).sweeps / plan.name)
     assert asked == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
