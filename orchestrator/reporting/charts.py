@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
     COSTS,
@@ -376,7 +377,7 @@ def _front_data(
             places = place_names(placed, names, width, paper[pair])
             for key, own in marks.items():
                 own["places"].append(places.get(key, -1))
-    groups = {"teacher": FULL_MODEL, "baseline": BASELINE}
+    groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
     found = []
     for row in rows:
         key, sweep = row["key"], row.get("sweep")
