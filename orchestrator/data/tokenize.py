@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections import deque
@@ -54,6 +53,7 @@ from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damaged_file, new_file, new_folder, read_json, write_json
 from orchestrator.workspace.layout import TEMPORARY_PREFIX
+from orchestrator.workspace.processors import num_cpus
 from orchestrator.workspace.provenance import content_key, file_digest
 
 TOKENIZER_CHARACTERS = 50_000_000
@@ -320,7 +320,7 @@ def _tokenize_shards(
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
     rates = _Rates(progress)
     documents = _DocumentCount(writer.plan.settings.max_documents)
-    num_threads = num_threads or _num_cpus()
+    num_threads = num_threads or num_cpus()
     waiting = deque(missing)
     at_work: dict[Future[None], int] = {}
     num_counted = 0  # The shards before this one are whole and counted.
@@ -365,12 +365,6 @@ def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:
     if len(missing) < len(shards):
         progress.note(f"resuming after {len(shards) - len(missing):,} of {len(shards):,} shards")
     return missing
-
-
-def _num_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _DocumentCount:

@@ -45,7 +45,7 @@ LARGEST_VALIDATION_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSuite:
     """An evaluation, the keys of its results in the store, and how they came about."""
 
     evaluation: EvaluationResult
@@ -101,7 +101,7 @@ class ModelMeasurer:
             for name, key in self._keys(loaded).items()
         }
 
-    def tasks(self, loaded: LoadedSuite) -> Measured:
+    def tasks(self, loaded: LoadedSuite) -> MeasuredSuite:
         """Measure the tasks of a suite, one after the other.
 
         Raises:
@@ -142,7 +142,7 @@ class ModelMeasurer:
             groups=loaded.groups,
             skipped=loaded.skipped,
         )
-        return Measured(evaluation, stored, len(missing.tasks), self.precision)
+        return MeasuredSuite(evaluation, stored, len(missing.tasks), self.precision)
 
     def validation_loss(self, tokens_folder: Path) -> float:
         """Measure the mean loss over held-out tokens, in nats.

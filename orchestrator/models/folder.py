@@ -298,6 +298,18 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
         return (config.corrections, *map(parse, family))
 
 
+def trained_sequence_length(folder: Path) -> int | None:
+    """Return the tokens of a sequence that a checkpoint was trained on; None if it was trained on
+    as many as its context has, or elsewhere.
+
+    Raises:
+        UserError: If the folder is not a checkpoint, or its provenance is damaged.
+    """
+    with damage_named(folder / PROVENANCE):
+        length = (load_provenance(folder).get("recipe") or {}).get("sequence_length")
+        return None if length is None else int(length)
+
+
 def weights_key(folder: Path) -> str:
     """Return the short hash of a checkpoint's weights from its `provenance.json`.
 

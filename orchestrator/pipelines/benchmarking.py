@@ -34,7 +34,7 @@ from orchestrator.terminal.render import join_names
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment, timing_environment
+from orchestrator.workspace.provenance import content_key, timing_environment
 
 NUM_SCHEDULES = 5
 """How many schedules of one IIET are measured by default: full, none, and some between."""
@@ -164,12 +164,13 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     measure = partial(_measure, plan)
     costs, device, dtype = on_device(measure, context.progress)
     keys = [list(model.key) for model in plan.opened.values()]
-    key = content_key("benchmark", keys, asdict(conditions), device, environment())
+    machine = timing_environment()
+    key = content_key("benchmark", keys, asdict(conditions), device, machine)
     result = BenchmarkResult(
         path=context.workspace.benchmarks / f"{key}.json",
         device=device,
         dtype=dtype,
-        machine=timing_environment(),
+        machine=machine,
         conditions=conditions,
         costs=costs,
     )

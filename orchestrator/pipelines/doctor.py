@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from orchestrator.terminal.render import format_bytes, format_count, format_dura
 from orchestrator.workspace.errors import RunFailed, UserError, mask_secrets
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.layout import Workspace, find_workspace
+from orchestrator.workspace.processors import cpu_flags, num_cpus, processor_name
 from orchestrator.workspace.provenance import NOT_INSTALLED, installed_version
 
 if TYPE_CHECKING:
@@ -232,27 +232,13 @@ def _gpus(_: Workspace) -> Found:
 
 def _processor(_: Workspace) -> Found:
     flags = cpu_flags()
-    text = f"{os.cpu_count()} CPUs"
+    text = f"{format_count(num_cpus(), 'CPU')} ({processor_name()})"
     if flags & {"avx512_bf16", "amx_bf16"}:
         text += (
             " with bf16 instructions: --set training.precision=bf16 trains models of width 128 and "
             "more in less time (docs/training.md)"
         )
     yield True, text, ""
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Return the features of this machine's processor; empty where the system does not list them.
-
-    Args:
-        cpuinfo: Linux's description of the processors.
-    """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    first = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
-    return set(first[1].split()) if first else set()
 
 
 def _ray(_: Workspace) -> Found:

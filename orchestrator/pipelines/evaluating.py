@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from orchestrator.cluster.task import command_device
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
-from orchestrator.evaluation.measuring import Measured, ModelMeasurer
+from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import (
     load_suite,
@@ -270,7 +270,7 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 def _evaluate_model(
     model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
-) -> Measured:
+) -> MeasuredSuite:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     What was `told` of the tasks of earlier models is not said again.
@@ -335,7 +335,7 @@ def _measure(
     evaluations: Path,
     device: str,
     progress: Progress,
-) -> Measured:
+) -> MeasuredSuite:
     # Loaded tasks cannot be pickled, so a worker loads them again.
     store = EvaluationStore(evaluations, progress.note)
     measurer = ModelMeasurer(

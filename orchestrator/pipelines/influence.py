@@ -23,7 +23,7 @@ from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_o
 from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
-from orchestrator.models.folder import load_config, weights_key
+from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
@@ -62,6 +62,8 @@ class InfluencePlan(Result):
     """File of the table, beside the weights."""
     table: InfluenceTable | None = Field(exclude=True)
     """The stored table."""
+    sequence_length: int = Field(exclude=True)
+    """Tokens of a sequence, as many as the model was trained on."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
     cluster: ClusterSettings = Field(exclude=True)
@@ -183,6 +185,7 @@ def plan_influence(
     num_tokens = settings.influence.num_tokens
     if data.num_validation_tokens:
         num_tokens = min(num_tokens, data.num_validation_tokens)
+    trained_length = trained_sequence_length(checkpoint)
     version = metric_facts_of(metric).version
     key = content_key(
         "influence",
@@ -191,7 +194,9 @@ def plan_influence(
         data.fingerprint,
         metric,
         num_tokens,
-        *([version] if version > 1 else []),  # Keys of earlier versions have none.
+        # Absent from keys where they were not there before.
+        *([version] if version > 1 else []),
+        *([["sequence_length", trained_length]] if trained_length else []),
     )
 
     path = influence_path(checkpoint, metric)
@@ -203,6 +208,7 @@ def plan_influence(
         num_tokens=num_tokens,
         path=path,
         table=stored.table if stored and stored.key == key else None,
+        sequence_length=trained_length or config.context_length,
         key=key,
         cluster=settings.cluster,
     )
@@ -266,13 +272,12 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
     from orchestrator.models.open import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
-    context_length = decoder.config.context_length
     batches = open_data(plan.tokens_folder).validation_batches(
-        context_length=context_length,
+        context_length=plan.sequence_length,
         num_tokens=plan.num_tokens,
         batch_size=SEQUENCES_PER_BATCH,
     )
-    per_batch = SEQUENCES_PER_BATCH * context_length
+    per_batch = SEQUENCES_PER_BATCH * plan.sequence_length
     return influence_table(
         decoder,
         batches,

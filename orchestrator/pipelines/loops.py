@@ -41,14 +41,14 @@ from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, Sto
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.costs import TIMES_NAME, Measured
+from orchestrator.sweeping.costs import TIMES_NAME, StoredTimes
 from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms, record_event
 from orchestrator.workspace.layout import Workspace, find_workspace
-from orchestrator.workspace.provenance import content_key, environment
+from orchestrator.workspace.provenance import content_key, environment, timing_environment
 
 MOST_TOKENS = 256
 """Tokens of a row of text."""
@@ -149,12 +149,12 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     workspace, cluster = context.workspace, plan.settings.cluster
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
-    state = content_key([*models], environment(), cluster.device)
-    costs = Measured.read(path)
+    state = content_key([*models], timing_environment(), cluster.device)
+    costs = StoredTimes.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.trust_remote_code)
         by_name = command_device(cluster, workspace.root)(measure, context.progress)
-        costs = Measured(state=state, by_name=by_name)
+        costs = StoredTimes(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.planning import machine
+from orchestrator.planning.machine import num_sharing
 from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.workspace.processors import num_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def run_devices(cluster: ClusterSettings) -> Devices:
     return Devices(
         num_workers=num_workers,
         on_gpus=on_gpus,
-        at_once=1 if on_gpus else max(1, machine.num_cpus() // num_workers),
+        at_once=1 if on_gpus else max(1, num_cpus() // num_workers),
         parallel=cluster.parallel,
         shards=cluster.num_shards,
     )
@@ -58,13 +59,13 @@ def trial_devices(settings: Settings) -> Devices:
     if gpus_per_trial:
         at_once = sweep.trials_at_once or 1
     else:
-        most_on_cpus = max(1, machine.num_cpus() // num_workers)
+        most_on_cpus = max(1, num_cpus() // num_workers)
         at_once = min(sweep.trials_at_once or most_on_cpus, most_on_cpus)
     return Devices(
         num_workers=num_workers,
         on_gpus=gpus_per_trial > 0,
         at_once=at_once,
-        sharing_a_gpu=machine.num_sharing(gpus_per_trial) if gpus_per_trial else 1,
+        sharing_a_gpu=num_sharing(gpus_per_trial) if gpus_per_trial else 1,
         parallel=cluster.parallel,
         shards=cluster.shards_of(num_workers),
         are_trials=True,

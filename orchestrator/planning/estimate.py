@@ -118,33 +118,10 @@ class Estimate:
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
-        config = self.config
-        length = self.sequence_length
-        trained = [
-            num_steps
-            * cost.training_flops_per_token(
-                config, schedule, context_length=length, trained=self.recipe.trained_layers
-            )
-            for schedule, num_steps in self.stages.items()
-        ]
-        if elastic := self.recipe.elastic:
-            drawn_at = schedules.drawn_by_step(self.config.corrections, self.recipe)
-            # Members of a retrofit learn from its full schedule, also beside a source.
-            is_student = self.teacher is not None and not self.recipe.source_kl_weight
-            reads_full = schedules.members_read_full(elastic, has_teacher=is_student)
-            drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
-            trained += [
-                times
-                * cost.member_flops_per_token(
-                    config,
-                    member,
-                    reads_full=reads_full,
-                    context_length=length,
-                    trained=self.recipe.trained_layers,
-                )
-                for member, times in drawn.items()
-            ]
-        return self.recipe.num_tokens_per_step * sum(trained)
+        # Members of a retrofit learn from its full schedule, also beside a source.
+        is_student = self.teacher is not None and not self.recipe.source_kl_weight
+        flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
+        return self.recipe.num_tokens_per_step * math.fsum(map(flops_at, self.steps_left))
 
     @cached_property
     def teacher_flops(self) -> float:
@@ -212,6 +189,7 @@ class Estimate:
             num_passes=self.num_passes * (1 + self.num_members),
             num_frozen_parameters=cost.num_parameters(self.teacher) if self.teacher else 0,
             has_members=self.num_members > 0,
+            compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             trained=self.recipe.trained_layers,
         )
         if not devices.on_gpus:

@@ -23,8 +23,8 @@ import psutil
 from orchestrator.settings.cluster import LOCAL, ClusterSettings, device_problem
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.processors import CONTROL_GROUPS, num_cpus
 
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
 THIS_MACHINE = "this machine"
 _GPU_UNITS = 10_000  # Ray's smallest share of a GPU is a ten-thousandth.
 
@@ -125,16 +125,6 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
         + " each" * (number > 1)
         for node, number in counts.items()
     )
-
-
-def num_cpus() -> int:
-    """Return the CPUs of this process's affinity, or of its container's quota if that is less."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = map(int, (CONTROL_GROUPS / "cpu.max").read_text().split())
-        cpus = max(1, min(cpus, math.ceil(quota / period)))
-    return cpus
 
 
 def local_resources(*, count_gpus: bool = True) -> Resources:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.record import Record
 from orchestrator.training.world import ASSUMED_GPU, gpu_peak_flops
 from orchestrator.workspace.files import free_disk
+from orchestrator.workspace.processors import num_cpus
 
 GPU_SHARES = (0.15, 0.25)
 """Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
@@ -57,7 +58,7 @@ class Price(Record):
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
     rate: Rate | None = None
-    """Assumed speed of one of them; None if nothing is trained."""
+    """Assumed speed of one of them in the costliest training; None if nothing is trained."""
     memory: dict[str, int] = Field(default_factory=dict)
     """Name -> bytes of what takes memory in a worker of the largest training."""
     disk: dict[str, int] = Field(default_factory=dict)
@@ -82,7 +83,7 @@ class Group:
     def num_devices(self) -> int:
         """GPUs or CPUs that they use."""
         if not self.devices.on_gpus:
-            return machine.num_cpus()
+            return num_cpus()
         return math.ceil(self.at_once * self.devices.num_workers / self.devices.sharing_a_gpu)
 
     @property
@@ -95,14 +96,17 @@ class Group:
         """FLOPs of all of them."""
         return sum(training.total_flops for training in self.trainings)
 
-    @property
-    def flops_per_device(self) -> float:
-        """FLOPs that each device computes until the last training ends."""
+    def seconds_at(self, peak_flops: Callable[[Estimate], float]) -> float:
+        """Return the seconds until the last training ends, if devices computed at their peak.
+
+        Args:
+            peak_flops: Training -> FLOP/s of a device in its precision.
+        """
         # The longest training starts first, and each next one where one ends.
         places = [0.0] * self.at_once
-        flops = [training.total_flops for training in self.trainings]
-        for flops_of_one in sorted(flops, reverse=True):
-            heapq.heapreplace(places, places[0] + flops_of_one)
+        seconds = [training.total_flops / peak_flops(training) for training in self.trainings]
+        for seconds_of_one in sorted(seconds, reverse=True):
+            heapq.heapreplace(places, places[0] + seconds_of_one)
         return max(places) * self.at_once / self.num_devices
 
     @property
@@ -167,13 +171,14 @@ def price_of(
     groups = groups_by_devices(trainings)
     priced = [training for group in groups for training in group.trainings]
 
-    # Hours: one group after another, each at the rate of its devices.
-    rates = [assumed_rate(group.trainings[0], mfu) for group in groups]
+    # Hours: one group after another. Trainings of a group may differ in precision, so in rate.
     shortest = longest = 0.0
-    for group, rate in zip(groups, rates, strict=True):
-        low_share, high_share = rate.shares
-        shortest += group.flops_per_device / (rate.peak_flops * high_share) / 3600
-        longest += group.flops_per_device / (rate.peak_flops * low_share) / 3600
+    for group in groups:
+        low_share, high_share = assumed_rate(group.trainings[0], mfu).shares
+        seconds = group.seconds_at(lambda training: assumed_rate(training, mfu).peak_flops)
+        shortest += seconds / high_share / 3600
+        longest += seconds / low_share / 3600
+    costliest = max(priced, key=lambda training: training.total_flops, default=None)
 
     # Disk: a first stage that is shared keeps a checkpoint of its own.
     first_stages: dict[str, int] = {}
@@ -197,7 +202,7 @@ def price_of(
         hours=(shortest, longest),
         num_devices=max((group.num_devices for group in groups), default=0),
         uses_gpus=any(group.devices.on_gpus for group in groups),
-        rate=rates[-1] if rates else None,
+        rate=assumed_rate(costliest, mfu) if costliest else None,
         memory=largest.worker_memory if largest else {},
         disk={name: num_bytes for name, num_bytes in disk.items() if num_bytes},
         free_disk=free_disk(folder),

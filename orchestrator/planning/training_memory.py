@@ -47,6 +47,7 @@ def training_memory(
     num_passes: int = 1,
     num_frozen_parameters: int = 0,
     has_members: bool = False,
+    compares_hidden: bool = False,
     trained: TrainedLayers = "all",
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
@@ -60,6 +61,7 @@ def training_memory(
         num_passes: passes of a step; a sharded model stays gathered between them.
         num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
+        compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
     """
     part = trained_part(config.corrections, trained)
@@ -90,6 +92,8 @@ def training_memory(
     peak = _peak_bytes(config, part, tokens, width, activation_checkpointing, num_shards, compares)
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
+    if compares_hidden:  # Those of the teacher stay until the student's loss.
+        kept += tokens * config.dim * _FULL * config.num_layers
     moments = int(2 * shard * trained_share)
     memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
     return {**memory, "activations": peak + kept}

@@ -102,10 +102,10 @@ class Training:
         """How far it is."""
         if self.damage:
             return TrainingState.DAMAGED
+        if self.outcome:  # Also of a trial that was stopped early, and trained on later.
+            return TrainingState.FINISHED
         if (self.folder / STOPPED_NAME).is_file():
             return TrainingState.STOPPED_EARLY
-        if self.outcome:
-            return TrainingState.FINISHED
         if self.job is None:
             return TrainingState.IMPORTED if self.checkpoints else TrainingState.EMPTY
         events = [record["name"] for record in self.records if record["kind"] == "event"]

@@ -174,6 +174,18 @@ class SweepSettings(Section):
     """Retries of a failed trial."""
 
     @property
+    def schedule_choice(self) -> Literal["thresholds", "budgets", "num_schedules"]:
+        """The setting that chooses the schedules of the students: the first one that is set."""
+        if self.thresholds:
+            return "thresholds"
+        return "budgets" if self.budgets else "num_schedules"
+
+    @property
+    def num_requested(self) -> int:
+        """Schedules that are asked for; several may turn out to be the same."""
+        return len(self.thresholds) or len(self.budgets) or self.num_schedules
+
+    @property
     def num_workers_per_trial(self) -> int:
         """Workers of each trial, one for each of its GPUs."""
         return ceil(self.gpus_per_trial or 0) or self.workers_per_trial

@@ -14,17 +14,18 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from orchestrator.cluster.task import trial_device
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
+from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.provenance import content_key, environment
+from orchestrator.workspace.provenance import content_key, timing_environment
 
 TIMES_NAME = "times.json"
 
 
-class Measured(Record):
+class StoredTimes(Record):
     """What was measured on one machine, by model or shape."""
 
     state: str
@@ -46,16 +47,19 @@ def with_costs(
     full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in trials]
     shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
-    on_gpu = ["GPU"] if settings.trials_use_gpus else []
-    state = content_key(sorted(set(shapes.values())), environment(), SWEEP_NEW_TOKENS, *on_gpu)
+    gpus = []
+    if settings.trials_use_gpus:
+        # Of a GPU in another node, nothing is known here.
+        gpus = ["GPU", *(gpu.name for gpu in installed_gpus()[:1])]
+    state = content_key(sorted(set(shapes.values())), timing_environment(), SWEEP_NEW_TOKENS, *gpus)
     path = folder / TIMES_NAME
     # Milliseconds depend on the shapes only, so that models of one shape share them.
-    times = Measured.read(path)
+    times = StoredTimes.read(path)
     if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = trial_device(settings, folder)(partial(_time, models), progress)
-        times = Measured(state=state, by_name=by_shape)
+        times = StoredTimes(state=state, by_name=by_shape)
         times.write(path)
     return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
 

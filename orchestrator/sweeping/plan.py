@@ -62,9 +62,6 @@ from orchestrator.workspace.provenance import content_key
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
 
-SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
-"""Settings of which one decides how many students there are; a later one wins."""
-
 
 def plan_iterations(
     settings: Settings,
@@ -242,13 +239,12 @@ def students_plan(
     trials = {trial.key: trial for part in students for trial in part.trials()}
     for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
         trials.setdefault(trial.key, trial)
-    num_schedules = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     num_teachers = len({part.name for part in students})
     return _named_plan(
         "threshold",
         name,
         [*trials.values()],
-        num_schedules * num_teachers,
+        sweep.num_requested * num_teachers,
         teacher=students[0].teacher,
     )
 
@@ -466,9 +462,8 @@ def plan_sentences(
         requested = "model"
         distinct = ""
     else:
-        requested = "schedule"
-        if sweep.thresholds or sweep.budgets:
-            requested = "threshold" if sweep.thresholds else "budget"
+        nouns = {"thresholds": "threshold", "budgets": "budget", "num_schedules": "schedule"}
+        requested = nouns[sweep.schedule_choice]
         distinct = " schedule" if plan.num_distinct == 1 else " schedules"
     contents = (
         f"{format_count(plan.num_requested, requested)} asked for, "
@@ -503,7 +498,7 @@ def sweep_parameters(plan: SweepTrials, settings: Settings) -> dict[str, str]:
         names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
         params |= {name: getattr(sweep, name) for name in names}
     else:
-        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
+        choice = sweep.schedule_choice
         params |= {
             "teacher": plan.teacher,
             "influence_metric": settings.influence.metric,

@@ -71,14 +71,14 @@ def choose_members(
             "yet; train it further, or with a higher training.gate_rate_factor"
         )
     family = schedule_family(influence)
-    if sweep.thresholds:
+    if sweep.schedule_choice == "thresholds":
         wanted = {
             member.schedule
             for threshold in sweep.thresholds
             for member in family
             if member.threshold_above < threshold <= member.threshold_up_to
         }
-    elif sweep.budgets:
+    elif sweep.schedule_choice == "budgets":
         wanted = {family.within_cost(most, cost) for most in sweep.budgets}
     else:
         number = min(sweep.num_schedules, len(family))
@@ -87,7 +87,7 @@ def choose_members(
     if sweep.selection != "knapsack":
         return chosen
     # The best schedule under each budget, or else at the cost of each chosen member.
-    if sweep.budgets:
+    if sweep.schedule_choice == "budgets":
         budgets = sorted(sweep.budgets, reverse=True)
         best = [knapsack(influence, budget, cost=cost) for budget in budgets]
     else:
@@ -203,9 +203,8 @@ def student_estimate(
 def most_students(settings: Settings, teacher: ModelConfig) -> int:
     """Return how many schedules the students of a teacher have at most, before they are known."""
     sweep = settings.sweep
-    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     # A family of nested schedules drops one correction at a time.
-    num_schedules = min(num_requested, 1 + sum(teacher.corrections))
+    num_schedules = min(sweep.num_requested, 1 + sum(teacher.corrections))
     if sweep.kind == "search":
         num_searched = num_schedules + settings.search.num_trials
         return min(num_searched, teacher.corrections.num_within)

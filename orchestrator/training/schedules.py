@@ -129,11 +129,6 @@ def checked_family(
     return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
 
 
-def members_read_full(elastic: ElasticSettings | None, *, has_teacher: bool) -> bool:
-    """Return whether the loss of a member needs what the full schedule predicts."""
-    return elastic is not None and elastic.kl_weight > 0 and not has_teacher
-
-
 def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
     """Return the family of each step, costliest first, from which `drawn_by_step` draws.
 
@@ -183,18 +178,35 @@ def flops_per_token_by_step(
     job: TrainingJob, teacher: ModelConfig | None = None
 ) -> Callable[[int], float]:
     """Return step -> training FLOPs per token; a teacher adds its forward pass."""
-    config, distillation = job.model, job.teaching or DistillationConfig()
-    schedule_at = schedule_by_step(config.corrections, job.recipe)
-    drawn_at = drawn_by_step(config.corrections, job.recipe)
-    length = job.sequence_length
-    trained = job.recipe.trained_layers
-    teacher_flops = 0.0
-    if teacher:
-        teacher_flops = inference_cost(teacher, context_length=length).forward_flops_per_token
-    reads_full = members_read_full(job.recipe.elastic, has_teacher=job.objective == "distill")
+    is_student = job.objective == "distill"
+    model_flops_at = model_flops_by_step(job.model, job.recipe, is_student=is_student)
+    if teacher is None:
+        return model_flops_at
+    distillation = job.teaching or DistillationConfig()
+    read = inference_cost(teacher, context_length=job.sequence_length)
+    teacher_flops = read.forward_flops_per_token
+    return lambda step: (
+        model_flops_at(step) + (teacher_flops if distillation.uses_teacher(step) else 0.0)
+    )
+
+
+def model_flops_by_step(
+    config: ModelConfig, recipe: TrainingSettings, *, is_student: bool
+) -> Callable[[int], float]:
+    """Return step -> training FLOPs per token of the trained model, without a teacher's.
+
+    Args:
+        is_student: Whether it learns from a teacher. The members of an elastic student do so, too;
+            those of any other training learn from its full schedule.
+    """
+    schedule_at = schedule_by_step(config.corrections, recipe)
+    drawn_at = drawn_by_step(config.corrections, recipe)
+    length = recipe.tokens_per_sequence(config)
+    trained = recipe.trained_layers
+    reads_full = recipe.elastic is not None and recipe.elastic.kl_weight > 0 and not is_student
 
     @lru_cache
-    def student_flops(schedule: IterationSchedule) -> float:
+    def schedule_flops(schedule: IterationSchedule) -> float:
         flops = training_flops_per_token(config, schedule, context_length=length, trained=trained)
         return float(flops)
 
@@ -205,7 +217,6 @@ def flops_per_token_by_step(
         )
         return float(flops)
 
-    return lambda step: (
-        sum(map(member_flops, drawn_at(step)), start=student_flops(schedule_at(step)))
-        + (teacher_flops if distillation.uses_teacher(step) else 0.0)
+    return lambda step: sum(
+        map(member_flops, drawn_at(step)), start=schedule_flops(schedule_at(step))
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.folder import JOB_KEY, load_provenance, weights_key
+from orchestrator.models.folder import JOB_KEY, decoder_config, load_provenance, weights_key
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
     Status,
@@ -201,7 +201,7 @@ class RunMonitor:
     ) -> None:
         self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
         self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
-        self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
+        self._costs = {label: remaining_flops(job) for label, job in jobs.items()}
         self._losses: dict[str, float | None] = dict.fromkeys(jobs)
         self._speeds = {label: deque[float](maxlen=MAX_SPEEDS) for label in jobs}
         self._begun: set[str] = set()
@@ -326,11 +326,14 @@ class RunMonitor:
         self._tracking.wait(briefly=error is not None)
 
 
-def _remaining_costs(job: TrainingJob) -> list[float]:
-    # FLOPs summed over the remaining steps, by number of steps done.
-    flops_per_token, num_tokens = flops_per_token_by_step(job), job.recipe.num_tokens_per_step
-    steps = (num_tokens * flops_per_token(step) for step in reversed(range(job.recipe.num_steps)))
-    return [*accumulate(steps, initial=0.0)][::-1]
+def remaining_flops(job: TrainingJob) -> list[float]:
+    """Return the FLOPs of the steps that remain, a teacher's included, by number of steps done."""
+    teacher = decoder_config(Path(job.frozen_teacher)) if job.frozen_teacher else None
+    flops_at = flops_per_token_by_step(job, teacher)
+    num_tokens = job.recipe.num_tokens_per_step
+    last_step_first = reversed(range(job.recipe.num_steps))
+    flops_of_steps = (num_tokens * flops_at(step) for step in last_step_first)
+    return [*accumulate(flops_of_steps, initial=0.0)][::-1]
 
 
 # MLflow: one logged model for the same weights and schedule, so a teacher is one model, whichever

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from orchestrator.workspace.processors import num_cpus, processor_name
 
 RECIPE_VERSION = 4
 """Part of every key; raise it when the code changes a recipe's result or the content of a key."""
@@ -45,9 +46,9 @@ def environment() -> dict[str, str]:
     return machine | {name: installed_version(name) for name in names}
 
 
-def timing_environment() -> dict[str, str | int | None]:
-    """Return the environment and the number of CPUs, stored with times that were measured."""
-    return {**environment(), "cpus": os.cpu_count()}
+def timing_environment() -> dict[str, str | int]:
+    """Return the environment, the processor and the number of CPUs: times hold for these alone."""
+    return {**environment(), "processor": processor_name(), "cpus": num_cpus()}
 
 
 def extension_packages() -> dict[str, str]:

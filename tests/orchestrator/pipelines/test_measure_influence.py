@@ -85,6 +85,19 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     check_checkpoint(checkpoint)  # It is still whole.
 
 
+def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
+    make_checkpoint, tiny_tokens, context
+):
+    """A retrofit of a published model has its long context, and learns from short sequences."""
+    checkpoint = make_checkpoint(provenance={"recipe": {"sequence_length": 8}})
+    batches = open_tokens(tiny_tokens).validation_batches(
+        context_length=8, num_tokens=512, batch_size=8
+    )
+    short = measured_or_stored(checkpoint, context)
+    assert short == influence_table(load_model(checkpoint), batches)
+    assert short != measured_or_stored(make_checkpoint(), context)
+
+
 def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens, context, measured):
     checkpoint = make_checkpoint()
     first = measured_or_stored(checkpoint, context)

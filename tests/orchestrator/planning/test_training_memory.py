@@ -105,7 +105,7 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
     assert peak_of(decoder, first, member) < 1.4 * alone
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "wide vocabulary": {"vocab_size": 4096, "dim": 64, "ffn_dim": 176, "num_layers": 4},
     "wide": {"vocab_size": 512, "dim": 256, "ffn_dim": 700, "num_layers": 2},
     "shared heads": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 6,
@@ -148,6 +148,36 @@ def test_a_truncated_backward_pass_takes_less(precision):
     measured = measured_bytes(config, 4, precision, checkpoint=False)
     assert measured / FACTOR < truncated < measured * FACTOR
     assert truncated < 0.6 * full
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_hidden_states_of_a_teacher_count(checkpoint):
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["shared heads"], "schedule": 2}
+    config = preset("tiny", **sizes)
+    decoder = Decoder(config)
+    decoder.activation_checkpointing = checkpoint
+    teacher, batch = frozen_teacher(decoder), Batch.of_text(torch.randint(64, (4, 64)))
+
+    def measured(hidden_weight: float) -> int:
+        loss = DistillationConfig(hidden_weight=hidden_weight)
+        models = torch.nn.ModuleList([decoder, teacher])
+        return peak_of(
+            models, lambda: distillation_loss(decoder, teacher, batch.input_ids, config=loss)[0]
+        )
+
+    def estimate(*, compares_hidden: bool) -> int:
+        return training_memory(
+            config,
+            num_sequences=4,
+            activation_checkpointing=checkpoint,
+            num_frozen_parameters=num_parameters(config),
+            compares_hidden=compares_hidden,
+        )["activations"]
+
+    added = estimate(compares_hidden=True) - estimate(compares_hidden=False)
+    assert added == 4 * 64 * 64 * 4 * 6  # Bytes of float32 states of 6 layers.
+    assert 0.5 * added < measured(1.0) - measured(0.0) < 1.01 * added
+    assert measured(1.0) / FACTOR < estimate(compares_hidden=True) < measured(1.0) * FACTOR
 
 
 def test_parameter_memory_is_exact():

@@ -26,6 +26,11 @@ def _import(run: Path) -> None:
     (run / JOB_NAME).unlink()
 
 
+def _stop_early(run: Path) -> None:
+    (run / DONE_NAME).unlink()
+    (run / STOPPED_NAME).touch()
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], object], TrainingState]] = {
     "a run": (lambda _: None, TrainingState.FINISHED),
     "without its end": (lambda run: (run / DONE_NAME).unlink(), TrainingState.STOPPED),
@@ -34,7 +39,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], TrainingState]] = {
         TrainingState.STOPPED,
     ),
     "diverged": (_diverge, TrainingState.DIVERGED),
-    "stopped early": (lambda run: (run / STOPPED_NAME).touch(), TrainingState.STOPPED_EARLY),
+    "stopped early": (_stop_early, TrainingState.STOPPED_EARLY),
+    "at its end when it was stopped": (
+        lambda run: (run / STOPPED_NAME).touch(),
+        TrainingState.FINISHED,
+    ),
     "without a training": (_import, TrainingState.IMPORTED),
     "without its job": (lambda run: (run / JOB_NAME).unlink(), TrainingState.DAMAGED),
     "with another end": (lambda run: (run / DONE_NAME).write_text("{}"), TrainingState.DAMAGED),

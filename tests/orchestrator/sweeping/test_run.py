@@ -134,6 +134,12 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
     assert spreads() == {0.01}, "it is stored"
     again = sweep.run(tiny_plan)
     assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
+    # Times hold for one machine: a workspace on a shared disk is used on several.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(costs, "timing_environment", lambda: {"processor": "another"})
+        spread = 0.03
+        moved = sweep.run(tiny_plan)
+        assert {t.numbers["cost/decode_ms_spread"] for t in moved.results} == {0.03}
     shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from sample_trials import sample_trial
 
+from iiet.cost import inference_cost, training_flops_per_token
 from orchestrator.data.mixture import describe_data
+from orchestrator.models.folder import load_config
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import DistillationSettings, TrainingSettings
+from orchestrator.sweeping.students import student_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
@@ -21,6 +26,7 @@ from orchestrator.training.watching import (
     JournalReader,
     RunMonitor,
     job_model,
+    remaining_flops,
     tracked_model,
     trial_model,
 )
@@ -111,6 +117,22 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
     other.close()
     monitor.poll()
     assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
+
+
+def test_the_time_left_includes_a_teacher_in_its_window(trained_run, tiny_tokens, tmp_path):
+    teacher = trained_run / "step_00000002"
+    recipe = TrainingSettings(num_steps=4, num_tokens_per_step=64, iterate_from_fraction=0.0)
+    distillation = DistillationSettings(teacher_from_step=2, training=recipe)
+    config = load_config(teacher)
+    job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tiny_tokens))
+    assert job is not None
+    flops = remaining_flops(job.model_copy(update={"run_folder": str(tmp_path / "student")}))
+    of_steps = [before - after for before, after in pairwise(flops)]
+    assert flops[-1] == 0
+    read = inference_cost(config).forward_flops_per_token
+    assert of_steps[0] == pytest.approx(64 * training_flops_per_token(config))
+    expected = [of_steps[0]] * 2 + [of_steps[0] + 64 * read] * 2
+    assert of_steps == pytest.approx(expected)
 
 
 def test_a_journal_is_opened_only_when_it_has_grown(tmp_path, monkeypatch):
