@@ -128,6 +128,8 @@ class SweepPlan(Result):
     `source_continued`. What follows from others that are not trained is only priced."""
     retrofit: Any = None
     """The `Retrofit` with the controls of a teacher that has a source."""
+    control_gap: str = ""
+    """Why a given teacher with a source has no controls."""
     influence: dict[str, InfluencePlan] = Field(default={})
     """Label of a teacher -> measurement; empty while the teachers are not trained."""
     planned_trials: SweepTrials | None = None
@@ -474,9 +476,10 @@ def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
     settings = plan.settings
     stages: list[TrainingPlan] = []
     gaps: list[str] = []
+    control_gap = ""
     if plan.teacher is not None:
-        retrofit, gap = retrofit_of(plan.teacher, settings, plan.workspace)
-        gaps += [gap] if gap else []
+        retrofit, control_gap = retrofit_of(plan.teacher, settings, plan.workspace)
+        gaps += [control_gap] if control_gap else []
     else:
         source = plan.source
         source_job = None
@@ -520,6 +523,7 @@ def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
         settings=with_retention(settings, retrofit),
         pretraining=tuple(stages),
         retrofit=retrofit,
+        control_gap=control_gap,
         bound=[],
         gaps=[*plan.gaps, *gaps],
     )
@@ -816,6 +820,10 @@ def _results_of(
     facts: dict[str, dict[str, Any]] = {}
     if chances:
         facts[results.CHANCE_TITLE] = chances
+    if plan.retrofit is not None:
+        facts[results.CONTROLS_TITLE] = plan.retrofit.sentences
+    elif plan.control_gap:
+        facts[results.CONTROLS_TITLE] = {SOURCE_CONTINUED: plan.control_gap}
     facts["Trials"] = {trial.label: _end_of(trial, run) for trial in trials.trials}
     facts[results.SETTINGS_TITLE] = flatten(plan.settings)
     root = plan.workspace.root

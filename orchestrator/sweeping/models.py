@@ -209,7 +209,9 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
         changes["num_layers"] = variant.num_layers
     if variant.method != settings.model.method:
         changes["method_options"] = {}
-    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    model = ModelSettings.model_validate(
+        {**settings.model.model_dump(exclude_unset=True), **changes}
+    )
     rate = variant.learning_rate or learning_rates(settings, variant)[0]
     recipe: dict[str, Any] = {"learning_rate": rate}
     if variant.corrections in (None, 0, "0"):  # There is no cheaper schedule.
@@ -247,6 +249,8 @@ def teacher_and_baselines(
 
 def claims_answered(settings: Settings) -> str:
     """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
+    if settings.has_source:
+        return "the paper's claims are of models without a source, so its models answer none"
     teachers = {model.method for model in teachers_by_label(settings).values()}
     baselines = {model.method for model in baseline_models(settings) if model.num_layers is None}
     # Number of a claim -> methods of the teachers, and of the models beside them, that it needs.
