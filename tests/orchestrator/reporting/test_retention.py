@@ -155,7 +155,7 @@ def test_a_pick_that_has_lost_too_much_is_refused_unless_it_is_allowed(workspace
     def picked(**options: Any) -> Any:
         return plan_pick("kept", workspace=workspace, **options)
 
-    words = ["pick", "kept", "--best", "--dry-run", "--workspace", str(workspace.root)]
+    words = ["pick", "kept", "--cheapest", "--dry-run", "--workspace", str(workspace.root)]
     with redirect_stderr(StringIO()) as printed:
         assert main(words) == 2
     assert "--allow-loss" in printed.getvalue()
