@@ -48,13 +48,14 @@ from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.price import price_of
-from orchestrator.reporting.front import Front, is_accuracy, metric_title
+from orchestrator.reporting.front import Front
 from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL
 from orchestrator.reporting.tables import difference_text
 from orchestrator.sweeping.students import student_estimate, without_elastic
+from orchestrator.terminal.metrics import metric_of
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
@@ -366,12 +367,13 @@ def _shortfall(quality: str, row: Mapping[str, Any]) -> float:
 
 def comparison_table(reading: Reading) -> str:
     """Return the table of the schedules, and a sentence on what it compares."""
-    name, is_percent = metric_title(reading.quality).lower(), is_accuracy(reading.quality)
+    metric = metric_of(reading.quality)
+    name = metric.title.lower()
 
     def quality_text(value: float | None) -> str:
         if value is None:
             return ""
-        return f"{100 * value:.1f}%" if is_percent else f"{value:.4f}"
+        return f"{100 * value:.1f}%" if metric.is_percent else f"{value:.4f}"
 
     rows = []
     for row in reading.rows:
@@ -383,7 +385,7 @@ def comparison_table(reading: Reading) -> str:
                 str(row["evaluations"]),
                 quality_text(row["elastic"]),
                 quality_text(row["student"]),
-                difference_text(interval, is_percent=is_percent) if interval else "",
+                difference_text(interval, is_percent=metric.is_percent) if interval else "",
                 *("" if loss is None else f"{loss:.4f}" for loss in losses),
             )
         )

@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from orchestrator.terminal.metrics import CostName, QualityName
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
 
@@ -73,11 +74,11 @@ NOTHING_IS_TRAINED = {
 """The same of commands that only measure."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
-    Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"] | None,
+    CostName | None,
     typer.Option(help="Cost of the front."),
 ]
 QualityOption = Annotated[
-    Literal["accuracy", "bits", "perplexity", "loss"] | None,
+    QualityName | None,
     typer.Option(help="Quality of the front."),
 ]
 NameOption = Annotated[

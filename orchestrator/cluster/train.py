@@ -35,7 +35,7 @@ from orchestrator.cluster.places import (
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
 from orchestrator.planning.estimate import note_saving
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration
@@ -359,11 +359,17 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     if os.environ.get(WATCHER_SWITCH) != "0":
         threading.Thread(target=wait_for_notice, daemon=True).start()
+    parallel = config["cluster"].parallel
     with (
         stop_when(config["stop"].is_sent),
-        out_of_memory_explained(job, world, config["cluster"].parallel),
+        out_of_memory_explained(job, world, parallel),
     ):
-        run_job(job, world=world, should_save=take_notice)
+        run_job(
+            job,
+            world=world,
+            should_save=take_notice,
+            sequences_if_uncompiled=sequences_if_uncompiled(job, world, parallel),
+        )
 
 
 def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:

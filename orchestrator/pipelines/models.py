@@ -39,10 +39,11 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import model_family
 from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
-from orchestrator.reporting.front import COSTS, FrontAxes, parse_axes
+from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.result import Result
 from orchestrator.settings import Settings
+from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -582,7 +583,7 @@ def plan_pick(
     reason = reason_against_accuracy(workspace, found.results)
     axes = parse_axes(cost, quality, against_accuracy=reason)
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
-    if axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+    if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         notes = [*notes, problem]
     for line in notes:
         (progress or Progress()).note(line)

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from orchestrator.reporting.results import newest_sweep
+from orchestrator.terminal.metrics import ACCURACY, BITS_PER_BYTE, DECODE_MS, NFE
 from orchestrator.terminal.server import HOST, check_port, local_server
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.store import MEASUREMENTS
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import Workspace
 
 DEFAULT_PORT = 5000
@@ -83,10 +85,7 @@ def overview() -> ChartView:
 
     Those of sweeps stand in it as the others do.
     """
-    metrics = (
-        "quality/accuracy", "quality/bits_per_byte", "validation/loss",
-        "cost/evaluations", "cost/decode_ms_per_token",
-    )  # fmt: skip
+    metrics = (ACCURACY, BITS_PER_BYTE, VALIDATION_METRIC, NFE, DECODE_MS)
     params = ("method", "schedule", "learning_rate", "seed")
     return ChartView(
         key="runs",

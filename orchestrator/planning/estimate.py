@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet import cost
 from iiet.config import DistillationConfig, ModelConfig
@@ -29,6 +30,9 @@ from orchestrator.training.job import sequences_per_step
 from orchestrator.training.shared_steps import FirstStage, first_stage_of, first_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
+
+if TYPE_CHECKING:
+    from orchestrator.planning.training_memory import Forms
 
 ONE_CPU_WORKER = Devices()
 WEIGHT_BYTES, MOMENTS_BYTES = 4, 8
@@ -170,6 +174,13 @@ class Estimate:
         """Passes of one worker in one step (gradient accumulation)."""
         return -(-self.sequences_per_worker // self.sequences_per_pass)
 
+    @property
+    def forms(self) -> Forms:
+        """How fields are computed: on a GPU they are compiled unless the recipe says otherwise."""
+        if not self.devices.on_gpus:
+            return "fast"
+        return "plain" if self.recipe.compile is False else "compiled"
+
     @cached_property
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
@@ -191,6 +202,7 @@ class Estimate:
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             trained=self.recipe.trained_layers,
+            forms=self.forms,
         )
         if not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.

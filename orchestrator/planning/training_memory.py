@@ -3,10 +3,10 @@
 Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
 what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
-values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
-on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
-with `training.compile=false`, keep 1.8 times as much.
-`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps.
+values. Gradients are counted during the whole step, and once: copies of a model have them where
+they send them. What an evaluation keeps depends on the form in which its field is computed.
+`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps
+of the fast forms, and with what AOTAutograd's graphs of the others keep.
 Source: this project.
 """
 
@@ -26,6 +26,10 @@ from iiet.facts import facts_of
 from iiet.freezing import TrainedLayers, TrainedPart, trained_part
 from iiet.losses import CHUNK_ELEMENTS
 from iiet.schedule import IterationSchedule
+
+Forms = Literal["fast", "plain", "compiled"]
+"""How fields are computed: by the fast forms of a CPU, by plain formulas as on a GPU without a
+compiler, or compiled."""
 
 _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
@@ -49,6 +53,7 @@ def training_memory(
     has_members: bool = False,
     compares_hidden: bool = False,
     trained: TrainedLayers = "all",
+    forms: Forms = "fast",
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
 
@@ -63,6 +68,7 @@ def training_memory(
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
         compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
+        forms: how fields are computed.
     """
     part = trained_part(config.corrections, trained)
     trained_share = num_trained_parameters(config, trained) / num_parameters(config)
@@ -82,14 +88,18 @@ def training_memory(
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
         gradients += int((others + layer * (width + _FULL)) * trained_share)
     if precision == "bf16":
-        # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
-        # a sharded model, layers are gathered as bfloat16, and the head is copied.
-        copied = parameters // (config.num_layers if activation_checkpointing else 1)
+        # The backward pass needs the copies of all layers, or of the one that is recomputed; a
+        # compiled field makes its own again. Of a sharded model, layers are gathered as bfloat16,
+        # and the head is copied.
+        is_copied_again = activation_checkpointing or forms == "compiled"
+        copied = parameters // (config.num_layers if is_copied_again else 1)
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
     weights += num_frozen_parameters * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
     compares = num_frozen_parameters > 0 or has_members
-    peak = _peak_bytes(config, part, tokens, width, activation_checkpointing, num_shards, compares)
+    peak = _peak_bytes(
+        config, part, tokens, width, activation_checkpointing, num_shards, compares, forms
+    )
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
     if compares_hidden:  # Those of the teacher stay until the student's loss.
@@ -107,6 +117,7 @@ def _peak_bytes(
     activation_checkpointing: bool,
     num_shards: int,
     compares: bool,
+    forms: Forms,
 ) -> int:
     """Count activations at the peak.
 
@@ -117,7 +128,7 @@ def _peak_bytes(
     state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
     # A layer before the first trained one keeps nothing.
     of_layers = [
-        _layer_bytes(config, layer, width, is_frozen=not part.has_field[layer])
+        _layer_bytes(config, layer, width, forms, is_frozen=not part.has_field[layer])
         if layer >= part.first_layer
         else 0
         for layer in range(config.num_layers)
@@ -153,16 +164,29 @@ def _peak_bytes(
     return max(at_start, after_run)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int, *, is_frozen: bool) -> int:
+def _layer_bytes(
+    config: ModelConfig, layer: int, width: int, forms: Forms, *, is_frozen: bool
+) -> int:
     dim, counts = config.dim, layer_counts(config, layer)
+    ffn_dim = config.ffn_dim
     q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
-    # The point, its norm, and the state between attention and feed-forward network. In the
-    # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
-    # and up.
-    evaluation = 3 * dim * _FULL + (dim + 2 * q_dim + 2 * kv_dim + 2 * config.ffn_dim) * width
-    if is_frozen:  # What the matrices multiply is kept for their gradients alone.
-        evaluation -= dim * _FULL + dim * width
+    # All keep the point, and queries, keys, values, attention's output, gate and up in the
+    # arithmetic's precision.
+    evaluation = dim * _FULL + (2 * q_dim + 2 * kv_dim + 2 * ffn_dim) * width
+    # What the matrices multiply beside attention's output, which attention keeps in any case.
+    if forms == "fast":  # The point's norm, and the network's input.
+        inputs = dim * _FULL + dim * width
+    elif forms == "plain":  # Both inputs in the arithmetic's precision, and what is mapped back.
+        inputs = (2 * dim + ffn_dim) * width
+    else:  # Both inputs, if they are not computed again like what is mapped back.
+        inputs = 2 * dim * width
+    if not is_frozen:  # Kept for the matrices' gradients alone.
+        evaluation += inputs
+    # The state between attention and feed-forward network, or what it is computed from.
+    evaluation += dim * (width if forms == "compiled" else _FULL)
+    if forms == "plain":  # The activation of the gate.
+        evaluation += ffn_dim * width
     if config.head_norms:  # Queries and keys before their norm.
         evaluation += (q_dim + kv_dim) * width
     return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

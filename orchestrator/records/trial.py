@@ -24,6 +24,7 @@ from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys, Suit
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings import SweepSettings
+from orchestrator.terminal.metrics import PERPLEXITY, VALIDATION_LOSS
 
 Role = Literal["trial", "teacher", "baseline", "source", "source_continued"]
 T = TypeVar("T")
@@ -33,8 +34,6 @@ SOURCE = "source"
 """Role and name of the model whose weights the teacher started from, as it was."""
 SOURCE_CONTINUED = "source_continued"
 """Role and name of that model, trained on as it is with as many FLOPs as the teacher."""
-LOSS = "quality/validation_loss"
-PERPLEXITY = "quality/perplexity"
 
 
 def role_beside(label: str) -> Role:
@@ -190,8 +189,8 @@ class Trial(Record):
     def metrics(self) -> dict[str, float]:
         """Return every number by its tracked name, with the perplexity per token."""
         numbers = {name: float(number) for name, number in self.numbers.items()}
-        if numbers.get(LOSS, math.inf) <= math.log(MAX_PERPLEXITY):
-            numbers.setdefault(PERPLEXITY, math.exp(numbers[LOSS]))
+        if numbers.get(VALIDATION_LOSS, math.inf) <= math.log(MAX_PERPLEXITY):
+            numbers.setdefault(PERPLEXITY, math.exp(numbers[VALIDATION_LOSS]))
         return numbers
 
     def params(self, job: TrainingJob | None = None) -> dict[str, str]:

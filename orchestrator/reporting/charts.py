@@ -23,19 +23,24 @@ import numpy as np
 
 from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
-from orchestrator.reporting.front import (
-    COSTS,
-    Front,
-    FrontAxes,
-    Row,
-    find_front,
-    is_accuracy,
-    known,
-    metric_title,
-)
-from orchestrator.reporting.results import OVERHEADS, Curve, vanilla_of
-from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC
+from orchestrator.reporting.front import Front, FrontAxes, Row, find_front, known
+from orchestrator.reporting.results import Curve, vanilla_of
 from orchestrator.reporting.tables import confidence_text, model_rows
+from orchestrator.terminal.metrics import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    COSTS,
+    DECODE_MS,
+    KEEPS_99,
+    KV_BYTES,
+    NFE,
+    NUM_PARAMETERS,
+    ON_FRONT,
+    OVERHEADS,
+    RELATIVE_FLOPS,
+    VALIDATION_LOSS,
+    metric_of,
+)
 from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version
@@ -85,9 +90,14 @@ PADDING_X, PADDING_Y = 44, 34
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
 TOOLTIP_METRICS = (
-    *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
-    *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
-    *("quality/bits_per_byte", "quality/validation_loss"),
+    NFE,
+    RELATIVE_FLOPS,
+    DECODE_MS,
+    KV_BYTES,
+    NUM_PARAMETERS,
+    ACCURACY,
+    BITS_PER_BYTE,
+    VALIDATION_LOSS,
 )
 
 Spec = dict[str, Any]
@@ -189,7 +199,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     groups = [*(sweeps or [TRIAL]), FULL_MODEL, BASELINE]
     colors = [*islice(cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*islice(cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
-    if mark_paper and is_accuracy(front.axes.quality):
+    if mark_paper and front.axes.quality_metric.is_percent:
         groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
     key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
     color = word("group", legend=key, scale={"domain": groups, "range": colors})
@@ -201,7 +211,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     x = number("x", axis=None, scale={**free, "padding": PADDING_X})
     y, low = (number(name, axis=None, scale=upward) for name in ("y", "low"))
     x_axis = {"title": {"signal": "titles[cost]"}, "gridColor": GRID, "tickCount": 8}
-    x_axis["tickMinStep"] = {"expr": "cost == 'cost/evaluations' ? 1 : 0"}
+    x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
     y_axis = {"title": {"signal": "titles[quality]"}, "gridColor": GRID}
     y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
 
@@ -293,10 +303,10 @@ def _bold_or_faint(bold: float, faint: float) -> Spec:
 
 def _params(front: Front, costs: list[str], qualities: list[str]) -> list[Spec]:
     """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
-    losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
-    shares = [name for name in qualities if is_accuracy(name)]
+    losses = [name for name in qualities if not metric_of(name).higher_is_better]
+    shares = [name for name in qualities if metric_of(name).is_percent]
     first = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
-    titles = {name: metric_title(name) for name in (*costs, *qualities)}
+    titles = {name: metric_of(name).title for name in (*costs, *qualities)}
     menus = [
         {
             "name": name,
@@ -330,9 +340,9 @@ def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
     not known to have.
     """
     full, plain, cost = placed.full, vanilla_of(front.table), placed.axes.cost
-    if full is None or not is_accuracy(placed.axes.quality):
+    if full is None or not placed.axes.quality_metric.is_percent:
         return None
-    if cost == COSTS["evaluations"]:
+    if cost == NFE:
         least: float | None = int(front.table["num_layers"][full["key"]])
     else:
         vanilla = plain.get(full["key"])
@@ -473,17 +483,32 @@ def _tooltip(row: Row) -> dict[str, str]:
     found = {"title": ", ".join(part for part in parts if part)}
     for name in TOOLTIP_METRICS:
         if (value := row.get(name)) is not None:
-            is_share = is_accuracy(name) or name == "cost/relative_flops"
-            error = row.get(f"{name}_stderr")
-            text = format_with_error(value, error, is_percent=True) + "%" if is_share else ""
-            found[metric_title(name)] = text or f"{value:,.4g}"
-    for name in (KEEPS_METRIC, ON_FRONT_METRIC):
+            metric = metric_of(name)
+            if metric.is_percent:
+                error = row.get(f"{name}_stderr")
+                found[metric.title] = format_with_error(value, error, is_percent=True) + "%"
+            else:
+                found[metric.title] = f"{value:,.4g}"
+    for name in (KEEPS_99, ON_FRONT):
         if row.get(name) is not None:
-            found[metric_title(name)] = confidence_text(row[name])
+            found[metric_of(name).title] = confidence_text(row[name])
     return found
 
 
 # Influence, curves and depth
+
+
+def layer_chart(values: Sequence[float]) -> Spec:
+    """Return a bar for the block influence of each layer, the first on top."""
+    rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
+            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
+        },
+    }
 
 
 def influence_chart(
@@ -612,7 +637,7 @@ class DepthPoint:
 
 def depth_chart(points: Sequence[DepthPoint], axes: FrontAxes) -> Spec:
     """Return the chart of quality against cost, a line for each model through its depths."""
-    scale, unit = (100, " (%)") if is_accuracy(axes.quality) else (1, "")
+    scale, unit = (100, " (%)") if axes.quality_metric.is_percent else (1, "")
     values = [
         {
             "model": point.model,
@@ -632,8 +657,8 @@ def depth_chart(points: Sequence[DepthPoint], axes: FrontAxes) -> Spec:
     shape = word("model", scale={"domain": names, "range": shapes}, legend=legend)
     axis = {"grid": False, "tickMinStep": 1}
     wide = {"zero": False, "padding": PADDING_X / 2}
-    x = number("cost", title=metric_title(axes.cost), axis=axis, scale=wide)
-    y = number("value", title=metric_title(axes.quality) + unit, scale={"zero": False})
+    x = number("cost", title=axes.cost_metric.title, axis=axis, scale=wide)
+    y = number("value", title=axes.quality_metric.title + unit, scale={"zero": False})
     bar = {"x": x, "y": number("low"), "y2": {"field": "high"}, "color": color}
     text = {"x": x, "y": y, "text": word("depth"), "color": color}
     place = {"x": x, "y": y, "color": color}

@@ -26,8 +26,8 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
-from orchestrator.reporting.front import COSTS, Front, Row, busy_machine, known
-from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
+from orchestrator.reporting.front import Front, Row, busy_machine, known
+from orchestrator.reporting.results import shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
     Floats,
@@ -39,6 +39,7 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import difference_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
+from orchestrator.terminal.metrics import ACCURACY, DECODE_MS, METRICS, NFE, OVERHEADS
 
 PAPER_OVERHEAD_SHARE, PAPER_KEPT_SHARE = 0.45, 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
@@ -52,8 +53,6 @@ MAX_REASON_LENGTH = 28
 """Of a reason beside a claim that is not measured; the notes have all of them."""
 CLAIMS_TITLE = "The paper's claims"
 NAMES = {DEFAULT_METHOD: "IIET with corrections", BASELINE_METHOD: "vanilla", PCFORMER: "PCformer"}
-ACCURACY, NFE, TIME = "quality/accuracy", COSTS["evaluations"], COSTS["ms"]
-UNITS = {NFE: "NFE", TIME: "ms"}
 
 Verdict = Literal["holds", "does not hold", "not decided", "not measured"]
 VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
@@ -141,9 +140,9 @@ def find_claims(front: Front) -> list[Claim]:
         "iiet_over_vanilla": partial(evidence.iiet_over, BASELINE_METHOD),
         "iiet_over_pcformer": partial(evidence.iiet_over, PCFORMER),
         "saved_overhead_nfe": partial(evidence.saved_overhead, NFE),
-        "saved_overhead_ms": partial(evidence.saved_overhead, TIME),
+        "saved_overhead_ms": partial(evidence.saved_overhead, DECODE_MS),
         "student_over_vanilla_nfe": partial(evidence.student_over_vanilla, NFE),
-        "student_over_vanilla_ms": partial(evidence.student_over_vanilla, TIME),
+        "student_over_vanilla_ms": partial(evidence.student_over_vanilla, DECODE_MS),
         "kept_over_pcformer": evidence.kept_over_pcformer,
     }
     found = []
@@ -184,7 +183,7 @@ class _Evidence:
         return own
 
     def _check_times(self, cost: str) -> None:
-        if cost == TIME and (problem := busy_machine(self._rows)):
+        if cost == DECODE_MS and (problem := busy_machine(self._rows)):
             raise _Missing(problem)
 
     def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
@@ -276,9 +275,9 @@ class _Evidence:
             low=100 * interval.low,
             high=100 * interval.high,
             about=(
-                f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} {UNITS[cost]} "
-                f"beyond vanilla; it keeps {PAPER_KEPT_SHARE:.1%} of the accuracy of "
-                f"{_described(full)} in {confidence:.1%} of the draws"
+                f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} "
+                f"{METRICS[overhead].unit} beyond vanilla; it keeps {PAPER_KEPT_SHARE:.1%} of the "
+                f"accuracy of {_described(full)} in {confidence:.1%} of the draws"
             ),
         )
 
@@ -290,18 +289,20 @@ class _Evidence:
         if (least := known(vanilla, cost)) is None:
             raise _Missing("no time of vanilla on this front")
         own = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
-        bare = [known(row, TIME) for row in own if known(row, OVERHEADS[NFE][0]) == 0]
-        slowness = max((ms / least for ms in bare if ms and cost == TIME), default=0)
+        bare = [known(row, DECODE_MS) for row in own if known(row, OVERHEADS[NFE][0]) == 0]
+        slowness = max((ms / least for ms in bare if ms and cost == DECODE_MS), default=0)
         if slowness > TOO_SMALL:
             raise _Missing(f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token")
         students = [row for row in own if row["key"] in self._teachers]
         near = [row for row in students if row[cost] <= COMPARABLE * least]
         if not near:
-            raise _Missing(f"no student costs at most {COMPARABLE} times vanilla's {UNITS[cost]}")
+            raise _Missing(
+                f"no student costs at most {COMPARABLE} times vanilla's {METRICS[cost].unit}"
+            )
         (choice, places), (judge, _) = (self._scores(*near, vanilla, half=half) for half in (0, 1))
         best = int(np.argmax(choice.observed[places[:-1]]))
         num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
-        time, least_time = known(near[best], TIME), known(vanilla, TIME)
+        time, least_time = known(near[best], DECODE_MS), known(vanilla, DECODE_MS)
         ratio = f" takes {time / least_time:.2f} times its time" if time and least_time else ""
         return claim.judged(
             judge.difference(places[best], places[-1]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import DepthPoint, depth_chart
-from orchestrator.reporting.front import Front, Row, is_accuracy, known, metric_title
+from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.tables import cost_text, quality_text
 from orchestrator.terminal.render import shortest_schedule
@@ -44,13 +44,13 @@ def depth_section(front: Front) -> Section | None:
                 )
             )
             cells.append(TableRow((name, depth, cost_text(row["cost"]), quality_text(front, row))))
-    cost, quality = metric_title(front.axes.cost), metric_title(front.axes.quality)
-    unit = " %" if is_accuracy(front.axes.quality) else ""
+    quality = front.axes.quality_metric
+    unit = " %" if quality.is_percent else ""
     columns = (
         Column("model", is_text=True),
         Column("depth", is_text=True),
-        Column(cost),
-        Column(f"{quality}{unit}"),
+        Column(front.axes.cost_metric.title),
+        Column(f"{quality.title}{unit}"),
     )
     return Section(
         title=DEPTHS_TITLE,

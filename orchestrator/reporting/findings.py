@@ -14,34 +14,17 @@ from statistics import NormalDist
 from typing import Any
 
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
-from orchestrator.reporting.front import (
-    COSTS,
-    QUALITIES,
-    Front,
-    Row,
-    busy_machine,
-    is_accuracy,
-    known,
-    metric_title,
-)
+from orchestrator.reporting.front import Front, Row, busy_machine, known
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     KEPT_SHARE,
-    ON_FRONT_METRIC,
     Interval,
 )
 from orchestrator.reporting.tables import confidence_text, cost_text, quality_text
+from orchestrator.terminal.metrics import DECODE_MS, ON_FRONT, QUALITIES
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 
-COST_NOUNS = {
-    "cost/evaluations": ("evaluations", "NFE"),
-    "cost/flops_per_token": ("FLOPs", ""),
-    "cost/kv_bytes_per_token": ("key/value cache", "bytes"),
-    "cost/decode_ms_per_token": ("decoding time", "ms"),
-    "cost/served_ms_per_token": ("time in the server", "ms"),
-}
-"""Cost -> what it is called in sentences, and its unit."""
 HIGH_CONFIDENCE = 0.95
 
 
@@ -52,7 +35,7 @@ def findings(front: Front) -> list[str]:
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
-    if front.axes.cost == COSTS["ms"] and (problem := busy_machine(front.rows)):
+    if front.axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         return [f"Not measured: {problem}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
@@ -80,8 +63,8 @@ def findings(front: Front) -> list[str]:
 
 def _headline(front: Front, full: Row, kept: Row | None) -> str:
     """Return what a reader should take from the front, in one sentence."""
-    name = metric_title(front.axes.quality).lower()
-    quality = name if is_accuracy(front.axes.quality) else f"quality ({name})"
+    name = front.axes.quality_metric.title.lower()
+    quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
     if kept is not None:
         keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
         said = f"{keeps} {_at_cost(front, kept)}"
@@ -114,11 +97,11 @@ def _share(front: Front, row: Row) -> str:
 def _at_cost(front: Front, row: Row) -> str:
     """Return a cost beside the full model's: `at half of its evaluations (4 of 8 NFE)`."""
     assert front.full is not None
-    noun, unit = COST_NOUNS.get(front.axes.cost, (metric_title(front.axes.cost), ""))
+    metric = front.axes.cost_metric
     part = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
     share = "half" if f"{part:.0%}" == "50%" else f"{part:.0%}"
-    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])} {unit}".rstrip()
-    return f"at {share} of its {noun} ({costs})"
+    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])} {metric.unit}".rstrip()
+    return f"at {share} of its {metric.noun or metric.title} ({costs})"
 
 
 def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
@@ -126,7 +109,7 @@ def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
     said = (
         f"That {kept['label']} keeps {KEPT_SHARE:.0%} has a confidence of {confidence_text(sure)}"
     )
-    if (on_front := known(kept, ON_FRONT_METRIC)) is not None:
+    if (on_front := known(kept, ON_FRONT)) is not None:
         said += f", that it is on the front one of {confidence_text(on_front)}"
     if sure >= HIGH_CONFIDENCE:
         return f"{said}."
@@ -203,7 +186,8 @@ def _difference(front: Front, row: Row, other: Row) -> Interval:
 
 def _size(front: Front, interval: Interval) -> str:
     """Return the size of a difference, a positive number, with its interval."""
-    scale, unit, digits = (100, " points", 1) if is_accuracy(front.axes.quality) else (1, "", 3)
+    is_percent = front.axes.quality_metric.is_percent
+    scale, unit, digits = (100, " points", 1) if is_percent else (1, "", 3)
     # The interval of a negative difference is turned around.
     side = 1 if interval.value >= 0 else -1
     low, high = sorted(side * scale * bound for bound in (interval.low, interval.high))
@@ -227,8 +211,8 @@ def _comparison(front: Front, baseline: Row, choice: Row) -> str:
 
 
 def _quality(front: Front, row: Row) -> str:
-    name = metric_title(front.axes.quality).lower()
-    return f"{name} {quality_text(front, row)}{'%' if is_accuracy(front.axes.quality) else ''}"
+    metric = front.axes.quality_metric
+    return f"{metric.title.lower()} {quality_text(front, row)}{'%' if metric.is_percent else ''}"
 
 
 # Rules that pick a model.

@@ -33,7 +33,6 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
     NUM_RESAMPLES,
-    ON_FRONT_METRIC,
     SHARE_METRIC,
     Interval,
     PairedScores,
@@ -42,54 +41,29 @@ from orchestrator.reporting.statistics import (
     keeps_metric,
     pair_scores,
 )
+from orchestrator.terminal.metrics import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    COSTS,
+    DECODE_MS,
+    DECODE_MS_SPREAD,
+    NFE,
+    ON_FRONT,
+    QUALITIES,
+    SERVED_MS,
+    Metric,
+    metric_of,
+)
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
-COSTS = {
-    "nfe": "cost/evaluations",
-    "evaluations": "cost/evaluations",  # Of one cost, the last name stands in folders' names.
-    "flops": "cost/flops_per_token",
-    "ms": "cost/decode_ms_per_token",
-    "kv": "cost/kv_bytes_per_token",
-    "served_ms": "cost/served_ms_per_token",
-}
-"""Value of the option `--cost` -> tracked name."""
-TIME_SPREAD = "cost/decode_ms_spread"
-"""Half the distance between the quartiles of the time per token."""
 MIN_RIGHT_ANSWERS = 30
 """Of the full model; with fewer, accuracy is not the default quality."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
-QUALITIES = {
-    "accuracy": "quality/accuracy",
-    "bits": "quality/bits_per_byte",
-    "perplexity": "quality/perplexity",
-    "loss": "quality/validation_loss",
-}
-"""Value of the option `--quality` -> tracked name."""
-TITLES = {
-    "cost/evaluations": "NFE per token",
-    "cost/relative_evaluations": "NFE, share of the full model's",
-    "cost/flops_per_token": "FLOPs per token",
-    "cost/relative_flops": "FLOPs per token, share of the full model's",
-    "cost/kv_bytes_per_token": "KV cache, bytes per token",
-    "cost/decode_ms_per_token": "Decoding, ms per token",
-    "cost/served_ms_per_token": "Served, ms per token",
-    "cost/overhead_evaluations": "Overhead: NFE beyond vanilla",
-    "cost/overhead_share": "Overhead in NFE, share of the teacher's",
-    "cost/overhead_ms_per_token": "Overhead: ms per token beyond vanilla",
-    "cost/overhead_ms_share": "Overhead in ms, share of the teacher's",
-    "quality/accuracy": "Accuracy",
-    "quality/bits_per_byte": "Bits per byte",
-    "quality/validation_loss": "Validation loss, nats per token",
-    "quality/perplexity": "Perplexity of a token",
-    "paired/confidence_keeps_99": "Confidence: keeps 99%",
-    "paired/confidence_on_front": "Confidence: on the front",
-}
 
 Row = dict[str, Any]
 """A model: the columns of the table by name."""
@@ -99,32 +73,46 @@ Row = dict[str, Any]
 class FrontAxes:
     """Two metrics of a trial result: its cost and its quality."""
 
-    cost: str = "cost/evaluations"
+    cost: str = NFE
     """Tracked name of the cost; lower is better."""
-    quality: str = QUALITIES["accuracy"]
+    quality: str = ACCURACY
     """Tracked name of the quality."""
     against_accuracy: str = ""
     """Why the default quality is bits per byte; empty if it is the accuracy."""
 
     @property
+    def cost_metric(self) -> Metric:
+        """What the cost is called, and how it is written."""
+        return metric_of(self.cost)
+
+    @property
+    def quality_metric(self) -> Metric:
+        """What the quality is called, and how it is written."""
+        return metric_of(self.quality)
+
+    @property
     def higher_is_better(self) -> bool:
-        """Whether a higher quality is better; losses, recognized by name, are better lower."""
-        return not self.quality.endswith(LOWER_IS_BETTER)
+        """Whether a higher quality is better."""
+        return self.quality_metric.higher_is_better
 
     @property
     def in_words(self) -> str:
         """Both axes, as `accuracy and NFE per token`."""
-        return f"{metric_title(self.quality).lower()} and {metric_title(self.cost)}"
+        return f"{self.quality_metric.title.lower()} and {self.cost_metric.title}"
 
     @property
     def slug(self) -> str:
         """Both option values joined by a dash, for folder names; empty for the default axes."""
-        default_quality = QUALITIES["bits" if self.against_accuracy else "accuracy"]
+        default_quality = BITS_PER_BYTE if self.against_accuracy else ACCURACY
         if (self.cost, self.quality) == (FrontAxes().cost, default_quality):
             return ""
-        options = {tracked: value for value, tracked in (COSTS | QUALITIES).items()}
-        names = (self.quality, self.cost)
-        return "-".join(options.get(n, n.partition("/")[2].replace("/", "-")) for n in names)
+        parts: list[str] = []
+        for metric in (self.quality_metric, self.cost_metric):
+            if metric.options:
+                parts.append(metric.options[-1])
+            else:
+                parts.append(metric.name.partition("/")[2].replace("/", "-"))
+        return "-".join(parts)
 
 
 def parse_axes(
@@ -141,9 +129,11 @@ def parse_axes(
     for option, value, names in (("--cost", cost, COSTS), ("--quality", quality, QUALITIES)):
         if value and value not in names:
             raise UserError(f"{option} is one of {', '.join(names)}; got {value!r}")
-    default_quality = "bits" if against_accuracy else "accuracy"
+    default_quality = BITS_PER_BYTE if against_accuracy else ACCURACY
     return FrontAxes(
-        COSTS[cost or "evaluations"], QUALITIES[quality or default_quality], against_accuracy
+        COSTS[cost] if cost else NFE,
+        QUALITIES[quality] if quality else default_quality,
+        against_accuracy,
     )
 
 
@@ -156,9 +146,9 @@ def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> st
     full = teacher_or_costliest(
         trials,
         role=lambda trial: trial.role,
-        cost=lambda trial: trial.numbers.get(COSTS["nfe"], 0.0),
+        cost=lambda trial: trial.numbers.get(NFE, 0.0),
     )
-    if full is None or any(QUALITIES["bits"] not in trial.numbers for trial in trials):
+    if full is None or any(BITS_PER_BYTE not in trial.numbers for trial in trials):
         return ""
     evaluation = load_item_values(workspace, [full]).get(full.key)
     if evaluation is None or not evaluation.accuracies:
@@ -174,16 +164,6 @@ def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> st
         f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by their "
         f"accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
     )
-
-
-def metric_title(name: str) -> str:
-    """Return the title of a tracked metric; the end of its name where there is no title."""
-    return TITLES.get(name, name.partition("/")[2] or name)
-
-
-def is_accuracy(name: str) -> bool:
-    """Return whether a tracked metric is a share of right answers, which is printed in percent."""
-    return name.endswith(("accuracy", "/acc", "/acc_norm"))
 
 
 @dataclass(frozen=True)
@@ -372,7 +352,7 @@ def busy_machine(rows: Iterable[Row]) -> str | None:
     """Return that times per token decide nothing, because a model's vary too much; None if not."""
     shares = {}
     for row in rows:
-        time, spread = known(row, COSTS["ms"]), known(row, TIME_SPREAD)
+        time, spread = known(row, DECODE_MS), known(row, DECODE_MS_SPREAD)
         if time and spread is not None:
             shares[row["label"]] = spread / time
     label = max(shares, key=lambda name: shares[name], default="")
@@ -492,7 +472,7 @@ def with_confidence(
         goodness = goodness if axes.higher_is_better else -goodness
         shares = front_shares(np.array(list(costs.values())), goodness)
         for key, share in zip(costs, shares, strict=True):
-            columns[key][ON_FRONT_METRIC] = float(share)
+            columns[key][ON_FRONT] = float(share)
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
@@ -540,9 +520,9 @@ def sweep_front(
     front = find_front(table, axes)
     items = load_item_values(workspace, front.seeds)
     notes = item_notes(front.seeds, items)
-    if axes.against_accuracy and axes.quality == QUALITIES["bits"]:
+    if axes.against_accuracy and axes.quality == BITS_PER_BYTE:
         notes.insert(0, axes.against_accuracy)
-    if axes.cost == COSTS["served_ms"]:
+    if axes.cost == SERVED_MS:
         notes.append(
             "No model was measured in a server; `iiet-orch benchmark --serve MODEL...` does that."
             if served is None

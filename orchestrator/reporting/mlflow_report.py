@@ -34,19 +34,25 @@ from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
     ACCURACY_CHARTS,
-    OVERHEADS,
     STUDENT_CHARTS,
     StoredSweep,
 )
 from orchestrator.reporting.sections import bullets
 from orchestrator.reporting.statistics import (
-    KEEPS_METRIC,
     KEPT_SHARE,
-    ON_FRONT_METRIC,
     SUMMARY_METRICS,
 )
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.reporting.tables import interval_rows, models_table
+from orchestrator.terminal.metrics import (
+    BITS_PER_BYTE,
+    DECODE_MS,
+    KEEPS_99,
+    KV_BYTES,
+    ON_FRONT,
+    OVERHEADS,
+    RELATIVE_FLOPS,
+)
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import UserError
@@ -101,8 +107,8 @@ def front_metrics(front: Front) -> dict[str, float]:
         values[f"front/{name}_cost"] = row["cost"]
         values[f"front/{name}_quality"] = row["quality"]
         values[f"front/{name}_share_of_full"] = front.share(row)
-        values[f"front/{name}_confidence_on_front"] = known(row, ON_FRONT_METRIC)
-        values[f"front/{name}_confidence_keeps_99"] = known(row, KEEPS_METRIC)
+        values[f"front/{name}_confidence_on_front"] = known(row, ON_FRONT)
+        values[f"front/{name}_confidence_keeps_99"] = known(row, KEEPS_99)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -287,13 +293,20 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
     num_layers = max((len(row["trial"].schedule or ()) for row in front.rows), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
     measured = {metric for row in front.rows for metric in row["trial"].metrics()}
-    cost, quality = front.axes.cost, front.axes.quality
-    time, bits = "cost/decode_ms_per_token", "quality/bits_per_byte"
-    others = ("cost/relative_flops", time, "cost/kv_bytes_per_token")
-    wanted = dict.fromkeys([cost, quality, f"{quality}_stderr", bits, *others])
-    metrics = [metric for metric in wanted if metric in measured]
+    cost = front.axes.cost
+    quality = front.axes.quality
+    wanted = [
+        cost,
+        quality,
+        f"{quality}_stderr",
+        BITS_PER_BYTE,
+        RELATIVE_FLOPS,
+        DECODE_MS,
+        KV_BYTES,
+    ]
+    metrics = [metric for metric in dict.fromkeys(wanted) if metric in measured]
     scatters = [(cost, quality)]
-    for pair in ((time, quality), (cost, bits)):
+    for pair in ((DECODE_MS, quality), (cost, BITS_PER_BYTE)):
         if set(pair) <= measured and pair not in scatters:
             scatters.append(pair)
     curves = [VALIDATION_METRIC, "train/loss"] if charts else []

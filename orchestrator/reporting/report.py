@@ -15,7 +15,6 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
-    COSTS,
     Front,
     FrontAxes,
     known,
@@ -32,6 +31,7 @@ from orchestrator.reporting.results import (
     suite_notes,
 )
 from orchestrator.reporting.sweep_report import ReportResult, sweeps_text
+from orchestrator.terminal.metrics import DECODE_MS, NUM_PARAMETERS
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import Workspace
@@ -135,7 +135,7 @@ def _report_of_several(
     """Return the report of several sweeps, which is not written yet."""
     notes = list(dict.fromkeys(note for sweep in sweeps for note in sweep.notes))
     notes += suite_notes(sweeps)
-    if front.axes.cost == COSTS["ms"]:
+    if front.axes.cost == DECODE_MS:
         notes.append(MS_NOTE)
     folder_name = "+".join(sweep.name for sweep in sweeps)
     if len(folder_name) > MAX_FOLDER_NAME_LENGTH:
@@ -179,7 +179,7 @@ def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | Non
     if front.full is not None:
         trial = front.full["trial"]
         parts.append(f"{trial.method} {trial.schedule_text}".strip())
-        for name, noun in (("cost/num_parameters", "parameters"), ("train/tokens", "tokens")):
+        for name, noun in ((NUM_PARAMETERS, "parameters"), ("train/tokens", "tokens")):
             if number := known(trial.numbers, name):
                 parts.append(f"{format_parameters(number)} {noun}")
     if times:

@@ -22,6 +22,7 @@ from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
 from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
+from orchestrator.terminal.metrics import NFE, OVERHEADS, SERVED_MS
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -37,12 +38,6 @@ if TYPE_CHECKING:
 
     from iiet.config import ModelConfig
 
-OVERHEADS = {
-    "cost/evaluations": ("cost/overhead_evaluations", "cost/overhead_share"),
-    "cost/decode_ms_per_token": ("cost/overhead_ms_per_token", "cost/overhead_ms_share"),
-}
-"""Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
-teacher's."""
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
 CONTROLS_TITLE = "Controls of a teacher with a source"
@@ -172,7 +167,7 @@ def with_served_times(trials: Iterable[Trial], served: ServedTimes | None) -> li
     timed = []
     for trial in trials:
         time = None if trial.config is None else served.ms_per_token(trial.config)
-        timed.append(trial.with_numbers("cost", {"served_ms_per_token": time}))
+        timed.append(trial.with_numbers("cost", {SERVED_MS.removeprefix("cost/"): time}))
     return timed
 
 
@@ -247,7 +242,7 @@ def with_overhead(table: DataFrame) -> DataFrame:
         if cost not in table:
             continue
         plain = vanilla.map(table[cost])
-        if cost == "cost/evaluations":
+        if cost == NFE:
             plain = table["num_layers"]
         beyond = table[cost] - plain
         of_teacher = teacher.map(beyond)

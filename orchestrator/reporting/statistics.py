@@ -30,6 +30,7 @@ from orchestrator.records.evaluation import (
     TaskResult,
     accuracy_among,
 )
+from orchestrator.terminal.metrics import KEEPS_99, ON_FRONT
 
 NUM_RESAMPLES = 10_000
 INTERVAL_LEVEL = 0.95
@@ -38,11 +39,8 @@ MAX_COUNTS_PER_BLOCK = 2_000_000
 """Bounds the memory of `draw_item_counts`."""
 KEPT_SHARE = 0.99
 """A model keeps the full model's quality if it reaches this share of it."""
-ON_FRONT_METRIC = "paired/confidence_on_front"
 SHARE_METRIC = "paired/share_of_full"
-KEEPS_METRIC = "paired/confidence_keeps_99"
-"""Of `KEPT_SHARE`."""
-SUMMARY_METRICS = (SHARE_METRIC, KEEPS_METRIC, ON_FRONT_METRIC)
+SUMMARY_METRICS = (SHARE_METRIC, KEEPS_99, ON_FRONT)
 """Numbers that a model's run has as metrics; its differences to others are rows of a table."""
 
 Floats = NDArray[np.float64]

@@ -9,29 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import (
-    COSTS,
-    TIME_SPREAD,
-    Front,
-    Row,
-    is_accuracy,
-    known,
-    metric_title,
-)
+from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     KEPT_SHARE,
-    ON_FRONT_METRIC,
     Interval,
 )
-from orchestrator.terminal.render import (
-    format_bytes,
-    format_parameters,
-    format_with_error,
-    scale_and_digits,
+from orchestrator.terminal.metrics import (
+    BITS_PER_BYTE,
+    DECODE_MS,
+    DECODE_MS_SPREAD,
+    KV_BYTES,
+    NFE,
+    NUM_PARAMETERS,
+    ON_FRONT,
+    OVERHEAD_MS,
+    OVERHEAD_NFE,
+    OVERHEAD_NFE_SHARE,
+    RELATIVE_FLOPS,
+    SERVED_MS,
+    metric_of,
 )
+from orchestrator.terminal.render import format_with_error, scale_and_digits
 from orchestrator.workspace.layout import portable_path, workspace_root
 
 if TYPE_CHECKING:
@@ -39,23 +40,17 @@ if TYPE_CHECKING:
 
 NOTABLE_SIZE_RATIO = 1.1
 """The mix of a method adds less than this to a model; otherwise a column shows parameters."""
-SHORT_TITLES = {
-    "quality/accuracy": "accuracy %",
-    "quality/bits_per_byte": "bits/byte",
-    "quality/validation_loss": "loss",
-    "cost/flops_per_token": "FLOPs/token",
+COST_COLUMNS = {
+    NFE: 0,
+    RELATIVE_FLOPS: 4,
+    KV_BYTES: 7,
+    DECODE_MS: 3,
+    SERVED_MS: 8,
+    OVERHEAD_NFE: 14,
+    OVERHEAD_MS: 13,
+    OVERHEAD_NFE_SHARE: 5,
 }
-COST_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
-    COSTS["evaluations"]: ("NFE", 0, "{:g}".format),
-    "cost/relative_flops": ("FLOPs", 4, "{:.0%}".format),
-    COSTS["kv"]: ("KV/token", 7, format_bytes),
-    COSTS["ms"]: ("ms/token", 3, "{:.2f}".format),
-    COSTS["served_ms"]: ("served ms", 8, "{:.2f}".format),
-    "cost/overhead_evaluations": ("+NFE", 14, "{:g}".format),
-    "cost/overhead_ms_per_token": ("+ms", 13, "{:.2f}".format),
-    "cost/overhead_share": ("overhead", 5, "{:.0%}".format),
-}
-"""Tracked name -> title, priority, and how a number is written."""
+"""Costs with a column of their own, in this order -> priority of the column."""
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
     "over the same items; differences of an accuracy are in points. An interval without zero is a "
@@ -65,7 +60,7 @@ TASK_TABLES_NOTE = (
 
 def quality_text(front: Front, row: Row) -> str:
     """Return a quality with its standard error, an accuracy in percent: `44.4 ± 1.2`."""
-    is_percent = is_accuracy(front.axes.quality)
+    is_percent = front.axes.quality_metric.is_percent
     return format_with_error(row["quality"], known(row, "error"), is_percent=is_percent)
 
 
@@ -108,60 +103,64 @@ def models_table(front: Front, title: str = "") -> Table:
 
     The columns of the front's axes are never dropped, and empty ones are left out.
     """
-    quality, cost = front.axes.quality, front.axes.cost
+    axes = front.axes
+    is_percent = axes.quality_metric.is_percent
     full = front.basis.full if front.basis else "full"
     columns: list[tuple[Column, Callable[[Row], str | None]]] = []
 
-    def number(title: str, priority: int, name: str, form: Callable[[float], str]) -> None:
-        column = Column(title, 0 if name in (quality, cost) else priority)
-        columns.append((column, lambda row: None if (v := known(row, name)) is None else form(v)))
+    def add_number(priority: int, name: str) -> None:
+        """Add a column of a metric, the time per token with its spread."""
+
+        def cell(row: Row) -> str | None:
+            number = known(row, name)
+            if number is None:
+                return None
+            spread = known(row, DECODE_MS_SPREAD) if name == DECODE_MS else None
+            return metric.format(number) + ("" if spread is None else f" ± {metric.format(spread)}")
+
+        metric = metric_of(name)
+        is_axis = name in (axes.quality, axes.cost)
+        columns.append((Column(metric.heading, 0 if is_axis else priority), cell))
 
     def threshold(row: Row) -> str:
         # The largest threshold that gives the schedule, which a user would type.
-        shown = str(row["threshold"])
-        return shown if shown.startswith(">") else shown.removeprefix("<=").rpartition(" to ")[2]
+        text = str(row["threshold"])
+        return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
 
-    def time_per_token(row: Row) -> str | None:
-        milliseconds = known(row, COSTS["ms"])
-        if milliseconds is None:
-            return None
-        spread = known(row, TIME_SPREAD)
-        return f"{milliseconds:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-    def kept(row: Row) -> str | None:
+    def share_of_full(row: Row) -> str | None:
         share = front.share(row)
         return None if share is None else f"{share:.1%}"
 
     def difference(row: Row) -> str | None:
-        interval = front.intervals.get((row["key"], quality, full))
-        return difference_text(interval, is_percent=is_accuracy(quality)) if interval else None
+        interval = front.intervals.get((row["key"], axes.quality, full))
+        return difference_text(interval, is_percent=is_percent) if interval else None
 
     def keeps(row: Row) -> str | None:
         return None if row is front.full else confidence_text(front.keeps(row))
+
+    def is_on_front(row: Row) -> str:
+        return confidence_text(known(row, ON_FRONT))
 
     columns.append((Column("schedule", is_text=True), lambda row: row["label"]))
     if front.sweeps:
         columns.append((Column("sweep", is_text=True), lambda row: row["sweep"]))
     columns.append((Column("threshold", 9), threshold))
-    if cost not in COST_COLUMNS:
-        number(SHORT_TITLES.get(cost, metric_title(cost)), 0, cost, "{:.4g}".format)
-    for name, (head, priority, form) in COST_COLUMNS.items():
-        if name == COSTS["ms"]:
-            columns.append((Column(head, 0 if name == cost else priority), time_per_token))
-        else:
-            number(head, priority, name, form)
+    if axes.cost not in COST_COLUMNS:
+        add_number(0, axes.cost)
+    for name, priority in COST_COLUMNS.items():
+        add_number(priority, name)
     if len({row["num_layers"] for row in front.rows}) > 1:
         columns.append((Column("layers", 4), lambda row: str(row["num_layers"])))
-    counts = [count for row in front.rows if (count := known(row, "cost/num_parameters"))]
+    counts = [count for row in front.rows if (count := known(row, NUM_PARAMETERS))]
     if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
-        number("parameters", 4, "cost/num_parameters", format_parameters)
-    heading = SHORT_TITLES.get(quality, metric_title(quality))
-    columns.append((Column(heading), lambda row: quality_text(front, row)))
-    if quality != "quality/bits_per_byte":
-        number("bits/byte", 5, "quality/bits_per_byte", "{:.3f}".format)
-    columns += [(Column("of full", 2), kept), (Column(f"vs {full}", 6), difference)]
+        add_number(4, NUM_PARAMETERS)
+    columns.append((Column(axes.quality_metric.heading), lambda row: quality_text(front, row)))
+    if axes.quality != BITS_PER_BYTE:
+        add_number(5, BITS_PER_BYTE)
+    columns.append((Column("of full", 2), share_of_full))
+    columns.append((Column(f"vs {full}", 6), difference))
     columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
-    number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
+    columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))
 
     cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]
@@ -177,8 +176,9 @@ def task_tables(front: Front) -> list[Table]:
     """Return the table of the average, then of every task; none without values of single items."""
     if front.basis is None:
         return []
-    quality, metrics = front.axes.quality, front.basis.metrics
-    average = _task_table(front, quality, metric_title(quality), is_percent=is_accuracy(quality))
+    metrics = front.basis.metrics
+    quality = front.axes.quality_metric
+    average = _task_table(front, quality.name, quality.title, is_percent=quality.is_percent)
     if len(metrics) == 1 and average.rows:
         return [average]
     tables = [average]

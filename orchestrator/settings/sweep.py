@@ -17,6 +17,7 @@ from orchestrator.settings.training import (
     MAX_STEPS,
     METHOD,
 )
+from orchestrator.terminal.metrics import BudgetUnit
 from orchestrator.workspace.errors import quoted
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class SweepSettings(Section):
     budgets: tuple[StrictFloat, ...] = ()
     """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
     budget_unit: Annotated[
-        Literal["nfe", "evaluations", "flops", "kv"],
+        BudgetUnit,
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),

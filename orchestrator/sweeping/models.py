@@ -37,6 +37,7 @@ from orchestrator.settings import (
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
+from orchestrator.terminal.metrics import COSTS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, join_names
 from orchestrator.training.job import sequences_per_step
@@ -364,7 +365,7 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
     @lru_cache
     def counted(schedule: IterationSchedule) -> float:
         cost = inference_cost(replace(full, schedule=schedule))
-        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
+        return float(getattr(cost, METRICS[COSTS[unit]].counted_as))
 
     return counted
 

@@ -50,6 +50,7 @@ from orchestrator.sweeping.models import (
 )
 from orchestrator.sweeping.states import TrialState
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
+from orchestrator.terminal.metrics import METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import job_key, pretraining_job
@@ -396,12 +397,9 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
 def cost_numbers(cost: InferenceCost) -> dict[str, float]:
     """Return the numbers of a cost that are tracked, by name."""
     return {
-        "evaluations": cost.evaluations_per_token,
-        "flops_per_token": cost.decode_flops_per_token,
-        "prefill_flops_per_token": cost.prefill_flops_per_token,
-        "kv_bytes_per_token": cost.kv_bytes_per_token,
-        "weight_bytes_per_token": cost.weight_bytes_per_token,
-        "num_parameters": cost.num_parameters,
+        name.removeprefix("cost/"): getattr(cost, metric.counted_as)
+        for name, metric in METRICS.items()
+        if metric.counted_as
     }
 
 

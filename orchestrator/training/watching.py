@@ -40,6 +40,7 @@ from orchestrator.records.training import (
 from orchestrator.records.training_state import Training
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
+from orchestrator.terminal.metrics import PERPLEXITY, VALIDATION_LOSS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
@@ -302,7 +303,7 @@ class RunMonitor:
             self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
         elif name == "compiled":
             self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
-        elif name in ("damaged", "not copied", "not profiled", "not compiled"):
+        elif name in ("damaged", "not copied", "not profiled", "not compiled", "smaller passes"):
             self._progress.note(event["text"])
         elif name == "skipped":
             self._progress.note(
@@ -409,7 +410,7 @@ def trial_model(trial: Trial) -> TrackedModel | None:
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}
     for name in trial.metrics():
-        is_loss = name in ("quality/validation_loss", "quality/perplexity")
+        is_loss = name in (VALIDATION_LOSS, PERPLEXITY)
         datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
     seed = trial.job.recipe.seed if trial.job else trial.seed
     return tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)

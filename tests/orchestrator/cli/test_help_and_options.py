@@ -15,13 +15,13 @@ from typer.main import get_command
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.cli.command import Group
-from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
     SearchSettings,
     Section,
     Settings,
     SweepSettings,
 )
+from orchestrator.terminal.metrics import COSTS, METRICS, QUALITIES
 from orchestrator.workspace.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_the_list_of_commands_begins_with_quickstart(capsys):
     panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
     assert panels == ["Options", *get_args(Group)]
     assert printed.index("quickstart") < printed.index("pretrain") < printed.index("clean")
-    assert len({names[0] for names in COMMANDS}) == 20
+    assert len({names[0] for names in COMMANDS}) == 21
 
 
 @pytest.fixture
@@ -106,7 +106,10 @@ def test_options_change_their_settings(asked, tmp_path):
     objectives = {f"quality/{name}" for name in allowed(SearchSettings, "objective")}
     assert objectives < set(QUALITIES.values())
     assert asked("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"
-    assert set(allowed(SweepSettings, "budget_unit")) < set(COSTS)
+    for unit in allowed(SweepSettings, "budget_unit"):
+        assert METRICS[COSTS[unit]].counted_as, (
+            "schedules are compared before any model is measured"
+        )
     for unit in ("nfe", "evaluations"):
         sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", unit, *where).sweep
         assert sweep.budget_unit == "evaluations"

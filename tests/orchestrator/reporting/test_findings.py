@@ -15,10 +15,10 @@ from orchestrator.reporting.findings import (
     findings,
     pick_from_front,
 )
-from orchestrator.reporting.front import COSTS, Front, FrontAxes, with_confidence
+from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
-from orchestrator.reporting.statistics import KEEPS_METRIC
 from orchestrator.reporting.tables import models_table
+from orchestrator.terminal.metrics import DECODE_MS, KEEPS_99
 from orchestrator.workspace.errors import UserError
 
 
@@ -34,7 +34,7 @@ def with_accuracy(result: Trial, accuracy: float) -> Trial:
 def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
     sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
-    return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
+    return replace(front, table=front.table.assign(**{KEEPS_99: sure}))
 
 
 def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
@@ -47,7 +47,7 @@ def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
 
 
 def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
-    axes = FrontAxes(cost=COSTS["ms"])
+    axes = FrontAxes(cost=DECODE_MS)
     assert "decoding time" in findings(sample_front(sample_results, axes))[0]
     busy = [*sample_results[:-1], sample_results[-1].with_numbers("cost", {"decode_ms_spread": 1})]
     [sentence] = findings(sample_front(busy, axes))

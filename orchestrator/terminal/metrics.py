@@ -1,0 +1,237 @@
+"""The metrics of a model: what each is called, how it is written, and which way is better.
+
+Options, tables, charts, sentences and MLflow's pages all read `METRICS`. A metric of a single task,
+such as `quality/lastword/acc`, is not in it: `metric_of` tells what it is from the end of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.terminal.render import format_bytes, format_parameters
+
+CostName = Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"]
+"""Values of the option `--cost`; a test compares them with the table."""
+QualityName = Literal["accuracy", "bits", "perplexity", "loss"]
+"""Values of the option `--quality`."""
+BudgetUnit = Literal["nfe", "evaluations", "flops", "kv"]
+"""The costs that follow from a model's shape and schedule."""
+
+NFE = "cost/evaluations"
+RELATIVE_NFE = "cost/relative_evaluations"
+FLOPS = "cost/flops_per_token"
+RELATIVE_FLOPS = "cost/relative_flops"
+DECODE_MS = "cost/decode_ms_per_token"
+DECODE_MS_SPREAD = "cost/decode_ms_spread"
+KV_BYTES = "cost/kv_bytes_per_token"
+SERVED_MS = "cost/served_ms_per_token"
+NUM_PARAMETERS = "cost/num_parameters"
+OVERHEAD_NFE = "cost/overhead_evaluations"
+OVERHEAD_NFE_SHARE = "cost/overhead_share"
+OVERHEAD_MS = "cost/overhead_ms_per_token"
+OVERHEAD_MS_SHARE = "cost/overhead_ms_share"
+ACCURACY = "quality/accuracy"
+BITS_PER_BYTE = "quality/bits_per_byte"
+VALIDATION_LOSS = "quality/validation_loss"
+PERPLEXITY = "quality/perplexity"
+KEEPS_99 = "paired/confidence_keeps_99"
+ON_FRONT = "paired/confidence_on_front"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that is known of a model."""
+
+    name: str
+    """Tracked name, in files and in MLflow."""
+    options: tuple[CostName | QualityName, ...] = ()
+    """Values of `--cost` or `--quality` that mean it; the last one stands in folders' names."""
+    title: str
+    """Title of an axis."""
+    column: str = ""
+    """Heading of a column; the title if it is empty."""
+    noun: str = ""
+    """What a sentence calls it, as in `at half of its evaluations`; the title if it is empty."""
+    unit: str = ""
+    """What stands behind its number in a sentence."""
+    format: Callable[[float], str] = "{:.4g}".format
+    """Writes its number in a table."""
+    is_percent: bool = False
+    """Whether it is a share, which is written in percent."""
+    higher_is_better: bool = False
+    counted_as: str = ""
+    """Field of `iiet.cost.InferenceCost` that it is; empty if it does not follow from the shape."""
+
+    @property
+    def heading(self) -> str:
+        """Heading of its column in a table."""
+        return self.column or self.title
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name=NFE,
+            options=("nfe", "evaluations"),
+            title="NFE per token",
+            column="NFE",
+            noun="evaluations",
+            unit="NFE",
+            format="{:g}".format,
+            counted_as="evaluations_per_token",
+        ),
+        Metric(name=RELATIVE_NFE, title="NFE, share of the full model's", is_percent=True),
+        Metric(
+            name=FLOPS,
+            options=("flops",),
+            title="FLOPs per token",
+            column="FLOPs/token",
+            noun="FLOPs",
+            counted_as="decode_flops_per_token",
+        ),
+        Metric(
+            name=RELATIVE_FLOPS,
+            title="FLOPs per token, share of the full model's",
+            column="FLOPs",
+            format="{:.0%}".format,
+            is_percent=True,
+        ),
+        Metric(
+            name="cost/prefill_flops_per_token",
+            title="FLOPs per token of a prompt",
+            counted_as="prefill_flops_per_token",
+        ),
+        Metric(
+            name=DECODE_MS,
+            options=("ms",),
+            title="Decoding, ms per token",
+            column="ms/token",
+            noun="decoding time",
+            unit="ms",
+            format="{:.2f}".format,
+        ),
+        Metric(
+            name=KV_BYTES,
+            options=("kv",),
+            title="KV cache, bytes per token",
+            column="KV/token",
+            noun="key/value cache",
+            unit="bytes",
+            format=format_bytes,
+            counted_as="kv_bytes_per_token",
+        ),
+        Metric(
+            name="cost/weight_bytes_per_token",
+            title="Weights read, bytes per token",
+            format=format_bytes,
+            counted_as="weight_bytes_per_token",
+        ),
+        Metric(
+            name=NUM_PARAMETERS,
+            title="Parameters",
+            column="parameters",
+            format=format_parameters,
+            counted_as="num_parameters",
+        ),
+        Metric(
+            name=SERVED_MS,
+            options=("served_ms",),
+            title="Served, ms per token",
+            column="served ms",
+            noun="time in the server",
+            unit="ms",
+            format="{:.2f}".format,
+        ),
+        Metric(
+            name=OVERHEAD_NFE,
+            title="Overhead: NFE beyond vanilla",
+            column="+NFE",
+            unit="NFE",
+            format="{:g}".format,
+        ),
+        Metric(
+            name=OVERHEAD_NFE_SHARE,
+            title="Overhead in NFE, share of the teacher's",
+            column="overhead",
+            format="{:.0%}".format,
+            is_percent=True,
+        ),
+        Metric(
+            name=OVERHEAD_MS,
+            title="Overhead: ms per token beyond vanilla",
+            column="+ms",
+            unit="ms",
+            format="{:.2f}".format,
+        ),
+        Metric(
+            name=OVERHEAD_MS_SHARE,
+            title="Overhead in ms, share of the teacher's",
+            format="{:.0%}".format,
+            is_percent=True,
+        ),
+        Metric(
+            name=ACCURACY,
+            options=("accuracy",),
+            title="Accuracy",
+            column="accuracy %",
+            is_percent=True,
+            higher_is_better=True,
+        ),
+        Metric(
+            name=BITS_PER_BYTE,
+            options=("bits",),
+            title="Bits per byte",
+            column="bits/byte",
+            format="{:.3f}".format,
+        ),
+        Metric(name=PERPLEXITY, options=("perplexity",), title="Perplexity of a token"),
+        Metric(
+            name=VALIDATION_LOSS,
+            options=("loss",),
+            title="Validation loss, nats per token",
+            column="loss",
+        ),
+        Metric(name=KEEPS_99, title="Confidence: keeps 99%", higher_is_better=True),
+        Metric(name=ON_FRONT, title="Confidence: on the front", higher_is_better=True),
+    )
+}
+"""Tracked name -> metric."""
+
+
+def _by_option(group: str) -> dict[str, str]:
+    return {
+        option: name
+        for name, metric in METRICS.items()
+        if name.startswith(group)
+        for option in metric.options
+    }
+
+
+COSTS = _by_option("cost/")
+"""Value of the option `--cost` -> tracked name."""
+QUALITIES = _by_option("quality/")
+"""Value of the option `--quality` -> tracked name."""
+OVERHEADS = {
+    NFE: (OVERHEAD_NFE, OVERHEAD_NFE_SHARE),
+    DECODE_MS: (OVERHEAD_MS, OVERHEAD_MS_SHARE),
+}
+"""Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
+teacher's."""
+
+_ENDS_OF_SHARES = ("accuracy", "/acc", "/acc_norm")
+_ENDS_OF_LOSSES = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
+
+
+def metric_of(name: str) -> Metric:
+    """Return the metric of a tracked name; that of a single task by the end of its name."""
+    if name in METRICS:
+        return METRICS[name]
+    return Metric(
+        name=name,
+        title=name.partition("/")[2] or name,
+        is_percent=name.endswith(_ENDS_OF_SHARES),
+        higher_is_better=not name.endswith(_ENDS_OF_LOSSES),
+    )
