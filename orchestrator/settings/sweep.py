@@ -127,8 +127,9 @@ class SweepSettings(Section):
     """What a teacher with a source is compared with. `source`: that model as it was.
     `source_continued`: that model, trained on as it is until its training FLOPs equal the
     teacher's, on the same data in the same order, in the same layers, with the same
-    `source_kl_weight`; its learning rate is the better of the teacher's and twice that, by the
-    validation loss after as many tokens as the teacher's. `scratch` and `scratch_with_source`: the
+    `source_kl_weight`; its learning rate is the better of two by the validation loss after as many
+    tokens as the teacher's: the teacher's rate, and that of the source's own training, or twice the
+    teacher's if that is the same or not known. `scratch` and `scratch_with_source`: the
     teacher's model from random weights, at the teacher's training FLOPs, and at those of source and
     teacher together."""
     baseline_runs: tuple[str, ...] = ()

@@ -39,8 +39,9 @@ SCRATCH_WITH_SOURCE = "scratch_with_source"
 EQUAL_TOKENS = f"{SOURCE_CONTINUED}, equal tokens"
 """Name of the source that was trained on for as many tokens as the teacher."""
 OTHER_RATE_FACTOR = 2.0
-"""The second learning rate is this many times the teacher's: on text and on depth tasks, the best
-peak rate of a plain model was once to twice that of an IIET of its sizes."""
+"""The second learning rate is this many times the teacher's, where the source's own training says
+none: on text and on depth tasks, the best peak rate of a plain model was once to twice that of an
+IIET of its sizes."""
 
 
 def source_settings(settings: Settings) -> Settings:
@@ -90,10 +91,13 @@ class Retrofit:
         if SOURCE_CONTINUED not in self.controls:
             return {}
         rate = self.teacher.recipe.learning_rate
+        other_rate = self.source.learning_rate
+        if other_rate in (None, rate):
+            other_rate = OTHER_RATE_FACTOR * rate
         num_steps = self.teacher.recipe.num_steps
         return {
             f"{EQUAL_TOKENS}, rate {each:g}": self._continued(each, num_steps)
-            for each in (rate, OTHER_RATE_FACTOR * rate)
+            for each in (rate, other_rate)
         }
 
     @cached_property

@@ -142,6 +142,9 @@ def test_its_rate_is_the_better_of_two(make, monkeypatch, losses, factor):
     retrofit = make(learning_rate=1e-3)
     rates = [job.recipe.learning_rate for job in retrofit.candidates.values()]
     assert rates == [1e-3, 2e-3]
+    for own_rate, other in ((1e-3, 2e-3), (5e-4, 5e-4)):
+        known = replace(retrofit, source=replace(retrofit.source, learning_rate=own_rate))
+        assert [job.recipe.learning_rate for job in known.candidates.values()] == [1e-3, other]
     folders = [job.run_folder for job in retrofit.candidates.values()]
     by_folder = dict(zip(folders, losses, strict=True))
     monkeypatch.setattr(
