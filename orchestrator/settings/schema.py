@@ -83,8 +83,8 @@ class Settings(Section):
     @property
     def trials_use_gpus(self) -> bool:
         """Whether a sweep's trials run on GPUs (default: as `cluster.num_gpus` says)."""
-        own = self.sweep.gpus_per_trial
-        return (self.cluster.num_gpus if own is None else own) > 0
+        gpus_per_trial = self.sweep.gpus_per_trial
+        return (self.cluster.num_gpus if gpus_per_trial is None else gpus_per_trial) > 0
 
 
 def fields_of(location: list[str]) -> dict[str, FieldInfo]:
@@ -94,10 +94,10 @@ def fields_of(location: list[str]) -> dict[str, FieldInfo]:
         field = section.model_fields.get(name)
         # A section that may be left out is one of two types.
         types = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-        if not found:
+        sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if not sections:
             return {}
-        section = found[0]
+        section = sections[0]
     return section.model_fields
 
 
@@ -129,7 +129,9 @@ def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
 
 
 def _of_data_and_devices(settings: Settings) -> Iterator[str]:
-    data, cluster, sweep = settings.data, settings.cluster, settings.sweep
+    data = settings.data
+    cluster = settings.cluster
+    sweep = settings.sweep
     is_mixture = data.source == "mixture"
     read = data.shares if is_mixture else {data.source}
     if is_mixture != bool(data.shares):
@@ -173,7 +175,8 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
         yield "distillation.training.source_kl_weight: a student has distillation.kl_weight"
     if distillation.training.trained_layers != "all":
         yield "distillation.training.trained_layers: all weights of a student are trained"
-    first, until = distillation.teacher_from_step, distillation.teacher_until_step
+    first = distillation.teacher_from_step
+    until = distillation.teacher_until_step
     if until is not None and until <= first:
         yield (
             "distillation.teacher_from_step, distillation.teacher_until_step: the teacher takes "
@@ -188,7 +191,8 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "distillation.control=cross_entropy"
         )
     for name in ("kl_weight", "temperature"):
-        elastic, usual = distillation.training.elastic, ElasticSettings()
+        elastic = distillation.training.elastic
+        usual = ElasticSettings()
         if elastic and getattr(elastic, name) != getattr(usual, name):
             yield (
                 f"distillation.training.elastic.{name}: in a distillation, members learn from the "
@@ -212,7 +216,8 @@ def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterato
 
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
-    sweep, kind = settings.sweep, settings.sweep.kind
+    sweep = settings.sweep
+    kind = settings.sweep.kind
     if settings.has_source:
         name = "training.source" if settings.training.source is not None else "source_training"
         if kind == "iterations":
@@ -254,7 +259,8 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
-    sweep, elastic = settings.sweep, settings.distillation.training.elastic
+    sweep = settings.sweep
+    elastic = settings.distillation.training.elastic
     if not sweep.elastic:
         if elastic and sweep.kind != "iterations":
             names = "sweep.elastic, distillation.training.elastic"
@@ -263,6 +269,6 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
     if settings.distillation.control != "distill":
         yield "sweep.elastic, distillation.control: a control is about students of one schedule"
     if elastic and (elastic.schedules or not elastic.weight):
-        given = "schedules" if elastic.schedules else "weight"
-        names = f"sweep.elastic, distillation.training.elastic.{given}"
+        setting = "schedules" if elastic.schedules else "weight"
+        names = f"sweep.elastic, distillation.training.elastic.{setting}"
         yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"
