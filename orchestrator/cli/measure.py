@@ -267,13 +267,13 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     Raises:
         UserError: If one is not such a number; names the option.
     """
-    found = split_list(text)
-    if not all(isinstance(number, int) and 1 <= number <= MAX_COUNT for number in found):
+    numbers = split_list(text)
+    if not all(isinstance(number, int) and 1 <= number <= MAX_COUNT for number in numbers):
         raise UserError(
             f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
             f"{quoted(text)}"
         )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(numbers))
 
 
 @Command("report", group="See results", workspace="read")

@@ -95,9 +95,11 @@ def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
     Raises:
         UserError: If this machine does not have that device.
     """
-    device, needs_gpu = cluster.device, cluster.num_gpus > 0
+    device = cluster.device
+    needs_gpu = cluster.num_gpus > 0
     if device == "cuda" and (needs_gpu or cluster.ray_address != LOCAL):
-        device, needs_gpu = None, True
+        device = None
+        needs_gpu = True
     if device is None:
         return partial(_run_on_best, cluster=cluster, folder=folder, needs_gpu=needs_gpu)
     check_device(device)

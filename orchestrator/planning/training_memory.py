@@ -35,7 +35,8 @@ _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
-_LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
+_LOGITS_AT_ONCE = 3
+_LOGITS_WITH_TEACHER = 6
 
 
 def training_memory(
@@ -76,7 +77,8 @@ def training_memory(
     parameters = num_parameters(config)
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
-    weights, gradients = shard, int(shard * trained_share)
+    weights = shard
+    gradients = int(shard * trained_share)
     if num_shards > 1:
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
@@ -125,7 +127,8 @@ def _peak_bytes(
     whether the loss compares two distributions.
     """
     method = facts_of(config.method)
-    state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
+    state = config.dim * _FULL
+    num_runs = method.num_runs(config.corrections)
     # A layer before the first trained one keeps nothing.
     of_layers = [
         _layer_bytes(config, layer, width, forms, is_frozen=not part.has_field[layer])
@@ -134,7 +137,7 @@ def _peak_bytes(
         for layer in range(config.num_layers)
     ]
     # What layers leave for later ones, and as much for its gradient while they go backward.
-    left = method.num_left * config.num_layers * state
+    left_for_later = method.num_left * config.num_layers * state
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
     # of a chunk.
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
@@ -147,12 +150,12 @@ def _peak_bytes(
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
         # Of a layer, its input stays.
-        kept = num_runs * (config.num_layers - part.first_layer) * state + left
-        field += max(of_layers) // num_runs - state + left
+        kept = num_runs * (config.num_layers - part.first_layer) * state + left_for_later
+        field += max(of_layers) // num_runs - state + left_for_later
     else:
-        kept = sum(of_layers) + left
+        kept = sum(of_layers) + left_for_later
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
-        field += max(0, left - of_layers[-1])
+        field += max(0, left_for_later - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim if any(part.has_field) else 0
     if part.has_ends:
@@ -167,8 +170,9 @@ def _peak_bytes(
 def _layer_bytes(
     config: ModelConfig, layer: int, width: int, forms: Forms, *, is_frozen: bool
 ) -> int:
-    dim, counts = config.dim, layer_counts(config, layer)
+    dim = config.dim
     ffn_dim = config.ffn_dim
+    counts = layer_counts(config, layer)
     q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
     # All keep the point, and queries, keys, values, attention's output, gate and up in the

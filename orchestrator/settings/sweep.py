@@ -40,10 +40,10 @@ def split_count(name: str) -> tuple[str, str | None]:
     Raises:
         ValueError: If it names no method.
     """
-    found = _MODEL_WITH_COUNT.fullmatch(name)
-    if not found:
+    match = _MODEL_WITH_COUNT.fullmatch(name)
+    if not match:
         return METHOD.checked(name), None
-    return METHOD.checked(found["method"] or DEFAULT_METHOD), found["count"] or found["level"]
+    return METHOD.checked(match["method"] or DEFAULT_METHOD), match["count"] or match["level"]
 
 
 def has_layers(name: str) -> bool:

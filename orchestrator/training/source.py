@@ -63,7 +63,8 @@ class Source:
                 do not fit.
         """
         self._check_sizes(settings)
-        config, method = self.config, settings.method
+        config = self.config
+        method = settings.method
         options = settings.method_options
         has_corrections = facts_of(method).has_corrections
         schedule = settings.corrections if has_corrections else 0
@@ -148,7 +149,8 @@ def follow_source(
         UserError: If the settings name another tokenizer.
     """
     defaults: dict[str, Any] = {}
-    recipe, data = settings.training, settings.data
+    recipe = settings.training
+    data = settings.data
     rate = source.learning_rate or IMPORTED_LEARNING_RATE
     if "learning_rate" not in recipe.model_fields_set and rate != recipe.learning_rate:
         defaults["training.learning_rate"] = rate
