@@ -27,6 +27,7 @@ from orchestrator.pipelines import (
     doctor,
     evaluating,
     influence,
+    inspecting,
     loops,
     models,
     reports,
@@ -62,6 +63,7 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "doctor": {"": doctor.Findings},
     "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
     "distill": {"": training.StudentsResult},
+    "inspect": {"": inspecting.InspectedModel},
     "influence": {
         "": influence.InfluenceResult,
         "--dry-run": influence.InfluencePlan,

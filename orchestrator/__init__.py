@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.pipelines.generating import generate, generate_stream
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
+    from orchestrator.pipelines.inspecting import InspectedModel, inspect_model
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.reports import ClaimsResult, claims, report
     from orchestrator.pipelines.serving import ServingResult, measure_serving
@@ -57,6 +58,7 @@ _MODULES = {
     "pipelines.evaluating": "EvaluatePlan ModelEvaluations evaluate plan_evaluate",
     "pipelines.generating": "generate generate_stream",
     "pipelines.influence": "InfluenceResult measure_influence",
+    "pipelines.inspecting": "InspectedModel inspect_model",
     "pipelines.models": "PickResult export import_model pick plan_pick",
     "pipelines.reports": "ClaimsResult claims report",
     "pipelines.serving": "ServingResult measure_serving",
@@ -78,13 +80,13 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BenchmarkResult", "ClaimsResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
-    "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult", "PretrainResult",
-    "Progress", "ReportResult", "RunFailed", "ServingResult", "Settings", "SweepPlan",
-    "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark", "claims",
-    "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
-    "measure_influence", "measure_serving", "pick", "plan_distill", "plan_evaluate", "plan_pick",
-    "plan_pretrain", "plan_sweep", "prepare", "pretrain", "read_settings", "report",
-    "schedule_of_trial", "sweep", "sync", "terminal_progress",
+    "InspectedModel", "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult",
+    "PretrainResult", "Progress", "ReportResult", "RunFailed", "ServingResult", "Settings",
+    "SweepPlan", "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark",
+    "claims", "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
+    "inspect_model", "measure_influence", "measure_serving", "pick", "plan_distill",
+    "plan_evaluate", "plan_pick", "plan_pretrain", "plan_sweep", "prepare", "pretrain",
+    "read_settings", "report", "schedule_of_trial", "sweep", "sync", "terminal_progress",
 ]  # fmt: skip
 """All of them, as type checkers need to read it."""
 

@@ -15,6 +15,7 @@ from iiet.distillation import Model
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import Position
+from orchestrator.training.devices import Copies
 from orchestrator.training.objective import Objective
 from orchestrator.training.trainer import Trainer
 from orchestrator.training.world import World
@@ -47,6 +48,10 @@ class BareTrainer(Trainer):
         self.objective, self.recipe, self.drawn_at = objective, recipe, lambda _: tuple(members)
         self.teacher, self.distillation = teacher, distillation
         self.world, self.position = world or World(), Position(step=step)
+        self.copies = Copies(decoder, self.world)
+        self.schedule_at = lambda _: decoder.schedule
+        self.members_at = self.drawn_at
+        self.sequences_per_pass = recipe.num_sequences_per_pass
         self.batch, self.profiler = batch, None
         self.writer: Any = SimpleNamespace(save=lambda *_: None)
         self.meter: Any = SimpleNamespace(measure=lambda _: {})

@@ -85,7 +85,8 @@ def exit_code_of(error: BaseException) -> int:
         is_mistake = isinstance(error, UserError) and not isinstance(error, DamagedFile)
         code = 2 if is_mistake else 1
     elif isinstance(error, OSError) and (of_path := path_error_message(error)):
-        code, sentence = 2, of_path
+        code = 2
+        sentence = of_path
     else:
         raise error
     # File names may hold bytes that are not text; those are printed as escapes.

@@ -202,8 +202,8 @@ def _options_of_all(
 
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
-    own = inspect.cleandoc(function.__doc__ or "").partition("\n\nKeys:\n")[0]
-    text, _, arguments = own.partition("\n\nArgs:\n")
+    description = inspect.cleandoc(function.__doc__ or "").partition("\n\nKeys:\n")[0]
+    text, _, arguments = description.partition("\n\nArgs:\n")
     parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
     return text, {
         name: " ".join(t.split()) for name, t in zip(parts[::2], parts[1::2], strict=True)
@@ -227,13 +227,14 @@ def _field(key: str) -> Any:
 
 
 def _of_setting(flags: str, key: str) -> inspect.Parameter:
-    found = _field(key)
-    kind = _plain_type(found.annotation)
-    limits = found.metadata if kind is int else ()
+    field = _field(key)
+    kind = _plain_type(field.annotation)
+    limits = field.metadata if kind is int else ()
     info = typer.Option(*flags.split(","), show_default=False)
     if kind is tuple:
-        kind, info.metavar = str, "A,B,..."
-    text = " ".join((found.description or "").split())
+        kind = str
+        info.metavar = "A,B,..."
+    text = " ".join((field.description or "").split())
     return _parameter(_name(flags), None, kind | None, text, info, *limits)
 
 
@@ -265,7 +266,8 @@ def _parameter(
 
 def _plain_type(annotation: Any) -> Any:
     """Return the type of an option: a choice, bool, int, float, list, tuple or str."""
-    origin, kinds = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    kinds = get_args(annotation)
     if origin is Annotated:
         return _plain_type(kinds[0])
     if origin in (Literal, tuple, list):

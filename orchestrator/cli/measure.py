@@ -11,12 +11,14 @@ from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
     NOTHING_IS_TRAINED,
+    ONLY_SWEEPS,
     CostOption,
     ModelsArgument,
     QualityOption,
     SchedulesOption,
     TeacherArgument,
     TrustOption,
+    complete_models,
     complete_sweeps,
     one_schedule,
     split_list,
@@ -38,6 +40,51 @@ TASKS = {
 SweepsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
 ]
+
+
+@Command(
+    "inspect",
+    group="Measure",
+    options={"--metric": "influence.metric"},
+    config="option",
+    unread={
+        "evaluation": "`iiet-orch evaluate` reads it",
+        "distillation": "nothing is distilled",
+        **ONLY_SWEEPS,
+    },
+    workspace="read",
+)
+def inspect(
+    call: Call,
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Checkpoint, run, trial or model folder, by path or name, or hub:OWNER/NAME; by "
+            "default the newest of finished runs and what `pick` chose last.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    schedule: SchedulesOption = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+) -> Result:
+    """Say what a model is: type, sizes, FLOPs, cache, how much each layer matters, and what
+    `pretrain --from` would take here. The model does not run.
+
+    Example: iiet-orch inspect my-model
+
+    Args:
+        schedule: Another iteration schedule, or depth of a looped model of another project.
+        page: Write the same as an HTML page.
+    """
+    from orchestrator.pipelines.inspecting import inspect_model
+    from orchestrator.workspace.files import write_text
+
+    inspected = inspect_model(
+        call.settings, model=model, schedule=one_schedule(schedule), **call.common
+    )
+    if page:
+        write_text(page, inspected.page())
+    return inspected
 
 
 @Command(
@@ -220,13 +267,13 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     Raises:
         UserError: If one is not such a number; names the option.
     """
-    found = split_list(text)
-    if not all(isinstance(number, int) and 1 <= number <= MAX_COUNT for number in found):
+    numbers = split_list(text)
+    if not all(isinstance(number, int) and 1 <= number <= MAX_COUNT for number in numbers):
         raise UserError(
             f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
             f"{quoted(text)}"
         )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(numbers))
 
 
 @Command("report", group="See results", workspace="read")

@@ -119,23 +119,23 @@ def generate(
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
-    asked = writer.as_asked(prompts, chat=chat)
-    own = writer.schedule
+    token_prompts = writer.as_asked(prompts, chat=chat)
+    own_schedule = writer.schedule
     if not isinstance(call.session.progress, Warnings):
-        under = ",".join(map(str, own)) or "-"
+        under = ",".join(map(str, own_schedule)) or "-"
         typer.echo(f"model: {writer.checkpoint}, schedule {under}", file=terminal)
     if not call.as_json and len(prompts) == 1:
-        pieces = writer.stream(asked[0], sampling)
+        pieces = writer.stream(token_prompts[0], sampling)
         if not chat:  # An answer is printed without its question.
             typer.echo(prompts[0], nl=False)
         for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()
         return None
-    texts = writer.continue_all(asked, sampling)
+    texts = writer.continue_all(token_prompts, sampling)
     values: dict[str, Any] = {
         "model": str(writer.checkpoint),
-        "schedule": list(own) or None,
+        "schedule": list(own_schedule) or None,
         "texts": [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)],
     }
     between = ": " if chat else ""
@@ -239,7 +239,8 @@ def export(
         dtype=dtype,
         **call.common,
     )
-    lines, address = [f"exported: {folder}"], None
+    lines = [f"exported: {folder}"]
+    address = None
     if push_to_hub is not None:
         call.session.progress.start("push")
         address = upload_model(folder, push_to_hub, private=private, token=token)

@@ -41,8 +41,8 @@ def _names_in(ctx: typer.Context, pattern: str, incomplete: str) -> list[str]:
     with suppress(UserError, OSError, ValueError):
         named = ctx.params.get("workspace")
         root = locate_workspace(Path(named) if named else None).root
-        found = [path.relative_to(root).as_posix() for path in root.glob(pattern)]
-        names = sorted(name.partition("/")[2] for name in found)
+        paths = [path.relative_to(root).as_posix() for path in root.glob(pattern)]
+        names = sorted(name.partition("/")[2] for name in paths)
         return [name for name in names if name.startswith(incomplete)]
     return []
 
@@ -63,7 +63,7 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
-ONLY_SWEEPS = dict.fromkeys(("sweep", "search"), "only sweeps read it")
+ONLY_SWEEPS = dict.fromkeys(("source_training", "sweep", "search"), "only sweeps read it")
 """What decides instead of these sections in commands that run no sweep."""
 NOTHING_IS_TRAINED = {
     "model": "the checkpoint says what the model is, and --schedule gives another schedule",

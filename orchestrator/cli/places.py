@@ -65,7 +65,8 @@ def list_workspace(
     """
     from orchestrator.pipelines import upkeep
 
-    space, note = call.session.workspace, call.session.progress.note
+    space = call.session.workspace
+    note = call.session.progress.note
     if kind == "running":
         return upkeep.show_status(space, note=note)
     return upkeep.list_workspace(space, kind, with_checkpoints=call.as_json, note=note)
@@ -230,7 +231,8 @@ def init(
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if source is not None:
         copied = shipped_sweeps().get(source) or find_settings_file(source)
-        file, text = file or Path(f"{copied.stem}.yaml"), copied.read_text(encoding="utf-8")
+        file = file or Path(f"{copied.stem}.yaml")
+        text = copied.read_text(encoding="utf-8")
     else:
         file = file or Path("my-sweep.yaml")
         is_asked = not data and not hub

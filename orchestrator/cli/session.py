@@ -57,8 +57,11 @@ class Call:
     ) -> None:
         """Take the command's name, its kind of workspace, which it may change, and the options
         that commands share."""
-        self.name, self.place, self._shared = name, place, shared
-        self._has_settings, self.options = has_settings, dict[str, Any]()
+        self.name = name
+        self.place = place
+        self._shared = shared
+        self._has_settings = has_settings
+        self.options = dict[str, Any]()
         self.stack = ExitStack()
         """Closes the workspace."""
         self.config: str | None = shared.get("config")
@@ -107,7 +110,9 @@ class Call:
         from orchestrator.settings import read_settings
         from orchestrator.settings.files import shipped_sweeps
 
-        file, options, device = self.config, self.options, self._shared.get("device")
+        file = self.config
+        options = self.options
+        device = self._shared.get("device")
         if file in shipped_sweeps() and Path(file).is_file():
             path = Path(file).absolute()
             print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
@@ -207,7 +212,9 @@ def open_session(
     from orchestrator.workspace import layout
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
-    output, terminal, log = sys.stdout, sys.stderr, None
+    output = sys.stdout
+    terminal = sys.stderr
+    log = None
     console = Console(file=output, highlight=False)
     space: Any = layout.locate_workspace(path) if place else None
     if place in ("kept", "existing") and not space.is_made:
@@ -215,9 +222,9 @@ def open_session(
             f"there is no workspace {space.root}; name one with --workspace, or "
             "`iiet-orch quickstart` makes one"
         )
-    own = layout.WORKSPACE_FILE_NAME
-    if place == "existing" and not (space.root / own).is_file():
-        raise UserError(f"{space.root / own} is missing; `iiet-orch report` writes it anew")
+    file_name = layout.WORKSPACE_FILE_NAME
+    if place == "existing" and not (space.root / file_name).is_file():
+        raise UserError(f"{space.root / file_name} is missing; `iiet-orch report` writes it anew")
     streams: dict[str, Any] = {"terminal": terminal, "output": output}
     if place not in ("made", "read", "kept"):
         notes = Warnings(terminal)
@@ -229,7 +236,8 @@ def open_session(
                 from orchestrator.models.hub import DRY_RUN, offline
 
                 stack.enter_context(offline(DRY_RUN))
-                space, is_other = layout.find_workspace(path), False
+                space = layout.find_workspace(path)
+                is_other = False
             else:
                 is_other = stack.enter_context(layout.unmade_by_mistakes(space))
                 space = layout.open_workspace(path, must_write=place != "read")

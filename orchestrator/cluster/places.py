@@ -50,8 +50,8 @@ def nodes_with_devices() -> list[dict[str, Any]]:
 
 def alive_nodes() -> tuple[Node, ...]:
     """Return the nodes that have CPUs or GPUs."""
-    found = [node["Resources"] for node in nodes_with_devices()]
-    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found)
+    resources = [node["Resources"] for node in nodes_with_devices()]
+    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources)
 
 
 # Places of jobs
@@ -99,7 +99,8 @@ class Placement:
 
     def num_places(self) -> int:
         """Return how many jobs, of their fewest workers, the nodes hold now."""
-        workers, alive = self.min_workers or self.workers, alive_nodes()
+        workers = self.min_workers or self.workers
+        alive = alive_nodes()
         return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
 
 
@@ -196,7 +197,8 @@ class Signal:
     def __init__(self) -> None:
         """Make a signal that was not sent; only its copies share it."""
         self._key = uuid.uuid4().hex
-        self._is_sent, self._next_look = False, -math.inf
+        self._is_sent = False
+        self._next_look = -math.inf
 
     def send(self) -> None:
         """Send it, if it was not sent before."""

@@ -160,14 +160,14 @@ def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
 
     Those of a local Ray inherit what is set here.
     """
-    found = {}
+    variables = {}
     for entry in (PRETENDED_GPUS, *entries):
         name, is_set, value = entry.partition("=")
         if is_set:
-            found[name] = value
+            variables[name] = value
         elif address != LOCAL:
-            found |= {known: os.environ[known] for known in fnmatch.filter(os.environ, name)}
-    return found
+            variables |= {known: os.environ[known] for known in fnmatch.filter(os.environ, name)}
+    return variables
 
 
 # Start and end
@@ -441,7 +441,8 @@ def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
         probe: A file that the driver's machine holds locked in the workspace, if that is checked.
         ours: The `versions` there.
     """
-    problem, deadline = "", time.monotonic() + SEEN_SECONDS
+    problem = ""
+    deadline = time.monotonic() + SEEN_SECONDS
     while probe and not (is_seen := probe.is_file()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     if probe and not is_seen:
@@ -461,9 +462,9 @@ def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
             "all nodes share, under the same path and with locks (NFS 4, Lustre with -o flock); "
             "choose it with --workspace"
         )
-    theirs = versions()
+    versions_here = versions()
     for name, version in ours.items():
-        other = theirs.get(name, NOT_INSTALLED)
+        other = versions_here.get(name, NOT_INSTALLED)
         if other != version:
             return f"has {name}: {other}, and this machine {version}; {INSTALL_THE_SAME}"
     return ""
@@ -471,10 +472,10 @@ def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
 
 def versions() -> dict[str, str]:
     """Return what must be the same on all nodes: versions of libraries, and a hash of the code."""
-    found = environment()
-    del found["machine"]
+    versions_by_name = environment()
+    del versions_by_name["machine"]
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted([*root.glob("iiet/**/*.py"), *root.glob("orchestrator/**/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return {**found, **extension_packages(), CODE: digest.hexdigest()[:KEY_LENGTH]}
+    return {**versions_by_name, **extension_packages(), CODE: digest.hexdigest()[:KEY_LENGTH]}

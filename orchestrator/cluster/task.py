@@ -95,9 +95,11 @@ def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
     Raises:
         UserError: If this machine does not have that device.
     """
-    device, needs_gpu = cluster.device, cluster.num_gpus > 0
+    device = cluster.device
+    needs_gpu = cluster.num_gpus > 0
     if device == "cuda" and (needs_gpu or cluster.ray_address != LOCAL):
-        device, needs_gpu = None, True
+        device = None
+        needs_gpu = True
     if device is None:
         return partial(_run_on_best, cluster=cluster, folder=folder, needs_gpu=needs_gpu)
     check_device(device)
@@ -255,7 +257,7 @@ def run_local_jobs(
         Exception: What a job raised, also after a signal; then it says what is saved, too.
     """
     from orchestrator.evaluation.decode_timing import threads
-    from orchestrator.planning.fit import out_of_memory_explained
+    from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
     from orchestrator.training.trainer import run_job
     from orchestrator.training.watching import describe_saved_state, jobs_to_train
     from orchestrator.training.world import World
@@ -279,7 +281,12 @@ def run_local_jobs(
                 try:
                     for job in ours:
                         with out_of_memory_explained(job, world):
-                            outcome = run_job(job, world=world, should_stop=should_stop)
+                            outcome = run_job(
+                                job,
+                                world=world,
+                                should_stop=should_stop,
+                                sequences_if_uncompiled=sequences_if_uncompiled(job, world),
+                            )
                         if watch:
                             watch()
                         if not outcome.finished:

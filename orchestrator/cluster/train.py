@@ -35,7 +35,7 @@ from orchestrator.cluster.places import (
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
 from orchestrator.planning.estimate import note_saving
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration
@@ -149,7 +149,10 @@ class JobRun:
         self, job: TrainingJob, placement: Placement, cluster: ClusterSettings, stop: Signal
     ) -> None:
         """Prepare a job; `stop` asks its workers to save and return."""
-        self.job, self.placement, self.cluster, self.stop = job, placement, cluster, stop
+        self.job = job
+        self.placement = placement
+        self.cluster = cluster
+        self.stop = stop
         self.waits_for = ""
         """What it waits for, as a sentence; empty while it runs."""
         self._num_bytes = self._journal_bytes()
@@ -180,7 +183,9 @@ class JobRun:
         train: Any = ray.train  # Type checkers see the API before version 2 there.
         folder = self.job.folder
         failed = f"training in {folder} failed: "
-        newest, num_failures, num_failed_starts = find_checkpoints(folder)[-1:], 0, 0
+        newest = find_checkpoints(folder)[-1:]
+        num_failures = 0
+        num_failed_starts = 0
         while self._find_place():
             size = self._journal_bytes()
             if self.placement.use_gpu:
@@ -205,7 +210,8 @@ class JobRun:
                         raise final from None
                 if any(getattr(death, "preempted", False) for death in deaths):
                     continue
-                before, newest = newest, find_checkpoints(folder)[-1:]
+                before = newest
+                newest = find_checkpoints(folder)[-1:]
                 num_failures = 1 if newest != before else num_failures + 1
                 if num_failures > self.cluster.max_failures or self.stop.is_sent():
                     raise RunFailed(failed + failure_reason([*deaths, *errors][0])) from error
@@ -227,7 +233,8 @@ class JobRun:
 
         if self.stop.is_sent():
             return False  # Ray may have ended already.
-        placement, minutes = self.placement, self.cluster.node_wait_minutes
+        placement = self.placement
+        minutes = self.cluster.node_wait_minutes
         seconds = math.inf if minutes is None else 60 * minutes
         if not self._journal_bytes():
             seconds = FIRST_START_SECONDS
@@ -267,7 +274,8 @@ class JobRun:
                 return SharedGpus
 
         train: Any = ray.train
-        fewest, most = self.placement.min_workers, self.placement.workers
+        fewest = self.placement.min_workers
+        most = self.placement.workers
         storage = self.job.folder / RAY_FOLDER
         shutil.rmtree(storage, ignore_errors=True)
         meeting = storage / "meeting"
@@ -327,7 +335,8 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     train: Any = ray.train
     context = train.get_context()
-    job, placement = TrainingJob.model_validate(config["job"]), config["placement"]
+    job = TrainingJob.model_validate(config["job"])
+    placement = config["placement"]
     torch.set_num_threads(placement.cpus)
     device = worker_device(use_gpu=placement.use_gpu)
     if device != "cpu":
@@ -359,11 +368,17 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     if os.environ.get(WATCHER_SWITCH) != "0":
         threading.Thread(target=wait_for_notice, daemon=True).start()
+    parallel = config["cluster"].parallel
     with (
         stop_when(config["stop"].is_sent),
-        out_of_memory_explained(job, world, config["cluster"].parallel),
+        out_of_memory_explained(job, world, parallel),
     ):
-        run_job(job, world=world, should_save=take_notice)
+        run_job(
+            job,
+            world=world,
+            should_save=take_notice,
+            sequences_if_uncompiled=sequences_if_uncompiled(job, world, parallel),
+        )
 
 
 def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:
@@ -379,8 +394,8 @@ def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None
     if not is_one_machine:
         with socket.socket() as free:
             free.bind(("", 0))
-            own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            address = f"tcp://{own}:{free.getsockname()[1]}"
+            own_address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            address = f"tcp://{own_address}:{free.getsockname()[1]}"
     else:  # The loopback interface is `lo` on Linux, and `lo0` on macOS.
         for interface, addresses in psutil.net_if_addrs().items():
             if any(each.address == "127.0.0.1" for each in addresses):

@@ -137,19 +137,20 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    found = dict(normalize_gen_kwargs(dict(options), usual_max_new_tokens(context_length)))
-    samples, temperature = found.pop("do_sample"), found.pop("temperature", None)
+    unread = dict(normalize_gen_kwargs(dict(options), usual_max_new_tokens(context_length)))
+    samples = unread.pop("do_sample")
+    temperature = unread.pop("temperature", None)
     if temperature is None:  # As transformers does.
         temperature = 1.0 if samples else 0.0
-    most = found.pop("max_gen_toks")
+    most = unread.pop("max_gen_toks")
     settings = Sampling(
-        stop=tuple(map(str, found.pop("until"))),
+        stop=tuple(map(str, unread.pop("until"))),
         max_new_tokens=most,
         temperature=float(temperature),
-        top_k=found.pop("top_k", None) or None,
-        top_p=found.pop("top_p", None),
+        top_k=unread.pop("top_k", None) or None,
+        top_p=unread.pop("top_p", None),
     )
-    if others := [f"{k}={v}" for k, v in found.items() if (k, v) not in _NEUTRAL.items()]:
+    if others := [f"{k}={v}" for k, v in unread.items() if (k, v) not in _NEUTRAL.items()]:
         raise UserError(
             f"its generation_kwargs ask for {', '.join(others)}; supported are until, "
             "max_gen_toks, do_sample, temperature, top_k and top_p"

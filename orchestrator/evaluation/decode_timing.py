@@ -382,7 +382,8 @@ def measure_costs(
             }
         full = max(decoders, key=lambda name: predicted[name][DECODING][PREDICTION])
         for name, decoder in decoders.items():
-            timing, whole = timings[name], timings[full]
+            timing = timings[name]
+            whole = timings[full]
             shares = {}
             for phase, own, others in (
                 (DECODING, timing.steps, whole.steps),

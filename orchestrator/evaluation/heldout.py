@@ -39,7 +39,8 @@ SOURCE_BYTES_PER_ITEM = 2_000
 """Held-out text searched per item."""
 KNOWN_TEXT_TOKENS = 2_000_000
 """Training tokens that say which words a reader could expect."""
-MIN_WORDS_BEFORE, MIN_SENTENCE_WORDS = 8, 6
+MIN_WORDS_BEFORE = 8
+MIN_SENTENCE_WORDS = 6
 MIN_EXPECTATION = 0.05
 """Share of the words after the one before, in the training text."""
 MAX_WORD_TOKENS = 2
@@ -194,12 +195,14 @@ def _chance_in_words(chance: float, rows: Sequence[Row]) -> str:
     # lead back to a symbol near their start.
     right = Counter[str]()
     for row in rows:
-        answer, context = row["choices"][row["label"]], row["context"]
+        answer = row["choices"][row["label"]]
+        context = row["context"]
         last = next((symbol for symbol in row["choices"] if context.endswith(symbol)), "")
         right["last symbol"] += last == answer
         right["symbol before the last"] += context.removesuffix(last).endswith(answer)
     ((best, count),) = right.most_common(1)
-    share, error = count / len(rows), math.sqrt(chance * (1 - chance) / len(rows))
+    share = count / len(rows)
+    error = math.sqrt(chance * (1 - chance) / len(rows))
     is_more = share > chance + 2 * error
     repeats = f", or {100 * share:.1f}% by repeating the {best}" if is_more else ""
     return f"{100 * chance:.1f}%{repeats}"
@@ -242,7 +245,8 @@ def last_words(
                 continue
             count = 0
             for asked in sorted(_ASKED_WORD.finditer(sentence[0]), key=lambda w: singles[w[0]]):
-                head, word = sentence[0][: asked.start() - 1], asked[0]
+                head = sentence[0][: asked.start() - 1]
+                word = asked[0]
                 before = _WORD.findall(head)[-1].lower()
                 share = pairs[before, word] / (singles[before] + 2)
                 if word in EXCLUDED_WORDS or share < MIN_EXPECTATION:
@@ -264,7 +268,8 @@ def last_words(
     for item in (item for text in texts for item in items_of(text)):
         # A passage that ends in the same words as another one is the same question.
         found.setdefault(" ".join([*item["context"].split()[-4:], item["word"]]), item)
-    most, asked_words = max(1, int(MAX_SAME_WORD_SHARE * num_items)), Counter[str]()
+    most = max(1, int(MAX_SAME_WORD_SHARE * num_items))
+    asked_words = Counter[str]()
     rows: list[Row] = []
     for item in sorted(found.values(), key=lambda item: _hash(item["context"] + item["word"])):
         asked_words[item["word"]] += 1

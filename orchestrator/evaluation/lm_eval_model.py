@@ -91,7 +91,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         progress: Progress | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.text, self.prompts = text, prompts or Prompts()
+        self.text = text
+        self.prompts = prompts or Prompts()
         self.progress = progress or Progress()
         tokenizer = text.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=text.tokenizer, eos_token=text.tokenizer.id_to_token(text.prefix_id)
@@ -181,8 +182,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate the answer to each (context, generation_kwargs)."""
-        asked, rows = [request.args[:2] for request in requests], []
-        for number, (text, options) in enumerate(asked):
+        prompts_and_options = [request.args[:2] for request in requests]
+        rows = []
+        for number, (text, options) in enumerate(prompts_and_options):
             size = len(self.tok_encode(text))
             most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             self.num_cut += size + most > self.max_length
@@ -192,7 +194,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         def answer(_: Any, numbers: list[int]) -> list[str]:
             return self._generate([requests[number] for number in numbers], numbers)
 
-        return self._in_batches(asked, groups, self._num_rows, answer)
+        return self._in_batches(prompts_and_options, groups, self._num_rows, answer)
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         """Answer requests with the same options in one batch."""
@@ -231,17 +233,18 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 batch = left[: max(1, limit // left[0].size)]
                 numbers = [number for group in batch for number in group.numbers]
                 key = content_key("answers", numbers, [asked[number] for number in numbers])
-                problem, found = "", self.journal.get(key)
-                if found is None:
+                problem = ""
+                stored_answer = self.journal.get(key)
+                if stored_answer is None:
                     try:
-                        found = work(kind, numbers)
-                        self.journal.add({key: found})
+                        stored_answer = work(kind, numbers)
+                        self.journal.add({key: stored_answer})
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
                 if problem:  # Not in the handler: there, the error still holds the batch's tensors.
                     limit = smaller_batch(len(batch), problem, self.progress.note) * left[0].size
                     continue
-                answers |= zip(numbers, found or (), strict=True)
+                answers |= zip(numbers, stored_answer or (), strict=True)
                 del left[: len(batch)]
                 done = self.num_items * len(answers) // len(asked)
                 self.progress.advance(self.num_items_before + done)

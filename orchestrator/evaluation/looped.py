@@ -110,7 +110,9 @@ def load_transformers(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, loops, depth = opened.path, opened.loops, opened.depth
+    folder = opened.path
+    loops = opened.loops
+    depth = opened.depth
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -123,13 +125,17 @@ def load_transformers(
                 options["config"] = config
             model, found = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-        line, hint = first_line(error), ""
+        line = first_line(error)
+        hint = ""
         if "trust_remote_code" in str(error):
-            line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
+            line = "it needs code in the folder"
+            hint = "; --trust-remote-code runs it"
         raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
     if missing := sorted(found.get("missing_keys", ())):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
+        and_others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"the weights in {folder} are not complete: {missing[0]}{and_others} missing"
+        )
     model = model.to(device).eval()
     if loops and depth:
         if loops.starts_at_random:
@@ -173,7 +179,8 @@ class LoopedDecoder:
     ) -> None:
         self.loops, self.depth = opened.looped()
         self.model = load_transformers(opened, trust_remote_code=trust_remote_code, device=device)
-        self.device, self.parameters = self.model.device, self.model.parameters
+        self.device = self.model.device
+        self.parameters = self.model.parameters
         for own, other in zip(self.parameters(), like.parameters() if like else (), strict=False):
             own.data = other.data
         self.config = SimpleNamespace(
@@ -184,11 +191,13 @@ class LoopedDecoder:
         """Yield the likeliest next token of each row, with the cache."""
         names = inspect.signature(self.model.forward).parameters
         name = "cache" if "cache" in names else "past_key_values"  # Before transformers 5.
-        tokens, cache = prompt, None
+        tokens = prompt
+        cache = None
         for _ in range(new_tokens):
             with torch.inference_mode():
                 output = self.model(tokens, use_cache=True, **{name: cache})
-                tokens, cache = output.logits[:, -1:].argmax(-1), _cache_of(output)
+                tokens = output.logits[:, -1:].argmax(-1)
+                cache = _cache_of(output)
             yield tokens[:, 0]
 
     @cached_property

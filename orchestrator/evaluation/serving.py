@@ -155,7 +155,8 @@ def percentile_95(values: Sequence[float]) -> float:
 
 def draw_prompts(tokenizer: ModelTokenizer, num_tokens: int, count: int, *, seed: int) -> list[str]:
     """Return random texts of a number of tokens each."""
-    words, draw = _separate_tokens(tokenizer), random.Random(seed)
+    words = _separate_tokens(tokenizer)
+    draw = random.Random(seed)
     return [tokenizer.decode(draw.choices(words, k=num_tokens)) for _ in range(count)]
 
 

@@ -123,7 +123,8 @@ class EvaluationStore:
 
     def __init__(self, folder: Path, note: Callable[[str], None] = lambda _: None) -> None:
         """Name the folder; `note` is called with a sentence for what cannot be read or written."""
-        self._folder, self._note = folder, note
+        self._folder = folder
+        self._note = note
 
     def read(self, key: str) -> TaskResult | None:
         """Return a result; None if it is missing. No samples are read.
@@ -288,7 +289,8 @@ class AnswerJournal:
         self, path: Path | None = None, failed: Callable[[OSError], None] = lambda _: None
     ) -> None:
         """Read the file; `failed` is called if it cannot be written, and then nothing more is."""
-        self._path, self._failed = path, failed
+        self._path = path
+        self._failed = failed
         self._stored: dict[str, Any] = {}
         try:
             lines = path.read_bytes().splitlines() if path else []

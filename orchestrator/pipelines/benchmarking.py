@@ -132,7 +132,8 @@ def plan_benchmark(
     Raises:
         UserError: If a model is missing or damaged, or a condition does not fit it.
     """
-    space, note = find_workspace(workspace), (progress or Progress()).note
+    space = find_workspace(workspace)
+    note = (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
@@ -158,7 +159,8 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
 
     Those with the same weights share them.
     """
-    on_device, started_ms = command_device(plan.cluster, context.workspace.root), now_ms()
+    on_device = command_device(plan.cluster, context.workspace.root)
+    started_ms = now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
     measure = partial(_measure, plan)

@@ -33,7 +33,8 @@ class Context:
         tracking: Tracking | None = None,
     ) -> None:
         """Name the workspace; the store is opened at first use unless `tracking` is given."""
-        self.workspace, self.progress = workspace, progress or Progress()
+        self.workspace = workspace
+        self.progress = progress or Progress()
         self._tracking = tracking
 
     @property

@@ -206,7 +206,8 @@ def _extensions(_: Workspace) -> Found:
 def _memory_and_disk(workspace: Workspace) -> Found:
     from orchestrator.planning.machine import free_memory
 
-    free, total = free_memory(), psutil.virtual_memory().total
+    free = free_memory()
+    total = psutil.virtual_memory().total
     text = f"{format_bytes(free)} of {format_bytes(total)} of memory free"
     yield free >= LEAST_MEMORY, text, "end other programs, or raise the container's limit"
     places = {"workspace": workspace.root, "temporary files": Path(tempfile.gettempdir())}

@@ -226,7 +226,8 @@ def plan_evaluate(
             in the workspace, it has no chat template where one is wanted, or a task does not exist.
         RunFailed: If the hub gives none of the tasks.
     """
-    space, note = find_workspace(workspace), (progress or Progress()).note
+    space = find_workspace(workspace)
+    note = (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     return EvaluatePlan(
         settings=settings,
@@ -256,7 +257,8 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
         measured = _evaluate_model(model, plan, context, output, told)
-        evaluations[name], keys[name] = measured.evaluation, measured.keys
+        evaluations[name] = measured.evaluation
+        keys[name] = measured.keys
     if different := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "

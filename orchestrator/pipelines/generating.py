@@ -114,8 +114,10 @@ def open_generator(
     if device is not None:
         check_device(device)
     context = open_context(workspace, progress)
-    space, note = context.workspace, context.progress.note
-    path, own = local_model(model, space, context.progress), None
+    space = context.workspace
+    note = context.progress.note
+    path = local_model(model, space, context.progress)
+    own = None
     folder = None
     if path is None:
         folder, own = lookup.resolve_model(space, note=note)
@@ -159,7 +161,8 @@ class TextGenerator:
         device: str | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.checkpoint, self._note = checkpoint, note
+        self.checkpoint = checkpoint
+        self._note = note
         self.text = ModelTokenizer(checkpoint)
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
@@ -171,7 +174,8 @@ class TextGenerator:
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
         if drafting is not None:
-            self.record, text = DraftRecord(), drafting.draft
+            self.record = DraftRecord()
+            text = drafting.draft
             self._stream = partial(
                 Decoder.stream,
                 draft=text
@@ -218,7 +222,8 @@ class TextGenerator:
             raise UserError("there is nothing to continue; give at least one prompt")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
-        longest, room = max(map(len, contexts)), self.decoder.config.context_length
+        longest = max(map(len, contexts))
+        room = self.decoder.config.context_length
         most = sampling.options(room - longest)["max_new_tokens"]
         if longest + most > room:
             raise UserError(does_not_fit(longest, most, room))
@@ -244,7 +249,8 @@ class TextGenerator:
                     break
                 starts = [stop[:size] for stop in stops for size in range(1, len(stop))]
                 num_held = max((len(start) for start in starts if held.endswith(start)), default=0)
-                ready, held = held[: len(held) - num_held], held[len(held) - num_held :]
+                ready = held[: len(held) - num_held]
+                held = held[len(held) - num_held :]
                 if ready:
                     yield ready
         except LogitsNotFinite as error:

@@ -109,7 +109,8 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     """Evaluate models at each depth, and write a report with all of them on one front."""
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    found, workspace = run_evaluate(plan, context), context.workspace
+    found = run_evaluate(plan, context)
+    workspace = context.workspace
     trials = []
     measured = zip(plan.opened, found.evaluations.items(), found.keys.values(), strict=True)
     for model, (label, evaluation), keys in measured:
@@ -146,7 +147,8 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
 
 def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
     """Add what each model costs: exact counts, and milliseconds, which are measured once."""
-    workspace, cluster = context.workspace, plan.settings.cluster
+    workspace = context.workspace
+    cluster = plan.settings.cluster
     models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
@@ -306,7 +308,8 @@ def _measure_loops(
     for count in range(1, depth[0] + 1):  # The most likely tokens at each depth.
         opened = replace(model, depth=(count, *depth[1:]))
         loaded = load_transformers(opened, trust_remote_code=trusts, device=device)
-        before, likely = likely, []
+        before = likely
+        likely = []
         with torch.no_grad(), watched(loaded, loops) as (_, states):
             for batch_rows in torch.split(rows, ROWS_AT_ONCE):
                 states.clear()

@@ -172,7 +172,8 @@ def plan_serving(
     check_server_installed()
     if port is not None:
         check_port(port)
-    space, note = find_workspace(workspace), (progress or Progress()).note
+    space = find_workspace(workspace)
+    note = (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
@@ -218,7 +219,8 @@ def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
 
 def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
     """Measure models in transformers' server: tokens per second, latency, keys and values."""
-    on_device, started_ms = command_device(plan.cluster, context.workspace.root), now_ms()
+    on_device = command_device(plan.cluster, context.workspace.root)
+    started_ms = now_ms()
     log = context.workspace.logs / LOG_NAME
     context.progress.start("serve")  # Models take their time to load.
     try:
@@ -284,7 +286,8 @@ def _measure(
     plan: ServingPlan, log: Path, device: str, progress: Progress
 ) -> tuple[list[ServedCost], str, str]:
     """Return the costs, the name of the device, and the dtype of the weights."""
-    requests, precision = plan.conditions, device_precision(device)
+    requests = plan.conditions
+    precision = device_precision(device)
     num_each = len(requests.at_once) * requests.num_requests
     progress.start("serve", len(plan.opened) * num_each)
     costs: list[ServedCost] = []

@@ -68,7 +68,8 @@ def sync(
             with a copied workspace: then the error names what would be lost with it.
     """
     context = open_context(workspace, progress)
-    place, progress = context.workspace, context.progress
+    place = context.workspace
+    progress = context.progress
     if replace:
         if place.tracking_uri != f"sqlite:///{place.database}":
             raise UserError("--replace is for the workspace's own store; unset MLFLOW_TRACKING_URI")

@@ -90,10 +90,12 @@ class Listing(Result):
             yield f"{title}: {len(entries)}" + (f", {total}" if entries else "")
             rows = []
             for entry in entries:
-                trials, schedule = entry.get("trials"), entry.get("schedule") or ()
+                trials = entry.get("trials")
+                schedule = entry.get("schedule") or ()
                 done = f", {entry['finished']} of {trials}" if trials else ""
                 corrections = render.shortest_schedule(schedule) if schedule else ""
-                loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
+                loss = entry.get("validation_loss")
+                when = datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
                     entry.get("label", ""),
@@ -118,13 +120,15 @@ def list_workspace(
 ) -> Listing:
     """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
     kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
-    found, note = dict[Kind, list[dict[str, Any]]](), cache(note)
+    found = dict[Kind, list[dict[str, Any]]]()
+    note = cache(note)
     plans = sweep_plans(workspace, note) if {"sweeps", "trials"} & {*kinds} else {}
     for each in kinds:
         entries = []
         for name, folder, state, details in _find_entries(workspace, each, plans, note):
             known = {key: value for key, value in details.items() if value is not None}
-            size, changed = size_of(folder), round(last_recorded(folder), 3)
+            size = size_of(folder)
+            changed = round(last_recorded(folder), 3)
             entry = {"name": name, "state": state, "bytes": size, "changed": changed}
             entries.append(entry | known)
         found[each] = sorted(entries, key=lambda entry: entry["changed"], reverse=True)
@@ -233,9 +237,13 @@ class WorkspaceStatus(Result):
             trials = render.format_count(sweep["trials"], "trial")
             yield f"sweep {sweep['name']}: {sweep['finished']} of {trials} finished{left}"
         for found in self.activities:
-            sweeps, step, steps = ", ".join(found["sweeps"]), found["step"] or 0, found["steps"]
-            loss, speed = found["loss"], found["tokens_per_second"]
-            left, age = found["seconds_left"], found["seconds_since_record"] or 0
+            sweeps = ", ".join(found["sweeps"])
+            step = found["step"] or 0
+            steps = found["steps"]
+            loss = found["loss"]
+            speed = found["tokens_per_second"]
+            left = found["seconds_left"]
+            age = found["seconds_since_record"] or 0
             facts = [
                 f"{found['label']} in {sweeps}" if sweeps else "",
                 f"waits for {found['waits_for']}" if found["waits_for"] else "",
@@ -251,7 +259,9 @@ class WorkspaceStatus(Result):
 
 def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
     """Return what runs in a workspace now; `note` as in `list_workspace`."""
-    root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
+    root = workspace.root
+    activities = list[dict[str, Any]]()
+    note = cache(note)
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
     unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
@@ -381,7 +391,8 @@ def plan_clean(
 
     `note` is called with a sentence for each damaged file for which checkpoints are kept.
     """
-    note, order = cache(note), tuple(RemovableKind)
+    note = cache(note)
+    order = tuple(RemovableKind)
     paths: dict[Path, Removable] = {}
     for kind in sorted(kinds or order, key=order.index):
         found = sorted(_FINDERS[kind](workspace, note), key=lambda each: each[0])

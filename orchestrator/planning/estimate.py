@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iiet import cost
 from iiet.config import DistillationConfig, ModelConfig
@@ -22,13 +23,16 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import decoder_config, newest_checkpoint
 from orchestrator.planning.devices import Devices
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import BASELINE_METHOD, TrainingSettings
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training import schedules
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.shared_steps import FirstStage, first_stage_of, first_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
+
+if TYPE_CHECKING:
+    from orchestrator.planning.training_memory import Forms
 
 ONE_CPU_WORKER = Devices()
 WEIGHT_BYTES, MOMENTS_BYTES = 4, 8
@@ -71,7 +75,11 @@ class Estimate:
             saved_step = step_of(newest)
         teacher = None
         if job.frozen_teacher:
-            teacher = decoder_config(Path(job.frozen_teacher))
+            folder = Path(job.frozen_teacher)
+            # A source that is trained first is a plain model of the same sizes.
+            is_only_planned = not job.tokens_folder and not folder.exists()
+            plain = replace(job.model, method=BASELINE_METHOD, method_options=None, schedule=None)
+            teacher = plain if is_only_planned else decoder_config(folder)
         files = chain.from_iterable(folder.iterdir() for folder in find_checkpoints(job.folder))
         return Estimate(
             config=job.model,
@@ -166,6 +174,13 @@ class Estimate:
         """Passes of one worker in one step (gradient accumulation)."""
         return -(-self.sequences_per_worker // self.sequences_per_pass)
 
+    @property
+    def forms(self) -> Forms:
+        """How fields are computed: on a GPU they are compiled unless the recipe says otherwise."""
+        if not self.devices.on_gpus:
+            return "fast"
+        return "plain" if self.recipe.compile is False else "compiled"
+
     @cached_property
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
@@ -187,6 +202,7 @@ class Estimate:
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             trained=self.recipe.trained_layers,
+            forms=self.forms,
         )
         if not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.

@@ -129,6 +129,37 @@ def smaller_settings(section: str) -> str:
     )
 
 
+def sequences_if_uncompiled(
+    job: TrainingJob, world: World, parallel: Literal["ddp", "fsdp"] = "ddp"
+) -> int | None:
+    """Return the most sequences of a pass with which a training that is not compiled fits the
+    memory that is free on its GPU, at least 1; None on a CPU."""
+    import torch
+
+    if world.device == "cpu":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(world.device)
+    estimate = _estimate_on(job, world, parallel)
+    num_sequences = estimate.sequences_per_pass
+    while num_sequences > 1:
+        changes = {"compile": False, "num_sequences_per_pass": num_sequences}
+        plain = replace(estimate, recipe=estimate.recipe.model_copy(update=changes))
+        if plain.worker_bytes <= free_bytes:
+            break
+        num_sequences -= 1
+    return num_sequences
+
+
+def _estimate_on(job: TrainingJob, world: World, parallel: Literal["ddp", "fsdp"]) -> Estimate:
+    devices = Devices(
+        num_workers=world.size,
+        on_gpus=world.device != "cpu",
+        parallel=parallel,
+        shards=world.shards,
+    )
+    return replace(Estimate.of(job), devices=devices)
+
+
 @contextmanager
 def out_of_memory_explained(
     job: TrainingJob, world: World, parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -145,13 +176,7 @@ def out_of_memory_explained(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        devices = Devices(
-            num_workers=world.size,
-            on_gpus=world.device != "cpu",
-            parallel=parallel,
-            shards=world.shards,
-        )
-        training = replace(Estimate.of(job), devices=devices)
+        training = _estimate_on(job, world, parallel)
         raise DeviceError(
             f"training ran out of memory on {world.device} ({out_of_memory_text(error)}); its plan "
             f"was {format_bytes(training.worker_bytes)} "

@@ -95,9 +95,9 @@ def num_places(
     A worker lies on one node, so the sum over a cluster says nothing: two nodes of 3 CPUs hold two
     workers of 2 CPUs, not three. With `on_one_node`, all workers of a job lie on the same node.
     """
-    found = [node.num_workers(cpus, gpus) for node in nodes]
-    per_node = sum(number // num_workers for number in found)
-    return per_node if on_one_node else sum(found) // num_workers
+    workers_by_node = [node.num_workers(cpus, gpus) for node in nodes]
+    per_node = sum(number // num_workers for number in workers_by_node)
+    return per_node if on_one_node else sum(workers_by_node) // num_workers
 
 
 def cpus_of_gpu_worker(nodes: Sequence[Node], gpus: float) -> int:
@@ -145,12 +145,13 @@ def check_run_resources(
         local: Whether it runs in this process, without Ray.
     """
     if local and max(cluster.num_workers, cluster.num_gpus) > 1:
-        asked = "num_gpus" if cluster.num_gpus > 1 else "num_workers"
+        setting = "num_gpus" if cluster.num_gpus > 1 else "num_workers"
         raise UserError(
-            f"--local trains in this process alone, and cluster.{asked}="
-            f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
+            f"--local trains in this process alone, and cluster.{setting}="
+            f"{getattr(cluster, setting)} asks for several; leave it out, or set it to 1"
         )
-    address, fewest = LOCAL if local else cluster.ray_address, cluster.min_gpus
+    address = LOCAL if local else cluster.ray_address
+    fewest = cluster.min_gpus
     workers = cluster.num_workers, cluster.num_gpus
     check_available(*workers, resources, address=address, min_gpus=fewest if resources else None)
 
@@ -191,12 +192,13 @@ def check_available(
     else:
         key += "workers_per_trial" if per_trial else "num_workers"
     is_here = resources.place == THIS_MACHINE
-    found, needs = describe_nodes(resources.nodes), "a CPU" + " and a GPU" * bool(num_gpus)
+    hardware = describe_nodes(resources.nodes)
+    needs = "a CPU" + " and a GPU" * bool(num_gpus)
     changes = [f"type --set {key}={places}"] if places else []
     if num_gpus and not resources.gpus:
         import torch
 
-        found += " and no GPU" + f" that PyTorch {torch.__version__} can use" * is_here
+        hardware += " and no GPU" + f" that PyTorch {torch.__version__} can use" * is_here
         leave_out = "leave sweep.gpus_per_trial out and " * per_trial
         changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
     if num_gpus:
@@ -205,8 +207,8 @@ def check_available(
             join if is_here else "run the command again when nodes that have them have joined"
         )
     raise UserError(
-        f"{key}={num_gpus or num_workers:g}: {resources.place} has {found}, and each worker needs "
-        f"{needs}; {', or '.join(changes)}"
+        f"{key}={num_gpus or num_workers:g}: {resources.place} has {hardware}, and each worker "
+        f"needs {needs}; {', or '.join(changes)}"
     )
 
 
@@ -220,11 +222,11 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {quoted(device)}: {problem}")
     gpus = 0 if device == "cpu" else local_resources().gpus
     if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
-        found = (
+        devices = (
             ", ".join(f"cuda:{number}" for number in range(gpus)) or "no GPU that PyTorch can use"
         )
         raise UserError(
-            f"--device {device}: this machine has {found}; leave it out to use the best device"
+            f"--device {device}: this machine has {devices}; leave it out to use the best device"
         )
 
 
@@ -239,8 +241,10 @@ def free_memory(groups: Iterable[Path] | None = None) -> int:
         with suppress(OSError):
             path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
             # In a container the path may be the host's, and the container's group is the root.
-            own = CONTROL_GROUPS / path.lstrip("/")
-            groups = [g for g in (own, *own.parents) if g.is_relative_to(CONTROL_GROUPS)]
+            own_group = CONTROL_GROUPS / path.lstrip("/")
+            groups = [
+                g for g in (own_group, *own_group.parents) if g.is_relative_to(CONTROL_GROUPS)
+            ]
     free = int(psutil.virtual_memory().available)
     for group in groups:
         with suppress(OSError, ValueError):  # A file is missing, or says "max".
@@ -265,14 +269,14 @@ def read_nvml(nvml: Any = None) -> tuple[str | None, list[InstalledGpu]]:
 
     Without the driver or the extra `gpu`, these are None and empty.
     """
-    found: list[InstalledGpu] = []
+    gpus: list[InstalledGpu] = []
     try:
         nvml = nvml or import_module("pynvml")
         nvml.nvmlInit()
     except ModuleNotFoundError:
-        return None, found
+        return None, gpus
     except nvml.NVMLError:
-        return None, found
+        return None, gpus
     version = str(nvml.nvmlSystemGetDriverVersion())
     numbers = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
     # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML numbers them
@@ -280,9 +284,10 @@ def read_nvml(nvml: Any = None) -> tuple[str | None, list[InstalledGpu]]:
     # does not exist.
     with suppress(nvml.NVMLError):
         for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
-            by_number, by_id = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+            by_number = nvml.nvmlDeviceGetHandleByIndex
+            by_id = nvml.nvmlDeviceGetHandleByUUID
             handle = by_number(int(entry)) if entry.isdecimal() else by_id(entry)
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
+            gpus.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
     nvml.nvmlShutdown()
-    return version, found
+    return version, gpus

@@ -3,10 +3,10 @@
 Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
 what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
-values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
-on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
-with `training.compile=false`, keep 1.8 times as much.
-`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps.
+values. Gradients are counted during the whole step, and once: copies of a model have them where
+they send them. What an evaluation keeps depends on the form in which its field is computed.
+`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps
+of the fast forms, and with what AOTAutograd's graphs of the others keep.
 Source: this project.
 """
 
@@ -27,11 +27,16 @@ from iiet.freezing import TrainedLayers, TrainedPart, trained_part
 from iiet.losses import CHUNK_ELEMENTS
 from iiet.schedule import IterationSchedule
 
+Forms = Literal["fast", "plain", "compiled"]
+"""How fields are computed: by the fast forms of a CPU, by plain formulas as on a GPU without a
+compiler, or compiled."""
+
 _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
-_LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
+_LOGITS_AT_ONCE = 3
+_LOGITS_WITH_TEACHER = 6
 
 
 def training_memory(
@@ -49,6 +54,7 @@ def training_memory(
     has_members: bool = False,
     compares_hidden: bool = False,
     trained: TrainedLayers = "all",
+    forms: Forms = "fast",
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
 
@@ -63,6 +69,7 @@ def training_memory(
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
         compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
+        forms: how fields are computed.
     """
     part = trained_part(config.corrections, trained)
     trained_share = num_trained_parameters(config, trained) / num_parameters(config)
@@ -70,7 +77,8 @@ def training_memory(
     parameters = num_parameters(config)
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
-    weights, gradients = shard, int(shard * trained_share)
+    weights = shard
+    gradients = int(shard * trained_share)
     if num_shards > 1:
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
@@ -82,14 +90,18 @@ def training_memory(
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
         gradients += int((others + layer * (width + _FULL)) * trained_share)
     if precision == "bf16":
-        # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
-        # a sharded model, layers are gathered as bfloat16, and the head is copied.
-        copied = parameters // (config.num_layers if activation_checkpointing else 1)
+        # The backward pass needs the copies of all layers, or of the one that is recomputed; a
+        # compiled field makes its own again. Of a sharded model, layers are gathered as bfloat16,
+        # and the head is copied.
+        is_copied_again = activation_checkpointing or forms == "compiled"
+        copied = parameters // (config.num_layers if is_copied_again else 1)
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
     weights += num_frozen_parameters * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
     compares = num_frozen_parameters > 0 or has_members
-    peak = _peak_bytes(config, part, tokens, width, activation_checkpointing, num_shards, compares)
+    peak = _peak_bytes(
+        config, part, tokens, width, activation_checkpointing, num_shards, compares, forms
+    )
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
     if compares_hidden:  # Those of the teacher stay until the student's loss.
@@ -107,6 +119,7 @@ def _peak_bytes(
     activation_checkpointing: bool,
     num_shards: int,
     compares: bool,
+    forms: Forms,
 ) -> int:
     """Count activations at the peak.
 
@@ -114,16 +127,17 @@ def _peak_bytes(
     whether the loss compares two distributions.
     """
     method = facts_of(config.method)
-    state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
+    state = config.dim * _FULL
+    num_runs = method.num_runs(config.corrections)
     # A layer before the first trained one keeps nothing.
     of_layers = [
-        _layer_bytes(config, layer, width, is_frozen=not part.has_field[layer])
+        _layer_bytes(config, layer, width, forms, is_frozen=not part.has_field[layer])
         if layer >= part.first_layer
         else 0
         for layer in range(config.num_layers)
     ]
     # What layers leave for later ones, and as much for its gradient while they go backward.
-    left = method.num_left * config.num_layers * state
+    left_for_later = method.num_left * config.num_layers * state
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
     # of a chunk.
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
@@ -136,12 +150,12 @@ def _peak_bytes(
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
         # Of a layer, its input stays.
-        kept = num_runs * (config.num_layers - part.first_layer) * state + left
-        field += max(of_layers) // num_runs - state + left
+        kept = num_runs * (config.num_layers - part.first_layer) * state + left_for_later
+        field += max(of_layers) // num_runs - state + left_for_later
     else:
-        kept = sum(of_layers) + left
+        kept = sum(of_layers) + left_for_later
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
-        field += max(0, left - of_layers[-1])
+        field += max(0, left_for_later - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim if any(part.has_field) else 0
     if part.has_ends:
@@ -153,16 +167,30 @@ def _peak_bytes(
     return max(at_start, after_run)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int, *, is_frozen: bool) -> int:
-    dim, counts = config.dim, layer_counts(config, layer)
+def _layer_bytes(
+    config: ModelConfig, layer: int, width: int, forms: Forms, *, is_frozen: bool
+) -> int:
+    dim = config.dim
+    ffn_dim = config.ffn_dim
+    counts = layer_counts(config, layer)
     q_dim = config.num_heads * config.head_dim
     kv_dim = config.num_kv_heads * config.head_dim
-    # The point, its norm, and the state between attention and feed-forward network. In the
-    # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
-    # and up.
-    evaluation = 3 * dim * _FULL + (dim + 2 * q_dim + 2 * kv_dim + 2 * config.ffn_dim) * width
-    if is_frozen:  # What the matrices multiply is kept for their gradients alone.
-        evaluation -= dim * _FULL + dim * width
+    # All keep the point, and queries, keys, values, attention's output, gate and up in the
+    # arithmetic's precision.
+    evaluation = dim * _FULL + (2 * q_dim + 2 * kv_dim + 2 * ffn_dim) * width
+    # What the matrices multiply beside attention's output, which attention keeps in any case.
+    if forms == "fast":  # The point's norm, and the network's input.
+        inputs = dim * _FULL + dim * width
+    elif forms == "plain":  # Both inputs in the arithmetic's precision, and what is mapped back.
+        inputs = (2 * dim + ffn_dim) * width
+    else:  # Both inputs, if they are not computed again like what is mapped back.
+        inputs = 2 * dim * width
+    if not is_frozen:  # Kept for the matrices' gradients alone.
+        evaluation += inputs
+    # The state between attention and feed-forward network, or what it is computed from.
+    evaluation += dim * (width if forms == "compiled" else _FULL)
+    if forms == "plain":  # The activation of the gate.
+        evaluation += ffn_dim * width
     if config.head_norms:  # Queries and keys before their norm.
         evaluation += (q_dim + kv_dim) * width
     return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.colors import (
     BLUE,
@@ -432,7 +433,7 @@ def _front_data(
             places = place_names(placed, names, width, paper[pair])
             for key, own in marks.items():
                 own["places"].append(places.get(key, -1))
-    groups = {"teacher": FULL_MODEL, "baseline": BASELINE}
+    groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
     found = []
     for row in rows:
         key, sweep = row["key"], row.get("sweep")
@@ -532,6 +533,19 @@ def _tooltip(row: Row) -> dict[str, str]:
 
 
 # Influence, curves and depth
+
+
+def layer_chart(values: Sequence[float]) -> Spec:
+    """Return a bar for the block influence of each layer, the first on top."""
+    rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
+            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
+        },
+    }
 
 
 def influence_chart(

@@ -21,7 +21,7 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.served import newest_served_times
-from orchestrator.records.trial import Trial, teacher_or_costliest
+from orchestrator.records.trial import BESIDE_ROLES, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
     item_notes,
@@ -405,7 +405,7 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     table = table.assign(**numbers)
     has_teacher = (table["role"] == "teacher").any()
     is_placed = table["cost"].notna() & table["quality"].notna()
-    is_candidate = is_placed & (not has_teacher or table["role"] != "baseline")
+    is_candidate = is_placed & (~table["role"].isin(BESIDE_ROLES) | (not has_teacher))
     table = table.assign(
         goodness=table["quality"] if axes.higher_is_better else -table["quality"],
         is_placed=is_placed,
@@ -456,7 +456,7 @@ def with_confidence(
         return replace(front, kept_share=kept_share)
     scores, number_of = paired.quality(axes.quality), paired.places
     num_items = paired.num_items(axes.quality)
-    others = [full, *(r for r in rows if r["role"] == "baseline" and r is not full)]
+    others = [full, *(r for r in rows if r["role"] in BESIDE_ROLES and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
     intervals: dict[tuple[str, str, str], Interval] = {}

@@ -119,9 +119,10 @@ class ReportResult(Result):
             folder: the report's files
             page: its HTML page, or `null` if no model could be placed
             axes: tracked names of the `cost` and the `quality`
-            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`), `method`,
-                `schedule` (as text), `threshold`, `on_front`, `verdict`, `share_of_full`, every
-                metric by its name, `key`, `checkpoint`, `run_id`, `details`
+            results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`, `source`,
+                `source_continued`), `method`, `schedule` (as text), `threshold`, `on_front`,
+                `verdict`, `share_of_full`, every metric by its name, `key`, `checkpoint`, `run_id`,
+                `details`
             front: keys of the models on the front, from the cheapest
             picks: `best`, `knee` and `cheapest`, each the key of a model
             hypervolume: of the front, or `null`

@@ -69,10 +69,10 @@ class ClusterSettings(Section):
         """
         if self.address is not None:
             return self.address
-        found = os.environ.get(ADDRESS_VARIABLE) or LOCAL
-        if problem := address_problem(found):
-            raise UserError(f"{ADDRESS_VARIABLE}: {problem}; got {quoted(found)}")
-        return found
+        address = os.environ.get(ADDRESS_VARIABLE) or LOCAL
+        if problem := address_problem(address):
+            raise UserError(f"{ADDRESS_VARIABLE}: {problem}; got {quoted(address)}")
+        return address
 
     def shards_of(self, num_workers: int) -> int | None:
         """Workers of a trial that share one copy of its model; None for all.
@@ -114,8 +114,8 @@ class ClusterSettings(Section):
 
 def address_problem(address: str) -> str | None:
     """Return why an address of Ray cannot be joined, or None."""
-    found = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", address, flags=re.ASCII)
-    if address in (LOCAL, AUTO) or (found and 0 < int(found[1]) < 2**16):
+    match = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", address, flags=re.ASCII)
+    if address in (LOCAL, AUTO) or (match and 0 < int(match[1]) < 2**16):
         return None
     return (
         f"an address is HOST:PORT of a cluster's head node (usually port 6379), {AUTO} or {LOCAL}; "

@@ -109,7 +109,8 @@ def changed_values(section: Section, default: Any = DEFAULTS) -> dict[str, Any]:
     """Return what differs from the defaults, as JSON values by name."""
     changed: dict[str, Any] = {}
     for name, value in section.model_dump(mode="json").items():
-        part, usual = getattr(section, name), getattr(default, name, None)
+        part = getattr(section, name)
+        usual = getattr(default, name, None)
         if part == usual:
             continue
         changed[name] = changed_values(part, usual) if isinstance(part, Section) else value
@@ -133,7 +134,9 @@ def _lines(
     depth = prefix.count(".")
     indent = "  " * depth
     for name, field in type(section).model_fields.items():
-        value, usual, key = getattr(section, name), getattr(default, name, None), prefix + name
+        value = getattr(section, name)
+        usual = getattr(default, name, None)
+        key = prefix + name
         is_marked = not (explain or value == usual or isinstance(usual, Section))
         mark = f"  # default: {_flow(usual)}" if is_marked else ""
         if isinstance(value, Section):

@@ -55,8 +55,8 @@ def resolve_settings(
     try:
         settings = Settings.model_validate(_with_defaults(merged))
     except ValidationError as error:
-        found = error.errors()
-        causes = [each for each in found if not any(_causes(other, each) for other in found)]
+        errors = error.errors()
+        causes = [one for one in errors if not any(_causes(other, one) for other in errors)]
         problems += [text for problem in causes for text in _described(problem)]
     if not problems:
         return _fill_precisions(settings, merged)
@@ -151,14 +151,16 @@ def _without_empty_sections(
 
 def _causes(problem: Any, other: Any) -> bool:
     """Return whether the value of one problem is an item of the list that the other is about."""
-    place, value = other["loc"], other["input"]
+    place = other["loc"]
+    value = other["input"]
     is_inside = len(problem["loc"]) > len(place) and problem["loc"][: len(place) - 1] == place[:-1]
     return is_inside and isinstance(value, list | tuple) and problem["input"] in value
 
 
 def _described(problem: Any) -> list[str]:
     """Return pydantic's message after the setting's name, or the broken rules, one a line."""
-    location, message = [str(part) for part in problem["loc"]], problem["msg"]
+    location = [str(part) for part in problem["loc"]]
+    message = problem["msg"]
     message = message.removeprefix("Value error, ")
     if not location:
         return str(message).split("\n")
@@ -185,11 +187,13 @@ def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
     """
     trials = settings.trials_use_gpus
     run = trials if settings.sweep.kind == "iterations" else settings.cluster.num_gpus > 0
-    training, distillation = settings.training, settings.distillation
+    training = settings.training
+    distillation = settings.distillation
     changes: dict[str, Any] = {}
-    if "precision" not in (given.get("training") or {}):
-        precision = {"precision": default_precision(on_gpus=run)}
-        changes["training"] = training.model_copy(update=precision)
+    for name, recipe in (("training", training), ("source_training", settings.source_training)):
+        if recipe is not None and "precision" not in (given.get(name) or {}):
+            precision = {"precision": default_precision(on_gpus=run)}
+            changes[name] = recipe.model_copy(update=precision)
     if "precision" not in ((given.get("distillation") or {}).get("training") or {}):
         precision = {"precision": default_precision(on_gpus=trials)}
         recipe = distillation.training.model_copy(update=precision)
@@ -259,6 +263,6 @@ def _length(node: yaml.Node, known: dict[int, float]) -> float:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
-        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
-        known[id(node)] = 1 + own + sum(_length(part, known) for part in parts)
+        length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        known[id(node)] = 1 + length + sum(_length(part, known) for part in parts)
     return known[id(node)]

@@ -50,6 +50,10 @@ class Settings(Section):
     """Corpus and tokenizer."""
     model: ModelSettings = ModelSettings()
     """Shape of the model."""
+    source_training: TrainingSettings | None = None
+    """Recipe of a plain model (vanilla) of the teacher's sizes, which a sweep trains first and
+    takes as the source of its teacher, in place of a `training.source` that exists. Only sweeps
+    that train their teacher read it (default: the teacher starts from random weights)."""
     training: TrainingSettings = TrainingSettings()
     """Recipe of the pretraining."""
     distillation: DistillationSettings = DistillationSettings()
@@ -72,10 +76,15 @@ class Settings(Section):
         return self
 
     @property
+    def has_source(self) -> bool:
+        """Whether the model that is trained starts from the weights of another one."""
+        return self.training.source is not None or self.source_training is not None
+
+    @property
     def trials_use_gpus(self) -> bool:
         """Whether a sweep's trials run on GPUs (default: as `cluster.num_gpus` says)."""
-        own = self.sweep.gpus_per_trial
-        return (self.cluster.num_gpus if own is None else own) > 0
+        gpus_per_trial = self.sweep.gpus_per_trial
+        return (self.cluster.num_gpus if gpus_per_trial is None else gpus_per_trial) > 0
 
 
 def fields_of(location: list[str]) -> dict[str, FieldInfo]:
@@ -85,10 +94,10 @@ def fields_of(location: list[str]) -> dict[str, FieldInfo]:
         field = section.model_fields.get(name)
         # A section that may be left out is one of two types.
         types = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-        if not found:
+        sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if not sections:
             return {}
-        section = found[0]
+        section = sections[0]
     return section.model_fields
 
 
@@ -120,7 +129,9 @@ def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
 
 
 def _of_data_and_devices(settings: Settings) -> Iterator[str]:
-    data, cluster, sweep = settings.data, settings.cluster, settings.sweep
+    data = settings.data
+    cluster = settings.cluster
+    sweep = settings.sweep
     is_mixture = data.source == "mixture"
     read = data.shares if is_mixture else {data.source}
     if is_mixture != bool(data.shares):
@@ -148,7 +159,11 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
 
 
 def _of_trainings(settings: Settings) -> Iterator[str]:
-    for name in ("training", "distillation.training"):
+    if settings.source_training is not None:
+        yield from _of_source_training(settings, settings.source_training)
+    recipes = ["training", "distillation.training"]
+    recipes += ["source_training"] if settings.source_training else []
+    for name in recipes:
         training = attrgetter(name)(settings)
         if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
             names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
@@ -160,7 +175,8 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
         yield "distillation.training.source_kl_weight: a student has distillation.kl_weight"
     if distillation.training.trained_layers != "all":
         yield "distillation.training.trained_layers: all weights of a student are trained"
-    first, until = distillation.teacher_from_step, distillation.teacher_until_step
+    first = distillation.teacher_from_step
+    until = distillation.teacher_until_step
     if until is not None and until <= first:
         yield (
             "distillation.teacher_from_step, distillation.teacher_until_step: the teacher takes "
@@ -175,7 +191,8 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "distillation.control=cross_entropy"
         )
     for name in ("kl_weight", "temperature"):
-        elastic, usual = distillation.training.elastic, ElasticSettings()
+        elastic = distillation.training.elastic
+        usual = ElasticSettings()
         if elastic and getattr(elastic, name) != getattr(usual, name):
             yield (
                 f"distillation.training.elastic.{name}: in a distillation, members learn from the "
@@ -183,13 +200,33 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             )
 
 
-def _of_sweep(settings: Settings) -> Iterator[str]:
+def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterator[str]:
     if settings.training.source is not None:
         yield (
-            "training.source: a sweep trains its models from random weights; train one by "
-            "`iiet-orch pretrain --from`, and give it to `sweep-threshold` as the teacher"
+            "training.source: the source exists, or is trained first as the section "
+            "source_training says; leave one out"
         )
-    sweep, kind = settings.sweep, settings.sweep.kind
+    of_retrofits = ("source", "source_kl_weight", "trained_layers", "elastic")
+    for name in of_retrofits:
+        if getattr(recipe, name) != TrainingSettings.model_fields[name].default:
+            yield (
+                f"source_training.{name}: the source is a plain model from random weights; leave "
+                "it out"
+            )
+
+
+def _of_sweep(settings: Settings) -> Iterator[str]:
+    sweep = settings.sweep
+    kind = settings.sweep.kind
+    if settings.has_source:
+        name = "training.source" if settings.training.source is not None else "source_training"
+        if kind == "iterations":
+            yield (
+                f"{name}, sweep.kind: a sweep of kind iterations trains its models from random "
+                "weights; leave the first out, or set the second to threshold or search"
+            )
+        if sweep.teachers:
+            yield f"{name}, sweep.teachers: a source gives one teacher its weights; leave one out"
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
     )  # fmt: skip
@@ -222,7 +259,8 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
-    sweep, elastic = settings.sweep, settings.distillation.training.elastic
+    sweep = settings.sweep
+    elastic = settings.distillation.training.elastic
     if not sweep.elastic:
         if elastic and sweep.kind != "iterations":
             names = "sweep.elastic, distillation.training.elastic"
@@ -231,6 +269,6 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
     if settings.distillation.control != "distill":
         yield "sweep.elastic, distillation.control: a control is about students of one schedule"
     if elastic and (elastic.schedules or not elastic.weight):
-        given = "schedules" if elastic.schedules else "weight"
-        names = f"sweep.elastic, distillation.training.elastic.{given}"
+        setting = "schedules" if elastic.schedules else "weight"
+        names = f"sweep.elastic, distillation.training.elastic.{setting}"
         yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"

@@ -29,7 +29,13 @@ from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
-from orchestrator.records.trial import Role, SweepTrials, Trial, teacher_or_costliest
+from orchestrator.records.trial import (
+    Role,
+    SweepTrials,
+    Trial,
+    role_beside,
+    teacher_or_costliest,
+)
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
 from orchestrator.settings.training import default_precision
@@ -130,7 +136,7 @@ def plan_pretrained(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
 
 def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
     """Return the trial that trains a model from scratch; one without corrections is a baseline."""
-    role: Role = "trial" if has_counts(job.model.method) else "baseline"
+    role: Role = "trial" if has_counts(job.model.method) else role_beside(label)
     return make_trial(
         role, label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
     )

@@ -21,7 +21,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.stop import stop_requested, stop_when
@@ -110,7 +110,12 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
                 else:
                     world = World(device=place.device)
                     with out_of_memory_explained(trial.job, world):
-                        outcome = run_job(trial.job, world=world, report=place.report)
+                        outcome = run_job(
+                            trial.job,
+                            world=world,
+                            report=place.report,
+                            sequences_if_uncompiled=sequences_if_uncompiled(trial.job, world),
+                        )
             if not outcome.finished or stop_requested():
                 return None
             trial = trial.model_copy(update={"checkpoint": outcome.checkpoint})

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,11 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from iiet.context import make_context
 from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.freezing import freeze, trained_part
 from iiet.layers import initial_weights
+from iiet.losses import next_token_loss
 from iiet.methods.implicit_euler import MixedLayer
+from iiet.schedule import IterationSchedule
 from orchestrator.models.open import has_bf16, load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.dropping import drop_layers
@@ -105,19 +109,77 @@ def run_on_first(function: Callable[[], T], world: World) -> T:
 # Copies and shards of a model
 
 
-def replicate(decoder: Decoder, world: World) -> nn.Module:
-    """Return a model whose backward pass averages gradients over all workers.
+class Copies:
+    """The copies of a decoder on all workers, whose backward passes average gradients.
 
-    A decoder of one worker, or a sharded one, is returned as it is.
+    They average the gradients of what a step uses: under schedules that leave out a layer's
+    corrections, the norm of its corrections has none. DDP can look for such parameters in each
+    pass, but then it does not keep gradients where it sends them, and several passes hold them
+    twice. So a parameter that a step leaves out is no parameter of the copies, which are made anew
+    where the schedule of the training changes. Only the cheaper members of an elastic step leave
+    out more than the step, so there DDP looks.
     """
-    if world.size == 1 or world.is_sharded:
-        return decoder
-    # Correction norms of layers without corrections get no gradient. Finding them costs a walk over
-    # the graph per step.
-    has_idle_parameters = decoder.method.facts.has_corrections
-    return DistributedDataParallel(
-        decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
-    )
+
+    def __init__(self, decoder: Decoder, world: World) -> None:
+        self._decoder = decoder
+        self._world = world
+        self._trained = [p for p in decoder.parameters() if p.requires_grad]
+        self._left_out: dict[IterationSchedule, frozenset[nn.Parameter]] = {}
+        self._model: nn.Module = decoder
+        self._made_for: tuple[frozenset[nn.Parameter], bool] | None = None
+
+    def model_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
+        """Return the model to call in the passes of a step, which have these schedules.
+
+        A decoder of one worker, or a sharded one, is returned as it is. All workers call this.
+        """
+        world = self._world
+        if world.size == 1 or world.is_sharded:
+            return self._decoder
+        left_out_by_pass = [self._left_out_by(schedule) for schedule in schedules]
+        left_out = frozenset.intersection(*left_out_by_pass)
+        looks = any(each != left_out for each in left_out_by_pass)
+        if self._made_for != (left_out, looks):
+            for parameter in self._trained:
+                parameter.requires_grad_(parameter not in left_out)
+                parameter.grad = None
+            self._model = DistributedDataParallel(
+                self._decoder, find_unused_parameters=looks, gradient_as_bucket_view=True
+            )
+            self._made_for = (left_out, looks)
+            # DDP makes new buckets after the first pass, in the order in which gradients came. From
+            # then on gradients are where they are sent, here before activations need the memory.
+            for _ in range(2):
+                torch.autograd.backward(_small_loss(self._model, schedules[0], world))
+            self._model.zero_grad(set_to_none=False)
+        return self._model
+
+    def _left_out_by(self, schedule: IterationSchedule) -> frozenset[nn.Parameter]:
+        """Return the trained parameters that a pass under a schedule does not use."""
+        if schedule not in self._left_out:
+            for parameter in self._trained:
+                parameter.requires_grad_(True)
+            self._made_for = None
+            loss = _small_loss(self._decoder, schedule, self._world)
+            gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+            self._left_out[schedule] = frozenset(
+                parameter
+                for parameter, gradient in zip(self._trained, gradients, strict=True)
+                if gradient is None
+            )
+        return self._left_out[schedule]
+
+
+def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> Tensor:
+    """Return the loss of a sequence of two tokens, which compiles nothing and draws no numbers
+    that a training would draw."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=world.device)
+    gpus = [world.device] if world.is_gpu else []
+    with torch.random.fork_rng(devices=gpus), uncompiled():
+        loss: Tensor = model(
+            tokens, schedule=schedule, loss_fn=partial(next_token_loss, input_ids=tokens)
+        )
+    return loss
 
 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
@@ -224,11 +286,9 @@ def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of a step.
 
     Those of copies stay as zeros in the buckets that send them. Without a place there, all passes
-    of the next step but the last would add theirs up elsewhere, and hold them twice. But where a
-    step may leave parameters out, these must have no gradient: the optimizer moves one of zeros.
+    of the next step but the last would add theirs up elsewhere, and hold them twice.
     """
-    keeps_zeros = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
-    optimizer.zero_grad(set_to_none=not keeps_zeros)
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
@@ -369,10 +429,31 @@ def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
 
 # Compiled layers
 
+_is_compiling_allowed = True
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled layers as they were, for passes whose shapes deserve no graph."""
+    global _is_compiling_allowed
+    _is_compiling_allowed = False
+    try:
+        yield
+    finally:
+        _is_compiling_allowed = True
+
+
+@dataclass
+class Compilation:
+    """What became of the compiler in a training."""
+
+    has_succeeded: bool = False
+    has_failed: bool = False
+
 
 def compile_layers(
     decoder: Decoder, event: Callable[..., None], backend: str | Callable[..., Any] = "inductor"
-) -> None:
+) -> Compilation:
     """Compile fields and sums of the mix in place, at their first calls with gradients; only
     rounding changes.
 
@@ -397,26 +478,27 @@ def compile_layers(
     warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
     for name in filter(partial(hasattr, config), _COMPILED_GRAPHS):  # An older PyTorch lacks some.
         setattr(config, name, _COMPILED_GRAPHS[name])
-    ends: set[str] = set()
+    compilation = Compilation()
 
     def compiled(plain: Callable[..., ResultT]) -> Callable[..., ResultT]:
         fast = torch.compile(plain, backend=backend)
 
         def run(*args: Any, **options: Any) -> ResultT:
-            if "not compiled" in ends or not torch.is_grad_enabled():
+            is_training = torch.is_grad_enabled() and _is_compiling_allowed
+            if compilation.has_failed or not is_training:
                 return plain(*args, **options)
             started = time.perf_counter()
             try:
                 found = fast(*args, **options)
             except TorchDynamoException as error:
-                ends.add("not compiled")
+                compilation.has_failed = True
                 cause = getattr(error, "inner_exception", error)
                 reason = shortened(" ".join(f"{type(cause).__name__}: {cause}".split()))
                 text = "torch.compile failed, so training runs uncompiled, slower on GPUs"
                 event("not compiled", text=f"{text}: {reason}")
                 return plain(*args, **options)
-            if not ends:
-                ends.add("compiled")
+            if not compilation.has_succeeded:
+                compilation.has_succeeded = True
                 event("compiled", seconds=time.perf_counter() - started)
             return found
 
@@ -427,3 +509,32 @@ def compile_layers(
         layer.field = compiled(layer.field)
         if isinstance(layer, MixedLayer):
             layer.mix.add_terms = compiled(layer.mix.add_terms)  # type: ignore[method-assign]
+    return compilation
+
+
+def compile_a_field(
+    decoder: Decoder,
+    compilation: Compilation,
+    world: World,
+    *,
+    precision: str,
+    num_sequences: int,
+    num_tokens: int,
+) -> None:
+    """Let the compiler make the graphs of the fields for passes of these sizes.
+
+    All workers agree on whether it failed. Training would find out in the middle of its first pass,
+    which is too late: plain formulas keep more, and may need passes of fewer sequences.
+
+    Args:
+        decoder: As a whole, after `compile_layers`; shards would have to be gathered.
+        compilation: What `compile_layers` has returned; gets the result.
+    """
+    layer: Any = decoder.model.layers[0]
+    sizes = (num_sequences, num_tokens, decoder.config.dim)
+    point = torch.zeros(sizes, device=world.device, requires_grad=True)
+    context = make_context(point, decoder.rope)
+    with autocast(precision, world):
+        layer.field(point, context)
+    share_failed = mean_over_workers({"failed": float(compilation.has_failed)}, world)["failed"]
+    compilation.has_failed = share_failed > 0

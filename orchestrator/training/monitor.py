@@ -27,7 +27,8 @@ from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.journal import SPEED_METRIC
 from orchestrator.workspace.layout import PROFILE_NAME
 
-GIGABYTE, MEGABYTE = 1e9, 1e6
+GIGABYTE = 1e9
+MEGABYTE = 1e6
 STEPS_BEFORE = 3
 """The first steps also allocate memory and choose kernels; the profiler warms up in the last."""
 MAX_MEMORY_EVENTS = 1_000_000
@@ -72,7 +73,8 @@ class ThroughputMeter:
     """Measures the speed between two calls of `measure`."""
 
     def __init__(self, position: Position, world: World, precision: str) -> None:
-        self._last, self._world = replace(position), world
+        self._last = replace(position)
+        self._world = world
         self._peak = None
         if world.is_gpu:
             self._peak = gpu_peak_flops(torch.cuda.get_device_name(world.device), precision)
@@ -85,7 +87,8 @@ class ThroughputMeter:
         `train/memory_gb` is this training's peak so far on a GPU, and the present resident set on
         a CPU.
         """
-        last, self._last = self._last, replace(position)
+        last = self._last
+        self._last = replace(position)
         seconds = max(position.seconds - last.seconds, 1e-9)
         flops_per_second = (position.flops - last.flops) / seconds
         if self._world.is_gpu:
@@ -114,7 +117,9 @@ class StepProfiler:
         self, run_folder: Path, num_steps: int, device: str, event: Callable[..., None]
     ) -> None:
         """Start to count steps; `event` is called with a name and details at the end."""
-        self._folder, self._event, self._is_written = run_folder / PROFILE_NAME, event, False
+        self._folder = run_folder / PROFILE_NAME
+        self._event = event
+        self._is_written = False
         self._memory: Any = torch.cuda.memory if device.startswith("cuda") else None
         if self._memory:
             self._memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)

@@ -84,7 +84,8 @@ def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
     """
     means = dict(numbers)
     for name in [name.removeprefix(SHARE) for name in numbers if name.startswith(SHARE)]:
-        loss, share = means.pop(LOSS + name), means.pop(SHARE + name)
+        loss = means.pop(LOSS + name)
+        share = means.pop(SHARE + name)
         if share:
             means[LOSS + name] = loss / share
     return means

@@ -42,7 +42,9 @@ class RemoteCopy:
                 f"cluster.storage: {uri!r} names no storage that can be used ({_one_line(error)}); "
                 "write s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH or an absolute path"
             ) from None
-        self._uri, self._run_folder, self._key = uri, run_folder, key
+        self._uri = uri
+        self._run_folder = run_folder
+        self._key = key
         self._root = PurePosixPath(root) / f"{run_folder.name}-{key}"
 
     def upload(self, step: int, event: Callable[..., None]) -> None:
@@ -86,7 +88,8 @@ class RemoteCopy:
         """
         try:
             for name in sorted(self._complete_copies(), reverse=True):
-                folder, source = self._run_folder / name, str(self._root / name)
+                folder = self._run_folder / name
+                source = str(self._root / name)
                 try:
                     with new_folder(folder) as temporary:
                         self._fs.copy_files(source, str(temporary), source_filesystem=self._store)

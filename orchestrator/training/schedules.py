@@ -110,7 +110,8 @@ def checked_family(
     Raises:
         UserError: If the model has no cheaper schedule, or not those of the family.
     """
-    elastic, full = recipe.elastic, config.corrections
+    elastic = recipe.elastic
+    full = config.corrections
     if elastic is None:
         return recipe
     if not full.num_corrections:
@@ -153,7 +154,8 @@ def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> Sche
     proportional to the corrections that it leaves out: the further it is from the full schedule,
     the more it has to learn, and the less a step of it costs.
     """
-    members_at, schedule_at = members_by_step(schedule, recipe), schedule_by_step(schedule, recipe)
+    members_at = members_by_step(schedule, recipe)
+    schedule_at = schedule_by_step(schedule, recipe)
 
     def drawn_at(step: int) -> tuple[IterationSchedule, ...]:
         members = members_at(step)

@@ -39,17 +39,18 @@ from orchestrator.training.checkpoint import (
     set_random_state,
 )
 from orchestrator.training.devices import (
+    Copies,
     autocast,
     check_precision,
     clear_gradients,
     clip_gradients,
+    compile_a_field,
     compile_layers,
     decoder_to_train,
     load_moments,
     load_teacher,
     mean_over_workers,
     pass_of_several,
-    replicate,
     run_on_first,
 )
 from orchestrator.training.job import (
@@ -110,6 +111,7 @@ def run_job(
     should_stop: Callable[[], bool] = stop_requested,
     should_save: Callable[[], bool] | None = None,
     report: Report | None = None,
+    sequences_if_uncompiled: int | None = None,
 ) -> TrainingOutcome:
     """Train a job to its end, or until a stop is requested. Call it on every worker.
 
@@ -119,6 +121,8 @@ def run_job(
         should_stop: Called after each step on the first worker, and before the first step.
         should_save: Likewise, in addition to the recipe; True if the workers may soon be lost.
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
+        sequences_if_uncompiled: Most sequences of a pass if the compiler fails, which fit the
+            device's memory then; None for as many as the recipe says.
 
     Raises:
         UserError: If the job cannot run, or its folder holds another job.
@@ -148,7 +152,7 @@ def run_job(
             return outcome
         check_precision(job.recipe.precision, world.device, section=job.section)
         trainer = stack.enter_context(
-            closing(Trainer(job, world, should_stop, should_save, report))
+            closing(Trainer(job, world, should_stop, should_save, report, sequences_if_uncompiled))
         )
         trainer.prepare()
         try:
@@ -177,6 +181,7 @@ class Trainer:
         should_stop: Callable[[], bool],
         should_save: Callable[[], bool] | None,
         report: Report | None,
+        sequences_if_uncompiled: int | None,
     ) -> None:
         """Open the job's data, journal and teacher; arguments as of `run_job`."""
         self.job = job
@@ -190,12 +195,15 @@ class Trainer:
         # All schedules of a step read the answers of one forward pass.
         self.teacher = RememberingTeacher(teacher) if teacher and job.recipe.elastic else teacher
         self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
+        self.members_at = members_by_step(job.model.corrections, job.recipe)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
         self.flops_per_token = flops_per_token_by_step(job, teacher.config if teacher else None)
         self._should_stop = should_stop
         self._should_save = should_save
         self._report = report
+        self.sequences_per_pass = job.recipe.num_sequences_per_pass
+        self._sequences_if_uncompiled = sequences_if_uncompiled
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[Batch]] = {}
         self.profiler: StepProfiler | None = None
@@ -220,7 +228,7 @@ class Trainer:
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if world.is_gpu if recipe.compile is None else recipe.compile:
-            compile_layers(self.decoder, self.event)
+            self._compile()
         self.optimizer = make_optimizer(self.decoder, recipe)
         hardware = {
             "num_workers": world.size,
@@ -246,8 +254,30 @@ class Trainer:
         self.objective = make_objective(
             self.schedule_at, self.teacher, self.distillation, self.data.source_names
         )
-        self.model = replicate(self.decoder, world)
+        self.copies = Copies(self.decoder, world)
         self.meter = ThroughputMeter(self.position, world, recipe.precision)
+
+    def _compile(self) -> None:
+        """Compile the layers; if that fails, make the passes smaller where plain formulas need
+        more memory than there is."""
+        compilation = compile_layers(self.decoder, self.event)
+        if self.world.is_sharded:
+            return
+        per_worker = -(-sequences_per_step(self.recipe, self.job.model) // self.world.size)
+        num_sequences = min(self.sequences_per_pass or per_worker, per_worker)
+        compile_a_field(
+            self.decoder,
+            compilation,
+            self.world,
+            precision=self.recipe.precision,
+            num_sequences=num_sequences,
+            num_tokens=self.job.sequence_length,
+        )
+        fewer = self._sequences_if_uncompiled
+        if compilation.has_failed and fewer is not None and fewer < num_sequences:
+            self.sequences_per_pass = fewer
+            text = f"without the compiler, {fewer} sequences of a pass fit {self.world.device}"
+            self.event("smaller passes", text=f"{text}, so a step has more passes (same gradients)")
 
     def _find_start(self) -> Path | None:
         # The checkpoint to continue: the run's own, one of its storage, or that of another run with
@@ -288,7 +318,6 @@ class Trainer:
             return True
         record_every = max(1, min(RECORD_EVERY_STEPS, recipe.num_steps // NUM_RECORDED_POINTS))
         recorded_at = time.monotonic()
-        self.model.train()
         batch = self.batch(position.step)
         agreed = mean_over_workers({**_counts(batch), **self.wishes(position.step)}, world)
         with _rare_garbage_collections() as collect_garbage:
@@ -366,7 +395,9 @@ class Trainer:
         Parts of a batch save memory. Each divides by its share of the targets of all workers, so
         the gradients are those of a single pass up to rounding.
         """
-        parts_of_batch = batch.split(self.recipe.num_sequences_per_pass or len(batch))
+        schedules = (self.schedule_at(step), *self.members_at(step))
+        self.model = self.copies.model_for(schedules)
+        parts_of_batch = batch.split(self.sequences_per_pass or len(batch))
         members = self.drawn_at(step)
         passes_left = num_passes = len(parts_of_batch) * (1 + len(members))
         totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
@@ -518,7 +549,7 @@ class Trainer:
             source_names=self.data.source_names,
         )
         metrics = metrics_of(self.schedule_at(last))
-        if members := members_by_step(job.model.corrections, recipe)(last):
+        if members := self.members_at(last):
             metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
         return metrics
 

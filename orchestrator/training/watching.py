@@ -200,7 +200,9 @@ class RunMonitor:
     def __init__(
         self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
     ) -> None:
-        self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
+        self._jobs = dict(jobs)
+        self._tracking = tracking
+        self._progress = progress
         self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
         self._costs = {label: remaining_flops(job) for label, job in jobs.items()}
         self._losses: dict[str, float | None] = dict.fromkeys(jobs)
@@ -223,7 +225,8 @@ class RunMonitor:
         self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
 
     def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
-        job, settings = self._jobs[label], self._settings[label]
+        job = self._jobs[label]
+        settings = self._settings[label]
         return training_run(job, self._kind, label, settings, status=status, reason=reason)
 
     def poll(self) -> None:
@@ -234,7 +237,8 @@ class RunMonitor:
         total_speed = 0.0
         is_left = False
         for label, job in self._jobs.items():
-            step, loss = self._journals[label].step, self._losses[label]
+            step = self._journals[label].step
+            loss = self._losses[label]
             num_done += step
             if step < job.recipe.num_steps:
                 is_left = True
@@ -259,11 +263,9 @@ class RunMonitor:
         flops_per_second = 0.0
         longest = 0.0
         for label, job in self._jobs.items():
-            step, costs, speeds = (
-                self._journals[label].step,
-                self._costs[label],
-                self._speeds[label],
-            )
+            step = self._journals[label].step
+            costs = self._costs[label]
+            speeds = self._speeds[label]
             flops_left += costs[step]
             if label not in self._begun or step >= job.recipe.num_steps:
                 continue
@@ -303,7 +305,7 @@ class RunMonitor:
             self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
         elif name == "compiled":
             self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
-        elif name in ("damaged", "not copied", "not profiled", "not compiled"):
+        elif name in ("damaged", "not copied", "not profiled", "not compiled", "smaller passes"):
             self._progress.note(event["text"])
         elif name == "skipped":
             self._progress.note(
@@ -317,7 +319,8 @@ class RunMonitor:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the runs, except those that another process trains."""
         self._read()
-        status, reason = status_after(error), first_line(error) if error else ""
+        status = status_after(error)
+        reason = first_line(error) if error else ""
         ended = [
             label
             for label, job in self._jobs.items()
@@ -406,7 +409,8 @@ def trial_model(trial: Trial) -> TrackedModel | None:
     """
     if trial.config is None:
         return None
-    data, suite = _dataset(trial.suite.tokens_folder), trial.suite
+    data = _dataset(trial.suite.tokens_folder)
+    suite = trial.suite
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}
     for name in trial.metrics():

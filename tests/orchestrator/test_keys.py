@@ -44,7 +44,7 @@ OTHER: dict[str, Any] = {
     "num_kv_heads": 1, "head_dim": 10, "rotary_layers": (True, False),
     "rope_scaling": RopeScaling(rope_type="linear", factor=2.0), "sliding_windows": (None, 4),
     "schedule": IterationSchedule((1, 1)),
-    "method_options": ImplicitEulerOptions(damping=0.5),
+    "method_options": ImplicitEulerOptions(damping=0.5), "trained_layers": (2,),
 }  # fmt: skip
 """A second value of the fields for which none can be derived from the first."""
 

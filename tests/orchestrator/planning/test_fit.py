@@ -14,7 +14,12 @@ from iiet.config import preset
 from iiet.cost import num_parameters
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
-from orchestrator.planning.fit import find_problems, out_of_memory_explained, reasons_not_to_fit
+from orchestrator.planning.fit import (
+    find_problems,
+    out_of_memory_explained,
+    reasons_not_to_fit,
+    sequences_if_uncompiled,
+)
 from orchestrator.planning.machine import FreeBytes
 from orchestrator.planning.price import price_of
 from orchestrator.records.trial import SweepTrials
@@ -53,6 +58,26 @@ def refused(
 def trials_of(plan: SweepTrials, **devices: Any) -> list[Estimate]:
     found = [Estimate.of(trial.job) for trial in plan.trials if trial.job]
     return [replace(each, devices=Devices(are_trials=True, **devices)) for each in found]
+
+
+@pytest.mark.parametrize("free", [10 * GIB, 24 * GIB, 79 * GIB, 200 * GIB])
+def test_a_training_that_is_not_compiled_gets_passes_that_fit(free, tiny_job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    assert sequences_if_uncompiled(tiny_job(), World()) is None, "a CPU's form has no compiler"
+    recipe = ("training.num_sequences_per_pass=8", "training.precision=bf16")
+    asked = request("model.corrections=3", *recipe, on_gpus=True)
+    job = tiny_job().model_copy(update={"model": asked.config, "recipe": asked.recipe})
+    number = sequences_if_uncompiled(job, World(device="cuda:0"))
+
+    def plan_for(num_sequences: int) -> int:
+        changes = {"compile": False, "num_sequences_per_pass": num_sequences}
+        return replace(asked, recipe=asked.recipe.model_copy(update=changes)).worker_bytes
+
+    assert number is not None
+    assert number == 1 or plan_for(number) <= free
+    assert number == 8 or plan_for(number + 1) > free
+    assert (number == 8) == (free > 100 * GIB), "compiled, 8 fit 79 GiB"
+    assert asked.worker_bytes < 79 * GIB
 
 
 def test_the_memory_of_a_worker_is_compared_with_what_is_free():

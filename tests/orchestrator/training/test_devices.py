@@ -22,20 +22,24 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, ModelConfig, next_token_loss, preset
+from iiet.batch import Batch
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
+from iiet.schedule import IterationSchedule
 from orchestrator.models.open import device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
+    Compilation,
+    Copies,
     autocast,
     check_precision,
     clear_gradients,
     compile_layers,
     decoder_to_train,
+    mean_over_workers,
     pass_of_several,
-    replicate,
     shard,
 )
 from orchestrator.training.job import job_key
@@ -65,6 +69,20 @@ def test_tf32_is_for_gpus_only(tiny_job):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+# What workers tell each other
+
+
+def test_numbers_are_the_mean_of_those_of_all_workers(monkeypatch):
+    added = {"tokens": 10.0, "loss": 3.0}  # Of the two others.
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda numbers: numbers.add_(torch.tensor([*added.values()]))
+    )
+    own = {"loss": torch.tensor(1.5), "tokens": 2}
+    mean = mean_over_workers(own, World(rank=1, size=3))
+    assert mean == {"loss": 1.5, "tokens": 4.0}
+    assert mean_over_workers(own, World()) == {"loss": 1.5, "tokens": 2.0}
 
 
 # Compiled layers
@@ -118,12 +136,33 @@ def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def test_a_broken_compiler_is_one_warning_and_changes_nothing(job, monkeypatch):
-    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> None:
-        compile_layers(decoder, event, backend=broken_compiler)
+    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> Compilation:
+        return compile_layers(decoder, event, backend=broken_compiler)
 
     monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
     (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
     assert event["text"].endswith("OSError: no space left for the compiler")
+
+
+def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
+    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> Compilation:
+        return compile_layers(decoder, event, backend=broken_compiler)
+
+    sizes = set[int]()
+    split = Batch.split
+
+    def seen_split(batch: Batch, size: int) -> list[Batch]:
+        parts = split(batch, size)
+        sizes.update(map(len, parts))
+        return parts
+
+    monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
+    monkeypatch.setattr(Batch, "split", seen_split)
+    compiled = recipe(compile=True, num_sequences_per_pass=4)(job)
+    assert run_job(compiled, sequences_if_uncompiled=1).finished
+    assert sizes == {1}
+    (event,) = events(compiled, "smaller passes")
+    assert "1 sequences" in event["text"]
 
 
 def test_every_training_of_a_process_compiles():
@@ -168,41 +207,71 @@ def test_copies_compile_whole_fields(copies):
     """Dynamo cuts a graph where the buckets of gradients end, 1 MiB for the first one."""
     decoder = Decoder(preset("tiny", num_layers=1, dim=256, num_heads=4, context_length=8))
     assert sum(p.nbytes for p in decoder.model.layers[0].field_parameters()) > 2 * 2**20
-    model, graphs = replicate(decoder, copies), CompileCounter()
+    none = decoder.schedule.none(1)
+    model, graphs = Copies(decoder, copies).model_for([none]), CompileCounter()
     compile_layers(decoder, lambda *_, **__: None, backend=graphs)
-    model(torch.zeros(2, 8, dtype=torch.long), schedule=0)
+    model(torch.zeros(2, 8, dtype=torch.long), schedule=none)
     assert graphs.frame_count == 1
 
 
-def test_the_passes_of_a_step_add_gradients_up_where_copies_send_them(copies):
-    decoder = make_decoder("vanilla")
-    model = replicate(decoder, copies)
+@pytest.mark.parametrize(
+    ("method", "schedules"),
+    [
+        ("vanilla", ["0", "0"]),
+        ("iiet", ["0", "0"]),  # No layer corrects, so their norms are left out.
+        ("iiet", ["2,0,1,0", "2,0,1,0"]),
+        ("iiet", ["1", "0"]),  # An elastic step: the last pass leaves out what the first one uses.
+        ("pcformer", ["1", "1"]),
+    ],
+)
+def test_copies_add_gradients_up_where_they_send_them_and_have_none_of_what_a_step_leaves_out(
+    method, schedules, copies
+):
+    decoder = make_decoder(method)
+    alone = decoder.copy()
+    passes = [IterationSchedule.parse(text, num_layers=LAYERS) for text in schedules]
+    copies_of_decoder = Copies(decoder, copies)
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-
-    def places_after_pass(*, is_last: bool) -> set[int]:
-        with pass_of_several(model, copies, is_last=is_last):
-            model(tokens, loss_fn=partial(next_token_loss, input_ids=tokens)).backward()
-        return {p.grad.untyped_storage().data_ptr() for p in decoder.parameters()}
-
-    for _ in range(2):  # After the first step, the buckets are made anew, in the order of use.
-        buckets = places_after_pass(is_last=True)
-        clear_gradients(model, optimizer)
-    assert all(not p.grad.any() for p in decoder.parameters())
+    tokens = torch.randint(decoder.config.vocab_size, (1, 8))
+    loss_fn = partial(next_token_loss, input_ids=tokens)
     for _ in range(2):
-        assert places_after_pass(is_last=False) == buckets
-
-
-def test_a_parameter_that_a_step_leaves_out_has_no_gradient_then(copies):
-    decoder = make_decoder("iiet")
-    model = replicate(decoder, copies)
-    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    for schedule in (1, 0):
+        model = copies_of_decoder.model_for(passes)
+        buckets = places_of_gradients(decoder)
+        alone.zero_grad()
+        for number, schedule in enumerate(passes):
+            with pass_of_several(model, copies, is_last=number == len(passes) - 1):
+                model(tokens, schedule=schedule, loss_fn=loss_fn).backward()
+            assert places_of_gradients(decoder) == buckets, "also in the first pass of all"
+            alone(tokens, schedule=schedule, loss_fn=loss_fn).backward()
+        expected = dict(alone.named_parameters())
+        for name, parameter in decoder.named_parameters():
+            own = expected[name].grad
+            assert (parameter.grad is None) == (own is None), name
+            if own is not None:
+                torch.testing.assert_close(parameter.grad, own)
         clear_gradients(model, optimizer)
-        loss_fn = partial(next_token_loss, input_ids=tokens)
-        model(tokens, schedule=schedule, loss_fn=loss_fn).backward()
-    assert decoder.model.layers[0].correction_norm.weight.grad is None
+
+
+def places_of_gradients(decoder: Decoder) -> set[int]:
+    """Return where gradients are; buckets of one process are a few blocks of memory."""
+    return {p.grad.untyped_storage().data_ptr() for p in decoder.parameters() if p.grad is not None}
+
+
+def test_copies_follow_the_schedule_and_train_what_was_frozen_as_little_as_before(copies):
+    decoder = make_decoder("iiet")
+    frozen = decoder.model.layers[0].input_layernorm.weight.requires_grad_(False)
+    norm = decoder.model.layers[0].correction_norm.weight
+    copies_of_decoder = Copies(decoder, copies)
+    none, all_layers = (decoder.schedule.parse(text, num_layers=LAYERS) for text in ("0", "1"))
+    first = copies_of_decoder.model_for([none])
+    assert copies_of_decoder.model_for([none]) is first
+    assert not norm.requires_grad
+    assert copies_of_decoder.model_for([all_layers]) is not first
+    assert norm.requires_grad
+    assert norm.grad is not None
+    copies_of_decoder.model_for([none])
+    assert norm.grad is None, "the optimizer would move it"
+    assert not frozen.requires_grad
 
 
 def tiny_decoder(num_layers: int) -> Decoder:

@@ -1,0 +1,390 @@
+"""Say what a model is, what it costs, and what could be done with it, without running it.
+
+Of a model that a decoder runs, everything follows from its configuration. Of any other, sizes are
+those that its files name, and its FLOPs are counted from the shapes of its matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import RenderableType
+from safetensors import SafetensorError, safe_open
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.facts import facts_of
+from iiet.pruning import InfluenceTable
+from orchestrator.models.folder import read_config, weight_files, weights_precision
+from orchestrator.models.lookup import load_influence_table
+from orchestrator.models.open import OpenedModel, open_models
+from orchestrator.pipelines.training import plan_pretrain
+from orchestrator.planning.price import Price
+from orchestrator.reporting.command_tables import price_rows
+from orchestrator.reporting.result import Result
+from orchestrator.reporting.sections import Section, render_page, two_column_table
+from orchestrator.settings import Settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes, shortest_schedule
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, find_workspace
+
+BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
+BAR_WIDTH = 40
+"""Characters of the longest bar."""
+DROPPED_SHARE = 4
+"""Of so many layers, one is named as a candidate for dropping."""
+EXPERT_SETTINGS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Entries of transformers' configurations that say that not every weight is used for each token."""
+SIZE_SETTINGS = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "width": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "key/value heads": ("num_key_value_heads",),
+    "feed-forward width": ("intermediate_size", "n_inner"),
+    "vocabulary": ("vocab_size",),
+}
+"""What a size is called here -> its names in transformers' configurations."""
+
+
+class InspectedModel(Result):
+    """What a model is, and what it costs."""
+
+    path: Path
+    """Folder of the model, or its checkpoint."""
+    name: str
+    """Its name here."""
+    kind: str
+    """The method, or transformers' name of the architecture."""
+    is_native: bool
+    """Whether this program can train it, iterate it and export it."""
+    reason: str
+    """Why not: what is missing; empty if it can."""
+    sizes: dict[str, int | str]
+    """Layers, width, heads, vocabulary, context, and what differs from a plain Llama."""
+    schedule: str | None
+    """Corrections of each layer; None of a method without them."""
+    precision: str
+    """Type of the stored weights."""
+    num_parameters: int
+    """All weights."""
+    weight_bytes: int
+    """Bytes of the stored weights."""
+    evaluations_per_token: int | None
+    """Field evaluations of a token (NFE), or of a looped model the layers that it passes; None if
+    they are not known."""
+    flops_per_token: float | None
+    """Forward FLOPs of a token, a mean over the context; None if not every weight is used."""
+    kv_bytes_per_token: int | None
+    """Keys and values that a token adds to the cache, in the type of the stored weights."""
+    influence_metric: str | None
+    """Metric of the stored influence; None if none is stored."""
+    block_influence: list[float]
+    """How much each whole layer changes its input, where influence is stored."""
+    corrections_influence: list[list[float]]
+    """Influence of each correction of each layer, where it is stored."""
+    drop_candidates: list[int]
+    """The layers that matter least as a whole, the least first; counted from 1."""
+    retrofit: Price | None
+    """What `pretrain --from` takes on this machine, by the given settings."""
+    retrofit_steps: int | None
+    """Steps of that training."""
+    retrofit_problems: dict[str, str | None]
+    """Place -> why that training does not fit there, or what must be changed first."""
+    context_length: int = Field(exclude=True)
+    """Most tokens that are read at once."""
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the model's table, its layers with bars, and what comes next."""
+        yield two_column_table(self.name, list(self._model_rows()))
+        yield from self._layer_lines()
+        if self.is_native:
+            yield two_column_table(self._retrofit_title(), list(self._retrofit_rows()))
+        yield from self._next_steps()
+
+    def page(self) -> str:
+        """Return the same as one HTML page."""
+        from orchestrator.reporting.charts import layer_chart  # Imports vl-convert.
+
+        sections = [Section(title=self.name, facts=dict(self._model_rows()))]
+        if self.block_influence:
+            title = f"Block influence of each layer ({self.influence_metric})"
+            sections.append(Section(title=title, chart=layer_chart(self.block_influence)))
+        if self.is_native:
+            title = self._retrofit_title()
+            sections.append(Section(title=title, facts=dict(self._retrofit_rows())))
+        sections.append(Section(title="What comes next", notes=list(self._next_steps())))
+        return render_page(self.name, sections)
+
+    def _retrofit_title(self) -> str:
+        if self.retrofit_steps is None:
+            return f"`pretrain --from {self.name}`"
+        return f"`pretrain --from {self.name}` here, {self.retrofit_steps:,} steps"
+
+    def _model_rows(self) -> Iterable[tuple[str, str]]:
+        yield "folder", str(self.path)
+        kind = "this program trains, iterates and exports it" if self.is_native else self.reason
+        yield "type", f"{self.kind}; {kind}"
+        for size, value in self.sizes.items():
+            yield size, f"{value:,}" if isinstance(value, int) else value
+        yield (
+            "parameters",
+            f"{self.num_parameters:,}, stored as {self.precision} in "
+            f"{format_bytes(self.weight_bytes)}",
+        )
+        if self.schedule is not None:
+            yield "corrections", self.schedule
+        if self.evaluations_per_token is not None:
+            yield "evaluations a token", f"{self.evaluations_per_token:,} (NFE)"
+        if self.flops_per_token is not None:
+            yield "forward FLOPs a token", f"{self.flops_per_token:.3g}"
+        else:
+            yield "forward FLOPs a token", "unknown: not every weight is used for each token"
+        if self.kv_bytes_per_token is not None:
+            whole = format_bytes(self.kv_bytes_per_token * self.context_length)
+            yield (
+                "keys and values",
+                f"{format_bytes(self.kv_bytes_per_token)} a token; {whole} at the whole context",
+            )
+
+    def _layer_lines(self) -> Iterable[str]:
+        if not self.block_influence:
+            return
+        yield f"Block influence of each layer ({self.influence_metric})"
+        largest = max(self.block_influence)
+        for layer, value in enumerate(self.block_influence, start=1):
+            length = round(BAR_WIDTH * value / largest) if largest > 0 else 0
+            yield f"{layer:>4} {'█' * length:<{BAR_WIDTH}} {value:.3g}"
+
+    def _retrofit_rows(self) -> Iterable[tuple[str, str]]:
+        if self.retrofit is not None:
+            yield from price_rows(self.retrofit, self.retrofit_problems)
+        else:
+            yield "cannot be priced", "; ".join(filter(None, self.retrofit_problems.values()))
+
+    def _next_steps(self) -> Iterable[str]:
+        if not self.is_native:
+            yield f"`iiet-orch evaluate {self.path}` measures it; nothing else takes it."
+            return
+        if not self.block_influence:
+            each = "layer" if self.schedule is None else "correction and each layer"
+            yield f"`iiet-orch influence {self.name}` measures how much each {each} matters."
+        if self.drop_candidates:
+            layers = ", ".join(map(str, self.drop_candidates))
+            yield (
+                f"Matter least as a whole: layers {layers}. `iiet-orch distill {self.name} "
+                f"--drop-layers {len(self.drop_candidates)}` trains the model without so many."
+            )
+        if any(self.corrections_influence):
+            best = self._layers_by_correction()
+            layers = ", ".join(map(str, best))
+            yield f"Corrections matter most in the layers {layers}, the most first."
+        elif self.schedule is None:
+            yield (
+                "Where corrections pay is seen after a few hundred steps of `iiet-orch pretrain "
+                f"--from {self.name} --set model.method_options.start=identity "
+                "--set training.trained_layers=added`: `iiet-orch influence` of that run says it."
+            )
+
+    def _layers_by_correction(self) -> list[int]:
+        """Return the layers with corrections, that with the largest influence first, at most 4."""
+        largest = {
+            layer: max(values)
+            for layer, values in enumerate(self.corrections_influence, start=1)
+            if values
+        }
+        return sorted(largest, key=lambda layer: -largest[layer])[:4]
+
+
+def inspect_model(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    model: Path | str | None = None,
+    schedule: str | None = None,
+    progress: Progress | None = None,
+) -> InspectedModel:
+    """Return what a model is, what it costs, and what a training from it would take here.
+
+    Args:
+        settings: Of the training: sections `data`, `model`, `training`, `cluster`, `influence`.
+        model: A run, a trial, a checkpoint or a model folder, by path or name; the newest finished
+            run when unset.
+        schedule: Iteration schedule, or a looped model's depth, instead of the model's own.
+
+    Raises:
+        UserError: If there is no such model, it is damaged, or the schedule does not fit it.
+    """
+    space = find_workspace(workspace)
+    paths = [Path(model)] if model is not None else []
+    schedules = [schedule] if schedule is not None else []
+    [opened] = open_models(space, paths, schedules, note=(progress or Progress()).note)
+    tensors = _tensor_shapes(opened.path)
+    precision = weights_precision(opened.path)
+    facts: dict[str, Any] = {
+        "path": opened.path,
+        "name": opened.name,
+        "kind": opened.architecture,
+        "is_native": opened.config is not None,
+        "reason": opened.why_no_decoder,
+        "precision": precision,
+        "weight_bytes": sum(file.stat().st_size for file in weight_files(opened.path)),
+        "context_length": opened.context_length,
+    }
+    if opened.config is None:
+        return InspectedModel(**facts, **_facts_of_other(opened, tensors, precision))
+    table = None
+    if not opened.is_external:  # Influence is stored beside a checkpoint of this program.
+        table = load_influence_table(opened.path, settings.influence.metric)
+    return InspectedModel(
+        **facts,
+        **_facts_of_decoder(opened.config, precision),
+        **_facts_of_influence(table),
+        **_retrofit(settings, space, opened),
+    )
+
+
+def _facts_of_decoder(config: ModelConfig, precision: str) -> dict[str, Any]:
+    """Return sizes and costs of a model that a decoder runs, as fields."""
+    cost = inference_cost(config, bytes_per_value=BYTES_PER_VALUE[precision])
+    sizes: dict[str, int | str] = {
+        "layers": config.num_layers,
+        "width": config.dim,
+        "heads": config.num_heads,
+        "key/value heads": config.num_kv_heads,
+        "head width": config.head_dim,
+        "feed-forward width": config.ffn_dim,
+        "vocabulary": config.vocab_size,
+        "context": config.context_length,
+        "head": "the embeddings" if config.tie_embeddings else "weights of its own",
+    }
+    differences = {
+        "biases of queries, keys, values": config.qkv_bias,
+        "bias of attention's output": config.attention_out_bias,
+        "norms of queries and keys": config.head_norms,
+        "layers without rotation": config.rotary_layers is not None,
+    }
+    features = [name for name, is_there in differences.items() if is_there]
+    if config.rope_scaling is not None:
+        features.append(f"rotary angles scaled by {config.rope_scaling.rope_type}")
+    features += [f"a window of {window:,} tokens" for window in config.windows]
+    if features:
+        sizes["beyond a plain Llama"] = "; ".join(features)
+    has_corrections = facts_of(config.method).has_corrections
+    return {
+        "sizes": sizes,
+        "schedule": shortest_schedule(tuple(config.corrections)) if has_corrections else None,
+        "num_parameters": cost.num_parameters,
+        "evaluations_per_token": cost.evaluations_per_token,
+        "flops_per_token": cost.forward_flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+    }
+
+
+def _facts_of_influence(table: InfluenceTable | None) -> dict[str, Any]:
+    """Return what the stored influence says, as fields."""
+    block_influence = list(table.layer_values) if table else []
+    by_influence = sorted(range(len(block_influence)), key=lambda layer: block_influence[layer])
+    num_dropped = len(block_influence) // DROPPED_SHARE
+    return {
+        "influence_metric": table.metric if table else None,
+        "block_influence": block_influence,
+        "corrections_influence": [list(row) for row in table.value_rows] if table else [],
+        "drop_candidates": [layer + 1 for layer in by_influence[:num_dropped]],
+    }
+
+
+def _retrofit(settings: Settings, workspace: Workspace, model: OpenedModel) -> dict[str, Any]:
+    """Return what a training from the model takes, as fields; or why it cannot be planned."""
+    try:
+        plan = plan_pretrain(settings, workspace=workspace, source=model.path)
+    except UserError as error:
+        return {
+            "retrofit": None,
+            "retrofit_steps": None,
+            "retrofit_problems": {"this machine": str(error)},
+        }
+    return {
+        "retrofit": plan.price,
+        "retrofit_steps": settings.training.num_steps,
+        "retrofit_problems": plan.problems,
+    }
+
+
+def _facts_of_other(
+    model: OpenedModel, tensors: Mapping[str, tuple[int, ...]], precision: str
+) -> dict[str, Any]:
+    """Return sizes and costs of a model that transformers runs, as fields."""
+    values = read_config(model.path)
+    values = values.get("text_config") or values
+    sizes: dict[str, int | str] = {}
+    for size, names in SIZE_SETTINGS.items():
+        found = next((values[name] for name in names if isinstance(values.get(name), int)), None)
+        if found is not None:
+            sizes[size] = found
+    sizes["context"] = model.context_length
+
+    evaluations = None
+    kv_bytes = None
+    runs_per_layer = 1.0
+    if model.loops:
+        loops, depth = model.looped()
+        evaluations = loops.layer_runs(depth)
+        kv_bytes = loops.kv_numbers(depth) * BYTES_PER_VALUE[precision]
+        runs_per_layer = evaluations / loops.num_layers
+    uses_all_weights = not any(values.get(name) for name in EXPERT_SETTINGS)
+    flops = None
+    if uses_all_weights:
+        flops = _matrix_flops(tensors, runs_per_layer, is_tied=_is_tied(values, tensors))
+    return {
+        "sizes": sizes,
+        "schedule": None,
+        "num_parameters": sum(map(math.prod, tensors.values())),
+        "evaluations_per_token": evaluations,
+        "flops_per_token": flops,
+        "kv_bytes_per_token": kv_bytes,
+        **_facts_of_influence(None),
+        "retrofit": None,
+        "retrofit_steps": None,
+        "retrofit_problems": {},
+    }
+
+
+def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all weights; only the heads of the files are read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in list(weights.keys()):
+                    shapes[name] = tuple(weights.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+    return shapes
+
+
+def _is_tied(values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> bool:
+    has_head = any("lm_head" in name or "embed_out" in name for name in tensors)
+    return not has_head and bool(values.get("tie_word_embeddings", True))
+
+
+def _matrix_flops(
+    tensors: Mapping[str, tuple[int, ...]], runs_per_layer: float, *, is_tied: bool
+) -> float:
+    """Return two FLOPs for each number of a matrix; attention between tokens is left out."""
+    flops = 0.0
+    for name, shape in tensors.items():
+        if len(shape) != 2:
+            continue
+        # Embeddings are read, not multiplied, unless they are the head, too.
+        is_of_positions = ".wpe" in name or "position" in name
+        is_of_tokens = not is_of_positions and ("embed" in name or ".wte" in name)
+        if is_of_positions or (is_of_tokens and not is_tied):
+            continue
+        is_layer = ".layers." in name or ".h." in name
+        flops += 2 * math.prod(shape) * (runs_per_layer if is_layer else 1.0)
+    return flops

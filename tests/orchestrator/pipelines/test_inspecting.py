@@ -1,0 +1,153 @@
+"""What `inspect` says of models of every kind, without running them or writing anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from looped_models import write_looped
+from plain_models import config_of, random_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iiet.cost import inference_cost
+from iiet.pruning import InfluenceTable
+from orchestrator import cli
+from orchestrator.models.folder import TOKENIZER, load_config
+from orchestrator.records.influence import StoredInfluence, influence_path
+from orchestrator.workspace.layout import Workspace
+
+Inspect = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def inspect(workspace: Workspace, capfd) -> Inspect:
+    """A function that inspects a model, and returns the JSON."""
+
+    def answer(*arguments: object) -> dict[str, Any]:
+        command = ["inspect", *map(str, arguments), "--json", "--workspace", str(workspace.root)]
+        assert cli.main(command) == 0
+        return json.loads(capfd.readouterr().out)
+
+    return answer
+
+
+def files_in(workspace: Workspace) -> set[Path]:
+    files = {path for path in workspace.root.rglob("*") if path.is_file()}
+    return {path for path in files if path.parent != workspace.logs}
+
+
+def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
+    workspace, trained_run, tiny_tokens, inspect, tmp_path, capfd
+):
+    shutil.copytree(trained_run, workspace.runs / "teacher")
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
+    checkpoint = workspace.runs / "teacher" / "step_00000002"
+    config = load_config(checkpoint)
+    before = files_in(workspace)
+    found = inspect("teacher")
+    cost = inference_cost(config)
+    assert (found["kind"], found["is_native"], found["reason"]) == ("iiet", True, "")
+    assert found["schedule"] == "2,1"
+    assert found["evaluations_per_token"] == cost.evaluations_per_token == 5
+    assert found["flops_per_token"] == cost.forward_flops_per_token
+    assert found["kv_bytes_per_token"] == cost.kv_bytes_per_token
+    assert found["num_parameters"] == cost.num_parameters
+    assert found["retrofit"]["num_tokens"] > 0
+    assert found["retrofit_problems"] == {"this machine": None}
+    assert found["block_influence"] == []
+    # Another schedule costs something else.
+    assert inspect("teacher", "-r", "0")["evaluations_per_token"] == 2
+    assert files_in(workspace) == before
+
+    # What is measured of its layers is shown, also on a page.
+    table = InfluenceTable(
+        metric="cosine",
+        value_rows=((0.1, 0.0), (0.3,)),
+        error_rows=((0.0, 0.0), (0.0,)),
+        num_tokens=64,
+        layer_values=(0.2, 0.8),
+    )
+    StoredInfluence(key="any", table=table).write(influence_path(checkpoint, "cosine"))
+    found = inspect("teacher")
+    assert found["block_influence"] == [0.2, 0.8]
+    assert found["corrections_influence"] == [[0.1, 0.0], [0.3]]
+    page = tmp_path / "teacher.html"
+    command = ["inspect", "teacher", "--page", str(page), "--workspace", str(workspace.root)]
+    assert cli.main(command) == 0
+    shown = capfd.readouterr().out
+    first, second = (line for line in shown.splitlines() if "█" in line)
+    assert second.count("█") == 4 * first.count("█") == 40
+    assert "in the layers 2, 1" in shown
+    for text in ("<html", "0.8", "block influence", "2,1", "keys and values"):
+        assert text in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3", "smollm3 windows"])
+def test_a_plain_model_of_transformers_is_read_natively(case, tmp_path, inspect):
+    random_model(case).save_pretrained(tmp_path / "model")
+    found = inspect(tmp_path / "model")
+    assert (found["kind"], found["is_native"], found["schedule"]) == ("vanilla", True, None)
+    values = config_of(case)
+    assert found["sizes"]["layers"] == values.num_hidden_layers
+    assert found["sizes"]["key/value heads"] == values.num_key_value_heads
+    assert ("beyond a plain Llama" in found["sizes"]) == (case != "llama")
+    assert found["retrofit"]["num_tokens"] > 0
+    # Settings with which no training from it can start.
+    found = inspect(tmp_path / "model", "--set", "model.dim=1000")
+    assert found["retrofit"] is None
+    assert "model.dim" in found["retrofit_problems"]["this machine"]
+
+
+def save_random(folder: Path, model_type: str, **values: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **values)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path, inspect, capfd):
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+    model = save_random(tmp_path / "gpt", "gpt2", **sizes)
+    found = inspect(tmp_path / "gpt")
+    assert (found["kind"], found["is_native"]) == ("gpt2", False)
+    assert "gpt2" in found["reason"]
+    expected = {"layers": 3, "width": 16, "heads": 2, "vocabulary": 40, "context": 32}
+    assert found["sizes"] == expected
+    assert found["num_parameters"] == sum(weight.numel() for weight in model.parameters())
+    # Each layer has 12 matrices of 16 x 16; the head is the embeddings; positions are only read.
+    assert found["flops_per_token"] == 2 * (3 * 12 * 16 * 16 + 16 * 40)
+    assert found["retrofit"] is None
+
+    # A mixture of experts does not use every weight for each token.
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 8, "num_local_experts": 2}
+    save_random(tmp_path / "experts", "mixtral", **sizes)
+    found = inspect(tmp_path / "experts")
+    assert (found["is_native"], found["flops_per_token"]) == (False, None)
+    assert cli.main(["inspect", str(tmp_path / "experts")]) == 0
+    assert "not every weight" in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_looped_model_has_the_evaluations_of_its_depth(tmp_path, inspect, tiny_tokens):
+    write_looped(tmp_path / "loops", "ouro", tiny_tokens / TOKENIZER)
+    usual = inspect(tmp_path / "loops")
+    twice = inspect(tmp_path / "loops", "-r", "2")
+    once = inspect(tmp_path / "loops", "-r", "1")
+    assert not usual["is_native"]
+    assert twice["evaluations_per_token"] == 2 * once["evaluations_per_token"]
+    assert twice["kv_bytes_per_token"] == 2 * once["kv_bytes_per_token"]
+    assert once["flops_per_token"] < twice["flops_per_token"] < 2 * once["flops_per_token"]
+
+
+def test_what_is_no_model_or_no_schedule_of_it_is_refused(tmp_path, inspect, capfd, workspace):
+    random_model("llama").save_pretrained(tmp_path / "model")
+    for arguments in (["missing"], [str(tmp_path / "model"), "-r", "2"]):
+        command = ["inspect", *arguments, "--workspace", str(workspace.root)]
+        assert cli.main(command) == 2
+        assert arguments[0] in "".join(capfd.readouterr().err.split())
