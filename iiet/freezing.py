@@ -2,8 +2,10 @@
 
 A plain model that becomes iterative may keep what it is: with `corrected`, the layers that make
 corrections are trained, and what the method adds from the first of them on; with `added`, only the
-latter. All else is frozen: it has no gradients and no optimizer state, and the layers before the
-first trained one keep nothing for the backward pass, so the model stays the source up to there.
+latter. Numbers of layers say which are trained in place of those with corrections; so a plain model
+trains the same layers. All else is frozen: it has no gradients and no optimizer state, and the
+layers before the first trained one keep nothing for the backward pass, so the model stays the
+source up to there.
 Source: this project.
 """
 
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainedLayers", "TrainedPart", "freeze", "trained_part"]
 
-TrainedLayers = Literal["all", "corrected", "added"]
-"""`all` weights; the `corrected` layers, and what the method adds from the first of them on; or
-only what is `added` there."""
+TrainedLayers = Literal["all", "corrected", "added"] | tuple[int, ...]
+"""`all` weights; the `corrected` layers, and what the method adds from the first of them on; only
+what is `added` there; or the layers with these numbers, the first being 1, as if these were
+corrected."""
 
 
 class TrainedPart(NamedTuple):
@@ -41,10 +44,17 @@ def trained_part(schedule: IterationSchedule, trained: TrainedLayers) -> Trained
     """Return what is trained of a model whose full schedule this is.
 
     Raises:
-        ValueError: no layer makes corrections, so nothing would be trained.
+        ValueError: no layer makes corrections, so nothing would be trained; or there is no layer
+            with one of these numbers.
     """
     if trained == "all":
         return TrainedPart(0, (True,) * len(schedule), has_ends=True)
+    if isinstance(trained, tuple):
+        numbers = range(1, len(schedule) + 1)
+        if not trained or not set(trained) <= set(numbers):
+            raise ValueError(f"the model has layers 1 to {len(schedule)}; name one or more of them")
+        has_field = tuple(number in trained for number in numbers)
+        return TrainedPart(has_field.index(True), has_field, has_ends=False)
     corrected = tuple(count > 0 for count in schedule)
     if not any(corrected):
         raise ValueError(f"no layer makes corrections under the schedule {schedule}")

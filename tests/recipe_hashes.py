@@ -46,9 +46,10 @@ from orchestrator.workspace.layout import PROVENANCE
 
 FILE = Path(__file__).resolve().parent / "fixtures" / "recipe" / "hashes.json"
 SECTIONS = (
-    "data", "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+    "data", "model", "source_training", "training", "distillation", "influence", "evaluation",
+    "sweep", "search",
 )  # fmt: skip
-"""Sections of the settings that say what is trained and measured."""
+"""Sections of the settings that say what is trained and measured, as far as they are there."""
 ADDED = (
     "training.sequence_length", "distillation.training.sequence_length",
     "evaluation.sequence_length", "data.chat_template", "data.passage_characters",
@@ -56,6 +57,7 @@ ADDED = (
     "training.source", "distillation.training.source",
     "training.trained_layers", "distillation.training.trained_layers",
     "training.source_kl_weight", "distillation.training.source_kl_weight",
+    "sweep.source_controls",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""
@@ -94,7 +96,7 @@ def _sections(settings: Settings) -> dict[str, Any]:
         section = reduce(getitem, sections, tree)
         if section[name] == reduce(getitem, sections, defaults)[name]:
             del section[name]
-    return {name: tree[name] for name in SECTIONS}
+    return {name: tree[name] for name in SECTIONS if tree[name] is not None}
 
 
 def _orders() -> dict[str, str]:

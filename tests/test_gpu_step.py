@@ -33,6 +33,7 @@ from iiet import Decoder, ModelConfig, preset
 from iiet.batch import Batch
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import HostBuffers
 from orchestrator.training.objective import make_objective, make_optimizer
 from orchestrator.training.world import World
 
@@ -142,6 +143,15 @@ def test_a_step_waits_once_and_computes_in_bfloat16(
     assert sum(step["names"].values()) <= most_kernels
 
 
+def test_the_host_waits_for_no_copy_of_a_checkpoint_and_uses_its_pinned_memory_again(steps):
+    assert steps["checkpoints"] == {
+        "num_waits": 0,
+        "copies_per_tensor": 2,
+        "pinned_per_tensor": 1,
+        "is_same_memory": True,
+    }
+
+
 def test_the_plan_of_a_step_without_a_compiler_is_its_peak(steps):
     config = preset("340m", num_layers=2)
     plan = training_memory(config, num_sequences=4, precision="bf16", on_gpus=True, forms="plain")
@@ -191,8 +201,8 @@ class Kernels(TorchDispatchMode):
         for value in made:
             if value.is_cuda:
                 self._note(value)
-        if name == "_to_copy" and not any(value.is_cuda for value in made):
-            self.num_waits += not kwargs.get("non_blocking", False)
+        if name in ("_to_copy", "copy_") and not any(value.is_cuda for value in made):
+            self.num_waits += not (kwargs.get("non_blocking", False) or args[2:] == (True,))
         if not (func.is_view or name in VIEWS or "empty" in name or name.startswith("prim::")):
             self.names[name] += 1
             if name in PRODUCTS:
@@ -227,7 +237,32 @@ def main(library: str) -> None:
     fused = torch.library.Library("aten", "IMPL")
     for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):  # A CPU has no such kernels.
         fused.impl(name, lambda *_: None, "CUDA")
-    print(json.dumps({case: counted(case) for case in ("training", "distillation")}))
+    counts = {case: counted(case) for case in ("training", "distillation")}
+    print(json.dumps({**counts, "checkpoints": counted_checkpoints()}))
+
+
+def counted_checkpoints() -> dict[str, Any]:
+    """Count what two copies of a decoder's weights to the host's memory have together."""
+    num_pinned = 0
+    empty = torch.empty
+
+    def pretend_pinned(*sizes: Any, pin_memory: bool, **options: Any) -> Tensor:
+        nonlocal num_pinned
+        num_pinned += pin_memory
+        return empty(*sizes, **options)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder = decoder_on_gpu(preset("tiny"))
+        buffers = HostBuffers(is_pinned=True)
+        with Kernels() as kernels, patch.object(torch, "empty", pretend_pinned):
+            first, second = (buffers.copy(decoder.state_dict(), keep=True) for _ in range(2))
+    num_tensors = len(list(decoder.parameters()))
+    return {
+        "num_waits": kernels.num_waits,
+        "copies_per_tensor": kernels.names["copy_"] / num_tensors,
+        "pinned_per_tensor": num_pinned / num_tensors,
+        "is_same_memory": all(first[name] is second[name] for name in first),
+    }
 
 
 def counted(case: str) -> dict[str, Any]:

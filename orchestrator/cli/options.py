@@ -63,7 +63,7 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
-ONLY_SWEEPS = dict.fromkeys(("sweep", "search"), "only sweeps read it")
+ONLY_SWEEPS = dict.fromkeys(("source_training", "sweep", "search"), "only sweeps read it")
 """What decides instead of these sections in commands that run no sweep."""
 NOTHING_IS_TRAINED = {
     "model": "the checkpoint says what the model is, and --schedule gives another schedule",

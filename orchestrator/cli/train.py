@@ -38,15 +38,26 @@ OF_THE_TEACHER = {
     "data": "students read the tokens that their teacher was trained on",
     "model": "students have their teacher's shape",
     "training": "the teacher is trained already; distillation.training is the students' recipe",
+    "source_training": "the teacher is trained already",
 }
 ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
-FROM_SCRATCH = dict.fromkeys(("distillation", "influence"), "all models are trained from scratch")
+FROM_SCRATCH = dict.fromkeys(
+    ("source_training", "distillation", "influence"), "all models are trained from scratch"
+)
 UNREAD_BY_KIND = {
     "threshold": ONLY_SEARCHES,
     "search": {},
     "iterations": FROM_SCRATCH | ONLY_SEARCHES,
     "depth": dict.fromkeys(
-        ("data", "model", "training", "distillation", "influence", "search"),
+        (
+            "data",
+            "model",
+            "training",
+            "source_training",
+            "distillation",
+            "influence",
+            "search",
+        ),
         "a sweep of kind depth measures models that exist",
     ),
 }
@@ -83,8 +94,8 @@ def quickstart(call: Call) -> Result:
     config="option",
     unread=dict.fromkeys(
         (
-            "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
-            "cluster",
+            "model", "training", "source_training", "distillation", "influence", "evaluation",
+            "sweep", "search", "cluster",
         ),
         "the section data alone says what is prepared",
     ),

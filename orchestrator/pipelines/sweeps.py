@@ -1,12 +1,14 @@
 """Sweeps and searches: from settings, or from a teacher's checkpoint, to the front and its report.
 
 A sweep has three stages. Its models are trained: a teacher and baselines, unless a teacher was
-given. Influence of the teachers is measured. The trials are run: students of the teachers, or the
-models of an iterations sweep, which has this stage alone.
+given, before them the teacher's source, and after them the controls of a teacher with a source.
+Influence of the teachers is measured. The trials are run: students of the teachers, or the models
+of an iterations sweep, which has this stage alone.
 
 A stage is planned once, as soon as all that it follows from exists: by `plan_sweep`, which only
 reads, or else by `run_sweep` after the stage before. Trials that are not known yet have a simple
-bound. The same call resumes an interrupted sweep; for a finished one, it only writes the report.
+bound, and trainings that follow from others are only priced. The same call resumes an interrupted
+sweep; for a finished one, it only writes the report.
 """
 
 from __future__ import annotations
@@ -32,14 +34,20 @@ from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_model
-from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
+from orchestrator.pipelines.models import local_checkpoint, local_model
+from orchestrator.pipelines.training import (
+    UNPREPARED,
+    TrainingPlan,
+    plan_models,
+    run_trainings,
+    source_defaults_text,
+)
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.price import Price, price_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
-from orchestrator.records.trial import AshaRule, SweepTrials, Trial
+from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, AshaRule, SweepTrials, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.result import Result
@@ -49,6 +57,7 @@ from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import (
     TEACHER,
+    baseline_models,
     check_devices,
     check_models,
     check_named_baselines,
@@ -58,10 +67,23 @@ from orchestrator.sweeping.models import (
     teacher_and_baselines,
     teachers_by_label,
 )
+from orchestrator.sweeping.retrofit import (
+    Retrofit,
+    retrofit_of,
+    source_settings,
+    training_of_source,
+    with_retention,
+)
 from orchestrator.sweeping.states import TrialState, competing_trials, early_stops, trial_states
 from orchestrator.sweeping.students import bound_of_students, bound_text, most_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
+from orchestrator.training.source import (
+    find_source,
+    follow_source,
+    source_of_run,
+    with_source,
+)
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_tail, record_event
 from orchestrator.workspace.layout import (
@@ -98,8 +120,16 @@ class SweepPlan(Result):
     """The sweep's name; made from its content when unset."""
 
     # Its stages, as far as they are planned.
-    pretraining: TrainingPlan | None = None
-    """The teachers and their baselines, if the sweep trains them itself."""
+    source: Any = None
+    """The `Source` that the teacher starts from, if the settings name one that exists."""
+    pretraining: tuple[TrainingPlan, ...] = ()
+    """What is trained before the trials, one after another: the source; the teachers and their
+    baselines, if the sweep trains them itself; of a teacher with a source the controls, and last
+    `source_continued`. What follows from others that are not trained is only priced."""
+    retrofit: Any = None
+    """The `Retrofit` with the controls of a teacher that has a source."""
+    control_gap: str = ""
+    """Why a given teacher with a source has no controls."""
     influence: dict[str, InfluencePlan] = Field(default={})
     """Label of a teacher -> measurement; empty while the teachers are not trained."""
     planned_trials: SweepTrials | None = None
@@ -126,9 +156,9 @@ class SweepPlan(Result):
             return False
         if self.settings.sweep.kind == "iterations":
             return True
-        are_trained = not self.pretraining or self.pretraining.finished.keys() == (
-            self.pretraining.jobs.keys()
-        )
+        are_trained = self.pretrained.keys() == {
+            label for stage in self.pretraining for label in stage.jobs
+        }
         are_measured = all(measurement.is_stored for measurement in self.influence.values())
         return are_trained and are_measured
 
@@ -138,12 +168,21 @@ class SweepPlan(Result):
         return type(self)(**fields | changes)
 
     @cached_property
+    def pretrained(self) -> dict[str, Path]:
+        """Label -> checkpoint of each training before the trials that is finished."""
+        return {n: path for stage in self.pretraining for n, path in stage.finished.items()}
+
+    @cached_property
     def states(self) -> list[TrialState]:
         """How far each trial is, and each model that is pretrained first."""
         states = trial_states(self.trials, self.settings.sweep)
-        if self.pretraining and self.trials.teacher:  # Else these models are the plan's trials.
-            finished = self.pretraining.finished
-            jobs = {n: job for n, job in self.pretraining.jobs.items() if n not in finished}
+        if self.trials.teacher:  # Else these models are the plan's trials.
+            jobs = {
+                label: job
+                for stage in self.pretraining
+                for label, job in stage.jobs.items()
+                if label not in stage.finished
+            }
             if jobs:
                 pretrained = trial_plans.plan_pretrained(jobs)
                 states += trial_states(pretrained, self.settings.sweep)
@@ -152,13 +191,12 @@ class SweepPlan(Result):
     @cached_property
     def pretraining_left(self) -> list[Estimate]:
         """Trainings before the trials that are not finished."""
-        return self.pretraining.left if self.pretraining else []
+        return [training for stage in self.pretraining for training in stage.left]
 
     @cached_property
     def trials_left(self) -> list[Estimate]:
         """Trainings of the trials that are not finished, and the bound of those not known."""
-        jobs = self.pretraining.jobs.values() if self.pretraining else ()
-        pretrained = {job.run_folder for job in jobs}
+        pretrained = {job.run_folder for stage in self.pretraining for job in stage.jobs.values()}
         known = [s.training for s in self.states if s.trial.folder not in pretrained]
         return [*filter(None, known), *self.bound]
 
@@ -186,6 +224,27 @@ class SweepPlan(Result):
         )
 
     @cached_property
+    def control_prices(self) -> dict[str, Price]:
+        """Name of each control of a teacher with a source -> price of its trainings that are left.
+
+        A source that the sweep trains is priced as what it is for the teacher, and not here.
+        """
+        if self.retrofit is None:
+            return {}
+        return {
+            name: price_of(
+                [
+                    stage.estimate(label)
+                    for stage in self.pretraining
+                    for label in stage.jobs
+                    if label in labels and label not in stage.finished
+                ],
+                self.workspace.root,
+            )
+            for name, labels in self.retrofit.trainings_by_control.items()
+        }
+
+    @cached_property
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
         check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
@@ -199,6 +258,10 @@ class SweepPlan(Result):
         sweep = self.placed.sweep
         suite = self.trials.trials[0].suite
         notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        prices = self.control_prices
+        for name, text in self.retrofit.sentences.items() if self.retrofit else ():
+            left = prices[name].flops if name in prices else 0.0
+            notes.append(f"{name}: {text}" + (f"; {left:.3g} FLOPs are left" if left else ""))
         if needs_lm_eval(self.settings.evaluation) and suite.tasks and not suite.fingerprints:
             notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
         if sweep.gpus_per_trial and self.trials_left:
@@ -242,13 +305,19 @@ class SweepPlan(Result):
             price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
                 `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
+            source_controls: (optional) of a teacher with a source, name of a control to what of its
+                trainings is left, as `price`
             problems: place to why the trainings do not fit there, or `null`
         """
+        controls = {
+            name: price.model_dump(mode="json") for name, price in self.control_prices.items()
+        }
         return {
             "name": self.trials.name,
             "trials": self.rows(),
             "notes": list(self.notes),
             "price": self.price.model_dump(mode="json"),
+            **({"source_controls": controls} if self.retrofit else {}),
             "problems": self.problems,
         }
 
@@ -339,12 +408,23 @@ def plan_sweep(
             "sweep.teachers names teachers that the sweep trains itself, and a teacher was given "
             f"({teacher}); leave one out"
         )
+    if settings.source_training is not None and teacher is not None:
+        raise UserError(
+            "source_training is the source of a teacher that the sweep trains itself, and a "
+            f"teacher was given ({teacher}); leave one out"
+        )
     check_sweep(settings)
     space = find_workspace(workspace)
     checkpoint = None
+    source = None
     if teacher is not None:
         named_teacher = None if str(teacher) == NEWEST else teacher
         checkpoint = resolve_teacher(space, named_teacher, (progress or Progress()).note)
+    elif settings.training.source is not None:
+        source = find_source(space, settings.training.source)
+        prepared = find_prepared(settings.data, space.tokens)
+        data = follow_source(settings, source, prepared)[0].data
+        settings = settings.model_copy(update={"data": data})
     plan = SweepPlan(
         settings=settings,
         workspace=space,
@@ -352,13 +432,15 @@ def plan_sweep(
         named_baselines=named_baselines(settings, space, checkpoint),
         models=models,
         name=name,
+        source=source,
     )
     if checkpoint is not None:
-        plan = _plan_from_influence(plan, {TEACHER: checkpoint}, {})
+        plan = _plan_pretraining(plan, None)
+        plan = _plan_from_influence(plan, *_by_role(plan, plan.pretrained))
     else:
         check_sweep_tasks(settings, tasks_of_source(settings.data))
         if models is None:
-            check_models(settings)
+            check_models(settings, source)
         plan = _plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
     plan.price  # noqa: B018  # raises if the workers cannot share a step
     return plan
@@ -371,21 +453,98 @@ def _plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
     if settings.sweep.kind == "iterations":
         return _plan_models_from_scratch(plan.changed(gaps=gaps), tokens)
 
-    # Stage 1. Without tokens the trainings are known but for their keys, so they can be priced.
-    pretraining = plan_models(teacher_and_baselines(settings), plan.workspace, tokens)
+    plan = _plan_pretraining(plan.changed(gaps=gaps), tokens)
+    jobs = {label: job for stage in plan.pretraining for label, job in stage.jobs.items()}
+    of_teachers = {label: jobs[label].model for label in teachers_by_label(settings)}
     if tokens:  # Before anything is trained.
-        models = [job.model for job in pretraining.jobs.values()]
-        check_named_baselines(plan.named_baselines, tokens, models)
-    gaps += [*pretraining.damaged, claims_answered(settings)]
-    plan = plan.changed(pretraining=pretraining, bound=[], gaps=gaps)
-    teachers, baselines = _by_role(settings, pretraining.finished)
-    if teachers.keys() == teachers_by_label(settings).keys():
+        check_named_baselines(plan.named_baselines, tokens, of_teachers.values())
+    plan = plan.changed(gaps=[*plan.gaps, claims_answered(settings)])
+    teachers, baselines = _by_role(plan, plan.pretrained)
+    if teachers.keys() == of_teachers.keys():
         return _plan_from_influence(plan, teachers, baselines)
 
     # Nothing more is known before the teachers are trained.
-    configs = {label: pretraining.jobs[label].model for label in teachers_by_label(settings)}
-    bounded = _with_bound(plan, configs, " is not trained")
-    return bounded.changed(planned_trials=trial_plans.plan_pretrained(pretraining.jobs))
+    bounded = _with_bound(plan, of_teachers, " is not trained")
+    return bounded.changed(planned_trials=trial_plans.plan_pretrained(jobs))
+
+
+def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
+    """Plan the first stage: the source, the teachers and their baselines, and the controls.
+
+    Without tokens the trainings are known but for their keys, so they can be priced.
+    """
+    settings = plan.settings
+    stages: list[TrainingPlan] = []
+    gaps: list[str] = []
+    control_gap = ""
+    if plan.teacher is not None:
+        retrofit, control_gap = retrofit_of(plan.teacher, settings, plan.workspace)
+        gaps += [control_gap] if control_gap else []
+    else:
+        source = plan.source
+        source_job = None
+        if settings.source_training is not None:
+            models = {SOURCE: source_settings(settings)}
+            stages.append(plan_models(models, plan.workspace, tokens))
+            source_job = stages[0].jobs[SOURCE]
+            source = source_of_run(source_job)
+        elif source is not None:
+            source_job = training_of_source(source)
+
+        of_teacher = None
+        if source is not None:
+            from_source = with_source(settings, source.folder)
+            from_source = from_source.model_copy(update={"source_training": None})
+            of_teacher, defaults = follow_source(from_source, source, tokens)
+            gaps.append(f"the teacher starts from {source.folder}{source_defaults_text(defaults)}")
+        is_source_there = source is None or source.is_checkpoint
+        teacher_stage = plan_models(
+            teacher_and_baselines(settings, of_teacher),
+            plan.workspace,
+            tokens if is_source_there else None,  # The keys follow from the source's weights, too.
+            model_source=source,
+        )
+        stages.append(teacher_stage)
+
+        retrofit = None
+        if source is not None:
+            [teacher_label] = teachers_by_label(settings)
+            retrofit = Retrofit(
+                teacher=teacher_stage.jobs[teacher_label],
+                source=source,
+                source_job=source_job,
+                settings=settings,
+                workspace=plan.workspace,
+            )
+    if retrofit is not None:
+        stages += _plan_controls(retrofit)
+    gaps += [text for stage in stages for text in stage.damaged]
+    return plan.changed(
+        settings=with_retention(settings, retrofit),
+        pretraining=tuple(stages),
+        retrofit=retrofit,
+        control_gap=control_gap,
+        bound=[],
+        gaps=[*plan.gaps, *gaps],
+    )
+
+
+def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
+    """Plan the trainings of a retrofit's controls, and after them that of `source_continued`, whose
+    rate they decide."""
+    of_stages = [{**retrofit.candidates, **retrofit.scratch}]
+    if retrofit.continued is not None:
+        of_stages.append({SOURCE_CONTINUED: retrofit.continued})
+    return [
+        TrainingPlan(
+            kind="pretrain",
+            models={label: retrofit.settings_of(job) for label, job in jobs.items()},
+            jobs=jobs,
+            workspace=retrofit.workspace,
+        )
+        for jobs in of_stages
+        if jobs
+    ]
 
 
 def _plan_from_influence(
@@ -486,12 +645,22 @@ def _plan_models_from_scratch(
 
 
 def _by_role(
-    settings: Settings, checkpoints: Mapping[str, Path]
+    plan: SweepPlan, finished: Mapping[str, Path]
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Divide trained models, by label, into teachers and baselines."""
-    labels = teachers_by_label(settings)
-    teachers = {label: checkpoints[label] for label in labels if label in checkpoints}
-    baselines = {label: path for label, path in checkpoints.items() if label not in labels}
+    """Return the teachers, and the baselines and controls beside them, as far as they are trained.
+
+    Args:
+        finished: Label -> checkpoint of what was trained before the trials.
+    """
+    teachers = {TEACHER: plan.teacher} if plan.teacher else {}
+    baselines: dict[str, Path] = {}
+    if not plan.teacher:
+        labels = teachers_by_label(plan.settings)
+        teachers = {label: finished[label] for label in labels if label in finished}
+        of_baselines = [m.label for m in baseline_models(plan.settings) if m.label not in labels]
+        baselines = {label: finished[label] for label in of_baselines if label in finished}
+    if plan.retrofit:
+        baselines |= plan.retrofit.beside(finished)
     return teachers, baselines
 
 
@@ -526,11 +695,15 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     from orchestrator.cluster.ray import ray_cluster
     from orchestrator.sweeping.run import run_plan  # Imports Ray, MLflow and lm-eval.
 
-    settings = plan.settings
     workspace = plan.workspace
     progress = context.progress
+    if plan.source is not None and not plan.source.is_checkpoint:
+        imported = local_checkpoint(plan.settings.training.source, workspace, progress)
+        plan = plan_sweep(with_source(plan.settings, imported), workspace=workspace, name=plan.name)
+        plan.check()
+    settings = plan.settings
     is_from_scratch = settings.sweep.kind == "iterations"
-    pretrains = plan.pretraining is not None
+    pretrains = bool(plan.pretraining)
     check = partial(check_devices, settings, pretrains=pretrains)
     # The sweep's folder has its name only when the influence is measured. The same call a second
     # time is refused at once.
@@ -560,13 +733,18 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             ray_cluster, settings.cluster, folder=workspace.root, say=progress.start
         )
         with start_ray() if pretrains else nullcontext():
-            # Stage 1: the teachers and their baselines.
-            teachers = {TEACHER: plan.teacher} if plan.teacher else {}
-            baselines: dict[str, Path] = {}
-            if plan.pretraining:
-                trained = run_trainings(plan.pretraining, context, kind=PRETRAIN_OF_SWEEP)
-                checkpoints = {label: result.checkpoint for label, result in trained.items()}
-                teachers, baselines = _by_role(settings, checkpoints)
+            # Stage 1: the source, the teachers and their baselines, the controls.
+            finished: dict[str, Path] = {}
+            for number in range(len(plan.pretraining)):
+                if not plan.pretraining[number].has_tokens:
+                    # It follows from what was just trained.
+                    with offline(DRY_RUN):
+                        plan = _plan_pretraining(plan, tokens)
+                    plan.check()
+                stage = plan.pretraining[number]
+                trained = run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
+                finished |= {label: result.checkpoint for label, result in trained.items()}
+            teachers, baselines = _by_role(plan, finished)
 
             # Stage 2: the influence of the teachers.
             if not plan.influence:
@@ -579,7 +757,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
 
             # Stage 3: the trials. Nothing is left of the other stages.
             if not has_all_trials:
-                plan = plan.changed(pretraining=None, bound=[], gaps=[])
+                plan = plan.changed(pretraining=(), bound=[], gaps=[])
                 if is_from_scratch:
                     plan = _plan_models_from_scratch(plan, tokens, hashes)
                 else:
@@ -622,7 +800,8 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
         stored = results.load_sweep_results(plan.workspace, plan.trials.name)
         has_same_results = {result.key for result in stored.results} == finished
         if stored.key == plan.trials.key and has_same_results:
-            return stored
+            # The bounds are no part of what was measured.
+            return stored.model_copy(update={"retention": _retention_of(plan)})
     return None
 
 
@@ -641,6 +820,10 @@ def _results_of(
     facts: dict[str, dict[str, Any]] = {}
     if chances:
         facts[results.CHANCE_TITLE] = chances
+    if plan.retrofit is not None:
+        facts[results.CONTROLS_TITLE] = plan.retrofit.sentences
+    elif plan.control_gap:
+        facts[results.CONTROLS_TITLE] = {SOURCE_CONTINUED: plan.control_gap}
     facts["Trials"] = {trial.label: _end_of(trial, run) for trial in trials.trials}
     facts[results.SETTINGS_TITLE] = flatten(plan.settings)
     root = plan.workspace.root
@@ -654,8 +837,18 @@ def _results_of(
         **environment(),
     }
     return results.StoredSweep(
-        name=trials.name, key=trials.key, results=run.results, influence=influence, facts=facts
+        name=trials.name,
+        key=trials.key,
+        results=run.results,
+        influence=influence,
+        retention=_retention_of(plan),
+        facts=facts,
     )
+
+
+def _retention_of(plan: SweepPlan) -> dict[str, float]:
+    """Return how much the models of a sweep may lose against the source, by task."""
+    return plan.settings.evaluation.retention or {}
 
 
 def _end_of(trial: Trial, run: SweepRun) -> str:

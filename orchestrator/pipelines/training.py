@@ -51,7 +51,7 @@ from orchestrator.terminal.render import format_count
 from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
-from orchestrator.training.source import find_source, follow_source
+from orchestrator.training.source import Source, find_source, follow_source, with_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
@@ -135,6 +135,11 @@ class TrainingPlan(Result):
     def has_source(self) -> bool:
         """Whether the source, if there is one, can be trained from as it is."""
         return self.source is None or is_checkpoint(self.source)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the trainings can run; without tokens they can be priced alone."""
+        return all(job.tokens_folder for job in self.jobs.values())
 
     @property
     def cluster(self) -> ClusterSettings:
@@ -293,6 +298,11 @@ def _assignments(values: Mapping[str, Any]) -> str:
     )
 
 
+def source_defaults_text(defaults: Mapping[str, Any]) -> str:
+    """Return the end of a sentence on a source: the defaults that differ with it, if any do."""
+    return f"; defaults: {_assignments(defaults)}" if defaults else ""
+
+
 class PretrainResult(Result):
     """A finished training."""
 
@@ -364,6 +374,11 @@ def plan_pretrain(
         Interrupted: After Ctrl-C; says at which step the state is saved.
         RunFailed: If the run failed or diverged.
     """
+    if settings.source_training is not None:
+        raise UserError(
+            "source_training: only a sweep trains the source of its model first; leave the section "
+            "out, and name a model by --from or training.source"
+        )
     if source is not None and continued is not None:
         raise UserError(
             f"training.source={source}: a run that is continued ({continued}) has its source; "
@@ -432,14 +447,6 @@ def schedule_of_trial(
     return IterationSchedule(trial.schedule)
 
 
-def with_source(settings: Settings, source: Path | str | None) -> Settings:
-    """Return the settings with another `training.source`; None for random weights."""
-    recipe = settings.training.model_copy(
-        update={"source": None if source is None else str(source)}
-    )
-    return settings.model_copy(update={"training": recipe})
-
-
 def plan_models(
     models: Mapping[str, Settings],
     workspace: Workspace,
@@ -447,6 +454,7 @@ def plan_models(
     *,
     name: str | None = None,
     earlier: TrainingJob | None = None,
+    model_source: Source | None = None,
     **options: Any,
 ) -> TrainingPlan:
     """Return the plan of pretraining every model; models of one shape share the machine.
@@ -456,15 +464,18 @@ def plan_models(
         tokens: Folder of prepared tokens, if they are.
         name: Name of the run, for a single model.
         earlier: Finished run that it continues.
+        model_source: What `pretraining_job` takes as the source of each model.
         options: Other fields of the plan.
     """
     notes: list[str] = []
     if source := options.get("source"):
-        defaults = _assignments(options["source_defaults"])
         notes.append(
-            f"the training starts from {source}{'; defaults: ' * bool(defaults)}{defaults}"
+            f"the training starts from {source}{source_defaults_text(options['source_defaults'])}"
         )
-    jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
+    jobs = [
+        pretraining_job(own, workspace, tokens, name, source=model_source)
+        for own in models.values()
+    ]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
     for job in jobs if tokens else ():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import decoder_config, newest_checkpoint
 from orchestrator.planning.devices import Devices
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import BASELINE_METHOD, TrainingSettings
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training import schedules
 from orchestrator.training.job import sequences_per_step
@@ -75,7 +75,11 @@ class Estimate:
             saved_step = step_of(newest)
         teacher = None
         if job.frozen_teacher:
-            teacher = decoder_config(Path(job.frozen_teacher))
+            folder = Path(job.frozen_teacher)
+            # A source that is trained first is a plain model of the same sizes.
+            is_only_planned = not job.tokens_folder and not folder.exists()
+            plain = replace(job.model, method=BASELINE_METHOD, method_options=None, schedule=None)
+            teacher = plain if is_only_planned else decoder_config(folder)
         files = chain.from_iterable(folder.iterdir() for folder in find_checkpoints(job.folder))
         return Estimate(
             config=job.model,

@@ -65,8 +65,8 @@ class TrackedRun(Record):
     key: str
     """Content key of what was done."""
     kind: str
-    """The tag `iiet.kind`: pretrain, distill, sweep, trial, teacher, baseline, evaluation,
-    benchmark or influence."""
+    """The tag `iiet.kind`: pretrain, distill, sweep, the role of a trial, evaluation, benchmark or
+    influence."""
     name: str
     """Name for people; two runs may share it."""
     parent: str | None = None

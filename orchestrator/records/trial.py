@@ -26,8 +26,20 @@ from orchestrator.records.training import TrainingJob, job_parameters, model_par
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.metrics import PERPLEXITY, VALIDATION_LOSS
 
-Role = Literal["trial", "teacher", "baseline"]
+Role = Literal["trial", "teacher", "baseline", "source", "source_continued"]
 T = TypeVar("T")
+BESIDE_ROLES: tuple[Role, ...] = ("baseline", "source", "source_continued")
+"""Roles of models that stand beside a front and do not compete for it."""
+SOURCE = "source"
+"""Role and name of the model whose weights the teacher started from, as it was."""
+SOURCE_CONTINUED = "source_continued"
+"""Role and name of that model, trained on as it is with as many FLOPs as the teacher."""
+
+
+def role_beside(label: str) -> Role:
+    """Return the role of a model that stands beside the front, by its label."""
+    own_roles: dict[str, Role] = {SOURCE: "source", SOURCE_CONTINUED: "source_continued"}
+    return own_roles.get(label, "baseline")
 
 
 def _finite_or_none(number: float | None) -> float | None:
@@ -57,8 +69,9 @@ class Trial(Record):
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
     role: Role
-    """`trial`, `teacher` (the full model) or `baseline` (a model of another kind, beside the
-    front)."""
+    """`trial`, `teacher` (the full model); or, beside the front, `source` (the model whose weights
+    the teacher started from), `source_continued` (that model trained on without corrections) or
+    `baseline` (a model of another kind)."""
     label: str = ""
     """Name in tables and figures."""
     config: Config | None = Field(default=None, alias="model")

@@ -25,7 +25,7 @@ from zlib import crc32
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
 from orchestrator.reporting.front import Front, Row, busy_machine, known
 from orchestrator.reporting.results import shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
@@ -132,6 +132,9 @@ def find_claims(front: Front) -> list[Claim]:
     Args:
         front: One sweep, or several that were measured alike, from `with_confidence`.
     """
+    if any(row["role"] in (SOURCE, SOURCE_CONTINUED) for row in front.rows):
+        reason = "the teacher starts from a source, and the claims are of models that do not"
+        return [replace(claim, about=reason) for claim in CLAIMS]
     evidence = _Evidence(front)
     judges: dict[str, Callable[[Claim], Claim]] = {
         "iiet_over_vanilla": partial(evidence.iiet_over, BASELINE_METHOD),

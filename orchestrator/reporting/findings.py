@@ -8,10 +8,12 @@ measurements, which is wider, so the sentences err on the careful side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.front import Front, Row, busy_machine, known
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
@@ -37,6 +39,9 @@ def findings(front: Front) -> list[str]:
         return [f"Not measured: {problem}."]
     kept = None if kept is full else kept
     sentences = [_headline(front, full, kept)]
+    controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
+    if full["role"] == "teacher" and controls:
+        sentences.append(_teacher_and_controls(front, full, controls))
     if kept is not None and (sure := front.keeps(kept)) is not None:
         sentences.append(_how_sure(front, full, kept, sure))
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
@@ -44,8 +49,12 @@ def findings(front: Front) -> list[str]:
         if row is not None and row is not kept and row is not full:
             sentences.append(f"The {name} is {describe_model(front, row)}.")
     choice = kept or full
-    baselines = [r for r in front.rows if r["role"] == "baseline" and r is not choice]
-    sentences += [_comparison(front, baseline, choice) for baseline in baselines]
+    beside = [r for r in front.rows if r["role"] in BESIDE_ROLES and r is not choice]
+    sentences += [
+        _comparison(front, row, choice)
+        for row in beside
+        if choice is not full or row not in controls  # The teacher is compared with them above.
+    ]
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -72,8 +81,12 @@ def _headline(front: Front, full: Row, kept: Row | None) -> str:
     return f"{said}; {nearest['label']} comes nearest, {share}."
 
 
+def _name(full: Row) -> str:
+    return f"{'the ' if full['label'] == 'teacher' else ''}{full['label']}"
+
+
 def _of(full: Row) -> str:
-    return f"{'the ' if full['label'] == 'teacher' else ''}{full['label']}'s"
+    return f"{_name(full)}'s"
 
 
 def _share(front: Front, row: Row) -> str:
@@ -143,23 +156,51 @@ def confidence_note(front: Front) -> list[str]:
     ]
 
 
-def _comparison(front: Front, baseline: Row, choice: Row) -> str:
-    """Compare a baseline with a model over the same items, else by their separate errors."""
+def _teacher_and_controls(front: Front, teacher: Row, controls: Sequence[Row]) -> str:
+    """Say in one sentence which controls a teacher with a source beats, and which it does not."""
+    clauses = []
+    for control in sorted(controls, key=lambda row: row["label"]):
+        interval = _difference(front, teacher, control)
+        size = _size(front, interval)
+        if not interval.excludes_zero:
+            clause = f"differs from {control['label']} by less than these items can resolve"
+        elif (interval.value > 0) == front.axes.higher_is_better:
+            clause = f"beats {control['label']}"
+        else:
+            clause = f"is worse than {control['label']}"
+        clauses.append(f"{clause} ({size})")
+    return f"{_name(teacher)[0].upper()}{_name(teacher)[1:]} {' and '.join(clauses)}."
+
+
+def _difference(front: Front, row: Row, other: Row) -> Interval:
+    """Return a model's quality minus another's, over the same items if both have their values, else
+    by their separate errors."""
+    interval = front.intervals.get((row["key"], front.axes.quality, other["label"]))
+    if interval is not None:
+        return interval
+    value = row["quality"] - other["quality"]
+    error = math.hypot(known(row, "error") or 0.0, known(other, "error") or 0.0)
+    reach = NormalDist().inv_cdf((1 + INTERVAL_LEVEL) / 2) * error
+    return Interval(value, value - reach, value + reach)
+
+
+def _size(front: Front, interval: Interval) -> str:
+    """Return the size of a difference, a positive number, with its interval."""
     is_percent = front.axes.quality_metric.is_percent
     scale, unit, digits = (100, " points", 1) if is_percent else (1, "", 3)
-    interval = front.intervals.get((choice["key"], front.axes.quality, baseline["label"]))
-    if interval is None:
-        value = choice["quality"] - baseline["quality"]
-        error = math.hypot(known(choice, "error") or 0.0, known(baseline, "error") or 0.0)
-        reach = NormalDist().inv_cdf((1 + INTERVAL_LEVEL) / 2) * error
-        interval = Interval(value, value - reach, value + reach)
-    # The size is positive, so the interval of a negative difference is turned around.
+    # The interval of a negative difference is turned around.
     side = 1 if interval.value >= 0 else -1
     low, high = sorted(side * scale * bound for bound in (interval.low, interval.high))
-    size = (
+    return (
         f"{abs(scale * interval.value):.{digits}f}{unit}, {INTERVAL_LEVEL:.0%} interval "
         f"{low:.{digits}f} to {high:.{digits}f}"
     )
+
+
+def _comparison(front: Front, baseline: Row, choice: Row) -> str:
+    """Compare a baseline with a model over the same items, else by their separate errors."""
+    interval = _difference(front, choice, baseline)
+    size = _size(front, interval)
     claim = f"and {choice['label']} differ by less than these items can resolve ({size})"
     if interval.excludes_zero:
         is_worse = (interval.value > 0) == front.axes.higher_is_better

@@ -20,7 +20,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
-from orchestrator.records.trial import OtherModel, Trial
+from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import NFE, OVERHEADS, SERVED_MS
 from orchestrator.workspace.errors import UserError
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
+CONTROLS_TITLE = "Controls of a teacher with a source"
+"""Title of the facts that say what the controls are, by name."""
 SETTINGS_TITLE, PROVENANCE_TITLE = "Settings", "Provenance"
 """Titles of the facts that hold the settings, and what the sweep was made with."""
 DESCRIBING_COLUMNS = ("name", "role", "method", "num_layers", "schedule", "threshold")
@@ -57,14 +59,26 @@ class StoredSweep(Record):
     """The finished ones among teacher, trials and baselines."""
     influence: Influence | None = None
     """The teacher's influence table, if the sweep had one."""
+    retention: Mapping[str, float] = Field(default_factory=dict)
+    """How much a model may lose against the teacher's source, as `evaluation.retention`; empty
+    without a source."""
     facts: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     """Title of a list -> names and values, such as settings, provenance and reused trials."""
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on the accuracy of a guess."""
+        """Sentences on the accuracy of a guess, and on the control of a teacher with a source."""
         chances = self.facts.get(CHANCE_TITLE, {})
-        return [f"Chance of {task}: {chance}." for task, chance in chances.items()]
+        notes = [f"Chance of {task}: {chance}." for task, chance in chances.items()]
+        if controls := self.facts.get(CONTROLS_TITLE, {}):
+            is_measured = any(result.role == SOURCE_CONTINUED for result in self.results)
+            missing = (
+                "missing, so it is not known whether the teacher is better than its source by its "
+                "corrections or by its further training"
+            )
+            text = controls[SOURCE_CONTINUED] if is_measured else missing
+            notes.append(f"{SOURCE_CONTINUED}: {text}.")
+        return notes
 
     @property
     def is_of_depths(self) -> bool:

@@ -190,9 +190,10 @@ def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
     training = settings.training
     distillation = settings.distillation
     changes: dict[str, Any] = {}
-    if "precision" not in (given.get("training") or {}):
-        precision = {"precision": default_precision(on_gpus=run)}
-        changes["training"] = training.model_copy(update=precision)
+    for name, recipe in (("training", training), ("source_training", settings.source_training)):
+        if recipe is not None and "precision" not in (given.get(name) or {}):
+            precision = {"precision": default_precision(on_gpus=run)}
+            changes[name] = recipe.model_copy(update=precision)
     if "precision" not in ((given.get("distillation") or {}).get("training") or {}):
         precision = {"precision": default_precision(on_gpus=trials)}
         recipe = distillation.training.model_copy(update=precision)

@@ -50,6 +50,10 @@ class Settings(Section):
     """Corpus and tokenizer."""
     model: ModelSettings = ModelSettings()
     """Shape of the model."""
+    source_training: TrainingSettings | None = None
+    """Recipe of a plain model (vanilla) of the teacher's sizes, which a sweep trains first and
+    takes as the source of its teacher, in place of a `training.source` that exists. Only sweeps
+    that train their teacher read it (default: the teacher starts from random weights)."""
     training: TrainingSettings = TrainingSettings()
     """Recipe of the pretraining."""
     distillation: DistillationSettings = DistillationSettings()
@@ -70,6 +74,11 @@ class Settings(Section):
         if broken := broken_rules(self):
             raise ValueError("\n".join(broken))
         return self
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the model that is trained starts from the weights of another one."""
+        return self.training.source is not None or self.source_training is not None
 
     @property
     def trials_use_gpus(self) -> bool:
@@ -150,7 +159,11 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
 
 
 def _of_trainings(settings: Settings) -> Iterator[str]:
-    for name in ("training", "distillation.training"):
+    if settings.source_training is not None:
+        yield from _of_source_training(settings, settings.source_training)
+    recipes = ["training", "distillation.training"]
+    recipes += ["source_training"] if settings.source_training else []
+    for name in recipes:
         training = attrgetter(name)(settings)
         if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
             names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
@@ -187,14 +200,38 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             )
 
 
-def _of_sweep(settings: Settings) -> Iterator[str]:
+def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterator[str]:
     if settings.training.source is not None:
         yield (
-            "training.source: a sweep trains its models from random weights; train one by "
-            "`iiet-orch pretrain --from`, and give it to `sweep-threshold` as the teacher"
+            "training.source: the source exists, or is trained first as the section "
+            "source_training says; leave one out"
         )
+    of_retrofits = ("source", "source_kl_weight", "trained_layers", "elastic")
+    for name in of_retrofits:
+        if getattr(recipe, name) != TrainingSettings.model_fields[name].default:
+            yield (
+                f"source_training.{name}: the source is a plain model from random weights; leave "
+                "it out"
+            )
+
+
+def _of_sweep(settings: Settings) -> Iterator[str]:
     sweep = settings.sweep
     kind = settings.sweep.kind
+    if settings.has_source:
+        name = "training.source" if settings.training.source is not None else "source_training"
+        if kind == "iterations":
+            yield (
+                f"{name}, sweep.kind: a sweep of kind iterations trains its models from random "
+                "weights; leave the first out, or set the second to threshold or search"
+            )
+        if sweep.teachers:
+            yield f"{name}, sweep.teachers: a source gives one teacher its weights; leave one out"
+    if settings.evaluation.retention and kind not in ("threshold", "search"):
+        yield (
+            f"evaluation.retention, sweep.kind: a sweep of kind {kind} has no teacher whose source "
+            "models could be compared with; leave the first out"
+        )
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
     )  # fmt: skip

@@ -117,7 +117,21 @@ class SweepSettings(Section):
     too, and the students of a seed learn from that seed's teacher."""
     baselines: Annotated[tuple[ModelName, ...], _Different] = ()
     """Further baselines that are trained with a teacher, beside vanilla and the teacher without
-    corrections: `pcformer`, or the corrections of an IIET (`r = 1`)."""
+    corrections: `pcformer`, or the corrections of an IIET (`r = 1`). Beside a teacher with a source
+    these are the only ones that are trained from random weights; `vanilla` and `r = 0` can be named
+    there."""
+    source_controls: Annotated[
+        tuple[Literal["source", "source_continued", "scratch", "scratch_with_source"], ...],
+        _Different,
+    ] = ("source", "source_continued")
+    """What a teacher with a source is compared with. `source`: that model as it was.
+    `source_continued`: that model, trained on as it is until its training FLOPs equal the
+    teacher's, on the same data in the same order, in the same layers, with the same
+    `source_kl_weight`; its learning rate is the better of two by the validation loss after as many
+    tokens as the teacher's: the teacher's rate, and that of the source's own training, or twice the
+    teacher's if that is the same or not known. `scratch` and `scratch_with_source`: the
+    teacher's model from random weights, at the teacher's training FLOPs, and at those of source and
+    teacher together."""
     baseline_runs: tuple[str, ...] = ()
     """Trained models that stand beside the front, too: runs or checkpoints, by name or path. They
     must read the sweep's tokens, and nothing else of them need be alike."""

@@ -8,7 +8,6 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.config import PRESETS, ModelConfig, preset
 from iiet.facts import METHODS, facts_of
-from iiet.freezing import TrainedLayers
 from iiet.schedule import IterationSchedule
 from orchestrator.settings.effects import Effect, KeyForm
 from orchestrator.settings.section import OneOf, Section
@@ -158,11 +157,16 @@ class TrainingSettings(Section):
     )
     """With a source: adds this many times KL(source || model) on the same tokens to the loss, so
     that the model keeps what the source predicts. The source then runs beside it."""
-    trained_layers: Annotated[TrainedLayers, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = "all"
+    trained_layers: Annotated[
+        Literal["all", "corrected", "added"] | tuple[StrictInt, ...],
+        Effect.WEIGHTS,
+        KeyForm.ABSENT_AT_DEFAULT,
+    ] = "all"
     """`all` weights are trained; or the `corrected` layers, those that make corrections, and what
-    the method adds from the first of them on; or only what is `added` there. The rest is frozen,
-    and the model stays its source before the first corrected layer. The last two need
-    `model.method_options.start: identity`."""
+    the method adds from the first of them on; only what is `added` there; or layers by their
+    numbers, the first being 1, as if these made the corrections: `[3, 4]`. The rest is frozen, and
+    the model stays its source before the first trained layer. All but `all` need a model that
+    begins as its source: `model.method_options.start: identity`, or the method of the source."""
     sequence_length: Annotated[StrictInt | None, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
         default=None, gt=1
     )

@@ -32,6 +32,7 @@ from orchestrator.settings import (
     ModelSettings,
     Settings,
     SweepSettings,
+    TrainingSettings,
 )
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
@@ -40,6 +41,7 @@ from orchestrator.terminal.metrics import COSTS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, join_names
 from orchestrator.training.job import sequences_per_step
+from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -170,10 +172,14 @@ def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
 
 def baseline_models(settings: Settings) -> list[ModelVariant]:
     """Return the baselines of the settings' teacher, each at its numbers of layers; those of
-    several teachers are trained under each seed, as these are."""
-    named = [
+    several teachers are trained under each seed, as these are. Beside a teacher with a source they
+    are those that the settings name."""
+    usual = [
         ModelVariant(method=BASELINE_METHOD),
         ModelVariant(method=settings.model.method, corrections=0),
+    ]
+    named = [
+        *([] if settings.has_source else usual),
         *_named_models(settings, settings.sweep.baselines),
     ]
     models = [model for variant in named for model in _at_each_depth(settings, variant)]
@@ -204,7 +210,9 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
         changes["num_layers"] = variant.num_layers
     if variant.method != settings.model.method:
         changes["method_options"] = {}
-    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    model = ModelSettings.model_validate(
+        {**settings.model.model_dump(exclude_unset=True), **changes}
+    )
     rate = variant.learning_rate or learning_rates(settings, variant)[0]
     recipe: dict[str, Any] = {"learning_rate": rate}
     if variant.corrections in (None, 0, "0"):  # There is no cheaper schedule.
@@ -215,15 +223,35 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     return settings.model_copy(update={"model": model, "training": training})
 
 
-def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of the teachers and the baselines that a sweep trains, by label."""
-    baselines = {model.label: model for model in baseline_models(settings)}
-    variants = teachers_by_label(settings) | baselines
-    return {label: settings_of(settings, variant) for label, variant in variants.items()}
+def teacher_and_baselines(
+    settings: Settings, of_teacher: Settings | None = None
+) -> dict[str, Settings]:
+    """Return the settings of the teachers and the baselines that a sweep trains, by label.
+
+    Args:
+        of_teacher: Settings of a teacher that has a source; its baselines have none.
+    """
+    from_random = settings
+    if of_teacher is not None:
+        usual = TrainingSettings()
+        names = ("source", "source_kl_weight", "trained_layers")
+        recipe = settings.training.model_copy(update={n: getattr(usual, n) for n in names})
+        changes = {"training": recipe, "source_training": None}
+        from_random = settings.model_copy(update=changes)
+    baselines = baseline_models(settings)
+    return {
+        **{
+            label: settings_of(of_teacher or settings, variant)
+            for label, variant in teachers_by_label(settings).items()
+        },
+        **{variant.label: settings_of(from_random, variant) for variant in baselines},
+    }
 
 
 def claims_answered(settings: Settings) -> str:
     """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
+    if settings.has_source:
+        return "the paper's claims are of models without a source, so its models answer none"
     teachers = {model.method for model in teachers_by_label(settings).values()}
     baselines = {model.method for model in baseline_models(settings) if model.num_layers is None}
     # Number of a claim -> methods of the teachers, and of the models beside them, that it needs.
@@ -401,8 +429,11 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
         )
 
 
-def check_models(settings: Settings) -> None:
+def check_models(settings: Settings, source: Source | None = None) -> None:
     """Check that the models of a sweep can be built, without any data.
+
+    Args:
+        source: The model whose weights the teacher starts from, if there is one already.
 
     Raises:
         UserError: Names everything that is wrong with the models, all at once.
@@ -424,7 +455,10 @@ def check_models(settings: Settings) -> None:
         model = settings_of(settings, variant).model
         try:
             length = sequence_length(data)
-            config = model.build(vocab_size=data.vocab_size, context_length=length)
+            if source is not None:
+                config = source.model(model)
+            else:
+                config = model.build(vocab_size=data.vocab_size, context_length=length)
             settings.evaluation.tokens_at_once(config.context_length)
             configs.append(config)
         except UserError as error:

@@ -30,7 +30,7 @@ from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Role, Trial
+from orchestrator.records.trial import Role, Trial, role_beside
 from orchestrator.settings import (
     DistillationSettings,
     ElasticSettings,
@@ -376,7 +376,7 @@ class Students:
             for seed in self.seeds if is_trained else (self.seed,):
                 trials += [self.student(member, seed) for member in self.members]
         for label, checkpoint in self.baselines.items():
-            trials.append(self._as_it_is("baseline", label, checkpoint))
+            trials.append(self._as_it_is(role_beside(label), label, checkpoint))
         return trials
 
     def student(self, member: FamilyMember, seed: int | None = None) -> Trial:

@@ -1,10 +1,11 @@
 """Write checkpoints: folders `step_00000100/` that are complete or absent.
 
-A background thread writes: training waits only for a copy of the state in the host's memory. One
-checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and raise
-its error (full disk) on all workers. A killed process loses at most that checkpoint.
-`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
-unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+A background thread writes. On a CPU training waits for a copy of the state in the host's memory; on
+a GPU the copy is one more work in its stream, before the next step changes the state, and the
+thread waits for it. One checkpoint is written at a time: the next one, a stop and the end of the
+run wait for it, and raise its error (full disk) on all workers. A killed process loses at most
+that checkpoint. `provenance.json` holds the SHA-256 of every other file, which finds later damage.
+Nothing is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ class CheckpointWriter:
         self._key = job_key(job)
         if job.storage and world.is_first:
             self.remote = RemoteCopy(job.storage, job.folder, self._key)
+        self._buffers = HostBuffers(is_pinned=world.is_gpu)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved_step = 0
@@ -215,21 +217,30 @@ class CheckpointWriter:
         world = self._world
         if position.step in (0, self._saved_step):
             return
+        started = time.perf_counter()
         run_on_first(self.finish, world)
         self._saved_step = position.step
         self._saved_at = time.monotonic()
         if not (world.is_first or world.is_sharded):
             return
-        weights, moments = (
-            host_copy(part.state_dict(), keep=world.is_first) for part in (decoder, optimizer)
-        )
+        parts = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+        copied = self._buffers.copy(parts, keep=world.is_first)
         if world.is_first:
             # No step draws random numbers yet; saving their state allows dropout to be added.
             random = {"cpu": torch.get_rng_state()}
+            is_copied = None
             if world.is_gpu:
                 random["cuda"] = torch.cuda.get_rng_state(world.device)
-            state = {"optimizer": moments, "position": asdict(position), "random": random}
-            self._writing = self._pool.submit(self._write, replace(position), weights, state)
+                is_copied = torch.cuda.current_stream(world.device).record_event()
+            state = {
+                "optimizer": copied["optimizer"],
+                "position": asdict(position),
+                "random": random,
+            }
+            waited = time.perf_counter() - started
+            self._writing = self._pool.submit(
+                self._write, replace(position), copied["weights"], state, is_copied, waited
+            )
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -254,9 +265,17 @@ class CheckpointWriter:
         self._pool.shutdown()
 
     def _write(
-        self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
+        self,
+        position: Position,
+        weights: dict[str, Tensor],
+        training_state: dict[str, Any],
+        is_copied: torch.cuda.Event | None,
+        waited_seconds: float,
     ) -> None:
+        """Write what was copied; `waited_seconds` is how long training has waited for the copy."""
         started = time.perf_counter()
+        if is_copied is not None:
+            is_copied.synchronize()
         job = self._job
         step = position.step
         folder = job.folder
@@ -290,8 +309,13 @@ class CheckpointWriter:
             text_files=self._text_files,
         )
         prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept)
-        seconds = round(time.perf_counter() - started, 3)
-        self._event("checkpoint", step=step, path=str(self.checkpoint), seconds=seconds)
+        self._event(
+            "checkpoint",
+            step=step,
+            path=str(self.checkpoint),
+            seconds=round(time.perf_counter() - started, 3),
+            waited_seconds=round(waited_seconds, 3),
+        )
         if self.remote:
             self.remote.upload(step, self._event)
 
@@ -303,17 +327,37 @@ def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
-def host_copy(value: Any, *, keep: bool) -> Any:
-    """Copy nested dictionaries and lists of tensors, gathered from shards, to the host's memory.
+class HostBuffers:
+    """Memory of the host for the copy of a state, made at the first copy and used for each."""
 
-    All workers that hold shards take part. Those that do not `keep` the result get None in place of
-    each tensor.
-    """
-    if isinstance(value, dict):
-        return {name: host_copy(part, keep=keep) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(host_copy(part, keep=keep) for part in value)
-    if not isinstance(value, Tensor):
-        return value
-    whole = full_tensor(value.detach())
-    return whole.to("cpu", copy=True) if keep else None
+    def __init__(self, *, is_pinned: bool) -> None:
+        """With `is_pinned`, the memory is pinned: a GPU copies to it while the host goes on."""
+        self._is_pinned = is_pinned
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def copy(self, value: Any, *, keep: bool, path: tuple[object, ...] = ()) -> Any:
+        """Copy nested dictionaries and lists of tensors, gathered from shards.
+
+        All workers that hold shards take part. Those that do not `keep` the result get None in
+        place of each tensor. From a GPU the copies are complete when its stream has come so far.
+        """
+        if isinstance(value, dict):
+            return {
+                name: self.copy(part, keep=keep, path=(*path, name)) for name, part in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return type(value)(
+                self.copy(part, keep=keep, path=(*path, number))
+                for number, part in enumerate(value)
+            )
+        if not isinstance(value, Tensor):
+            return value
+        whole = full_tensor(value.detach())
+        if not keep:
+            return None
+        buffer = self._buffers.get(path)
+        if buffer is None:
+            pinned = self._is_pinned
+            buffer = torch.empty(whole.shape, dtype=whole.dtype, device="cpu", pin_memory=pinned)
+            self._buffers[path] = buffer
+        return buffer.copy_(whole, non_blocking=self._is_pinned)

@@ -32,7 +32,7 @@ from orchestrator.settings import Settings, TrainingSettings
 from orchestrator.settings.effects import key_values
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import DRAWS_VERSION, checked_family
-from orchestrator.training.source import check_tokenizer, find_source
+from orchestrator.training.source import Source, check_tokenizer, find_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.layout import (
@@ -50,7 +50,12 @@ KEY_CHARACTERS = 8
 
 
 def pretraining_job(
-    settings: Settings, workspace: Workspace, tokens: Path | None, name: str | None = None
+    settings: Settings,
+    workspace: Workspace,
+    tokens: Path | None,
+    name: str | None = None,
+    *,
+    source: Source | None = None,
 ) -> TrainingJob:
     """Return the job that pretrains the model of these settings; its sizes are checked.
 
@@ -59,23 +64,27 @@ def pretraining_job(
             planned, but not run.
         name: Name of the run's folder; when unset, that of a finished run of this model, or else
             made from method, schedule and content.
+        source: The model whose sizes this one has, and its weights, too, if `training.source` is
+            set; that of `training.source` when unset. It need not exist yet where no tokens are
+            given.
 
     Raises:
         UserError: If the settings do not go together.
     """
     expected = expected_tokens(settings.data, tokens)
-    source = None
-    if settings.training.source is None:
-        if settings.training.source_kl_weight:
-            raise UserError(
-                f"training.source_kl_weight={settings.training.source_kl_weight:g} needs a source, "
-                "which `pretrain --from` or training.source names; name one, or leave it out"
-            )
+    has_source = settings.training.source is not None
+    if settings.training.source_kl_weight and not has_source:
+        raise UserError(
+            f"training.source_kl_weight={settings.training.source_kl_weight:g} needs a source, "
+            "which `pretrain --from` or training.source names; name one, or leave it out"
+        )
+    if source is None and settings.training.source is not None:
+        source = find_source(workspace, settings.training.source)
+    if source is None:
         config = settings.model.build(
             vocab_size=expected.vocab_size, context_length=expected.context_length
         )
     else:
-        source = find_source(workspace, settings.training.source)
         config = source.model(settings.model)
         if tokens is not None:
             check_tokenizer(source, tokens / TOKENIZER_NAME, settings.data.tokenizer)
@@ -93,14 +102,19 @@ def pretraining_job(
         recipe=recipe,
         first_stages=str(workspace.runs),
         storage=settings.cluster.storage,
-        initial_folder=str(source.folder) if source else None,
+        initial_folder=str(source.folder) if source and has_source else None,
     )
     if name is not None:
-        folder = workspace.runs / name
-    else:
-        key = job_key(job)
-        usual_folder = workspace.runs / f"{usual_name(config)}-{key[:KEY_CHARACTERS]}"
-        folder = folder_of_weights(workspace, key, usual_folder)
+        return job.model_copy(update={"run_folder": str(workspace.runs / name)})
+    return in_usual_folder(job, workspace)
+
+
+def in_usual_folder(job: TrainingJob, workspace: Workspace) -> TrainingJob:
+    """Return a job with the folder of a finished training of these weights, or else with one that
+    is named after method, schedule and content."""
+    key = job_key(job)
+    usual_folder = workspace.runs / f"{usual_name(job.model)}-{key[:KEY_CHARACTERS]}"
+    folder = folder_of_weights(workspace, key, usual_folder)
     return job.model_copy(update={"run_folder": str(folder)})
 
 
@@ -112,7 +126,8 @@ def check_trained_layers(trained: TrainedLayers, config: ModelConfig) -> None:
     """
     if trained == "all":
         return
-    if getattr(config.options, "start", None) != "identity":
+    is_plain = not facts_of(config.method).has_corrections
+    if not is_plain and getattr(config.options, "start", None) != "identity":
         raise UserError(
             f"training.trained_layers={trained}: layers are frozen where the model begins as its "
             "source; set model.method_options.start=identity, with the method iiet"
@@ -121,7 +136,7 @@ def check_trained_layers(trained: TrainedLayers, config: ModelConfig) -> None:
         trained_part(config.corrections, trained)
     except ValueError as error:
         raise UserError(
-            f"training.trained_layers={trained}: {error}; set model.corrections"
+            f"training.trained_layers={trained}: {error}; set model.corrections or the layers"
         ) from None
 
 
@@ -191,7 +206,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
         "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
-        "initial": _initial_key(job.initial_folder),
+        "initial": _initial_key(job),
         "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,
     }
     if job.kept_layers is not None:
@@ -202,15 +217,17 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     return fields
 
 
-def _initial_key(folder: str | None) -> str | None:
+def _initial_key(job: TrainingJob) -> str | None:
     """Return the hash of the weights that a training starts from; None if they are random.
 
-    A dry run plans jobs whose source is not imported; no stored job has their key.
+    A plan has jobs whose source is not imported or not trained; no stored job has their key.
     """
-    if folder is None:
+    if job.initial_folder is None:
         return None
-    is_imported = is_checkpoint(Path(folder)) or not (Path(folder) / CONFIG).is_file()
-    return weights_key(Path(folder)) if is_imported else ""
+    folder = Path(job.initial_folder)
+    is_untrained = not job.tokens_folder and not folder.is_dir()
+    is_unimported = not is_checkpoint(folder) and (folder / CONFIG).is_file()
+    return "" if is_untrained or is_unimported else weights_key(folder)
 
 
 def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:

@@ -25,10 +25,11 @@ from orchestrator.models.folder import (
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.lookup import find_model_folder, find_trial
 from orchestrator.models.tokenizer import load_tokenizer, tokenizer_path
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ModelSettings, Settings
 from orchestrator.settings.data import TEXT_SOURCES
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, find_checkpoints
+from orchestrator.workspace.layout import Workspace, checkpoint_name, find_checkpoints
 
 IMPORTED_LEARNING_RATE: Final = 5e-5
 """Peak learning rate for a source whose own recipe is not known."""
@@ -39,15 +40,17 @@ class Source:
     """A model whose weights a training starts from."""
 
     folder: Path
-    """Its checkpoint; of a model that is not imported yet, its folder."""
+    """Its checkpoint, which a training may have to make first; of a model that is not imported yet,
+    its folder."""
     config: ModelConfig
     learning_rate: float | None
     """Peak rate of its own training; None of a model from elsewhere."""
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it can be trained from; a model from elsewhere is imported first."""
-        return is_checkpoint(self.folder)
+        """Whether it can be trained from; a model from elsewhere is imported first, and that of
+        another training is trained."""
+        return is_checkpoint(self.folder) and self.folder.is_dir()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -110,7 +113,9 @@ class Source:
             return
         for name, value in PRESETS.get(settings.preset, {}).items():
             of_source = getattr(self.config, name)
-            if name not in ("vocab_size", "context_length") and value != of_source:
+            if name in ("vocab_size", "context_length", *sizes):
+                continue
+            if value != of_source:
                 raise UserError(
                     f"model.preset={settings.preset}: sizes come from the source, and "
                     f"{self.folder} has {name}={of_source}, not {value}; leave it out"
@@ -126,12 +131,31 @@ def find_source(workspace: Workspace, name: str) -> Source:
     found = find_trial(workspace, Path(name))
     folder = found[0] if found else find_model_folder(workspace, Path(name), model_types=None)
     if not is_checkpoint(folder) and not find_checkpoints(folder):
-        return Source(folder=folder, config=decoder_config(folder), learning_rate=None)
+        # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
+        config = decoder_config(folder, needs_weights=False)
+        return Source(folder=folder, config=config, learning_rate=None)
     checkpoint = resolve_checkpoint(folder)
     recipe = load_provenance(checkpoint).get("recipe") or {}
     return Source(
         folder=checkpoint, config=load_config(checkpoint), learning_rate=recipe.get("learning_rate")
     )
+
+
+def source_of_run(job: TrainingJob) -> Source:
+    """Return the model that a pretraining makes, as a source; it may not be trained yet."""
+    return Source(
+        folder=job.folder / checkpoint_name(job.recipe.num_steps),
+        config=job.model,
+        learning_rate=job.recipe.learning_rate,
+    )
+
+
+def with_source(settings: Settings, source: Path | str | None) -> Settings:
+    """Return the settings with another `training.source`; None for random weights."""
+    recipe = settings.training.model_copy(
+        update={"source": None if source is None else str(source)}
+    )
+    return settings.model_copy(update={"training": recipe})
 
 
 def follow_source(

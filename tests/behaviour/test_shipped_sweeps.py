@@ -45,6 +45,10 @@ FRONTS = {
     "methods": {"vanilla", "pcformer", "r = 0", "r = 1", "r = 3"},
     "paper-340m": {f"{name}, seed 0" for name in ("vanilla", "r = 0", "r = 3", "pcformer")},
     "paper-55m": {f"{name}, seed 0" for name in ("vanilla", "r = 0", "r = 2", "pcformer")},
+    "retrofit": {
+        *("source", "source_continued", "source_continued, equal tokens"),
+        *("scratch", "scratch_with_source", "teacher", "0,0,0", "3,3,3"),
+    },
     "toy": {"teacher", "vanilla", "r = 0", "0,0,0", "2,2,2"},
 }
 """Expected rows on the front of each sweep, without schedules between both ends."""

@@ -44,7 +44,7 @@ OTHER: dict[str, Any] = {
     "num_kv_heads": 1, "head_dim": 10, "rotary_layers": (True, False),
     "rope_scaling": RopeScaling(rope_type="linear", factor=2.0), "sliding_windows": (None, 4),
     "schedule": IterationSchedule((1, 1)),
-    "method_options": ImplicitEulerOptions(damping=0.5),
+    "method_options": ImplicitEulerOptions(damping=0.5), "trained_layers": (2,),
 }  # fmt: skip
 """A second value of the fields for which none can be derived from the first."""
 
@@ -130,7 +130,7 @@ def test_a_field_without_a_mark_has_no_key():
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
     suite = Suite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
-    given = {"prompts": Prompts(chat_template=False)}
+    given = {"prompts": Prompts(chat_template=False), "beside": ("words",)}
     same = {name for name, one in variants(suite, given).items() if one.key == suite.key}
     assert same == NOT_IN_KEY[Suite]
     for one in variants(Prompts()).values():
@@ -157,7 +157,10 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
         return not ModelMeasurer(model, store, suite).has_stored(asked)
 
     # What is measured are the tasks that are loaded; how, is what makes another result.
-    suites = variants(base, {"precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1)})
+    given = {
+        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1), "beside": ("words",),
+    }  # fmt: skip
+    suites = variants(base, given)
     others = {name for name, suite in suites.items() if needs_new_results(suite)}
     assert others == {"precision", "limit", "sequence_length", "prompts"}
     (same / "tokenizer.json").write_text((same / "tokenizer.json").read_text() + " ")

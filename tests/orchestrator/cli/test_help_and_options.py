@@ -159,6 +159,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return {
         f"{section}.{name}": value
         for section, values in sections.items()
+        if values is not None  # A section may be left out.
         for name, value in values.items()
     }
 

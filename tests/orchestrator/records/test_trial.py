@@ -90,7 +90,10 @@ def test_a_file_with_another_number_or_other_fields_is_damaged(tmp_path):
     OlderTrial().write(path)
     with pytest.raises(DamagedFile, match=r"x\.json is damaged \(key: Field required"):
         Trial.read(path)
-    with pytest.raises(ValueError, match=r"'trial', 'teacher' or 'baseline'.*'student'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'trial', 'teacher', 'baseline', 'source' or 'source_continued'.*'student'",
+    ):
         sample_trial(role="student")
 
 

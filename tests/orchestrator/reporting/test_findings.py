@@ -183,3 +183,26 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front):
     for numbers in wrong:
         with pytest.raises(UserError, match=r"got -?\d"):
             PickRule(name="keep", **numbers)
+
+
+def test_a_teacher_with_a_source_beats_its_controls_or_is_called_worse(sample_results):
+    def about_controls(source: float, continued: float) -> str:
+        names = {"vanilla": "source", "r = 0 from scratch": "source_continued"}
+        accuracies = {"source": source, "source_continued": continued}
+        results = []
+        for result in sample_results:
+            if name := names.get(result.label):
+                control = result.model_copy(update={"role": name, "label": name})
+                result = with_accuracy(control, accuracies[name])
+            results.append(result)
+        [sentence] = [s for s in findings(sample_front(results)) if s.startswith("The teacher")]
+        return sentence
+
+    # The teacher has 44.65 %, and a difference below 3.35 points is not resolved.
+    assert about_controls(0.3465, 0.3965) == (
+        "The teacher beats source (10.0 points, 95% interval 6.6 to 13.4) and beats "
+        "source_continued (5.0 points, 95% interval 1.6 to 8.4)."
+    )
+    worse = about_controls(0.43, 0.4965)
+    assert "differs from source by less than these items can resolve (1.7 points" in worse
+    assert "and is worse than source_continued (5.0 points" in worse

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from same_run import events, state_of, steps_of, stop_at, workers
 
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
+from orchestrator.training.checkpoint import HostBuffers
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.trainer import run_job
@@ -60,6 +62,21 @@ def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch)
         here = outcome.model_copy(update={"checkpoint": str(path)})
         there = here.model_copy(update={"checkpoint": str(make_job("plain").folder / path.name)})
         assert state_of(here) == state_of(there), "a checkpoint holds the state of its own step"
+
+
+def test_a_copy_holds_the_state_of_its_time_in_memory_that_the_next_one_uses_again():
+    buffers = HostBuffers(is_pinned=False)
+    weight = torch.ones(3, requires_grad=True)
+    state = {"weights": {"a": weight}, "groups": [{"rate": 0.1, "step": torch.tensor(1.0)}]}
+    copied = buffers.copy(state, keep=True)
+    with torch.no_grad():
+        weight.zero_()
+    assert copied["weights"]["a"].tolist() == [1.0, 1.0, 1.0]
+    assert copied["groups"][0] == {"rate": 0.1, "step": torch.tensor(1.0)}
+    again = buffers.copy(state, keep=True)
+    assert again["weights"]["a"] is copied["weights"]["a"]
+    assert copied["weights"]["a"].tolist() == [0.0, 0.0, 0.0]
+    assert buffers.copy(state, keep=False)["weights"] == {"a": None}
 
 
 def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):

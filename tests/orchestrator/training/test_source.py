@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from commands import run_here
+from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from plain_models import random_model
@@ -25,11 +26,14 @@ from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.open import load_model
+from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
+from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
 from orchestrator.pipelines.training import plan_pretrain, prepare, pretrain, run_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters
+from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.schema import broken_rules
 from orchestrator.tracking.tracker import Tracking
@@ -198,6 +202,16 @@ def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, 
     assert list(again.finished.values()) == [result.checkpoint]
 
 
+def test_a_config_alone_has_a_plan_and_no_run(model_folder, settings, workspace):
+    plan = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+    for weights in model_folder.glob("*.safetensors"):
+        weights.unlink()
+    alone = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+    assert (alone.price.flops, alone.price.memory) == (plan.price.flops, plan.price.memory)
+    with pytest.raises(UserError, match="weights"):
+        pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+
+
 def test_a_mixture_with_symbols_keeps_the_tokenizer_of_its_kind(settings, workspace, context):
     mixed = (
         "data.source=mixture", "data.shares={files: 0.5, phop_2: 0.5}", "data.depth.length=16",
@@ -304,11 +318,55 @@ def test_from_is_an_option_of_pretrain_and_goes_with_no_continuation(
     assert "training.source" in printed.getvalue()
 
 
-def test_other_commands_refuse_a_source(settings):
+@pytest.mark.parametrize("source", ["training.source=plain", "source_training.num_steps=9"])
+def test_sweeps_of_other_kinds_refuse_a_source(settings, source):
+    name = source.partition("=")[0].removesuffix(".num_steps")
+    assert not broken_rules(settings(source), of_sweep=True)
+    for other in ("sweep.kind=iterations", "sweep.teachers=[r = 1]"):
+        [rule] = broken_rules(settings(source, other), of_sweep=True)
+        assert rule.startswith(name)
+
+
+def test_a_source_is_named_or_trained_first_and_only_in_a_sweep(settings, workspace):
     with pytest.raises(UserError, match=r"distillation\.training\.source"):
         settings("distillation.training.source=plain")
-    assert any("training.source" in rule for rule in broken_rules(
-        settings("training.source=plain"), of_sweep=True))  # fmt: skip
+    with pytest.raises(UserError, match=r"training\.source=.*source_training"):
+        settings("training.source=plain", "source_training.num_steps=9")
+    with pytest.raises(UserError, match=r"source_training\.source_kl_weight"):
+        settings("source_training.source_kl_weight=1.0")
+    asked = settings("source_training.num_steps=9")
+    with pytest.raises(UserError, match="source_training"):
+        plan_pretrain(asked, workspace=workspace, local=True)
+    with pytest.raises(UserError, match="source_training"):
+        plan_sweep(asked, workspace=workspace, teacher="a run")
+
+
+@pytest.mark.slow
+def test_a_sweep_imports_its_source_first(model_folder, settings, workspace, context, monkeypatch):
+    monkeypatch.setattr(
+        training, "job_runner", lambda **_: lambda jobs, *_, **__: [run_job(job) for job in jobs]
+    )
+    monkeypatch.setattr("orchestrator.cluster.ray.ray_cluster", lambda *_, **__: nullcontext())
+    end_trials(monkeypatch, finished)
+    # The made-up text is too poor for held-out tasks.
+    monkeypatch.setattr(sweeps.trial_plans, "load_tasks", lambda *_: {})
+    steps = [f"distillation.training.{name}={value}" for name, value in RECIPE.items()]
+    asked = settings(
+        f"training.source={model_folder}", "model.corrections=1", "sweep.num_schedules=2",
+        "influence.num_tokens=64", *steps,
+    )  # fmt: skip
+    plan = plan_sweep(asked, workspace=workspace)
+    assert not plan.source.is_checkpoint
+    assert plan.control_prices[SOURCE_CONTINUED].flops > 0
+    assert not (workspace.runs / model_folder.name).exists(), "a plan writes nothing"
+    result = run_sweep(plan, context)
+    checkpoints = {trial.role: Path(str(trial.checkpoint)) for trial in result.trials}
+    assert "imported" in load_provenance(checkpoints[SOURCE])
+    assert load_config(checkpoints["teacher"]).head_dim == 8, "sizes are the source's"
+    job = TrainingJob.of_folder(checkpoints[SOURCE_CONTINUED].parent)
+    assert job is not None
+    assert job.initial_folder == str(checkpoints[SOURCE])
+    assert job.recipe.learning_rate in (IMPORTED_LEARNING_RATE, 2 * IMPORTED_LEARNING_RATE)
 
 
 def test_in_one_call(model_folder, settings, workspace):

@@ -118,7 +118,8 @@ def test_flops_memory_disk_and_key_follow(make):
     ("assignments", "name"),
     [
         (["model.corrections=1"], "method_options"),
-        (["model.method=vanilla"], "method_options"),
+        (["model.method=vanilla"], "model.corrections"),
+        (["model.method=vanilla", "training.trained_layers=[7]"], "trained_layers"),
         (["model.method_options={start: identity}", "model.corrections=0"], "model.corrections"),
     ],
 )

@@ -1,0 +1,349 @@
+"""A teacher that starts from another model's weights, and the controls that it is compared with.
+
+Such a teacher may be better than its source because of its corrections, or because it was trained
+further. `source_continued` tells the two apart: the source, trained on as it is, with as many
+training FLOPs as the teacher. All else is the teacher's: tokens, their order, the layers that are
+trained, the divergence from the source. Its learning rate is the better of two, each tried for as
+many tokens as the teacher reads; the better trial is the value at equal tokens.
+
+Nothing is trained here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from iiet.freezing import TrainedLayers
+from orchestrator.data.mixture import open_data
+from orchestrator.data.preparation import tokens_folder_of
+from orchestrator.evaluation.heldout import LAST_WORD, offered_tasks
+from orchestrator.evaluation.tasks import tasks_of_source
+from orchestrator.planning.estimate import Estimate
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
+from orchestrator.settings import BASELINE_METHOD, Settings
+from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
+from orchestrator.terminal.render import format_count
+from orchestrator.training.job import finished_outcome, in_usual_folder
+from orchestrator.training.source import Source, find_source
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, portable_path, step_of
+
+SCRATCH = "scratch"
+SCRATCH_WITH_SOURCE = "scratch_with_source"
+EQUAL_TOKENS = f"{SOURCE_CONTINUED}, equal tokens"
+"""Name of the source that was trained on for as many tokens as the teacher."""
+OTHER_RATE_FACTOR = 2.0
+"""The second learning rate is this many times the teacher's, where the source's own training says
+none: on text and on depth tasks, the best peak rate of a plain model was once to twice that of an
+IIET of its sizes."""
+
+
+def source_settings(settings: Settings) -> Settings:
+    """Return the settings of the source that a sweep trains: a plain model of the teacher's sizes,
+    with the recipe `source_training`."""
+    plain = settings.model.model_copy(update={"method": BASELINE_METHOD, "method_options": {}})
+    changes = {"model": plain, "training": settings.source_training, "source_training": None}
+    return settings.model_copy(update=changes)
+
+
+def training_flops(job: TrainingJob) -> float:
+    """Return the FLOPs of a whole training, with those of a frozen model beside it."""
+    return replace(Estimate.of(job), steps_done=0).total_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrofit:
+    """A teacher with a source, and the trainings of its controls."""
+
+    teacher: TrainingJob
+    """The teacher's training; without tokens while its source is not trained."""
+    source: Source
+    source_job: TrainingJob | None
+    """The source's own training from random weights, if it is known."""
+    settings: Settings
+    """Section `sweep` chooses the controls, and `cluster` says where they are trained."""
+    workspace: Workspace
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the controls that the settings choose."""
+        return self.settings.sweep.source_controls
+
+    @property
+    def trained_layers(self) -> TrainedLayers:
+        """The layers of the source that `source_continued` trains: those that the teacher does, or,
+        where this trains what is added alone, those that get corrections."""
+        trained = self.teacher.recipe.trained_layers
+        if trained not in ("corrected", "added"):
+            return trained
+        return tuple(n for n, count in enumerate(self.teacher.model.corrections, start=1) if count)
+
+    @cached_property
+    def candidates(self) -> dict[str, TrainingJob]:
+        """Label -> training of the source for as many tokens as the teacher, at each of two rates,
+        the teacher's first."""
+        if SOURCE_CONTINUED not in self.controls:
+            return {}
+        rate = self.teacher.recipe.learning_rate
+        other_rate = self.source.learning_rate
+        if other_rate in (None, rate):
+            other_rate = OTHER_RATE_FACTOR * rate
+        num_steps = self.teacher.recipe.num_steps
+        return {
+            f"{EQUAL_TOKENS}, rate {each:g}": self._continued(each, num_steps)
+            for each in (rate, other_rate)
+        }
+
+    @cached_property
+    def losses(self) -> dict[str, float]:
+        """Label -> validation loss of the candidates, once all are trained."""
+        outcomes = {label: finished_outcome(job) for label, job in self.candidates.items()}
+        losses = {label: out.validation_loss for label, out in outcomes.items() if out}
+        return losses if len(losses) == len(outcomes) else {}
+
+    @property
+    def better_candidate(self) -> str | None:
+        """Label of the candidate with the lower loss; None while that is not known."""
+        # Where no loss was measured, the teacher's rate is taken.
+        return min(
+            self.losses,
+            key=lambda label: math.inf if math.isnan(self.losses[label]) else self.losses[label],
+            default=None,
+        )
+
+    @cached_property
+    def continued(self) -> TrainingJob | None:
+        """The training of the source at the teacher's FLOPs; None if there is to be none.
+
+        While the better rate is not known, it has the teacher's, and no tokens: it can be priced,
+        but not run.
+        """
+        if not self.candidates:
+            return None
+        label = self.better_candidate or next(iter(self.candidates))
+        candidate = self.candidates[label]
+        num_steps = _steps_at(candidate, training_flops(self.teacher))
+        job = self._continued(candidate.recipe.learning_rate, num_steps)
+        return job if self.better_candidate else job.model_copy(update={"tokens_folder": ""})
+
+    @cached_property
+    def scratch(self) -> dict[str, TrainingJob]:
+        """Label -> training of the teacher's model from random weights.
+
+        Raises:
+            UserError: If the FLOPs of the source are asked for and not known.
+        """
+        flops = {}
+        if SCRATCH in self.controls:
+            flops[SCRATCH] = training_flops(self.teacher)
+        if SCRATCH_WITH_SOURCE in self.controls:
+            if self.source_job is None:
+                raise UserError(
+                    f"sweep.source_controls={SCRATCH_WITH_SOURCE}: the training FLOPs of "
+                    f"{self.source.folder} are not known, because it was not trained from random "
+                    "weights in this workspace; leave this control out"
+                )
+            flops[SCRATCH_WITH_SOURCE] = training_flops(self.teacher) + training_flops(
+                self.source_job
+            )
+        return {label: self._from_random_weights(number) for label, number in flops.items()}
+
+    def _continued(self, learning_rate: float, num_steps: int) -> TrainingJob:
+        recipe = {
+            "learning_rate": learning_rate,
+            "num_steps": num_steps,
+            "trained_layers": self.trained_layers,
+            "elastic": None,
+        }
+        return self._trained_otherwise(recipe, model=self.source.config)
+
+    def _from_random_weights(self, flops: float) -> TrainingJob:
+        recipe = {
+            # A rate for a few steps from trained weights may be far too low for random ones.
+            "learning_rate": self.source.learning_rate or self.teacher.recipe.learning_rate,
+            "source": None,
+            "source_kl_weight": 0.0,
+            "trained_layers": "all",
+        }
+        as_long = self._trained_otherwise(recipe, initial_folder=None)
+        recipe["num_steps"] = _steps_at(as_long, flops)
+        return self._trained_otherwise(recipe, initial_folder=None)
+
+    def _trained_otherwise(self, recipe: Mapping[str, Any], **fields: Any) -> TrainingJob:
+        """Return the teacher's training with changes of its recipe and of other fields."""
+        changes = {
+            "recipe": self.teacher.recipe.model_copy(update=dict(recipe)),
+            "run_folder": "",
+            "first_stages": None,
+            "continued_from": None,
+            "storage": self.settings.cluster.storage,
+            **fields,
+        }
+        return in_usual_folder(self.teacher.model_copy(update=changes), self.workspace)
+
+    def settings_of(self, job: TrainingJob) -> Settings:
+        """Return the settings of a control's training."""
+        model = self.settings.model.model_copy(
+            update={"method": job.model.method, "method_options": {}}
+        )
+        changes = {"model": model, "training": job.recipe, "source_training": None}
+        return self.settings.model_copy(update=changes)
+
+    @property
+    def trainings_by_control(self) -> dict[str, tuple[str, ...]]:
+        """Name of each control -> labels of its trainings."""
+        trainings: dict[str, tuple[str, ...]] = {name: (name,) for name in self.controls}
+        if SOURCE in trainings:
+            trainings[SOURCE] = ()
+        if SOURCE_CONTINUED in trainings:
+            trainings[SOURCE_CONTINUED] = (*self.candidates, SOURCE_CONTINUED)
+        return trainings
+
+    def beside(self, finished: Mapping[str, Path]) -> dict[str, Path]:
+        """Return label -> checkpoint of the controls that can be measured.
+
+        Args:
+            finished: Label -> checkpoint of all models that are trained before the trials.
+        """
+        controls: dict[str, Path] = {}
+        if SOURCE in self.controls and self.source.is_checkpoint:
+            controls[SOURCE] = self.source.folder
+        better = self.better_candidate
+        if better is not None and better in finished:
+            controls[EQUAL_TOKENS] = finished[better]
+        for label in (SOURCE_CONTINUED, *self.scratch):
+            if label in finished:
+                controls[label] = finished[label]
+        return controls
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        """Name of a control, or of what there is to know of it -> what it is."""
+        return dict(self._described())
+
+    def _described(self) -> Iterator[tuple[str, str]]:
+        root = self.workspace.root
+        folder = portable_path(str(self.source.folder), root)
+        yield SOURCE, f"{folder}, {'as it was' if SOURCE in self.controls else 'not measured'}"
+        if self.continued is None:
+            yield SOURCE_CONTINUED, "not trained"
+        else:
+            yield SOURCE_CONTINUED, self._text_of_continued(self.continued)
+        for label, job in self.scratch.items():
+            of_source = " and its source" if label == SCRATCH_WITH_SOURCE else ""
+            yield (
+                label,
+                f"the teacher's model from random weights, {_steps_and_flops(job)}, as the "
+                f"teacher{of_source}; rate {job.recipe.learning_rate:g}",
+            )
+
+    def _text_of_continued(self, job: TrainingJob) -> str:
+        rates = [candidate.recipe.learning_rate for candidate in self.candidates.values()]
+        tried = format_count(self.teacher.recipe.num_steps, "step")
+        text = f"the source trained on without corrections, {_steps_and_flops(job)}, as the teacher"
+        if self.losses:
+            losses = " and ".join(
+                f"{loss:.4f} at {rate:g}"
+                for loss, rate in zip(self.losses.values(), rates, strict=True)
+            )
+            text += f"; rate {job.recipe.learning_rate:g}, by the validation losses {losses} after "
+            text += f"{tried}, at the teacher's tokens"
+        else:
+            shown = " and ".join(f"{rate:g}" for rate in rates)
+            text += f"; its rate is the better of {shown} after {tried}, at the teacher's tokens"
+        if isinstance(self.trained_layers, tuple):
+            layers = ", ".join(map(str, self.trained_layers))
+            text += f"; it trains layers {layers}"
+            if self.teacher.recipe.trained_layers == "added":
+                text += ", which get corrections, while the teacher trains what is added alone"
+        return text
+
+
+def _steps_at(job: TrainingJob, flops: float) -> int:
+    """Return the fewest steps of a training with which it takes at least these FLOPs."""
+    # Stages are shares of the steps, so FLOPs are proportional to them.
+    per_step = training_flops(job) / job.recipe.num_steps
+    return max(1, math.ceil(flops / per_step - 1e-9))
+
+
+def _steps_and_flops(job: TrainingJob) -> str:
+    steps = format_count(job.recipe.num_steps, "step")
+    return f"{steps} and {training_flops(job):.3g} training FLOPs"
+
+
+def retrofit_of(
+    checkpoint: Path, settings: Settings, workspace: Workspace
+) -> tuple[Retrofit | None, str]:
+    """Return the retrofit that made a given teacher, and why there is none although the teacher
+    has a source; both may be missing.
+
+    Args:
+        checkpoint: The teacher.
+        settings: Of the sweep.
+    """
+    job = TrainingJob.of_folder(checkpoint.parent)
+    if job is None or job.objective != "pretrain" or job.initial_folder is None:
+        return None, ""
+    if step_of(checkpoint) != job.recipe.num_steps:
+        return None, f"{checkpoint} is not the end of its training, so it has no controls"
+    try:
+        source = find_source(workspace, job.initial_folder)
+    except UserError as error:
+        return None, f"the teacher has no controls, because its source cannot be used: {error}"
+    teacher = job.model_copy(
+        update={
+            "run_folder": str(checkpoint.parent),
+            "tokens_folder": str(tokens_folder_of(checkpoint, workspace)),
+        }
+    )
+    return Retrofit(
+        teacher=teacher,
+        source=source,
+        source_job=training_of_source(source),
+        settings=settings,
+        workspace=workspace,
+    ), ""
+
+
+def with_retention(settings: Settings, retrofit: Retrofit | None) -> Settings:
+    """Return the settings of a sweep with how much its models may lose against the source: what
+    they say, else the default; nothing without a source beside the front.
+
+    Raises:
+        UserError: If they bound a loss that cannot be measured.
+    """
+    retention = settings.evaluation.retention
+    problem = None
+    if retrofit is None:
+        problem = "the teacher has no source, against which a model could lose"
+    elif SOURCE not in retrofit.controls:
+        problem = "models are compared with the source, and sweep.source_controls does not name it"
+    if retention is None:
+        reads_text = retrofit is not None and _reads_text(retrofit)
+        retention = DEFAULT_RETENTION if reads_text and not problem else {}
+    elif retrofit is not None and PYTHON_TEXT in retention and not _reads_text(retrofit):
+        problem = f"{PYTHON_TEXT} is measured on English text, and the source reads symbols alone"
+    if retention and problem:
+        raise UserError(f"evaluation.retention={retention}: {problem}; leave it out")
+    evaluation = settings.evaluation.model_copy(update={"retention": retention})
+    return settings.model_copy(update={"evaluation": evaluation})
+
+
+def _reads_text(retrofit: Retrofit) -> bool:
+    """Return whether the teacher's data have text; without tokens, by the settings."""
+    tokens = retrofit.teacher.tokens_folder
+    if tokens:
+        return LAST_WORD in offered_tasks(open_data(tokens))
+    return LAST_WORD in tasks_of_source(retrofit.settings.data)
+
+
+def training_of_source(source: Source) -> TrainingJob | None:
+    """Return the training that made a source from random weights; None if it is not known."""
+    job = TrainingJob.of_folder(source.folder.parent)
+    return job if job is not None and job.initial_folder is None else None

@@ -1,0 +1,154 @@
+"""A sweep whose teacher starts from a plain model: its stages, its plan, a stop in each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import end_trials, finished
+from fake_tracking import untracked
+from same_run import stop_at
+
+from orchestrator.pipelines import training
+from orchestrator.pipelines.sweeps import SweepResult, plan_sweep, run_sweep
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
+from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings
+from orchestrator.sweeping.retrofit import EQUAL_TOKENS, training_flops
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.layout import Workspace, open_workspace
+
+RECIPE = {"num_steps": 3, "num_tokens_per_step": 64, "warmup_steps": 1, "num_validation_tokens": 64}
+TREE = {
+    "data": {"source": "depth", "depth": {"tasks": ["phop_2"], "length": 16}},
+    "model": {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "corrections": 1},
+    "source_training": {**RECIPE, "num_steps": 4},
+    "training": RECIPE,
+    "distillation": {"training": RECIPE},
+    "influence": {"num_tokens": 64},
+    "evaluation": {"num_items": 4},
+    "sweep": {"num_schedules": 2},
+}
+
+
+class Machine:
+    """Runs trainings in this process, and can be stopped in one."""
+
+    def __init__(self) -> None:
+        self.trained: list[TrainingJob] = []
+        """Trainings in the order in which they ended; none is made twice."""
+        self.finishes = 1000
+        """After so many more, the next one is stopped at its second step."""
+
+    def run(self, jobs: Sequence[TrainingJob], *_: Any, **__: Any) -> list[TrainingOutcome]:
+        outcomes = []
+        for job in jobs:
+            if not finished_outcome(job):
+                if not self.finishes:
+                    assert not run_job(job, should_stop=stop_at(1)).finished
+                    raise Interrupted("stopped")
+                self.finishes -= 1
+                self.trained.append(job)
+            outcomes.append(run_job(job))
+        return outcomes
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(training, "job_runner", lambda **_: machine.run)
+    monkeypatch.setattr("orchestrator.cluster.ray.ray_cluster", lambda *_, **__: nullcontext())
+    end_trials(monkeypatch, finished)
+    return machine
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+def run(workspace: Workspace, *assignments: str, teacher: Path | None = None) -> SweepResult:
+    settings = resolve_settings(TREE, assignments)
+    plan = plan_sweep(settings, workspace=workspace, teacher=teacher)
+    return run_sweep(plan, untracked(workspace))
+
+
+def checkpoints_of(result: SweepResult) -> dict[str, Path]:
+    return {trial.label: Path(str(trial.checkpoint)) for trial in result.trials}
+
+
+@pytest.mark.slow
+def test_source_teacher_and_controls_are_trained_one_after_another(machine, workspace):
+    planned = plan_sweep(resolve_settings(TREE), workspace=workspace)
+    assert not workspace.runs.exists(), "a plan writes nothing"
+    found = json.loads(planned.to_text())
+    assert found["source_controls"][SOURCE]["flops"] == 0, "it is measured alone"
+    assert found["source_controls"][SOURCE_CONTINUED]["num_trainings"] == 3
+
+    result = run(workspace)
+    roles = {trial.label: trial.role for trial in result.trials}
+    assert roles == {
+        "teacher": "teacher", "1,1": "trial", "0,0": "trial", SOURCE: SOURCE,
+        SOURCE_CONTINUED: SOURCE_CONTINUED, EQUAL_TOKENS: "baseline",
+    }  # fmt: skip
+    source, teacher, *candidates, continued = machine.trained
+    assert [job.model.method for job in machine.trained] == ["vanilla", "iiet", *["vanilla"] * 3]
+    checkpoints = checkpoints_of(result)
+    assert checkpoints[SOURCE].parent == source.folder
+    for job in (teacher, *candidates, continued):
+        assert job.initial_folder == str(checkpoints[SOURCE])
+    assert training_flops(continued) >= training_flops(teacher) > training_flops(candidates[0])
+    flops = sum(map(training_flops, machine.trained))
+    assert sum(e.total_flops for e in planned.pretraining_left) == pytest.approx(flops)
+    assert found["source_controls"][SOURCE_CONTINUED]["flops"] == pytest.approx(
+        sum(map(training_flops, (*candidates, continued)))
+    )
+    stored = read_settings(teacher.folder / SETTINGS_NAME)
+    assert (stored.training.source, stored.source_training) == (str(checkpoints[SOURCE]), None)
+
+    # The same controls belong to the trained teacher.
+    again = run(
+        workspace, "source_training=null", "sweep.num_schedules=3", teacher=checkpoints["teacher"]
+    )
+    assert len(machine.trained) == 5
+    assert {SOURCE, SOURCE_CONTINUED, EQUAL_TOKENS} <= checkpoints_of(again).keys()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_in_each_training_loses_nothing(machine, workspace, tmp_path):
+    expected = run(open_workspace(tmp_path / "undisturbed"))
+    machine.trained.clear()
+    machine.finishes = 0
+    for _ in range(5):
+        with pytest.raises(Interrupted):
+            run(workspace)
+        machine.finishes = 1
+    result = run(workspace)
+    # Keys hold the hashes of the weights.
+    assert [trial.key for trial in result.trials] == [trial.key for trial in expected.trials]
+    assert len(machine.trained) == len({job.run_folder for job in machine.trained}) == 5
+
+
+@pytest.mark.slow
+def test_a_retrofit_that_is_worse_than_its_source_trained_on_is_called_so(
+    machine, workspace, monkeypatch
+):
+    accuracies = {"teacher": 0.3, SOURCE: 0.25, SOURCE_CONTINUED: 0.75}
+    end_trials(monkeypatch, lambda trial: finished(trial, accuracies.get(trial.label, 0.2)))
+    page = run(workspace).page
+    assert page is not None
+    text = page.read_text("utf-8")
+    assert "The teacher beats source (5.0 points" in text
+    assert "is worse than source_continued (45.0 points" in text
+    assert "of models that do not" not in text, "no claim of the paper is judged"
+
+    result = run(workspace, "sweep.source_controls=[source]", "sweep.num_schedules=3")
+    assert SOURCE_CONTINUED not in checkpoints_of(result)
+    assert result.page is not None
+    assert "source_continued: missing" in result.page.read_text("utf-8")
