@@ -12,7 +12,7 @@ Nothing is trained here, and nothing is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -200,6 +200,11 @@ class Retrofit:
         if SOURCE_CONTINUED in trainings:
             trainings[SOURCE_CONTINUED] = (*self.candidates, SOURCE_CONTINUED)
         return trainings
+
+    def has_controls(self, labels: Iterable[str]) -> bool:
+        """Return whether these are the labels of trainings of controls."""
+        of_controls = {label for names in self.trainings_by_control.values() for label in names}
+        return of_controls.issuperset(labels)
 
     def beside(self, finished: Mapping[str, Path]) -> dict[str, Path]:
         """Return label -> checkpoint of the controls that can be measured.
