@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from installed_package import PACKAGE, install, on_path
 
 from orchestrator.cluster import ray
 from orchestrator.cluster.ray import CODE, locked_file, problem_of_node, versions
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_workspace_is_shared_if_its_files_and_locks_are(tmp_path, monkeypatch):
@@ -40,3 +43,17 @@ def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path):
     with on_path(tmp_path / "1.1"):
         problem = problem_of_node(None, ours)
     assert problem == f"has {PACKAGE}: 1.1, and this machine 1.0; install the same on all nodes"
+
+
+def test_code_that_differs_by_a_line_is_another(tmp_path, monkeypatch):
+    ours = versions()
+    copied = tmp_path / "orchestrator" / "cluster" / "ray.py"
+    for package in ("iiet", "orchestrator"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    monkeypatch.setattr(ray, "__file__", str(copied))
+    assert problem_of_node(None, ours) == "", "another place does not matter"
+    with (tmp_path / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    problem = problem_of_node(None, ours)
+    assert problem.startswith(f"has {CODE}: ")
+    assert "install the same on all nodes" in problem

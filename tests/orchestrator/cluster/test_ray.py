@@ -115,6 +115,7 @@ with ray_environment("head:6379"):
 """
 
 
+@pytest.mark.slow
 def test_a_ray_that_was_imported_with_open_sockets_is_not_used_as_a_local_one():
     run_workers(IMPORTED_BEFORE, 1)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,29 +60,47 @@ def test_finished_jobs_start_nothing(make_job, monkeypatch):
 
 @pytest.mark.slow
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
-    ray_session, make_job
+    ray_session, tmp_path, make_job, monkeypatch
 ):
-    long = {"num_steps": 60, "checkpoint_every_steps": 20, "validate_every_steps": 60}
+    long = {"num_steps": 18, "checkpoint_every_steps": 6, "validate_every_steps": 18}
     job, whole = (make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole"))
-    listening, killed = dict[int, set[str]](), list[int]()
+    listening, saved, looked = dict[int, set[str]](), tmp_path / "saved", tmp_path / "looked"
+    train_worker = train._train_worker
+
+    def train_until_killed(config: dict[str, Any]) -> None:
+        from orchestrator.training import checkpoint
+
+        save = checkpoint.save_checkpoint
+
+        def save_and_die(*args: Any, **named: Any) -> Any:
+            written = save(*args, **named)
+            if not saved.exists():
+                saved.write_text(str(os.getpid()))
+                give_up = time.monotonic() + 60
+                while not looked.exists():
+                    assert time.monotonic() < give_up, "nobody looked while it trained"
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        checkpoint.save_checkpoint = save_and_die
+        train_worker(config)
 
     def watch() -> None:
-        trains = [record["pid"] for record in events(job, "started")]
-        if trains and trains[0] not in listening:
+        if saved.exists() and not looked.exists():
             listening.update(listening_addresses())
-        if not killed and trains and find_checkpoints(job.folder):
-            killed.append(trains[0])
-            os.kill(trains[0], signal.SIGKILL)
+            looked.touch()
 
+    monkeypatch.setattr(train, "_train_worker", train_until_killed)
     cluster = ClusterSettings(num_workers=2, parallel="fsdp", max_failures=1)
     (outcome,) = run_train_jobs([job], cluster, watch=watch)
-    assert killed[0] in listening, "nobody looked while it trained"
+    assert int(saved.read_text()) in listening
     assert set().union(*listening.values()) <= LOOPBACK
     assert not (job.folder / "ray").exists(), "where they met is gone"
     [started], [resumed] = events(job, "started"), events(job, "resumed")
     assert (started["num_workers"], started["num_threads"]) == (2, 1)
     assert (started["parallel"], resumed["num_workers"]) == ("fsdp", 2)
-    assert resumed["step"] >= 20
+    assert resumed["step"] == 6
     assert outcome.finished
     workers(2, "fsdp")(whole)  # Without Ray.
     assert curve(job) == curve(whole)
@@ -175,6 +196,86 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make
     assert not (job.folder / "ray").exists()
     kept = job.folder / train.HANG_FOLDER / "stack_traces" / "rank_0.log"
     assert kept.read_text() == "attempt 2"
+
+
+def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_as_set(
+    make_job, monkeypatch
+):
+    import ray.train
+    import ray.train.collective
+    import ray.train.torch
+
+    job, met = make_job("run"), list[dict[str, Any]]()
+
+    class TrainerOfTheFirst:
+        """Starts the first of two workers, in this process, up to where they meet."""
+
+        def __init__(self, work: Callable[..., None], train_loop_config: Any, **_: Any) -> None:
+            self.work, self.config = work, train_loop_config
+
+        def fit(self) -> None:
+            self.work(self.config)
+
+    def meet(backend: str, **named: Any) -> None:
+        folder = Path(named["init_method"].removeprefix("file://")).parent
+        met.append({"backend": backend, "mode": stat.S_IMODE(folder.stat().st_mode), **named})
+        raise UserError("met")
+
+    ranks = {"rank": 0, "size": 2}
+    context = {f"get_world_{name}": lambda value=value: value for name, value in ranks.items()}
+    context["get_local_world_size"] = lambda: 2
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", TrainerOfTheFirst)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda address: address)
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
+    for variable in train.INTERFACE_VARIABLES:
+        monkeypatch.setenv(variable, "lo")  # So that nothing stays set.
+    placement = Placement(jobs_at_once=1, workers=2, cpus=1)
+    cluster = ClusterSettings(num_workers=2, collective_timeout_seconds=77)
+    with pytest.raises(UserError, match="met"):
+        JobRun(job, placement, cluster, Signal()).fit()
+    [group] = met
+    assert group["mode"] == 0o700, "who reads the file could join"
+    assert group["timeout"].total_seconds() == 77
+    assert (group["backend"], group["rank"], group["world_size"]) == ("gloo", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("has_begun", "minutes", "waited"),
+    [
+        (False, 1, train.FIRST_START_SECONDS),  # Somebody sits at the terminal.
+        (True, 1, 60.0),
+        (True, 0, 0.0),
+        (True, None, math.inf),
+    ],
+)
+def test_a_place_is_waited_for_as_long_as_the_setting_says(
+    has_begun, minutes, waited, make_job, monkeypatch
+):
+    job, clock = make_job("run"), [0.0]
+    if has_begun:
+        start_and_lose(job)
+
+    def wait(seconds: float) -> bool:
+        """Find a place after a day."""
+        clock[0] += seconds
+        return clock[0] > 24 * 3600
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(train, "asked_places", lambda *_: nullcontext(SimpleNamespace(wait=wait)))
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=lambda: None))
+    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
+    placement = Placement(jobs_at_once=1, workers=2, cpus=1)
+    cluster = ClusterSettings(node_wait_minutes=minutes)
+    expected = (
+        nullcontext() if waited == math.inf else pytest.raises(RunFailed, match="node_wait_minutes")
+    )
+    with expected:
+        JobRun(job, placement, cluster, Signal()).fit()
+    longest = 24 * 3600 if waited == math.inf else waited
+    assert longest <= clock[0] <= longest + 2 * train.PLACEMENT_SECONDS
 
 
 @pytest.mark.long

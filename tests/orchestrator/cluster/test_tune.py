@@ -39,8 +39,6 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import STOPPED_NAME
 
-pytestmark = pytest.mark.slow
-
 
 class ListQueue:
     """A queue of trials in a list; remembers how they ended."""
@@ -117,6 +115,7 @@ def named(plan: SweepTrials, *names: str) -> list[Trial]:
     return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
 
 
+@pytest.mark.slow
 def test_failures_are_tried_again_then_reported_while_the_rest_continues(
     ray_session, tiny_plan, tmp_path
 ):
@@ -158,6 +157,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
     assert queue.threads == {threading.get_ident()}
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_plan, tmp_path):
     folder = str(tmp_path)
 
@@ -330,6 +330,33 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
     assert all(facts in reason and "SECRET" not in reason for reason in queue.reasons)
 
 
+@pytest.mark.parametrize(("most", "num_cpus", "at_once"), [(2, 8, 2), (None, 3, 3), (5, 3, 3)])
+def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
+    most, num_cpus, at_once, tiny_plan, tmp_path, monkeypatch
+):
+    queue = ListQueue(named(tiny_plan, *map(str, range(7))))
+
+    class Tuner:
+        """Asks for trials until it gets none, then ends the oldest."""
+
+        def __init__(self, *_: Any, tune_config: Any, **__: Any) -> None:
+            self.suggest = tune_config.search_alg.suggest
+
+        def fit(self) -> None:
+            while not queue.is_over:
+                while isinstance(self.suggest(""), dict):
+                    pass
+                key = next(iter(queue.taken))
+                queue.on_end(key, queue.taken[key], "")
+
+    monkeypatch.setattr(module.tune, "Tuner", Tuner)
+    monkeypatch.setattr(module, "ray_cluster", lambda: nullcontext(Resources((Node(num_cpus),))))
+    monkeypatch.setattr(Placement, "num_places", lambda _: num_cpus)
+    sweep = SweepSettings(trials_at_once=most)
+    assert len(run_queue(queue, lambda trial, _: trial, tmp_path, sweep)) == 7
+    assert queue.most_at_once == at_once
+
+
 def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure(
     tiny_plan, tmp_path
 ):
@@ -408,6 +435,7 @@ except RunFailed as error:
 """
 
 
+@pytest.mark.slow
 def test_ray_ends_trials_when_memory_runs_low_and_says_who_has_it(tiny_plan, tmp_path):
     local = {name: value for name, value in address_variables("local").items() if value}
     variables = environment_without_ray() | local | {"RAY_memory_usage_threshold": "0.001"}

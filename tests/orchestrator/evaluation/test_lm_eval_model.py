@@ -392,6 +392,30 @@ REFUSING = (
 )
 
 
+def test_a_prompt_is_a_chat_with_the_instruction_if_that_is_asked_for(
+    decoder, tiny_tokens, tmp_path
+):
+    from iiet.exporting import fast_tokenizer
+
+    fast = fast_tokenizer(
+        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=CONTEXT
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}/{% endfor %}"
+    fast.save_pretrained(tmp_path)
+    write_task(tmp_path / "tasks", "questions", [{"question": "a bag", "answer": "a"}])
+    suite = load_suite(Suite(include_folder=str(tmp_path / "tasks")))
+    read = {
+        Prompts(): "a bag",
+        Prompts(system_instruction="Add."): "Add.a bag",
+        Prompts(chat_template=True): "u:a bag/",
+        Prompts(chat_template=True, system_instruction="Add."): "s:Add./u:a bag/",
+    }
+    for prompts, expected in read.items():
+        model = DecoderModel(decoder, ModelTokenizer(tmp_path), prompts=prompts)
+        [sample] = run(suite, model)["questions"].samples
+        assert sample["arguments"][0][0] == expected
+
+
 def test_a_description_that_the_template_refuses_is_left_out(decoder, tiny_tokens, tmp_path):
     from iiet.exporting import fast_tokenizer
 

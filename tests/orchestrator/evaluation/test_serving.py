@@ -3,6 +3,8 @@ it does not answer."""
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import json
 import subprocess
 import sys
@@ -138,6 +140,23 @@ def test_prompts_have_the_tokens_that_were_asked_for(tokenizer):
 def test_95_percent_of_the_values_are_below_the_percentile():
     assert percentile_95([3.0]) == 3.0
     assert percentile_95(range(101)) == pytest.approx(95)
+
+
+def test_the_server_listens_to_this_machine_alone_and_its_cache_holds_the_requests(monkeypatch):
+    started = list[tuple[str, ...]]()
+    monkeypatch.setattr(
+        serving, "local_server", lambda name, arguments, **_: started.append(tuple(arguments))
+    )
+    serving.transformers_server(
+        Path("model"), CONDITIONS, device="cpu", dtype="float32", port=5000, log=Path("log"),
+        code_folder=Path("code"), trust_remote_code=False,
+    )  # fmt: skip
+    [arguments] = started
+    options = dict(itertools.pairwise(arguments))
+    assert ipaddress.ip_address(options["--host"]).is_loopback
+    assert options["--port"] == "5000"
+    assert int(options["--cb-num-blocks"]) >= max(CONDITIONS.at_once), "each has a block of its own"
+    assert "--trust-remote-code" not in arguments
 
 
 def test_a_missing_package_of_the_server_is_named(monkeypatch):

@@ -22,11 +22,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from orchestrator import cli
+from orchestrator import cli, plan_pretrain
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.hub import DRY_RUN, download, hub_problem, model_folder_name, offline
 from orchestrator.models.open import load_model, model_labels, open_model, open_models
 from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.settings import resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -316,6 +317,44 @@ def test_a_mistake_and_a_missing_network_are_one_sentence(hub, space, capfd, mon
         assert "127.0.0.1 cannot be reached" in text
         assert NAME in text or "--push-to-hub me/tiny" in text
     assert not space.exports.exists()
+
+
+DRY_RUNS = [
+    "pretrain --from hub:me/none",
+    "pretrain --set data.tokenizer=hub:me/none",
+    "distill hub:me/none -r 1",
+    "sweep-iterations --set data.tokenizer=hub:me/none",
+    "sweep-threshold hub:me/none",
+    "influence hub:me/none",
+    "evaluate hub:me/none",
+    "benchmark hub:me/none",
+    "evaluate tiny --suite arc_easy",
+]
+"""What would need the hub."""
+
+
+def test_a_dry_run_connects_to_nothing_also_where_a_run_needs_the_hub(
+    hub, space, capfd, monkeypatch
+):
+    connections = list[str]()
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        connections.append(str(arguments))
+        raise ConnectionRefusedError("no network in this test")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for command in DRY_RUNS:
+        assert run(space.root, *command.split(), "--dry-run") in (0, 2)
+        printed(capfd)
+        assert not connections, command
+    # In Python, too.
+    with pytest.raises(UserError, match=DRY_RUN):
+        plan_pretrain(resolve_settings({}), workspace=space, source="hub:me/none")
+    assert not connections
+    assert run(space.root, "evaluate", "hub:me/none") == 2
+    assert connections, "without --dry-run it looks for the hub"
 
 
 # The network

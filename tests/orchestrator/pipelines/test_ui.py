@@ -3,6 +3,7 @@ port."""
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 import urllib.request
@@ -13,7 +14,7 @@ from browser import BROWSER, page_text
 from commands import Started
 from local_servers import servers
 
-from orchestrator.pipelines.ui import serve
+from orchestrator.pipelines.ui import serve, server_arguments
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
 from orchestrator.terminal.server import check_port, free_port
 from orchestrator.tracking.tracker import open_tracking
@@ -36,6 +37,13 @@ def test_a_taken_port_is_named_with_another():
         with pytest.raises(UserError, match=rf"port {port} cannot be used.*try --port \d+"):
             check_port(port)
     check_port(port)
+
+
+def test_the_server_listens_to_this_machine_alone(workspace):
+    arguments = server_arguments(workspace, 5000)
+    host = arguments[arguments.index("--host") + 1]
+    assert ipaddress.ip_address(host).is_loopback
+    assert arguments[arguments.index("--port") + 1] == "5000"
 
 
 def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(workspace, monkeypatch):

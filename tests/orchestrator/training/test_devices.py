@@ -38,6 +38,7 @@ from orchestrator.training.devices import (
     clear_gradients,
     compile_layers,
     decoder_to_train,
+    mean_over_workers,
     pass_of_several,
     shard,
 )
@@ -68,6 +69,20 @@ def test_tf32_is_for_gpus_only(tiny_job):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+# What workers tell each other
+
+
+def test_numbers_are_the_mean_of_those_of_all_workers(monkeypatch):
+    added = {"tokens": 10.0, "loss": 3.0}  # Of the two others.
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda numbers: numbers.add_(torch.tensor([*added.values()]))
+    )
+    own = {"loss": torch.tensor(1.5), "tokens": 2}
+    mean = mean_over_workers(own, World(rank=1, size=3))
+    assert mean == {"loss": 1.5, "tokens": 4.0}
+    assert mean_over_workers(own, World()) == {"loss": 1.5, "tokens": 2.0}
 
 
 # Compiled layers
