@@ -261,6 +261,7 @@ def pick(
     cheapest: bool = False,
     cost: CostOption = None,
     quality: QualityOption = None,
+    allow_loss: Annotated[bool, typer.Option("--allow-loss")] = False,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
 ) -> Result:
@@ -276,6 +277,8 @@ def pick(
         knee: Farthest above the line between the ends.
         best: Highest quality.
         cheapest: Lowest cost.
+        allow_loss: Also a model that has lost more against the teacher's source than the sweep's
+            evaluation.retention allows.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
@@ -291,6 +294,7 @@ def pick(
         cheapest=cheapest,
         cost=cost,
         quality=quality,
+        allow_loss=allow_loss,
         to=to,
         force=force,
         **call.common,

@@ -2,7 +2,8 @@
 
 Text offers the last words of passages, as LAMBADA, and bits per byte; depth data one task for each
 of their depth tasks; a mixture those of all its parts. `heldout-<key>/suite.json` beside the data
-holds the items of each task.
+holds the items of each task. One more task is there for all data: the bits per byte of English text
+that comes with every Python, by which a sweep sees what a model has lost beside its task.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from typing import Any
 from orchestrator.data.depth import DepthStore
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData, TokenStore
+from orchestrator.data.text import read_documents, split_long, text_source
+from orchestrator.data.tokenize import is_validation
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.records.record import Record
-from orchestrator.settings.data import is_depth_task
+from orchestrator.settings.data import DataSettings, is_depth_task
+from orchestrator.settings.evaluation import PYTHON_BITS
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
+PYTHON_TEXT_BYTES = 40_000
+PYTHON_PASSAGE_CHARACTERS = 1_000
+"""Sizes of the task `PYTHON_BITS`, and of its items. Whole documents would be ten, too few for an
+interval."""
 TEXT_VERSION, DEPTH_VERSION = 2, 1
 """Increase one if the same data give other items; it is part of the tasks' version."""
 SUITE_NAME = "suite.json"
@@ -181,6 +189,39 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
             "metadata": {"version": TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION},
         }
         for name, rows in stored.tasks.items()
+    }
+
+
+def python_passages(tokens: Path) -> list[str]:
+    """Return the passages of the task `PYTHON_BITS` for models of prepared data.
+
+    They are held-out text of `data.source: python`; if these data have text of it, of that which
+    they hold out.
+    """
+    settings = DataSettings(source="python")
+    documents = [
+        document.text
+        for document in read_documents(text_source(settings), None)
+        if is_validation(document.deciding_text, settings.validation_fraction)
+    ]
+    for part in open_data(tokens).parts:
+        if isinstance(part, TokenStore) and part.manifest.settings.get("source") == "python":
+            documents = list(part.validation_texts())
+    passages = [
+        passage for text in documents for passage in split_long(text, PYTHON_PASSAGE_CHARACTERS)
+    ]
+    return _sampled(passages, PYTHON_TEXT_BYTES)
+
+
+def python_config(tokens: Path) -> Row:
+    """Return the lm-eval configuration of the task `PYTHON_BITS`."""
+    rows = [{"text": passage} for passage in python_passages(tokens)]
+    return {
+        "task": PYTHON_BITS,
+        "custom_dataset": partial(_item_set, rows),
+        "test_split": "test",
+        **_TEXT_CONFIGS[BITS_PER_BYTE],
+        "metadata": {"version": TEXT_VERSION},
     }
 
 

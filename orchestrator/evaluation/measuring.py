@@ -136,11 +136,15 @@ class ModelMeasurer:
                     f"{model.num_cut} prompts lost their beginning: they are longer than the "
                     f"{self.sequence_length} tokens that the model reads at once"
                 )
-        stored = EvaluationKeys(tasks=keys, groups=loaded.groups, skipped=loaded.skipped)
+        beside = tuple(name for name in self._suite.beside or () if name in loaded.tasks)
+        stored = EvaluationKeys(
+            tasks=keys, groups=loaded.groups, skipped=loaded.skipped, beside=beside
+        )
         evaluation = EvaluationResult(
             results={name: results[name] for name in loaded.tasks},
             groups=loaded.groups,
             skipped=loaded.skipped,
+            beside=beside,
         )
         return MeasuredSuite(evaluation, stored, len(missing.tasks), self.precision)
 

@@ -147,7 +147,9 @@ class EvaluationStore:
         stored = {name: result for name, result in results.items() if result}
         if len(stored) < len(results):
             return None
-        return EvaluationResult(results=stored, groups=keys.groups, skipped=keys.skipped)
+        return EvaluationResult(
+            results=stored, groups=keys.groups, skipped=keys.skipped, beside=keys.beside
+        )
 
     def journal(self, key: str, name: str) -> AnswerJournal:
         """Return the answers to a task that is not finished; `name` is the task's, for notes."""

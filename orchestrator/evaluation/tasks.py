@@ -36,10 +36,12 @@ from orchestrator.evaluation.heldout import (
     heldout_folder,
     is_heldout_task,
     offered_tasks,
+    python_config,
 )
 from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
+from orchestrator.settings.evaluation import PYTHON_BITS, retention_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, shortened
 from orchestrator.workspace.files import expand_user
@@ -122,15 +124,44 @@ def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
     return [n for n in named_tasks(settings) if n != HELDOUT and not is_heldout_task(n)]
 
 
+def tasks_beside(settings: EvaluationSettings) -> tuple[str, ...]:
+    """Return the tasks of `evaluation.retention` that are not among those of the suite.
+
+    Raises:
+        UserError: If one is a task of the data that the suite does not name, or if it names none.
+    """
+    in_suite = _with_paper_tasks(named_tasks(settings))
+    beside = []
+    for name in settings.retention or {}:
+        task = retention_task(name)
+        if not in_suite and task != PYTHON_BITS:
+            raise UserError(
+                f"evaluation.retention names {name}, and evaluation.suite names no task, which "
+                f"means all of evaluation.include_path={settings.include_path}; name them there"
+            )
+        if is_heldout_task(task) and not {HELDOUT, task} & set(in_suite):
+            raise UserError(
+                f"evaluation.retention names {name}, a task of the data that "
+                f"evaluation.suite={settings.suite} does not measure; add it there, or leave it out"
+            )
+        if not is_heldout_task(task) and task not in in_suite:
+            beside.append(task)
+    return tuple(beside)
+
+
+def _retention_of_lm_eval(settings: EvaluationSettings) -> list[str]:
+    return [name for name in tasks_beside(settings) if name != PYTHON_BITS]
+
+
 def needs_heldout(settings: EvaluationSettings) -> bool:
     """Return whether the suite has held-out tasks."""
     return len(_lm_eval_names(settings)) < len(named_tasks(settings))
 
 
 def needs_lm_eval(settings: EvaluationSettings) -> bool:
-    """Return whether the suite has tasks besides held-out ones."""
+    """Return whether a sweep measures tasks besides held-out ones."""
     names_all = not named_tasks(settings) and bool(settings.include_path)
-    return names_all or bool(_lm_eval_names(settings))
+    return names_all or bool(_lm_eval_names(settings) or _retention_of_lm_eval(settings))
 
 
 def user_task_folder(settings: EvaluationSettings) -> str:
@@ -165,7 +196,8 @@ def check_task_names(settings: EvaluationSettings) -> None:
 
     Which tasks a folder of the user has, only lm-eval can say.
     """
-    others = [name for name in _lm_eval_names(settings) if name not in {PAPER, *PAPER_TASKS}]
+    names = [*_lm_eval_names(settings), *_retention_of_lm_eval(settings)]
+    others = [name for name in names if name not in {PAPER, *PAPER_TASKS}]
     if others and not user_task_folder(settings):
         known = _builtin_folders()
         _refuse({name: _no_such_task(name, known) for name in others if name not in known})
@@ -217,12 +249,15 @@ def lm_eval_task_fingerprints(
     """
     include_folder = user_task_folder(settings)
     names = named_tasks(settings)
+    beside = tuple(_retention_of_lm_eval(settings))
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
         loaded = load_suite(
             Suite(
-                tasks=tuple(_lm_eval_names(settings)),
+                # Without a name in the suite, those of the user's folder.
+                tasks=(*_lm_eval_names(settings), *beside),
+                beside=beside or None,
                 include_folder=include_folder,
                 num_fewshot=settings.num_fewshot,
                 prompts=settings.prompts,
@@ -230,7 +265,8 @@ def lm_eval_task_fingerprints(
         )
         for name, reason in loaded.skipped.items():
             (progress or Progress()).note(f"skipped {name}: {reason}")
-        metrics = {metric for task in loaded.tasks.values() for metric in task.aggregation()}
+        averaged = loaded.only([name for name in loaded.tasks if name not in beside])
+        metrics = {metric for task in averaged.tasks.values() for metric in task.aggregation()}
         is_accuracy_known |= bool(metrics & set(ACCURACY_METRICS))
         if context_length is not None:
             from orchestrator.evaluation.answers import check_answer_settings  # Imports PyTorch.
@@ -329,6 +365,8 @@ def load_suite(suite: Suite) -> LoadedSuite:
     # The rest of the suite says how tasks are run, not which there are.
     which = Suite(
         tasks=suite.tasks,
+        beside=suite.beside,
+        tokens_folder=suite.tokens_folder if suite.python_text else "",
         include_folder=suite.include_folder,
         suite_folder=suite.suite_folder,
         num_fewshot=suite.num_fewshot,
@@ -346,6 +384,8 @@ def load_suite(suite: Suite) -> LoadedSuite:
     heldout_names = heldout_configs(suite.heldout) if suite.heldout else {}
     asked_heldout = [name for name in heldout_names if not suite.tasks or name in suite.tasks]
     planned = {*suite.fingerprints, *asked_heldout}
+    if suite.python_text:
+        planned.add(PYTHON_BITS)
     if missing := [name for name in planned if name not in loaded.tasks]:
         reasons = f" ({_as_text(loaded.skipped)})" if loaded.skipped else ""
         raise RunFailed(
@@ -376,7 +416,11 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
     manager = manager_of(*suite.task_folders)
     _check_files(manager, suite.task_folders)
     configs = heldout_configs(suite.heldout) if suite.heldout else {}
-    names = _with_paper_tasks(suite.tasks or sorted({*manager.all_subtasks, *configs}))
+    beside = suite.beside or ()
+    names_of_folders = sorted({*manager.all_subtasks, *configs})
+    names = _with_paper_tasks([*(suite.tasks or names_of_folders), *beside])
+    if PYTHON_BITS in beside:
+        configs[PYTHON_BITS] = python_config(Path(suite.tokens_folder))
     if not names:
         places = suite.include_folder
         raise UserError(
@@ -422,6 +466,9 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
         if any(getattr(task, flag, False) for task in loaded.values() for flag in flags):
             problems[name] = "it runs code that a model wrote, or needs more than text"
             continue
+        if name in beside and list(loaded) != [name]:
+            problems[name] = "evaluation.retention takes single tasks, and this is a group"
+            continue
         tasks |= loaded
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
@@ -442,8 +489,9 @@ def _no_such_task(name: str, known: Iterable[str]) -> str:
 def _refuse(problems: dict[str, str]) -> None:
     if problems:
         raise UserError(
-            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
-            "cannot be evaluated (an average over the rest alone would be another number)"
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite or "
+            "evaluation.retention, or leave out what cannot be evaluated (an average over the rest "
+            "alone would be another number)"
         )
 
 

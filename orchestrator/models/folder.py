@@ -109,12 +109,15 @@ class NoDecoder(UserError):
     """A model folder that only transformers can run; says why."""
 
 
-def decoder_config(folder: Path) -> ModelConfig:
+def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
     """Return the configuration of any model folder that a decoder can run.
 
+    Args:
+        needs_weights: Whether the folder must hold weights; a plan needs none.
+
     Raises:
-        UserError: If the folder has no weights, or they cannot be read; as a `NoDecoder`, if only
-            transformers can run the model.
+        UserError: If the folder has no weights though it needs them, or they cannot be read; as a
+            `NoDecoder`, if only transformers can run the model.
     """
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
@@ -122,7 +125,8 @@ def decoder_config(folder: Path) -> ModelConfig:
     from iiet.published import config_from_published  # Imports torch.
 
     names: list[str] = []
-    for file in weight_files(folder):
+    has_weights = needs_weights or any(folder.glob("*.safetensors"))
+    for file in weight_files(folder) if has_weights else ():
         try:
             with safe_open(file, framework="pt") as weights:
                 names += weights.keys()

@@ -126,7 +126,7 @@ def open_generator(
     elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
         if picked := lookup.picked_model(space, path.name):
             folder, own = picked.model
-        elif (trial := plan_pick(workspace=space, sweep=path.name).model).checkpoint:
+        elif (trial := plan_pick(path.name, workspace=space, allow_loss=True).model).checkpoint:
             folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
     if folder is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.result import Result
+from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.settings import Settings
 from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
@@ -549,6 +550,7 @@ def plan_pick(
     cheapest: bool = False,
     cost: str | None = None,
     quality: str | None = None,
+    allow_loss: bool = False,
     to: Path | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -566,12 +568,14 @@ def plan_pick(
         best: Highest quality.
         cheapest: Lowest cost.
         cost, quality: Axes of the front, as in `report`.
+        allow_loss: Choose also a model that has lost more against the teacher's source than
+            `evaluation.retention` of the sweep allows, or of which that is not known.
         to: Folder to export to; under the workspace when unset.
         force: Replace an export of another model there.
 
     Raises:
-        UserError: If there are two rules or no such sweep, no model meets the rule, its weights are
-            gone, or the folder cannot be used.
+        UserError: If there are two rules or no such sweep, no model meets the rule, the one that
+            does has lost too much, its weights are gone, or the folder cannot be used.
     """
     from orchestrator.reporting.front import busy_machine, reason_against_accuracy, sweep_front
 
@@ -588,11 +592,16 @@ def plan_pick(
     for line in notes:
         (progress or Progress()).note(line)
     picked = findings.pick_from_front(front, rule)
+    losses = front.losses.get(picked["key"], ())
+    if found.retention and not allow_loss:
+        _refuse_loss(picked["label"], losses)
     point, seeds, sentence = (
         picked["trial"],
         picked["seeds"],
         findings.describe_model(front, picked),
     )
+    if any(not loss.is_kept for loss in losses):
+        sentence += f"; it {loss_text(losses)} against the source"
     result = results.lowest_seed(seeds)
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
@@ -612,6 +621,21 @@ def plan_pick(
         target=resolve_path(to) if to else None,
         force=force,
     )
+
+
+def _refuse_loss(label: str, losses: Sequence[Loss]) -> None:
+    """Raise `UserError` if a model has lost too much against the source, or may have."""
+    if not losses:
+        raise UserError(
+            f"what {label} has lost against the source is not known, and evaluation.retention "
+            "bounds it; run the sweep again, which measures what is missing, or add --allow-loss"
+        )
+    if any(not loss.is_kept for loss in losses):
+        bounds = ", ".join(f"{loss.bound:g}" for loss in losses if not loss.is_kept)
+        raise UserError(
+            f"{label} {loss_text(losses)} against the source, and evaluation.retention allows "
+            f"{bounds}; choose another model by another rule, or add --allow-loss"
+        )
 
 
 def run_pick(plan: PickResult, context: Context) -> PickResult:

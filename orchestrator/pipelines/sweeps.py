@@ -72,6 +72,7 @@ from orchestrator.sweeping.retrofit import (
     retrofit_of,
     source_settings,
     training_of_source,
+    with_retention,
 )
 from orchestrator.sweeping.states import TrialState, competing_trials, early_stops, trial_states
 from orchestrator.sweeping.students import bound_of_students, bound_text, most_students
@@ -519,6 +520,7 @@ def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
         stages += _plan_controls(retrofit)
     gaps += [text for stage in stages for text in stage.damaged]
     return plan.changed(
+        settings=with_retention(settings, retrofit),
         pretraining=tuple(stages),
         retrofit=retrofit,
         control_gap=control_gap,
@@ -798,7 +800,8 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
         stored = results.load_sweep_results(plan.workspace, plan.trials.name)
         has_same_results = {result.key for result in stored.results} == finished
         if stored.key == plan.trials.key and has_same_results:
-            return stored
+            # The bounds are no part of what was measured.
+            return stored.model_copy(update={"retention": _retention_of(plan)})
     return None
 
 
@@ -834,8 +837,18 @@ def _results_of(
         **environment(),
     }
     return results.StoredSweep(
-        name=trials.name, key=trials.key, results=run.results, influence=influence, facts=facts
+        name=trials.name,
+        key=trials.key,
+        results=run.results,
+        influence=influence,
+        retention=_retention_of(plan),
+        facts=facts,
     )
+
+
+def _retention_of(plan: SweepPlan) -> dict[str, float]:
+    """Return how much the models of a sweep may lose against the source, by task."""
+    return plan.settings.evaluation.retention or {}
 
 
 def _end_of(trial: Trial, run: SweepRun) -> str:

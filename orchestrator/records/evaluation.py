@@ -83,6 +83,11 @@ class Suite(Record):
     fingerprints: dict[str, str] | None = None
     """Task -> hash of its items and metrics, without held-out tasks: those that a sweep has found
     when it was planned. All its models are measured on exactly these."""
+    beside: tuple[str, ...] | None = None
+    """Tasks that are measured, too, and are in no average: those of `evaluation.retention` that the
+    other tasks do not have."""
+    python_text: str | None = None
+    """Hash of the passages of Python's help topics that are among them."""
     vocabulary: str | None = None
     """Hash of the tokenizer files of an imported teacher."""
     vocabulary_folder: WorkspacePath | None = None
@@ -91,7 +96,15 @@ class Suite(Record):
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The other fields are part of the key even if they are None.
-        absent = ("sequence_length", "prompts", "fingerprints", "vocabulary", "vocabulary_folder")
+        absent = (
+            "sequence_length",
+            "prompts",
+            "fingerprints",
+            "beside",
+            "python_text",
+            "vocabulary",
+            "vocabulary_folder",
+        )
         return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
 
     @property
@@ -188,6 +201,8 @@ class EvaluationKeys(Record):
     """Requested group or tag, and its tasks."""
     skipped: dict[str, str] = Field(default_factory=dict)
     """Requested task that could not run, and the reason."""
+    beside: tuple[str, ...] = ()
+    """Tasks that are in no average."""
 
 
 class EvaluationResult(Record):
@@ -199,6 +214,13 @@ class EvaluationResult(Record):
     """Requested group or tag, and its tasks."""
     skipped: dict[str, str] = Field(default_factory=dict)
     """Requested task that could not run, and the reason."""
+    beside: tuple[str, ...] = ()
+    """Tasks that are in no average."""
+
+    @property
+    def averaged(self) -> dict[str, TaskResult]:
+        """The tasks that averages are about."""
+        return {name: result for name, result in self.results.items() if name not in self.beside}
 
     @property
     def tasks(self) -> dict[str, dict[str, float]]:
@@ -212,14 +234,15 @@ class EvaluationResult(Record):
 
     @property
     def num_accuracy_items(self) -> int:
-        """Items of the tasks that have an accuracy."""
-        return sum(result.num_items for result in self.results.values() if result.accuracy_metric)
+        """Items of the tasks that have an accuracy in the average."""
+        averaged = self.averaged.values()
+        return sum(result.num_items for result in averaged if result.accuracy_metric)
 
     @property
     def accuracies(self) -> dict[str, tuple[float, float]]:
         """Terms of the average: task or group to its accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}
-        tasks = {name: (name,) for name in self.results if name not in in_group}
+        tasks = {name: (name,) for name in self.averaged if name not in in_group}
         accuracies = {}
         for name, members in (tasks | self.groups).items():
             results = [self.results[member] for member in members if member in self.results]
@@ -235,7 +258,7 @@ class EvaluationResult(Record):
 
     def quality(self) -> dict[str, float]:
         """Return flat numbers for a trial's result: averages and `TASK/METRIC`, without NaN."""
-        bits = [result.with_error(BITS_METRIC) for result in self.results.values()]
+        bits = [result.with_error(BITS_METRIC) for result in self.averaged.values()]
         averages = {
             "accuracy": list(self.accuracies.values()),
             BITS_METRIC: [pair for pair in bits if pair],

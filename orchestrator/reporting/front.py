@@ -21,7 +21,7 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.served import newest_served_times
-from orchestrator.records.trial import BESIDE_ROLES, Trial, teacher_or_costliest
+from orchestrator.records.trial import BESIDE_ROLES, SOURCE, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
     item_notes,
@@ -30,6 +30,7 @@ from orchestrator.reporting.results import (
     with_overhead,
     with_served_times,
 )
+from orchestrator.reporting.retention import Loss, bounds_sentence, find_losses
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
     NUM_RESAMPLES,
@@ -154,7 +155,7 @@ def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> st
     if evaluation is None or not evaluation.accuracies:
         return ""
     num_right = 0
-    for result in evaluation.results.values():
+    for result in evaluation.averaged.values():
         if result.accuracy_metric:
             num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
     if num_right >= MIN_RIGHT_ANSWERS:
@@ -201,6 +202,9 @@ class Front:
     not two."""
     kept_share: float = KEPT_SHARE
     """Share of the full model's quality that the confidence of keeping it is about."""
+    losses: Mapping[str, tuple[Loss, ...]] = field(default_factory=dict)
+    """Key -> what the model has lost against the teacher's source, of the tasks that the settings
+    bound."""
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -554,4 +558,16 @@ def sweep_front(
             if served is None
             else served.sentence
         )
-    return with_confidence(front, items, kept_share=kept_share), notes
+    front = with_confidence(front, items, kept_share=kept_share)
+    if len(sweeps) == 1 and (bounds := sweeps[0].retention):
+        front = _with_losses(front, bounds)
+        notes.append(bounds_sentence(bounds, front.losses.values()))
+    return front, notes
+
+
+def _with_losses(front: Front, bounds: Mapping[str, float]) -> Front:
+    """Return the front with what its models have lost against the source, as far as it is known."""
+    source = next((row["key"] for row in front.rows if row["role"] == SOURCE), None)
+    if source is None or front.paired is None or source not in front.paired.places:
+        return front
+    return replace(front, losses=find_losses(front.paired, source, bounds))

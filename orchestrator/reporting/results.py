@@ -61,6 +61,9 @@ class StoredSweep(Record):
     """The finished ones among teacher, trials and baselines."""
     influence: Influence | None = None
     """The teacher's influence table, if the sweep had one."""
+    retention: Mapping[str, float] = Field(default_factory=dict)
+    """How much a model may lose against the teacher's source, as `evaluation.retention`; empty
+    without a source."""
     facts: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     """Title of a list -> names and values, such as settings, provenance and reused trials."""
 

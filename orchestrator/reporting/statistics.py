@@ -159,6 +159,12 @@ class PairedScores:
         return {task: items.metric for task, items in self.items.items()}
 
     @property
+    def beside(self) -> set[str]:
+        """The tasks that are in no average."""
+        runs = (run for seeds in self.evaluations.values() for run in seeds)
+        return {name for run in runs for name in run.beside}
+
+    @property
     def places(self) -> dict[str, int]:
         """Key of a model -> its number in the scores."""
         return {key: number for number, key in enumerate(self.evaluations)}
@@ -183,12 +189,13 @@ class PairedScores:
         """Return the tasks of a quality; those of one list count as one task."""
         key = quality.removeprefix("quality/")
         metrics = self.metrics
+        averaged = [task for task in metrics if task not in self.beside]
         if key == BITS_METRIC:
-            return [[task] for task in metrics if metrics[task] == BITS_METRIC]
+            return [[task] for task in averaged if metrics[task] == BITS_METRIC]
         if key != "accuracy":
             task, _, metric = key.rpartition("/")
             return [[task]] if metrics.get(task) == metric else []
-        tasks = [task for task in metrics if metrics[task] != BITS_METRIC]
+        tasks = [task for task in averaged if metrics[task] != BITS_METRIC]
         grouped = {task for members in self.groups.values() for task in members}
         units = [[task] for task in tasks if task not in grouped]
         units += [[task for task in m if task in tasks] for m in self.groups.values()]

@@ -121,13 +121,15 @@ class ReportResult(Result):
             axes: tracked names of the `cost` and the `quality`
             results: one entry per model: `name`, `role` (`trial`, `teacher`, `baseline`, `source`,
                 `source_continued`), `method`, `schedule` (as text), `threshold`, `on_front`,
-                `verdict`, `share_of_full`, every metric by its name, `key`, `checkpoint`, `run_id`,
-                `details`
+                `verdict`, `share_of_full`, `retention` (as in the table, if losses are bounded),
+                every metric by its name, `key`, `checkpoint`, `run_id`, `details`
             front: keys of the models on the front, from the cheapest
             picks: `best`, `knee` and `cheapest`, each the key of a model
             hypervolume: of the front, or `null`
             hypervolume_box: the box that it is relative to
             confidence_basis: what the confidences were computed from, or `null`
+            retention: key of a model to what it has lost of each task against the teacher's source:
+                `task`, `unit`, `lost` with `low` and `high`, `bound`, `kept`; empty without bounds
             claims: (optional) the paper's claims, if one was measured; as of `report --claims`
         """
         return {**super().to_json(), **render_json(self.brief())}

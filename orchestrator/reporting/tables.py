@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
+from orchestrator.reporting.retention import loss_text
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
@@ -135,6 +136,9 @@ def models_table(front: Front, title: str = "") -> Table:
         interval = front.intervals.get((row["key"], axes.quality, full))
         return difference_text(interval, is_percent=is_percent) if interval else None
 
+    def retention(row: Row) -> str:
+        return loss_text(front.losses.get(row["key"], ()))
+
     def keeps(row: Row) -> str | None:
         return None if row is front.full else confidence_text(front.keeps(row))
 
@@ -159,6 +163,7 @@ def models_table(front: Front, title: str = "") -> Table:
         add_number(5, BITS_PER_BYTE)
     columns.append((Column("of full", 2), share_of_full))
     columns.append((Column(f"vs {full}", 6), difference))
+    columns.append((Column("retention", 1, is_text=True), retention))
     columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))
@@ -239,6 +244,9 @@ def model_table(front: Front, folder: Path | None = None) -> DataFrame:
         ]
     described = ["name", *(["sweep"] if front.sweeps else []), *DESCRIBING_COLUMNS[1:]]
     described += ["on_front", "verdict", "share_of_full"]
+    if front.losses:
+        table["retention"] = [loss_text(front.losses.get(key, ())) for key in table["key"]]
+        described.append("retention")
     return table[[*described, *measured, *paired, "key", "checkpoint", "run_id"]]
 
 
@@ -284,6 +292,9 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
         "picks": {name: row and row["key"] for name, row in picks.items()},
         "front": [row["key"] for row in front.members],
         "confidence_basis": front.basis and asdict(front.basis),
+        "retention": {
+            key: [loss.to_json() for loss in losses] for key, losses in front.losses.items()
+        },
         "results": results,
     }
 

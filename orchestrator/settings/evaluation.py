@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from iiet.facts import INFLUENCE_METRICS
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
@@ -46,6 +46,21 @@ class Prompts(Section):
         return self.chat_template if isinstance(self.chat_template, str) else None
 
 
+PYTHON_TEXT = "bits_per_byte"
+"""In `evaluation.retention`: the bits per byte of Python's help topics."""
+PYTHON_BITS = "python_bits_per_byte"
+"""The task that measures them; every sweep can, whatever its data are."""
+DEFAULT_RETENTION = {PYTHON_TEXT: 0.02}
+"""About 2% of the bits that a model of a billion parameters needs for a byte of English, and 6% of
+its perplexity per token of 4.4 bytes."""
+_Bound = Annotated[StrictFloat, Field(ge=0)]
+
+
+def retention_task(name: str) -> str:
+    """Return the task that a name in `evaluation.retention` means."""
+    return PYTHON_BITS if name == PYTHON_TEXT else name
+
+
 class EvaluationSettings(Section):
     """Tasks that measure accuracy."""
 
@@ -77,6 +92,13 @@ class EvaluationSettings(Section):
     differ a little, so results of each are stored apart."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
+    retention: dict[str, _Bound] | None = None
+    """How much the models of a sweep may lose against the source of their teacher, by task: points
+    of accuracy, or bits per byte, such as `{arc_easy: 1.0, bits_per_byte: 0.02}`. `bits_per_byte`
+    is that of held-out English text of `data.source: python`, whatever the data are; other names
+    are tasks as in `suite`. Tasks that `suite` does not name are measured, too, and are in no
+    average. `{}` asks for nothing (default: `{bits_per_byte: 0.02}`, if the teacher has a source
+    that reads text)."""
 
     @property
     def prompts(self) -> Prompts | None:

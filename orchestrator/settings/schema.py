@@ -227,6 +227,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             )
         if sweep.teachers:
             yield f"{name}, sweep.teachers: a source gives one teacher its weights; leave one out"
+    if settings.evaluation.retention and kind not in ("threshold", "search"):
+        yield (
+            f"evaluation.retention, sweep.kind: a sweep of kind {kind} has no teacher whose source "
+            "models could be compared with; leave the first out"
+        )
     gpus, workers, num_gpus = (
         sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
     )  # fmt: skip

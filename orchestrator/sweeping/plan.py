@@ -20,10 +20,12 @@ from iiet.cost import InferenceCost, inference_cost
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
+from orchestrator.evaluation.heldout import python_passages
 from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
     make_suite,
+    tasks_beside,
 )
 from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
@@ -38,6 +40,7 @@ from orchestrator.records.trial import (
 )
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
+from orchestrator.settings.evaluation import PYTHON_BITS
 from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
     baseline_models,
@@ -359,6 +362,10 @@ def plan_suite(
     }
     if settings.suite == HELDOUT and not settings.include_path:
         more["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
+    if beside := tasks_beside(settings):
+        more["beside"] = beside
+    if PYTHON_BITS in beside:
+        more["python_text"] = content_key(*python_passages(tokens))
     if teacher and (vocabulary := text_files_key(teacher)):
         more |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
     suite = suite.model_copy(update=more)

@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from iiet.freezing import TrainedLayers
+from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
+from orchestrator.evaluation.heldout import LAST_WORD, offered_tasks
+from orchestrator.evaluation.tasks import tasks_of_source
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import BASELINE_METHOD, Settings
+from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome, in_usual_folder
 from orchestrator.training.source import Source, find_source
@@ -305,6 +309,38 @@ def retrofit_of(
         settings=settings,
         workspace=workspace,
     ), ""
+
+
+def with_retention(settings: Settings, retrofit: Retrofit | None) -> Settings:
+    """Return the settings of a sweep with how much its models may lose against the source: what
+    they say, else the default; nothing without a source beside the front.
+
+    Raises:
+        UserError: If they bound a loss that cannot be measured.
+    """
+    retention = settings.evaluation.retention
+    problem = None
+    if retrofit is None:
+        problem = "the teacher has no source, against which a model could lose"
+    elif SOURCE not in retrofit.controls:
+        problem = "models are compared with the source, and sweep.source_controls does not name it"
+    if retention is None:
+        reads_text = retrofit is not None and _reads_text(retrofit)
+        retention = DEFAULT_RETENTION if reads_text and not problem else {}
+    elif retrofit is not None and PYTHON_TEXT in retention and not _reads_text(retrofit):
+        problem = f"{PYTHON_TEXT} is measured on English text, and the source reads symbols alone"
+    if retention and problem:
+        raise UserError(f"evaluation.retention={retention}: {problem}; leave it out")
+    evaluation = settings.evaluation.model_copy(update={"retention": retention})
+    return settings.model_copy(update={"evaluation": evaluation})
+
+
+def _reads_text(retrofit: Retrofit) -> bool:
+    """Return whether the teacher's data have text; without tokens, by the settings."""
+    tokens = retrofit.teacher.tokens_folder
+    if tokens:
+        return LAST_WORD in offered_tasks(open_data(tokens))
+    return LAST_WORD in tasks_of_source(retrofit.settings.data)
 
 
 def training_of_source(source: Source) -> TrainingJob | None:

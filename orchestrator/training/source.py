@@ -131,7 +131,9 @@ def find_source(workspace: Workspace, name: str) -> Source:
     found = find_trial(workspace, Path(name))
     folder = found[0] if found else find_model_folder(workspace, Path(name), model_types=None)
     if not is_checkpoint(folder) and not find_checkpoints(folder):
-        return Source(folder=folder, config=decoder_config(folder), learning_rate=None)
+        # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
+        config = decoder_config(folder, needs_weights=False)
+        return Source(folder=folder, config=config, learning_rate=None)
     checkpoint = resolve_checkpoint(folder)
     recipe = load_provenance(checkpoint).get("recipe") or {}
     return Source(

@@ -2,8 +2,8 @@
 
 Each page runs in a workspace of its own, a copy of one with three models and a sweep. Left out is
 what needs the Hugging Face Hub, a cluster or another machine's storage, and a server that does not
-end; GPU commands run as dry runs. The tutorial begins with nothing. Two pages have tests of their
-own: the real model, extending.
+end; GPU commands run as dry runs. The tutorial begins with nothing. Three pages have tests of their
+own: the real model, the retrofit, extending.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.data.text import DOCUMENT_MARK
 
 pytestmark = pytest.mark.long
 
-TESTED_ELSEWHERE = {"real-model.md", "extending.md"}
+TESTED_ELSEWHERE = {"real-model.md", "retrofit.md", "extending.md"}
 LINES = [x for x in shell_lines() if x.words[0] == "iiet-orch" and x.page not in TESTED_ELSEWHERE]
 PAGES = list(dict.fromkeys(line.page for line in LINES))
 

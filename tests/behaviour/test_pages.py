@@ -7,12 +7,15 @@ and options are checked.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import packages_figure
+import pytest
 import typer
 import yaml
 from documented import FENCE, PAGES, ROOT, blocks, inline_commands, shell_lines
@@ -25,6 +28,31 @@ GROUP: Any = typer.main.get_command(cli.build_app())
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 UNUSUAL = ("extending.md",)
 """A page whose commands need a package; it has a test of its own."""
+PUBLISHED = {
+    "SmolLM2-135M": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000, "tie_word_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000, "head_dim": 64, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "Mistral-7B-v0.3": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32768, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""What the config.json of published models says of their sizes."""
 FIRST = re.compile(r"([\d.,]+( \w+)? to )?[\d.,]+ ?\w*")
 
 
@@ -109,21 +137,43 @@ def test_the_architecture_names_what_exists():
     assert {*packages_figure.PLACES, *packages_figure.USED_BY_ALL} == {*named, "iiet"}
 
 
-def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
-    tmp_path, capsys, monkeypatch
-):
+@pytest.fixture
+def check_prices(tmp_path, capsys, monkeypatch) -> Callable[..., None]:
+    """A function that checks the prices in a page's tables: the page, how many rows it has, and the
+    names of the plan's rows that they show."""
     # Machines with a GPU would plan for that one.
     monkeypatch.setattr("orchestrator.planning.machine.installed_gpus", list)
-    row_pattern = r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$"
-    rows = re.findall(row_pattern, TEXTS["scaling.md"], flags=re.MULTILINE)
-    assert len(rows) == 10
-    for command, row in rows:
-        assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
-        output = capsys.readouterr().out
-        cells = []
-        for name in ("parameters", "memory", "training time", "a checkpoint"):
-            [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
-            found = FIRST.match(text)
-            cells.append(found[0].strip())
-        assert row.split(" | ") == cells, command
-        assert re.search(r"on an H100 +it fits", output), command
+
+    def check(page: str, num_rows: int, *names: str) -> None:
+        row_pattern = r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$"
+        rows = re.findall(row_pattern, TEXTS[page], flags=re.MULTILINE)
+        assert len(rows) == num_rows
+        for command, row in rows:
+            assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path / "ws")]) == 0
+            output = capsys.readouterr().out
+            cells = []
+            for name in names:
+                [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
+                found = FIRST.match(text)
+                assert found, text
+                cells.append(found[0].strip())
+            assert row.split(" | ") == cells, command
+            assert re.search(r"on an H100 +it fits", output), command
+
+    return check
+
+
+def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(check_prices):
+    check_prices("scaling.md", 10, "parameters", "memory", "training time", "a checkpoint")
+
+
+def test_the_tables_of_a_retrofit_are_what_its_commands_print(check_prices, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-texts").mkdir()
+    (tmp_path / "my-texts" / "a.txt").write_text("A text.")
+    [settings] = [b for b in blocks(ROOT / "docs" / "retrofit.md", "yaml") if "my-texts" in b]
+    (tmp_path / "retrofit.yaml").write_text(settings)
+    for name, values in PUBLISHED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+    check_prices("retrofit.md", 6, "memory", "training time", "a checkpoint")

@@ -83,3 +83,15 @@ def test_the_one_of_the_first_hour_runs(outputs_of):
     lines = printed(outputs) + "".join(data.get("text/plain", "") for data in shown)
     for task in ("pretrain", "influence (cosine)", "sweep", "report", "export", "evaluate"):
         assert f"{task}: " in lines, "progress"
+
+
+@pytest.mark.long
+def test_the_one_of_a_retrofit_runs(outputs_of):
+    outputs = outputs_of("retrofit.ipynb")
+    shown = [output.data for output in outputs if "data" in output]
+    [front] = [data["text/html"] for data in shown if "<svg" in data.get("text/html", "")]
+    for column in ("source_continued", "retention"):
+        assert column in front
+    assert any("Plan: iiet" in data.get("text/plain", "") for data in shown)
+    assert "schedules that thresholds give: 2,2, " in printed(outputs)
+    assert "IIETForCausalLM (1, 4, " in printed(outputs)

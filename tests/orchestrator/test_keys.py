@@ -130,7 +130,7 @@ def test_a_field_without_a_mark_has_no_key():
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
     suite = Suite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
-    given = {"prompts": Prompts(chat_template=False)}
+    given = {"prompts": Prompts(chat_template=False), "beside": ("words",)}
     same = {name for name, one in variants(suite, given).items() if one.key == suite.key}
     assert same == NOT_IN_KEY[Suite]
     for one in variants(Prompts()).values():
@@ -157,7 +157,10 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
         return not ModelMeasurer(model, store, suite).has_stored(asked)
 
     # What is measured are the tasks that are loaded; how, is what makes another result.
-    suites = variants(base, {"precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1)})
+    given = {
+        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1), "beside": ("words",),
+    }  # fmt: skip
+    suites = variants(base, given)
     others = {name for name, suite in suites.items() if needs_new_results(suite)}
     assert others == {"precision", "limit", "sequence_length", "prompts"}
     (same / "tokenizer.json").write_text((same / "tokenizer.json").read_text() + " ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -24,9 +25,11 @@ from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import heldout
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
+    HeldoutItems,
     heldout_chances,
     heldout_folder,
     offered_tasks,
+    python_passages,
 )
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.tasks import (
@@ -40,7 +43,7 @@ from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
-from orchestrator.settings.evaluation import Prompts
+from orchestrator.settings.evaluation import PYTHON_BITS, Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -333,3 +336,38 @@ def test_a_text_that_is_no_symbol_is_an_error(tmp_path, tiny_model):
             assert tokenizer.encode_document(prompt) == (0, 1, 4)
         with pytest.raises(UserError, match=r"cannot read .*; it reads symbols such as <\|0"):
             tokenizer.encode_document("<|0|>?")
+
+
+def test_pythons_text_is_held_out_also_from_data_that_have_it(tiny_tokens, tmp_path):
+    usual = python_passages(tiny_tokens)
+    assert 20 <= len(usual) <= 60
+    assert 30_000 < sum(len(passage.encode()) for passage in usual) < 50_000
+    assert usual == python_passages(tiny_tokens)
+    # Cut, other documents are held out than whole.
+    space = Workspace(tmp_path)
+    cut = DataSettings(source="python", vocab_size=400, passage_characters=2000)
+    tokens = prepare(cut, space)
+    held_out = list(open_tokens(tokens).validation_texts())
+    passages = python_passages(tokens)
+    assert passages
+    assert all(any(passage in text for text in held_out) for passage in passages)
+    assert passages != usual
+
+
+def test_pythons_text_is_a_task_of_every_suite(tiny_tokens, tmp_path):
+    folder = tmp_path / "suite"
+    rows = [{"context": "a", "choices": ["b", "c"], "label": 0}]
+    HeldoutItems(tasks={"phop_1": rows}, chances={"phop_1": "half"}).write(folder / "suite.json")
+    suite = Suite(
+        suite_folder=str(folder), tokens_folder=str(tiny_tokens), beside=(PYTHON_BITS,),
+        python_text="its hash", fingerprints={},
+    )  # fmt: skip
+    loaded = load_suite(suite)
+    assert list(loaded.tasks) == ["phop_1", PYTHON_BITS]
+    passages = python_passages(tiny_tokens)
+    task = loaded.tasks[PYTHON_BITS]
+    assert [document["text"] for document in task.eval_docs] == passages
+    reader: Any = HandMade(lambda _: "")
+    result = run_task(PYTHON_BITS, task, reader).result
+    assert result.metrics["bits_per_byte"] == pytest.approx(1 / math.log(2))
+    assert result.accuracy_metric is None

@@ -13,8 +13,15 @@ import pytest
 from lm_eval_tasks import write_task
 
 from orchestrator.evaluation import tasks
-from orchestrator.evaluation.tasks import LoadedSuite, load_suite
+from orchestrator.evaluation.tasks import (
+    LoadedSuite,
+    lm_eval_task_fingerprints,
+    load_suite,
+    tasks_beside,
+)
 from orchestrator.records.evaluation import Suite
+from orchestrator.settings import EvaluationSettings
+from orchestrator.settings.evaluation import PYTHON_BITS
 from orchestrator.workspace.errors import RunFailed, UserError
 
 LAST_WORDS = [{"context": f"one {word} and {word}", "word": word} for word in ("bag", "cab")]
@@ -156,6 +163,34 @@ def test_exactly_the_planned_tasks_are_run(folder):
         load(*names, folder=folder, planned=list(names))
     with pytest.raises(RunFailed, match=r"piqa could be loaded when "):
         load("piqa", folder=folder, planned=["piqa"])
+
+
+def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, asked):
+    write_task(folder, "words", LAST_WORDS, kind="lastword")
+
+    def names(suite: str, retention: dict[str, float]) -> tuple[list[str], tuple[str, ...]]:
+        settings = EvaluationSettings(
+            suite=suite, include_path=str(folder), retention=retention, num_items=1
+        )
+        return sorted(lm_eval_task_fingerprints(settings)), tasks_beside(settings)
+
+    assert names("words", {"choices": 1.0}) == (["choices", "words"], ("choices",))
+    assert names("words,choices", {"choices": 1.0}) == (["choices", "words"], ())
+    assert names("both", {"bits_per_byte": 0.1}) == (["choices", "lastword"], (PYTHON_BITS,))
+    assert names("heldout", {"choices": 1.0}) == (["choices"], ("choices",))
+    assert names("heldout", {"lastword": 1.0}) == ([], ()), "it is measured already"
+    for suite, task in (("choices", "both"), ("choices", "chioces"), ("choices", "phop_2")):
+        with pytest.raises(UserError, match=r"evaluation\.retention"):
+            names(suite, {task: 1.0})
+    with pytest.raises(UserError, match=r"evaluation\.suite names no task"):
+        names("", {"choices": 1.0})
+    # Tasks beside say nothing of the accuracy that a front needs.
+    settings = EvaluationSettings(suite="bits_per_byte", include_path=str(folder))
+    for retention in ({}, {"choices": 1.0}):
+        with pytest.raises(UserError, match="needs an accuracy"):
+            lm_eval_task_fingerprints(
+                settings.model_copy(update={"retention": retention}), needs_accuracy=True
+            )
 
 
 def test_a_task_that_fixes_its_number_of_examples_at_0_keeps_it(folder):

@@ -202,6 +202,16 @@ def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, 
     assert list(again.finished.values()) == [result.checkpoint]
 
 
+def test_a_config_alone_has_a_plan_and_no_run(model_folder, settings, workspace):
+    plan = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+    for weights in model_folder.glob("*.safetensors"):
+        weights.unlink()
+    alone = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+    assert (alone.price.flops, alone.price.memory) == (plan.price.flops, plan.price.memory)
+    with pytest.raises(UserError, match="weights"):
+        pretrain(settings(), workspace=workspace, source=model_folder, local=True)
+
+
 def test_a_mixture_with_symbols_keeps_the_tokenizer_of_its_kind(settings, workspace, context):
     mixed = (
         "data.source=mixture", "data.shares={files: 0.5, phop_2: 0.5}", "data.depth.length=16",

@@ -1,0 +1,133 @@
+"""What a model has lost against the source of its sweep's teacher, and whether that is too much.
+
+A model that was trained on one thing may forget another. `evaluation.retention` bounds the loss by
+task. It is judged by the point estimate, over the items that all models of the sweep answered; its
+interval says how sure that is. The reference is always the source, as it was before the teacher was
+trained: a teacher that has forgotten much would excuse its students.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.records.evaluation import BITS_METRIC
+from orchestrator.reporting.statistics import Interval, PairedScores
+from orchestrator.settings.evaluation import PYTHON_BITS, retention_task
+
+ROUNDING = 1e-9
+"""A loss that is above its bound by less is the bound itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a model has lost of one task."""
+
+    task: str
+    lost: Interval
+    """The source's score minus the model's, in points of accuracy; in bits per byte, the model's
+    minus the source's. Below 0 the model has gained."""
+    bound: float
+    """The most that it may be."""
+    is_bits: bool
+    """Whether these are bits per byte, and not points of accuracy."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the loss is within its bound."""
+        return self.lost.value <= self.bound + ROUNDING
+
+    @property
+    def in_words(self) -> str:
+        """The loss with its interval: `0.031 (0.027 to 0.036) bits per byte of Python's text`."""
+        digits = 3 if self.is_bits else 1
+        low, high = (f"{end:.{digits}f}" for end in (self.lost.low, self.lost.high))
+        return f"{self.lost.value:.{digits}f} ({low} to {high}) {_unit(self.task, self.is_bits)}"
+
+    @property
+    def share_of_bound(self) -> float:
+        """The loss as a share of its bound; where nothing may be lost, the loss itself."""
+        return self.lost.value / self.bound if self.bound else self.lost.value
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "task": self.task,
+            "unit": "bits per byte" if self.is_bits else "points",
+            "lost": self.lost.value,
+            "low": self.lost.low,
+            "high": self.lost.high,
+            "bound": self.bound,
+            "kept": self.is_kept,
+        }
+
+
+def find_losses(
+    paired: PairedScores, source: str, bounds: Mapping[str, float]
+) -> dict[str, tuple[Loss, ...]]:
+    """Return key of a model -> what it has lost of each task; empty without a task that is known.
+
+    Args:
+        paired: Scores of all models, the source among them.
+        source: Key of the source.
+        bounds: Name in `evaluation.retention` -> how much a model may lose.
+    """
+    losses: dict[str, list[Loss]] = {key: [] for key in paired.places if key != source}
+    of_source = paired.places[source]
+    for name, bound in bounds.items():
+        task = retention_task(name)
+        scores = paired.scores.get(task)
+        if scores is None:
+            continue
+        is_bits = paired.metrics[task] == BITS_METRIC
+        scale = 1.0 if is_bits else -100.0
+        for key, losses_of_model in losses.items():
+            change = scores.difference(paired.places[key], of_source)
+            low, high = sorted((scale * change.low, scale * change.high))
+            lost = Interval(scale * change.value, low, high)
+            losses_of_model.append(Loss(task=task, lost=lost, bound=bound, is_bits=is_bits))
+    return {key: tuple(of_model) for key, of_model in losses.items() if of_model}
+
+
+def loss_text(losses: Iterable[Loss]) -> str:
+    """Return what a table says of a model: `kept`, or what it loses, with the interval.
+
+    Of several tasks, those that are lost stand there; if all are kept, the one that is nearest to
+    its bound.
+    """
+    ordered = sorted(losses, key=lambda loss: loss.share_of_bound, reverse=True)
+    broken = [loss for loss in ordered if not loss.is_kept]
+    if broken:
+        return f"loses {' and '.join(loss.in_words for loss in broken)}"
+    return f"kept: {ordered[0].in_words}" if ordered else ""
+
+
+def bounds_sentence(bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ...]]) -> str:
+    """Return the sentence on how much a model may lose, and on tasks of which that is not known."""
+    are_bits = {loss.task: loss.is_bits for of_model in losses for loss in of_model}
+    parts = []
+    missing = []
+    for name, bound in bounds.items():
+        task = retention_task(name)
+        if task in are_bits:
+            parts.append(f"{bound:g} {_unit(task, are_bits[task])}")
+        else:
+            missing.append(name)
+    sentences = []
+    if parts:
+        sentences.append(
+            f"Retention: against the source, a model may lose {' and '.join(parts)} "
+            "(evaluation.retention)."
+        )
+    if missing:
+        sentences.append(
+            f"What models have lost of {', '.join(missing)} is not known: not all of them, the "
+            "source among them, have values of its items."
+        )
+    return " ".join(sentences)
+
+
+def _unit(task: str, is_bits: bool) -> str:
+    unit = "bits per byte of" if is_bits else "points of"
+    return f"{unit} Python's text" if task == PYTHON_BITS else f"{unit} {task}"
