@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import decoding, mix, speculation, sweep, training
-from benchmarks.gpu import commands, inference
+from benchmarks.gpu import commands, hardware, inference, recipes
 from benchmarks.gpu import training as gpu_training
 from benchmarks.report import SectionResult, machine_facts, to_dict, to_markdown
 from benchmarks.runner import Section, Setup, run_in_process
@@ -49,12 +49,19 @@ CPU_SECTIONS = _by_name(
 """The ratios of `make bench`, in the order in which they run; the limits only end what hangs."""
 GPU_SECTIONS = _by_name(
     Section(gpu_training.parity, 4, "Are logits, loss and gradients those of the CPU?"),
-    Section(gpu_training.speed, 20, "Tokens/s, MFU, waits; are compiled losses and memory right?"),
-    Section(commands.resume, 6, "Does a killed training resume to the same result?"),
-    Section(commands.node, 9, "Do all GPUs train as one, and survive one that fails?"),
-    Section(commands.sweep, 6, "Does a sweep of two trials use its GPUs?"),
-    Section(inference.decoding, 5, "How far is decoding from the memory bandwidth?"),
-    Section(inference.evaluation, 4, "How many items per second does an evaluation score?"),
+    Section(recipes.recipes, 12, "Do the 340M recipe and a sharded 1.3B train, fit and speed?"),
+    Section(recipes.retrofit, 5, "Does a Llama of 1B parameters become iterative?"),
+    Section(gpu_training.speed, 12, "Tokens/s, MFU, waits; are compiled losses and memory right?"),
+    Section(hardware.kernels, 3, "What do attention and the mix reach alone?"),
+    Section(hardware.network, 2, "How fast are gradients summed over the GPUs?"),
+    Section(hardware.tokenizing, 2, "How fast is text tokenized?"),
+    Section(commands.resume, 4, "Does a killed training resume to the same result?"),
+    Section(commands.node, 7, "Do all GPUs train as one, and survive one that fails?"),
+    Section(commands.sweep, 4, "Does a sweep of two trials use its GPUs?"),
+    Section(
+        inference.decoding, 5, "How far is decoding from the bandwidth, with and without graphs?"
+    ),
+    Section(inference.evaluation, 3, "How many items per second does an evaluation score?"),
 )
 """The sections of `make gpu`: what is right comes before what is fast."""
 
@@ -76,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_threads=torch.get_num_threads() if options.gpu else options.threads,
             gguf=options.gguf,
             folder=Path(folder),
+            report_folder=options.to.absolute(),
         )
         facts = _facts(setup)
         for name in options.names or sections:

@@ -49,6 +49,8 @@ class Setup:
     """The model that `decoding` measures instead of random weights."""
     folder: Path
     """Workspace of all sections."""
+    report_folder: Path = Path()
+    """Where the report is written, and what is kept with it."""
 
     @property
     def world(self) -> World:

@@ -22,16 +22,13 @@ from iiet.methods.implicit_euler import fixed_point
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
-    BLUE,
-    GRAY,
-    RED,
-    SKY,
     Spec,
     chart_spec,
     front_chart,
     influence_chart,
     save_chart,
 )
+from orchestrator.reporting.colors import BLUE, GRAY, RED, SKY
 from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
 

@@ -9,7 +9,8 @@ from typing import Any
 import altair
 from altair import Chart, InlineData, Scale
 
-from orchestrator.reporting.charts import GRAY, INK, Spec, chart_spec
+from orchestrator.reporting.charts import Spec, chart_spec
+from orchestrator.reporting.colors import GRAY, INK
 
 Point = tuple[float, float]
 

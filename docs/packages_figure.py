@@ -9,7 +9,8 @@ from pathlib import Path
 
 from diagrams import box, diagram, drawing, text
 
-from orchestrator.reporting.charts import BLUE, SKY, Spec, save_chart
+from orchestrator.reporting.charts import Spec, save_chart
+from orchestrator.reporting.colors import BLUE, SKY
 
 PATH = Path(__file__).resolve().parent / "images" / "packages"
 

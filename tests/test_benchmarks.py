@@ -25,16 +25,17 @@ from benchmarks.runner import Section, Setup, Skipped, run_in_process, run_secti
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 
 LONG = ("cpu training", "cpu sweep", "gpu evaluation")
-LONG += ("gpu resume", "gpu node", "gpu sweep")
+LONG += ("gpu resume", "gpu node", "gpu sweep", "gpu recipes", "gpu retrofit", "gpu network")
 """Sections that train much, or start processes."""
-SLOW = ("gpu speed", "cpu mix")
+SLOW = ("gpu speed", "cpu mix", "gpu tokenizing")
 SECTIONS = {f"cpu {name}": section for name, section in CPU_SECTIONS.items()}
 SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Setup:
-    return Setup(is_toy=True, folder=tmp_path_factory.mktemp("report"))
+    folder = tmp_path_factory.mktemp("report")
+    return Setup(is_toy=True, folder=folder, report_folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,13 @@ def test_a_section_checks_and_measures_at_toy_size(name, toy):
         for spread in (row.figures[RATIO] for row in measured if RATIO in row.figures):
             assert isinstance(spread, Spread)
             assert 0 < spread.low <= spread.median <= spread.high < math.inf
+
+
+@pytest.mark.parametrize("skipped", [{"network", "node"}, {"resume"}])
+def test_the_sections_of_a_gpu_machine_take_less_than_an_hour(skipped):
+    """With one GPU no workers talk; with several, one of them is killed instead of a whole run."""
+    limits = [s.limit_minutes for name, s in GPU_SECTIONS.items() if name not in skipped]
+    assert sum(limits) < 60
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -59,11 +60,16 @@ class Run:
 class Commands:
     """`iiet-orch` commands of one workspace, in processes of their own."""
 
-    def __init__(self, setup: Setup, name: str) -> None:
+    def __init__(self, setup: Setup, name: str, settings: Mapping[str, Any] | None = None) -> None:
+        """Make the workspace; `settings` replace those of a small model, for all commands."""
         self.workspace = open_workspace(setup.folder / name)
         self._log = self.workspace.root / "commands.log"
+        self._settings: dict[str, Any]
+        if settings is not None:
+            self._settings = dict(settings)
+            return
         data = setup.data
-        self._settings: dict[str, Any] = {
+        self._settings = {
             "data.vocab_size": data.vocab_size,
             "model.corrections": 1,
             "training.iterate_from_fraction": 0.0,
@@ -89,7 +95,7 @@ class Commands:
     def run(
         self,
         *arguments: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, Any] = MappingProxyType({}),
         watch: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
         expected: int = 0,
     ) -> float:
@@ -128,7 +134,12 @@ def resume(setup: Setup) -> Iterator[Row]:
 
     On a CPU losses and weights must be bitwise those of the whole run; on a GPU they agree up to
     rounding, because some kernels add in another order each time.
+
+    Raises:
+        Skipped: If there are several GPUs: `node` kills one of their workers.
     """
+    if setup.num_gpus > 1:
+        raise Skipped("with several GPUs, node kills one of their workers instead")
     commands = Commands(setup, "resume")
     steps, every = (120, 30) if setup.is_toy else (60, 20)
     settings = {
@@ -300,48 +311,44 @@ NUM_TRIALS = 2
 
 
 def sweep(setup: Setup) -> Iterator[Row]:
-    """Run a sweep of two trials with each share of a GPU that this machine allows.
+    """Run a sweep of two trials with a GPU each.
 
-    With two GPUs both trials run at once. With one GPU they run one after the other, and in a
-    second sweep at once, with half of it each. On a CPU the sweep runs without GPUs.
+    With two GPUs both trials run at once, with one GPU one after the other. On a CPU the sweep runs
+    without GPUs.
     """
-    shares: dict[str, float | None] = {"on CPUs": None}
-    if setup.device == "cuda":
-        shares = {"one GPU for each trial": 1.0}
-        shares |= {"half a GPU for each trial": 0.5} if setup.num_gpus == 1 else {}
-    for what, share in shares.items():
-        # A workspace of its own: another sweep's finished trials would be found again.
-        commands = Commands(setup, what.replace(" ", "-"))
-        steps = 4 if setup.is_toy else 60
-        settings: dict[str, Any] = {
-            "sweep.methods": "[vanilla, iiet]",
-            "sweep.iterations": "[1]",
-            "training.num_steps": steps,
-            "training.checkpoint_every_steps": steps,
-        }
-        if share:
-            settings["cluster.num_gpus"] = min(setup.num_gpus, NUM_TRIALS)
-            settings["sweep.gpus_per_trial"] = share
-        seconds = commands.run("sweep-iterations", "--name", "two", settings=settings)
-        runs = [Run(path) for path in sorted(commands.workspace.runs.iterdir())]
-        spans = [(run.records[0]["time"], run.records[-1]["time"]) for run in runs]
-        overlap = min(end for _, end in spans) - max(start for start, _ in spans)
-        figures: dict[str, Figure] = {
-            "seconds": seconds,
-            "overlap (s)": max(0.0, overlap / 1000),  # Both trials trained.
-        }
-        starts = [run.events("started")[0] for run in runs]
-        gpus = [str(start.get("visible_gpus")) for start in starts]
-        if share:
-            figures["GPUs of the trials"] = " and ".join(gpus)
+    on_gpus = setup.device == "cuda"
+    commands = Commands(setup, "sweep")
+    steps = 4 if setup.is_toy else 60
+    settings: dict[str, Any] = {
+        "sweep.methods": "[vanilla, iiet]",
+        "sweep.iterations": "[1]",
+        "training.num_steps": steps,
+        "training.checkpoint_every_steps": steps,
+    }
+    if on_gpus:
+        settings["cluster.num_gpus"] = min(setup.num_gpus, NUM_TRIALS)
+        settings["sweep.gpus_per_trial"] = 1.0
+    seconds = commands.run("sweep-iterations", "--name", "two", settings=settings)
+    runs = [Run(path) for path in sorted(commands.workspace.runs.iterdir())]
+    spans = [(run.records[0]["time"], run.records[-1]["time"]) for run in runs]
+    overlap = min(end for _, end in spans) - max(start for start, _ in spans)
+    figures: dict[str, Figure] = {
+        "seconds": seconds,
+        "overlap (s)": max(0.0, overlap / 1000),  # Both trials trained.
+    }
+    starts = [run.events("started")[0] for run in runs]
+    gpus = [str(start.get("visible_gpus")) for start in starts]
+    if on_gpus:
+        figures["GPUs of the trials"] = " and ".join(gpus)
 
-        trials = load_sweep_results(commands.workspace, "two").results
-        num_finished = sum(trial.value("quality/accuracy") is not None for trial in trials)
-        problem = None
-        if num_finished != NUM_TRIALS:
-            problem = f"{num_finished} of {NUM_TRIALS} trials have an accuracy"
-        elif devices := {str(start["device"]) for start in starts} - {setup.device}:
-            problem = f"trials ran on {', '.join(devices)}, not on {setup.device}"
-        elif share == 1.0 and setup.num_gpus >= NUM_TRIALS and len(set(gpus)) != NUM_TRIALS:
-            problem = f"both trials ran on GPU {gpus[0]}"
-        yield Row(what=what, figures=figures, problem=problem)
+    trials = load_sweep_results(commands.workspace, "two").results
+    num_finished = sum(trial.value("quality/accuracy") is not None for trial in trials)
+    problem = None
+    if num_finished != NUM_TRIALS:
+        problem = f"{num_finished} of {NUM_TRIALS} trials have an accuracy"
+    elif devices := {str(start["device"]) for start in starts} - {setup.device}:
+        problem = f"trials ran on {', '.join(devices)}, not on {setup.device}"
+    elif on_gpus and setup.num_gpus >= NUM_TRIALS and len(set(gpus)) != NUM_TRIALS:
+        problem = f"both trials ran on GPU {gpus[0]}"
+    what = "a GPU for each trial" if on_gpus else "on CPUs"
+    yield Row(what=what, figures=figures, problem=problem)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import TOY_MODEL
+from benchmarks.gpu.hardware import copy_bandwidth
 from benchmarks.gpu.training import training_job
 from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup
@@ -38,7 +39,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
     measured here.
     """
     device = setup.world.device
-    bandwidth = _bytes_per_second(device, 2**22 if setup.is_toy else 2**30)
+    bandwidth = copy_bandwidth(device, 2**22 if setup.is_toy else 2**30)
     yield Row(what="memory bandwidth, by copying", figures={"GB/s": bandwidth / 1e9})
     # Eight layers of the largest size show the same as all.
     sizes: dict[str, Any] = {"55m": {}, "340m": {}, "1.3b": {"num_layers": 8}}
@@ -62,8 +63,15 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
     none = decoder.schedule.none(decoder.config.num_layers)
     decoders = {"r = 0": decoder.with_schedule(none), f"r = {CORRECTIONS}": decoder}
     with threads(1):
-        timings = decode_milliseconds(
-            decoders, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions
+        timings, timings_without_graphs = (
+            decode_milliseconds(
+                decoders,
+                prompt_tokens=prompt,
+                new_tokens=new,
+                repetitions=repetitions,
+                uses_graphs=uses_graphs,
+            )
+            for uses_graphs in (True, False)
         )
     before: tuple[float, int] | None = None
     for name, one in decoders.items():
@@ -73,6 +81,7 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
         bound = 1e3 * read / bandwidth
         figures: dict[str, Figure] = {
             "ms/token": milliseconds,
+            "without graphs (ms)": timings_without_graphs[name].median,
             "bound (ms)": bound,
             "share of the bound": bound / milliseconds,
             "us/evaluation": 1e3 * milliseconds / evaluations,
@@ -82,19 +91,6 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
             figures["us/correction"] = 1e3 * (milliseconds - before[0]) / added
         before = milliseconds, evaluations
         yield Row(what=f"{label}, {name}", figures=figures)
-
-
-def _bytes_per_second(device: str, num_bytes: int) -> float:
-    """Copy a block; the shortest time counts, as nothing makes memory faster than it is."""
-    block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target, times = torch.empty_like(block), []
-    for _ in range(20):
-        started = time.perf_counter()
-        target.copy_(block)
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * num_bytes / min(times)  # A copy reads and writes the block once.
 
 
 BITS_TOLERANCE = 0.01

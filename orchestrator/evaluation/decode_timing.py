@@ -75,6 +75,7 @@ def decode_milliseconds(
     new_tokens: int = 32,
     batch_size: int = 1,
     repetitions: int = 7,
+    uses_graphs: bool = True,
     on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Measure decoding of several models side by side.
@@ -84,9 +85,10 @@ def decode_milliseconds(
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
         batch_size: Rows decoded together.
+        uses_graphs: Whether a GPU repeats the kernels of a step by CUDA graphs.
         on_done: Called with the number of measurements done.
     """
-    graphs = {name: _graphs(decoder) for name, decoder in decoders.items()}
+    graphs = {name: _graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()}
 
     def timed(name: str, tokens: int) -> tuple[float, float]:
         decoder = decoders[name]
@@ -224,10 +226,11 @@ def half_quartile_distance(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _graphs(decoder: Timed) -> StaticSteps | None:
-    if isinstance(decoder, Decoder) and decoder.device.type == "cuda":
-        return StaticSteps(decoder)
-    return None
+def _graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
+    if not isinstance(decoder, Decoder) or decoder.device.type != "cuda":
+        return None
+    # Without graphs each step starts its kernels, of the same shapes.
+    return StaticSteps(decoder, capture=None if uses_graphs else lambda step, _: step)
 
 
 def _stream(

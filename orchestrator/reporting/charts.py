@@ -2,9 +2,8 @@
 
 A chart is JSON in the language of Vega-Lite, written here as it is documented there. The front
 shows cost against quality with one standard error; on the page, menus choose other axes. Python
-finds the front of every pair of axes (`pareto`), so the chart only looks up who is on it. Colors
-are Okabe and Ito's, which color-blind readers can distinguish; all distinctions are shapes or
-dashes as well. The same results give the same bytes.
+finds the front of every pair of axes, so the chart only looks up who is on it. All distinctions of
+color are shapes or dashes as well. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,18 @@ import numpy as np
 
 from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
-from orchestrator.reporting.front import Front, FrontAxes, Row, find_front, known
+from orchestrator.reporting.colors import (
+    BLUE,
+    FRAME,
+    GRAY,
+    GRID,
+    INK,
+    ORANGE,
+    PAPER,
+    RED,
+    SERIES_COLORS,
+)
+from orchestrator.reporting.front import Front, FrontAxes, Row, known
 from orchestrator.reporting.results import Curve, vanilla_of
 from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.terminal.metrics import (
@@ -45,9 +55,6 @@ from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, INK, GRAY, GRID = "#CC79A7", "#56B4E9", "#1c1c1c", "#757575", "#e6e6e6"
-SERIES_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 DASHES = ([1, 0], [6, 4], [2, 2])
 """Of curves; the next one begins where the colors begin again."""
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.4.1.json"
@@ -62,10 +69,19 @@ COLUMNS = {"expr": "width < 500 ? 2 : 6"}
 CONFIG = {
     "aria": False,  # Else each mark of the SVG repeats all of its values.
     "font": "sans-serif",
-    "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal"},
-    "legend": {"labelFontSize": 12},
-    "title": {"anchor": "start", "fontSize": 14, "subtitleColor": GRAY},
-    "view": {"stroke": "#bbbbbb"},
+    "axis": {
+        "labelFontSize": 12,
+        "titleFontSize": 13,
+        "titleFontWeight": "normal",
+        "labelColor": INK,
+        "titleColor": INK,
+        "domainColor": GRAY,
+        "tickColor": GRAY,
+    },
+    "legend": {"labelFontSize": 12, "labelColor": INK, "titleColor": INK},
+    "title": {"anchor": "start", "fontSize": 14, "color": INK, "subtitleColor": GRAY},
+    "text": {"color": INK},
+    "view": {"stroke": FRAME},
 }
 
 LEGEND = "filled: on the front; line: the best quality at each cost; bars: one standard error"
@@ -79,6 +95,7 @@ MAX_NAMES = 24
 NAME_PLACES = (
     *(("right", -8, -10), ("left", 8, -10), ("center", 0, -17), ("left", 13, 0), ("right", -13, 0)),
     *(("left", 8, 11), ("right", -8, 11), ("center", 0, 18), ("center", 0, -32), ("center", 0, 33)),
+    *(("left", 8, -24), ("left", 8, 25)),
 )
 """Where a name may stand, the best first: how it is aligned, and its distance from the model. Above
 and left of a member no other member is in the way."""
@@ -87,7 +104,6 @@ NAME_WIDTHS, PHONE_WIDTH = (620, 250), 500
 LETTER_WIDTH, LINE_HEIGHT = 6.9, 14
 PADDING_X, PADDING_Y = 44, 34
 """Pixels from the outermost models to the edges of a chart."""
-MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
 TOOLTIP_METRICS = (
     NFE,
@@ -169,13 +185,20 @@ def marks(
 # The front
 
 
-def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> Spec:
+def front_chart(
+    front: Front,
+    *,
+    fronts: Sequence[Front] = (),
+    title: str = "",
+    mark_paper: bool = False,
+) -> Spec:
     """Return the chart of a front; the trials of each sweep have a color and a shape.
 
     The members of the front are filled, and named as are the full model and the baselines.
 
     Args:
         front: The front.
+        fronts: What `menu_fronts` returns of it, if that is known already.
         title: Title of the picture.
         mark_paper: Mark the paper's headline, scaled to the full model, if the quality is an
             accuracy; on costs that vanilla of the same shape is known to have.
@@ -186,13 +209,9 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     if not front.rows:
         raise ValueError("a front needs at least one result with a cost and a quality")
     rows = model_rows(front)
-    measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    offered = (front.axes.cost, *COSTS.values(), *(beyond for beyond, _ in OVERHEADS.values()))
-    costs = [name for name in dict.fromkeys(offered) if name in measured]
-    qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
-    # Places on other axes need the numbers alone.
-    numbers = front.table[["key", "role", *(n for n in measured if n in front.table and "/" in n)]]
-    fronts = [find_front(numbers, FrontAxes(*pair)) for pair in product(costs, qualities)]
+    fronts = fronts or menu_fronts(front)
+    costs = list(dict.fromkeys(placed.axes.cost for placed in fronts))
+    qualities = list(dict.fromkeys(placed.axes.quality for placed in fronts))
     paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
 
     sweeps = front.sweeps
@@ -229,8 +248,24 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     name_look: Spec = {"fontSize": 12}
     for place, each in zip(("align", "dx", "dy"), zip(*NAME_PLACES, strict=True), strict=True):
         name_look[place] = {"expr": f"{json.dumps(each)}[datum.place]"}
+
+    def paper_mark(stroke: str, stroke_width: float) -> Spec:
+        return marks(
+            "point",
+            {"x": x, "y": y, "shape": shape},
+            values=cross,
+            where=[{"filter": "datum.number == pair"}],
+            size=90,
+            opacity=1,
+            strokeCap="round",
+            stroke=stroke,
+            strokeWidth=stroke_width,
+        )
+
     layers = [
         marks("point", {"x": {**x, "axis": x_axis}, "y": {**y, "axis": y_axis}}, opacity=0),
+        # Below the line of the front, which it would cut; it covers the grid alone.
+        *([paper_mark(PAPER, 8)] if mark_paper else []),
         # The best quality at each cost; flat after the last member.
         marks("line", step, where=[members], interpolate="step-after", strokeWidth=2),
         marks(
@@ -253,14 +288,8 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         ),
     ]
     if mark_paper:
-        for stroke, stroke_width in (("white", 8), (INK, 2.4)):
-            look: Spec = {"size": 90, "opacity": 1, "strokeCap": "round", "stroke": stroke}
-            here = [{"filter": "datum.number == pair"}]
-            shown = {"x": x, "y": y, "shape": shape}
-            layers.append(
-                marks("point", shown, values=cross, where=here, strokeWidth=stroke_width, **look)
-            )
-    halo: Spec = {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}
+        layers.append(paper_mark(INK, 2.4))
+    halo: Spec = {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}
     for behind in (halo, {}):
         text = {"x": x, "y": y, "text": word("name")}
         named = [{"filter": "datum.place >= 0"}]
@@ -274,7 +303,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         "is_full": f"datum.group == '{FULL_MODEL}'",
         "is_baseline": f"datum.group == '{BASELINE}'",
         "is_bold": "datum.is_member || datum.is_full || datum.is_baseline",
-        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : 'white'",
+        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : '{PAPER}'",
         "size": "datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
         "name": "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
         "place": place,
@@ -295,6 +324,23 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         "height": HEIGHT,
     }
     return chart_spec(chart, title={"text": title, "subtitle": LEGEND} if title else "")
+
+
+def menu_fronts(front: Front) -> list[Front]:
+    """Return the front on each pair of axes that the page's menus offer: those that a model has.
+
+    The quality changes first. The front's own axes are the first cost, and one of the qualities.
+    """
+    rows = model_rows(front)
+    measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    offered = (front.axes.cost, *COSTS.values(), *(overhead for overhead, _ in OVERHEADS.values()))
+    costs = [name for name in dict.fromkeys(offered) if name in measured]
+    qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
+    fronts = []
+    for cost, quality in product(costs, qualities):
+        axes = replace(front.axes, cost=cost, quality=quality)
+        fronts.append(front if axes == front.axes else front.on(axes))
+    return fronts
 
 
 def _bold_or_faint(bold: float, faint: float) -> Spec:
@@ -363,7 +409,7 @@ def _front_data(
 
     A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
     """
-    labels = {row["key"]: _label(row) for row in (*front.rows, *front.unmeasured)}
+    labels = {row["key"]: row["label"] for row in (*front.rows, *front.unmeasured)}
     marks: dict[str, dict[str, list[int]]] = {
         key: {"members": [], "knees": [], "places": []} for key in labels
     }
@@ -442,7 +488,8 @@ def place_names(
         left, middle = x[own] + right - shares * size, y[own] + down
         free = _boxes(left, middle - LINE_HEIGHT / 2, left + size, middle + LINE_HEIGHT / 2)
         lost = _covered(free, taken) + size * LINE_HEIGHT - _covered(free, inside)
-        best = int(np.argmin(100 * lost + 10 * _covered(free, circles) + _covered(free, bars)))
+        covered = 10 * _covered(free, circles) + _covered(free, bars)
+        best = int(np.argmin(np.where(lost < 1, covered, np.inf)))
         if lost[best] < 1:
             found[key] = best
             taken = np.vstack([taken, free[best]])
@@ -465,16 +512,6 @@ def _covered(one: Any, other: Any) -> Any:
     corners = np.minimum(one[:, None, 2:], other[None, :, 2:])
     sides = corners - np.maximum(one[:, None, :2], other[None, :, :2])
     return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
-
-
-def _label(row: Row) -> str:
-    schedule = row["trial"].schedule
-    # A student of one of several teachers has its teacher's name before its schedule.
-    has_name = row["role"] != "trial" or ": " in row["label"]
-    if has_name or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
-        return str(row["label"] if row["is_placed"] else row["name"])
-    is_long = len(schedule) > MAX_LAYERS_WITH_COMMAS and max(schedule) < 10
-    return ("" if is_long else ",").join(map(str, schedule))
 
 
 def _tooltip(row: Row) -> dict[str, str]:

@@ -345,6 +345,26 @@ class Front:
             return ""
         return " ".join(["●", *(name for name, pick in self.picks.items() if pick is row)])
 
+    def on(self, axes: FrontAxes) -> Front:
+        """Return the same models on other axes, with the confidences that hold there, too.
+
+        These are the differences of the same quality. Whether a model is on the front depends on
+        the cost as well.
+        """
+        is_same_quality = axes.quality == self.axes.quality
+        kept = (SHARE_METRIC, keeps_metric(self.kept_share)) if is_same_quality else ()
+        others = [n for n in self.table if n.startswith("paired/") and n not in kept]
+        front = find_front(self.table.drop(columns=others), axes)
+        if not is_same_quality:
+            return front
+        return replace(
+            front,
+            intervals=self.intervals,
+            basis=self.basis,
+            paired=self.paired,
+            kept_share=self.kept_share,
+        )
+
     def with_runs(self, trials: Sequence[Trial]) -> Front:
         """Return the same front with the MLflow runs of these trials, which are its models."""
         tracked = result_table(trials).loc[self.table.index]

@@ -30,6 +30,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import front_chart, save_chart
 from orchestrator.reporting.claims import claim_metrics
+from orchestrator.reporting.colors import run_color
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
@@ -52,6 +53,7 @@ from orchestrator.terminal.metrics import (
     ON_FRONT,
     OVERHEADS,
     RELATIVE_FLOPS,
+    RELATIVE_NFE,
 )
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.watching import trial_model
@@ -70,6 +72,8 @@ SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
 CHECKPOINT_TAG = "iiet.checkpoint"
 """Folder of the weights, as in the runs of pretrainings."""
+COLOR_TAG = "mlflow.runColor"
+"""Tag with the color of a run's points and curves."""
 TABLES_TAG = "mlflow.loggedArtifacts"
 """Tag with the artifacts that MLflow shows as tables."""
 MAX_NOTE_CHARACTERS = 7500
@@ -188,6 +192,11 @@ def trial_run(
             SWEEP_TAG: sweep,
             "iiet.method": result.method,
             CHECKPOINT_TAG: result.checkpoint or "",
+            COLOR_TAG: run_color(
+                result.role,
+                result.group or result.label,
+                result.numbers.get(RELATIVE_NFE, 1.0),
+            ),
             **reason_tags(status, reason),
         },
         points=without_step({**metrics, **(more or {})}),

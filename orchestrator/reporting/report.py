@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import Claim, find_claims
-from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
     Front,
     FrontAxes,
@@ -30,7 +29,7 @@ from orchestrator.reporting.results import (
     read_training_curves,
     suite_notes,
 )
-from orchestrator.reporting.sweep_report import ReportResult, sweeps_text
+from orchestrator.reporting.sweep_report import ReportResult, sentences_of, sweeps_text
 from orchestrator.terminal.metrics import DECODE_MS, NUM_PARAMETERS
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
@@ -102,9 +101,11 @@ def write_sweep_report(
             sweep.store(workspace)
 
     times = recorded_times(folder)
+    notes = [*sweep.notes, *notes]
     report = ReportResult(
         title=_title(sweep, front, times),
-        sentences=_sentences(front, [*sweep.notes, *notes]),
+        sentences=sentences_of(front, notes),
+        notes=tuple(notes),
         folder=folder / axes.slug,
         workspace=workspace.root,
         sweeps=(sweep,),
@@ -142,9 +143,11 @@ def _report_of_several(
         folder_name = f"{sweeps[0].name}+{len(sweeps) - 1}-{content_key(folder_name)[:8]}"
     if front.axes.slug:
         folder_name += f"-{front.axes.slug}"
+    notes += front_notes
     return ReportResult(
         title=sweeps_text(sweeps),
-        sentences=_sentences(front, [*notes, *front_notes]),
+        sentences=sentences_of(front, notes),
+        notes=tuple(notes),
         folder=workspace.overlays / folder_name,
         workspace=workspace.root,
         sweeps=tuple(sweeps),
@@ -156,12 +159,6 @@ def _report_of_several(
         },
         claims=_measured_claims(front),
     )
-
-
-def _sentences(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
-    """Return what the front says in one sentence, the notes, then the other findings."""
-    headline, *others = findings(front)
-    return (headline, *notes, *others)
 
 
 def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:

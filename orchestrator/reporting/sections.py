@@ -22,6 +22,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 
+from orchestrator.reporting.colors import DARK_COLORS
 from orchestrator.terminal.render import BYTE_UNITS
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import installed_version
@@ -204,11 +205,20 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
     # `<` is escaped so that no text in the data can end the script element.
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
     scripts = _scripts() if charts else ""
-    return str(_template().render(title=title, sections=sections, charts=data, scripts=scripts))
+    return str(
+        _template().render(
+            title=title,
+            sections=sections,
+            charts=data,
+            scripts=scripts,
+            dark_colors=DARK_COLORS,
+        )
+    )
 
 
 def _on_page(chart: Mapping[str, Any]) -> dict[str, Any]:
     spec = {name: value for name, value in chart.items() if name != "title"}
+    spec["background"] = "transparent"
     if spec.get("params") or "layer" not in spec:  # A heat map has the width of its cells.
         spec |= {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
     return spec

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, InstanceOf, computed_field
 
 from iiet.pruning import InfluenceTable
-from orchestrator.reporting.charts import curves_chart, front_chart, influence_chart, save_chart
+from orchestrator.reporting.charts import (
+    curves_chart,
+    front_chart,
+    influence_chart,
+    menu_fronts,
+    save_chart,
+)
 from orchestrator.reporting.claims import (
     CLAIMS_TITLE,
     PAPER_KEPT_SHARE,
@@ -24,7 +30,7 @@ from orchestrator.reporting.claims import (
 )
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.depths import depth_section
-from orchestrator.reporting.findings import confidence_note
+from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import Curve, StoredSweep
@@ -61,6 +67,8 @@ class ReportResult(Result):
     """Heading of picture and page: what was trained, or the sweeps' names."""
     sentences: tuple[str, ...]
     """What the front says in one sentence, notes on how to read it, then the other findings."""
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
+    """The notes among the sentences, which hold on all axes."""
     folder: Path
     """Folder of the report's files."""
     files: tuple[Path, ...] = Field(default=(), exclude=True)
@@ -153,9 +161,17 @@ class ReportResult(Result):
         counts = f"{len(front.rows)} models, {len(front.members)} on the front"
         sections = [Section(sentences=[headline, f"{sweeps_text(self.sweeps)}: {counts}."])]
         if front.rows:
+            fronts = menu_fronts(front)
+            chart = front_chart(front, fronts=fronts, title=self.title, mark_paper=True)
+            # The page shows the sentences of the axes that its menus choose.
+            sentences = [
+                self.sentences if placed is front else sentences_of(placed, self.notes)
+                for placed in fronts
+            ]
+            chart["usermeta"] = {"sentences": sentences}
             sections.append(
                 Section(
-                    chart=front_chart(front, title=self.title, mark_paper=True),
+                    chart=chart,
                     picture="front",
                     notes=other_sentences,
                     explanations=[LEGEND, *confidence_note(front)],
@@ -225,6 +241,12 @@ class ReportResult(Result):
             write_text(self.folder / name, text)
             files.append(self.folder / name)
         return self.model_copy(update={"files": tuple(files)})
+
+
+def sentences_of(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
+    """Return what a front says in one sentence, the notes, then the other findings."""
+    headline, *others = findings(front)
+    return (headline, *notes, *others)
 
 
 def sweeps_text(sweeps: Sequence[StoredSweep]) -> str:

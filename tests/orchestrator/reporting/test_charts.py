@@ -23,6 +23,7 @@ from orchestrator.reporting.charts import (
     influence_chart,
     save_chart,
 )
+from orchestrator.reporting.colors import run_color
 from orchestrator.reporting.front import FrontAxes, with_confidence
 
 pytestmark = pytest.mark.slow  # Most of a second draws a chart.
@@ -46,7 +47,7 @@ def names_in(svg: str) -> dict[str, list[tuple[float, float]]]:
     places = {}
     pattern = (
         r'<text text-anchor="(\w+)" transform="translate\(([-\d.]+),([-\d.]+)\)"'
-        r'[^>]*font-size="12px"[^>]*stroke="white"[^>]*>([^<]+)<'
+        r'[^>]*font-size="12px"[^>]*stroke="#ffffff"[^>]*>([^<]+)<'
     )
     for anchor, x, y, text in re.findall(pattern, svg):
         name = unescape(text)
@@ -65,13 +66,13 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
     assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= texts_in(svg)
     names = names_in(svg)
-    assert {"011111 (knee)", "000000", "vanilla", "teacher"} <= set(names)
+    assert {"0,1,1,1,1,1 (knee)", "0,0,0,0,0,0", "vanilla", "teacher"} <= set(names)
     others = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
     assert others
     assert len(names) == len(front.rows) - len(others) > 5
     # No name covers another one, on a page and on a phone, where those without room are left out.
     phone = names_in(drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]}))
-    assert {"000000", "teacher"} <= set(phone) <= set(names)
+    assert {"0,0,0,0,0,0", "teacher"} <= set(phone) <= set(names)
     for found in (names, phone):
         for one, other in itertools.combinations(found.values(), 2):
             assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
@@ -121,7 +122,7 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_result
     few = [result for result in sample_results if result.role != "trial"][:2]
     svg = drawn(front_chart(sample_front(few, FrontAxes(cost)), mark_paper=True))
     vanilla, full = place('d="M-[\\d.]+,0L0,-'), place('d="M0,-')
-    mark = place('[^>]*stroke="white" stroke-width="8"')
+    mark = place('[^>]*stroke="#ffffff" stroke-width="8"')
     assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
     # Without vanilla its evaluations are known, but not its time.
     svg = drawn(front_chart(sample_front(few[:1], FrontAxes(cost)), mark_paper=True))
@@ -135,7 +136,7 @@ def test_the_better_model_is_higher_also_on_a_loss(sample_results, quality):
     # The paper's headline is about accuracy and means nothing on a loss.
     assert (PAPER_MARK in texts_in(svg)) == (quality == "accuracy")
     names = names_in(svg)
-    assert names["teacher"][-1][1] < names["000000"][-1][1]
+    assert names["teacher"][-1][1] < names["0,0,0,0,0,0"][-1][1]
 
 
 def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results):
@@ -145,6 +146,18 @@ def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results):
     assert {"first", "second", FULL_MODEL} <= texts_in(svg)
     steps = re.findall(r'<path d="M[^"]*L[^"]*" stroke="#\w+" stroke-width="([\d.]+)"', svg)
     assert steps == ["2"], "one line: the front of all"
+
+
+def test_no_two_models_of_a_sweep_have_the_same_color_in_mlflow(sample_results):
+    baselines = ("vanilla", "vanilla, 8 layers", "r = 0", "r = 1", "pcformer", "source")
+    colors = [run_color("baseline", name, 0.25) for name in baselines]
+    # Two of them cost the same.
+    for trial in [result for result in sample_results if result.role != "baseline"]:
+        share = trial.model.corrections.num_evaluations / 24
+        colors.append(run_color(trial.role, trial.label, share))
+    assert all(re.fullmatch("#[0-9a-fA-F]{6}", color) for color in colors)
+    channels = [[int(color[start : start + 2], 16) for start in (1, 3, 5)] for color in colors]
+    assert min(math.dist(*pair) for pair in itertools.combinations(channels, 2)) > 10
 
 
 def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -13,10 +14,19 @@ from browser import BROWSER, page_text
 from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
-from orchestrator.reporting.front import Front, with_confidence
+from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sections import _scripts, render_page, sort_value
 from orchestrator.reporting.sweep_report import ReportResult
+from orchestrator.terminal.metrics import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    DECODE_MS,
+    KEEPS_99,
+    NFE,
+    ON_FRONT,
+)
 
 
 @pytest.fixture
@@ -30,6 +40,7 @@ def page_of(front: Front, *, name: str = "toy", notes: Sequence[str] = (), **con
     report = ReportResult(
         title=name,
         sentences=("The headline.", *notes),
+        notes=tuple(notes),
         folder=Path(),
         workspace=Path(),
         sweeps=(StoredSweep(name=name, key="key", results=(), **stored),),
@@ -89,6 +100,33 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
     assert titles == ["schedule", "sweep", "NFE", "accuracy %", "of full", "front"]
     for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
         assert sorted(cells, key=lambda text: float(sort_value(text))) == cells
+
+
+def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, sample_evaluations):
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
+    chart = charts_in(page_of(front, notes=["A note."]))[0]
+    costs, qualities = (
+        next(param["bind"]["options"] for param in chart["params"] if param["name"] == name)
+        for name in ("cost", "quality")
+    )
+    pairs = list(itertools.product(costs, qualities))
+    said = dict(zip(pairs, chart["usermeta"]["sentences"], strict=True))
+    assert said[NFE, ACCURACY] == ["The headline.", "A note."], "those of the report"
+    for (cost, quality), sentences in said.items():
+        assert sentences[1] == "A note."
+        if (cost, quality) != (NFE, ACCURACY):
+            of_axes = front.on(FrontAxes(cost, quality))
+            assert [sentences[0], *sentences[2:]] == findings(of_axes)
+    assert "decoding time" in said[DECODE_MS, ACCURACY][0]
+    assert "bits per byte" in said[NFE, BITS_PER_BYTE][0]
+    # The draws of a quality hold for every cost, but who is on the front does not.
+    on_time = front.on(FrontAxes(DECODE_MS, ACCURACY))
+    assert on_time.intervals == front.intervals
+    assert KEEPS_99 in on_time.table
+    assert ON_FRONT not in on_time.table
+    other = front.on(FrontAxes(NFE, BITS_PER_BYTE))
+    assert not other.intervals
+    assert not any(name.startswith("paired/") for name in other.table)
 
 
 @pytest.mark.slow
