@@ -9,7 +9,7 @@ trained: a teacher that has forgotten much would excuse its students.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.records.evaluation import BITS_METRIC
@@ -46,16 +46,18 @@ class Loss:
         return f"{self.lost.value:.{digits}f} ({low} to {high}) {_unit(self.task, self.is_bits)}"
 
     @property
-    def excess(self) -> float:
-        """How far the loss is above its bound; below 0 where it is within."""
-        return self.lost.value - self.bound
+    def share_of_bound(self) -> float:
+        """The loss as a share of its bound; where nothing may be lost, the loss itself."""
+        return self.lost.value / self.bound if self.bound else self.lost.value
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "task": self.task,
             "unit": "bits per byte" if self.is_bits else "points",
-            **{"lost" if name == "value" else name: v for name, v in asdict(self.lost).items()},
+            "lost": self.lost.value,
+            "low": self.lost.low,
+            "high": self.lost.high,
             "bound": self.bound,
             "kept": self.is_kept,
         }
@@ -80,12 +82,12 @@ def find_losses(
             continue
         is_bits = paired.metrics[task] == BITS_METRIC
         scale = 1.0 if is_bits else -100.0
-        for key, found in losses.items():
+        for key, losses_of_model in losses.items():
             change = scores.difference(paired.places[key], of_source)
             low, high = sorted((scale * change.low, scale * change.high))
             lost = Interval(scale * change.value, low, high)
-            found.append(Loss(task=task, lost=lost, bound=bound, is_bits=is_bits))
-    return {key: tuple(found) for key, found in losses.items() if found}
+            losses_of_model.append(Loss(task=task, lost=lost, bound=bound, is_bits=is_bits))
+    return {key: tuple(of_model) for key, of_model in losses.items() if of_model}
 
 
 def loss_text(losses: Iterable[Loss]) -> str:
@@ -94,7 +96,7 @@ def loss_text(losses: Iterable[Loss]) -> str:
     Of several tasks, those that are lost stand there; if all are kept, the one that is nearest to
     its bound.
     """
-    ordered = sorted(losses, key=lambda loss: loss.excess, reverse=True)
+    ordered = sorted(losses, key=lambda loss: loss.share_of_bound, reverse=True)
     broken = [loss for loss in ordered if not loss.is_kept]
     if broken:
         return f"loses {' and '.join(loss.in_words for loss in broken)}"
@@ -102,8 +104,8 @@ def loss_text(losses: Iterable[Loss]) -> str:
 
 
 def bounds_sentence(bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ...]]) -> str:
-    """Return the sentence on how much a model may lose."""
-    are_bits = {loss.task: loss.is_bits for found in losses for loss in found}
+    """Return the sentence on how much a model may lose, and on tasks of which that is not known."""
+    are_bits = {loss.task: loss.is_bits for of_model in losses for loss in of_model}
     parts = []
     missing = []
     for name, bound in bounds.items():
