@@ -58,7 +58,8 @@ from orchestrator.workspace.provenance import content_key, installed_version
 DASHES = ([1, 0], [6, 4], [2, 2])
 """Of curves; the next one begins where the colors begin again."""
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.4.1.json"
-WIDTH, HEIGHT = 700, 400
+WIDTH = 700
+HEIGHT = 400
 """Size of a picture; on the page, a chart is as wide as its place."""
 LOW_HEIGHT = HEIGHT * 3 // 4
 PIXELS_PER_UNIT = 2
@@ -85,7 +86,9 @@ CONFIG = {
 }
 
 LEGEND = "filled: on the front; line: the best quality at each cost; bars: one standard error"
-TRIAL, FULL_MODEL, BASELINE = "trial", "full model", "baseline"
+TRIAL = "trial"
+FULL_MODEL = "full model"
+BASELINE = "baseline"
 STAR = "M0,-1L.24,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31L-.24,-.32Z"
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 TRIAL_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "triangle-left")
@@ -99,10 +102,14 @@ NAME_PLACES = (
 )
 """Where a name may stand, the best first: how it is aligned, and its distance from the model. Above
 and left of a member no other member is in the way."""
-NAME_WIDTHS, PHONE_WIDTH = (620, 250), 500
-"""Names are placed in charts of these widths, the second one below the width of a phone."""
-LETTER_WIDTH, LINE_HEIGHT = 6.9, 14
-PADDING_X, PADDING_Y = 44, 34
+PHONE_WIDTH = 500
+"""A chart of fewer pixels is on a phone."""
+NAME_WIDTHS = (620, 250)
+"""Names are placed in charts of these widths: on other devices, and on a phone."""
+LETTER_WIDTH = 6.9
+LINE_HEIGHT = 14
+PADDING_X = 44
+PADDING_Y = 34
 """Pixels from the outermost models to the edges of a chart."""
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
 TOOLTIP_METRICS = (
@@ -219,7 +226,9 @@ def front_chart(
     colors = [*islice(cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*islice(cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
     if mark_paper and front.axes.quality_metric.is_percent:
-        groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
+        groups.append(PAPER_MARK)
+        colors.append(INK)
+        shapes.append(CROSS)
     key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
     color = word("group", legend=key, scale={"domain": groups, "range": colors})
     shape = word("group", legend=key, scale={"domain": groups, "range": shapes})
@@ -246,8 +255,10 @@ def front_chart(
         if place
     ]
     name_look: Spec = {"fontSize": 12}
-    for place, each in zip(("align", "dx", "dy"), zip(*NAME_PLACES, strict=True), strict=True):
-        name_look[place] = {"expr": f"{json.dumps(each)}[datum.place]"}
+    # The chart looks up in lists how the name at a place is aligned and shifted.
+    by_place = zip(*NAME_PLACES, strict=True)
+    for name, values in zip(("align", "dx", "dy"), by_place, strict=True):
+        name_look[name] = {"expr": f"{json.dumps(values)}[datum.place]"}
 
     def paper_mark(stroke: str, stroke_width: float) -> Spec:
         return marks(
@@ -385,13 +396,14 @@ def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
     That is without a full model, on a loss, and on costs that vanilla of the full model's shape is
     not known to have.
     """
-    full, plain, cost = placed.full, vanilla_of(front.table), placed.axes.cost
+    full = placed.full
+    cost = placed.axes.cost
     if full is None or not placed.axes.quality_metric.is_percent:
         return None
     if cost == NFE:
         least: float | None = int(front.table["num_layers"][full["key"]])
     else:
-        vanilla = plain.get(full["key"])
+        vanilla = vanilla_of(front.table).get(full["key"])
         least = known(front.table.loc[vanilla].to_dict(), cost) if vanilla else None
     if least is None:
         return None
@@ -418,7 +430,8 @@ def _front_data(
         names: dict[str, str] = {}
         named: set[tuple[float, float]] = set()
         for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
-            key, point = row["key"], (row["cost"], row["quality"])
+            key = row["key"]
+            point = (row["cost"], row["quality"])
             marks[key]["members"].append(pair)
             if point not in named and (len(placed.members) <= MAX_NAMES or key in picks):
                 names[key] = labels[key]
@@ -431,21 +444,22 @@ def _front_data(
             names[row["key"]] = labels[row["key"]]
         for width in NAME_WIDTHS:
             places = place_names(placed, names, width, paper[pair])
-            for key, own in marks.items():
-                own["places"].append(places.get(key, -1))
+            for key, marks_of_model in marks.items():
+                marks_of_model["places"].append(places.get(key, -1))
     groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
-    found = []
+    drawn_rows = []
     for row in rows:
-        key, sweep = row["key"], row.get("sweep")
+        key = row["key"]
+        sweep = row.get("sweep")
         color = SERIES_COLORS[(front.sweeps.index(sweep) if sweep else 0) % len(SERIES_COLORS)]
         measured = {name: row[name] for name in row if name.startswith(("cost/", "quality/"))}
-        found.append(
+        drawn_rows.append(
             {name: value for name, value in measured.items() if value is not None}
             | {"label": labels[key], "group": groups.get(row["role"], sweep or TRIAL)}
             | {"color": color, **marks[key], "tip": _tooltip(row), "key": key}
         )
     # Trials first, so that full models and baselines are drawn above them.
-    return sorted(found, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
+    return sorted(drawn_rows, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
 
 
 def place_names(
@@ -467,38 +481,45 @@ def place_names(
     points = [(row["cost"], row["quality"], known(row, "error") or 0.0) for row in rows]
     costs, qualities, errors = np.array([*points, *([(*mark, 0.0)] if mark else [])]).T
     ends = np.stack([qualities - errors, qualities + errors])
-    low, high = HEIGHT - PADDING_Y, PADDING_Y
-    edges = (low, high) if placed.axes.higher_is_better else (high, low)
+    # Pixels count from the top.
+    lowest = HEIGHT - PADDING_Y
+    highest = PADDING_Y
+    edges = (lowest, highest) if placed.axes.higher_is_better else (highest, lowest)
     x = _pixels(costs, costs, (PADDING_X, width - PADDING_X))
-    y, tops, bottoms = (
-        _pixels(each, ends, edges)
-        for each in (qualities, *(ends if edges[0] < edges[1] else ends[::-1]))
-    )
+    y = _pixels(qualities, ends, edges)
+    tops, bottoms = (_pixels(values, ends, edges) for values in ends)
+    if edges[0] > edges[1]:
+        tops, bottoms = bottoms, tops
     circles = _boxes(x - 7, y - 7, x + 7, y + 7)
     bars = _boxes(x - 1, tops, x + 1, bottoms)[: len(rows)]
     inside = _boxes(2, 2, width - 2, HEIGHT - 2)
-    place_of = {row["key"]: place for place, row in enumerate(rows)}
+    number_of = {row["key"]: number for number, row in enumerate(rows)}
     shares = np.array([{"left": 0.0, "center": 0.5, "right": 1.0}[a] for a, _, _ in NAME_PLACES])
     right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
-    taken, found = np.empty((0, 4)), {}
+    taken = np.empty((0, 4))
+    place_by_key: dict[str, int] = {}
     for key, name in names.items():
-        if key not in place_of:
+        if key not in number_of:
             continue
-        own, size = place_of[key], LETTER_WIDTH * len(name)
-        left, middle = x[own] + right - shares * size, y[own] + down
-        free = _boxes(left, middle - LINE_HEIGHT / 2, left + size, middle + LINE_HEIGHT / 2)
-        lost = _covered(free, taken) + size * LINE_HEIGHT - _covered(free, inside)
-        covered = 10 * _covered(free, circles) + _covered(free, bars)
+        number = number_of[key]
+        size = LETTER_WIDTH * len(name)
+        left = x[number] + right - shares * size
+        middle = y[number] + down
+        boxes = _boxes(left, middle - LINE_HEIGHT / 2, left + size, middle + LINE_HEIGHT / 2)
+        # Pixels of each place that another name has, or that lie outside.
+        lost = _covered(boxes, taken) + size * LINE_HEIGHT - _covered(boxes, inside)
+        covered = 10 * _covered(boxes, circles) + _covered(boxes, bars)
         best = int(np.argmin(np.where(lost < 1, covered, np.inf)))
         if lost[best] < 1:
-            found[key] = best
-            taken = np.vstack([taken, free[best]])
-    return found
+            place_by_key[key] = best
+            taken = np.vstack([taken, boxes[best]])
+    return place_by_key
 
 
 def _pixels(values: Any, range_of: Any, edges: tuple[float, float]) -> Any:
     """Return where values stand between two edges, which are the ends of a range."""
-    least, most = range_of.min(), range_of.max()
+    least = range_of.min()
+    most = range_of.max()
     share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
     return edges[0] + (edges[1] - edges[0]) * share
 
@@ -507,29 +528,29 @@ def _boxes(left: Any, top: Any, right: Any, bottom: Any) -> Any:
     return np.stack(np.broadcast_arrays(left, top, right, bottom), axis=-1).reshape(-1, 4)
 
 
-def _covered(one: Any, other: Any) -> Any:
-    """Return the pixels of each box of the first kind that those of the other one cover."""
-    corners = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    sides = corners - np.maximum(one[:, None, :2], other[None, :, :2])
+def _covered(boxes: Any, covers: Any) -> Any:
+    """Return how many pixels of each box all covers cover, those of two covers twice."""
+    corners = np.minimum(boxes[:, None, 2:], covers[None, :, 2:])
+    sides = corners - np.maximum(boxes[:, None, :2], covers[None, :, :2])
     return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
 
 
 def _tooltip(row: Row) -> dict[str, str]:
     """Return title -> number of what a reader looks up of a model."""
     parts = (row["name"], row.get("sweep"), row["threshold"] and f"threshold {row['threshold']}")
-    found = {"title": ", ".join(part for part in parts if part)}
+    texts = {"title": ", ".join(part for part in parts if part)}
     for name in TOOLTIP_METRICS:
         if (value := row.get(name)) is not None:
             metric = metric_of(name)
             if metric.is_percent:
                 error = row.get(f"{name}_stderr")
-                found[metric.title] = format_with_error(value, error, is_percent=True) + "%"
+                texts[metric.title] = format_with_error(value, error, is_percent=True) + "%"
             else:
-                found[metric.title] = f"{value:,.4g}"
+                texts[metric.title] = f"{value:,.4g}"
     for name in (KEEPS_99, ON_FRONT):
         if row.get(name) is not None:
-            found[metric_of(name).title] = confidence_text(row[name])
-    return found
+            texts[metric_of(name).title] = confidence_text(row[name])
+    return texts
 
 
 # Influence, curves and depth
@@ -581,7 +602,8 @@ def influence_chart(
         raise ValueError("an influence heat map needs at least one correction")
     # Zero, and negative values from noise, get the color of the smallest positive influence.
     positive = [cell["influence"] for cell in cells if cell["influence"] > 0] or [1.0]
-    least, most = min(positive), max(positive)
+    least = min(positive)
+    most = max(positive)
     for cell in cells:
         cell["shown"] = max(cell["influence"], least)
         cell["ink"] = "white" if cell["shown"] ** 2 < least * most else "black"
@@ -598,7 +620,8 @@ def influence_chart(
             ("Layer", len(rows), {"reverse": True}),
         )
     )
-    x, y = number("from", **columns), number("top", **lines)
+    x = number("from", **columns)
+    y = number("top", **lines)
     domain = [least, most if most > least else 2 * least]
     bar: Spec = {"title": f"Influence ({metric})", "format": ".1~g", "orient": "bottom"}
     bar |= {"gradientLength": 180, "values": sorted({least, math.sqrt(least * most), most})}
@@ -607,13 +630,13 @@ def influence_chart(
     )
     edges = {"from": "correction - 0.5", "to": "correction + 0.5"}
     edges |= {"top": "layer - 0.5", "bottom": "layer + 0.5"}
-    own = [{"calculate": f"datum.{how}", "as": name} for name, how in edges.items()]
+    with_edges = [{"calculate": f"datum.{how}", "as": name} for name, how in edges.items()]
     area = {"x": x, "x2": {"field": "to"}, "y": y, "y2": {"field": "bottom"}, "color": color}
     middle = {"x": number("correction", **columns), "y": number("layer", **lines)}
     text = {**middle, "text": word("text"), "color": word("ink", scale=None)}
     layers = [
-        marks("rect", area, where=own),
-        marks("text", text, where=own, fontSize=12),
+        marks("rect", area, where=with_edges),
+        marks("text", text, where=with_edges, fontSize=12),
     ]
     if kept is not None:
         name = f"kept: {kept_name}" if kept_name else "kept"

@@ -39,16 +39,18 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import difference_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
-from orchestrator.terminal.metrics import ACCURACY, DECODE_MS, METRICS, NFE, OVERHEADS
+from orchestrator.terminal.metrics import ACCURACY, DECODE_MS, METRICS, NFE, OVERHEAD_NFE, OVERHEADS
 
-PAPER_OVERHEAD_SHARE, PAPER_KEPT_SHARE = 0.45, 0.994
+PAPER_OVERHEAD_SHARE = 0.45
+PAPER_KEPT_SHARE = 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
 CONFIDENCE = 0.95
 """Of keeping `PAPER_KEPT_SHARE` of the teacher's accuracy."""
-COMPARABLE, TOO_SMALL = 1.1, 1.2
-"""A student of comparable speed costs at most the first times vanilla's cost. Where a model without
-corrections takes more than the second times vanilla's time, the models are too small: their time
-is not that of the large products."""
+COMPARABLE = 1.1
+"""A student of comparable speed costs at most this many times vanilla's cost."""
+TOO_SMALL = 1.2
+"""Where a model without corrections takes more than this many times vanilla's time, the models are
+too small: their time is not that of the large products."""
 MAX_REASON_LENGTH = 28
 """Of a reason beside a claim that is not measured; the notes have all of them."""
 CLAIMS_TITLE = "The paper's claims"
@@ -145,20 +147,22 @@ def find_claims(front: Front) -> list[Claim]:
         "student_over_vanilla_ms": partial(evidence.student_over_vanilla, DECODE_MS),
         "kept_over_pcformer": evidence.kept_over_pcformer,
     }
-    found = []
+    judged_claims = []
     for claim in CLAIMS:
         try:
-            found.append(judges[claim.key](claim))
+            judged_claims.append(judges[claim.key](claim))
         except _Missing as reason:
-            found.append(replace(claim, about=str(reason)))
-    return found
+            judged_claims.append(replace(claim, about=str(reason)))
+    return judged_claims
 
 
 class _Evidence:
     """The models that claims compare, and their scores on the same items."""
 
     def __init__(self, front: Front) -> None:
-        self._front, self._teachers = front, teachers_of(front.table)
+        self._front = front
+        self._teachers = teachers_of(front.table)
+        """Key of a student -> key of its teacher."""
         self._rows: list[Row] = [*front.rows, *front.unmeasured]
         iiets = self._trained(DEFAULT_METHOD)
         shape = shape_of(iiets[-1]["trial"].facts) if iiets else None
@@ -166,21 +170,23 @@ class _Evidence:
 
     def _trained(self, method: str) -> list[Row]:
         """Return the models of a method that were trained from scratch, the costliest last."""
-        own = [r for r in self._rows if r["method"] == method and r["trial"].parent is None]
+        models = [r for r in self._rows if r["method"] == method and r["trial"].parent is None]
         if method != BASELINE_METHOD:
-            own = [row for row in own if (known(row, OVERHEADS[NFE][0]) or 0) > 0]
-        return sorted(own, key=lambda row: row[NFE])
+            models = [row for row in models if (known(row, OVERHEAD_NFE) or 0) > 0]
+        return sorted(models, key=lambda row: row[NFE])
 
     def _model(self, method: str) -> Row:
-        if not (own := self._trained(method)):
+        """Return the costliest model of a method that was trained from scratch."""
+        models = self._trained(method)
+        if not models:
             raise _Missing(f"no {NAMES[method]} on this front")
-        return own[-1]
+        return models[-1]
 
     def _students(self, teacher: Row) -> list[Row]:
-        own = [r for r in self._rows if self._teachers.get(r["key"]) == teacher["key"]]
-        if not own:
+        students = [r for r in self._rows if self._teachers.get(r["key"]) == teacher["key"]]
+        if not students:
             raise _Missing(f"no students of {teacher['label']} on this front")
-        return own
+        return students
 
     def _check_times(self, cost: str) -> None:
         if cost == DECODE_MS and (problem := busy_machine(self._rows)):
@@ -205,8 +211,9 @@ class _Evidence:
     @cached_property
     def _halves(self) -> list[PairedScores | None]:
         """The scores on those items whose hash is even, and on those whose hash is odd."""
-        own = {row["key"] for row in self._rows}
-        paired, basis = self._front.paired, self._front.basis
+        keys = {row["key"] for row in self._rows}
+        paired = self._front.paired
+        basis = self._front.basis
         if paired is None or basis is None:
             return [None, None]
         return [
@@ -214,7 +221,7 @@ class _Evidence:
                 {
                     key: [_half_of(run, half) for run in runs]
                     for key, runs in paired.evaluations.items()
-                    if key in own
+                    if key in keys
                 },
                 num_resamples=basis.num_resamples,
             )
@@ -243,7 +250,8 @@ class _Evidence:
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""
-        full, other = self._model(DEFAULT_METHOD), self._model(method)
+        full = self._model(DEFAULT_METHOD)
+        other = self._model(method)
         scores, (mine, theirs) = self._scores(full, other)
         return claim.judged(
             scores.difference(mine, theirs), f"{_described(full)}; {_described(other)}"
@@ -251,7 +259,8 @@ class _Evidence:
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
-        full, (overhead, share) = self._model(DEFAULT_METHOD), OVERHEADS[cost]
+        full = self._model(DEFAULT_METHOD)
+        overhead, share = OVERHEADS[cost]
         self._check_times(cost)
         if (known(full, overhead) or 0) <= 0:
             raise _Missing("no time of vanilla on this front that is below its IIET's")
@@ -259,14 +268,15 @@ class _Evidence:
         if not cheaper:
             raise _Missing(f"no student costs less than {full['label']}")
         shares = self._kept([(row, full) for row in cheaper])
-        kept = [
+        candidates = [
             (row, interval, float((draws >= PAPER_KEPT_SHARE).mean()))
             for row, (interval, draws) in zip(cheaper, shares, strict=True)
         ]
-        if sure := [each for each in kept if each[2] >= CONFIDENCE]:
-            row, interval, confidence = min(sure, key=lambda each: each[0][share])
+        sure = [candidate for candidate in candidates if candidate[2] >= CONFIDENCE]
+        if sure:
+            row, interval, confidence = min(sure, key=lambda candidate: candidate[0][share])
         else:  # The likeliest is shown.
-            row, interval, confidence = max(kept, key=lambda each: each[2])
+            row, interval, confidence = max(candidates, key=lambda candidate: candidate[2])
         failed: Verdict = "does not hold" if confidence <= 1 - CONFIDENCE else "not decided"
         return replace(
             claim,
@@ -288,12 +298,12 @@ class _Evidence:
         self._check_times(cost)
         if (least := known(vanilla, cost)) is None:
             raise _Missing("no time of vanilla on this front")
-        own = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
-        bare = [known(row, DECODE_MS) for row in own if known(row, OVERHEADS[NFE][0]) == 0]
+        iiets = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
+        bare = [known(row, DECODE_MS) for row in iiets if known(row, OVERHEAD_NFE) == 0]
         slowness = max((ms / least for ms in bare if ms and cost == DECODE_MS), default=0)
         if slowness > TOO_SMALL:
             raise _Missing(f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token")
-        students = [row for row in own if row["key"] in self._teachers]
+        students = [row for row in iiets if row["key"] in self._teachers]
         near = [row for row in students if row[cost] <= COMPARABLE * least]
         if not near:
             raise _Missing(
@@ -302,8 +312,9 @@ class _Evidence:
         (choice, places), (judge, _) = (self._scores(*near, vanilla, half=half) for half in (0, 1))
         best = int(np.argmax(choice.observed[places[:-1]]))
         num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
-        time, least_time = known(near[best], DECODE_MS), known(vanilla, DECODE_MS)
-        ratio = f" takes {time / least_time:.2f} times its time" if time and least_time else ""
+        time = known(near[best], DECODE_MS)
+        vanilla_time = known(vanilla, DECODE_MS)
+        ratio = f" takes {time / vanilla_time:.2f} times its time" if time and vanilla_time else ""
         return claim.judged(
             judge.difference(places[best], places[-1]),
             f"{_described(near[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
@@ -313,14 +324,14 @@ class _Evidence:
     def kept_over_pcformer(self, claim: Claim) -> Claim:
         """Judge whether IIET's students keep more than those of PCformer that cost as much."""
         self._model(DEFAULT_METHOD)  # No shape without it.
-        others = self._by_share(self._model(PCFORMER))
+        pcformers = self._by_share(self._model(PCFORMER))
         # The IIET that can be compared most often; of equal ones the costliest.
-        iiets = [self._by_share(teacher) for teacher in self._trained(DEFAULT_METHOD)]
-        own = max(iiets[::-1], key=lambda students: len(students.keys() & others.keys()))
-        shares = sorted(own.keys() & others.keys(), reverse=True)
+        families = [self._by_share(teacher) for teacher in self._trained(DEFAULT_METHOD)]
+        iiets = max(families[::-1], key=lambda students: len(students.keys() & pcformers.keys()))
+        shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
         if not shares:
             raise _Missing("no students of both at equal shares of their teachers' evaluations")
-        pairs = [students[share] for students in (own, others) for share in shares]
+        pairs = [students[share] for students in (iiets, pcformers) for share in shares]
         if len({_recipe_of(student["trial"]) for student, _ in pairs}) > 1:
             raise _Missing("the students of IIET and of PCformer were not distilled alike")
         kept = self._kept(pairs)
@@ -342,11 +353,11 @@ class _Evidence:
     def _by_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
         """Return share of the teacher's evaluations -> the first student that costs it, and the
         teacher."""
-        found: dict[float, tuple[Row, Row]] = {}
+        pairs: dict[float, tuple[Row, Row]] = {}
         for student in self._students(teacher):
             if student[NFE] < teacher[NFE]:
-                found.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
-        return found
+                pairs.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
+        return pairs
 
 
 def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
@@ -355,7 +366,7 @@ def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
     def part(result: TaskResult) -> TaskResult:
         places = [n for n, item in enumerate(result.items) if crc32(item.encode()) % 2 == half]
         items = [result.items[n] for n in places]
-        values = {name: [each[n] for n in places] for name, each in result.values.items()}
+        values = {name: [of_items[n] for n in places] for name, of_items in result.values.items()}
         return result.model_copy(update={"items": items, "values": values})
 
     results = {name: part(result) for name, result in evaluation.results.items()}
@@ -410,9 +421,9 @@ def _cells(claim: Claim) -> tuple[str, str]:
 def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
     """Return the metrics of a sweep's run: numbers, ends of intervals, and verdicts: 1 holds, 0 is
     not decided, -1 does not hold."""
-    found: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     for claim in claims:
         numbers = {"": claim.here, "_low": claim.low, "_high": claim.high}
         numbers["_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
-        found |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
-    return {name: value for name, value in found.items() if value is not None}
+        metrics |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
+    return {name: value for name, value in metrics.items() if value is not None}

@@ -42,13 +42,16 @@ def evaluation_table(
     The tasks of the models may differ; their average is over the metrics marked with a star. Beside
     a model stands its difference to the first one, if there are `differences`.
     """
-    names, models = [*evaluations], [*evaluations.values()]
+    names = [*evaluations]
+    models = [*evaluations.values()]
     by_place = {(one.model, one.task, one.metric): one.interval for one in differences}
 
-    def row(task: str, metric: str, found: Sequence[Mapping[str, float]], items: int) -> TableRow:
+    def row(
+        task: str, metric: str, by_model: Sequence[Mapping[str, float]], items: int
+    ) -> TableRow:
         plain = metric.removesuffix(" *")
         cells = []
-        for name, numbers in zip(names, found, strict=True):
+        for name, numbers in zip(names, by_model, strict=True):
             cells.append(_value_and_error(numbers, plain))
             if by_place and name != names[0]:
                 interval = by_place.get((name, task, plain))
@@ -58,12 +61,12 @@ def evaluation_table(
     rows = []
     for task in dict.fromkeys(name for model in models for name in model.results):
         results = [model.results.get(task) for model in models]
-        found = [result.metrics if result else {} for result in results]
+        by_model = [result.metrics if result else {} for result in results]
         one = next(result for result in results if result)
-        for metric in dict.fromkeys(name for numbers in found for name in numbers):
+        for metric in dict.fromkeys(name for numbers in by_model for name in numbers):
             if not metric.endswith(STDERR_SUFFIX):
                 mark = " *" if metric == one.accuracy_metric else ""
-                rows.append(row(task, metric + mark, found, one.num_items))
+                rows.append(row(task, metric + mark, by_model, one.num_items))
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
         most = max(model.num_accuracy_items for model in models)
@@ -148,10 +151,10 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
     }
 
     def share(cost: MeasuredCost, phase: str) -> list[str]:
-        own = cost.shares[phase]
-        cells = [f"{100 * own.measured:.1f} ± {100 * own.spread:.1f}"]
+        of_phase = cost.shares[phase]
+        cells = [f"{100 * of_phase.measured:.1f} ± {100 * of_phase.spread:.1f}"]
         for name in (PREDICTION, SIMPLEST):
-            cells += [f"{100 * own.predicted[name]:.1f}", f"{own.residual(name):+.1%}"]
+            cells += [f"{100 * of_phase.predicted[name]:.1f}", f"{of_phase.residual(name):+.1%}"]
         return cells
 
     heads = ["measured", f"by {PREDICTION}", f"{PREDICTION} off", "by NFE", "NFE off"]
@@ -311,11 +314,13 @@ def training_rows(
     training: Estimate, tokens: ExpectedTokens | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield what one training does, apart from its price."""
-    recipe, config = training.recipe, training.config
+    recipe = training.recipe
+    config = training.config
     yield "parameters", f"{num_parameters(config):,}"
     if tokens:
         yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
-    num_tokens, epochs = recipe.num_steps * recipe.num_tokens_per_step, ""
+    num_tokens = recipe.num_steps * recipe.num_tokens_per_step
+    epochs = ""
     if tokens and tokens.num_train_tokens:
         epochs = f", {num_tokens / tokens.num_train_tokens:.3g} epochs of the prepared ones"
     yield (

@@ -31,13 +31,15 @@ HIGH_CONFIDENCE = 0.95
 def findings(front: Front) -> list[str]:
     """Return what the front says: in one sentence, then how sure that is, and what stands beside
     it."""
-    full, kept = front.full, front.cheapest_keeping(KEPT_SHARE)
+    full = front.full
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
     if front.axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         return [f"Not measured: {problem}."]
-    kept = None if kept is full else kept
+    kept = front.cheapest_keeping(KEPT_SHARE)
+    if kept is full:
+        kept = None
     sentences = [_headline(front, full, kept)]
     controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
     if full["role"] == "teacher" and controls:
@@ -67,18 +69,18 @@ def _headline(front: Front, full: Row, kept: Row | None) -> str:
     quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
     if kept is not None:
         keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
-        said = f"{keeps} {_at_cost(front, kept)}"
+        sentence = f"{keeps} {_at_cost(front, kept)}"
         sure = front.keeps(kept)
         if front.basis and sure is not None and sure < HIGH_CONFIDENCE:
-            said += f", as far as {front.basis.num_items:,} items can tell"
-        return f"{said}."
+            sentence += f", as far as {front.basis.num_items:,} items can tell"
+        return f"{sentence}."
     cheaper = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
-    said = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
+    sentence = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
     if not cheaper:
-        return f"{said}."
+        return f"{sentence}."
     nearest = max(cheaper, key=lambda row: front.share(row) or 0.0)
     share = f"with {_share(front, nearest)} {_at_cost(front, nearest)}"
-    return f"{said}; {nearest['label']} comes nearest, {share}."
+    return f"{sentence}; {nearest['label']} comes nearest, {share}."
 
 
 def _name(full: Row) -> str:
@@ -106,13 +108,13 @@ def _at_cost(front: Front, row: Row) -> str:
 
 def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
     """Return how sure it is that a model keeps its share, and which model surely does."""
-    said = (
+    sentence = (
         f"That {kept['label']} keeps {KEPT_SHARE:.0%} has a confidence of {confidence_text(sure)}"
     )
     if (on_front := known(kept, ON_FRONT)) is not None:
-        said += f", that it is on the front one of {confidence_text(on_front)}"
+        sentence += f", that it is on the front one of {confidence_text(on_front)}"
     if sure >= HIGH_CONFIDENCE:
-        return f"{said}."
+        return f"{sentence}."
     surely = [
         row
         for row in front.rows
@@ -122,14 +124,15 @@ def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
     ]
     at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
     if not surely:
-        return f"{said}; no cheaper model than {full['label']} keeps it {at_least}."
+        return f"{sentence}; no cheaper model than {full['label']} keeps it {at_least}."
     cheapest = describe_model(front, min(surely, key=lambda row: row["cost"]))
-    return f"{said}; the cheapest that keeps it {at_least} is {cheapest}."
+    return f"{sentence}; the cheapest that keeps it {at_least} is {cheapest}."
 
 
 def describe_model(front: Front, row: Row) -> str:
     """Return one clause on a model: its name, quality, cost and confidence."""
-    full, share = front.full, front.share(row)
+    full = front.full
+    share = front.share(row)
     text = f"{row['label']} with {_quality(front, row)}"
     if full is not None and share is not None and full["cost"]:
         text += f", {share:.1%} of {_of(full)}, {_at_cost(front, row)}"
@@ -271,12 +274,12 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
         raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
     if not 0 <= confidence <= 1:
         raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
-    asked = {"keep": keep, **others}
-    given = {name: v for name, v in asked.items() if v is not None and v is not False}
-    if len(given) > 1:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+    values = {"keep": keep, **others}
+    rules = {name: v for name, v in values.items() if v is not None and v is not False}
+    if len(rules) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in rules)
         raise UserError(f"pick takes one rule; got {options}")
-    name, value = next(iter(given.items()), ("keep", KEPT_SHARE))
+    name, value = next(iter(rules.items()), ("keep", KEPT_SHARE))
     if name == "keep":
         return PickRule(name=name, share=value, confidence=confidence)
     if confidence:

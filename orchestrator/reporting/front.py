@@ -292,7 +292,8 @@ class Front:
         box = self.hypervolume_box
         if not self.members or box is None:
             return None
-        cost, (worst, full) = box["cost"], box["quality"]
+        cost = box["cost"]
+        worst, full = box["quality"]
         if cost <= 0 or full == worst:
             return None
         sign = -1.0 if self.axes.higher_is_better else 1.0
@@ -307,7 +308,8 @@ class Front:
         """
         if self.full is None:
             return None
-        part, whole = row["quality"], self.full["quality"]
+        part = row["quality"]
+        whole = self.full["quality"]
         if not self.axes.higher_is_better:
             part, whole = whole, part
         return float(part / whole) if whole else None
@@ -376,7 +378,8 @@ def busy_machine(rows: Iterable[Row]) -> str | None:
     """Return that times per token decide nothing, because a model's vary too much; None if not."""
     shares = {}
     for row in rows:
-        time, spread = known(row, DECODE_MS), known(row, DECODE_MS_SPREAD)
+        time = known(row, DECODE_MS)
+        spread = known(row, DECODE_MS_SPREAD)
         if time and spread is not None:
             shares[row["label"]] = spread / time
     label = max(shares, key=lambda name: shares[name], default="")
@@ -449,7 +452,9 @@ def with_confidence(
     """
     from pandas import DataFrame
 
-    rows, full, axes = front.rows, front.full, front.axes
+    rows = front.rows
+    full = front.full
+    axes = front.axes
     runs = {
         row["key"]: [items[seed.key] for seed in row["seeds"]]
         for row in rows
@@ -458,7 +463,8 @@ def with_confidence(
     paired = pair_scores(runs, num_resamples=num_resamples) if full and len(runs) > 1 else None
     if full is None or paired is None:
         return replace(front, kept_share=kept_share)
-    scores, number_of = paired.quality(axes.quality), paired.places
+    scores = paired.quality(axes.quality)
+    number_of = paired.places
     num_items = paired.num_items(axes.quality)
     others = [full, *(r for r in rows if r["role"] in BESIDE_ROLES and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}

@@ -55,8 +55,10 @@ class ModelCard:
 
     def to_markdown(self) -> str:
         """Return the whole card."""
-        config, cost = self.config, inference_cost(self.config)
-        evaluations, share = cost.evaluations_per_token, ""
+        config = self.config
+        cost = inference_cost(config)
+        evaluations = cost.evaluations_per_token
+        share = ""
         if self.full is not None:
             full = inference_cost(self.full).evaluations_per_token
             share = f", {evaluations / full:.0%} of the {full} of the full model"
@@ -135,16 +137,16 @@ class ModelCard:
                     rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
         heads = ("task", "metric", "value", "standard error", "items")
         lines = [markdown_table(heads, rows, left=(0, 1)), ""]
-        own = [name for name in evaluation.results if is_heldout_task(name)]
-        others = [name for name in evaluation.results if name not in own]
-        if own:
-            names = ", ".join(f"`{name}`" for name in own)
+        heldout = [name for name in evaluation.results if is_heldout_task(name)]
+        public = [name for name in evaluation.results if name not in heldout]
+        if heldout:
+            names = ", ".join(f"`{name}`" for name in heldout)
             lines.append(
                 "These tasks are made from data that were held out of the model's training: "
                 f"{names}. lm-eval does not have them; `iiet-orch evaluate` measures them."
             )
-        if others:
-            lines += [""] if own else []
+        if public:
+            lines += [""] if heldout else []
             arguments = "pretrained=FOLDER"
             if not is_plain(self.config):
                 arguments += ",trust_remote_code=True"
@@ -152,7 +154,7 @@ class ModelCard:
                 arguments += ",dtype=float32"
             lines.append(
                 f"`lm_eval --model hf --model_args {arguments} --tasks "
-                f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that "
+                f"{','.join(public)}` gives the same numbers. Add `--include_path` for tasks that "
                 "are not part of lm-eval, and `--limit` for fewer items than a task has."
             )
         if self.is_rounded:

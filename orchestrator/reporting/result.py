@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-MAX_SHOWN, NOTEBOOK_WIDTH = 100, 130
-"""Letters of a field that `repr` shows, and of a line in a notebook."""
+MAX_SHOWN = 100
+"""Letters of a field that `repr` shows."""
+NOTEBOOK_WIDTH = 130
+"""Letters of a line in a notebook."""
 
 
 class Result(BaseModel):

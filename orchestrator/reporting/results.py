@@ -42,8 +42,10 @@ CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
 CONTROLS_TITLE = "Controls of a teacher with a source"
 """Title of the facts that say what the controls are, by name."""
-SETTINGS_TITLE, PROVENANCE_TITLE = "Settings", "Provenance"
-"""Titles of the facts that hold the settings, and what the sweep was made with."""
+SETTINGS_TITLE = "Settings"
+"""Title of the facts that hold the settings."""
+PROVENANCE_TITLE = "Provenance"
+"""Title of the facts that say what the sweep was made with."""
 DESCRIBING_COLUMNS = ("name", "role", "method", "num_layers", "schedule", "threshold")
 """What the table says of a model beside its numbers."""
 
@@ -122,19 +124,19 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     """
     check_name(name, "the sweep")
     path = workspace.sweeps / name / RESULTS_FILE
-    found = StoredSweep.read(path)
-    if found is None and (workspace.sweeps / name).is_dir():
+    sweep = StoredSweep.read(path)
+    if sweep is None and (workspace.sweeps / name).is_dir():
         raise UserError(
             f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
         )
-    if found is None:
-        known = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
-        offer = ", ".join(known)
-        offer = f"there are: {offer}" if offer else "run `iiet-orch sweep-threshold` first"
+    if sweep is None:
+        names = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
+        listed = f"there are: {', '.join(names)}"
+        offer = listed if names else "run `iiet-orch sweep-threshold` first"
         raise UserError(f"no sweep is called {name!r} in {workspace.root}; {offer}")
-    check_name(found.name, f"{path} is damaged: name")
-    check_name(found.key, f"{path} is damaged: key")
-    return found.model_copy(update={"name": name})
+    check_name(sweep.name, f"{path} is damaged: name")
+    check_name(sweep.key, f"{path} is damaged: key")
+    return sweep.model_copy(update={"name": name})
 
 
 def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str, EvaluationResult]:
@@ -144,15 +146,16 @@ def load_item_values(workspace: Workspace, results: Iterable[Trial]) -> dict[str
         DamagedFile: If a stored evaluation is damaged.
     """
     store = EvaluationStore(workspace.evaluations)
-    found = {r.key: store.load(r.evaluation) for r in results if r.evaluation}
-    return {key: evaluation for key, evaluation in found.items() if evaluation}
+    evaluations = {r.key: store.load(r.evaluation) for r in results if r.evaluation}
+    return {key: evaluation for key, evaluation in evaluations.items() if evaluation}
 
 
 def item_notes(results: Sequence[Trial], items: Mapping[str, EvaluationResult]) -> list[str]:
     """Return sentences on tasks that are in no average and on models without values of items."""
     skipped: dict[str, str] = {}
-    for found in filter(None, (items.get(result.key) for result in results)):
-        skipped |= found.skipped
+    for result in results:
+        if evaluation := items.get(result.key):
+            skipped |= evaluation.skipped
     notes = [f"Averages do not include {name}: {reason}." for name, reason in skipped.items()]
     lacking = [result.name for result in results if result.key not in items]
     if items and lacking:
@@ -239,7 +242,8 @@ def with_overhead(table: DataFrame) -> DataFrame:
     without it. A column of which no number is known is left out.
     """
     keys = table["key"]
-    vanilla, teacher = keys.map(vanilla_of(table)), keys.map(teachers_of(table))
+    vanilla = keys.map(vanilla_of(table))
+    teacher = keys.map(teachers_of(table))
     table = table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore")
     for cost, (overhead, share) in OVERHEADS.items():
         if cost not in table:
@@ -249,8 +253,9 @@ def with_overhead(table: DataFrame) -> DataFrame:
             plain = table["num_layers"]
         beyond = table[cost] - plain
         of_teacher = teacher.map(beyond)
-        found = {overhead: beyond, share: beyond / of_teacher.where(of_teacher > 0)}
-        table = table.assign(**{name: each for name, each in found.items() if each.notna().any()})
+        columns = {overhead: beyond, share: beyond / of_teacher.where(of_teacher > 0)}
+        measured = {name: column for name, column in columns.items() if column.notna().any()}
+        table = table.assign(**measured)
     return table
 
 
@@ -263,12 +268,14 @@ def shape_of(model: ModelConfig | OtherModel) -> ModelConfig | OtherModel:
 
 def vanilla_of(table: DataFrame) -> dict[str, str]:
     """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-    found: dict[ModelConfig | OtherModel, str] = {}
+    vanilla_of_shape: dict[ModelConfig | OtherModel, str] = {}
     shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
         if trial.method == BASELINE_METHOD:
-            found[shapes[key]] = str(key)
-    return {key: found[shape] for key, shape in shapes.items() if shape in found}
+            vanilla_of_shape[shapes[key]] = str(key)
+    return {
+        key: vanilla_of_shape[shape] for key, shape in shapes.items() if shape in vanilla_of_shape
+    }
 
 
 def teachers_of(table: DataFrame) -> dict[str, str]:
@@ -277,20 +284,24 @@ def teachers_of(table: DataFrame) -> dict[str, str]:
     Students share their teacher's weights key, and one that was trained, or only pruned, also says
     where these weights are.
     """
-    own: dict[str, str] = {}
+    key_of_checkpoint: dict[str, str] = {}
     teacher_weights: dict[str, str] = {}
     for key, seeds in table["seeds"].items():
         for seed in seeds:
             if seed.parent is None:
-                own[str(seed.checkpoint)] = str(key)
+                key_of_checkpoint[str(seed.checkpoint)] = str(key)
             elif seed.job:
                 folder = seed.job.teacher_folder or seed.job.initial_folder
                 teacher_weights[seed.parent] = str(folder)
             elif not seed.is_elastic:
                 teacher_weights[seed.parent] = str(seed.checkpoint)
     parents = {str(k): trial.parent for k, trial in table["trial"].items() if trial.role == "trial"}
-    found = {key: own.get(teacher_weights.get(str(parent), "")) for key, parent in parents.items()}
-    return {key: teacher for key, teacher in found.items() if teacher}
+    teachers = {}
+    for key, parent in parents.items():
+        teacher = key_of_checkpoint.get(teacher_weights.get(str(parent), ""))
+        if teacher:
+            teachers[key] = teacher
+    return teachers
 
 
 def shown_name(trial: Trial) -> str:
@@ -376,11 +387,11 @@ def read_training_curves(
     and the baselines have their own chart, because they start from random weights and would flatten
     the students' curves.
     """
-    own = {result.key for result in sweep.results}
+    keys = {result.key for result in sweep.results}
     students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
     for row in rows:
-        seeds = [seed for seed in row["seeds"] if seed.key in own]
+        seeds = [seed for seed in row["seeds"] if seed.key in keys]
         for result in seeds:
             name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
             if folder := sweep.journal_of(result):

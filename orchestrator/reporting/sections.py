@@ -111,9 +111,9 @@ class Table:
     def _widths(self) -> list[int]:
         texts = [[column.title] for column in self.columns]
         for row in self.rows:
-            for own, cell in zip(texts, row.cells, strict=True):
-                own += cell.split("\n")
-        return [max(map(cell_len, own)) for own in texts]
+            for lines, cell in zip(texts, row.cells, strict=True):
+                lines += cell.split("\n")
+        return [max(map(cell_len, lines)) for lines in texts]
 
     def _width(self, columns: Iterable[int]) -> int:
         # Two spaces after each column, one before all.

@@ -187,7 +187,8 @@ class PairedScores:
 
     def _units(self, quality: str) -> list[list[str]]:
         """Return the tasks of a quality; those of one list count as one task."""
-        key, metrics = quality.removeprefix("quality/"), self.metrics
+        key = quality.removeprefix("quality/")
+        metrics = self.metrics
         averaged = [task for task in metrics if task not in self.beside]
         if key == BITS_METRIC:
             return [[task] for task in averaged if metrics[task] == BITS_METRIC]
@@ -216,7 +217,8 @@ def pair_scores(
     """
     runs = [run for seeds in evaluations.values() for run in seeds]
     num_seeds = [len(seeds) for seeds in evaluations.values() if seeds]
-    items, left_out = {}, {}
+    items: dict[str, ItemValues] = {}
+    left_out: dict[str, int] = {}
     for name in dict.fromkeys(name for run in runs for name in run.results):
         results = [run.results[name] for run in runs if name in run.results]
         positions = [_positions(result) for result in results]

@@ -169,9 +169,9 @@ def models_table(front: Front, title: str = "") -> Table:
     columns.append((Column("front", is_text=True), front.verdict))
 
     cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]
-    shown = [(column, own) for column, own in cells if not column.priority or any(own)]
+    shown = [(column, texts) for column, texts in cells if not column.priority or any(texts)]
     rows = [
-        TableRow([own[number] for _, own in shown], kind=row_kind(row), key=row["key"])
+        TableRow([texts[number] for _, texts in shown], kind=row_kind(row), key=row["key"])
         for number, row in enumerate(front.rows)
     ]
     return Table([column for column, _ in shown], rows, title)
@@ -190,7 +190,7 @@ def task_tables(front: Front) -> list[Table]:
     for task, metric in metrics.items():
         title = task if task == metric else f"{task} ({metric})"
         tables.append(_task_table(front, task, title, is_percent="bits" not in metric))
-    return [each for each in tables if each.rows]
+    return [table for table in tables if table.rows]
 
 
 def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) -> Table:
@@ -201,16 +201,19 @@ def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) ->
     names = sorted(others, key=lambda name: name != full)
     rows = []
     for row in front.rows:
-        own = front.intervals.get((row["key"], measured, ""))
-        if own is None:
+        score = front.intervals.get((row["key"], measured, ""))
+        if score is None:
             continue
-        scale, digits = scale_and_digits(own.value, is_percent=is_percent)
-        found = (front.intervals.get((row["key"], measured, name)) for name in names)
-        cells = (
-            *(row["label"], format_with_error(own.value, None, is_percent=is_percent)),
-            f"{scale * own.low:.{digits}f} to {scale * own.high:.{digits}f}",
-            *(difference_text(each, is_percent=is_percent) if each else "" for each in found),
-        )
+        scale, digits = scale_and_digits(score.value, is_percent=is_percent)
+        cells = [
+            row["label"],
+            format_with_error(score.value, None, is_percent=is_percent),
+            f"{scale * score.low:.{digits}f} to {scale * score.high:.{digits}f}",
+        ]
+        for name in names:
+            difference = front.intervals.get((row["key"], measured, name))
+            text = difference_text(difference, is_percent=is_percent) if difference else ""
+            cells.append(text)
         rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
     columns = [Column("model", is_text=True), Column("score %" if is_percent else "score")]
     columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
