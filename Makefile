@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 TESTS ?=
 # Words of the names of faults in tests/mutants.toml that `make mutants` tries; all if empty.
 MUTANTS ?=
+# How many changes of the code `make mutants-random` draws, and from which seed.
+N ?= 60
+SEED ?= 1
 INSTALLED := $(VENV)/.installed
 # Several test files at a time, and all files that need Ray in one process (tests/conftest.py). Slow
 # tests wait for servers and for Ray, so three of them keep two cores busy.
@@ -18,10 +21,10 @@ PARALLEL := --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long test-floors test-wheel mutants wheel lint format docs docs-links bench gpu ui clean
+.PHONY: help demo test test-quick test-long test-floors test-wheel mutants mutants-random wheel lint format docs docs-links bench gpu ui clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Install, then run everything on a generated task (CPU, minutes)
 	$(BIN)/iiet-orch quickstart
@@ -33,7 +36,7 @@ test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
 test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
-	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "long and not installs" $(TESTS)
+	IIET_LAW_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "(long or law) and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)
 	$(BIN)/python -m pytest -m installs tests/behaviour/test_empty_environments.py
@@ -45,6 +48,9 @@ test-floors: ## Run the quick tests with the lowest versions that pyproject.toml
 
 mutants: $(INSTALLED) ## Put known faults into a copy of the code, and check that tests notice
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+mutants-random: $(INSTALLED) ## Change the code at N random places (SEED), and see what tests notice
+	$(BIN)/python tests/random_mutants.py --number $(N) --seed $(SEED) $(TESTS)
 
 wheel: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m hatchling build

@@ -22,6 +22,7 @@ import pytest
 from commands import run_here, settings_options
 from copied_database import copy_databases
 from hypothesis import HealthCheck, settings
+from laws import USUAL_EXAMPLES, examples
 from small_size import SMALL
 from terminal import unanswered
 
@@ -38,7 +39,12 @@ TAKEN: Counter[str] = Counter()
 gc.disable()
 
 # No deadline: on a busy machine any example may take a second.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=examples(USUAL_EXAMPLES),
+)
 settings.load_profile("patient")
 
 # Set before PyTorch is imported. Tiny models gain nothing from a second thread, and on a busy
@@ -63,7 +69,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest reads the marks for `-m`.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Add the marks that follow from others, and say who runs a test and when.
+    """Add the marks that follow from others and from hypothesis, and say who runs a test and when.
 
     A file runs in one process, because of its fixtures, and all files that need Ray in the same.
     They come first; the others follow by their seconds in the last run, where it is known, so that
@@ -73,6 +79,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker(mark):
                 item.add_marker(implied)
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("law")
     slow = Counter(item.path.stem for item in items if item.get_closest_marker("slow"))
     seconds = {**slow, **_stored_seconds(config)}
     left_out = config.getoption("markexpr").removeprefix("not ")

@@ -26,7 +26,7 @@ import time
 import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,16 +161,18 @@ def start(run: Run) -> int:
         os._exit(status)
 
 
-def run_all(mutants: list[Mutant], copies: list[Path]) -> Iterator[tuple[Run, int]]:
+def run_all(mutants: Iterable[Mutant], copies: list[Path]) -> Iterator[tuple[Run, int]]:
     """Yield each fault's run and exit code when it ends, as many at a time as there are copies."""
-    waiting, free, running = list(mutants), list(copies), dict[int, Run]()
-    while waiting or running:
-        while waiting and free:
-            mutant, copy = waiting.pop(0), free.pop()
+    waiting, free, running = iter(mutants), list(copies), dict[int, Run]()
+    while True:
+        while free and (mutant := next(waiting, None)):
+            copy = free.pop()
             original = (copy / mutant.file).read_text()
             write_source(copy / mutant.file, original.replace(mutant.old, mutant.new))
             run = Run(mutant, copy, original, time.monotonic())
             running[start(run)] = run
+        if not running:
+            return
         process, status = os.wait()
         run = running.pop(process)
         yield run, os.waitstatus_to_exitcode(status)

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import FACTOR_VARIABLE, examples
 
 
 def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process(request):
@@ -20,3 +23,22 @@ def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process
     under_ray.fixturenames.append("ray_session")
     plugin.pytest_collection_modifyitems(request.config, [under_ray])
     assert next(under_ray.iter_markers("xdist_group")).args == ("ray",)
+
+
+@given(number=st.integers())
+def test_of_random_numbers_are_laws(number):
+    assert number + 1 > number
+
+
+def test_long_runs_try_a_law_on_more_examples(request, monkeypatch):
+    marks = {
+        item.name: item.get_closest_marker("law") is not None
+        for item in request.session.items
+        if item.path == request.path
+    }
+    assert marks.pop("test_of_random_numbers_are_laws", True)
+    assert not any(marks.values())
+    monkeypatch.delenv(FACTOR_VARIABLE, raising=False)
+    assert examples(7) == 7
+    monkeypatch.setenv(FACTOR_VARIABLE, "20")
+    assert examples(7) == 140

@@ -468,7 +468,7 @@ def compile_layers(
     from torch._functorch import config
 
     torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
-    # Dynamo would split each field where the buckets of `replicate` end, so that gradients are sent
+    # Dynamo would split each field where the buckets of `Copies` end, so that gradients are sent
     # while the rest of a graph runs. A field is evaluated several times, so its gradients wait for
     # the first evaluation anyway, and each cut keeps tensors that a whole graph recomputes (81 GiB
     # instead of 70 for the 340M recipe, traced).
@@ -530,10 +530,10 @@ def compile_a_field(
         decoder: As a whole, after `compile_layers`; shards would have to be gathered.
         compilation: What `compile_layers` has returned; gets the result.
     """
-    layer: Any = decoder.model.layers[0]
+    layer: Any = decoder.model.layers[-1]  # The first ones may be frozen.
     sizes = (num_sequences, num_tokens, decoder.config.dim)
     point = torch.zeros(sizes, device=world.device, requires_grad=True)
-    context = make_context(point, decoder.rope)
+    context = make_context(point, decoder.rope, windows=decoder.config.windows)
     with autocast(precision, world):
         layer.field(point, context)
     share_failed = mean_over_workers({"failed": float(compilation.has_failed)}, world)["failed"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 from model_cases import (
     VOCAB,
     assert_same,
@@ -38,7 +39,7 @@ def of_every_method(*others, max_examples=5):
 
     def decorate(law):
         @pytest.mark.parametrize("method", METHODS)
-        @settings(max_examples=max_examples)
+        @settings(max_examples=examples(max_examples))
         @given(st.data())
         def test(method, data):
             law(data.draw(models((method,))), *map(data.draw, others))
@@ -245,7 +246,7 @@ def test_more_tokens_than_the_context_are_refused(method):
         decoder(tokens(1, 10), cache=cache)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(models(("iiet",)))
 def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decoder):
     """With rows of C that pick the layer's own estimate, `h_l = P_l(F_l(h_{l-1}))`."""
@@ -270,7 +271,7 @@ def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decode
         torch.testing.assert_close(iiet(tokens(2, TIME)), vanilla(tokens(2, TIME)), **NEAR)
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(st.integers(0, 3), st.integers(1, 3))
 def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights(r, num_layers):
     looped = make_model("looped", (r,) * num_layers)
@@ -289,7 +290,7 @@ def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights
 
 
 @pytest.mark.parametrize(("method", "order"), [("vanilla", 1), ("ode_rk2", 2), ("ode_rk4", 4)])
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(z=st.floats(0.005, 0.02))
 def test_order_of_convergence(method, order, z):
     """Halving the step of `x' = z x` divides the error of one step by `2^(order + 1)`."""

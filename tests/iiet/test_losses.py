@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
@@ -67,7 +68,7 @@ def test_gradient_equals_finite_differences(kind, monkeypatch):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.sampled_from(KINDS), st.integers(0, 10_000), st.floats(1e-5, 30), st.floats(0.2, 5))
 def test_never_negative_however_close(kind, seed, scale, temperature):
     teacher = random_logits(1, 4, 33, seed=seed, dtype=torch.float32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exported_folder import found_by
 from hypothesis import given, settings
+from laws import examples
 from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
@@ -59,7 +60,7 @@ def generated(model, ids, mask, **options):
     return model.generate(ids, attention_mask=mask.long())
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(models(), paddings())
 def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, mask):
     model, ids = transformers_model(decoder), tokens(2, 9)

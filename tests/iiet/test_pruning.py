@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from iiet.pruning import (
     InfluenceTable,
@@ -91,7 +92,7 @@ def test_within_takes_the_most_expensive_member_that_fits(influence, max_evaluat
             family.within(nfe=max_evaluations)
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(influences, st.data())
 def test_knapsack_equals_trying_every_schedule(score, data):
     """In evaluations, and under any cost that adds up, as FLOPs do."""

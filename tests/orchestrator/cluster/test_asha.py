@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
@@ -79,7 +80,7 @@ class Race:
             self.validate(label, self.reached[label] + gap)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(CURVES, st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_best_at_a_rung_continues_whoever_came_first(
     tmp_path_factory, losses, reduction_factor, gap, seed

@@ -22,7 +22,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from orchestrator import cli, plan_pretrain
+from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.hub import DRY_RUN, download, hub_problem, model_folder_name, offline
 from orchestrator.models.open import load_model, model_labels, open_model, open_models
@@ -336,6 +336,8 @@ DRY_RUNS = [
 def test_a_dry_run_connects_to_nothing_also_where_a_run_needs_the_hub(
     hub, space, capfd, monkeypatch
 ):
+    from orchestrator import plan_pretrain
+
     connections = list[str]()
 
     def refuse(*arguments: Any, **_: Any) -> None:

@@ -11,6 +11,7 @@ import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
@@ -53,7 +54,7 @@ def places(front: Front) -> list[tuple[float, float]]:
 numbers = st.integers(0, 6).map(float)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
 def test_the_front_equals_its_definition_also_on_a_loss(points):
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -1,0 +1,119 @@
+"""A change of the code is one expression, and the tests that run it are known."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+from random_mutants import (
+    RECORD_VARIABLE,
+    ROOT,
+    changes_of,
+    covering_tests,
+    draw_changes,
+    functions_of,
+)
+
+CODE = '''\
+"""Ä text before it: 1 + 2."""
+
+LIMIT = 3
+
+
+class Wide:
+    @property
+    def size(self, least: int = 4) -> int:
+        """Return 5."""
+        é, ö = 1, -self.width  # Two bytes each.
+        if not least < é <= ö:
+            raise ValueError(f"{least + 1} is too much")
+        return call(least, ö, flag=True) // 2
+'''
+
+
+def test_each_change_replaces_an_expression_that_is_computed():
+    [(function, name)] = functions_of(ast.parse(CODE))
+    assert name == "Wide.size"
+    changes = changes_of("wide.py", CODE, name, function)
+    assert {change.function_line for change in changes} == {7}
+    replaced = [(change.line, CODE[change.start : change.end], change.new) for change in changes]
+    assert sorted(replaced) == [
+        (10, "-self.width", "(+self.width)"),
+        (10, "1", "2"),
+        (11, "least < é <= ö", "(least < é < ö)"),
+        (11, "least < é <= ö", "(least <= é <= ö)"),
+        (11, "not least < é <= ö", "(least < é <= ö)"),
+        (13, "2", "3"),
+        (13, "True", "False"),
+        (13, "call(least, ö, flag=True)", "(call(least, ö))"),
+        (13, "call(least, ö, flag=True)", "(call(ö, least, flag=True))"),
+        (13, "call(least, ö, flag=True) // 2", "(call(least, ö, flag=True) * 2)"),
+    ]
+    for change in changes:
+        assert ast.dump(ast.parse(change.apply(CODE))) != ast.dump(ast.parse(CODE))
+
+
+def test_a_seed_draws_the_same_changes_of_different_functions():
+    first, again, other = (draw_changes(40, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert len({(change.file, change.function) for change in first}) == 40
+    for change in first:
+        text = (ROOT / change.file).read_text()
+        ast.parse(change.apply(text))
+        assert change.describe(text).startswith(f"{change.file}:{change.line} {change.function}: ")
+
+
+def test_the_fastest_test_that_runs_the_line_comes_first():
+    change = draw_changes(1, 1)[0]
+    line = [change.file, change.line]
+    call = [change.file, -change.function_line]
+    record = {
+        "slow": {"seconds": 2.0, "lines": [line, call]},
+        "calls it": {"seconds": 0.1, "lines": [call]},
+        "fast": {"seconds": 1.0, "lines": [line]},
+        "another": {"seconds": 0.1, "lines": [["iiet/mix.py", 1]]},
+    }
+    assert covering_tests(change, {"tests": record}) == ["fast", "slow"]
+    del record["fast"], record["slow"]
+    assert covering_tests(change, {"tests": record}) == ["calls it"]
+
+
+@pytest.mark.slow
+def test_lines_are_recorded_for_each_test_that_runs_them_also_in_shared_fixtures(tmp_path):
+    (tmp_path / "test_recorded.py").write_text(
+        "import threading, pytest\n"
+        "from iiet.schedule import IterationSchedule\n"
+        "@pytest.fixture(scope='module')\n"
+        "def shared(): return IterationSchedule((1, 2)).num_evaluations\n"
+        "def test_first(shared): pass\n"
+        "def test_second(shared): pass\n"
+        "def test_alone():\n"
+        "    thread = threading.Thread(target=lambda: IterationSchedule((1,)).num_evaluations)\n"
+        "    thread.start(); thread.join()\n"
+        "def test_nothing(): pass\n"
+    )
+    record = tmp_path / "record.json"
+    program = (
+        "import os, sys, pytest; sys.path[:0] = sys.argv[1:3]; "
+        f"os.environ[{RECORD_VARIABLE!r}] = sys.argv[3]; "
+        "sys.exit(pytest.main(['-q', '-p', 'random_mutants', '-p', 'no:cacheprovider', '-c', "
+        "os.devnull, sys.argv[4]]))"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-c", program, str(ROOT), str(ROOT / "tests"), str(record),
+            str(tmp_path / "test_recorded.py"),
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = json.loads(record.read_text())
+    run = {name.partition("::")[2]: test["lines"] for name, test in tests.items()}
+    assert run["test_first"] == run["test_second"] != []
+    assert {file for file, _ in run["test_first"]} == {"iiet/schedule.py"}
+    assert run["test_alone"] == run["test_first"]
+    assert run["test_nothing"] == []
