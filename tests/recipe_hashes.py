@@ -57,7 +57,7 @@ ADDED = (
     "training.source", "distillation.training.source",
     "training.trained_layers", "distillation.training.trained_layers",
     "training.source_kl_weight", "distillation.training.source_kl_weight",
-    "sweep.source_controls",
+    "sweep.source_controls", "evaluation.retention",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""

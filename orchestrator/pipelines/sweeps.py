@@ -735,6 +735,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         with start_ray() if pretrains else nullcontext():
             # Stage 1: the source, the teachers and their baselines, the controls.
             finished: dict[str, Path] = {}
+            failed_controls: dict[str, str] = {}
             for number in range(len(plan.pretraining)):
                 if not plan.pretraining[number].has_tokens:
                     # It follows from what was just trained.
@@ -742,7 +743,15 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                         plan = _plan_pretraining(plan, tokens)
                     plan.check()
                 stage = plan.pretraining[number]
-                trained = run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
+                try:
+                    trained = run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
+                except RunFailed as error:
+                    # A control at a higher rate may diverge; its teacher has students even so.
+                    if plan.retrofit is None or not plan.retrofit.has_controls(stage.jobs):
+                        raise
+                    failed_controls = dict.fromkeys(stage.jobs, str(error))
+                    progress.note(f"controls failed, the sweep goes on without them: {error}")
+                    break
                 finished |= {label: result.checkpoint for label, result in trained.items()}
             teachers, baselines = _by_role(plan, finished)
 
@@ -776,7 +785,8 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                     search=plan.search,
                 )
                 sweep_results = _results_of(plan, run, next(iter(tables.values()), None))
-                return _report_of(plan, sweep_results, context, run.failures)
+                failures = failed_controls | run.failures
+                return _report_of(plan, sweep_results, context, failures)
 
 
 sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)

@@ -12,7 +12,7 @@ Nothing is trained here, and nothing is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,16 +23,17 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.heldout import LAST_WORD, offered_tasks
 from orchestrator.evaluation.tasks import tasks_of_source
+from orchestrator.models.folder import weights_key
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import StoredJob, TrainingJob
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
-from orchestrator.settings import BASELINE_METHOD, Settings
+from orchestrator.settings import BASELINE_METHOD, SETTINGS_NAME, Settings, read_settings
 from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome, in_usual_folder
 from orchestrator.training.source import Source, find_source
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, portable_path, step_of
+from orchestrator.workspace.layout import JOB_NAME, Workspace, portable_path, step_of
 
 SCRATCH = "scratch"
 SCRATCH_WITH_SOURCE = "scratch_with_source"
@@ -205,6 +206,11 @@ class Retrofit:
             trainings[SOURCE_CONTINUED] = (*self.candidates, SOURCE_CONTINUED)
         return trainings
 
+    def has_controls(self, labels: Iterable[str]) -> bool:
+        """Return whether these are the labels of trainings of controls."""
+        of_controls = {label for names in self.trainings_by_control.values() for label in names}
+        return of_controls.issuperset(labels)
+
     def beside(self, finished: Mapping[str, Path]) -> dict[str, Path]:
         """Return label -> checkpoint of the controls that can be measured.
 
@@ -287,18 +293,27 @@ def retrofit_of(
         checkpoint: The teacher.
         settings: Of the sweep.
     """
-    job = TrainingJob.of_folder(checkpoint.parent)
-    if job is None or job.objective != "pretrain" or job.initial_folder is None:
+    run = checkpoint.parent
+    stored = StoredJob.read(run / JOB_NAME)
+    if stored is None or stored.job.objective != "pretrain" or stored.job.initial_folder is None:
         return None, ""
+    job = stored.job
     if step_of(checkpoint) != job.recipe.num_steps:
         return None, f"{checkpoint} is not the end of its training, so it has no controls"
     try:
-        source = find_source(workspace, job.initial_folder)
+        source = find_source(workspace, stored.job.initial_folder)
+        is_same = weights_key(source.folder) == stored.essence.get("initial")
     except UserError as error:
         return None, f"the teacher has no controls, because its source cannot be used: {error}"
+    if not is_same:
+        return None, f"{source.folder} has changed since the teacher was trained from it"
+    if (run / SETTINGS_NAME).is_file():  # The controls' own settings say what they are trained on.
+        of_teacher = read_settings(run / SETTINGS_NAME)
+        changes = {"data": of_teacher.data, "model": of_teacher.model}
+        settings = settings.model_copy(update=changes)
     teacher = job.model_copy(
         update={
-            "run_folder": str(checkpoint.parent),
+            "run_folder": str(run),
             "tokens_folder": str(tokens_folder_of(checkpoint, workspace)),
         }
     )

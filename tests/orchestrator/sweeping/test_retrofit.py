@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from orchestrator.sweeping.retrofit import (
 from orchestrator.training.source import find_source
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.layout import PROVENANCE
 
 ALL_CONTROLS = "sweep.source_controls=[source, source_continued, scratch, scratch_with_source]"
 
@@ -202,6 +205,11 @@ def test_a_given_teacher_has_the_controls_of_its_training(make, space, tiny_toke
     assert retrofit.source.folder == Path(str(job.initial_folder))
     assert [*retrofit.candidates]
     assert retrofit_of(retrofit.source.folder, settings, space) == (None, "")
+    provenance = retrofit.source.folder / PROVENANCE
+    before = provenance.read_text()
+    write_json(provenance, {**json.loads(before), "weights": "others"})
+    assert retrofit_of(checkpoint, settings, space)[0] is None, "the source has changed"
+    provenance.write_text(before)
     shutil.rmtree(retrofit.source.folder.parent)
     retrofit, gap = retrofit_of(checkpoint, settings, space)
     assert retrofit is None

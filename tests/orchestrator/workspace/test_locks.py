@@ -66,7 +66,7 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
     place = f"the sweep x runs already, in process {holder.pid} on {socket.gethostname()}"
     with pytest.raises(UserError, match=re.escape(place)), refuse_second(path, "the sweep x"):
         pytest.fail("another process holds the lock")
-    assert 0.1 <= time.monotonic() - started < 5.0
+    assert time.monotonic() - started >= 0.1
     with lock_file(path, should_stop=lambda: True) as is_ours:
         assert not is_ours, "the wait ends on request"
     with monkeypatch.context() as patch:
