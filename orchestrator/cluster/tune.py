@@ -45,9 +45,8 @@ from orchestrator.terminal.stop import (
     wait_for_work,
 )
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
-from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.journal import VALIDATION_METRIC, JournalReader
 
 # isort: split
 # After our own modules; imported within `ray_cluster`, which sets the environment that Ray reads.

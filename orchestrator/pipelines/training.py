@@ -54,7 +54,7 @@ from orchestrator.training.shared_steps import continue_job, continued_settings,
 from orchestrator.training.source import Source, find_source, follow_source, with_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import read_metrics
 from orchestrator.workspace.layout import Workspace, find_workspace
 
 if TYPE_CHECKING:
@@ -314,10 +314,8 @@ class PretrainResult(Result):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per logged training step."""
         rows: dict[int, dict[str, Any]] = {}
-        for record in read_journal(self.checkpoint.parent)[0]:
-            if record["kind"] == "metrics":
-                step = record["step"]
-                rows.setdefault(step, {"step": step}).update(record["values"])
+        for step, values in read_metrics(self.checkpoint.parent):
+            rows.setdefault(step, {"step": step}).update(values)
         return [rows[step] for step in sorted(rows)]
 
     def shown(self) -> Iterable[RenderableType]:
@@ -491,7 +489,8 @@ def plan_models(
         notes=tuple(notes),
         **options,
     )
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 
@@ -597,7 +596,8 @@ def plan_distill(
             check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 
@@ -649,7 +649,8 @@ def _plan_fewer_layers(
         num_dropped=num_dropped,
         dropped_layers=None if layers.table is None else dropped,
     )
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 

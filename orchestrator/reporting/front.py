@@ -356,7 +356,7 @@ class Front:
         is_same_quality = axes.quality == self.axes.quality
         kept = (SHARE_METRIC, keeps_metric(self.kept_share)) if is_same_quality else ()
         others = [n for n in self.table if n.startswith("paired/") and n not in kept]
-        front = find_front(self.table.drop(columns=others), axes)
+        front = replace(find_front(self.table.drop(columns=others), axes), losses=self.losses)
         if not is_same_quality:
             return front
         return replace(

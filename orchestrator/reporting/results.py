@@ -28,7 +28,7 @@ from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
     VALIDATION_METRIC,
     last_recorded,
-    read_journal,
+    read_metrics,
 )
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
 from orchestrator.workspace.provenance import content_key
@@ -410,12 +410,8 @@ def _read_curves(journals: Sequence[tuple[str, Path]], metric: str) -> list[Curv
 
 
 def _read_points(folder: Path, metric: str) -> list[tuple[int, float]]:
-    records, _ = read_journal(folder)
-    # A resumed run repeats some steps; the last record of a step counts.
     points = {
-        record["step"]: float(record["values"][metric])
-        for record in records
-        if record.get("kind") == "metrics" and metric in record["values"]
+        step: float(values[metric]) for step, values in read_metrics(folder) if metric in values
     }
     every = -(-len(points) // MAX_CURVE_POINTS)
     return sorted(points.items())[:: max(every, 1)]

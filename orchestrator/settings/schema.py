@@ -222,11 +222,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         name = "training.source" if settings.training.source is not None else "source_training"
         if kind == "iterations":
             yield (
-                f"{name}, sweep.kind: a sweep of kind iterations trains its models from random "
-                "weights; leave the first out, or set the second to threshold or search"
+                "sweep.kind: a sweep of kind iterations trains its models from random weights; "
+                f"leave {name} out, or set the kind to threshold or search"
             )
         if sweep.teachers:
-            yield f"{name}, sweep.teachers: a source gives one teacher its weights; leave one out"
+            yield f"sweep.teachers: {name} gives one teacher its weights; leave one of both out"
     if settings.evaluation.retention and kind not in ("threshold", "search"):
         yield (
             f"evaluation.retention, sweep.kind: a sweep of kind {kind} has no teacher whose source "

@@ -25,10 +25,9 @@ from orchestrator.sweeping.plan import exact_cost, full_trial, sweep_parameters
 from orchestrator.sweeping.states import Status, SweepRun, TrialState
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
-from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.journal import JournalReader, now_ms
 from orchestrator.workspace.layout import JOB_NAME, Workspace
 
 STOPPED_TAG = "iiet.stopped_early"

@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tag_filter
 from orchestrator.workspace.errors import strip_credentials
-from orchestrator.workspace.journal import Record, now_ms, read_journal
+from orchestrator.workspace.journal import JournalReader, Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
 
@@ -106,16 +106,19 @@ class CurveReader:
         """The last point of each metric."""
         self._shown_steps: dict[str, int] = {}
         """The last step of each metric that was returned."""
-        self.offset = offset
-        self._folder = folder
+        self._journal = JournalReader(folder, offset)
         if offset:
             # Only for `last`: the run has these points already.
             self._new_points(read_journal(folder, end=offset)[0])
 
+    @property
+    def offset(self) -> int:
+        """Bytes of the journal that were read."""
+        return self._journal.offset
+
     def read(self, *, has_ended: bool) -> list[Point]:
         """Return the points since the last call; of a run that has ended also the last ones."""
-        records, self.offset = read_journal(self._folder, self.offset)
-        points = self._new_points(records)
+        points = self._new_points(self._journal.read())
         if has_ended:
             for name, point in self.last.items():
                 if self._shown_steps[name] < point.step:

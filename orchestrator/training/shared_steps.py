@@ -46,7 +46,7 @@ from orchestrator.training.schedules import (
     stable_steps,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import read_metrics
 from orchestrator.workspace.layout import (
     Workspace,
     checkpoint_name,
@@ -123,11 +123,9 @@ def _steps_digest(
 
 def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
     """Return the steps and metrics in the journal beside a checkpoint, until the checkpoint."""
-    return [
-        (record["step"], record["values"])
-        for record in read_journal(checkpoint.parent)[0]
-        if record["kind"] == "metrics" and record["step"] <= step_of(checkpoint)
-    ]
+    last_step = step_of(checkpoint)
+    records = read_metrics(checkpoint.parent)
+    return [(step, values) for step, values in records if step <= last_step]
 
 
 # First stages

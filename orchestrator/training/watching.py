@@ -50,11 +50,10 @@ from orchestrator.training.shared_steps import first_step
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
-    JOURNAL_NAME,
     SPEED_METRIC,
     VALIDATION_METRIC,
+    JournalReader,
     now_ms,
-    read_journal,
     recorded_times,
 )
 from orchestrator.workspace.layout import PROFILE_NAME, RUN_LOCK_NAME
@@ -156,36 +155,6 @@ def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False
 
 
 # Progress
-
-
-class JournalReader:
-    """Reads a folder's journal from where the last call stopped; it may not exist yet.
-
-    Opening a file asks the server of a network file system, so a journal is opened only if its size
-    has changed. The size may be as old as the file system's cache of attributes (seconds).
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.step = 0
-        """The last recorded step."""
-        self._folder = folder
-        self._offset = 0
-        self._seen_size = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the records since the last call."""
-        try:
-            size = (self._folder / JOURNAL_NAME).stat().st_size
-        except FileNotFoundError:
-            return []
-        if size == self._seen_size:
-            return []
-        self._seen_size = size
-        records, self._offset = read_journal(self._folder, self._offset)
-        for record in records:
-            if record["kind"] == "metrics":
-                self.step = record.get("step", self.step)
-        return records
 
 
 MAX_SPEEDS = 10

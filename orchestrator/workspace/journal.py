@@ -98,6 +98,48 @@ def read_journal(
     return list(_records(complete_lines.splitlines())), offset + len(complete_lines)
 
 
+def read_metrics(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the step and the numbers of each record of metrics.
+
+    A resumed run repeats some steps; the last record of a step counts.
+    """
+    for record in read_journal(folder)[0]:
+        if record["kind"] == "metrics":
+            yield record["step"], record["values"]
+
+
+class JournalReader:
+    """Follows a folder's journal: reads on from where the last call stopped; it may not exist yet.
+
+    Opening a file asks the server of a network file system, so a journal is opened only if its size
+    has changed. The size may be as old as the file system's cache of attributes (seconds).
+    """
+
+    def __init__(self, folder: Path, offset: int = 0) -> None:
+        """Begin at a byte offset, which an earlier reader has reached."""
+        self.step = 0
+        """The last step that was read."""
+        self.offset = offset
+        """Bytes that were read."""
+        self._folder = folder
+        self._seen_size = 0
+
+    def read(self) -> list[Record]:
+        """Return the records since the last call."""
+        try:
+            size = (self._folder / JOURNAL_NAME).stat().st_size
+        except FileNotFoundError:
+            return []
+        if size == self._seen_size:
+            return []
+        self._seen_size = size
+        records, self.offset = read_journal(self._folder, self.offset)
+        for record in records:
+            if record["kind"] == "metrics":
+                self.step = record["step"]
+        return records
+
+
 def read_tail(folder: Path) -> list[Record]:
     """Return the last records of a journal; none if it is missing or unreadable."""
     return list(_records(_last_lines(folder)))

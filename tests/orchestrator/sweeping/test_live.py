@@ -21,8 +21,7 @@ from orchestrator.sweeping.states import SweepRun, trial_states
 from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking, open_tracking
-from orchestrator.training.watching import JournalReader
-from orchestrator.workspace.journal import Journal, recorded_times
+from orchestrator.workspace.journal import Journal, JournalReader, recorded_times
 from orchestrator.workspace.layout import open_workspace
 
 # Runs in MLflow

@@ -6,8 +6,7 @@ import math
 import shutil
 import time
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from sample_trials import sample_trial
@@ -23,14 +22,13 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import (
-    JournalReader,
     RunMonitor,
     job_model,
     remaining_flops,
     tracked_model,
     trial_model,
 )
-from orchestrator.workspace.journal import JOURNAL_NAME, Journal
+from orchestrator.workspace.journal import Journal
 
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 STARTING = "starting, no step yet"
@@ -133,28 +131,6 @@ def test_the_time_left_includes_a_teacher_in_its_window(trained_run, tiny_tokens
     assert of_steps[0] == pytest.approx(64 * training_flops_per_token(config))
     expected = [of_steps[0]] * 2 + [of_steps[0] + 64 * read] * 2
     assert of_steps == pytest.approx(expected)
-
-
-def test_a_journal_is_opened_only_when_it_has_grown(tmp_path, monkeypatch):
-    opened = list[str]()
-    open_path = Path.open
-
-    def counted_open(path: Path, *arguments: Any, **options: Any) -> Any:
-        opened.append(path.name)
-        return open_path(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", counted_open)
-    reader = JournalReader(tmp_path)
-    assert reader.read() == []
-    journal = Journal(tmp_path)
-    journal.metrics(1, {"train/loss": 2.0})
-    opened.clear()
-    assert [record["step"] for _ in range(5) for record in reader.read()] == [1]
-    journal.metrics(2, {"train/loss": 1.0})
-    assert [record["step"] for _ in range(5) for record in reader.read()] == [2]
-    journal.close()
-    assert opened == [JOURNAL_NAME, JOURNAL_NAME]
-    assert reader.step == 2
 
 
 def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):

@@ -5,8 +5,16 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
-from orchestrator.workspace.journal import Journal, last_recorded, read_journal
+from orchestrator.workspace.journal import (
+    JOURNAL_NAME,
+    Journal,
+    JournalReader,
+    last_recorded,
+    read_journal,
+    read_metrics,
+)
 from orchestrator.workspace.layout import open_workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
@@ -58,3 +66,32 @@ def test_keys_depend_on_content_alone(tmp_path):
     assert file_key(one) == file_key(two)
     two.write_bytes(b"x" * 2_999_999 + b"y")
     assert file_key(one) != file_key(two)
+
+
+def test_a_journal_is_opened_only_when_it_has_grown(tmp_path, monkeypatch):
+    opened = list[str]()
+    open_path = Path.open
+
+    def counted_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", counted_open)
+    reader = JournalReader(tmp_path)
+    assert reader.read() == []
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"train/loss": 2.0})
+    opened.clear()
+    assert [record["step"] for _ in range(5) for record in reader.read()] == [1]
+    journal.metrics(2, {"train/loss": 1.0})
+    assert [record["step"] for _ in range(5) for record in reader.read()] == [2]
+    journal.close()
+    assert opened == [JOURNAL_NAME, JOURNAL_NAME]
+    assert reader.step == 2
+    # Another reader begins where this one stopped, and numbers are read by step.
+    journal = Journal(tmp_path)
+    journal.metrics(2, {"train/loss": 0.9})
+    journal.close()
+    later = JournalReader(tmp_path, reader.offset)
+    assert [record["values"] for record in later.read()] == [{"train/loss": 0.9}]
+    assert dict(read_metrics(tmp_path)) == {1: {"train/loss": 2.0}, 2: {"train/loss": 0.9}}
