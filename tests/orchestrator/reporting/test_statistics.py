@@ -15,6 +15,7 @@ from orchestrator.reporting.statistics import (
     draw_seed_weights,
     front_shares,
     interval_of,
+    mean_scores,
     resample,
 )
 
@@ -116,6 +117,15 @@ def test_the_variances_of_seeds_and_items_add_up():
     scores = resample(ItemValues("acc", values, np.ones(80)), weights, model_of_run, counts)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_the_mean_of_tasks_is_taken_of_what_was_measured_and_of_each_draw():
+    first = Scores(np.array([0.5, 0.7]), np.array([[0.4, 0.6], [0.6, 0.9], [0.5, 0.6]]))
+    second = Scores(np.array([0.1, 0.3]), np.array([[0.2, 0.2], [0.0, 0.5], [0.1, 0.2]]))
+    mean = mean_scores([first, second])
+    np.testing.assert_allclose(mean.observed, [0.3, 0.5])
+    np.testing.assert_allclose(mean.drawn, [[0.3, 0.4], [0.3, 0.7], [0.3, 0.4]])
+    assert mean.interval(0).value == pytest.approx(0.3)
 
 
 def test_front_shares_follow_the_definition_of_a_front():
