@@ -98,10 +98,10 @@ def plan_depths(
                 f"{model.path} is a {model.architecture} model, whose cost is not known; a front "
                 "takes looped models of a known kind, Llamas, and those trained here"
             )
-    asked = settings.evaluation.model_dump(mode="json")
+    suite_values = settings.evaluation.model_dump(mode="json")
     if settings.evaluation.sequence_length is None:
-        del asked["sequence_length"]  # What is off is absent, so that names are as before.
-    name = f"depth-{content_key([list(m.key) for m in plan.opened], asked)[:8]}"
+        del suite_values["sequence_length"]  # What is off is absent, so that names are as before.
+    name = f"depth-{content_key([list(m.key) for m in plan.opened], suite_values)[:8]}"
     return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
 
 

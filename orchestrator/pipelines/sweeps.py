@@ -442,7 +442,8 @@ def plan_sweep(
         if models is None:
             check_models(settings, source)
         plan = _plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.trainings_left:
+        training.check_workers()
     return plan
 
 

@@ -489,7 +489,8 @@ def plan_models(
         notes=tuple(notes),
         **options,
     )
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 
@@ -595,7 +596,8 @@ def plan_distill(
             check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 
@@ -647,7 +649,8 @@ def _plan_fewer_layers(
         num_dropped=num_dropped,
         dropped_layers=None if layers.table is None else dropped,
     )
-    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    for training in plan.left:
+        training.check_workers()
     return plan
 
 

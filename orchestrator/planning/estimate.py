@@ -153,6 +153,16 @@ class Estimate:
         Raises:
             UserError: If the workers cannot share a step's sequences evenly.
         """
+        self.check_workers()
+        sequences = sequences_per_step(self.recipe, self.config, section=self.section)
+        return sequences // self.devices.num_workers
+
+    def check_workers(self) -> None:
+        """Check that the workers can share a step's sequences evenly.
+
+        Raises:
+            UserError: If they cannot; says how many tokens a step may have.
+        """
         sequences = sequences_per_step(self.recipe, self.config, section=self.section)
         workers = self.devices.num_workers
         if sequences % workers:
@@ -161,7 +171,6 @@ class Estimate:
                 f"a step has {sequences} sequences, which {workers} workers cannot share evenly; "
                 f"type --set {self.section}.num_tokens_per_step={nearest}"
             )
-        return sequences // workers
 
     @property
     def sequences_per_pass(self) -> int:
