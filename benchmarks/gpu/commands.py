@@ -83,7 +83,6 @@ class Commands:
                 "model.context_length": 64,
                 "training.num_tokens_per_step": 4 * 64,
                 "training.num_validation_tokens": 64,
-                "evaluation.num_items": 20,
             }
         else:
             self._settings |= {"model.preset": "55m", "training.num_tokens_per_step": 8 * 2048}
@@ -325,6 +324,8 @@ def sweep(setup: Setup) -> Iterator[Row]:
         "training.num_steps": steps,
         "training.checkpoint_every_steps": steps,
     }
+    if setup.is_toy:
+        settings["evaluation.num_items"] = 20
     if on_gpus:
         settings["cluster.num_gpus"] = min(setup.num_gpus, NUM_TRIALS)
         settings["sweep.gpus_per_trial"] = 1.0
