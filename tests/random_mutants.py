@@ -62,6 +62,10 @@ SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.USub: ast.UAdd,
 }  # fmt: skip
 """Operators and comparisons, and what stands in their place."""
+COMMUTATIVE = (
+    "transpose", "promote_types", "max", "min", "maximum", "minimum", "equal", "gcd",
+)  # fmt: skip
+"""Functions whose first two arguments may stand in either order."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -176,7 +180,9 @@ def _replacements(node: ast.expr) -> Iterator[str]:
         for number, keyword in enumerate(node.keywords):
             if keyword.arg:  # Not `**named`.
                 yield _unparsed(node, keywords=node.keywords[:number] + node.keywords[number + 1 :])
-        if len(node.args) > 1 and not any(isinstance(each, ast.Starred) for each in node.args[:2]):
+        is_plain = not any(isinstance(each, ast.Starred) for each in node.args[:2])
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if len(node.args) > 1 and is_plain and name not in COMMUTATIVE:
             first, second, *others = node.args
             yield _unparsed(node, args=[second, first, *others])
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.utils.logging  # noqa: F401 - Its handler keeps the stderr of its import.
 from huggingface_hub import constants
 
 from orchestrator import cli
