@@ -56,7 +56,7 @@ from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version
 
 DASHES = ([1, 0], [6, 4], [2, 2])
-"""Of curves; the next one begins where the colors begin again."""
+"""Dashes of curves: the next kind begins where the colors begin again."""
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.4.1.json"
 WIDTH = 700
 HEIGHT = 400
@@ -66,7 +66,7 @@ PIXELS_PER_UNIT = 2
 BELOW: dict[str, Any] = {"title": None, "orient": "bottom"}
 """A legend below the chart."""
 COLUMNS = {"expr": "width < 500 ? 2 : 6"}
-"""Of a legend; a phone is narrow."""
+"""Columns of a legend; a phone has room for two."""
 CONFIG = {
     "aria": False,  # Else each mark of the SVG repeats all of its values.
     "font": "sans-serif",
@@ -92,9 +92,9 @@ BASELINE = "baseline"
 STAR = "M0,-1L.24,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31L-.24,-.32Z"
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 TRIAL_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "triangle-left")
-"""Of the trials of each sweep."""
+"""Shapes of the trials, one for each sweep."""
 MAX_NAMES = 24
-"""Of more members of a front, only the picks are named."""
+"""Of a front with more members than this, only the picks are named."""
 NAME_PLACES = (
     *(("right", -8, -10), ("left", 8, -10), ("center", 0, -17), ("left", 13, 0), ("right", -13, 0)),
     *(("left", 8, 11), ("right", -8, 11), ("center", 0, 18), ("center", 0, -32), ("center", 0, 33)),

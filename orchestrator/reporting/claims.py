@@ -45,20 +45,20 @@ PAPER_OVERHEAD_SHARE = 0.45
 PAPER_KEPT_SHARE = 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
 CONFIDENCE = 0.95
-"""Of keeping `PAPER_KEPT_SHARE` of the teacher's accuracy."""
+"""How sure a student must be to keep `PAPER_KEPT_SHARE` of the teacher's accuracy."""
 COMPARABLE = 1.1
 """A student of comparable speed costs at most this many times vanilla's cost."""
 TOO_SMALL = 1.2
 """Where a model without corrections takes more than this many times vanilla's time, the models are
 too small: their time is not that of the large products."""
 MAX_REASON_LENGTH = 28
-"""Of a reason beside a claim that is not measured; the notes have all of them."""
+"""Letters of a reason beside a claim that is not measured; longer ones are in the notes alone."""
 CLAIMS_TITLE = "The paper's claims"
 NAMES = {DEFAULT_METHOD: "IIET with corrections", BASELINE_METHOD: "vanilla", PCFORMER: "PCformer"}
 
 Verdict = Literal["holds", "does not hold", "not decided", "not measured"]
 VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
-"""As a metric."""
+"""Verdict -> its number as a metric."""
 EXPLANATION = (
     "Differences of accuracies are in points, with their 95% intervals over the same items, and "
     "over seeds where models have several. A claim holds if the interval lies wholly above zero, "
@@ -85,7 +85,7 @@ class Claim:
     here: float | None = None
     """What was measured, in the paper's unit."""
     low: float | None = None
-    """Lower end of the 95% interval; of claim 3, that of the kept share, in percent."""
+    """Lower end of the 95% interval; for claim 3, of the interval of the kept share, in percent."""
     high: float | None = None
     """Upper end."""
     about: str = ""
@@ -322,7 +322,7 @@ class _Evidence:
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:
-        """Judge whether IIET's students keep more than those of PCformer that cost as much."""
+        """Judge whether IIET's students keep more than PCformer's students that cost as much."""
         self._model(DEFAULT_METHOD)  # No shape without it.
         pcformers = self._by_share(self._model(PCFORMER))
         # The IIET that can be compared most often; of equal ones the costliest.
@@ -389,7 +389,7 @@ def _described(row: Row) -> str:
 
 
 def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
-    """Return the section on claims; the title is that of the table, for a terminal."""
+    """Return the section on claims; `title` is the table's title on a terminal."""
     columns = (
         *(Column("claim (3 to 5: students)", is_text=True), Column("verdict", is_text=True)),
         *(Column("paper"), Column("here", is_text=True)),

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MIN_RIGHT_ANSWERS = 30
-"""Of the full model; with fewer, accuracy is not the default quality."""
+"""With fewer right answers of the full model, accuracy is not the default quality."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
 
@@ -188,7 +188,7 @@ class Front:
 
     axes: FrontAxes
     table: DataFrame
-    """All models, from `result_table`, those of several sweeps with a column `sweep`; and
+    """All models, from `result_table`, with a column `sweep` if there are several sweeps; and
     `cost`, `quality` and `error` on the axes (NaN if not measured), `goodness` (the quality with a
     sign such that higher is better), `is_placed` (has both metrics), `is_candidate` (competes for
     the front), `on_front`."""

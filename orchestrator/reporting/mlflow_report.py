@@ -119,7 +119,7 @@ def front_metrics(front: Front) -> dict[str, float]:
 def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
     """Return every result as a run nested in the sweep's run, with its overhead and its confidence.
 
-    Each seed of a model gets those of the mean over seeds.
+    Each seed of a model gets the numbers of the mean over its seeds.
     """
     names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
     compared = {
@@ -209,7 +209,7 @@ def trial_run(
 
 
 def run_name(result: Trial) -> str:
-    """Return the name of a trial's run; those of several teachers can be told apart."""
+    """Return the name of a trial's run, which tells several teachers apart by their schedules."""
     is_teacher = result.role == "teacher" and result.schedule
     return f"{result.name} {result.schedule_text}" if is_teacher else result.name
 

@@ -36,7 +36,7 @@ class ModelCard:
     name: str
     config: ModelConfig
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """As in the checkpoint."""
+    """The provenance that the checkpoint's file holds."""
     evaluation: EvaluationResult | None = None
     influence: InfluenceTable | None = None
     """The table that the schedule was chosen by: the model's own, or its teacher's."""

@@ -383,7 +383,7 @@ def read_training_curves(
 ) -> Mapping[str, Sequence[Curve]]:
     """Return the losses during training by chart title, cheapest model first, a curve per seed.
 
-    `rows` are models of the table of results; those of other sweeps are left out. The full model
+    `rows` are models of the table of results; models of other sweeps are left out. The full model
     and the baselines have their own chart, because they start from random weights and would flatten
     the students' curves.
     """

@@ -186,7 +186,7 @@ class PairedScores:
         return mean_scores(means) if means else None
 
     def _units(self, quality: str) -> list[list[str]]:
-        """Return the tasks of a quality; those of one list count as one task."""
+        """Return the tasks of a quality; the tasks of one list count as one."""
         key = quality.removeprefix("quality/")
         metrics = self.metrics
         averaged = [task for task in metrics if task not in self.beside]

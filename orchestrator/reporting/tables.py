@@ -277,7 +277,7 @@ def interval_rows(front: Front) -> list[dict[str, str | float]]:
 def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     """Return axes, picks, hypervolume with its box, and every result, as values of strict JSON.
 
-    Paths are absolute; for files in a `folder`, those in its workspace are relative.
+    Paths are absolute; for files in a `folder`, paths in its workspace are relative.
     """
     results = []
     for row, trial in zip(model_rows(front, folder), front.trials, strict=True):

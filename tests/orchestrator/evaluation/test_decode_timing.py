@@ -86,7 +86,10 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
         captured.append(len(replayed))
         return lambda: replayed.append(1) or step()
 
-    monkeypatch.setattr(decode_timing, "_graphs", lambda d: StaticSteps(d, capture=capture))
+    def graphs(timed: Decoder, *, uses_graphs: bool) -> StaticSteps:
+        return StaticSteps(timed, capture=capture if uses_graphs else None)
+
+    monkeypatch.setattr(decode_timing, "_graphs", graphs)
     decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
     assert captured == [0]
     assert len(replayed) == 3 * 19
