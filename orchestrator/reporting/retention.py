@@ -8,7 +8,7 @@ trained: a teacher that has forgotten much would excuse its students.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,17 +90,29 @@ def find_losses(
     return {key: tuple(of_model) for key, of_model in losses.items() if of_model}
 
 
-def loss_text(losses: Iterable[Loss]) -> str:
-    """Return what a table says of a model: `kept`, or what it loses, with the interval.
+def retention_verdict(losses: Sequence[Loss]) -> str:
+    """Return what a table says of a model: `kept`, `loses`, or nothing if that is not known."""
+    if not losses:
+        return ""
+    return "kept" if all(loss.is_kept for loss in losses) else "loses"
+
+
+def lost_words(losses: Sequence[Loss]) -> str:
+    """Return what a model loses, with the intervals.
 
     Of several tasks, those that are lost stand there; if all are kept, the one that is nearest to
     its bound.
     """
     ordered = sorted(losses, key=lambda loss: loss.share_of_bound, reverse=True)
     broken = [loss for loss in ordered if not loss.is_kept]
-    if broken:
-        return f"loses {' and '.join(loss.in_words for loss in broken)}"
-    return f"kept: {ordered[0].in_words}" if ordered else ""
+    return " and ".join(loss.in_words for loss in broken or ordered[:1])
+
+
+def loss_text(losses: Sequence[Loss]) -> str:
+    """Return both as one text, for files."""
+    verdict = retention_verdict(losses)
+    mark = ":" if verdict == "kept" else ""
+    return f"{verdict}{mark} {lost_words(losses)}" if verdict else ""
 
 
 def bounds_sentence(bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ...]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
-from orchestrator.reporting.retention import loss_text
+from orchestrator.reporting.retention import loss_text, lost_words, retention_verdict
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
@@ -137,7 +137,10 @@ def models_table(front: Front, title: str = "") -> Table:
         return difference_text(interval, is_percent=is_percent) if interval else None
 
     def retention(row: Row) -> str:
-        return loss_text(front.losses.get(row["key"], ()))
+        return retention_verdict(front.losses.get(row["key"], ()))
+
+    def lost(row: Row) -> str:
+        return lost_words(front.losses.get(row["key"], ()))
 
     def keeps(row: Row) -> str | None:
         return None if row is front.full else confidence_text(front.keeps(row))
@@ -164,6 +167,7 @@ def models_table(front: Front, title: str = "") -> Table:
     columns.append((Column("of full", 2), share_of_full))
     columns.append((Column(f"vs {full}", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
+    columns.append((Column("lost against source", 7, is_text=True), lost))
     columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sample_trials import sample_trial, with_items
 
 from orchestrator.cli import main
@@ -134,11 +135,17 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
 def test_the_report_has_a_column_a_sentence_and_values(workspace):
     front, notes = front_of(workspace)
     table = models_table(front)
-    place = [column.title for column in table.columns].index("retention")
-    cells = {row.cells[0]: row.cells[place] for row in table.rows}
+    titles = [column.title for column in table.columns]
+    verdicts, cells = (
+        {row.cells[0]: row.cells[titles.index(title)] for row in table.rows}
+        for title in ("retention", "lost against source")
+    )
+    assert verdicts == {
+        "source": "", "teacher": "loses", "2,1": "loses", "1,1": "kept", "0,1": "loses"
+    }  # fmt: skip
     assert cells["source"] == ""
-    assert cells["1,1"].startswith("kept: 0.015 (")
-    assert cells["0,1"].startswith("loses 0.050 (")
+    assert cells["1,1"].startswith("0.015 (")
+    assert cells["0,1"].startswith("0.050 (")
     assert "questions" not in cells["0,1"], "of this, it has gained"
     assert "20.0" in cells["2,1"]
     assert "0.100" in cells["2,1"]
@@ -148,7 +155,14 @@ def test_the_report_has_a_column_a_sentence_and_values(workspace):
     assert [entry["task"] for entry in values["0-1"] if not entry["kept"]] == [PYTHON_BITS]
     json.dumps(values, allow_nan=False)
     rows = {row["name"]: row for row in model_rows(front)}
-    assert rows["0,1"]["retention"] == cells["0,1"]
+    assert rows["0,1"]["retention"] == f"loses {cells['0,1']}"
+    assert rows["1,1"]["retention"] == f"kept: {cells['1,1']}"
+    # Where there is no room for numbers, the verdict stays.
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table)
+    printed = console.export_text()
+    assert "retention" in printed
+    assert "loses" in printed
 
 
 def test_a_pick_that_has_lost_too_much_is_refused_unless_it_is_allowed(workspace):
