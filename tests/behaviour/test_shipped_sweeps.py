@@ -33,6 +33,12 @@ SEVERAL_TEACHERS = {
     "paper-340m": PAPER,
     "paper-55m": PAPER,
 }
+SMALL_SOURCE = [
+    "source_training.num_steps=12", "source_training.num_tokens_per_step=256",
+    "source_training.num_validation_tokens=512",
+]  # fmt: skip
+"""Few steps of a source, so also of the controls that have as many training FLOPs as it."""
+OPTIONS = {**SEVERAL_TEACHERS, "retrofit": SMALL_SOURCE}
 TAUGHT = {"r = 3: 0,0,0", "r = 2: 2,2,2", "pcformer: 2,2,2"}
 FRONTS = {
     "claims": {f"{name}, seed {seed}" for name in TAUGHT | {"vanilla", "r = 0"} for seed in (0, 1)},
@@ -64,7 +70,7 @@ def settings_of(name: str, *more: str) -> Settings:
     # Without the hub; the demo's depth tasks are generated.
     source = read_settings(shipped_sweeps()[name]).data.source
     here = [*HERE, f"data.source={'python' if source == 'hub' else source}"]
-    return read_settings(shipped_sweeps()[name], [*here, *SEVERAL_TEACHERS.get(name, ()), *more])
+    return read_settings(shipped_sweeps()[name], [*here, *OPTIONS.get(name, ()), *more])
 
 
 def run(workspace: Workspace, name: str, *more: str) -> SweepResult:
