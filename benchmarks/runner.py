@@ -53,6 +53,19 @@ class Setup:
     """Where the report is written, and what is kept with it."""
 
     @property
+    def num_ranks(self) -> int:
+        """Workers that train as one: as many as there are GPUs, or 2 on the CPU.
+
+        Raises:
+            Skipped: If there is one GPU.
+        """
+        if self.device == "cpu":
+            return 2
+        if self.num_gpus < 2:
+            raise Skipped("needs 2 GPUs, and this machine has 1")
+        return self.num_gpus
+
+    @property
     def world(self) -> World:
         """A single worker on the device."""
         return World(device="cuda:0" if self.device == "cuda" else "cpu")

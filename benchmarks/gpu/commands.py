@@ -197,9 +197,7 @@ def node(setup: Setup) -> Iterator[Row]:
         Skipped: If there is one GPU.
     """
     on_gpus = setup.device == "cuda"
-    number = setup.num_gpus if on_gpus else 2
-    if number < 2:
-        raise Skipped("needs 2 GPUs, and this machine has 1")
+    number = setup.num_ranks
     commands, count = Commands(setup, "node"), "--gpus" if on_gpus else "--workers"
     steps = 6 if setup.is_toy else 50
     short = _steps(steps)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import Row
-from benchmarks.runner import Setup, Skipped
+from benchmarks.runner import Setup
 from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.mix import Mix
@@ -139,9 +139,7 @@ def network(setup: Setup) -> Iterator[Row]:
         Skipped: If there is one GPU.
     """
     on_gpus = setup.device == "cuda"
-    number = setup.num_gpus if on_gpus else 2
-    if number < 2:
-        raise Skipped("needs 2 GPUs, and this machine has 1")
+    number = setup.num_ranks
     sizes = [2**16] if setup.is_toy else [2**20, 25 * 2**20, 2**30]
     for size in sizes:
         answer = setup.folder / f"all-reduce-{size}.json"

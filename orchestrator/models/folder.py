@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -124,14 +124,8 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
         return load_config(folder)
     from iiet.published import config_from_published  # Imports torch.
 
-    names: list[str] = []
     has_weights = needs_weights or any(folder.glob("*.safetensors"))
-    for file in weight_files(folder) if has_weights else ():
-        try:
-            with safe_open(file, framework="pt") as weights:
-                names += weights.keys()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
+    names = stored_tensors(folder) if has_weights else {}
     try:
         return config_from_published(config, dict.fromkeys(names))
     except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
@@ -172,28 +166,44 @@ def _indexed_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def weights_precision(folder: Path) -> StoredPrecision:
-    """Return the type of the weights in a folder's files: that of the largest tensor.
+class StoredTensor(NamedTuple):
+    """A weight in a file."""
 
-    Mixes and norms of a method stay float32 beside weights in half precision.
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it, such as `BF16`."""
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return name -> shape and type of all weights; only the heads of the files are read.
 
     Raises:
         UserError: If there are no weights, or they cannot be read.
     """
-    largest_size = 0
-    largest_dtype = "F32"
+    tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in list(weights.keys()):
                     tensor = weights.get_slice(name)
-                    size = math.prod(tensor.get_shape())
-                    if size > largest_size:
-                        largest_size = size
-                        largest_dtype = tensor.get_dtype()
+                    tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
-    return _SAFETENSORS_NAMES.get(largest_dtype, "fp32")
+    return tensors
+
+
+def weights_precision(folder: Path) -> StoredPrecision:
+    """Return the type of the weights in a folder's files; errors are those of `stored_tensors`."""
+    return precision_of(stored_tensors(folder))
+
+
+def precision_of(tensors: Mapping[str, StoredTensor]) -> StoredPrecision:
+    """Return the type of weights: that of the largest one.
+
+    Mixes and norms of a method stay float32 beside weights in half precision.
+    """
+    largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
+    return _SAFETENSORS_NAMES.get(largest.dtype, "fp32") if largest else "fp32"
 
 
 def model_files_key(folder: Path) -> str:

@@ -13,13 +13,18 @@ from typing import Any
 
 from pydantic import Field
 from rich.console import RenderableType
-from safetensors import SafetensorError, safe_open
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.facts import facts_of
 from iiet.pruning import InfluenceTable
-from orchestrator.models.folder import read_config, weight_files, weights_precision
+from orchestrator.models.folder import (
+    StoredTensor,
+    precision_of,
+    read_config,
+    stored_tensors,
+    weight_files,
+)
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, open_models
 from orchestrator.pipelines.training import plan_pretrain
@@ -223,8 +228,8 @@ def inspect_model(
     paths = [Path(model)] if model is not None else []
     schedules = [schedule] if schedule is not None else []
     [opened] = open_models(space, paths, schedules, note=(progress or Progress()).note)
-    tensors = _tensor_shapes(opened.path)
-    precision = weights_precision(opened.path)
+    tensors = stored_tensors(opened.path)
+    precision = precision_of(tensors)
     facts: dict[str, Any] = {
         "path": opened.path,
         "name": opened.name,
@@ -316,7 +321,7 @@ def _retrofit(settings: Settings, workspace: Workspace, model: OpenedModel) -> d
 
 
 def _facts_of_other(
-    model: OpenedModel, tensors: Mapping[str, tuple[int, ...]], precision: str
+    model: OpenedModel, tensors: Mapping[str, StoredTensor], precision: str
 ) -> dict[str, Any]:
     """Return sizes and costs of a model that transformers runs, as fields."""
     values = read_config(model.path)
@@ -343,7 +348,7 @@ def _facts_of_other(
     return {
         "sizes": sizes,
         "schedule": None,
-        "num_parameters": sum(map(math.prod, tensors.values())),
+        "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "evaluations_per_token": evaluations,
         "flops_per_token": flops,
         "kv_bytes_per_token": kv_bytes,
@@ -354,31 +359,18 @@ def _facts_of_other(
     }
 
 
-def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all weights; only the heads of the files are read."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in list(weights.keys()):
-                    shapes[name] = tuple(weights.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
-    return shapes
-
-
-def _is_tied(values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_tied(values: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
     has_head = any("lm_head" in name or "embed_out" in name for name in tensors)
     return not has_head and bool(values.get("tie_word_embeddings", True))
 
 
 def _matrix_flops(
-    tensors: Mapping[str, tuple[int, ...]], runs_per_layer: float, *, is_tied: bool
+    tensors: Mapping[str, StoredTensor], runs_per_layer: float, *, is_tied: bool
 ) -> float:
     """Return two FLOPs for each number of a matrix; attention between tokens is left out."""
     flops = 0.0
-    for name, shape in tensors.items():
-        if len(shape) != 2:
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != 2:
             continue
         # Embeddings are read, not multiplied, unless they are the head, too.
         is_of_positions = ".wpe" in name or "position" in name
@@ -386,5 +378,5 @@ def _matrix_flops(
         if is_of_positions or (is_of_tokens and not is_tied):
             continue
         is_layer = ".layers." in name or ".h." in name
-        flops += 2 * math.prod(shape) * (runs_per_layer if is_layer else 1.0)
+        flops += 2 * math.prod(tensor.shape) * (runs_per_layer if is_layer else 1.0)
     return flops

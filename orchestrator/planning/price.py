@@ -172,10 +172,20 @@ def price_of(
     priced = [training for group in groups for training in group.trainings]
 
     # Hours: one group after another. Trainings of a group may differ in precision, so in rate.
+    # Each rate is looked up once: the driver is asked for the GPU's name.
+    rates: dict[tuple[bool, str], Rate] = {}
+    for training in priced:
+        kind = (training.devices.on_gpus, training.recipe.precision)
+        if kind not in rates:
+            rates[kind] = assumed_rate(training, mfu)
+
+    def rate_of(training: Estimate) -> Rate:
+        return rates[training.devices.on_gpus, training.recipe.precision]
+
     shortest = longest = 0.0
     for group in groups:
-        low_share, high_share = assumed_rate(group.trainings[0], mfu).shares
-        seconds = group.seconds_at(lambda training: assumed_rate(training, mfu).peak_flops)
+        low_share, high_share = rate_of(group.trainings[0]).shares
+        seconds = group.seconds_at(lambda training: rate_of(training).peak_flops)
         shortest += seconds / high_share / 3600
         longest += seconds / low_share / 3600
     costliest = max(priced, key=lambda training: training.total_flops, default=None)
@@ -202,7 +212,7 @@ def price_of(
         hours=(shortest, longest),
         num_devices=max((group.num_devices for group in groups), default=0),
         uses_gpus=any(group.devices.on_gpus for group in groups),
-        rate=assumed_rate(costliest, mfu) if costliest else None,
+        rate=rate_of(costliest) if costliest else None,
         memory=largest.worker_memory if largest else {},
         disk={name: num_bytes for name, num_bytes in disk.items() if num_bytes},
         free_disk=free_disk(folder),
