@@ -145,7 +145,7 @@ def heldout_folder(
         rows[BITS_PER_BYTE] = [{"text": text} for text in _sampled(sample, MAX_ROLLING_BYTES)]
     for part in (part for part in data.parts if isinstance(part, DepthStore)):
         for task in part.tasks:
-            choices = list(task.symbols)
+            choices = list(task.choices)
             rows[task.name] = [
                 {"context": item.context, "choices": choices, "label": choices.index(item.answer)}
                 for item in part.items(task, num_items)
