@@ -107,23 +107,23 @@ def _claim_cells(claim: Report) -> list[str]:
 def holds_table(claims: Report, text: Report, retrofit: Report) -> list[str]:
     """Return the lines of what holds and what does not, each with its command."""
     rows = [[*_claim_cells(claim), "`iiet-orch sweep claims`"] for claim in claims["claims"]]
-    plain = ("the source", "vs_source"), ("that trained on as long", "vs_source_continued")
+    plain = ("the source", "vs_source"), ("the source trained on", "vs_source_continued")
     for question, report, name, against, command in (
         ("text: IIET beats vanilla", text, "teacher", "vs_vanilla", "toy"),
         ("text: it beats the same without corrections", text, "teacher", "vs_r_0", "toy"),
         *(
             (f"retrofit: {model} beats {other}", retrofit, name, against, "retrofit")
-            for model, name in (
-                ("the teacher", "teacher"),
-                ("a student of the source's cost", "0,0"),
-            )
+            for model, name in (("it", "teacher"), ("its student 0,0", "0,0"))
             for other, against in plain
         ),
     ):
         cells = _difference_cells(report, name, against)
         rows.append([question, "", *cells, f"`iiet-orch sweep {command}`"])
-    page = "docs/retrofit.md"
-    rows.append(["retrofit of a model of the hub, on text", "", "", "not measured yet", page])
+    study = "`python research/retrofit_study.py`"
+    rows += [
+        [question, "", "", "not measured yet", study]
+        for question in ("retrofit: over seeds, tasks and methods", "retrofit: on text")
+    ]
     return [
         "| claim (3 to 5: of students) | paper | here | verdict | command |",
         "| --- | ---: | --- | --- | --- |",

@@ -119,7 +119,7 @@ def changed_values(section: Section, default: Any = DEFAULTS) -> dict[str, Any]:
 
 
 def _inner_defaults(section: Section, usual: Section | None) -> Section:
-    """Return the defaults of a section's settings: its own ones if the section is off by default."""
+    """Return the defaults of a section's settings: its own if the section is off by default."""
     return type(section).model_construct() if usual is None else usual
 
 
