@@ -197,7 +197,7 @@ def _extensions(_: Workspace) -> Found:
         for entry in sorted(table.entry_points(), key=lambda entry: entry.name):
             package = package_of(entry)
             try:
-                table[entry.name]
+                table.load(entry.name)
                 yield True, f"the {table.noun} {entry.name} of {package}", ""
             except ExtensionError as error:
                 yield False, str(error), f"repair the package {package}, or uninstall it"

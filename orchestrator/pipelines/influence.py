@@ -235,7 +235,7 @@ def run_influence(
         try:
             if table.schedule.num_corrections:
                 chart = influence_chart(table.rows(), metric=table.metric, title=title)
-                save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
+                save_chart(chart, plan.path.with_suffix(""), formats=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")
