@@ -209,7 +209,7 @@ class Estimate:
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=devices.num_shards,
             num_passes=self.num_passes * (1 + self.num_members),
-            num_frozen_parameters=cost.num_parameters(self.teacher) if self.teacher else 0,
+            frozen=self.teacher,
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             trained=self.recipe.trained_layers,
