@@ -157,7 +157,7 @@ def heldout_folder(
     depth_parts = [part for part in data.parts if isinstance(part, DepthStore)]
     for part in depth_parts:
         for task in part.tasks:
-            choices = list(task.symbols)
+            choices = list(task.choices)
             rows[task.name] = [
                 {"context": item.context, "choices": choices, "label": choices.index(item.answer)}
                 for item in part.items(task, num_items)

@@ -358,7 +358,10 @@ def with_retention(settings: Settings, retrofit: Retrofit | None) -> Settings:
 
 
 def _reads_text(retrofit: Retrofit) -> bool:
-    """Return whether the teacher's data have text; without tokens, by the settings."""
+    """Return whether the teacher's data have text, or words of a text's tokenizer; without tokens,
+    by the settings."""
+    if retrofit.settings.data.has_words:
+        return True
     tokens = retrofit.teacher.tokens_folder
     if tokens:
         return LAST_WORD in offered_tasks(open_data(tokens))
