@@ -150,17 +150,18 @@ class DataSettings(Section):
     @property
     def texts(self) -> dict[str, DataSettings]:
         """The text sources of a mixture, each with the settings that it would have alone."""
-        alone = {"shares": {}, "depth": DepthSettings()}
-        own_fields = {"python": (), "files": ("files",), "hub": ("hub_name", "hub_config")}
-        unread = {"files": (), "hub_name": "", "hub_config": None}
+        # What a source alone does not read is at its default, so that its key does not depend on
+        # the other sources of the mixture.
+        of_mixtures = {"shares": {}, "depth": DepthSettings()}
+        of_files = {"files": ()}
+        of_hub = {"hub_name": "", "hub_config": None}
+        unread: dict[str, dict[str, Any]] = {
+            "python": of_mixtures | of_files | of_hub,
+            "files": of_mixtures | of_hub,
+            "hub": of_mixtures | of_files,
+        }
         return {
-            name: self.model_copy(
-                update={
-                    **alone,
-                    **{k: v for k, v in unread.items() if k not in own_fields.get(name, ())},
-                    "source": name,
-                }
-            )
+            name: self.model_copy(update=unread[name] | {"source": name})
             for name in source_order(self.shares)
             if name in TEXT_SOURCES
         }
