@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -112,18 +113,15 @@ def test_the_page_is_made_from_the_stored_results():
 
 
 @pytest.mark.long
-def test_the_study_resumes_and_makes_students(tmp_path, capsys):
+def test_the_study_resumes_and_makes_students(tmp_path):
     file = tmp_path / "results.json"
     arguments = ["--folder", str(tmp_path), "--results", str(file), "--steps-factor", "0.002"]
     assert retrofit_study.main([*arguments, "--piece", "depth-2", "--seconds", "0"]) == 0
     assert not file.exists()
     study = Study(tmp_path, file, 0.002)
-    for training in study.trainings("depth-2"):
-        if training.seed > 0:
-            break
+    for training in islice(study.trainings("depth-2"), 4):
         study.store(study.make(training))
-    assert {t.arm for t in study.measured} == {"source", *DEPTH_ARMS}
-    capsys.readouterr()
+    assert [t.arm for t in study.measured] == ["source", CONTINUED, CONTINUED, "mean"]
     again = Study(tmp_path, file, 0.002)
     students = again.trainings("students-2")
     first = next(students)
