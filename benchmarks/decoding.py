@@ -44,7 +44,8 @@ from iiet import (
 )
 from orchestrator.models.gguf import read_gguf
 
-_FULL, _QUICK = (12, 8192, 128, 64), (4, 256, 8, 6)
+_FULL = (12, 8192, 128, 64)
+_QUICK = (4, 256, 8, 6)
 """Layers, vocabulary, tokens of the prompt, new tokens."""
 _TOLERANCE = 1e-3
 _GOAL_RATIO = {(256, 1): Goal("at least", 1.5), (256, 8): Goal("at least", 1.4)}
@@ -65,7 +66,8 @@ def decoding(setup: Setup) -> Iterator[Row]:
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
             )
             llama.generation_config.eos_token_id = None  # Both programs generate all tokens.
-            decoder, llama = read_gguf(gguf).eval(), llama.eval()
+            decoder = read_gguf(gguf).eval()
+            llama = llama.eval()
         else:
             length = prompt_tokens + new_tokens
             config = shaped_config(dim, layers, vocabulary, length, method="vanilla")
@@ -150,7 +152,8 @@ def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_token
     likeliest."""
     continued = decoder.generate(prompt, max_new_tokens=new_tokens)
     with torch.inference_mode():
-        ours, theirs = decoder(continued), llama(continued).logits
+        ours = decoder(continued)
+        theirs = llama(continued).logits
     before = prompt.size(1) - 1
     chosen = theirs[:, before:-1].gather(-1, continued[:, before + 1 :, None])
     regret = theirs[:, before:-1].amax(-1, keepdim=True) - chosen
@@ -176,9 +179,11 @@ def _rows(
     # Seconds per token: of the whole run, and after the prefill.
     whole, after = ({name: [pair[i] for pair in pairs[name]] for name in pairs} for i in (0, 1))
     place = decoder.config.dim, len(prompt)
-    size, both = f"d {place[0]}, batch {place[1]}", ("transformers", "ours")
+    size = f"d {place[0]}, batch {place[1]}"
+    both = ("transformers", "ours")
     bound = f"share of the bound ({all_bytes / 1e6:.1f} MB of weights), {size}"
-    ratio, share = _GOAL_RATIO.get(place), _GOAL_SHARE.get(place)
+    ratio = _GOAL_RATIO.get(place)
+    share = _GOAL_SHARE.get(place)
     yield Row.paired(f"a step after the prefill, {size}", after, *both, ratio)
     yield Row.paired(f"a step, prefill included, {size}", whole, *both, ratio)
     yield Row.paired(bound, after, "bound", "ours", share)
@@ -249,7 +254,8 @@ def schedules(setup: Setup) -> Iterator[Row]:
     for dim in (64,) if setup.is_toy else (256, 512):
         # Two more tokens: the warm-up and a spare one.
         config = shaped_config(dim, layers, vocabulary, prompt_tokens + new_tokens + 2)
-        decoder, named = fresh_decoder(config).eval(), fitted | concentrated
+        decoder = fresh_decoder(config).eval()
+        named = fitted | concentrated
         decoders = {name: decoder.with_schedule(each) for name, each in named.items()}
         what = f"logits of a cached step and the full forward, {len(named)} schedules, d {dim},"
         yield checked(what, max(map(_cached_difference, decoders.values())), _TOLERANCE)
@@ -280,7 +286,8 @@ def _cached_difference(decoder: Decoder) -> float:
     tokens = random_tokens(decoder.config.vocab_size, 1, 8)
     cache = KeyValueCache(decoder.config, batch_size=1, max_tokens=8)
     decoder(tokens[:, :-1], cache=cache)
-    step, full = decoder(tokens[:, -1:], cache=cache), decoder(tokens)[:, -1:]
+    step = decoder(tokens[:, -1:], cache=cache)
+    full = decoder(tokens)[:, -1:]
     return float((step - full).abs().max() / full.std())
 
 

@@ -209,7 +209,8 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.now = 0
+        self.peak = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(

@@ -110,7 +110,8 @@ def _check(full: Decoder, small: Decoder, prompt: Tensor) -> Row:
     """Compare the tokens with those of plain decoding, in float64."""
     exact = copy.deepcopy(full).double()
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    expected, differing = exact.generate(prompt, **options), 0
+    expected = exact.generate(prompt, **options)
+    differing = 0
     for draft in ("auto", copy.deepcopy(small).double()):
         found = exact.generate(prompt, draft=draft, draft_tokens=3, **options)
         differing += int((found != expected).sum())

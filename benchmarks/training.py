@@ -120,7 +120,8 @@ class _Runs:
     """Runs of one size on made-up text; `folder` holds tokens and runs."""
 
     def __init__(self, size: _Size, folder: Path) -> None:
-        self.size, self.folder = size, folder
+        self.size = size
+        self.folder = folder
         draw = random.Random(0)
         letters = "abcdefghijklmnop"
         words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(500)]

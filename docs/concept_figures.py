@@ -61,7 +61,9 @@ INFLUENCE = [
 
 def draw_correction() -> Spec:
     """Draw layers with and without corrections, and a fixed-point iteration in one dimension."""
-    boxes, texts, arrows = [], [], []
+    boxes = []
+    texts = []
+    arrows = []
     corrections = ("prediction", "correction 1", "correction 2")
     for height, names, title in (
         (1.55, ("block",), "vanilla layer: 1 run"),
@@ -102,7 +104,8 @@ def _iteration() -> altair.LayerChart:
     y = altair.Y("y:Q", title="estimate", scale=Scale(zero=False))
     legend = altair.Legend(title=None, orient="top-right")
     colors = Scale(domain=["prediction", "corrections"], range=[BLUE, SKY])
-    steps, end = Chart(InlineData(values=rows)), Chart(InlineData(values=[solution]))
+    steps = Chart(InlineData(values=rows))
+    end = Chart(InlineData(values=[solution]))
     return altair.layer(
         end.mark_rule(color=GRAY, strokeDash=[6, 4]).encode(y),
         end.mark_text(color=GRAY, dy=-8).encode(x, y, text="label:N"),
@@ -139,7 +142,8 @@ def draw_demo_influence() -> Spec:
 
 def draw_family() -> Spec:
     """Draw the schedule, and its cost, that each threshold gives on the demo's influence."""
-    lowest, highest = 0.0004, 0.25
+    lowest = 0.0004
+    highest = 0.25
     rows = [
         {
             "above": max(member.threshold_above, lowest),

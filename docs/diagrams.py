@@ -85,7 +85,8 @@ def drawing(chart: Any) -> Spec:
 
 def _head(start: Point, end: Point, unit: Point) -> dict[str, float]:
     """Return the place of an arrow's head, just before its end, and its angle from upward."""
-    across, up = unit[0] * (end[0] - start[0]), unit[1] * (end[1] - start[1])
+    across = unit[0] * (end[0] - start[0])
+    up = unit[1] * (end[1] - start[1])
     back = 5.0 / math.hypot(across, up)
     x, y = (b - back * (b - a) for a, b in zip(start, end, strict=True))
     return {"x": x, "y": y, "angle": math.degrees(math.atan2(across, up))}

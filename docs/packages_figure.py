@@ -43,19 +43,24 @@ FLOWS = (
 
 USED_BY_ALL = ("workspace", "terminal", "settings", "records", "models")
 
-WIDTH, HEIGHT = 0.5, 0.36
+WIDTH = 0.5
+HEIGHT = 0.36
 """Of a box, where columns and rows are 1 apart."""
 
 
-LEFT, TOP = 0.35, 5.3
+LEFT = 0.35
+TOP = 5.3
 """Of the first column's middle from the left, and the height of the drawing."""
 
 
 def draw_packages() -> Spec:
     """Draw each package as a box, each flow as an arrow with its name."""
-    boxes, texts, arrows = [], [], []
+    boxes = []
+    texts = []
+    arrows = []
     for giver, receiver, what in FLOWS:
-        start, end = _edge_point(giver, receiver), _edge_point(receiver, giver)
+        start = _edge_point(giver, receiver)
+        end = _edge_point(receiver, giver)
         arrows.append((start, end))
         texts.append(text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, what, halo=True))
     for name, (column, row) in PLACES.items():
@@ -71,8 +76,10 @@ def draw_packages() -> Spec:
 
 def _edge_point(package: str, toward: str) -> tuple[float, float]:
     """Return where the line from the middle of one box to that of another leaves the first."""
-    (x, y), (to_x, to_y) = PLACES[package], PLACES[toward]
-    across, up = to_x - x, to_y - y
+    x, y = PLACES[package]
+    to_x, to_y = PLACES[toward]
+    across = to_x - x
+    up = to_y - y
     share = min(
         WIDTH / 2 / abs(across) if across else 1.0,
         HEIGHT / 2 / abs(up) if up else 1.0,

@@ -39,7 +39,8 @@ def correction_maps(decoder: Decoder, input_ids: Tensor) -> dict[int, tuple[Step
     Returns:
         By layer, the first being 0: the map of (batch, time, dim), and a point of it.
     """
-    inputs, last = {}, {}
+    inputs = {}
+    last = {}
 
     def note_inputs(layer: torch.nn.Module, arguments: tuple) -> None:
         inputs[layer.index] = (layer, *arguments)

@@ -45,14 +45,20 @@ class BareTrainer(Trainer):
     ) -> None:
         self.model = self.decoder = decoder
         self.optimizer = optimizer or torch.optim.SGD(decoder.parameters(), lr=0.1)
-        self.objective, self.recipe, self.drawn_at = objective, recipe, lambda _: tuple(members)
-        self.frozen_teacher, self.teacher, self.distillation = None, teacher, distillation
-        self.world, self.position = world or World(), Position(step=step)
+        self.objective = objective
+        self.recipe = recipe
+        self.drawn_at = lambda _: tuple(members)
+        self.frozen_teacher = None
+        self.teacher = teacher
+        self.distillation = distillation
+        self.world = world or World()
+        self.position = Position(step=step)
         self.copies = Copies(decoder, self.world)
         self.schedule_at = lambda _: decoder.schedule
         self.members_at = self.drawn_at
         self.sequences_per_pass = recipe.num_sequences_per_pass
-        self.batch, self.profiler = batch, None
+        self.batch = batch
+        self.profiler = None
         self.writer: Any = SimpleNamespace(save=lambda *_: None)
         self.meter: Any = SimpleNamespace(measure=lambda _: {})
         self.flops_per_token = lambda _: 0.0

@@ -268,7 +268,8 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
 
     recipe = {"num_steps": 40, "num_tokens_per_step": 64, "num_validation_tokens": 64}
     settings = resolve_settings({"distillation": {"training": recipe}})
-    values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
+    values = ((0.5, 0.1), (0.3,))
+    errors = ((0.0, 0.0), (0.0,))
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
     suite = Suite(suite="x", tokens_folder=str(tiny_tokens))

@@ -93,7 +93,8 @@ def write_llama(
     for name, weight in llama.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
-        theirs, array = _llama_cpp_name(name), weight.float().numpy()
+        theirs = _llama_cpp_name(name)
+        array = weight.float().numpy()
         if theirs in left_out:
             continue
         if (part := theirs.rpartition("attn_")[2].removesuffix(".weight")) in heads:

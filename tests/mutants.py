@@ -163,7 +163,9 @@ def start(run: Run) -> int:
 
 def run_all(mutants: Iterable[Mutant], copies: list[Path]) -> Iterator[tuple[Run, int]]:
     """Yield each fault's run and exit code when it ends, as many at a time as there are copies."""
-    waiting, free, running = iter(mutants), list(copies), dict[int, Run]()
+    waiting = iter(mutants)
+    free = list(copies)
+    running = dict[int, Run]()
     while True:
         while free and (mutant := next(waiting, None)):
             copy = free.pop()

@@ -51,7 +51,9 @@ CALLS_WITH_LINES = 300
 """Calls of a function in one test whose lines are recorded; more would take minutes."""
 MEMORY_BYTES = 12 * 2**30
 """Most memory of the tests of a change, which may ask for any amount."""
-NOTICED, SURVIVED, NOT_RUN = "noticed", "survives", "no quick test runs it"
+NOTICED = "noticed"
+SURVIVED = "survives"
+NOT_RUN = "no quick test runs it"
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
@@ -298,7 +300,8 @@ class Recorder:
         """Record a shared fixture."""
         if fixturedef.scope == "function":
             return (yield)
-        outside, self._current = self._current, self.lines[fixturedef.argname]
+        outside = self._current
+        self._current = self.lines[fixturedef.argname]
         try:
             return (yield)
         finally:

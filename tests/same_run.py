@@ -47,7 +47,8 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
     disturbed = in_folder(job, name)
     for disturb in disturbances:
         disturbed = disturb(disturbed) or disturbed
-    expected, found = run_job(alone), run_job(disturbed)
+    expected = run_job(alone)
+    found = run_job(disturbed)
     assert found.finished
     assert not list(disturbed.folder.glob(".*.iiet-temporary"))
     for metric in CURVES:

@@ -53,7 +53,8 @@ def with_items(
     workspace: Workspace, results: Iterable[Trial], evaluations: Mapping[str, EvaluationResult]
 ) -> tuple[Trial, ...]:
     """Store the evaluations, by key of the trial, and return the trials that name them."""
-    store, found = EvaluationStore(workspace.evaluations), []
+    store = EvaluationStore(workspace.evaluations)
+    found = []
     for trial in results:
         evaluation = evaluations[trial.key]
         keys = {name: f"{trial.key}-{name}" for name in evaluation.results}

@@ -158,7 +158,8 @@ def test_files_are_loaded_without_running_their_code():
         for call in ast.walk(tree):
             if not isinstance(call, ast.Call):
                 continue
-            function, place = ast.unparse(call.func), f"{name}, line {call.lineno}"
+            function = ast.unparse(call.func)
+            place = f"{name}, line {call.lineno}"
             options = {option.arg: ast.unparse(option.value) for option in call.keywords}
             if re.fullmatch(r"(cloud)?pickle\.(loads?|Unpickler)", function):
                 assert name.startswith("orchestrator.cluster."), place

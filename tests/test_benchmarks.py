@@ -77,7 +77,8 @@ def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
         torch.__version__,
         1,
     )
-    report, said = (tmp_path / "cpu-report.md").read_text(), capsys.readouterr().out
+    report = (tmp_path / "cpu-report.md").read_text()
+    said = capsys.readouterr().out
     assert "| [decoding](#decoding) |" in report
     for text in (report, said):
         assert "2 layers, weights of tiny.gguf" in text
@@ -105,7 +106,9 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
 
 
 def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down():
-    ran, slowness, now = "", [1.0, 1.0, 9.0, 2.0, 4.0], 0.0  # Of the machine, by repetition.
+    ran = ""
+    slowness = [1.0, 1.0, 9.0, 2.0, 4.0]  # Of the machine, by repetition.
+    now = 0.0
 
     def task(name: str, work: float) -> Callable[[], float]:
         pace = iter(slowness)

@@ -29,7 +29,8 @@ def small_decoder(**options: object) -> Decoder:
     ids=str,
 )
 def test_the_spectral_radius_is_that_of_the_whole_jacobian(options):
-    decoder, input_ids = small_decoder(**options), torch.randint(31, (1, 6))
+    decoder = small_decoder(**options)
+    input_ids = torch.randint(31, (1, 6))
     maps = example.correction_maps(decoder, input_ids)
     assert list(maps) == [0, 2]
     for step, point in maps.values():

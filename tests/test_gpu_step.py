@@ -97,7 +97,8 @@ pytestmark = [
 def steps(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Run `main` in a process of its own and return what it counted, by case."""
     folder = tmp_path_factory.mktemp("gpu")
-    source, library = folder / "gpu.cpp", folder / "gpu.so"
+    source = folder / "gpu.cpp"
+    library = folder / "gpu.so"
     source.write_text(GPU)
     files = Path(torch.__file__).parent
     flags = ["-O0", "-w", "-std=c++20", "-shared", "-fPIC", f"-I{files}/include"]
@@ -185,7 +186,8 @@ class Kernels(TorchDispatchMode):
             self.peak = max(self.peak, sum(self._sizes.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        kwargs = kwargs or {}
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         is_fake = any(isinstance(value, FakeTensor) for value in given)
         if not is_fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
@@ -267,7 +269,9 @@ def counted_checkpoints() -> dict[str, Any]:
 
 def counted(case: str) -> dict[str, Any]:
     """Count the second step of a case."""
-    config, num_passes, teacher = preset("340m", num_layers=2), 2, None
+    config = preset("340m", num_layers=2)
+    num_passes = 2
+    teacher = None
     with ExitStack() as stack:
         for owner, name, value in (
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -280,7 +284,8 @@ def counted(case: str) -> dict[str, Any]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if case == "distillation":
             teacher = decoder_on_gpu(config, torch.bfloat16).requires_grad_(False).eval()
-            config, num_passes = preset("340m", num_layers=2, schedule=1), 1
+            config = preset("340m", num_layers=2, schedule=1)
+            num_passes = 1
         recipe = TrainingSettings(
             num_steps=2,
             num_sequences_per_pass=4,

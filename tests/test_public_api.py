@@ -43,7 +43,8 @@ def is_sentence(text: str | None) -> bool:
 
 def problems_of(function: Any, *, is_overridden: bool) -> list[str]:
     """Return what a reader or a type checker lacks of a function."""
-    signature, found = inspect.signature(function), []
+    signature = inspect.signature(function)
+    found = []
     if not (is_sentence(function.__doc__) or is_overridden):
         found.append("has no docstring")
     if signature.return_annotation is signature.empty:

@@ -149,7 +149,8 @@ def resume(setup: Setup) -> Iterator[Row]:
     # Ray takes seconds to start, which a toy does not have.
     place = ["--gpus", "1"] if setup.device == "cuda" else ["--local"]
     commands.run("pretrain", "--name", "whole", *place, settings=settings)
-    whole, killed = commands.run_record("whole"), commands.run_record("killed")
+    whole = commands.run_record("whole")
+    killed = commands.run_record("killed")
     again = ["pretrain", "--name", "killed", *place]
 
     def kill(process: subprocess.Popen[bytes]) -> None:
@@ -166,7 +167,8 @@ def resume(setup: Setup) -> Iterator[Row]:
         what="resumed", figures={"after step": resumed[0], "whole second command (s)": seconds}
     )
 
-    ours, theirs = killed.values("train/loss"), whole.values("train/loss")
+    ours = killed.values("train/loss")
+    theirs = whole.values("train/loss")
     if ours.keys() != theirs.keys():
         yield Row(what="losses", problem="the runs recorded other steps")
         return
@@ -198,19 +200,22 @@ def node(setup: Setup) -> Iterator[Row]:
     """
     on_gpus = setup.device == "cuda"
     number = setup.num_ranks
-    commands, count = Commands(setup, "node"), "--gpus" if on_gpus else "--workers"
+    commands = Commands(setup, "node")
+    count = "--gpus" if on_gpus else "--workers"
     steps = 6 if setup.is_toy else 50
     short = _steps(steps)
     commands.run("pretrain", "--name", "one", count, "1", settings=short)
     one = commands.run_record("one")
-    alone, compared = one.values("train/loss"), sorted(one.values("train/loss"))[:NUM_COMPARED]
+    alone = one.values("train/loss")
+    compared = sorted(one.values("train/loss"))[:NUM_COMPARED]
     yield Row(what="one worker", figures={"tokens/s": _tokens_per_second(one)})
     all_workers = ["pretrain", count, str(number)]
     for parallel in ("ddp", "fsdp"):
         settings = {**short, "cluster.parallel": parallel}
         commands.run(*all_workers, "--name", parallel, settings=settings)
         run = commands.run_record(parallel)
-        ours, tolerance = run.values("train/loss"), ROUNDED_LOSS if on_gpus else 1e-4
+        ours = run.values("train/loss")
+        tolerance = ROUNDED_LOSS if on_gpus else 1e-4
         difference = max(abs(ours[step] - alone[step]) for step in compared)
         differ = f"losses differ by {difference:.2g} nats from those of one worker"
         problem = problem_unless(difference, tolerance, differ)
@@ -247,7 +252,9 @@ class _Once:
     def __init__(
         self, run: Run, act: Callable[[subprocess.Popen[bytes], list[psutil.Process]], None]
     ) -> None:
-        self.run, self.act, self.at = run, act, 0.0
+        self.run = run
+        self.act = act
+        self.at = 0.0
 
     def __call__(self, command: subprocess.Popen[bytes]) -> None:
         if self.at or not find_checkpoints(self.run.folder):

@@ -77,7 +77,8 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
     for name, one in decoders.items():
         cost = inference_cost(one.config, context_length=prompt + new // 2, bytes_per_value=2)
         read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
-        milliseconds, evaluations = timings[name].median, cost.evaluations_per_token
+        milliseconds = timings[name].median
+        evaluations = cost.evaluations_per_token
         bound = 1e3 * read / bandwidth
         figures: dict[str, Figure] = {
             "ms/token": milliseconds,

@@ -236,7 +236,8 @@ def retrofit(setup: Setup) -> Iterator[Row]:
     seconds = commands.run("pretrain", "--from", str(source), "--name", "iterative", *place)
     run = commands.run_record("iterative")
     losses = run.values("train/loss")
-    first, last = losses[min(losses)], losses[max(losses)]
+    first = losses[min(losses)]
+    last = losses[max(losses)]
     yield Row(
         what=f"Llama of {num_parameters / 1e9:.2g}B parameters, {steps} steps",
         figures={

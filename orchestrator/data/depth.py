@@ -111,18 +111,29 @@ class DepthTask(ABC):
     def generate(self, bits: np.ndarray) -> Sequences:
         """Make one sequence of each row of random numbers, uint64, (sequences, num_random)."""
 
-    def asked_positions(
-        self,
-        answers: np.ndarray,
-        bits: np.ndarray,  # noqa: ARG002 - for tasks that ask at a random position
-    ) -> np.ndarray:
+    def may_be_asked(self, answers: np.ndarray) -> np.ndarray:
+        """Return a mask of the positions at which a test may ask: those with an answer."""
+        has_answer: np.ndarray = answers != NO_ANSWER
+        return has_answer
+
+    def asked_positions(self, answers: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Return the position of each sequence at which a test asks, or `NO_ANSWER` for none.
+
+        The position is a random one of those that may be asked, so that tests ask as training does.
 
         Args:
             answers: As in `Sequences`.
             bits: One random number per sequence, uint64.
         """
-        return np.full(len(answers), answers.shape[1] - 1)
+        may_be_asked = self.may_be_asked(answers)
+        num_candidates = may_be_asked.sum(axis=1)
+        # A number from 0 to the row's `num_candidates` - 1; `uniform_below` takes one limit for
+        # all rows.
+        chosen = uniform_below(bits, 1 << 32) * num_candidates >> 32
+        # The n-th candidate stands where n candidates lie before it.
+        candidates_before = may_be_asked.cumsum(axis=1) - 1
+        position = ((candidates_before == chosen[:, None]) & may_be_asked).argmax(axis=1)
+        return np.where(num_candidates > 0, position, NO_ANSWER)
 
 
 class PHopInduction(DepthTask):
@@ -165,17 +176,6 @@ class PHopInduction(DepthTask):
             reached = np.where(reached >= 0, _take(hop, reached), NO_ANSWER)
         answers = np.where(reached >= 0, _take(symbols, reached), NO_ANSWER)
         return Sequences(symbols, answers)
-
-    def asked_positions(self, answers: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Return a random position of those with an answer, so that tests ask as training does."""
-        has_answer = answers != NO_ANSWER
-        num_answers = has_answer.sum(axis=1)
-        # A number from 0 to the row's `num_answers` - 1; `uniform_below` takes one limit for all.
-        chosen = uniform_below(bits, 1 << 32) * num_answers >> 32
-        # The n-th answer stands where n answers lie before it.
-        answers_before = has_answer.cumsum(axis=1) - 1
-        position = ((answers_before == chosen[:, None]) & has_answer).argmax(axis=1)
-        return np.where(num_answers > 0, position, NO_ANSWER)
 
 
 def after_previous_occurrence(symbols: np.ndarray, num_symbols: int) -> np.ndarray:
@@ -325,6 +325,12 @@ class PermutationWords(DepthTask):
         for place in range(1, self.length):
             answers[:, place] = products()[answers[:, place - 1], symbols[:, place]]
         return Sequences(symbols, answers)
+
+    def may_be_asked(self, answers: np.ndarray) -> np.ndarray:
+        """Return a mask of the last positions, which ask for the product of all."""
+        is_last = np.zeros(answers.shape, dtype=bool)
+        is_last[:, -1] = True
+        return is_last
 
 
 @cache

@@ -101,7 +101,7 @@ class TextSource(ABC):
         return [None]
 
     @abstractmethod
-    def documents(self, shard: Any) -> Iterator[Document]:
+    def documents(self, shard: Any, /) -> Iterator[Document]:
         """Yield the documents of a shard as they are written, always in the same order.
 
         Equal texts count once. `data.validation_fraction` of the documents are held out, so a book
@@ -129,7 +129,7 @@ class PythonTopics(TextSource):
     def state(self) -> Any:
         return ["pydoc topics", content_key(topics)]
 
-    def documents(self, shard: Any) -> Iterator[Document]:  # noqa: ARG002 - one shard
+    def documents(self, _shard: Any, /) -> Iterator[Document]:
         for name in sorted(topics):
             for passage in self._passages(topics[name]):
                 yield Document(passage, f"topics/{name}")

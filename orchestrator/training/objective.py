@@ -124,15 +124,21 @@ def losses_of(
     yield loss, {**parts, "full_loss": loss}
     for member in members:
         if teacher:
-            objective_of_member = make_objective(lambda _: member, teacher, distillation)  # noqa: B023 - used at once
+            objective_of_member = make_objective(_every_step(member), teacher, distillation)
             loss, parts = objective_of_member(model, batch, step)
         else:
             assert full.answer is not None
-            own = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
-            loss_fn = member_loss(full.answer, batch, own)
+            from_full = DistillationConfig(
+                kl_weight=elastic.kl_weight, temperature=elastic.temperature
+            )
+            loss_fn = member_loss(full.answer, batch, from_full)
             loss, parts = model(batch.input_ids, schedule=member, loss_fn=loss_fn)
         means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
         yield elastic.weight * loss, means
+
+
+def _every_step(schedule: IterationSchedule) -> Callable[[int], IterationSchedule]:
+    return lambda _step: schedule
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:

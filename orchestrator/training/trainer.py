@@ -288,7 +288,9 @@ class Trainer:
     def _find_start(self) -> Path | None:
         # The checkpoint to continue: the run's own, one of its storage, or that of another run with
         # the same first steps, whose metrics are then those of this run.
-        warn: Callable[[str], None] = lambda text: self.event("damaged", text=text)  # noqa: E731
+        def warn(text: str) -> None:
+            self.event("damaged", text=text)
+
         own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
         if own is None and self.writer.remote:
             own = self.writer.remote.download(warn)

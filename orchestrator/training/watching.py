@@ -125,11 +125,15 @@ def jobs_to_train(
             begin = partial(note, waiting_text(names)) if note else None
             folders = [job.folder for job in left]
             wait_interruptibly(
-                lambda: not all(map(is_run_locked, folders)),  # noqa: B023 - called at once
+                partial(_is_one_unlocked, folders),
                 begin=begin,
                 watch=watch,
             )
             note = None
+
+
+def _is_one_unlocked(folders: Sequence[Path]) -> bool:
+    return not all(map(is_run_locked, folders))
 
 
 def waiting_text(names: Sequence[str]) -> str:

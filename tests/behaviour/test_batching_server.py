@@ -38,7 +38,8 @@ def test_ten_streams_at_once_are_what_the_decoder_writes(name, options, save_tin
     )
     workspace = open_workspace(tmp_path / "workspace")
     folder = export(checkpoint, workspace=workspace, measure=False, to=tmp_path / "model")
-    decoder, tokenizer = load_model(checkpoint), ModelTokenizer(checkpoint)
+    decoder = load_model(checkpoint)
+    tokenizer = ModelTokenizer(checkpoint)
 
     def expected(text: str) -> str:
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])

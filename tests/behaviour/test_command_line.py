@@ -245,7 +245,8 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wan
     assert done.returncode == 0
     assert b"no-such-option" in done.stderr
     assert b"\x1b" not in done.stdout + done.stderr
-    help_of, mistake = ["sweep-threshold", "--help"], ["pretrain", "--no-such-option"]
+    help_of = ["sweep-threshold", "--help"]
+    mistake = ["pretrain", "--no-such-option"]
     _, printed = run_in_terminal(program(help_of), tmp_path, environment)
     assert COLOR.search(printed)
     without = {**environment, "NO_COLOR": "1"}

@@ -53,7 +53,9 @@ class Recorder:
         self.outcomes: dict[Outcome, Entries] = {}
         self.last: set[Outcome] = set()
         """Those of a crash after the last request."""
-        self._root, self._failing, self._ids = root, failing, itertools.count(1)
+        self._root = root
+        self._failing = failing
+        self._ids = itertools.count(1)
         # By id, because a file system gives the number of a deleted file to the next one.
         self._living: dict[int, int] = {}  # Number in the file system -> id.
         self._now: dict[int, Entry] = {}
@@ -93,7 +95,8 @@ class Recorder:
 
     def _scan(self) -> None:
         """Read what a program that runs now would see."""
-        before, self._living = self._living, {}
+        before = self._living
+        self._living = {}
         self._names = {key: {} for key in self._names}
 
         def visit(path: Path) -> int:
@@ -121,7 +124,8 @@ class Recorder:
 
     def _outcome(self, key: int, path: str, data: str, names: str) -> Entries:
         found: Entries = {}
-        living, safe_names = self._names.get(key, {}), self._safe_names.get(key, {})
+        living = self._names.get(key, {})
+        safe_names = self._safe_names.get(key, {})
         for name, child in (living if names == "all" else safe_names).items():
             if names == "removals" and name not in living:
                 continue
@@ -280,7 +284,8 @@ def test_a_failed_write_leaves_the_old_state_and_nothing_else(case, tmp_path, mo
         work = tmp_path / str(failing)
         work.mkdir()
         case.prepare(work)
-        old, before = case.read(work), names(work)
+        old = case.read(work)
+        before = names(work)
         recorder = Recorder(work, failing=failing)
         with recorder.recording(monkeypatch), suppress(OSError):
             case.write(work)
@@ -299,7 +304,8 @@ def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
         journal.metrics(step, {"loss": 1 / 3})
     journal.close()
     path = tmp_path / JOURNAL_NAME
-    whole, (records, end) = path.read_bytes(), read_journal(tmp_path)
+    whole = path.read_bytes()
+    records, end = read_journal(tmp_path)
     assert (len(records), end) == (2, len(whole))
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
@@ -316,7 +322,8 @@ def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
 
 
 def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
-    path, keys = tmp_path / "answers", "ab"
+    path = tmp_path / "answers"
+    keys = "ab"
 
     def write(key: str) -> None:
         AnswerJournal(path).add({key: [0.1, "x\ny"]})

@@ -182,7 +182,8 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_
         assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
         return rows
 
-    weights, measured = times("**/model.safetensors"), times("evaluations/*")
+    weights = times("**/model.safetensors")
+    measured = times("evaluations/*")
     again = run_here("sweep", "toy", *small("sweep"), workspace=workspace)
     assert "found again" in again
     assert table(again) == table(first)

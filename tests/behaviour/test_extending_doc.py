@@ -52,7 +52,8 @@ class Place:
     """A folder in which the page's commands run, with the package installed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.site = folder, folder / "site"
+        self.folder = folder
+        self.site = folder / "site"
         self.workspace = folder / "iiet-workspace"
         groups = PYPROJECT["project"]["entry-points"]
         install(self.site, MODULES, groups, name=PYPROJECT["project"]["name"])

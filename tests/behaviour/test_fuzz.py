@@ -56,7 +56,9 @@ PLAUSIBLE = st.sampled_from(
 )  # fmt: skip
 SCHEDULES = st.text(alphabet="0123456789,.*()[] -²", max_size=12) | WORDS
 LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS
-PRETRAIN, GENERATE, SWEEP = "pretrain --dry-run", "generate -p a -n 2", "sweep-threshold --dry-run"
+PRETRAIN = "pretrain --dry-run"
+GENERATE = "generate -p a -n 2"
+SWEEP = "sweep-threshold --dry-run"
 PLANS = st.sampled_from(
     [PRETRAIN, SWEEP, f"{SWEEP} --search 2", "sweep-iterations --dry-run", "sweep toy --dry-run"]
 )
@@ -115,7 +117,8 @@ def ask(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int | 
     try:
         ended: int | str = cli.main(arguments)
     except (Hangs, Exception) as caught:
-        ended, error = type(caught).__name__, traceback.format_exc()
+        ended = type(caught).__name__
+        error = traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

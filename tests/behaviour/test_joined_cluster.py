@@ -112,7 +112,8 @@ print(json.dumps(report))
 
 @pytest.mark.long
 def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path):
-    other, space = tmp_path / "code", tmp_path / "space"
+    other = tmp_path / "code"
+    space = tmp_path / "space"
     for package in ("iiet", "orchestrator"):
         shutil.copytree(ROOT / package, other / package)
     with (other / "iiet" / "mix.py").open("a", encoding="utf-8") as file:

@@ -41,7 +41,8 @@ def metrics_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def test_a_mixture_is_planned_trained_distilled_and_measured(tmp_path):
-    workspace, settings = tmp_path / "workspace", documented()
+    workspace = tmp_path / "workspace"
+    settings = documented()
     options: dict[str, Any] = {"workspace": workspace}
     (planned,) = plan_pretrain(settings, **options).jobs.values()
     with pytest.raises(UserError, match=r"65 tokens, and 64 .* raise model\.context_length"):

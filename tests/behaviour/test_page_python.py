@@ -36,7 +36,8 @@ def test_a_model_is_trained_pruned_distilled_and_saved_in_a_few_lines(
     names: dict[str, Any] = {}
     script = blocks(PYTHON_PAGE, "python")[0]
     exec(script, names)
-    student, input_ids = names["student"], names["input_ids"]
+    student = names["student"]
+    input_ids = names["input_ids"]
     assert student.schedule.num_evaluations <= 6
     assert student.loss(input_ids) < 0.7 * names["model"].loss(input_ids), "it learned on"
     assert names["tokens"].shape == (1, 48)

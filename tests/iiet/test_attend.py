@@ -9,7 +9,10 @@ from torch import Tensor
 
 from iiet.layers import _CPU_SHARES_HEADS, attend
 
-HEADS, KEY_HEADS, WIDTH, TOKENS = 8, 2, 8, 64
+HEADS = 8
+KEY_HEADS = 2
+WIDTH = 8
+TOKENS = 64
 
 
 def heads(time: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

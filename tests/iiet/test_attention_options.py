@@ -128,7 +128,8 @@ def one_by_one(decoder, ids, mask, *, num_prompt):
     """Logits by a cache: the prompt at once, then each token; the last few together again."""
     cache = decoder.new_cache(batch_size=len(ids), max_tokens=ids.size(1))
     ends = [num_prompt, *range(num_prompt + 1, ids.size(1) - 4), ids.size(1)]
-    logits, start = [], 0
+    logits = []
+    start = 0
     for end in ends:
         seen = None if mask is None else mask[:, :end]
         logits.append(decoder(ids[:, start:end], cache=cache, attention_mask=seen))
@@ -151,7 +152,8 @@ def test_logits_and_tokens_are_those_of_transformers(name):
         ):
             difference = ((logits - expected) * is_text[..., None]).abs().max()
             assert difference < 1e-5
-    prompt, prompt_mask = ids[:, :20], mask[:, :20]
+    prompt = ids[:, :20]
+    prompt_mask = mask[:, :20]
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     expected = theirs.generate(prompt, attention_mask=prompt_mask, **options)
     assert torch.equal(decoder.generate(prompt, prompt_mask, max_new_tokens=20), expected)
@@ -247,7 +249,10 @@ def test_the_fast_decoding_step_serves_a_scaled_llama_and_steps_aside_for_other_
 
 def test_costs_of_heads_and_windows():
     config = every_option("vanilla", qkv_bias=False, attention_out_bias=False).config
-    decoder, time, q_dim, kv_dim = Decoder(config), 12, 64, 32
+    decoder = Decoder(config)
+    time = 12
+    q_dim = 64
+    kv_dim = 32
     cost = inference_cost(config, context_length=time)
     assert num_parameters(config) == sum(p.numel() for p in decoder.parameters())
     cache = decoder.new_cache(batch_size=1, max_tokens=time)

@@ -20,7 +20,9 @@ from iiet.losses import LazyLogits, batch_cross_entropy, cross_entropy
 from orchestrator.training.objective import make_objective, validation_metrics
 from orchestrator.training.world import World
 
-VOCAB, SEQUENCES, TIME = 101, 3, 12
+VOCAB = 101
+SEQUENCES = 3
+TIME = 12
 ELEMENTS = SEQUENCES * TIME * VOCAB
 
 
@@ -82,7 +84,9 @@ LOSSES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_values_and_gradients_equal_those_of_whole_logits(loss, tied, kind):
-    decoder, batch, config = fresh_decoder(tied=tied), some_batch(kind), LOSSES[loss]
+    decoder = fresh_decoder(tied=tied)
+    batch = some_batch(kind)
+    config = LOSSES[loss]
     teacher = some_teacher(decoder)
     results = []
     for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
@@ -92,8 +96,10 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss, tied, kind):
 
 
 def test_logits_of_one_chunk_give_bitwise_the_same():
-    decoder, batch = fresh_decoder().float(), some_batch("text")
-    teacher, results = some_teacher(decoder), []
+    decoder = fresh_decoder().float()
+    batch = some_batch("text")
+    teacher = some_teacher(decoder)
+    results = []
     for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
         loss, _ = distillation_loss(student, guide, batch, config=DistillationConfig())
         results.append(value_and_gradients(decoder, loss, scale=0.25))
@@ -103,7 +109,8 @@ def test_logits_of_one_chunk_give_bitwise_the_same():
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("loss", [None, *LOSSES])
 def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss):
-    decoder, batch = fresh_decoder(), some_batch("masked text")
+    decoder = fresh_decoder()
+    batch = some_batch("masked text")
     schedule = decoder.schedule
     config = DistillationConfig(**LOSSES[loss]) if loss else None
     objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
@@ -125,7 +132,8 @@ def hooked(decoder: Decoder) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("change", [adapted, hooked, nn.Module.half])
 def test_a_head_that_must_be_called_gets_whole_logits(change):
-    decoder, batch = fresh_decoder(tied=False), some_batch("text")
+    decoder = fresh_decoder(tied=False)
+    batch = some_batch("text")
     assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), LazyLogits)
     change(decoder)
     assert isinstance(decoder(batch.input_ids, loss_fn=lambda logits: logits), Tensor)
@@ -135,7 +143,8 @@ def test_a_head_that_must_be_called_gets_whole_logits(change):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_second_derivatives_exist_with_plain_formulas():
-    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    decoder = fresh_decoder()
+    ids = some_batch("text").input_ids
     weights = list(decoder.parameters())
     with plain_formulas():
         loss = decoder(ids, loss_fn=partial(next_token_loss, input_ids=ids))
@@ -150,7 +159,8 @@ def test_second_derivatives_exist_with_plain_formulas():
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
 def test_frozen_weights_get_no_gradient(frozen):
-    decoder, batch = fresh_decoder(tied=False), some_batch("text")
+    decoder = fresh_decoder(tied=False)
+    batch = some_batch("text")
     is_trained = {"embedding": decoder.model.layers, "all but the head": decoder.lm_head}[frozen]
     decoder.requires_grad_(False)
     is_trained.requires_grad_()
@@ -166,7 +176,8 @@ def chunk_elements(request, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("chunk_elements")
 def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
-    exact, batch = fresh_decoder(tied=False), some_batch("text")
+    exact = fresh_decoder(tied=False)
+    batch = some_batch("text")
     decoder = copy.deepcopy(exact).float()
     expected = value_and_gradients(exact, batch_cross_entropy(exact(batch.input_ids), batch))
 
@@ -182,7 +193,8 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
 
 
 def test_a_batch_of_another_shape_is_refused():
-    decoder, batch = fresh_decoder(), some_batch("text")
+    decoder = fresh_decoder()
+    batch = some_batch("text")
     other = Batch.of_text(batch.input_ids.T)
     with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):
         decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=other))
@@ -191,7 +203,8 @@ def test_a_batch_of_another_shape_is_refused():
 @torch.no_grad()
 def test_the_loss_of_padded_text_is_that_of_its_tokens():
     """Padding is on the left; its last position predicts no token."""
-    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    decoder = fresh_decoder()
+    ids = some_batch("text").input_ids
     num_padding = torch.tensor([0, 4, ids.size(1) - 1])
     mask = torch.arange(ids.size(1)) >= num_padding[:, None]
     rows = [row[padding:][None] for row, padding in zip(ids, num_padding, strict=True)]
@@ -202,7 +215,8 @@ def test_the_loss_of_padded_text_is_that_of_its_tokens():
 
 @torch.no_grad()
 def test_the_loss_of_targets_counts_where_there_are_any_and_no_padding():
-    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    decoder = fresh_decoder()
+    ids = some_batch("text").input_ids
     targets = ids.flip(1)
     targets[:, :3] = NO_TARGET
     expected = cross_entropy(decoder(ids), targets)

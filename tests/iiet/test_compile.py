@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 from iiet import METHODS, KeyValueCache, next_token_loss
 
-BATCH, TIME = 2, 6
+BATCH = 2
+TIME = 6
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
 FOLDER = Path(__file__).resolve().parent
 
@@ -44,7 +45,8 @@ def trained(decoder, run, **masks):
 def decoded(decoder, run, cuts, **masks):
     """Return the logits of a prefill and of the steps after it."""
     cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=TIME, dtype=torch.float64)
-    logits, held = [], 0
+    logits = []
+    held = 0
     for part in tokens()[:, : sum(cuts)].split(cuts, 1):
         held += part.size(1)
         seen = {name: mask[:, :held] for name, mask in masks.items()}
@@ -83,7 +85,8 @@ def test_training_and_inference_are_one_graph_each(method, masked):
 def test_prefill_and_each_step_are_one_graph(method, masked):
     decoder = decoder_of(method)
     compiled = torch.compile(decoder, **GRAPHS)
-    cuts, given = [4, 1, 1], masks(masked)
+    cuts = [4, 1, 1]
+    given = masks(masked)
     torch.testing.assert_close(
         decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
     )
@@ -93,7 +96,8 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
 @torch.inference_mode()
 def test_longer_decoding_recompiles_nothing():
     """From the second step on, the number of cached tokens is a symbol of the step's graph."""
-    decoder, graphs = decoder_of("vanilla"), CompileCounter()
+    decoder = decoder_of("vanilla")
+    graphs = CompileCounter()
     compiled = torch.compile(decoder, backend=graphs, fullgraph=True)
     ids = random_tokens(BATCH, 8)
     cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=8, dtype=torch.float64)

@@ -56,7 +56,8 @@ SUMS = {
 def test_flops_equal_what_pytorch_counts(method):
     """With plain formulas, in which the mix is made of sums, which PyTorch does not count; on a CPU
     it sees attention only with this backend, as full products."""
-    config, time = small(method), 7
+    config = small(method)
+    time = 7
     if method in METHODS.own_classes:
         sums = SUMS.get(method, 0)
     else:
@@ -121,7 +122,8 @@ class CountingCache(KeyValueCache):
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_bytes_equal_what_a_decoding_step_reads(method, tied):
-    config, context = small(method, tie_embeddings=tied), 9
+    config = small(method, tie_embeddings=tied)
+    context = 9
     decoder = Decoder(config).eval()
     own = decoder.method_parameters()
     # The method's own few values (norms, mix, gates) are left out of the count.
@@ -180,7 +182,8 @@ def test_a_truncated_backward_pass_costs_less_training():
 @pytest.mark.parametrize("trained", ["corrected", "added"])
 def test_frozen_parts_save_what_pytorch_does_not_count(schedule, trained):
     options = METHODS["iiet"].facts.Options(start="identity")
-    config, time = small("iiet", schedule, method_options=options), 7
+    config = small("iiet", schedule, method_options=options)
+    time = 7
 
     def counted(which):
         decoder = Decoder(config)
@@ -216,7 +219,10 @@ def test_trained_parameters_are_those_that_are_not_frozen():
     assert num_trained_parameters(config, "corrected") == added + field_parameters(config)
 
 
-BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4
+BATCH = 2
+TIME = 16
+DIM = 64
+LAYERS = 4
 CASES = [
     *((method, {}) for method in METHODS),
     ("iiet", {"damping": 0.5}),
@@ -252,14 +258,16 @@ class KeepsNothing(torch.autograd.Function):
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_a_layer_keeps_as_many_tensors_as_are_counted(method, options):
     config = wide(method, **options)
-    decoder, kind = Decoder(config), METHODS[method]
+    decoder = Decoder(config)
+    kind = METHODS[method]
     for layer in decoder.model.layers:
         layer.field = lambda x, _context, _slot: KeepsNothing.apply(x)
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with LiveTensors(decoder) as live:
         hidden = torch.randn(BATCH, TIME, DIM, requires_grad=True)
-        state, hiddens = kind.start(hidden), [hidden]
+        state = kind.start(hidden)
+        hiddens = [hidden]
         kept = []
         for number, layer in enumerate(decoder.model.layers):
             call = LayerCall(config.corrections[number], None, shared=decoder.model.shared)

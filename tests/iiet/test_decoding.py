@@ -11,8 +11,9 @@ from iiet import IterationSchedule, KeyValueCache
 from iiet.sampling import LogitsNotFinite
 
 PROMPT = tokens(2, 5)
-SHORT, MASK = tokens(2, 9), left_padding(0, 3, time=9)
-"""A batch whose second row begins with padding."""
+SHORT = tokens(2, 9)
+MASK = left_padding(0, 3, time=9)
+"""The second row of `SHORT` begins with padding."""
 
 
 def decoder_of(schedule=(2, 0, 1), method="iiet"):
@@ -25,7 +26,8 @@ def cache_of(decoder, **settings):
 
 
 def test_a_cache_copies_nothing():
-    cache, new = cache_of(decoder_of()), torch.ones(2, 2, 1, 4, dtype=torch.float64)
+    cache = cache_of(decoder_of())
+    new = torch.ones(2, 2, 1, 4, dtype=torch.float64)
     keys, values = cache.update(new, 2 * new, 5)
     again, _ = cache.update(new, 2 * new, 5)
     assert again.shape == (2, 2, 2, 4)
@@ -39,7 +41,8 @@ def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
     ids = tokens(2, 12)
 
     def distance(decoder):
-        cache, full = cache_of(decoder, strategy="last"), decoder(ids)
+        cache = cache_of(decoder, strategy="last")
+        full = decoder(ids)
         prefill = decoder(ids[:, :8], cache=cache)
         torch.testing.assert_close(prefill, full[:, :8], rtol=0, atol=1e-11)
         steps = [decoder(ids[:, time : time + 1], cache=cache) for time in range(8, 12)]
@@ -63,7 +66,8 @@ def test_a_cache_of_another_dtype_than_the_keys_is_refused():
 def test_logits_that_are_not_finite_choose_no_token(draft, settings):
     """Neither in the prompt's pass nor in a later one."""
     for bad_pass in (0, 3):
-        decoder, passes = decoder_of(), itertools.count()
+        decoder = decoder_of()
+        passes = itertools.count()
 
         def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
             return found * math.nan if next(passes) == bad_pass else found
@@ -79,7 +83,8 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
 @pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0)])
 def test_a_cache_refuses_another_schedule(strategy, is_filled, other):
     """Also one with as many evaluations, and before the first token is cached."""
-    decoder, other = decoder_of(), IterationSchedule(other)
+    decoder = decoder_of()
+    other = IterationSchedule(other)
     cache = cache_of(decoder, strategy=strategy)
     if is_filled:
         decoder(PROMPT, cache=cache)
@@ -123,7 +128,8 @@ def test_greedy_equals_the_full_forward_token_by_token():
 
 @torch.no_grad()
 def test_a_mask_that_contradicts_the_cache_is_refused():
-    decoder, whole = decoder_of(), torch.ones_like(MASK)
+    decoder = decoder_of()
+    whole = torch.ones_like(MASK)
     for first, second in ((MASK, whole), (whole, MASK)):
         cache = cache_of(decoder)
         decoder(SHORT[:, :6], cache=cache, attention_mask=first[:, :6])
@@ -134,7 +140,8 @@ def test_a_mask_that_contradicts_the_cache_is_refused():
 @torch.no_grad()
 def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
     """So a padded batch of contexts can be continued, each row after its own end."""
-    decoder, ids = decoder_of(), tokens(2, 8)
+    decoder = decoder_of()
+    ids = tokens(2, 8)
     mask = torch.ones(2, 8).bool()
     mask[1, 3:6] = False
     cache = cache_of(decoder)
@@ -145,7 +152,8 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
 
 
 def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
-    decoder, settings = decoder_of(), {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
+    decoder = decoder_of()
+    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
     first = decoder.generate(PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -192,7 +200,8 @@ def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():
     from iiet.context import _causal, _continuing
     from iiet.layers import attend
 
-    queries, keys = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8)
+    queries = torch.randn(2, 4, 3, 8)
+    keys = torch.randn(2, 2, 7, 8)
     mask = _continuing(4, 7, torch.device("meta"))
     assert isinstance(mask, CausalBias)
     plain = _continuing(4, 7, torch.device("cpu"))

@@ -152,14 +152,16 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_over_the_selected_positions(k
         """Positions that do not count hold no numbers, and ask for a gradient."""
         return values.masked_fill(~taught.unsqueeze(-1), math.nan).requires_grad_()
 
-    logits, hidden = spoiled(ours[0]), [spoiled(h) for h in ours[1]]
+    logits = spoiled(ours[0])
+    hidden = [spoiled(h) for h in ours[1]]
     loss, parts = distillation_loss(
         lambda *_, **__: (logits, hidden),
         lambda *_, **__: (spoiled(answers[0]), [spoiled(h) for h in answers[1]]),
         batch,
         config=config,
     )
-    theirs, alone = answers[0][taught][None], ours[0][taught][None].requires_grad_()
+    theirs = answers[0][taught][None]
+    alone = ours[0][taught][None].requires_grad_()
     kl = kl_divergence(theirs, alone, temperature=2.0, kind=divergence)
     error = hidden_state_error([h[taught] for h in answers[1]], [h[taught] for h in ours[1]])
     entropy = cross_entropy(alone, batch.targets[taught][None])

@@ -212,7 +212,8 @@ def test_global_hooks_turn_them_off():
 def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """They have no values; a cached one would make every later run of the process fail."""
     fast._constants.clear()
-    used, unused = make_model(method, dtype=torch.float32), make_model(method, dtype=torch.float32)
+    used = make_model(method, dtype=torch.float32)
+    unused = make_model(method, dtype=torch.float32)
     with torch.set_grad_enabled(with_gradients):
         expected = used(IDS)
         fast._constants.clear()
@@ -233,9 +234,11 @@ def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
 def test_plain_modules_are_their_formulas():
     torch.manual_seed(0)
     config = preset("tiny", dim=4, num_heads=2, num_kv_heads=2, ffn_dim=6)
-    network, norm = FeedForward(config).double(), RMSNorm(4, eps=1e-2).double()
+    network = FeedForward(config).double()
+    norm = RMSNorm(4, eps=1e-2).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    gate, up = x @ network.gate_proj.weight.T, x @ network.up_proj.weight.T
+    gate = x @ network.gate_proj.weight.T
+    up = x @ network.up_proj.weight.T
     expected = (F.silu(gate) * up) @ network.down_proj.weight.T
     root = ((x * x).mean(-1, keepdim=True) + 1e-2).sqrt()
     for _ in range(2):
@@ -248,7 +251,9 @@ def test_plain_modules_are_their_formulas():
 
 def test_the_last_sum_of_a_field_is_not_rounded():
     decoder = make_model(dtype=torch.float32)
-    layer, x, seen = decoder.model.layers[0], torch.randn(2, 8, 16), {}
+    layer = decoder.model.layers[0]
+    x = torch.randn(2, 8, 16)
+    seen = {}
     norm = layer.post_attention_layernorm
     norm.register_forward_hook(lambda _, inputs, __: seen.update(u=inputs[0]))
     layer.mlp.register_forward_hook(lambda _, __, output: seen.update(change=output))

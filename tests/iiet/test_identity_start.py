@@ -57,7 +57,8 @@ def cached_logits(decoder: Decoder, ids: torch.Tensor, schedule: object) -> torc
 @pytest.mark.parametrize("case", CASES)
 def test_every_schedule_starts_as_the_plain_model_to_the_last_bit(case):
     plain = plain_model(case)
-    decoder, ids = retrofitted(plain), ids_of(plain)
+    decoder = retrofitted(plain)
+    ids = ids_of(plain)
     cached = cached_logits(plain, ids, 0)
     for schedule in SCHEDULES:
         assert torch.equal(decoder(ids, schedule=schedule), plain(ids)), schedule
@@ -68,7 +69,8 @@ def test_every_schedule_starts_as_the_plain_model_to_the_last_bit(case):
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_ten_steps_move_the_model_and_its_corrections(case, kind):
     plain = plain_model(case)
-    decoder, ids = retrofitted(plain, learn_damping=kind), ids_of(plain)
+    decoder = retrofitted(plain, learn_damping=kind)
+    ids = ids_of(plain)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
     for _ in range(10):
         optimizer.zero_grad()
@@ -77,7 +79,8 @@ def test_ten_steps_move_the_model_and_its_corrections(case, kind):
     for layer in decoder.model.layers:
         assert all(gate.abs().max() > 1e-4 for gate in layer.gates())
     with torch.no_grad():
-        full, none = decoder(ids), decoder(ids, schedule=0)
+        full = decoder(ids)
+        none = decoder(ids, schedule=0)
         assert not torch.equal(full, plain(ids))
         assert (full - none).abs().max() > 1e-3
         torch.testing.assert_close(cached_logits(decoder, ids, 3), full, rtol=1e-4, atol=1e-4)
@@ -105,7 +108,8 @@ def test_an_export_starts_as_its_source_and_is_drafted_from(tmp_path):
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_corrections_have_no_influence_at_the_start_and_some_when_a_gate_opens(metric):
     plain = plain_model("llama")
-    decoder, ids = retrofitted(plain), ids_of(plain)
+    decoder = retrofitted(plain)
+    ids = ids_of(plain)
     assert set(sum(influence_table(decoder, ids, metric=metric).value_rows, ())) == {0.0}
     with torch.no_grad():
         decoder.model.layers[1].damping.fill_(0.3)
@@ -127,7 +131,8 @@ def test_influence_compares_what_damped_corrections_leave():
     expected = []
     for number, layer in enumerate(decoder.model.layers):
         prediction, *corrections = (one for one in seen if one.layer == number)
-        before, row = prediction.estimate, []
+        before = prediction.estimate
+        row = []
         for correction in corrections:
             after = before + layer.damping * (correction.estimate - before)
             row.append((1 - torch.cosine_similarity(before, after, dim=-1)).mean().item())

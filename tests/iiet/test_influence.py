@@ -101,7 +101,8 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
 @torch.no_grad()
 @pytest.mark.parametrize("metric", ["cosine", "loss"])
 def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
-    decoder, ids = decoder_of(), tokens(2, 8)
+    decoder = decoder_of()
+    ids = tokens(2, 8)
     _, hidden = decoder(ids, return_hidden=True)
     states = [decoder.model.embed_tokens(ids), *hidden]
     if metric == "loss":  # Only positions with a target count.
@@ -116,7 +117,8 @@ def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
 
 @torch.no_grad()
 def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
-    decoder, ids = decoder_of(), tokens(6, 8)
+    decoder = decoder_of()
+    ids = tokens(6, 8)
     targets = torch.where(torch.arange(8) % 3 > 0, ids.roll(1, dims=1), NO_TARGET)
     table = influence_table(decoder, Batch(ids, targets).split(2), metric="loss")
 
@@ -140,9 +142,11 @@ def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
-    decoder, ids = decoder_of(), tokens(8, 8)
+    decoder = decoder_of()
+    ids = tokens(8, 8)
     whole = influence_table(decoder, [ids], metric=metric)
-    batches, done = [ids[:1], ids[1:6], ids[6:]], []
+    batches = [ids[:1], ids[1:6], ids[6:]]
+    done = []
     parts = influence_table(decoder, batches, metric=metric, progress=done.append)
     assert parts == influence_table(decoder, batches[::-1], metric=metric), "bitwise, in any order"
     assert done == [1, 2, 3]
@@ -152,7 +156,8 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
 
 
 def test_batches_come_as_tensors_or_batches():
-    decoder, batch = decoder_of(), tokens(2, 8)
+    decoder = decoder_of()
+    batch = tokens(2, 8)
     expected = influence_table(decoder, [batch])
     for one in (batch, Batch.of_text(batch)):
         for given in (one, [one]):
@@ -163,7 +168,8 @@ def test_batches_come_as_tensors_or_batches():
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_only_positions_that_count_are_measured(metric):
-    decoder, ids = decoder_of(), tokens(3, 8)
+    decoder = decoder_of()
+    ids = tokens(3, 8)
     whole = influence_table(decoder, [Batch.of_text(ids)], metric=metric)
     assert whole == influence_table(decoder, [ids], metric=metric)
     # Causal: the first six tokens are measured alike whatever follows them.
@@ -188,7 +194,8 @@ def test_only_positions_that_count_are_measured(metric):
 
 
 def test_errors_are_the_standard_errors_over_batches():
-    decoder, batches = decoder_of(), tokens(10, 8).split(2)
+    decoder = decoder_of()
+    batches = tokens(10, 8).split(2)
     table = influence_table(decoder, batches)
     each = [influence_table(decoder, [batch]).value_rows for batch in batches]
     for layer, row in enumerate(table.error_rows):
@@ -205,7 +212,8 @@ def test_errors_are_the_standard_errors_over_batches():
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
 def test_only_the_last_output_is_kept_in_memory(metric):
     """8 layers need no more memory beside an ordinary pass than 2."""
-    size, input_ids = 4 * 4 * 64 * 32, torch.randint(64, (4, 64))
+    size = 4 * 4 * 64 * 32
+    input_ids = torch.randint(64, (4, 64))
 
     def beside(num_layers):
         shape = {"vocab_size": 64, "dim": 32, "ffn_dim": 64, "context_length": 64}
@@ -221,19 +229,23 @@ def test_only_the_last_output_is_kept_in_memory(metric):
             peaks.append(live.peak)
         return peaks[1] - peaks[0]
 
-    shallow, deep = beside(2), beside(8)
+    shallow = beside(2)
+    deep = beside(8)
     assert deep - shallow < 0.05 * size
     assert deep < 1.5 * size
 
 
 def test_residuals_are_those_of_the_estimates():
     """|g(e) - e| / |g(e)|, written out over the outputs and the layer's two norms."""
-    decoder, ids = decoder_of(), tokens(2, 8)
-    outputs, table = decoder.evaluations(ids), influence_table(decoder, ids)
+    decoder = decoder_of()
+    ids = tokens(2, 8)
+    outputs = decoder.evaluations(ids)
+    table = influence_table(decoder, ids)
     assert table.residual_rows == influence_table(decoder, ids, metric="relative").residual_rows
     layers = decoder.model.layers
     for number, (layer, row) in enumerate(zip(layers, table.residual_rows, strict=True)):
-        estimate, expected = layer.prediction_norm(outputs[number, 0]), []
+        estimate = layer.prediction_norm(outputs[number, 0])
+        expected = []
         for k in range(1, len(row) + 1):
             after = layer.correction_norm(outputs[number, k])
             sizes = (after - estimate).norm(dim=-1) / after.norm(dim=-1)
@@ -260,7 +272,8 @@ def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
 @pytest.mark.parametrize("metric", ["cosine", "relative"])
 def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric):
     """What layer l leaves at a level is read from a pass in which only its level differs."""
-    decoder, ids = make_model("pcformer", (2, 1, 0, 2)), tokens(3, 9)
+    decoder = make_model("pcformer", (2, 1, 0, 2))
+    ids = tokens(3, 9)
     full = decoder.schedule
     left = {}
     for layer, level in enumerate(full):

@@ -54,8 +54,10 @@ def of_every_method(*others, max_examples=5):
 @torch.no_grad()
 def test_cached_equals_full(decoder, mask, cuts):
     """In any number of passes, those of a single token among them; later ones need no mask."""
-    ids, cache = tokens(2, TIME), decoder.new_cache(batch_size=2, max_tokens=TIME)
-    ends, num_padding = [end for end in accumulate(cuts) if end < TIME], (~mask).sum(1).max()
+    ids = tokens(2, TIME)
+    cache = decoder.new_cache(batch_size=2, max_tokens=TIME)
+    ends = [end for end in accumulate(cuts) if end < TIME]
+    num_padding = (~mask).sum(1).max()
     parts = []
     for start, end in pairwise((0, *ends, TIME)):
         seen = mask[:, :end] if start <= num_padding else None
@@ -67,7 +69,8 @@ def test_cached_equals_full(decoder, mask, cuts):
 
 @of_every_method()
 def test_fast_forms_equal_the_plain_formulas_and_inference_equals_training(decoder):
-    ids, found = tokens(2, TIME), gradients(decoder)
+    ids = tokens(2, TIME)
+    found = gradients(decoder)
     with torch.no_grad():
         without = decoder(ids)
     torch.testing.assert_close(decoder(ids), without, **NEAR)
@@ -91,7 +94,8 @@ def test_save_and_load(method, tmp_path):
     decoder.save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)
     assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
-    found, expected = again.state_dict(), decoder.state_dict()
+    found = again.state_dict()
+    expected = decoder.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     # The file's weights lie elsewhere in memory, which may change the order of a sum.
     torch.testing.assert_close(again(tokens(2, TIME)), decoder(tokens(2, TIME)))
@@ -145,7 +149,8 @@ def test_only_earlier_tokens_matter(decoder, place):
 def test_branches_of_a_row_equal_their_own_rows(decoder):
     """Two continuations, of the second token of each row on, behind each other in one row."""
     ids = tokens(2, TIME)
-    first, second = ids[:, :5], torch.cat([ids[:, :2], ids[:, 5:]], 1)
+    first = ids[:, :5]
+    second = torch.cat([ids[:, :2], ids[:, 5:]], 1)
     row = torch.cat([first, second[:, 2:]], 1)
     visible = torch.ones(2, TIME, TIME, dtype=torch.bool).tril()
     visible[:, 5:, 2:5] = False
@@ -159,7 +164,8 @@ def test_branches_of_a_row_equal_their_own_rows(decoder):
 
 @of_every_method()
 def test_half_precision_is_close_and_trains(decoder):
-    ids, exact = tokens(2, TIME), decoder(tokens(2, TIME)).detach()
+    ids = tokens(2, TIME)
+    exact = decoder(tokens(2, TIME)).detach()
     decoder.float()
     with torch.autocast("cpu", torch.bfloat16):
         logits = decoder(ids)
@@ -177,7 +183,8 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
     """Along a random direction through all parameters at once."""
     if getattr(decoder.config.options, "differentiated_corrections", None) is not None:
         return  # The gradient is then another one, on purpose.
-    found, ids = gradients(decoder), tokens(2, TIME)
+    found = gradients(decoder)
+    ids = tokens(2, TIME)
     used = {name: gradient for name, gradient in found.items() if gradient is not None}
     of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection", "shared.norms.1")
     for name in found.keys() - used.keys():
@@ -198,9 +205,11 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
 @of_every_method()
 @torch.no_grad()
 def test_evaluations_made_are_those_claimed_and_seen(decoder):
-    ids, claimed = tokens(2, TIME), decoder.evaluations_per_layer()
+    ids = tokens(2, TIME)
+    claimed = decoder.evaluations_per_layer()
     places = [(layer, k) for layer, count in enumerate(claimed) for k in range(count)]
-    outputs, inputs = decoder.evaluations(ids), decoder.evaluations(ids, inputs=True)
+    outputs = decoder.evaluations(ids)
+    inputs = decoder.evaluations(ids, inputs=True)
     assert sorted(outputs) == sorted(inputs) == places
     torch.testing.assert_close(inputs[0, 0], decoder.model.embed_tokens(ids))
     logits, hidden = decoder(ids, return_hidden=True)
@@ -216,13 +225,15 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
 
 @of_every_method()
 def test_a_schedule_of_a_call_is_that_of_a_twin_with_the_same_weights(decoder):
-    ids, other = tokens(2, TIME), cheaper(decoder)
+    ids = tokens(2, TIME)
+    other = cheaper(decoder)
     if not decoder.method.facts.has_corrections:
         with pytest.raises(ValueError, match="makes no corrections"):
             decoder(ids, schedule=IterationSchedule.uniform(decoder.config.num_layers, 3))
         return
     other = other or IterationSchedule.uniform(decoder.config.num_layers, 1)
-    twin, copied = decoder.with_schedule(other), decoder.copy(schedule=other)
+    twin = decoder.with_schedule(other)
+    copied = decoder.copy(schedule=other)
     assert torch.equal(twin(ids), decoder(ids, schedule=other))
     assert torch.equal(twin(ids), copied(ids))
     assert twin.schedule == other

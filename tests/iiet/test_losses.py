@@ -48,7 +48,8 @@ def test_zero_and_flat_at_equality(kind, temperature, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 def test_equals_the_sums_written_out(kind, temperature):
-    teacher, student = random_logits(2, 3, 5), random_logits(2, 3, 5, seed=1)
+    teacher = random_logits(2, 3, 5)
+    student = random_logits(2, 3, 5, seed=1)
     p = (teacher / temperature).softmax(-1).flatten(0, 1).tolist()
     q = (student / temperature).softmax(-1).flatten(0, 1).tolist()
     per_token = [divergence_of(a, b, kind) for a, b in zip(p, q, strict=True)]
@@ -95,7 +96,8 @@ def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_positions_have_no_effect(kind):
-    teacher, student = random_logits(2, 4, 6), random_logits(2, 4, 6, seed=1)
+    teacher = random_logits(2, 4, 6)
+    student = random_logits(2, 4, 6, seed=1)
     mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
     dirty = student.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
     loss = kl_divergence(teacher, dirty, mask=mask, kind=kind)
@@ -108,7 +110,8 @@ def test_masked_positions_have_no_effect(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_that_both_models_exclude_do_no_harm(kind):
-    teacher, student = random_logits(1, 2, 6), random_logits(1, 2, 6, seed=1)
+    teacher = random_logits(1, 2, 6)
+    student = random_logits(1, 2, 6, seed=1)
     impossible = torch.tensor([False] * 5 + [True])
     leaf = student.masked_fill(impossible, -math.inf).requires_grad_()
     loss = kl_divergence(teacher.masked_fill(impossible, -math.inf), leaf, kind=kind)
@@ -150,7 +153,8 @@ def test_no_loss_waits_for_the_device(count):
 
 
 def test_wrong_use_is_named():
-    teacher, student = random_logits(1, 2, 5), random_logits(1, 2, 6)
+    teacher = random_logits(1, 2, 5)
+    student = random_logits(1, 2, 6)
     with pytest.raises(ValueError, match="shape"):
         kl_divergence(teacher, student)
     for temperature in (0.0, 1e-42, 1e30, math.inf, math.nan):
@@ -190,7 +194,8 @@ def test_cross_entropy_and_its_gradient_equal_a_sum_over_single_positions(count)
 @pytest.mark.parametrize("count", [None, 0.0])
 def test_a_loss_over_nothing_is_zero_and_flat(count):
     logits = random_logits(2, 4, 6).requires_grad_()
-    mask, targets = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.long)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    targets = torch.zeros(2, 4, dtype=torch.long)
     for loss in (
         cross_entropy(logits, targets, mask=mask, count=count),
         cross_entropy(logits, torch.full_like(targets, NO_TARGET), count=count),
@@ -213,7 +218,8 @@ def test_hidden_state_error_is_relative_and_flat_at_equality():
 
 
 def test_hidden_state_error_leaves_masked_positions_out():
-    teacher, ours = random_logits(2, 3, 4), random_logits(2, 3, 4, seed=1)
+    teacher = random_logits(2, 3, 4)
+    ours = random_logits(2, 3, 4, seed=1)
     mask = torch.tensor([[True, False, True], [False, True, True]])
     expected = hidden_state_error([teacher[mask]], [ours[mask]]).item()
     ours[~mask] = math.nan

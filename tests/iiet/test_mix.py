@@ -67,7 +67,9 @@ def test_memory_grows_with_depth_and_not_with_its_square():
         tokens = torch.zeros(1, 64, dtype=torch.long)
         return bytes_kept(lambda: next_token_loss(decoder(tokens), tokens))
 
-    four, eight, sixteen = kept(4), kept(8), kept(16)
+    four = kept(4)
+    eight = kept(8)
+    sixteen = kept(16)
     assert sixteen - eight == pytest.approx(2 * (eight - four), rel=0.02)
 
 

@@ -43,7 +43,8 @@ def in_float64():
         return torch.rms_norm(hidden_states, shape, self.weight, self.variance_epsilon)
 
     def rotary(self, x, position_ids):
-        theta, time = self.config.rope_parameters["rope_theta"], position_ids[..., None].double()
+        theta = self.config.rope_parameters["rope_theta"]
+        time = position_ids[..., None].double()
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64)
         angles = (time / theta ** (channels / self.config.head_dim)).repeat(1, 1, 2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -63,7 +64,8 @@ def generated(model, ids, mask, **options):
 @settings(max_examples=examples(12))
 @given(models(), paddings())
 def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, mask):
-    model, ids = transformers_model(decoder), tokens(2, 9)
+    model = transformers_model(decoder)
+    ids = tokens(2, 9)
     tied = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     assert set(model.state_dict()) - tied == set(decoder.state_dict())
     near = {"rtol": 1e-9, "atol": 1e-9}
@@ -122,10 +124,12 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
-    decoder, ids = make_model(method, dtype=torch.float32), tokens(1, 4)
+    decoder = make_model(method, dtype=torch.float32)
+    ids = tokens(1, 4)
     decoder.save_pretrained(tmp_path)
     moved = transformers_model(decoder).to(dtype)
-    loaded, half = type(moved).from_pretrained(tmp_path, dtype=dtype), decoder.to(dtype)
+    loaded = type(moved).from_pretrained(tmp_path, dtype=dtype)
+    half = decoder.to(dtype)
     for model in (loaded, moved):
         kinds = {name: tensor.dtype for name, tensor in half.state_dict().items()}
         assert kinds == {name: model.state_dict()[name].dtype for name in kinds}
@@ -136,7 +140,8 @@ def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
 @pytest.mark.parametrize("kind", ["of config", "empty", "static"])
 @torch.no_grad()
 def test_any_cache_and_any_split_equals_the_full_forward(kind):
-    decoder, ids = make_model(), tokens(2, 11)
+    decoder = make_model()
+    ids = tokens(2, 11)
     model = transformers_model(decoder)
     cache = {
         "of config": lambda: DynamicCache(config=model.config),
@@ -152,7 +157,8 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_hidden_states_are_those_of_layers_and_attentions_those_of_evaluations(method):
-    decoder, ids = make_model(method, dtype=torch.float32), tokens(2, 7)
+    decoder = make_model(method, dtype=torch.float32)
+    ids = tokens(2, 7)
     model = transformers_model(decoder)
     expected = model(ids, use_cache=False).logits
     model.set_attn_implementation("eager")
@@ -169,7 +175,8 @@ def test_hidden_states_are_those_of_layers_and_attentions_those_of_evaluations(m
 
 @torch.no_grad()
 def test_attentions_are_in_the_order_of_slots():
-    decoder, ids = make_model(schedule=(1, 0, 2), dtype=torch.float32), tokens(1, 7)
+    decoder = make_model(schedule=(1, 0, 2), dtype=torch.float32)
+    ids = tokens(1, 7)
     model = transformers_model(decoder)
     model.set_attn_implementation("eager")
     found = model(ids, output_attentions=True)
@@ -197,7 +204,8 @@ def test_every_mode_of_generation_equals_uncached(mode):
     model = transformers_model(make_model())
     if mode == "eager":
         model.set_attn_implementation("eager")
-    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    ids = tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     same = {k: v for k, v in MODES[mode].items() if mode not in ("chunks", "static")}
     plain = generated(model, ids, mask, use_cache=False, **same)
     assert torch.equal(generated(model, ids, mask, **MODES[mode]), plain)
@@ -238,7 +246,8 @@ def test_a_llama_and_its_copies_answer_alike(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
-    decoder, ids = make_model(tie_embeddings=tied, dtype=torch.float32), tokens(2, 9) % 10
+    decoder = make_model(tie_embeddings=tied, dtype=torch.float32)
+    ids = tokens(2, 9) % 10
     decoder.save_pretrained(tmp_path / "first")
     made = transformers_model(decoder)
     model = type(made).from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
@@ -313,7 +322,8 @@ def test_an_exported_folder_works_without_this_package(tokenizer_file, tmp_path)
     folder = export(decoder, tmp_path / "a model-1.0", tokenizer_file)
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_iiet.py", "tokenizer.json"} <= names
-    ids, scored = torch.tensor([[1, 2, 3, 4], [5, 7, 3, 4]]), torch.tensor([[1, 2, 4, 6, 8, 9]])
+    ids = torch.tensor([[1, 2, 3, 4], [5, 7, 3, 4]])
+    scored = torch.tensor([[1, 2, 4, 6, 8, 9]])
     with torch.no_grad():
         save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
         log_p = decoder(scored).log_softmax(-1)[0]

@@ -84,7 +84,8 @@ class AttentionOfVllm:
         self.keys = torch.cat([self.keys, key.unflatten(-1, (self.num_kv_heads, -1))])
         self.values = torch.cat([self.values, value.unflatten(-1, (self.num_kv_heads, -1))])
         query = query.unflatten(-1, (self.num_heads, -1))
-        num_tokens, num_new = len(self.keys), len(query)
+        num_tokens = len(self.keys)
+        num_new = len(query)
         causal = torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(0, 1) for x in (query, self.keys, self.values)),
@@ -141,7 +142,8 @@ def test_the_contract_of_vllm_holds(method, folders, vllm_attention):
 
     instances = {slot: AttentionOfVllm(config) for slot in range(config.num_hidden_layers)}
     ids = tokens(12)
-    parts, start = [], 0
+    parts = []
+    start = 0
     for part in ids.split([7, 1, 3, 1]):
         parts.append(served_as_vllm(model, instances, part, start))
         start += len(part)
@@ -173,7 +175,8 @@ def test_a_window_is_a_layer_type_of_each_evaluation():
     decoder = make_model(schedule=(1, 0, 2), dtype=torch.float32, sliding_windows=(None, 5, 5))
     model = transformers_model(decoder)
     assert model.config.sliding_window == 5
-    full, slides = "full_attention", "sliding_attention"
+    full = "full_attention"
+    slides = "sliding_attention"
     assert model.config.layer_types == [full, full, slides, slides, slides, slides]
     ids = tokens(2, 14)
     chosen = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -240,7 +243,8 @@ def test_the_trainer_trains(method, recomputes, folders, tmp_path):
 @pytest.mark.parametrize("method", ["looped", "iiet", "pcformer"])
 @torch.no_grad()
 def test_a_model_compiles_as_one_graph(method):
-    model, ids = transformers_model(make_model(method, dtype=torch.float32)), tokens(2, 9)
+    model = transformers_model(make_model(method, dtype=torch.float32))
+    ids = tokens(2, 9)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
 

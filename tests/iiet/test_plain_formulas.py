@@ -28,7 +28,8 @@ class PlainModel:
         return x / torch.sqrt(mean_square + self.config.rms_norm_eps) * self.w[name]
 
     def ln(self, x, name):
-        weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        weight = self.w[f"{name}.weight"]
+        bias = self.w[f"{name}.bias"]
         return layer_norm(x, (x.size(-1),), weight, bias, self.config.layer_norm_eps)
 
     def turn(self, x):
@@ -41,7 +42,8 @@ class PlainModel:
 
     def attention(self, x, name):
         """(time, dim), one sequence."""
-        config, width = self.config, self.config.head_dim
+        config = self.config
+        width = self.config.head_dim
         q, k, v = (x @ self.w[f"{name}.{part}_proj.weight"].T for part in "qkv")
         future = torch.ones(len(x), len(x)).triu(1).bool()
         mixed = []
@@ -81,11 +83,13 @@ class PlainModel:
         return h + a * (1 - a) ** 3 * k1 + a * (1 - a) ** 2 * k2 + a * (1 - a) * k3 + a * k4
 
     def multistep(self, layer, field, h, s):
-        base, method = f"model.layers.{layer}", self.config.method
+        base = f"model.layers.{layer}"
+        method = self.config.method
         *a, a_last = self.w[f"{base}.mix.inner"]
         c = self.w[f"{base}.mix.outer"]
         if method == "iiet":
-            guess, count = field(h), self.config.schedule[layer]
+            guess = field(h)
+            count = self.config.schedule[layer]
         else:
             guess = self.predictor(field, h, layer)
             count = 0 if self.config.corrections[layer] == 0 and method == "pcformer" else 1

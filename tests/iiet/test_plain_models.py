@@ -96,7 +96,8 @@ def test_what_no_decoder_computes_is_refused_by_its_name(case, changes, words):
 def test_the_form_before_transformers_5_is_read():
     values = config_of("llama3").to_diff_dict()
     new = dict(values.pop("rope_parameters"))
-    theta, kind = new.pop("rope_theta"), new.pop("rope_type")
+    theta = new.pop("rope_theta")
+    kind = new.pop("rope_type")
     old = {**values, "rope_theta": theta, "rope_scaling": {"type": kind, **new}}
     assert config_from_plain(old) == config_from_plain(config_of("llama3").to_diff_dict())
 

@@ -39,7 +39,8 @@ def test_the_names_of_weights_show_the_kind_if_the_config_does_not():
 def test_a_weight_of_another_shape():
     weights = weights_of(CONFIG)
     name = "model.layers.0.self_attn.{}_proj.weight"
-    weights[name.format("q")], weights[name.format("k")] = torch.zeros(20, 16), torch.zeros(12, 16)
+    weights[name.format("q")] = torch.zeros(20, 16)
+    weights[name.format("k")] = torch.zeros(12, 16)
     with pytest.raises(ValueError, match=r"q_proj.weight has shape \(20, 16\), expected \(16, 16"):
         decoder_from_published(CONFIG, weights)
 

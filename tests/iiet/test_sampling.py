@@ -38,7 +38,8 @@ def test_sampling_follows_the_probabilities():
 @pytest.mark.parametrize("over", ["positions", "rows", "seeds"])
 def test_a_chi_square_test_finds_no_pattern_over(over):
     """Also of pairs: neighbours are independent."""
-    count, vocab = 40_000, 7
+    count = 40_000
+    vocab = 7
     logits = torch.linspace(-1, 1, vocab)
     if over == "positions":
         chosen = sampler_of()(logits.expand(1, count, -1), torch.arange(count)[None])[0]
@@ -61,7 +62,8 @@ def test_top_k_and_top_p_do_not_change_the_noise():
     probabilities = logits.softmax(-1)
     chance = probabilities.gather(-1, free[..., None])
     likelier = probabilities * (probabilities > chance)
-    rank, held_before = (likelier > 0).sum(-1), likelier.sum(-1)
+    rank = (likelier > 0).sum(-1)
+    held_before = likelier.sum(-1)
     for settings, is_candidate in (
         ({"top_k": 8}, rank < 8),
         ({"top_p": 0.6}, held_before < 0.6),

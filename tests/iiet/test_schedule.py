@@ -87,7 +87,8 @@ def test_a_schedule_equals_the_tuple_of_its_numbers():
 
 
 def test_is_within_is_a_partial_order():
-    small, large = IterationSchedule((1, 0)), IterationSchedule((0, 1))
+    small = IterationSchedule((1, 0))
+    large = IterationSchedule((0, 1))
     assert not small.is_within(large)
     assert not large.is_within(small)
     assert IterationSchedule.none(2).is_within(small)

@@ -37,7 +37,8 @@ def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections(kind)
 def test_each_correction_applies_its_share_of_a_step_and_may_read_the_prediction(
     damping, reinjects
 ):
-    decoder, seen = decoder_of(reinject_prediction=reinjects, damping=damping), []
+    decoder = decoder_of(reinject_prediction=reinjects, damping=damping)
+    seen = []
     decoder(IDS, observe=seen.append)
     history = [seen[0].input]
     for number, layer in enumerate(decoder.model.layers):
@@ -64,7 +65,8 @@ def test_a_reinjection_starts_as_the_plain_model_and_is_learned(options):
     missing, _ = decoder.load_state_dict(plain.state_dict(), strict=False)
     assert missing == [f"model.layers.{layer}.reinjection" for layer in range(3)]
     assert torch.equal(decoder(IDS), plain(IDS))
-    found, expected = gradients(decoder), gradients(plain)
+    found = gradients(decoder)
+    expected = gradients(plain)
     assert_same({name: found[name] for name in expected}, expected)
     assert [found[name] is None for name in missing] == [False, True, False]
 
@@ -86,7 +88,8 @@ def test_residuals_are_computed_for_observers_alone(has_gradients):
 def loss_by_hand(decoder, last):
     """The formulas, in which all but the last corrections of a layer are constants."""
     hidden = decoder.model.embed_tokens(IDS)
-    context, estimates = make_context(hidden, decoder.rope), [hidden]
+    context = make_context(hidden, decoder.rope)
+    estimates = [hidden]
     for layer, count in zip(decoder.model.layers, decoder.schedule, strict=True):
         e = prediction = layer.prediction_norm(layer.field(hidden, context))
         *earlier, own = layer.mix.inner.unbind()

@@ -12,7 +12,8 @@ from iiet import Decoder, IterationSchedule, preset
 from iiet.cache import KeyValueCache
 from iiet.speculative import DraftRecord, draft_models
 
-PROMPTS, PADDING = tokens(3, 6), left_padding(0, 2, 4, time=6)
+PROMPTS = tokens(3, 6)
+PADDING = left_padding(0, 2, 4, time=6)
 
 
 def decoder_of(schedule=(2, 0, 1), method="iiet"):
@@ -25,7 +26,8 @@ def drafts(draft, draft_tokens="auto"):
 
 def both(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
     """Return what plain and speculative decoding generate, and the record."""
-    ids, mask = PROMPTS[:batch], PADDING[:batch]
+    ids = PROMPTS[:batch]
+    mask = PADDING[:batch]
     options = {"max_new_tokens": max_new_tokens, "attention_mask": mask, **options}
     expected = decoder.generate(ids, **options)
     return expected, *drafted(decoder, ids, **(drafting or drafts("auto")), **options)
@@ -99,7 +101,8 @@ def test_end_tokens_end_rows_as_in_plain_decoding():
 
 def test_decoding_is_plain_from_where_no_draft_pays():
     """A draft of other weights: few of its tokens are kept, and each costs half a step."""
-    decoder, other = decoder_of(), decoder_of((0, 0), "vanilla")
+    decoder = decoder_of()
+    other = decoder_of((0, 0), "vanilla")
     expected, found, record = both(decoder, drafts(other), batch=1, max_new_tokens=100)
     assert torch.equal(expected, found)
     assert record.acceptance < 0.5
@@ -136,7 +139,8 @@ def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
 
 
 def test_the_stream_is_plain_tensors_and_the_same_twice():
-    decoder, record = decoder_of(), DraftRecord()
+    decoder = decoder_of()
+    record = DraftRecord()
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
     steps = list(decoder.stream(PROMPTS, record=record, **options))
     assert [step.shape for step in steps] == [(3,)] * 20

@@ -34,7 +34,8 @@ def gpu_forms(monkeypatch):
 
 def both(decoder, *, steps=None, batch=2, **options):
     """Return what ordinary steps and steps of fixed shapes generate."""
-    options, steps = {"max_new_tokens": 24, **options}, steps or StaticSteps(decoder)
+    options = {"max_new_tokens": 24, **options}
+    steps = steps or StaticSteps(decoder)
     return (
         decoder.generate(PROMPTS[:batch], **options),
         decoder.generate(PROMPTS[:batch], steps=steps, **options),
@@ -73,7 +74,8 @@ def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_w
 @pytest.mark.parametrize("options", [{}, {"seed": [4, 5], "top_k": 9}, {"top_p": 0.8}])
 def test_sampling_and_end_tokens_are_the_same(options, monkeypatch, small_windows):
     """Also where the end is looked for every few steps, as on a GPU."""
-    decoder, looks = decoder_of(), []
+    decoder = decoder_of()
+    looks = []
     options = {"temperature": 1.0, "seed": 7, **options}
     free, _ = both(decoder, **options)
     until_all_end = generation._until_all_end
@@ -116,7 +118,8 @@ class Recorder:
 
 def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, small_windows):
     monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
-    decoder, capture = decoder_of(), Recorder()
+    decoder = decoder_of()
+    capture = Recorder()
     steps = StaticSteps(decoder, capture=capture)
     for masks in ({}, {"attention_mask": PADDING[:2]}, {}):
         expected, found = both(decoder, steps=steps, **masks)
@@ -146,7 +149,8 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     their streams nor their workspaces are tested here."""
     monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
     monkeypatch.setattr(static_steps, "MAX_GRAPHS", 2)
-    decoder, capture = decoder_of(), Recorder()
+    decoder = decoder_of()
+    capture = Recorder()
     static_steps._kept[decoder] = kept = StaticSteps(decoder, capture=capture)
 
     def run(decoder, max_new_tokens=24):
@@ -180,7 +184,8 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
 
 
 def test_no_graph_where_it_would_not_pay_or_not_be_right():
-    decoder, capture = decoder_of(), Recorder()
+    decoder = decoder_of()
+    capture = Recorder()
     steps = StaticSteps(decoder, capture=capture)
     both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
     with decoder.model.norm.register_forward_hook(lambda *_: None):
@@ -191,14 +196,16 @@ def test_no_graph_where_it_would_not_pay_or_not_be_right():
 
 
 def test_graphs_do_not_depend_on_the_forms_for_cpus(gpu_forms):
-    decoder, capture = decoder_of(), Recorder()
+    decoder = decoder_of()
+    capture = Recorder()
     both(decoder, steps=StaticSteps(decoder, capture=capture))
     assert capture.num_captured == 1
 
 
 def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, small_windows):
     monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
-    decoder, capture = decoder_of(), Recorder(RuntimeError("operation not permitted"))
+    decoder = decoder_of()
+    capture = Recorder(RuntimeError("operation not permitted"))
     steps = StaticSteps(decoder, capture=capture)
     with pytest.warns(UserWarning, match="without CUDA graphs.*operation not permitted") as told:
         expected, found = both(decoder, steps=steps)
@@ -214,7 +221,8 @@ def test_an_ordinary_pass_may_follow():
     decoder = decoder_of()
     steps = StaticSteps(decoder)
     cache = steps.empty_cache(batch_size=2, max_tokens=16, strategy="exact")
-    ids, mask = tokens(2, 12), left_padding(0, 2, time=12)
+    ids = tokens(2, 12)
+    mask = left_padding(0, 2, time=12)
     expected = decoder(ids, attention_mask=mask)
     decoder(ids[:, :6], cache=cache, attention_mask=mask[:, :6])
     steps.begin(2)
@@ -248,7 +256,8 @@ def test_no_step_waits_for_the_device(temperature, gpu_forms):
 
 @pytest.mark.slow
 def test_all_steps_are_one_compiled_graph(gpu_forms):
-    decoder, graphs = decoder_of(schedule=(1, 0)), CompileCounterWithBackend("aot_eager")
+    decoder = decoder_of(schedule=(1, 0))
+    graphs = CompileCounterWithBackend("aot_eager")
     steps = StaticSteps(decoder)
     steps.run = torch.compile(steps.run, backend=graphs, fullgraph=True)
     expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=PADDING[:2])

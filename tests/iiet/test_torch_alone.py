@@ -36,7 +36,8 @@ def test_the_core_works_with_pytorch_alone_and_names_the_library_that_files_need
     for distribution in [*distributions_of("torch", set()), metadata.distribution("iiet-orch")]:
         tops = {file.parts[0] for file in distribution.files or ()}
         for top in tops - {"..", "__pycache__"}:
-            place, link = Path(str(distribution.locate_file(top))), tmp_path / top
+            place = Path(str(distribution.locate_file(top)))
+            link = tmp_path / top
             if not link.exists() and place.suffix != ".pth":
                 link.symlink_to(place)
     # Without `site`, Python searches its own library and these folders only.

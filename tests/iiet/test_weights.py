@@ -27,7 +27,8 @@ def test_a_dtype_casts_all_but_the_methods_own_weights_and_that_of_the_file_is_k
     assert set(dtypes_of(Decoder.from_pretrained(tmp_path, torch.float64)).values()) == {
         torch.float64
     }
-    kinds, own = dtypes_of(decoder.bfloat16()), set(decoder.method_parameters())
+    kinds = dtypes_of(decoder.bfloat16())
+    own = set(decoder.method_parameters())
     assert dtypes_of(Decoder.from_pretrained(tmp_path, torch.bfloat16)) == kinds
     assert {kinds[name] for name in own} == {torch.float32}
     assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}

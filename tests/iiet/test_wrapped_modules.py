@@ -48,7 +48,8 @@ def fresh_decoder():
 
 
 def test_a_hook_on_a_decoder_is_not_one_on_its_twin_under_another_schedule():
-    decoder, seen = fresh_decoder(), []
+    decoder = fresh_decoder()
+    seen = []
     twin = decoder.with_schedule(IterationSchedule.none(2))
     twin.register_forward_hook(lambda *_: seen.append("twin"))
     decoder.register_forward_pre_hook(lambda *_: seen.append("decoder"))

@@ -141,7 +141,8 @@ class Notes(Progress):
     """Keeps the words that a function says; raises like Ctrl-C after some reports, if asked to."""
 
     def __init__(self, reports: int = 10**6) -> None:
-        self.words, self._reports = list[str](), reports
+        self.words = list[str]()
+        self._reports = reports
 
     def start(self, title: str, total: float | None = None) -> None:
         self.words.append(title)
@@ -164,7 +165,8 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 
 
 def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
-    plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
+    plan = _plan(workspace)
+    results = load_sweep_results(workspace, "s").results
     found = with_costs(results, plan, workspace.sweeps / "s", read_settings(None, SETTINGS), notes)
     return [trial.numbers for trial in found]
 
@@ -258,7 +260,9 @@ class Copies:
     """A workspace, copied to a new place for each reader: MLflow keeps open what it has read."""
 
     def __init__(self, whole: Path) -> None:
-        self.whole, self.root, self.usual = whole, whole, dict[str, Any]()
+        self.whole = whole
+        self.root = whole
+        self.usual = dict[str, Any]()
         self._number = 1000
 
     def restore(self, *, exports: bool) -> None:
@@ -301,14 +305,17 @@ def _fill(workspace: Workspace) -> None:
     next(workspace.exports.iterdir()).rename(workspace.exports / "full")
     _train_the_second_stage(workspace, Notes())
     (workspace.runs / "stages").rename(workspace.runs / "first")  # Another run of that first stage.
-    settings, context = read_settings(None, SETTINGS), Context(workspace)
+    settings = read_settings(None, SETTINGS)
+    context = Context(workspace)
     teacher = newest_checkpoint(workspace.runs / "full")
     with suppress(KeyboardInterrupt):
-        schedule, stopped = IterationSchedule((0, 0)), Context(workspace, Notes(3))
+        schedule = IterationSchedule((0, 0))
+        stopped = Context(workspace, Notes(3))
         evaluate_model(open_model(teacher, schedule), settings.evaluation, stopped)
     os.utime(next(workspace.evaluations.glob("*.answers")), (0, 0))  # Else it runs.
 
-    influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
+    influence = load_influence_table(teacher)
+    folder = workspace.sweeps / "s"
     assert influence
     tables = {TEACHER: influence}
     plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="s")
@@ -344,9 +351,11 @@ def _call(read: Reader, workspace: Workspace) -> tuple[int, Any, str]:
     """Call a function; return a command's exit code for it, its answer, and its words."""
     notes = Notes()
     try:
-        code, answer = 0, read(workspace, notes)
+        code = 0
+        answer = read(workspace, notes)
     except (UserError, RunFailed, OSError) as error:
-        code, answer = 2, None
+        code = 2
+        answer = None
         notes.words.append(str(error))
     return code, answer, "\n".join(notes.words)
 

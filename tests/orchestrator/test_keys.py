@@ -55,7 +55,8 @@ def variants(base: Any, given: dict[str, Any] | None = None) -> dict[str, Any]:
     names = [f.name for f in fields(base)] if is_dataclass(base) else type(base).model_fields
     found = {}
     for name in names:
-        value, choices = getattr(base, name), [c for c in get_args(hints[name]) if c is not None]
+        value = getattr(base, name)
+        choices = [c for c in get_args(hints[name]) if c is not None]
         if name in (given or {}) or name in OTHER:
             other = {**OTHER, **(given or {})}[name]
         elif isinstance(value, bool):

@@ -6,8 +6,11 @@ import pytest
 from depth_rules import Measured, Verdict, verdicts
 
 SEEDS = (2, 3, 4)
-VANILLA, DEEP, NONE = "vanilla, 2 layers", "vanilla, 8 layers", "r = 0, 2 layers"
-SINGLE, LOOPED = "r = 3, 2 layers", "looped, r = 3, 2 layers"
+VANILLA = "vanilla, 2 layers"
+DEEP = "vanilla, 8 layers"
+NONE = "r = 0, 2 layers"
+SINGLE = "r = 3, 2 layers"
+LOOPED = "looped, r = 3, 2 layers"
 GOOD = {VANILLA: 0.70, DEEP: 1.0, NONE: 0.65, SINGLE: 0.99, LOOPED: 0.95}
 """Corrections and repetitions pay. The gap is 30 points, so 85 % recover half of it."""
 PAYS, LOOP_PAYS = (f"does iteration pay in {name!r}" for name in (SINGLE, LOOPED))

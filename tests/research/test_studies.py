@@ -137,7 +137,8 @@ def test_the_elastic_study_compares_what_was_trained_both_ways(tmp_path):
 def test_two_arms_of_the_depth_study(run, tmp_path, ray_session):
     arms = ["--seeds", "2", "3", "--arms", "vanilla, 2 layers", "r = 1, 2 layers"]
     assert run(depth_study, DEPTH, *arms) == 0
-    folder, runs = tmp_path / "ws" / "overlays" / "depth", tmp_path / "ws" / "runs"
+    folder = tmp_path / "ws" / "overlays" / "depth"
+    runs = tmp_path / "ws" / "runs"
     text = (folder / "results.md").read_text()
     assert "| r = 1, 2 layers | 2 | 4 |" in text
     assert "'vanilla, 4 layers' is missing" in text

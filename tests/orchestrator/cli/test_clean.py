@@ -118,7 +118,8 @@ def test_ray_folders_of_ended_commands_go(space, clean):
     killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
     scratch = Path(killed.stdout.decode().strip())
     assert scratch.is_dir()
-    running, ended = space.sweeps / "running", space.sweeps / "ended"
+    running = space.sweeps / "running"
+    ended = space.sweeps / "ended"
     for sweep in (running, ended):
         (sweep / RAY_FOLDER).mkdir(parents=True)
         (sweep / SWEEP_LOCK_NAME).touch()
@@ -131,7 +132,8 @@ def test_ray_folders_of_ended_commands_go(space, clean):
 def test_damaged_files_go(space, whole, clean, capsys):
     weights = whole / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    good, bad = space.evaluations / "good", space.evaluations / "bad"
+    good = space.evaluations / "good"
+    bad = space.evaluations / "bad"
     for folder in (good, bad):
         write_json(folder / "results_1.json", {"results": {"task": {"acc,none": 0.5}}})
         items = StoredItems(items=[], values={}, checksums=checksums_of(folder))

@@ -48,7 +48,8 @@ def test_shipped_sweeps_are_priced_and_say_what_they_need(tmp_path, capsys):
     assert cli.main(["doctor", "--json", "--workspace", str(tmp_path / "none")]) == 0
     sweeps = {sweep["name"]: sweep for sweep in json.loads(capsys.readouterr().out)["sweeps"]}
     assert sweeps.keys() == shipped_sweeps().keys()
-    demo, paper = sweeps["demo"], sweeps["paper-340m"]
+    demo = sweeps["demo"]
+    paper = sweeps["paper-340m"]
     assert (demo["num_gpus"], demo["needs_hub"]) == (0, False)
     assert (paper["num_gpus"], paper["needs_hub"]) == (8, True)
     assert all(0 < sweep["hours"][0] <= sweep["hours"][1] for sweep in sweeps.values())

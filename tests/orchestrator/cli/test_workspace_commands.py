@@ -220,8 +220,10 @@ def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
     _store_sweep(space, tiny_plan)
     read = {"runs/whole/done.json": "step", "runs/whole/job.json": "job"}
     for path, key in {**read, "sweeps/my-sweep/plan.json": "trials"}.items():
-        file, name = space.root / path, Path(path).parent.name
-        whole, stored = file.read_text(), read_json(file)
+        file = space.root / path
+        name = Path(path).parent.name
+        whole = file.read_text()
+        stored = read_json(file)
         assert stored
         for text in (whole, "[]", *(json.dumps({**stored, key: other}) for other in ("x", 1.5))):
             file.write_text(text)

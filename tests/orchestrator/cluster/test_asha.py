@@ -30,7 +30,8 @@ class Race:
     def __init__(
         self, folder: Path, curves: Mapping[str, Sequence[float]], reduction_factor: int = 2
     ) -> None:
-        self.folder, self.curves = folder, curves
+        self.folder = folder
+        self.curves = curves
         self.reached = dict.fromkeys(curves, 0)
         models: dict[str, list[Trial]] = {}
         for label in curves:

@@ -49,7 +49,8 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
 
     stacks: list[list[str]] = []
     given: list[Any] = []
-    run_trials, resources = tune.run_trials, ray.local_resources(count_gpus=False)
+    run_trials = tune.run_trials
+    resources = ray.local_resources(count_gpus=False)
 
     def noted(*arguments: Any, **named: Any) -> None:
         given.extend(arguments)
@@ -57,7 +58,8 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
 
     def wait_for_work(_: Any, **__: Any) -> None:
         stacks.append(own_calls(sys._getframe(1)))
-        function, trial = given[0], given[1].take()
+        function = given[0]
+        trial = given[1].take()
         config = {"key": trial.key, "trial": trial.model_dump_json()}
         placement = tune.job_placement(1, 1, 0, resources)
         stop = SimpleNamespace(is_sent=lambda: False)

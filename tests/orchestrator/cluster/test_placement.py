@@ -127,7 +127,8 @@ def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
     ],
 )  # fmt: skip
 def test_what_never_fits_says_what_the_nodes_have_and_what_would(nodes, sweep, words):
-    chosen, place = SweepSettings.model_validate(sweep), "the cluster at x"
+    chosen = SweepSettings.model_validate(sweep)
+    place = "the cluster at x"
     with pytest.raises(UserError) as error:
         trial_placement(chosen, 1, nodes, place)
     assert all(word in str(error.value) for word in words), error.value

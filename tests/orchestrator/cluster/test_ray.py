@@ -59,7 +59,8 @@ def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_sessi
             time.sleep(0.01)
         return sent.is_sent()
 
-    sent, other = Signal(), Signal()
+    sent = Signal()
+    other = Signal()
     waiting = ray.remote(num_cpus=1)(wait).remote(sent)
     for _ in range(2):
         sent.send()

@@ -64,7 +64,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
 ):
     long = {"num_steps": 18, "checkpoint_every_steps": 6, "validate_every_steps": 18}
     job, whole = (make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole"))
-    listening, saved, looked = dict[int, set[str]](), tmp_path / "saved", tmp_path / "looked"
+    listening = dict[int, set[str]]()
+    saved = tmp_path / "saved"
+    looked = tmp_path / "looked"
     train_worker = train._train_worker
 
     def train_until_killed(config: dict[str, Any]) -> None:
@@ -97,7 +99,8 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     assert int(saved.read_text()) in listening
     assert set().union(*listening.values()) <= LOOPBACK
     assert not (job.folder / "ray").exists(), "where they met is gone"
-    [started], [resumed] = events(job, "started"), events(job, "resumed")
+    [started] = events(job, "started")
+    [resumed] = events(job, "resumed")
     assert (started["num_workers"], started["num_threads"]) == (2, 1)
     assert (started["parallel"], resumed["num_workers"]) == ("fsdp", 2)
     assert resumed["step"] == 6
@@ -124,7 +127,8 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
     import ray.train
 
     api: Any = ray.train
-    job, starts = make_job("run"), []
+    job = make_job("run")
+    starts = []
     lost: Any = RuntimeError("a worker died")
     lost.health_check_failure = ray.exceptions.RayActorError(preempted=True)
     failures = {"fail": OSError("no"), "mistake": UserError("type x"), "lost": lost}
@@ -168,7 +172,8 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make
     from ray.train.v2._internal import constants
 
     api: Any = ray.train
-    job, seen = make_job("run"), list[tuple[str | None, str | None]]()
+    job = make_job("run")
+    seen = list[tuple[str | None, str | None]]()
     names = ("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S")
     if hasattr(constants, "HANG_DETECTOR_DIRNAME"):  # From Ray 2.60 on.
         assert names[0] == constants.ENABLE_NCCL_HANG_DETECTOR_ENV_VAR
@@ -205,13 +210,15 @@ def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_
     import ray.train.collective
     import ray.train.torch
 
-    job, met = make_job("run"), list[dict[str, Any]]()
+    job = make_job("run")
+    met = list[dict[str, Any]]()
 
     class TrainerOfTheFirst:
         """Starts the first of two workers, in this process, up to where they meet."""
 
         def __init__(self, work: Callable[..., None], train_loop_config: Any, **_: Any) -> None:
-            self.work, self.config = work, train_loop_config
+            self.work = work
+            self.config = train_loop_config
 
         def fit(self) -> None:
             self.work(self.config)
@@ -253,7 +260,8 @@ def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_
 def test_a_place_is_waited_for_as_long_as_the_setting_says(
     has_begun, minutes, waited, make_job, monkeypatch
 ):
-    job, clock = make_job("run"), [0.0]
+    job = make_job("run")
+    clock = [0.0]
     if has_begun:
         start_and_lose(job)
 
@@ -319,7 +327,8 @@ def test_a_worker_that_fails_alone_ends_the_job(
 
 @pytest.mark.slow
 def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
-    train_worker, gate = train._train_worker, tmp_path / "gate"
+    train_worker = train._train_worker
+    gate = tmp_path / "gate"
 
     def train_and_save_slowly(config: dict[str, Any]) -> None:
         from orchestrator.training import checkpoint
@@ -372,7 +381,8 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
 ):
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    job, notes = make_job("run"), list[str]()
+    job = make_job("run")
+    notes = list[str]()
 
     def press() -> None:
         if notes:

@@ -44,11 +44,14 @@ class ListQueue:
     """A queue of trials in a list; remembers how they ended."""
 
     def __init__(self, trials: list[Trial], *, watch: Callable[[], None] = lambda: None) -> None:
-        self.waiting, self.taken = list(trials), dict[str, Trial]()
+        self.waiting = list(trials)
+        self.taken = dict[str, Trial]()
         self.ended: dict[str, tuple[Trial | None, str]] = {}
         self.reasons = list[str]()
         self.stops: dict[str, EarlyStop] = {}
-        self.most_at_once, self.threads, self.watch_too = 0, set[int](), watch
+        self.most_at_once = 0
+        self.threads = set[int]()
+        self.watch_too = watch
 
     @property
     def is_over(self) -> bool:
@@ -369,7 +372,8 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
 
     def tune_trial(key: str, *texts: str, pickled: Exception | None = None) -> SimpleNamespace:
         """Return a trial of Tune with the files that Tune writes for its errors."""
-        written, pickles = tmp_path / f"{key}.txt", tmp_path / f"{key}.pkl"
+        written = tmp_path / f"{key}.txt"
+        pickles = tmp_path / f"{key}.pkl"
         written.write_text("".join(f"Failure # 1 (occurred at noon)\n{text}\n" for text in texts))
         if pickled:
             pickles.write_bytes(pickle.dumps(pickled))

@@ -77,7 +77,8 @@ def test_chains_are_followed_pointer_by_pointer(depth, num_chains):
         steps = 0
         back = place
         while back != question:
-            back, steps = pointers[back], steps + 1
+            back = pointers[back]
+            steps = steps + 1
         assert steps == depth
 
 
@@ -97,7 +98,8 @@ def test_lookups_are_followed_entry_by_entry(in_words):
         assert sorted(table) == sorted(table.values()) == sorted(task.choices)
         back = 0
         while place != question:
-            place, back = table[place], back + 1
+            place = table[place]
+            back = back + 1
         assert back == 9 - num_steps, "one way leads through the whole table"
         numbers[num_steps] += 1
     assert set(numbers) == {1, 2, 3, 4}

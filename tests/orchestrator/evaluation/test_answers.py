@@ -33,7 +33,8 @@ def slowly(
 ) -> str:
     """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
     room = decoder.config.context_length - settings.max_new_tokens
-    tokens, answer = list(context[-room:]), list[int]()
+    tokens = list(context[-room:])
+    answer = list[int]()
     sampler = Sampler(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -57,7 +58,8 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
     long = "one two three " * 20  # Loses its beginning.
     asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
     assert len(asked[-1]) > decoder.config.context_length
-    seeds, seen = range(len(asked)), set[str]()
+    seeds = range(len(asked))
+    seen = set[str]()
     greedy = Sampling(max_new_tokens=16)
     whole = [slowly(decoder, tokenizer, context, greedy) for context in asked]
     # The middle of each answer: from within one token into others.

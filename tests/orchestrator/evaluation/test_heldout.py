@@ -63,8 +63,12 @@ LINKS = ("behind", "under", "with", "for", "near", "beside", "to", "over", "by",
 def story(draw: random.Random) -> str:
     lines = []
     for _ in range(8):
-        one, other, place = draw.choice(ANIMALS), draw.choice(ANIMALS), draw.choice(PLACES)
-        thing, kind, stuff = draw.choice(THINGS), draw.choice(KINDS), draw.choice(STUFFS)
+        one = draw.choice(ANIMALS)
+        other = draw.choice(ANIMALS)
+        place = draw.choice(PLACES)
+        thing = draw.choice(THINGS)
+        kind = draw.choice(KINDS)
+        stuff = draw.choice(STUFFS)
         link = draw.choice(LINKS)
         lines.append(f"The {one} went to the {place} and met the {other}, who was asleep there.")
         lines.append(f"Soon the {one} walked home {link} the {kind} {thing} of {stuff}.")
@@ -119,7 +123,8 @@ def held_out(tokens: Path) -> str:
 
 
 def test_items_are_diverse_slices_of_the_held_out_documents(tokens, suite):
-    text, tokenizer = held_out(tokens), load_tokenizer(tokens)
+    text = held_out(tokens)
+    tokenizer = load_tokenizer(tokens)
     train = tokenizer.decode(open_tokens(tokens).train.tolist())
     items = rows(suite, "lastword")
     assert len(items) >= 10
@@ -150,7 +155,8 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
     assert other != suite
     assert len(rows(other, "lastword")) <= 20
     file = suite / "suite.json"
-    before, content = file.stat().st_mtime_ns, file.read_bytes()
+    before = file.stat().st_mtime_ns
+    content = file.read_bytes()
     assert built(tokens) == suite
     assert (file.stat().st_mtime_ns, file.read_bytes()) == (before, content)
     # The fingerprint does not depend on the path.
@@ -240,7 +246,8 @@ def run_model(suite: LoadedSuite, model: Any) -> EvaluationResult:
 
 def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
     folder = built(prepared(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
-    suite, chances = load_suite(Suite(suite_folder=str(folder))), heldout_chances(folder)
+    suite = load_suite(Suite(suite_folder=str(folder)))
+    chances = heldout_chances(folder)
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
     assert perfect.accuracies["phop_2"][0] == perfect.accuracies["phop_3"][0] == 1.0
     draw = random.Random(0)
@@ -327,7 +334,8 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
 
 def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
     bits = {"sweep.kind": "search", "search.objective": "bits_per_byte"}
-    depth, text = {"data.source": "depth", "data.depth.tasks": ("phop_2",)}, {}
+    depth = {"data.source": "depth", "data.depth.tasks": ("phop_2",)}
+    text = {}
     for options, reason in (
         ({**depth, "evaluation.suite": "phop_4"}, "names phop_4, which .* they can make phop_2$"),
         ({**depth, "evaluation.suite": "heldout,lastword"}, "names lastword, which the data cann"),

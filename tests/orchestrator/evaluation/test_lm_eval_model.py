@@ -117,7 +117,8 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
 
     path = tiny_tokens / "tokenizer.json"
     if has_opening:
-        path, tokenizer = opening_path, ModelTokenizer(opening_path)
+        path = opening_path
+        tokenizer = ModelTokenizer(opening_path)
         decoder = with_opening(decoder, tokenizer)
     asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
     tasks = suite.tasks | asked.tasks
@@ -234,7 +235,8 @@ def mixed_pairs() -> list[tuple[Any, list[int], list[int]]]:
         context = tokens(8, 40)
         pairs += [(context, tokens(1, most)) for _ in range(4)]
         pairs.append(pairs[-1])
-    context, rest = tokens(10, 10), tokens(6, 6)
+    context = tokens(10, 10)
+    rest = tokens(6, 6)
     pairs += [(context + rest[:n], rest[n:]) for n in range(6)]
     pairs += [(tokens(60, 60), tokens(n, n)) for n in (1, 1, 5, CONTEXT)]
     draw.shuffle(pairs)
@@ -257,7 +259,8 @@ def limit_tokens(decoder: Decoder, most: int = 10**9) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_equal_plain_passes(method, make_model):
     schedule = schedule_for(method, (2, 1))
-    model, pairs = make_model(method=method, schedule=schedule), mixed_pairs()
+    model = make_model(method=method, schedule=schedule)
+    pairs = mixed_pairs()
     expected = [directly(model._decoder, *pair[1:]) for pair in pairs]
     for score, right in zip(model._loglikelihood_tokens(pairs), expected, strict=True):
         assert score == (pytest.approx(right[0], abs=1e-4), right[1])
@@ -282,8 +285,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
         model._loglikelihood_tokens([(None, [1], [2] * 49)])
 
     # Interrupted: ends with the same bits, and each pass runs once.
-    path, model = tmp_path / "answers", make_model(2, method="iiet")
-    model.journal, model.progress = AnswerJournal(path), KeptProgress(3)
+    path = tmp_path / "answers"
+    model = make_model(2, method="iiet")
+    model.journal = AnswerJournal(path)
+    model.progress = KeptProgress(3)
     with pytest.raises(KeyboardInterrupt):
         model._loglikelihood_tokens(pairs)
     lines = path.read_bytes().splitlines()
@@ -291,7 +296,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     counts = []
     for place in (path, path, None):
         model = make_model(2, method="iiet")
-        model.journal, shapes = AnswerJournal(place), limit_tokens(model._decoder)
+        model.journal = AnswerJournal(place)
+        shapes = limit_tokens(model._decoder)
         assert model._loglikelihood_tokens(pairs) == usual
         counts.append(len(shapes))
     assert counts[:2] == [counts[2] - 3, 0], "the batch whose line was cut off runs again"
@@ -307,7 +313,8 @@ def test_choices_of_one_token_are_evaluated_once(make_model):
 
 def test_the_validation_loss_of_smaller_batches_is_the_same(decoder, tiny_tokens):
     usual = heldout_loss(decoder, tiny_tokens)
-    shapes, notes = limit_tokens(decoder, 4 * CONTEXT), list[str]()
+    shapes = limit_tokens(decoder, 4 * CONTEXT)
+    notes = list[str]()
     assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
     assert max(rows for rows, _ in shapes) > 4
     assert len(notes) == 2

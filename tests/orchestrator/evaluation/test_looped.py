@@ -46,11 +46,9 @@ FLOPS["nanbeige"] = FLOPS["ouro"]
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
-    folder, outputs, counted = (
-        write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER),
-        [],
-        [],
-    )
+    folder = write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER)
+    outputs = []
+    counted = []
     tokens = torch.arange(12)[None]
     for depth, costs in COSTS[kind].items():
         model = open_model(folder, depth)
@@ -76,7 +74,9 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
 
 
 def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
-    kind, tokenizer, found = "inkling2_loop_text", tiny_tokens / TOKENIZER, []
+    kind = "inkling2_loop_text"
+    tokenizer = tiny_tokens / TOKENIZER
+    found = []
     for number in (1, 2):
         folder = write_looped(tmp_path / f"{number}", kind, tokenizer, num_experts_per_tok=number)
         decoder = LoopedDecoder(open_model(folder, "1"))
@@ -131,7 +131,8 @@ def test_a_random_start_is_the_same_each_time(tmp_path, tiny_tokens):
     tokens = torch.arange(12)[None]
     loaded = load_transformers(open_model(folder), trust_remote_code=True)
     torch.manual_seed(1)
-    first, drawn = loaded(tokens).logits, torch.rand(1)
+    first = loaded(tokens).logits
+    drawn = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), drawn), "the numbers of the program are not touched"
     assert torch.equal(loaded(tokens).logits, first)

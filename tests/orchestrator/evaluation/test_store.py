@@ -79,11 +79,13 @@ def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokeniz
     from lm_eval.utils import get_latest_filename, get_results_filenames
 
     store = EvaluationStore(tmp_path / "store")
-    model, stock = DecoderModel(decoder, tokenizer, 8), read(output)
+    model = DecoderModel(decoder, tokenizer, 8)
+    stock = read(output)
     measured = {name: run_task(name, task, model) for name, task in suite.tasks.items()}
     for name, task in measured.items():
         store.write(f"key-{name}", task, ABOUT)
-        stored, found = store.read(f"key-{name}"), stock[name]
+        stored = store.read(f"key-{name}")
+        found = stock[name]
         assert stored == task.result
         assert (found.items, found.values) == (stored.items, stored.values)
         assert (found.version, found.num_fewshot) == (stored.version, stored.num_fewshot)

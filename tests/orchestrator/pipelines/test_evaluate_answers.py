@@ -154,7 +154,8 @@ def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
 def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothing(
     llama, evaluate, prompts
 ):
-    folder, plain = llama(), llama("plain")
+    folder = llama()
+    plain = llama("plain")
     (plain / "chat_template.jinja").unlink()
     code, text, stored = evaluate(folder, plain, "--apply-chat-template")
     assert code == 2

@@ -268,7 +268,8 @@ def with_code(folder: Path, code: str = "raise SystemExit('code of the folder ra
 
 def test_what_is_missing_is_named(folder, settings, workspace):
     weights = folder / "model.safetensors"
-    whole, kept = weights.read_bytes(), load_file(weights)
+    whole = weights.read_bytes()
+    kept = load_file(weights)
 
     def refused(complaint: str) -> None:
         with pytest.raises(UserError, match=complaint):

@@ -60,7 +60,8 @@ def scores(workspace: Workspace) -> list[list[list[float]]]:
 
 def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     evaluate(checkpoint, settings.model_copy(update={"suite": "first"}), workspace)
-    fresh, lines = evaluate(checkpoint, settings, workspace), KeptProgress()
+    fresh = evaluate(checkpoint, settings, workspace)
+    lines = KeptProgress()
     assert evaluate(checkpoint, settings, workspace, progress=lines) == fresh
     assert runs == ["first", "second"]
     assert "5 items, found again" in lines.summaries[-1]
@@ -264,7 +265,8 @@ def test_a_trial_uses_what_an_interrupted_command_measured(longer, kinds, tiny_t
     workspace, other = (open_workspace(tmp_path / name) for name in ("workspace", "other"))
     with counted_passes() as before, pytest.raises(KeyboardInterrupt):
         evaluate(longer, settings, workspace, progress=KeptProgress(1))
-    config, found = load_config(longer), []
+    config = load_config(longer)
+    found = []
     fingerprints = load_tasks(settings, tiny_tokens, config, Progress())
     suite = plan_suite(settings, tiny_tokens, config, fingerprints)
     for place in (workspace, other):

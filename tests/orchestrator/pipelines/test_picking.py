@@ -238,7 +238,8 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     context, sweep, save_tiny, tmp_path
 ):
     teacher = Path(str(sweep.results[0].checkpoint))
-    provenance, runs = {"teacher": weights_key(teacher)}, context.workspace.runs
+    provenance = {"teacher": weights_key(teacher)}
+    runs = context.workspace.runs
     student = save_tiny(runs / "taught", seed=1, schedule=[1, 0], provenance=provenance)
     store_table(student, "cosine", (1, 0))
     for metric in ("cosine", "loss", "relative"):

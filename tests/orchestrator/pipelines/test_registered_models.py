@@ -59,7 +59,8 @@ def checkpoints(tmp_path, save_tiny) -> dict[str, Path]:
     def checkpoint(name: str, **changed: Any) -> Path:
         return save_tiny(workspace.runs / name, **changed)
 
-    full, plain = checkpoint("full"), checkpoint("plain", method="vanilla", schedule=None)
+    full = checkpoint("full")
+    plain = checkpoint("plain", method="vanilla", schedule=None)
     results = (
         sample_trial(
             key="full", schedule=(2, 1), cost={"evaluations": 5}, quality={"accuracy": 0.5},

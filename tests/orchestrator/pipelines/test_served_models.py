@@ -108,7 +108,8 @@ def test_a_mistake_is_one_sentence(requests, tmp_path, capfd, words, said):
 def test_what_transformers_reads_is_served_as_it_is_and_anything_else_as_an_export(
     requests, workspace, save_tiny, save_llama, tmp_path
 ):
-    tiny, llama = save_tiny(tmp_path / "tiny", context_length=32), save_llama()
+    tiny = save_tiny(tmp_path / "tiny", context_length=32)
+    llama = save_llama()
     result = measure_serving(workspace=workspace, models=[tiny, llama], **CONDITIONS)
     first, second = folders_of(requests())
     assert second == str(llama)

@@ -66,7 +66,8 @@ def last_checkpoint(trial: Trial) -> str:
 def workspace(tiny_plan, tiny_job, tmp_path, monkeypatch) -> Workspace:
     """A pretraining, a student, a table, and a sweep in which one trial has failed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    workspace, settings = open_workspace(tmp_path), resolve_settings({})
+    workspace = open_workspace(tmp_path)
+    settings = resolve_settings({})
     context = Context(workspace)
     job = tiny_job("runs/pre", num_steps=2)
     job.folder.mkdir(parents=True)

@@ -144,7 +144,8 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
 def test_text_too_poor_for_its_tasks_ends_a_sweep_before_training(kind, tmp_path, capfd):
-    text, workspace = tmp_path / "codes.txt", tmp_path / "workspace"
+    text = tmp_path / "codes.txt"
+    workspace = tmp_path / "workspace"
     text.write_text("<|endoftext|>".join(f"{i} " + f"0x{i:02x}; " * 40 for i in range(1, 60)))
     settings = [*SMALL, "data.source=files", f"data.files=[{text}]", f"sweep.kind={kind}"]
     changes = settings_options(settings, "sweep", kind)

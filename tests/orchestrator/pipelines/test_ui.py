@@ -72,7 +72,9 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
         code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
         (workspace.root / f"{name}.py").write_text(code)
     monkeypatch.chdir(workspace.root)  # Where a person may well type the command.
-    port, said, seen = free_port(), [], []
+    port = free_port()
+    said = []
+    seen = []
     linked: list[str] = []
 
     def look_once() -> bool:

@@ -44,7 +44,8 @@ def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot():
 
 
 def test_shorter_sequences_take_less_memory_and_fewer_flops():
-    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
+    config = preset("tiny")
+    recipe = TrainingSettings(num_tokens_per_step=1024)
     usual = Estimate(config=config, recipe=recipe, teacher=config)
     lengths = (config.context_length, config.context_length // 4)
     same, short = (

@@ -146,7 +146,8 @@ def test_a_teachers_weights_are_counted():
 
 def test_a_teacher_of_more_layers_takes_its_own_weights():
     recipe = Settings().distillation.training
-    student, teacher = preset("tiny", num_layers=2), preset("tiny", num_layers=6)
+    student = preset("tiny", num_layers=2)
+    teacher = preset("tiny", num_layers=6)
     memory = Estimate(config=student, recipe=recipe, teacher=teacher).worker_memory
     alone = Estimate(config=student, recipe=recipe).worker_memory
     assert memory["weights"] == alone["weights"] + 4 * num_parameters(teacher)

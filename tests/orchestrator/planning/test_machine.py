@@ -102,7 +102,8 @@ def test_cached_files_of_a_container_are_free_memory(tmp_path):
         assert free_memory(groups) > 100 * MIB
 
 
-FIRST, SECOND = "GPU-1a2b", "GPU-1a9c"
+FIRST = "GPU-1a2b"
+SECOND = "GPU-1a9c"
 PART = "MIG-77"
 
 

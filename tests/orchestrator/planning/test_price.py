@@ -23,8 +23,10 @@ def estimate(precision: str, num_steps: int = 100) -> Estimate:
 
 
 def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path):
-    half, full = estimate("bf16"), estimate("fp32", num_steps=300)
-    half_rate, full_rate = assumed_rate(half), assumed_rate(full)
+    half = estimate("bf16")
+    full = estimate("fp32", num_steps=300)
+    half_rate = assumed_rate(half)
+    full_rate = assumed_rate(full)
     assert half_rate.peak_flops > 2 * full_rate.peak_flops
 
     def price(*trainings: Estimate) -> Price:

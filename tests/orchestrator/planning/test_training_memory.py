@@ -85,7 +85,8 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
     # Steps of 256 tokens whose logits dominate the memory.
     config = preset("tiny", vocab_size=12_000, num_layers=2, context_length=64, schedule=1)
     decoder = Decoder(config)
-    teacher, batch = frozen_teacher(decoder), Batch.of_text(torch.randint(12_000, (4, 64)))
+    teacher = frozen_teacher(decoder)
+    batch = Batch.of_text(torch.randint(12_000, (4, 64)))
 
     def distilled(**loss: Any) -> int:
         options = {"config": DistillationConfig(**loss)}
@@ -98,7 +99,8 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
     for divergence in ("forward", "reverse"):
         assert distilled(divergence=divergence) < 1.4 * alone
     # Members learn from what the full schedule predicted, which is kept in little memory.
-    full, none = AnswerKeeper(decoder), config.corrections.none(2)
+    full = AnswerKeeper(decoder)
+    none = config.corrections.none(2)
 
     def member() -> torch.Tensor:
         assert full.answer is not None
@@ -282,7 +284,8 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
     config = preset("tiny", **sizes)
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
-    teacher, batch = frozen_teacher(decoder), Batch.of_text(torch.randint(64, (4, 64)))
+    teacher = frozen_teacher(decoder)
+    batch = Batch.of_text(torch.randint(64, (4, 64)))
 
     def measured(hidden_weight: float) -> int:
         loss = DistillationConfig(hidden_weight=hidden_weight)

@@ -127,7 +127,8 @@ def parameters(model: ModelConfig, /, **job: Any) -> dict[str, str]:
 
 
 def test_a_run_has_the_parameters_that_apply_to_it():
-    iiet, vanilla = parameters(IIET), parameters(VANILLA)
+    iiet = parameters(IIET)
+    vanilla = parameters(VANILLA)
     assert iiet.keys() - vanilla.keys() == {"schedule", "r_01", "r_02", "iterate_from_fraction"}
     assert vanilla.keys() <= iiet.keys()
     assert "iterate_from_fraction" not in parameters(replace(IIET, schedule=VANILLA.corrections))

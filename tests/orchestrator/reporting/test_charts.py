@@ -28,7 +28,8 @@ from orchestrator.reporting.front import FrontAxes, with_confidence
 
 pytestmark = pytest.mark.slow  # Most of a second draws a chart.
 
-CHARACTER_WIDTH, LETTER_SIZE = 6.7, 8.0
+CHARACTER_WIDTH = 6.7
+LETTER_SIZE = 8.0
 """Pixels of a name's letters, about."""
 
 
@@ -116,7 +117,8 @@ def test_no_name_stands_on_the_line_of_the_front():
 def test_every_pair_of_axes_has_its_front(sample_results):
     results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
     chart = front_chart(sample_front(results))
-    costs, qualities = menu(chart, "cost"), menu(chart, "quality")
+    costs = menu(chart, "cost")
+    qualities = menu(chart, "quality")
     assert {"cost/evaluations", "cost/flops_per_token"} <= set(costs)
     for number, pair in enumerate(itertools.product(costs, qualities)):
         expected = sample_front(results, FrontAxes(*pair))
@@ -135,7 +137,8 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_result
 
     few = [result for result in sample_results if result.role != "trial"][:2]
     svg = drawn(front_chart(sample_front(few, FrontAxes(cost)), mark_paper=True))
-    vanilla, full = place('d="M-[\\d.]+,0L0,-'), place('d="M0,-')
+    vanilla = place('d="M-[\\d.]+,0L0,-')
+    full = place('d="M0,-')
     mark = place('[^>]*stroke="#ffffff" stroke-width="8"')
     assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
     # Without vanilla its evaluations are known, but not its time.

@@ -96,8 +96,10 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
 
 
 def test_claims_have_their_confidence(sample_results, front, sample_evaluations):
-    unsure, front = front, with_confidence(front, sample_evaluations, num_resamples=1000)
-    said, kept = findings(front), front.cheapest_keeping(0.99)
+    unsure = front
+    front = with_confidence(front, sample_evaluations, num_resamples=1000)
+    said = findings(front)
+    kept = front.cheapest_keeping(0.99)
     assert kept is not None
     keeps = front.keeps(kept)
     assert keeps is not None

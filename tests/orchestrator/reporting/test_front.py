@@ -116,7 +116,8 @@ def test_picks():
     for straight in (((1, 0.1), (2, 0.2), (3, 0.3)), ((1, 0.1),), ()):
         assert "knee" not in front_of(*straight).picks
     # Results without both metrics are unmeasured.
-    lacking, unsure = sample_trial(key="x", cost={"evaluations": 3}), result(3, math.nan)
+    lacking = sample_trial(key="x", cost={"evaluations": 3})
+    unsure = result(3, math.nan)
     front = sample_front([lacking, unsure, result(6, 0.5)])
     assert {row["key"] for row in front.unmeasured} == {"x", unsure.key}
     assert places(front) == [(6, 0.5)]
@@ -125,7 +126,8 @@ def test_picks():
 def test_hypervolume_is_the_kept_share_averaged_over_budgets():
     # Half of the accuracy from a quarter of the cost on, all of it from three quarters on.
     front = front_of((6, 0.25), (18, 0.5), teacher=(24, 0.5))
-    box, volume = front.hypervolume_box, front.hypervolume
+    box = front.hypervolume_box
+    volume = front.hypervolume
     assert volume == pytest.approx(0.5 * 0.5 + 1.0 * 0.25)
     assert box == {"cost": 24, "quality": [0.0, 0.5]}
     better = front_of((6, 0.25), (12, 0.4), (18, 0.5), teacher=(24, 0.5)).hypervolume
@@ -167,7 +169,8 @@ def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
     assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
     (tie,) = result_table([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])["trial"]
     assert tie.numbers["quality/accuracy"] == 0.7395, "not 0.7394999999999999"
-    alone, other = seed_of(0, 0.3), seed_of(0, 0.4, None).model_copy(update={"key": "other"})
+    alone = seed_of(0, 0.3)
+    other = seed_of(0, 0.4, None).model_copy(update={"key": "other"})
     table = result_table([alone, other])
     assert [*table["trial"]] == [alone, other]
     assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
@@ -183,7 +186,8 @@ def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
     pruned = costing(1.8, (1, 0), key="p", parent="w", checkpoint="t")
     trained = costing(None, (0, 0), key="s", parent="w", checkpoint="s", is_elastic=True)
     other = costing(5.0, (3, 3, 3), key="o", checkpoint="o")
-    found, nan = result_table([vanilla, teacher, pruned, trained, other]), math.nan
+    found = result_table([vanilla, teacher, pruned, trained, other])
+    nan = math.nan
     expected = {
         "cost/overhead_evaluations": [0, 4, 1, 0, 8],
         "cost/overhead_share": [nan, nan, 0.25, 0.0, nan],
@@ -278,7 +282,8 @@ def test_scores_equal_those_of_the_evaluation():
         scores = paired.quality(name)
         assert scores is not None
         assert scores.observed == pytest.approx([value] * 2)
-    of_words, of_bits = (len(tasks[0].items), 40)
+    of_words = len(tasks[0].items)
+    of_bits = 40
     counts = [paired.num_items(name) for name in expected]
     assert counts == [3 * of_words, of_bits, of_words]
     assert found.accuracy == pytest.approx(0.65)

@@ -28,7 +28,8 @@ from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 
 PREFIX = "/team/mlflow"
-USER, PASSWORD = "ann", "open-sesame"
+USER = "ann"
+PASSWORD = "open-sesame"
 HEADERS_OF_ONE_HOP = ("host", "authorization", "connection", "transfer-encoding", "content-length")
 
 
@@ -106,7 +107,8 @@ def curve_heights(page: str) -> list[list[float]]:
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch, sample_results):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    at_home, workspace = open_workspace(tmp_path / "server"), open_workspace(tmp_path / "ws")
+    at_home = open_workspace(tmp_path / "server")
+    workspace = open_workspace(tmp_path / "ws")
     placed = []
     for result in sample_results:
         journal = Journal(workspace.trials / result.key)

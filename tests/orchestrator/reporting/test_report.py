@@ -321,7 +321,8 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
         bare.append(result.model_copy(update={"numbers": numbers}))
     written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
-    front, said = written.front, ["x" * 200] * 40
+    front = written.front
+    said = ["x" * 200] * 40
     note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
     assert "- More: `front/front.html` under Artifacts." in note

@@ -124,7 +124,8 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
     for label, expected in {
         "teacher": (20.0, 0.100), "2,1": (20.0, 0.100), "1,1": (1.0, 0.015), "0,1": (-5.0, 0.050),
     }.items():  # fmt: skip
-        points, bits = lost[label]["questions"], lost[label][PYTHON_BITS]
+        points = lost[label]["questions"]
+        bits = lost[label][PYTHON_BITS]
         assert (points.lost.value, bits.lost.value) == pytest.approx(expected), label
         for loss in (points, bits):
             assert loss.lost.low <= loss.lost.value <= loss.lost.high

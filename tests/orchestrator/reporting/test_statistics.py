@@ -76,7 +76,9 @@ def test_equal_models_differ_by_exactly_zero():
 
 def test_an_interval_covers_the_truth_at_its_level():
     rng = np.random.default_rng(4)
-    truth, num_trials, covered = 0.04, 200, 0
+    truth = 0.04
+    num_trials = 200
+    covered = 0
     for trial in range(num_trials):
         base = rng.random((1, 150))
         pair = (base + 0.1 * rng.random((2, 150)) < np.array([[0.5], [0.54]])).astype(float)

@@ -285,12 +285,14 @@ def test_no_width_breaks_a_name_or_a_number(width):
 
 
 def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers():
-    values, errors = ((0.05234, 3e-5), (0.5, 0.0123)), ((0.00021, 2e-6), (0.0, math.nan))
+    values = ((0.05234, 3e-5), (0.5, 0.0123))
+    errors = ((0.00021, 2e-6), (0.0, math.nan))
     found = rows(*influence_tables(InfluenceTable("loss", values, errors, 64)))
     assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in found
     assert ["2", "0.5±0", "0.012"] in found, "a single batch has no error"
 
-    influence, residuals = ((0.04, 0.02, 0.01), (0.5,)), ((0.8, 0.4, 0.2), (0.25,))
+    influence = ((0.04, 0.02, 0.01), (0.5,))
+    residuals = ((0.8, 0.4, 0.2), (0.25,))
     table = InfluenceTable("cosine", influence, influence, 64, residuals)
     assert max(map(len, printed(*influence_tables(table), width=80).splitlines())) <= 80
     found = rows(*influence_tables(table))

@@ -42,7 +42,7 @@ def test_the_address_in_the_settings_counts_before_the_variable(monkeypatch):
             resolve_settings({"cluster": {"address": address}})
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
-            ClusterSettings().ray_address  # noqa: B018
+            _ = ClusterSettings().ray_address
 
 
 def test_workers_that_share_a_model_and_the_fewest_gpus():

@@ -59,7 +59,8 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, spac
 def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], SweepRun]:
     """Run a queue of the unfinished trials, each as soon as it can start; return their order."""
     queue = SweepRun(plan, trial_states(plan, resolve_settings({}).sweep))
-    order, running = list[str](), list[Trial]()
+    order = list[str]()
+    running = list[Trial]()
     while not queue.is_over:
         while trial := queue.take():
             order.append(trial.label)
@@ -117,7 +118,8 @@ def measured(trial: Trial, accuracy: float) -> Trial:
 def test_one_report_of_two_sweeps_holds_elastic_weights_and_students(plan_of, space):
     sweeps = []
     for name, plan in (("elastic", plan_of()), ("students", plan_of("sweep.elastic=false"))):
-        results, items = [], {}
+        results = []
+        items = {}
         for trial in plan.trials:
             accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
             results.append(measured(trial, accuracy))

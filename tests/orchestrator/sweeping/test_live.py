@@ -43,7 +43,8 @@ class Watched:
 
     def runs(self, filter_string: str) -> list[Run]:
         self.tracking.wait()
-        client, experiment = self.tracking.store.connect(), str(self.tracking.store.experiment_id)
+        client = self.tracking.store.connect()
+        experiment = str(self.tracking.store.experiment_id)
         return list(client.search_runs([experiment], filter_string))
 
     @property
@@ -149,7 +150,8 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     journal.metrics(3, {"train/loss": 1.0})
     journal.close()
     watched.finish(first, 0.49)
-    found, times = watched.trial(first), recorded_times(Path(first.folder))
+    found = watched.trial(first)
+    times = recorded_times(Path(first.folder))
     assert watched.losses(first) == [1, 2, 3]
     assert (found.info.start_time, found.info.end_time) == times
     assert found.data.metrics["quality/accuracy"] == 0.49

@@ -174,7 +174,7 @@ def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):
 def test_models_from_random_weights_have_the_flops_of_teacher_and_source(make):
     retrofit = make(ALL_CONTROLS, source_kl_weight=0.5, trained_layers="added")
     with pytest.raises(UserError, match=r"sweep\.source_controls"):
-        retrofit.scratch  # noqa: B018
+        _ = retrofit.scratch
     plain = retrofit.teacher.model_copy(
         update={"model": retrofit.source.config, "initial_folder": None}
     )

@@ -39,7 +39,8 @@ class Sweep:
     """Runs plans in a workspace, with a stand-in for MLflow."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.tracking = folder, FakeTracking()
+        self.folder = folder
+        self.tracking = FakeTracking()
 
     def run(
         self, plan: SweepTrials, *assignments: str, progress: Progress | None = None
@@ -120,7 +121,8 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
 
     monkeypatch.setattr(costs, "time_per_token", time_per_token)
     end_trials(monkeypatch, finished)
-    outcome, workspace = sweep.run(tiny_plan), open_workspace(sweep.folder)
+    outcome = sweep.run(tiny_plan)
+    workspace = open_workspace(sweep.folder)
     StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
 
     def spreads(**options: Any) -> set[float]:

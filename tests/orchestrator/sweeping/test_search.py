@@ -45,7 +45,10 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.workspace = open_workspace(folder)
-        self.folder, self.made, self.full, self.accuracy = folder, 0, FULL, accuracy
+        self.folder = folder
+        self.made = 0
+        self.full = FULL
+        self.accuracy = accuracy
         teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
         self.family = SweepTrials(
             key="family", name="family", kind="threshold", tokens_folder="", teacher="",
@@ -81,7 +84,8 @@ class World:
 
         It is killed once it has suggested `most` schedules.
         """
-        search, suggested = self.search(**settings), []
+        search = self.search(**settings)
+        suggested = []
         for trial in (*self.family.trials, *search.suggested_trials()):
             self.finish(trial)
         search.open(self.results(search))
@@ -121,7 +125,8 @@ class World:
 @pytest.mark.parametrize("sampler", ["nsga2", "gp"])
 def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sampler):
     num_trials = 2 if sampler == "gp" else 20  # It takes seconds for each.
-    world, other = World(tmp_path / "a"), World(tmp_path / "b")
+    world = World(tmp_path / "a")
+    other = World(tmp_path / "b")
     first = world.run(sampler=sampler, num_trials=num_trials)
     assert len(first) == len(set(first)) == num_trials
     assert not set(first) & {str(schedule) for schedule in FAMILY}
@@ -137,13 +142,15 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sample
 
 
 def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
-    world, shown = World(tmp_path), []
+    world = World(tmp_path)
+    shown = []
 
     class Shown(Progress):
         def advance(self, done: float, *_: Any, **__: Any) -> None:
             shown.append(done)
 
-    search, family = world.search(num_trials=24), world.family.trials
+    search = world.search(num_trials=24)
+    family = world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     settings = resolve_settings({})
@@ -217,7 +224,9 @@ def test_it_finds_a_better_front_than_the_family(tmp_path):
         return sample_front(results).hypervolume or math.nan
 
     every = {",".join(map(str, s)) for s in itertools.product(*(range(r + 1) for r in FULL))}
-    best, found, start = front(every), front(given | set(asked)), front(given)
+    best = front(every)
+    found = front(given | set(asked))
+    start = front(given)
     assert start < found <= best
     assert found - start > 0.6 * (best - start), "a quarter of the schedules, most of the gain"
 

@@ -116,7 +116,8 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
         assert pairs[0][0].key == pairs[0][1].key, "the teacher is measured as it is"
     other = plan("distillation.training.checkpoint_every_steps=3")
     assert [t.key for t in usual.trials] == [t.key for t in other.trials]
-    other, moved = plan(suite="y"), plan(suite_folder="/b")
+    other = plan(suite="y")
+    moved = plan(suite_folder="/b")
     for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
         assert a.folder == b.folder == c.folder, "other tasks are put to the same weights"
         assert a.key != b.key
@@ -125,7 +126,8 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
 
 def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, teacher):
     config = replace(load_config(teacher), schedule=IterationSchedule((1, 0)))
-    kinds, sections = {}, set()
+    kinds = {}
+    sections = set()
     for control in ("distill", "cross_entropy", "pruned", "scratch"):
         settings = DistillationSettings.model_validate({"control": control})
         job = student_job(settings, teacher=teacher, config=config, tokens_folder="t")
@@ -139,7 +141,8 @@ def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, 
     }
     assert sections == {"distillation.training"}, "advice names the settings they are trained by"
     two = "sweep.num_schedules=2"
-    seeded, alone = plan("sweep.seeds=[0, 1]", two).trials[1:], plan(two).trials[1:]
+    seeded = plan("sweep.seeds=[0, 1]", two).trials[1:]
+    alone = plan(two).trials[1:]
     assert [(t.group, t.seed) for t in seeded] == [
         ("2,1", 0), ("0,0", 0), ("2,1", 1), ("0,0", 1)
     ]  # fmt: skip

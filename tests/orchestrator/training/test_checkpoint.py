@@ -39,8 +39,10 @@ def make_job(tiny_job) -> MakeJob:
 
 def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch):
     run_job(make_job("plain"))
-    write, may_write = checkpoint_module.save_checkpoint, threading.Event()
-    job, steps = make_job("slow"), list[int]()
+    write = checkpoint_module.save_checkpoint
+    may_write = threading.Event()
+    job = make_job("slow")
+    steps = list[int]()
 
     def slow(folder: Path, step: int, **parts: Any) -> Path:
         assert threading.current_thread() is not threading.main_thread()

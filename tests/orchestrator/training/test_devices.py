@@ -174,7 +174,8 @@ def test_every_training_of_a_process_compiles():
     found: list[str] = []
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(3):
-            decoder, graphs = tiny_decoder(1), CompileCounter()
+            decoder = tiny_decoder(1)
+            graphs = CompileCounter()
             compile_layers(decoder, lambda name, **_: found.append(name), backend=graphs)
             decoder(torch.zeros(2, 8, dtype=torch.long))
             assert graphs.frame_count
@@ -185,7 +186,8 @@ def test_every_training_of_a_process_compiles():
 def test_a_few_graphs_serve_the_sums_of_any_number_of_layers():
     """Lists of 1 to 24 estimates, under three schedules. None runs uncompiled: Dynamo would then
     have refused a graph, which this setting makes an error."""
-    decoder, backend = tiny_decoder(24), CompileCounterWithBackend("aot_eager")
+    decoder = tiny_decoder(24)
+    backend = CompileCounterWithBackend("aot_eager")
     tokens = torch.randint(13, (2, 8))
     expected = decoder.loss(tokens)
     compile_layers(decoder, lambda *_, **__: None, backend=backend)
@@ -212,7 +214,8 @@ def test_copies_compile_whole_fields(copies):
     decoder = Decoder(preset("tiny", num_layers=1, dim=256, num_heads=4, context_length=8))
     assert sum(p.nbytes for p in decoder.model.layers[0].field_parameters()) > 2 * 2**20
     none = decoder.schedule.none(1)
-    model, graphs = Copies(decoder, copies).model_for([none]), CompileCounter()
+    model = Copies(decoder, copies).model_for([none])
+    graphs = CompileCounter()
     compile_layers(decoder, lambda *_, **__: None, backend=graphs)
     model(torch.zeros(2, 8, dtype=torch.long), schedule=none)
     assert graphs.frame_count == 1

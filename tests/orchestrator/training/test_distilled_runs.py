@@ -92,7 +92,8 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
     config = kept_config(load_config(teacher), (1,))
     smaller = job.model_copy(update={"model": config, "kept_layers": (1,)})
     assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
-    start, full = decoder_to_train(smaller, World(), None), load_model(teacher)
+    start = decoder_to_train(smaller, World(), None)
+    full = load_model(teacher)
     kept = start.model.layers[0].state_dict()
     for name, weights in full.model.layers[1].state_dict().items():
         assert torch.equal(kept[name], weights) or name.startswith("mix.")
@@ -102,9 +103,11 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
 
 
 def test_the_teacher_contributes_only_within_its_window(student):
-    job, always = student(teacher_from_step=2, teacher_until_step=4), student("always")
+    job = student(teacher_from_step=2, teacher_until_step=4)
+    always = student("always")
     assert job_key(job) != job_key(always)
-    outcome, usual = run_job(job), run_job(always)
+    outcome = run_job(job)
+    usual = run_job(always)
     assert list(curve(job, "train/kl")) == [3, 4]
     assert all(value > 0 for value in curve(job, "train/kl").values())
     losses, entropies = (curve(job, f"train/{name}") for name in ("loss", "cross_entropy"))
@@ -124,7 +127,8 @@ def test_a_control_is_trained_without_a_teacher(control, student, teacher):
     assert (job.initial_folder is None) == (control == "scratch")
     start = decoder_to_train(job, World(), None).state_dict()
     torch.manual_seed(job.recipe.seed)
-    fresh, taught = Decoder(job.model).state_dict(), load_model(teacher).state_dict()
+    fresh = Decoder(job.model).state_dict()
+    taught = load_model(teacher).state_dict()
     expected, other = (fresh, taught) if control == "scratch" else (taught, fresh)
     assert all(torch.equal(start[name], expected[name]) for name in expected)
     assert not all(torch.equal(start[name], other[name]) for name in other)

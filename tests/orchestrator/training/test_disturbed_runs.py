@@ -104,7 +104,8 @@ class Row(NamedTuple):
     rel: float = 0.0
 
 
-WEIGHTS, MOMENTS = "model.safetensors", "training_state.pt"
+WEIGHTS = "model.safetensors"
+MOMENTS = "training_state.pt"
 QUICK = {
     "stopped before its first step": Row("plain", [stop(0)], []),
     "stopped between checkpoints": Row("plain", [stop(3), crash(7), stop(2)], [3, 4, 6]),
@@ -137,8 +138,10 @@ SLOW = {
 }
 # Workers: replicas, shards, two copies of the model in two shards each, and three that cannot share
 # a step evenly.
-REPLICAS, SHARDS = workers(2), workers(2, "fsdp")
-TWO_BY_TWO, UNEVEN = workers(4, "fsdp", shards=2), workers(3)
+REPLICAS = workers(2)
+SHARDS = workers(2, "fsdp")
+TWO_BY_TWO = workers(4, "fsdp", shards=2)
+UNEVEN = workers(3)
 SEVERAL = {
     "replicas": Row("plain", [REPLICAS], []),
     "shards": Row("plain", [SHARDS], []),

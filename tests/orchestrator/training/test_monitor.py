@@ -76,7 +76,9 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch):
     monkeypatch.setattr(monitor, "gpu_loads", lambda _: loads)
     position = Position()
     meter = ThroughputMeter(position, World(size=4, device="cuda:0"), "bf16")
-    position.num_tokens, position.flops, position.seconds = 10, 8e15, 5.0
+    position.num_tokens = 10
+    position.flops = 8e15
+    position.seconds = 5.0
     found = meter.measure(position)
     assert found["train/mfu"] == pytest.approx(0.4)
     assert found["train/memory_gb"] == 3.0

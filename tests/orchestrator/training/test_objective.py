@@ -44,7 +44,9 @@ from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import PROVENANCE, Workspace
 
 SCHEDULE = IterationSchedule((2, 1))
-NUM_STEPS, NUM_ROWS, LENGTH = 4, 6, 12
+NUM_STEPS = 4
+NUM_ROWS = 6
+LENGTH = 12
 
 
 def fresh_decoder(seed: int = 0, **changes: Any) -> Decoder:
@@ -102,7 +104,8 @@ def nothing(step: int) -> Batch:
 
 def of_two_sources(step: int) -> Batch:
     """Six sequences of text and as many of answers, in one batch."""
-    text, task = completions(step), answers(step)
+    text = completions(step)
+    task = answers(step)
     sources = torch.cat([torch.zeros_like(text.input_ids), torch.ones_like(task.input_ids)])
     return Batch(
         torch.cat([text.input_ids, task.input_ids]),
@@ -145,7 +148,8 @@ def test_passes_of_any_size_equal_one_pass(source, distills):
 
 def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes():
     _, numbers = trained(answers, make_objective(lambda _: SCHEDULE), per_pass=4)
-    batch, terms = answers(0), []
+    batch = answers(0)
+    terms = []
     log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
     for row, column in (batch.targets != NO_TARGET).nonzero().tolist():
         terms.append(-log_p[row, column, batch.targets[row, column]].item())
@@ -163,11 +167,13 @@ def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes()
 
 @pytest.mark.parametrize("source", [completions, answers])
 def test_validation_weighs_batches_by_their_targets(source):
-    decoder, batches = fresh_decoder(), [*source(0).split(4), nothing(0), *source(1).split(5)]
+    decoder = fresh_decoder()
+    batches = [*source(0).split(4), nothing(0), *source(1).split(5)]
     found = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
     both = [source(0), source(1)]
     logits = torch.cat([decoder(b.input_ids) for b in both])
-    targets, counted = torch.cat([b.targets for b in both]), torch.cat([b.counted for b in both])
+    targets = torch.cat([b.targets for b in both])
+    counted = torch.cat([b.counted for b in both])
     expected = cross_entropy(logits, targets, mask=counted).item()
     assert found[VALIDATION_METRIC] == pytest.approx(expected, rel=1e-12)
     right = (logits.argmax(-1) == targets)[counted].double().mean().item()
@@ -184,8 +190,10 @@ def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
     decoder, numbers = trained(of_two_sources, objective, per_pass=3)
     objective = make_objective(lambda _: SCHEDULE)
     plain, plain_numbers = trained(of_two_sources, objective, per_pass=3)
-    batch, first = of_two_sources(0), numbers[0]
-    logits, total = fresh_decoder()(batch.input_ids), 0.0
+    batch = of_two_sources(0)
+    first = numbers[0]
+    logits = fresh_decoder()(batch.input_ids)
+    total = 0.0
     for number, name in enumerate(names):
         chosen = (batch.sources == number) & batch.counted
         expected = cross_entropy(logits, batch.targets, mask=chosen).item()
@@ -198,7 +206,8 @@ def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
 
 
 def test_validation_by_source_weighs_up_to_the_total():
-    decoder, names = fresh_decoder(), ("files", "phop_2", "chain_2")
+    decoder = fresh_decoder()
+    names = ("files", "phop_2", "chain_2")
     batches = [
         replace(batch, sources=torch.full_like(batch.input_ids, number))
         for number, source in enumerate((completions, answers))
@@ -223,7 +232,8 @@ def test_validation_by_source_weighs_up_to_the_total():
 
 # Elastic training
 
-FULL, NONE = IterationSchedule((2, 2)), IterationSchedule((0, 0))
+FULL = IterationSchedule((2, 2))
+NONE = IterationSchedule((0, 0))
 
 
 @pytest.mark.parametrize(("num_drawn", "per_pass"), [(1, None), (2, 1)])
@@ -242,7 +252,8 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
     numbers = trainer.gradients(Batch.of_text(tokens, mask))
     found = [parameter.grad for parameter in decoder.parameters()]
 
-    counted, taught = mask[:, 1:], torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
+    counted = mask[:, 1:]
+    taught = torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
     with plain_formulas():
         logits = {s: decoder(tokens, schedule=s) for s in (FULL, *cheaper)}
     entropy = {
@@ -264,7 +275,8 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.4])
 def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight):
     decoder = fresh_decoder(schedule=FULL)
-    teacher, read = frozen_teacher(decoder), list[int]()
+    teacher = frozen_teacher(decoder)
+    read = list[int]()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -317,7 +329,8 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     job = tiny_job("elastic", **ELASTIC, elastic=family)
     outcome = run_job(job)
     # The number of evaluations is that of the draws.
-    drawn_at, full = drawn_by_step(job.model.corrections, job.recipe), job.model.corrections
+    drawn_at = drawn_by_step(job.model.corrections, job.recipe)
+    full = job.model.corrections
     drawn_ones = [schedule for step in range(8) for schedule in drawn_at(step)]
     assert len(drawn_ones) == 6 * 2
     trained_ones = [NONE] * 2 + [full] * 6 + drawn_ones

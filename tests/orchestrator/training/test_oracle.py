@@ -24,9 +24,20 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.trainer import run_job
 
-SEED, STEPS, WARMUP, PEAK, FINAL, SEQUENCES, LENGTH = 7, 5, 2, 3e-2, 0.2, 4, 16
-FULL, NONE = IterationSchedule((2, 1)), IterationSchedule((0, 0))
-CLIP, DECAY, BETAS, KL_WEIGHT, TEMPERATURE = 0.3, 0.4, (0.8, 0.9), 0.7, 2.0
+SEED = 7
+STEPS = 5
+WARMUP = 2
+PEAK = 3e-2
+FINAL = 0.2
+SEQUENCES = 4
+LENGTH = 16
+FULL = IterationSchedule((2, 1))
+NONE = IterationSchedule((0, 0))
+CLIP = 0.3
+DECAY = 0.4
+BETAS = (0.8, 0.9)
+KL_WEIGHT = 0.7
+TEMPERATURE = 2.0
 RECIPE: dict[str, Any] = {
     "num_steps": STEPS, "num_tokens_per_step": SEQUENCES * LENGTH, "num_validation_tokens": 64,
     "learning_rate": PEAK, "warmup_steps": WARMUP, "final_learning_rate_fraction": FINAL,
@@ -72,14 +83,14 @@ def test_a_plain_loop_ends_with_the_same_weights(
     tmp_path, tiny_tokens, tiny_model, save_tiny, objective
 ):
     torch.manual_seed(SEED)
-    model, teacher, more = Decoder(ModelConfig.from_dict(tiny_model)), None, {}
+    model = Decoder(ModelConfig.from_dict(tiny_model))
+    teacher = None
+    more = {}
     schedules = [NONE] * 2 + [FULL] * 3
     if objective == "distill":
         folder = save_tiny(tmp_path / "teacher")
-        teacher, model = (
-            Decoder.from_pretrained(folder).requires_grad_(False),
-            Decoder.from_pretrained(folder, torch.float32),
-        )
+        teacher = Decoder.from_pretrained(folder).requires_grad_(False)
+        model = Decoder.from_pretrained(folder, torch.float32)
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         schedules = [IterationSchedule((1, 0))] * STEPS
         tiny_model = {**tiny_model, "schedule": [1, 0]}

@@ -171,7 +171,8 @@ def longer(earlier: TrainingJob, make: MakeJob, **changes: Any) -> TrainingJob:
     ],
 )
 def test_a_continued_run_equals_one_longer_training(make, recipe, start):
-    short, notes = make("short", **recipe), list[str]()
+    short = make("short", **recipe)
+    notes = list[str]()
     first = run_job(short)
     before = {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")}
 
@@ -217,7 +218,8 @@ def test_a_run_is_continued_with_other_corrections_from_the_end_of_its_first_sta
 
 
 def test_what_cannot_be_continued_exactly_is_refused(make):
-    short, cosine = make("short"), make("cosine", decay="cosine")
+    short = make("short")
+    cosine = make("cosine", decay="cosine")
     with pytest.raises(UserError, match="--steps takes a larger number, got 20"):
         longer(short, make, num_steps=20)
     for job in (short, cosine):

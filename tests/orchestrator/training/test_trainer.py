@@ -87,7 +87,8 @@ def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
 ):
     read: list[torch.Tensor] = []
     held_out: list[int] = []
-    batch, validation_batches = TokenStore.batch, TokenStore.validation_batches
+    batch = TokenStore.batch
+    validation_batches = TokenStore.validation_batches
 
     def noted(store: TokenStore, step: int, **options: Any) -> Batch:
         found = batch(store, step, **options)

@@ -55,7 +55,8 @@ SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
 
 
 def test_the_time_left_accounts_for_corrections(job):
-    progress, journal = RecordingProgress(), Journal(job.folder)
+    progress = RecordingProgress()
+    journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
     assert progress.shown[-1] == (0, STARTING, UNKNOWN)
@@ -102,7 +103,8 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
         name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
         for name in ("first", "second")
     }
-    progress, journal = RecordingProgress(), Journal(jobs["first"].folder)
+    progress = RecordingProgress()
+    journal = Journal(jobs["first"].folder)
     monitor = RunMonitor(jobs, cast("Tracking", None), progress)
     for step in (2, 3, 4):
         journal.metrics(step, {"train/loss": 2.0, "train/tokens_per_second": 32.0})
@@ -143,14 +145,16 @@ def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
     assert trained.datasets["validation/loss"] == (name, digest)
     assert (trained.name, trained.params["seed"]) == ("iiet-2x16 2,1", "5")
     suite = Suite(tokens_folder=str(tiny_tokens), tasks=("copy", "sort"))
-    cost, quality = {"evaluations": 5}, {"validation_loss": 2.0, "copy/acc": 0.5}
+    cost = {"evaluations": 5}
+    quality = {"validation_loss": 2.0, "copy/acc": 0.5}
     teacher, pruned = (
         sample_trial(
             schedule=schedule, cost=cost, quality=quality, checkpoint=checkpoint, suite=suite
         )
         for schedule in ((2, 1), (1, 0))
     )
-    measured, other = trial_model(teacher), trial_model(pruned)
+    measured = trial_model(teacher)
+    other = trial_model(pruned)
     assert measured is not None
     assert other is not None
     assert measured.key == trained.key != other.key
