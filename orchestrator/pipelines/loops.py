@@ -27,7 +27,6 @@ from orchestrator.data.preparation import newest_tokens
 from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
 from orchestrator.evaluation.looped import load_transformers, watched
-from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
@@ -92,7 +91,7 @@ def plan_depths(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    for model in plan.opened:
+    for model in plan.opened.values():
         if model.config is None and model.loops is None:
             raise UserError(
                 f"{model.path} is a {model.architecture} model, whose cost is not known; a front "
@@ -101,7 +100,7 @@ def plan_depths(
     suite_values = settings.evaluation.model_dump(mode="json")
     if settings.evaluation.sequence_length is None:
         del suite_values["sequence_length"]  # What is off is absent, so that names are as before.
-    name = f"depth-{content_key([list(m.key) for m in plan.opened], suite_values)[:8]}"
+    name = f"depth-{content_key([list(m.key) for m in plan.opened.values()], suite_values)[:8]}"
     return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
 
 
@@ -112,8 +111,8 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     found = run_evaluate(plan, context)
     workspace = context.workspace
     trials = []
-    measured = zip(plan.opened, found.evaluations.items(), found.keys.values(), strict=True)
-    for model, (label, evaluation), keys in measured:
+    for label, model in plan.opened.items():
+        keys = found.keys[label]
         key = content_key("loops", list(model.key), keys.tasks)
         what: dict[str, Any] = {"model": model.config}
         if model.loops:
@@ -129,7 +128,7 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
             evaluation=keys,
             **what,
         )
-        trials.append(trial.with_numbers("quality", evaluation.quality()))
+        trials.append(trial.with_numbers("quality", found.evaluations[label].quality()))
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
@@ -149,7 +148,7 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     """Add what each model costs: exact counts, and milliseconds, which are measured once."""
     workspace = context.workspace
     cluster = plan.settings.cluster
-    models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
+    models = {trial.key: model for trial, model in zip(trials, plan.opened.values(), strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
     costs = StoredTimes.read(path)
@@ -243,7 +242,7 @@ def plan_loop_influence(
         UserError: If it is not such a model, or the workspace has no text.
     """
     space = find_workspace(workspace)
-    opened = open_model(find_model_folder(space, Path(model), model_types=None), schedule)
+    opened = open_model(model, space, schedule)
     if opened.loops is None:
         raise UserError(
             f"{opened.path} ({opened.architecture}) is no looped model of another project, and "
@@ -251,7 +250,7 @@ def plan_loop_influence(
         )
     return LoopInfluencePlan(
         opened=opened,
-        model=opened.name,
+        model=opened.label,
         tokens_folder=newest_tokens(space),
         num_tokens=settings.influence.num_tokens,
         trust_remote_code=trust_remote_code,
@@ -274,7 +273,7 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
     context.progress.finish(f"{len(rows)} loops over {num_tokens:,} tokens")
     measured = TrackedRun.of(
         key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
-        name=f"influence of the loops of {model.name}"[:80],
+        name=f"influence of the loops of {model.label}"[:80],
         kind="influence",
         params={**model.parameters(), "checkpoint": model.path},
         points=[(f"loops/{name}", row[name], row["loop"]) for row in rows for name in LOOP_NUMBERS],
