@@ -222,7 +222,7 @@ def pretrain(
         source = Path(call.settings.training.source)
     plan = plan_pretrain(
         call.settings,
-        source=call.imported(source, folders=True),
+        source=call.imported(source, also_folders=True),
         continued=continue_,
         name=name,
         local=local,

@@ -68,15 +68,15 @@ def imported_model(
     workspace: Workspace | Path | str | None,
     progress: Progress | None = None,
     *,
-    folders: bool = False,
+    also_folders: bool = False,
 ) -> Path | None:
-    """Import a model that can be used only then; return its checkpoint, or the name as it is.
+    """Return a model as `open_model` takes it, after its import if it has to be imported first.
 
-    `hub:OWNER/NAME` becomes the run `NAME`; the same import is found again.
+    `hub:OWNER/NAME` is imported as the run `NAME`; the same import is found again.
 
     Args:
         model: As a user names it; None stays None.
-        folders: Import also a model folder that is no checkpoint, to train from its weights.
+        also_folders: Import also a model folder from elsewhere, to train from its weights.
 
     Raises:
         UserError: If there is no such model; and as `import_model`.
@@ -85,7 +85,7 @@ def imported_model(
         return None
     if is_hub_name(model):
         return import_model(model, workspace=workspace, progress=progress)
-    if folders:
+    if also_folders:
         opened = open_model(model, find_workspace(workspace), needs_weights=False)
         if opened.is_external:
             return import_model(opened.path, workspace=workspace, progress=progress)
@@ -211,10 +211,14 @@ def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
     model_type = folders.read_config(path).get("model_type")
     return _Source(
-        load_model(path), name_with_owner(path), model_name(path), folders.model_files_key(path),
-        path,
-        model_type if model_type in MODEL_TYPES else None, folders.weights_precision(path),
-    )  # fmt: skip
+        decoder=load_model(path),
+        name=name_with_owner(path),
+        run_name=model_name(path),
+        key=folders.model_files_key(path),
+        texts=path,
+        model_type=model_type if model_type in MODEL_TYPES else None,
+        dtype=folders.weights_precision(path),
+    )
 
 
 # Export

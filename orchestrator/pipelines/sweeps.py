@@ -701,7 +701,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     workspace = plan.workspace
     progress = context.progress
     if plan.source is not None and not plan.source.is_checkpoint:
-        imported = imported_model(plan.settings.training.source, workspace, progress, folders=True)
+        imported = imported_model(
+            plan.settings.training.source, workspace, progress, also_folders=True
+        )
         plan = plan_sweep(with_source(plan.settings, imported), workspace=workspace, name=plan.name)
         plan.check()
     settings = plan.settings

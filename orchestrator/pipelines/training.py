@@ -517,7 +517,9 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     return result
 
 
-pretrain = in_one_call(plan_pretrain, run_pretrain, source=partial(imported_model, folders=True))
+pretrain = in_one_call(
+    plan_pretrain, run_pretrain, source=partial(imported_model, also_folders=True)
+)
 
 
 @offline(DRY_RUN)
