@@ -6,8 +6,6 @@ layers left, and returns both for the next one. What it costs beside its field i
 measured (`iiet.facts`).
 """
 
-# ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -98,7 +96,8 @@ class Evaluate:
         For observers: `previous` is the estimate that this evaluation corrects, and
         `output_if_last` makes of the returned value what the layer would leave if it ended here.
         """
-        call, k = self._call, self._k
+        call = self._call
+        k = self._k
         self._k += 1
         slot = None if call.slots is None else call.slots[k]
         output: Tensor = self._layer.field(x, call.context, slot)
@@ -137,12 +136,12 @@ class Layer(Block, ABC):
         """Make the modules and parameters that the layer has beside its block."""
 
     @classmethod
-    def make_shared(cls, config: ModelConfig) -> nn.Module | None:
+    def make_shared(cls, _config: ModelConfig, /) -> nn.Module | None:
         """Make the module that all layers share; None for nothing."""
         return None
 
     @classmethod
-    def start(cls, embeddings: Tensor) -> Any:
+    def start(cls, _embeddings: Tensor, /) -> Any:
         """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
 
@@ -173,13 +172,21 @@ class Layer(Block, ABC):
         """Run `advance`, recomputed in the backward pass where the call asks for it."""
 
         def advance(hidden: Tensor, state: Any) -> Advance:
-            evaluate, number = Evaluate(self, call), call.num_corrections
-            return self.advance(evaluate, hidden, state, num_corrections=number, shared=call.shared)
+            return self.advance(
+                Evaluate(self, call),
+                hidden,
+                state,
+                num_corrections=call.num_corrections,
+                shared=call.shared,
+            )
 
         if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
             return advance(hidden, state)
-        keep = self.facts.is_random
         recomputed: Any = checkpoint(
-            advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
+            advance,
+            hidden,
+            state,
+            use_reentrant=False,
+            preserve_rng_state=self.facts.is_random,  # To copy it takes time.
         )
         return Advance(*recomputed)

@@ -31,7 +31,8 @@ Forms = Literal["fast", "plain", "compiled"]
 """How fields are computed: by the fast forms of a CPU, by plain formulas as on a GPU without a
 compiler, or compiled."""
 
-_FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
+_FULL = 4  # bytes of a float32 value
+_HALF = 2  # bytes of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
@@ -50,7 +51,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     num_shards: int = 1,
     num_passes: int = 1,
-    num_frozen_parameters: int = 0,
+    frozen: ModelConfig | None = None,
     has_members: bool = False,
     compares_hidden: bool = False,
     trained: TrainedLayers = "all",
@@ -65,7 +66,8 @@ def training_memory(
         on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them.
-        num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
+        frozen: a model that is not trained and whose answers the loss reads; sharded, if the
+            trained one is.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
         compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
@@ -83,12 +85,12 @@ def training_memory(
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
         layer = field_parameters(config)
-        others = (parameters - config.num_layers * layer) * _FULL
+        outside_fields = (parameters - config.num_layers * layer) * _FULL
         gathered = config.num_layers if num_passes > 1 else min(2, config.num_layers)
-        weights += others + gathered * layer * width
+        weights += outside_fields + gathered * layer * width
         # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
-        gradients += int((others + layer * (width + _FULL)) * trained_share)
+        gradients += int((outside_fields + layer * (width + _FULL)) * trained_share)
     if precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed; a
         # compiled field makes its own again. Of a sharded model, layers are gathered as bfloat16,
@@ -96,11 +98,19 @@ def training_memory(
         is_copied_again = activation_checkpointing or forms == "compiled"
         copied = parameters // (config.num_layers if is_copied_again else 1)
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
-    weights += num_frozen_parameters * (width if on_gpus else _FULL)
+    if frozen is not None:
+        weights += _frozen_weights(frozen, num_shards) * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
-    compares = num_frozen_parameters > 0 or has_members
+    compares = frozen is not None or has_members
     peak = _peak_bytes(
-        config, part, tokens, width, activation_checkpointing, num_shards, compares, forms
+        config,
+        part,
+        tokens,
+        width=width,
+        activation_checkpointing=activation_checkpointing,
+        num_shards=num_shards,
+        compares=compares,
+        forms=forms,
     )
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
@@ -111,10 +121,23 @@ def training_memory(
     return {**memory, "activations": peak + kept}
 
 
+def _frozen_weights(config: ModelConfig, num_shards: int) -> int:
+    """Count the weights of a frozen model that a worker holds at once, at most."""
+    parameters = num_parameters(config)
+    if num_shards == 1:
+        return parameters
+    # What belongs to no field stays gathered until the end of a step. Of the fields there are the
+    # one that runs, the buffer in which it came, and that of the one before.
+    field = field_parameters(config)
+    others = parameters - config.num_layers * field
+    return -(-parameters // num_shards) + others + min(3, config.num_layers) * field
+
+
 def _peak_bytes(
     config: ModelConfig,
     part: TrainedPart,
     tokens: int,
+    *,
     width: int,
     activation_checkpointing: bool,
     num_shards: int,

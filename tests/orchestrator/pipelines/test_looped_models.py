@@ -26,6 +26,7 @@ from orchestrator.models.folder import weights_key
 from orchestrator.models.load import load_model
 from orchestrator.models.loops import LoopedModel
 from orchestrator.models.open import OpenedModel, by_label, open_model
+from orchestrator.pipelines.evaluating import EvaluatePlan
 from orchestrator.pipelines.loops import (
     DepthPlan,
     plan_depths,
@@ -90,13 +91,13 @@ def tokenizer(tiny_tokens) -> Path:
 
 def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> list[dict[str, Any]]:
     settings = EvaluationSettings(suite=SUITE, include_path=str(tasks), batch_size=4)
-    plan = DepthPlan(
-        name="front",
+    evaluation = EvaluatePlan(
         settings=Settings(evaluation=settings),
         workspace=workspace,
         opened=by_label(models),
         trust_remote_code=True,
     )
+    plan = DepthPlan(name="front", evaluation=evaluation)
     return run_depths(plan, untracked(workspace)).rows()
 
 
