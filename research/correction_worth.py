@@ -122,9 +122,11 @@ def log_equivalent_depth(log_depths: Floats, losses: Floats, targets: Floats) ->
         targets: (curves,)
     """
     reached = losses <= targets[:, None]
-    curves, after = np.arange(len(losses)), reached.argmax(axis=1)
+    curves = np.arange(len(losses))
+    after = reached.argmax(axis=1)
     before = np.maximum(after - 1, 0)
-    above, below = losses[curves, before], losses[curves, after]
+    above = losses[curves, before]
+    below = losses[curves, after]
     share = np.zeros(len(losses))
     np.divide(above - targets, above - below, out=share, where=after > 0)
     found = log_depths[before] + share * (log_depths[after] - log_depths[before])
@@ -142,7 +144,8 @@ def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
         return "it needs vanilla models of at least two depths, trained on the same tokens"
     if model.is_saturated:
         return f"its accuracy of {model.accuracy:.2%} is saturated: its loss no longer tells depth"
-    shallowest, best = curve[0], min(curve, key=lambda one: one.loss)
+    shallowest = curve[0]
+    best = min(curve, key=lambda one: one.loss)
     if model.loss > shallowest.loss:
         return (
             "its loss is higher than that of the shallowest vanilla model "
@@ -155,7 +158,8 @@ def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
         )
     deeper = next(number for number, one in enumerate(curve) if one.loss <= model.loss)
     if curve[deeper].is_saturated and deeper:
-        shallow, deep = curve[deeper - 1], curve[deeper]
+        shallow = curve[deeper - 1]
+        deep = curve[deeper]
         return (
             f"vanilla with {deep.num_layers} layers is saturated (accuracy {deep.accuracy:.2%}), "
             f"so it is worth between {shallow.num_layers} and {deep.num_layers} layers"
@@ -182,11 +186,13 @@ def _are_alike(pair: Sequence[MeasuredModel], drawn: Floats) -> bool:
 
 def worth_cells(name: str, model: MeasuredModel, worth: CorrectionWorth) -> list[str]:
     """Return a row of a table: name, layers, NFE per layer, loss, equivalent layers, phi."""
-    layers, phi = worth.equivalent_layers, "none"
+    layers = worth.equivalent_layers
+    phi = "none"
     if worth.phi is not None:
         phi = f"{worth.phi:.2f}"
     if worth.interval is not None:
-        low, high = worth.interval.low, worth.interval.high
+        low = worth.interval.low
+        high = worth.interval.high
         is_low_open, is_high_open = worth.is_open
         phi += f" ({'<' * is_low_open}{low:.2f} to {'>' * is_high_open}{high:.2f})"
     return [

@@ -42,7 +42,8 @@ BATCH_SIZE = 128
 """Sequences in one forward pass; the readings do not depend on it, except for rounding."""
 RATE_STEP = 2.0
 """Factor between a learning rate and the next one beyond the tried ones."""
-LOSS, ACCURACY = "quality/validation_loss", "quality/accuracy"
+LOSS = "quality/validation_loss"
+ACCURACY = "quality/accuracy"
 
 
 class Reading(Record):
@@ -202,7 +203,8 @@ def read_checkpoint(
 ) -> CheckpointReadings:
     """Read a checkpoint under its own and, if its method has corrections, under other schedules."""
     decoder = Decoder.from_pretrained(folder)
-    length, layers = decoder.config.context_length, decoder.config.num_layers
+    length = decoder.config.context_length
+    layers = decoder.config.num_layers
     batches = [
         *data.validation_batches(
             context_length=length, num_tokens=num_sequences * length, batch_size=BATCH_SIZE
@@ -253,8 +255,11 @@ def study_markdown(
         settings: Of the study.
         copied: Accuracy of the symbol at the position itself as the answer.
     """
-    arms, seeds = [*results.arms.values()], settings.sweep.seeds
-    recipe, model, data = settings.training, settings.model, settings.data
+    arms = [*results.arms.values()]
+    seeds = settings.sweep.seeds
+    recipe = settings.training
+    model = settings.model
+    data = settings.data
     judged = verdicts(
         {name: arm.measured() for name, arm in results.arms.items()},
         layers=choices.layers,

@@ -15,18 +15,20 @@ from itertools import product
 from typing import Any
 
 from orchestrator import Settings, UserError
+from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ElasticSettings
 from orchestrator.sweeping.models import (
     ModelVariant,
     learning_rates,
-    model_label,
-    seed_label,
     settings_of,
 )
 
-LOOPED, PCFORMER = "looped", "pcformer"
-TWO_STAGES, REINJECTED = ", two stages", ", prediction reinjected"
-DAMPED, DRAWN = ", learned damping", ", schedules drawn"
+LOOPED = "looped"
+PCFORMER = "pcformer"
+TWO_STAGES = ", two stages"
+REINJECTED = ", prediction reinjected"
+DAMPED = ", learned damping"
+DRAWN = ", schedules drawn"
 VARIANTS = (TWO_STAGES, REINJECTED, DAMPED, DRAWN)
 """What the names of IIETs with another training or option have after that of the plain one."""
 
@@ -78,17 +80,17 @@ class Arm:
 
 def vanilla_name(num_layers: int) -> str:
     """Return the name of a vanilla model."""
-    return model_label(BASELINE_METHOD, None, num_layers)
+    return trained_label(BASELINE_METHOD, None, num_layers)
 
 
 def iiet_name(corrections: int, num_layers: int) -> str:
     """Return the name of an IIET without options."""
-    return model_label(DEFAULT_METHOD, corrections, num_layers)
+    return trained_label(DEFAULT_METHOD, corrections, num_layers)
 
 
 def looped_name(corrections: int, num_layers: int) -> str:
     """Return the name of a model whose stack of layers is repeated."""
-    return model_label(LOOPED, corrections, num_layers)
+    return trained_label(LOOPED, corrections, num_layers)
 
 
 def study_arms(settings: Settings, choices: Choices) -> list[Arm]:
@@ -276,7 +278,8 @@ def _of_unit(arms: Arms, layers: int, r: int, seeds: Sequence[int]) -> Iterator[
         answer = True
         reason = "repetitions of the whole stack pay, and corrections of single layers do not"
     else:
-        answer, reason = None, "the questions above are open"
+        answer = None
+        reason = "the questions above are open"
     yield Verdict(question=question, answer=answer, reason=reason)
 
 
@@ -290,7 +293,8 @@ def _pays(
         without: The same with r = 0.
     """
     question = f"does iteration pay in {name!r}"
-    shallow, deep = vanilla_name(layers), vanilla_name(layers * (1 + r))
+    shallow = vanilla_name(layers)
+    deep = vanilla_name(layers * (1 + r))
     if missing := _missing(arms, (name, without, shallow, deep), seeds):
         return Verdict(question=question, answer=None, reason=missing)
     own, base, low, high = (arms[one].accuracies for one in (name, without, shallow, deep))
@@ -301,7 +305,8 @@ def _pays(
     if flat := [seed for seed in seeds if high[seed] <= low[seed]]:
         reason = f"{deep!r} is no better than {shallow!r} with seeds {flat}, so there is no gap"
         return Verdict(question=question, answer=None, reason=reason)
-    passed, parts = 0, []
+    passed = 0
+    parts = []
     for seed in seeds:
         gain = own[seed] - base[seed]
         share = (own[seed] - low[seed]) / (high[seed] - low[seed])
@@ -318,7 +323,8 @@ def _internalised(arms: Arms, name: str, seeds: Sequence[int]) -> Verdict:
     question = f"are the corrections of {name!r} internalised"
     if missing := _missing(arms, (name,), seeds):
         return Verdict(question=question, answer=None, reason=missing)
-    full, none = arms[name].accuracies, arms[name].without_corrections
+    full = arms[name].accuracies
+    none = arms[name].without_corrections
     if unread := [seed for seed in seeds if seed not in none]:
         reason = f"it was not read at r = 0 with seeds {unread}"
         return Verdict(question=question, answer=None, reason=reason)

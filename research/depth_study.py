@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     changes = [*options.changes, *([f"sweep.seeds={options.seeds}"] if options.seeds else [])]
     try:
-        settings, is_dry = read_settings(SETTINGS, changes), options.dry_run
+        settings = read_settings(SETTINGS, changes)
+        is_dry = options.dry_run
         with open_session(
             options.workspace, "depth-study", verbose=None, dry_run=is_dry
         ) as session:
@@ -122,8 +123,11 @@ class DepthStudy:
                 f"data.source is {settings.data.source}, and the study counts answers of depth "
                 "tasks; leave it out, or set it to depth"
             )
-        self.settings, self.choices, self.session = settings, choices, session
-        self.arms, self.seeds = study_arms(settings, choices), settings.sweep.seeds
+        self.settings = settings
+        self.choices = choices
+        self.session = session
+        self.arms = study_arms(settings, choices)
+        self.seeds = settings.sweep.seeds
         self.folder = session.workspace.overlays / "depth"
         stored = StudyResults.read(self.folder / "results.json")
         self.results = stored or StudyResults()
@@ -157,7 +161,8 @@ class DepthStudy:
         Raises:
             RunFailed: If a trial failed, after all arms; the same command tries it again.
         """
-        session, failures = self.session, dict[str, str]()
+        session = self.session
+        failures = dict[str, str]()
         known = {arm.name: found for arm in self.arms if (found := self._known(arm))}
         self.tokens = prepare(self.settings, workspace=session.workspace, progress=session.progress)
         with ray_cluster(

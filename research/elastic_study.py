@@ -60,7 +60,8 @@ from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
 
-LOSS, ACCURACY = "quality/validation_loss", "quality/accuracy"
+LOSS = "quality/validation_loss"
+ACCURACY = "quality/accuracy"
 MAX_FLOPS = 1 / 3
 """Largest share of the separate students' training FLOPs."""
 EVERY_CORRECTION = 1e-30
@@ -170,7 +171,8 @@ def run_study(
     Raises:
         RunFailed: If a trial failed; the same command tries it again.
     """
-    folder, readings = session.workspace.overlays / name, []
+    folder = session.workspace.overlays / name
+    readings = []
     cluster = next(iter(settings.values())).cluster
     with ray_cluster(cluster, folder=session.workspace.root, say=session.progress.start):
         for teacher, own in settings.items():
@@ -184,7 +186,8 @@ def run_study(
 def _reading(
     teacher: str, settings: Settings, factor: float, session: Session, name: str
 ) -> Reading:
-    workspace, progress = session.workspace, session.progress
+    workspace = session.workspace
+    progress = session.progress
     prepare(settings, workspace=workspace, progress=progress)
     checkpoint = pretrain(settings, workspace=workspace, progress=progress).checkpoint
 
@@ -316,7 +319,8 @@ def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
             yield f"({_text(row)}) against its student", _shortfall(bar.quality, row), bar.most
     if full := FULL_BAR.get(reading.teacher):
         longer = reading.longer.numbers
-        loss, accuracy = longer.get(LOSS), longer.get(ACCURACY)
+        loss = longer.get(LOSS)
+        accuracy = longer.get(ACCURACY)
         against = {**reading.rows[0], "student_loss": loss, "student": accuracy}
         shortfall = _shortfall(full.quality, against)
         yield "the full schedule against the teacher trained on", shortfall, full.most

@@ -43,6 +43,7 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
+from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.reporting.result import show
@@ -54,8 +55,6 @@ from orchestrator.sweeping.models import (
     check_sweep,
     has_counts,
     learning_rates,
-    model_label,
-    seed_label,
     settings_of,
     swept_variants,
 )
@@ -65,7 +64,9 @@ from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.files import write_text
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-LOSS, BITS, ACCURACY = "quality/validation_loss", "quality/bits_per_byte", "quality/accuracy"
+LOSS = "quality/validation_loss"
+BITS = "quality/bits_per_byte"
+ACCURACY = "quality/accuracy"
 PAPER_KEPT, PAPER_SAVED = 0.994, 0.55
 """The paper's headline: share of the accuracy kept, share of the inference overhead saved."""
 
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the first phase's plan")
     options = parser.parse_args(arguments)
     try:
-        settings, is_dry = read_settings(SETTINGS, options.changes), options.dry_run
+        settings = read_settings(SETTINGS, options.changes)
+        is_dry = options.dry_run
         with open_session(options.workspace, "iiad-study", verbose=None, dry_run=is_dry) as session:
             study = IiadStudy(settings, Choices(seeds=tuple(options.seeds)), session)
             if is_dry:
@@ -136,7 +138,9 @@ class IiadStudy:
 
     def __init__(self, settings: Settings, choices: Choices, session: Session) -> None:
         settings = _with(settings, sweep={"kind": "iterations"})
-        self.settings, self.choices, self.session = settings, choices, session
+        self.settings = settings
+        self.choices = choices
+        self.session = session
         check_sweep(settings)
         check_models(settings)
         if len(set(choices.seeds)) < len(choices.seeds):
@@ -148,7 +152,7 @@ class IiadStudy:
                 "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
                 "above 0 into sweep.iterations"
             )
-        self.fullest = model_label(correcting[0], max(counts))
+        self.fullest = trained_label(correcting[0], max(counts))
         self.variants = {variant.name: variant for variant in swept_variants(settings)}
         self.failures: dict[str, str] = {}
 
@@ -170,7 +174,8 @@ class IiadStudy:
         """
         session = self.session
         self.tokens = prepare(self.settings, workspace=session.workspace, progress=session.progress)
-        root, path = session.workspace.root, session.workspace.overlays / "study" / "results.md"
+        root = session.workspace.root
+        path = session.workspace.overlays / "study" / "results.md"
         with ray_cluster(self.settings.cluster, folder=root, say=session.progress.start):
             phases = self._compare()
             if self.fullest not in phases.by_rate:  # Another one's students would not compare.
@@ -182,7 +187,8 @@ class IiadStudy:
 
     def _compare(self) -> Phases:
         """Run the phases that train from scratch."""
-        first, seeds = self.choices.seeds[:1], self.choices.seeds
+        first = self.choices.seeds[:1]
+        seeds = self.choices.seeds
         tried = _by_label(self._sweep("rates", self._models(self._all_rates(), seeds=first)))
         by_rate: dict[str, dict[float, Trial]] = {}
         for name, rates in self._all_rates().items():
@@ -210,7 +216,7 @@ class IiadStudy:
         teacher = best[self.fullest]
         baselines = tuple(
             str(best[name].checkpoint)
-            for name in (BASELINE_METHOD, model_label(teacher.method, 0))
+            for name in (BASELINE_METHOD, trained_label(teacher.method, 0))
             if name in best
         )
         return {
@@ -351,7 +357,7 @@ def _cost(result: Trial) -> float:
 def _claims(phases: Phases, ways: Mapping[str, Sequence[Trial]]) -> Iterator[str]:
     against = [(name, BASELINE_METHOD) for name in phases.tokens]
     against += [
-        (name, model_label(result.method, 0))
+        (name, trained_label(result.method, 0))
         for name, result in phases.tokens.items()
         if has_counts(result.method)
     ]
@@ -378,7 +384,8 @@ def _claims(phases: Phases, ways: Mapping[str, Sequence[Trial]]) -> Iterator[str
 
 
 def _difference(phases: Phases, name: str, other: str) -> str:
-    mine, theirs = phases.tokens[name], phases.tokens[other]
+    mine = phases.tokens[name]
+    theirs = phases.tokens[other]
     loss = f"{mine.numbers[LOSS] - theirs.numbers[LOSS]:+.3f}"
     own, others = (phases.losses.get(each, {}) for each in (name, other))
     by_seed = [own[seed] - others[seed] for seed in own if seed in others]

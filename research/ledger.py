@@ -72,7 +72,8 @@ def _front(report: Report, title: str, quality: str, text: Callable[[float], str
     ]
     for row in report["results"]:
         error = row.get(f"{quality}_stderr")
-        time, spread = row["cost/decode_ms_per_token"], row["cost/decode_ms_spread"]
+        time = row["cost/decode_ms_per_token"]
+        spread = row["cost/decode_ms_spread"]
         cells = [
             row["name"],
             f"{row['cost/evaluations']:g}",
@@ -193,7 +194,8 @@ def panels() -> list[Spec]:
 
 def draw_picture(path: Path) -> None:
     """Draw the fronts of `panels` below each other."""
-    width, height = 0.0, 0.0
+    width = 0.0
+    height = 0.0
     parts = []
     for chart in panels():
         svg: str = vl_convert.vegalite_to_svg(chart)

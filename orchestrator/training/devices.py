@@ -31,7 +31,7 @@ from iiet.layers import initial_weights
 from iiet.losses import next_token_loss
 from iiet.methods.implicit_euler import MixedLayer
 from iiet.schedule import IterationSchedule
-from orchestrator.models.open import has_bf16, load_model, use_tf32
+from orchestrator.models.load import has_bf16, load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.dropping import drop_layers
 from orchestrator.training.world import World
@@ -330,7 +330,9 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
             return rows
         from torch.distributed.tensor import DTensor
 
-        mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
+        mesh = parameter.device_mesh
+        placements = parameter.placements
+        stride = parameter.stride()
         return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
 
     moments = {
@@ -365,7 +367,8 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
             for name in origin.method_parameters():
                 del weights[name]
     with torch.device("meta"):
-        decoder, pattern = Decoder(config), Decoder(config)
+        decoder = Decoder(config)
+        pattern = Decoder(config)
     part = trained_part(config.corrections, job.recipe.trained_layers)
     freeze(decoder.model, part, decoder.lm_head)
     if world.is_sharded:

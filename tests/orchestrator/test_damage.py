@@ -311,7 +311,7 @@ def _fill(workspace: Workspace) -> None:
     with suppress(KeyboardInterrupt):
         schedule = IterationSchedule((0, 0))
         stopped = Context(workspace, Notes(3))
-        evaluate_model(open_model(teacher, schedule), settings.evaluation, stopped)
+        evaluate_model(open_model(teacher, schedule=schedule), settings.evaluation, stopped)
     os.utime(next(workspace.evaluations.glob("*.answers")), (0, 0))  # Else it runs.
 
     influence = load_influence_table(teacher)
