@@ -119,7 +119,7 @@ def generate(
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),
     )
-    token_prompts = writer.as_asked(prompts, chat=chat)
+    token_prompts = writer.texts_to_continue(prompts, chat=chat)
     own_schedule = writer.schedule
     if not isinstance(call.session.progress, Warnings):
         under = ",".join(map(str, own_schedule)) or "-"

@@ -81,9 +81,10 @@ def generate(
     """
     drafting = Drafting(draft=draft) if draft else None
     writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
-    asked = [prompts] if isinstance(prompts, str) else prompts
-    texts = writer.continue_all(writer.as_asked(asked, chat=chat), Sampling(**sampling))
-    return texts[0] if isinstance(prompts, str) else texts
+    all_prompts = [prompts] if isinstance(prompts, str) else prompts
+    texts = writer.texts_to_continue(all_prompts, chat=chat)
+    continuations = writer.continue_all(texts, Sampling(**sampling))
+    return continuations[0] if isinstance(prompts, str) else continuations
 
 
 def generate_stream(
@@ -97,7 +98,7 @@ def generate_stream(
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
     writer = open_generator(workspace, model, schedule)
-    (text,) = writer.as_asked([prompt], chat=chat)
+    (text,) = writer.texts_to_continue([prompt], chat=chat)
     return writer.stream(text, Sampling(**sampling))
 
 
@@ -117,14 +118,14 @@ def open_generator(
     space = context.workspace
     note = context.progress.note
     name = imported_model(model, space, context.progress)
-    chosen_schedule = None
+    picked_schedule = None
     if name is not None and _is_sweep(space, name):
-        chosen: Picked | Trial | None = picked_model(space, name.name)
-        if chosen is None:  # It was not picked from yet.
-            chosen = plan_pick(name.name, workspace=space, allow_loss=True).model
-        name = Path(str(chosen.checkpoint))
-        chosen_schedule = chosen.schedule
-    opened = open_model(name, space, schedule or chosen_schedule, folders="exports", note=note)
+        picked: Picked | Trial | None = picked_model(space, name.name)
+        if picked is None:  # Nobody has picked from this sweep yet.
+            picked = plan_pick(name.name, workspace=space, allow_loss=True).model
+        name = Path(str(picked.checkpoint))
+        picked_schedule = picked.schedule
+    opened = open_model(name, space, schedule or picked_schedule, folders="exports", note=note)
     return TextGenerator(opened, drafting, device=device, note=note)
 
 
@@ -152,13 +153,13 @@ class TextGenerator:
     ) -> None:
         self.checkpoint = model.path
         self._note = note
-        self.text = model.tokenizer()
-        where = device or best_device()
-        dtype = DTYPES[device_precision(where)]  # As it is evaluated.
-        self.decoder: Decoder = model.decoder(dtype, device=where)
+        self.tokenizer = model.tokenizer()
+        device = device or best_device()
+        dtype = DTYPES[device_precision(device)]  # As the model is evaluated.
+        self.decoder: Decoder = model.decoder(dtype, device=device)
         has_corrections = facts_of(self.decoder.config.method).has_corrections
         self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
-        """Its iteration schedule, if it has one."""
+        """The model's iteration schedule; empty if its method has none."""
         self._stream: Decode = Decoder.stream
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
@@ -175,7 +176,7 @@ class TextGenerator:
                 record=self.record,
             )
 
-    def as_asked(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
+    def texts_to_continue(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
         """Return the texts to continue: the prompts, or what the chat template makes of them.
 
         Raises:
@@ -183,7 +184,7 @@ class TextGenerator:
         """
         if not chat:
             return list(prompts)
-        return [self.text.chat([Message(role="user", content=prompt)]) for prompt in prompts]
+        return [self.tokenizer.chat([Message(role="user", content=prompt)]) for prompt in prompts]
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.
@@ -192,11 +193,14 @@ class TextGenerator:
             UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
                 the context.
         """
-        context = self.text.encode_document(prompt)
+        context = self.tokenizer.encode_document(prompt)
         ids = torch.tensor([context], device=self.decoder.device)
-        one_token = [self.text.encode(stop, add_special_tokens=False) for stop in sampling.stop]
-        # A stop text that is one token may be a special token, which no piece shows.
-        ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
+        ends = set(self.tokenizer.end_ids)
+        for stop in sampling.stop:
+            stop_ids = self.tokenizer.encode(stop, add_special_tokens=False)
+            # A stop text that is one token may be a special token, which no piece shows.
+            if len(stop_ids) == 1:
+                ends.update(stop_ids)
         options = sampling.options(self.decoder.config.context_length - len(context))
         try:
             steps = self._stream(self.decoder, ids, eos_token_id=ends, **options)
@@ -210,7 +214,7 @@ class TextGenerator:
         if not prompts:
             raise UserError("there is nothing to continue; give at least one prompt")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        contexts = [self.text.encode_document(prompt) for prompt in prompts]
+        contexts = [self.tokenizer.encode_document(prompt) for prompt in prompts]
         longest = max(map(len, contexts))
         room = self.decoder.config.context_length
         most = sampling.options(room - longest)["max_new_tokens"]
@@ -219,7 +223,7 @@ class TextGenerator:
         seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(
-                self.decoder, self.text, contexts, sampling, seeds, self._stream
+                self.decoder, self.tokenizer, contexts, sampling, seeds, self._stream
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -232,12 +236,12 @@ class TextGenerator:
         held = ""
         try:
             for token in tokens:
-                held += decoding.step(self.text.tokenizer, token) or ""
-                if found := [held.index(stop) for stop in stops if stop in held]:
-                    held = held[: min(found)]
+                held += decoding.step(self.tokenizer.tokenizer, token) or ""
+                stop_places = [held.index(stop) for stop in stops if stop in held]
+                if stop_places:
+                    held = held[: min(stop_places)]
                     break
-                starts = [stop[:size] for stop in stops for size in range(1, len(stop))]
-                num_held = max((len(start) for start in starts if held.endswith(start)), default=0)
+                num_held = max((_num_begun(held, stop) for stop in stops), default=0)
                 ready = held[: len(held) - num_held]
                 held = held[len(held) - num_held :]
                 if ready:
@@ -251,3 +255,9 @@ class TextGenerator:
     def _note_drafts(self) -> None:
         if self.record is not None:
             self._note(str(self.record))
+
+
+def _num_begun(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop text."""
+    lengths = [length for length in range(1, len(stop)) if text.endswith(stop[:length])]
+    return max(lengths, default=0)

@@ -122,58 +122,56 @@ def import_model(
     if not path.exists():
         missing = f"{path} is not a model folder: there is nothing of this name"
         raise UserError(f"{missing}{lookup.hub_hint(Path(folder))}")
-    given = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
+    other_tokenizer = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
-        found = _read_source(path, Path(scratch), with_tokenizer=given is None)
-        config = found.decoder.config
-        own = found.texts / folders.TOKENIZER
-        file = given or (own if own.is_file() else None)
-        if file is None:
+        source = _read_source(path, Path(scratch), with_tokenizer=other_tokenizer is None)
+        config = source.decoder.config
+        tokenizer_file = other_tokenizer or _tokenizer_in(source.texts)
+        if tokenizer_file is None:
             progress.note(
-                f"{found.texts} has no tokenizer.json: the model can be used with token ids only; "
+                f"{source.texts} has no tokenizer.json: the model can be used with token ids only; "
                 "import it with --tokenizer FILE to generate and evaluate"
             )
-        elif (
-            num_ids := tokenizers.num_token_ids(tokenizers.load_tokenizer(file))
-        ) > config.vocab_size:
-            raise UserError(
-                f"the tokenizer {given or f'of {found.name}'} has {num_ids} entries, the model "
-                f"only {config.vocab_size}"
-            )
-        texts_key = given and [file_key(given), folders.text_files_key(given.parent)]
-        key = content_key(found.key, texts_key)
-        run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", found.run_name))
-        saved = find_checkpoints(run)[-1:]
-        known = [folders.load_provenance(each).get("imported", {}).get("source") for each in saved]
-        if run.exists() and known != [key]:
+        else:
+            num_ids = tokenizers.num_token_ids(tokenizers.load_tokenizer(tokenizer_file))
+            if num_ids > config.vocab_size:
+                raise UserError(
+                    f"the tokenizer {other_tokenizer or f'of {source.name}'} has {num_ids} "
+                    f"entries, the model only {config.vocab_size}"
+                )
+        texts_key: list[Any] | None = None
+        if other_tokenizer:
+            texts_key = [file_key(other_tokenizer), folders.text_files_key(other_tokenizer.parent)]
+        key = content_key(source.key, texts_key)
+        run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", source.run_name))
+        if run.exists() and _imported_key(run) != key:
             raise UserError(
                 f"the workspace has another run named {run.name}; choose one with --name"
             )
-        checkpoint = (
-            folders.resolve_checkpoint(run)
-            if saved
-            else save_checkpoint(
+        if run.exists():
+            checkpoint = folders.resolve_checkpoint(run)
+        else:
+            checkpoint = save_checkpoint(
                 run,
                 0,
                 config=config,
-                weights=found.decoder.state_dict(),
+                weights=source.decoder.state_dict(),
                 training_state={},
-                tokenizer_path=file,
+                tokenizer_path=tokenizer_file,
                 text_files=tokenizers.text_files_of(
-                    found.texts, file, vocab_size=config.vocab_size
+                    source.texts, tokenizer_file, vocab_size=config.vocab_size
                 ),
                 provenance={
                     "objective": "import",
                     "imported": {
-                        "from": found.name,
+                        "from": source.name,
                         "source": key,
-                        "model_type": found.model_type,
-                        "dtype": found.dtype,
+                        "model_type": source.model_type,
+                        "dtype": source.dtype,
                     },
                     "environment": environment(),
                 },
             )
-        )
     journal = Journal(run)
     journal.event("imported")  # Commands without a path take the newest run.
     journal.close()
@@ -182,21 +180,35 @@ def import_model(
     return checkpoint
 
 
+def _imported_key(run: Path) -> str | None:
+    """Return the key of the import that made a run; None of any other run."""
+    for checkpoint in find_checkpoints(run)[-1:]:
+        imported = folders.load_provenance(checkpoint).get("imported", {})
+        key: str | None = imported.get("source")
+        return key
+    return None
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    file = folder / folders.TOKENIZER
+    return file if file.is_file() else None
+
+
 class _Source(NamedTuple):
     """A model that is imported."""
 
     decoder: Decoder
     name: str
     run_name: str
-    """Name of its run, unless another is given."""
+    """Name of the run that the import makes, unless the user names another."""
     key: str
-    """Hash of its files."""
+    """Hash of the model's files."""
     texts: Path
-    """Folder of its tokenizer and chat files."""
+    """Folder of the tokenizer and the chat files."""
     model_type: str | None
-    """Its type in transformers, which its export has again; None of a model of ours."""
+    """Type in transformers, which an export of the model has again; None of a model of ours."""
     dtype: StoredPrecision
-    """Type of its weights, which its export has again."""
+    """Type of the weights, which an export of the model has again."""
 
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
@@ -423,14 +435,14 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
         )
     if model is None:
         return
-    checkpoint, wanted = model
-    if is_plain(wanted):
-        wanted = plain_form(wanted)
+    checkpoint, config = model
+    if is_plain(config):
+        config = plain_form(config)
     # The card, which is as the export wrote it unless it is gone, names the weights.
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
     if (
         f"weights: `{folders.weights_key(checkpoint)}`" not in card
-        or folders.decoder_config(folder) != wanted
+        or folders.decoder_config(folder) != config
     ):
         raise UserError(
             f"{folder} is an export of another model; replace it with --force, or choose another "
@@ -469,7 +481,7 @@ def model_card(
         tokenizer = tokenizers.ModelTokenizer(file)
         try:
             tokenizer.encode(prompt, add_special_tokens=False)
-        except UserError:  # It reads symbols alone.
+        except UserError:  # A tokenizer of depth tasks reads symbols alone.
             prompt = "".join(tokenizer.symbols[:2])
     return ModelCard(
         name=f"{config.method} {model_name(checkpoint)}",
@@ -490,21 +502,21 @@ class PickResult(Result):
     """The model that was picked from a sweep; as a plan, it is not exported yet."""
 
     name: str
-    """Of the model, as of its method and schedule; numbers are means over its seeds."""
+    """Name of the model, without its seed; all numbers are means over the seeds."""
     method: str
-    """Its method."""
+    """The model's method."""
     schedule: tuple[int, ...] | None
-    """Its corrections, or `null` without."""
+    """The model's corrections, or `null` without."""
     sentence: str
-    """Its schedule, quality and cost, and how certain they are."""
+    """Schedule, quality and cost of the model, and how certain they are."""
     metrics: dict[str, float]
     """Every metric by its name."""
     checkpoint: str | None
-    """Its weights."""
+    """The model's weights."""
     folder: Path | None = None
     """Where it was exported to; None if it was not."""
     version: str | None = None
-    """Its address in MLflow's registry, as `models:/iiet-tiny@knee`; None if it is not there.
+    """Address in MLflow's registry, such as `models:/iiet-tiny@knee`; None if it is not there.
 
     The name is that of method and preset, and the alias that of the rule. So another pick by the
     same rule, also from another sweep, moves the alias to its own version.
@@ -581,17 +593,17 @@ def plan_pick(
     rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
     parse_axes(cost, quality)  # A wrong name comes before anything is read.
     workspace = find_workspace(workspace)
-    found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
-    reason = reason_against_accuracy(workspace, found.results)
+    stored = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
+    reason = reason_against_accuracy(workspace, stored.results)
     axes = parse_axes(cost, quality, against_accuracy=reason)
-    front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
+    front, notes = sweep_front(workspace, [stored], axes, kept_share=rule.share)
     if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         notes = [*notes, problem]
     for line in notes:
         (progress or Progress()).note(line)
     picked = findings.pick_from_front(front, rule)
     losses = front.losses.get(picked["key"], ())
-    if found.retention and not allow_loss:
+    if stored.retention and not allow_loss:
         _refuse_loss(picked["label"], losses)
     point = picked["trial"]
     seeds = picked["seeds"]
@@ -609,7 +621,7 @@ def plan_pick(
         sentence=sentence,
         metrics=point.metrics(),
         checkpoint=point.checkpoint,
-        sweep=found,
+        sweep=stored,
         axes=axes,
         alias=rule.alias,
         point=point,

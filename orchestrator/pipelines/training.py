@@ -497,7 +497,8 @@ def plan_models(
 def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     """Pretrain one model, tokens included; a finished run is found again."""
     plan.check()
-    (settings,), cluster = plan.models.values(), plan.cluster
+    (settings,) = plan.models.values()
+    cluster = plan.cluster
     check = partial(check_run_resources, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:

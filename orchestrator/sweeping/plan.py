@@ -90,7 +90,7 @@ def plan_iterations(
         models = {
             variant.label: settings_of(settings, variant) for variant in swept_variants(settings)
         }
-    jobs = [pretraining_job(own_settings, workspace, tokens) for own_settings in models.values()]
+    jobs = [pretraining_job(model, workspace, tokens) for model in models.values()]
     suite = Suite()
     if tokens is not None:
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
@@ -309,8 +309,8 @@ def _named_plan(
     teacher: Path | None = None,
 ) -> SweepTrials:
     # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
-    key = content_key("sweep", kind, shown)
+    identities = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
+    key = content_key("sweep", kind, identities)
     return SweepTrials(
         key=key,
         name=name or f"{kind}-{key[:8]}",
@@ -355,20 +355,21 @@ def plan_suite(
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
     suite = make_suite(settings, tokens, context_length=config.context_length)
-    more: dict[str, Any] = {
+    known: dict[str, Any] = {
         "tokens": open_data(tokens).fingerprint,
         "precision": settings.precision or default_precision(on_gpus=False),
         "fingerprints": dict(hashes) if hashes else None,
     }
     if settings.suite == HELDOUT and not settings.include_path:
-        more["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
-    if beside := tasks_beside(settings):
-        more["beside"] = beside
+        known["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
+    beside = tasks_beside(settings)
+    if beside:
+        known["beside"] = beside
     if PYTHON_BITS in beside:
-        more["python_text"] = content_key(*python_passages(tokens))
+        known["python_text"] = content_key(*python_passages(tokens))
     if teacher and (vocabulary := text_files_key(teacher)):
-        more |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
-    suite = suite.model_copy(update=more)
+        known |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
+    suite = suite.model_copy(update=known)
     if hashes is None and workspace:
         return _with_known_fingerprints(suite, workspace)
     return suite

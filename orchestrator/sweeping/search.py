@@ -92,7 +92,7 @@ class ScheduleSearch:
 
     @property
     def text(self) -> str:
-        """What it will try, in a plan."""
+        """What the search will try, as a sentence of a plan."""
         if not self.num_wanted:
             return "the search has nothing to try beside the family"
         return (

@@ -53,26 +53,26 @@ class TrialState:
     result: Trial | None = None
     """The trial with what was measured, once it is finished."""
     early_stop: EarlyStop | None = None
-    """Why ASHA ended it, or asked it to end."""
+    """Why ASHA ended the trial, or asked it to end."""
     error: str = ""
-    """Why it failed."""
+    """Why the trial failed."""
     was_stopping: bool = False
-    """Whether it ended after a request to stop."""
+    """Whether the trial ended after a request to stop."""
 
     @cached_property
     def training(self) -> Estimate | None:
-        """What is left of its training; None if nothing is."""
+        """What is left of the trial's training; None if nothing is."""
         if self.status != "to train" or self.trial.job is None:
             return None
         return Estimate.of(self.trial.job)
 
     @property
     def steps_done(self) -> int:
-        """Training steps that it resumes after."""
+        """Training steps after which the trial resumes."""
         return self.training.steps_done if self.training else 0
 
     def wait_again(self) -> None:
-        """Put it back, as if it had not been taken; what it has trained is found in its folder."""
+        """Put the trial back, as if nobody had taken it; what is trained is found in its folder."""
         self.status = "to train" if self.trial.job else "to measure"
         self.early_stop = None
 
@@ -317,7 +317,7 @@ class SweepRun:
             "stopped early": self.num_of("stopped early"),
             "failed": self.num_of("failed"),
         }
-        parts = [f", {count} {what}" for what, count in counts.items() if count]
+        parts = [f", {count} {state}" for state, count in counts.items() if count]
         return f"{self.num_all} trials{''.join(parts)}"
 
 

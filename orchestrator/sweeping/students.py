@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.pruning import (
@@ -73,18 +73,18 @@ def choose_members(
         )
     family = schedule_family(influence)
     if sweep.schedule_choice == "thresholds":
-        wanted = {
+        schedules = {
             member.schedule
             for threshold in sweep.thresholds
             for member in family
             if member.threshold_above < threshold <= member.threshold_up_to
         }
     elif sweep.schedule_choice == "budgets":
-        wanted = {family.within_cost(most, cost) for most in sweep.budgets}
+        schedules = {family.within_cost(budget, cost) for budget in sweep.budgets}
     else:
         number = min(sweep.num_schedules, len(family))
-        wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
-    chosen = tuple(member for member in family if member.schedule in wanted)
+        schedules = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
+    chosen = tuple(member for member in family if member.schedule in schedules)
     if sweep.selection != "knapsack":
         return chosen
     # The best schedule under each budget, or else at the cost of each chosen member.
@@ -112,12 +112,17 @@ def student_job(
     sequences_per_step(distillation.training, config, section=STUDENTS_SECTION)
     is_scratch = distillation.control == "scratch"
     is_distilled = distillation.control == "distill"
+    objective: Literal["pretrain", "distill", "cross_entropy"] = "cross_entropy"
+    if is_scratch:
+        objective = "pretrain"
+    elif is_distilled:
+        objective = "distill"
     return TrainingJob(
         run_folder="",
         tokens_folder=tokens_folder,
         model=config,
         recipe=checked_family(distillation.training, config, section=STUDENTS_SECTION),
-        objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
+        objective=objective,
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
         distillation=_loss_of(distillation) if is_distilled else None,
@@ -145,13 +150,13 @@ def student_config(teacher: Path, schedule: str) -> ModelConfig:
     """
     full = load_config(teacher)
     try:
-        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
-        config = replace(full, schedule=wanted)
+        parsed = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=parsed)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not wanted.is_within(full.corrections):
+    if not parsed.is_within(full.corrections):
         raise UserError(
-            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"the schedule {parsed} asks for more corrections than the teacher makes, "
             f"{full.corrections}"
         )
     return config
@@ -241,19 +246,17 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
 
 def bound_text(settings: Settings, teacher: ModelConfig) -> str:
     """Say how many students a teacher has at most, and how they are priced."""
-    num_seeds = max(1, len(settings.sweep.seeds))
     is_pruned = settings.distillation.control == "pruned"
+    # Weights that are not trained have no seeds.
+    num_seeds = 1 if is_pruned else max(1, len(settings.sweep.seeds))
     if settings.sweep.elastic:
         counts = format_count(num_seeds, "elastic training")
     else:
-        # Weights that are not trained have no seeds.
-        num_schedules = most_students(settings, teacher)
-        counts = format_count(num_schedules * (1 if is_pruned else num_seeds), "student")
+        counts = format_count(most_students(settings, teacher) * num_seeds, "student")
     price = "they are priced as if each made all of the teacher's corrections"
-    return (
-        f"its students' schedules are not known yet: at most {counts}; "
-        f"{'none of them is trained' if is_pruned else price}"
-    )
+    if is_pruned:
+        price = "none of them is trained"
+    return f"its students' schedules are not known yet: at most {counts}; {price}"
 
 
 def without_elastic(settings: Settings) -> Settings:
@@ -306,8 +309,8 @@ def checkpoint_trial(
 ) -> Trial:
     """Return the trial that measures a checkpoint without training it."""
     # A pruned student under all corrections is another trial than its teacher.
-    kind = "pruned" if role == "trial" else "as it is"
-    weights = content_key(kind, weights_key(checkpoint), config.to_dict())
+    use = "pruned" if role == "trial" else "as it is"
+    weights = content_key(use, weights_key(checkpoint), config.to_dict())
     return make_trial(
         role,
         label,

@@ -32,8 +32,10 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 Objective = Callable[[Model, Batch, int], Loss]
 """(model, batch, step) -> its loss."""
 
-LOSS, SHARE = "loss_", "share_of_targets_"
-"""Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
+LOSS = "loss_"
+"""Prefix of a part of the loss: what a source of the data adds to it."""
+SHARE = "share_of_targets_"
+"""Prefix of a number beside it: the source's share of the targets."""
 _MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
 _RATE_FACTOR = "rate_factor"
 """Key of a group of the optimizer whose learning rate is a multiple of the others'."""

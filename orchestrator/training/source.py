@@ -34,11 +34,11 @@ class Source:
     """A model whose weights a training starts from."""
 
     folder: Path
-    """Its checkpoint, which a training may have to make first; of a model that is not imported yet,
-    its folder."""
+    """The model's checkpoint, which a training may have to make first; of a model that is not
+    imported yet, its folder."""
     config: ModelConfig
     learning_rate: float | None
-    """Peak rate of its own training; None of a model from elsewhere."""
+    """Peak rate of the training that made the model; None of a model from elsewhere."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -48,7 +48,7 @@ class Source:
 
     @property
     def tokenizer(self) -> Path | None:
-        """Its `tokenizer.json`, if it has one."""
+        """The model's `tokenizer.json`, if there is one."""
         path = self.folder / TOKENIZER_NAME
         return path if path.is_file() else None
 
@@ -94,8 +94,8 @@ class Source:
         return model
 
     def _check_sizes(self, settings: ModelSettings) -> None:
-        own = {"preset", "method", "corrections", "method_options"}
-        sizes = settings.model_dump(exclude=own, exclude_none=True)
+        not_sizes = {"preset", "method", "corrections", "method_options"}
+        sizes = settings.model_dump(exclude=not_sizes, exclude_none=True)
         for name, value in sizes.items():
             of_source = self.config.to_dict().get(name, getattr(self.config, name))
             if value != (list(of_source) if isinstance(of_source, tuple) else of_source):

@@ -184,10 +184,10 @@ class RunMonitor:
         self._begun: set[str] = set()
         """Jobs with a record since the monitor started."""
         self._stepped: set[str] = set()
-        """Those of them with a step since they started or resumed."""
+        """Begun jobs with a step since they started or resumed."""
         self._warm: set[str] = set()
-        """Those of them whose first speed is known; it includes what is done once, so it does not
-        count."""
+        """Begun jobs whose first speed is known, which does not count: it includes what is done
+        once."""
         self._kind = ""
         self._settings: dict[str, str] = {}
         self._started_ms = now_ms()

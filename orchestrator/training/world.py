@@ -50,7 +50,7 @@ class World:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether its device is a GPU."""
+        """Whether this worker's device is a GPU."""
         return self.device.startswith("cuda")
 
     @property
@@ -69,7 +69,7 @@ class World:
 ASSUMED_GPU = "H100"
 """GPU that estimates assume on a machine without one: the SXM module."""
 ASSUMED_GPU_BYTES = 79 * 2**30
-"""Its free memory before anything runs."""
+"""Free memory of the assumed GPU before anything runs."""
 _PEAK_TFLOPS = {
     # By full name, without vendor, brand and size of the memory: cards of one family differ by a
     # third (H100 as module and as PCIe card), and a laptop's or a sliced GPU is another one.

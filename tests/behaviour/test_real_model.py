@@ -160,7 +160,7 @@ def test_the_model_is_that_of_transformers(walk, stock):
     exported = load_model(walk.folder / "smollm2-exported")
     for text in PROMPTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
-        assert list(writer.text.encode_document(text)) == ids[0].tolist()
+        assert list(writer.tokenizer.encode_document(text)) == ids[0].tolist()
         with torch.no_grad():
             theirs = stock(ids).logits
             for ours in (writer.decoder(ids), *([exported(ids)] if text == PROMPTS[0] else [])):
@@ -175,7 +175,7 @@ def test_the_model_is_that_of_transformers(walk, stock):
             return_dict=True,
         ).input_ids
         sampling = Sampling(max_new_tokens=num_tokens)
-        answer = "".join(writer.stream(*writer.as_asked([question], chat=True), sampling))
+        answer = "".join(writer.stream(*writer.texts_to_continue([question], chat=True), sampling))
         assert answer == greedy_text(stock, tokenizer, ids, num_tokens)
         if num_tokens == 64:
             [command] = [c for c in walk.outputs if "--chat" in c]
@@ -189,7 +189,7 @@ def test_the_model_is_that_of_transformers(walk, stock):
 def test_transformers_serves_the_export(walk, tmp_path):
     question = {"role": "user", "content": "What is the capital of France?"}
     writer = TextGenerator(open_model(walk.checkpoint))
-    asked = writer.as_asked([question["content"]], chat=True)
+    asked = writer.texts_to_continue([question["content"]], chat=True)
     expected = "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
     with served(walk.folder / "smollm2-exported", tmp_path) as ask:
         answer = ask("v1/chat/completions", messages=[question], max_tokens=24, temperature=0)
@@ -273,7 +273,7 @@ def test_it_becomes_iterative_and_still_answers(walk):
         assert not torch.equal(logits, none(ids))
     for schedule in (full.schedule, none.schedule):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
-        asked = writer.as_asked(["What is the capital of France?"], chat=True)
+        asked = writer.texts_to_continue(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
 
     walk.run(STUDENTS)

@@ -170,21 +170,21 @@ def test_generation_begins_and_ends_as_in_transformers(place, llama, workspace):
 
 def test_a_chat_is_written_by_the_models_template(llama, workspace):
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    asked = writer.as_asked(["a bag"], chat=True)[0]
+    asked = writer.texts_to_continue(["a bag"], chat=True)[0]
     assert asked == "<s>user: a bag\n"
-    ids = list(writer.text.encode_document(asked))
+    ids = list(writer.tokenizer.encode_document(asked))
     assert ids.count(300) == 1
-    assert ids == list(writer.text.encode_document("user: a bag\n"))
+    assert ids == list(writer.tokenizer.encode_document("user: a bag\n"))
     assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
     template = llama / "chat_template.jinja"
     template.write_text("{{ raise_exception('only in French') }}")
     french = TextGenerator(open_model(import_model(llama, workspace=workspace, name="french")))
     with pytest.raises(UserError, match="only in French"):
-        french.as_asked(["a bag"], chat=True)
+        french.texts_to_continue(["a bag"], chat=True)
     template.unlink()
     plain = TextGenerator(open_model(import_model(llama, workspace=workspace, name="plain")))
     with pytest.raises(UserError, match="no chat template"):
-        plain.as_asked(["a bag"], chat=True)
+        plain.texts_to_continue(["a bag"], chat=True)
     templates = [{"name": name, "template": name} for name in ("default", "rag")]
     change(llama / "tokenizer_config.json", chat_template=templates)
     named = TextGenerator(open_model(import_model(llama, workspace=workspace, name="named"))).text
@@ -232,7 +232,7 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     tokenizer.save(str(llama / "tokenizer.json"))
     change(llama / "tokenizer_config.json", bos_token=tokenizer.id_to_token(0))
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    assert writer.text.encode_document("") == (0,)
+    assert writer.tokenizer.encode_document("") == (0,)
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
@@ -240,7 +240,7 @@ def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkey
     change(llama / "tokenizer_config.json", **own)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    assert writer.text.encode_document("a bag")[0] == 300
+    assert writer.tokenizer.encode_document("a bag")[0] == 300
     # Beside the folder, its name means the run, as `generate` cannot use the folder.
     monkeypatch.chdir(llama.parent)
     assert open_generator(workspace, llama.name).checkpoint == writer.checkpoint

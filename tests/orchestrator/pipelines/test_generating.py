@@ -52,15 +52,15 @@ def writer(tmp_path_factory, tiny_tokens) -> TextGenerator:
 
 
 def test_the_pieces_are_the_decoded_tokens(writer):
-    ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
+    ids = [writer.tokenizer.prefix_id, *writer.tokenizer.tokenizer.encode("abc def").ids]
     tokens = writer.decoder.generate(
         torch.tensor([ids]),
         max_new_tokens=8,
-        eos_token_id=[writer.text.prefix_id],
+        eos_token_id=[writer.tokenizer.prefix_id],
     )[0, len(ids) :]
     text = "".join(writer.stream("abc def", FEW))
     assert text
-    assert text == writer.text.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
+    assert text == writer.tokenizer.tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
 
 
 def test_a_batch_of_different_lengths_says_what_each_says_alone(writer):
@@ -109,13 +109,13 @@ def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, 
 
 
 def test_text_ends_before_the_stop_token(writer):
-    ids = [writer.text.prefix_id, *writer.text.tokenizer.encode("abc def").ids]
+    ids = [writer.tokenizer.prefix_id, *writer.tokenizer.tokenizer.encode("abc def").ids]
     tokens = writer.decoder.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
     stop = next(
-        t for t in tokens[1:] if t != tokens[0] and writer.text.tokenizer.decode([t]).isascii()
+        t for t in tokens[1:] if t != tokens[0] and writer.tokenizer.tokenizer.decode([t]).isascii()
     )
-    expected = writer.text.tokenizer.decode(tokens[: tokens.index(stop)])
-    sampling = replace(FEW, stop=(writer.text.tokenizer.decode([stop]),))
+    expected = writer.tokenizer.tokenizer.decode(tokens[: tokens.index(stop)])
+    sampling = replace(FEW, stop=(writer.tokenizer.tokenizer.decode([stop]),))
     assert "".join(writer.stream("abc def", sampling)) == expected
 
 
@@ -124,7 +124,7 @@ def test_a_stop_text_may_span_tokens(writer):
     whole = "".join(writer.stream("abc def", sampled))
     for size in (2, 3, 4):
         stop = whole[len(whole) // 2 :][:size]
-        assert len(writer.text.encode(stop, add_special_tokens=False)) > 1
+        assert len(writer.tokenizer.encode(stop, add_special_tokens=False)) > 1
         sampling = replace(sampled, stop=("not there", "", stop))
         pieces = list(writer.stream("abc def", sampling))
         assert "".join(pieces) == whole[: whole.index(stop)]
@@ -132,19 +132,19 @@ def test_a_stop_text_may_span_tokens(writer):
 
 
 def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(writer):
-    ids = writer.text.tokenizer.encode("a b c").ids
-    text = [writer.text.decode([token]) for token in ids]
+    ids = writer.tokenizer.tokenizer.encode("a b c").ids
+    text = [writer.tokenizer.decode([token]) for token in ids]
     assert list(writer._pieces(ids, [f"{text[-1]}d"])) == [*text[:-1], text[-1]]
     held = list(writer._pieces(ids, [f"{text[-2]}{text[-1]}d"]))
     assert held == [*text[:-2], text[-2] + text[-1]]
-    pieces = list(writer._pieces(writer.text.tokenizer.encode("é 好 你").ids, ()))
+    pieces = list(writer._pieces(writer.tokenizer.tokenizer.encode("é 好 你").ids, ()))
     assert "".join(pieces) == "é 好 你"
     assert "\ufffd" not in "".join(pieces)
 
 
 @pytest.mark.parametrize("prompt", ["abc", "a long prompt, it is, and no end of it"])
 def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
-    place = writer.decoder.config.context_length - len(writer.text.encode_document(prompt))
+    place = writer.decoder.config.context_length - len(writer.tokenizer.encode_document(prompt))
     assert 0 < place < 64
     given = Sampling(max_new_tokens=place)
     text = "".join(writer.stream(prompt, given))
