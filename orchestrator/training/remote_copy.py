@@ -32,7 +32,8 @@ class RemoteCopy:
         """
         from pyarrow import fs, lib  # Slow: only a run with a storage imports it.
 
-        self._fs, self._errors = fs, (OSError, lib.ArrowException)
+        self._fs = fs
+        self._errors = (OSError, lib.ArrowException)
         if problem := storage_problem(uri):
             raise UserError(f"cluster.storage: {problem}")
         try:

@@ -291,17 +291,17 @@ class Trainer:
         def warn(text: str) -> None:
             self.event("damaged", text=text)
 
-        own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
-        if own is None and self.writer.remote:
-            own = self.writer.remote.download(warn)
-        newest = own
+        of_run = newest_checkpoint(self.job.folder, warn, with_training_state=True)
+        if of_run is None and self.writer.remote:
+            of_run = self.writer.remote.download(warn)
+        newest = of_run
         stage = self.writer.first_stage
-        if own is None and self.job.continued_from:
+        if of_run is None and self.job.continued_from:
             newest = Path(self.job.continued_from)
             check_checkpoint(newest, with_training_state=True)
         if stage and (newest is None or step_of(newest) < stage.num_steps):
             newest = stage.find(warn) or newest
-        if newest and newest != own:
+        if newest and newest != of_run:
             for step, numbers in metrics_until(newest):
                 self.report(step, numbers)
         return newest

@@ -112,9 +112,9 @@ def jobs_to_train(
             outcomes[job.run_folder] = outcome
         return job.run_folder in outcomes
 
-    while left := [job for job in jobs if not is_finished(job)]:
+    while remaining := [job for job in jobs if not is_finished(job)]:
         with ExitStack() as stack:
-            locked = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
+            locked = [job for job in remaining if stack.enter_context(lock_run_folder(job.folder))]
             # Ask again: the process that held the lock before may have finished the job.
             if unfinished := [job for job in locked if not is_finished(job)]:
                 yield unfinished
@@ -122,9 +122,9 @@ def jobs_to_train(
                     named = {job.folder.name: job for job in unfinished}
                     raise Interrupted(interruption_text(describe_saved_state(named)))
         if not locked:
-            names = [job.folder.name for job in left]
+            names = [job.folder.name for job in remaining]
             begin = partial(note, waiting_text(names)) if note else None
-            folders = [job.folder for job in left]
+            folders = [job.folder for job in remaining]
             wait_interruptibly(
                 partial(_is_one_unlocked, folders),
                 begin=begin,
@@ -195,7 +195,9 @@ class RunMonitor:
     def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> None:
         """Show the jobs in MLflow from now on, with a kind and all settings by label."""
         self._kind = kind
-        self._settings = {label: to_yaml(each) for label, each in settings.items()}
+        self._settings = {
+            label: to_yaml(settings_of_job) for label, settings_of_job in settings.items()
+        }
         self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
 
     def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
