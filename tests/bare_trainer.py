@@ -46,7 +46,7 @@ class BareTrainer(Trainer):
         self.model = self.decoder = decoder
         self.optimizer = optimizer or torch.optim.SGD(decoder.parameters(), lr=0.1)
         self.objective, self.recipe, self.drawn_at = objective, recipe, lambda _: tuple(members)
-        self.teacher, self.distillation = teacher, distillation
+        self.frozen_teacher, self.teacher, self.distillation = None, teacher, distillation
         self.world, self.position = world or World(), Position(step=step)
         self.copies = Copies(decoder, self.world)
         self.schedule_at = lambda _: decoder.schedule

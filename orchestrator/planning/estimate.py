@@ -207,13 +207,16 @@ class Estimate:
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=devices.num_shards,
             num_passes=self.num_passes * (1 + self.num_members),
-            num_frozen_parameters=cost.num_parameters(self.teacher) if self.teacher else 0,
+            frozen=self.teacher,
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             trained=self.recipe.trained_layers,
             forms=self.forms,
         )
-        if not devices.on_gpus:
+        if not devices.on_gpus and devices.num_shards > 1:
+            # Each worker copies its rows, and makes a file of them before it is written.
+            parts["a copy for the checkpoint"] = 2 * (self.checkpoint_bytes // devices.num_shards)
+        elif not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
             parts["a copy for the checkpoint"] = self.checkpoint_bytes // devices.num_workers
         kept_free = int(parts["activations"] * (ALLOCATOR_FACTOR - 1))

@@ -50,7 +50,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     num_shards: int = 1,
     num_passes: int = 1,
-    num_frozen_parameters: int = 0,
+    frozen: ModelConfig | None = None,
     has_members: bool = False,
     compares_hidden: bool = False,
     trained: TrainedLayers = "all",
@@ -65,7 +65,8 @@ def training_memory(
         on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them.
-        num_frozen_parameters: of a model that is not trained and whose answers the loss reads.
+        frozen: a model that is not trained and whose answers the loss reads; sharded, if the
+            trained one is.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
         compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
         trained: which weights are trained, by the config's own schedule.
@@ -96,9 +97,10 @@ def training_memory(
         is_copied_again = activation_checkpointing or forms == "compiled"
         copied = parameters // (config.num_layers if is_copied_again else 1)
         weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
-    weights += num_frozen_parameters * (width if on_gpus else _FULL)
+    if frozen is not None:
+        weights += _frozen_weights(frozen, num_shards) * (width if on_gpus else _FULL)
     tokens = num_sequences * (sequence_length or config.context_length)
-    compares = num_frozen_parameters > 0 or has_members
+    compares = frozen is not None or has_members
     peak = _peak_bytes(
         config, part, tokens, width, activation_checkpointing, num_shards, compares, forms
     )
@@ -109,6 +111,18 @@ def training_memory(
     moments = int(2 * shard * trained_share)
     memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
     return {**memory, "activations": peak + kept}
+
+
+def _frozen_weights(config: ModelConfig, num_shards: int) -> int:
+    """Count the weights of a frozen model that a worker holds at once, at most."""
+    parameters = num_parameters(config)
+    if num_shards == 1:
+        return parameters
+    # What belongs to no field stays gathered until the end of a step. Of the fields there are the
+    # one that runs, the buffer in which it came, and that of the one before.
+    field = field_parameters(config)
+    others = parameters - config.num_layers * field
+    return -(-parameters // num_shards) + others + min(3, config.num_layers) * field
 
 
 def _peak_bytes(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -185,6 +185,8 @@ def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     """Shard a decoder in place (FSDP2); it may be on the meta device. Make its optimizer later.
 
+    Of a frozen decoder there are weights alone, and forward passes.
+
     Each worker holds a shard of weights, gradients and moments. The matrices of a layer's field are
     one unit, gathered once for all evaluations of the field: in the forward pass, and again in the
     backward pass. All else (embeddings, head, norms, the mix) is the root's unit, gathered once per
@@ -193,8 +195,8 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     unit stays float32, which the fused norms need.
 
     Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are
-    averaged over all of them. Checkpoints hold full tensors, so a run can resume with another
-    number of workers or shards.
+    averaged over all of them. Any number of workers or shards reads the same checkpoints
+    (`shards.py`).
     """
     # Importing FSDP takes a second.
     from torch.distributed.device_mesh import init_device_mesh
@@ -349,17 +351,23 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)
 
-    missing = dict(decoder.named_parameters())
     drawn = initial_weights(pattern, config.initializer_std)
-    with torch.no_grad():
-        for name, tensor in chain(weights.items(), drawn):
-            parameter: Any = missing.pop(name, None)
-            if parameter is not None:
-                copy_rows(tensor, parameter)
-            if not missing:  # Nothing is drawn that is not needed.
-                break
-    assert not missing, f"no weights for {sorted(missing)}"
+    _fill(decoder, chain(weights.items(), drawn))
     return decoder.train()
+
+
+@torch.no_grad()
+def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole weights by name into a decoder, of a sharded one this worker's rows; of two
+    weights of one name the first counts."""
+    missing = dict(decoder.named_parameters())
+    for name, tensor in weights:
+        parameter: Any = missing.pop(name, None)
+        if parameter is not None:
+            copy_rows(tensor, parameter)
+        if not missing:  # Nothing is drawn that is not needed.
+            break
+    assert not missing, f"no weights for {sorted(missing)}"
 
 
 # Precision
@@ -391,12 +399,36 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
     """Return the frozen model that the job learns from, on this worker's device; None if it has
-    none."""
+    none.
+
+    It is sharded if the trained model is. Its units are gathered in its own type, so it computes
+    what a whole one does.
+    """
     if job.frozen_teacher is None:
         return None
     dtype = frozen_dtype(job.recipe.precision, world.device)
     folder = Path(job.frozen_teacher)
-    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
+    if not world.is_sharded:
+        return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
+    stored = load_model(folder, check=False, frozen=True)
+    with torch.device("meta"):
+        teacher = Decoder(stored.config).to(dtype)
+    teacher.requires_grad_(False).eval()
+    shard(teacher, world, precision="fp32")
+    teacher.to_empty(device=world.device)
+    _fill(teacher, stored.state_dict().items())
+    return teacher
+
+
+def free_gathered(teacher: Decoder | None) -> None:
+    """Free what a sharded teacher has gathered in a step and keeps: its embeddings, head and norms.
+
+    Layers are freed after each use. The head is read by the losses, which come after the teacher's
+    forward pass; and without a backward pass FSDP does not know when the teacher's step ends.
+    """
+    reshard = getattr(teacher, "reshard", None)
+    if reshard is not None:
+        reshard()
 
 
 def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:

@@ -48,6 +48,7 @@ from orchestrator.training.devices import (
     compile_a_field,
     compile_layers,
     decoder_to_train,
+    free_gathered,
     load_teacher,
     mean_over_workers,
     pass_of_several,
@@ -171,8 +172,10 @@ class Trainer:
     decoder: Decoder
     optimizer: torch.optim.Optimizer
     objective: Objective
+    frozen_teacher: Decoder | None
+    """The model that the job learns from."""
     teacher: Model | None
-    """What the student, and members of elastic training, learn from."""
+    """What the student, and members of elastic training, learn from: that model, or its answers."""
 
     def __init__(
         self,
@@ -191,14 +194,17 @@ class Trainer:
         self.position = Position()
         self.data = open_data(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
-        teacher = load_teacher(job, world)
-        # All schedules of a step read the answers of one forward pass.
-        self.teacher = RememberingTeacher(teacher) if teacher and job.recipe.elastic else teacher
+        self.frozen_teacher = load_teacher(job, world)
+        self.teacher = self.frozen_teacher
+        if self.frozen_teacher and job.recipe.elastic:
+            # All schedules of a step read the answers of one forward pass.
+            self.teacher = RememberingTeacher(self.frozen_teacher)
         self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
         self.members_at = members_by_step(job.model.corrections, job.recipe)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
-        self.flops_per_token = flops_per_token_by_step(job, teacher.config if teacher else None)
+        teacher_config = self.frozen_teacher.config if self.frozen_teacher else None
+        self.flops_per_token = flops_per_token_by_step(job, teacher_config)
         self._should_stop = should_stop
         self._should_save = should_save
         self._report = report
@@ -423,6 +429,7 @@ class Trainer:
                     torch.autograd.backward(loss * share)
                 for name, value in {"loss": loss, **terms}.items():
                     totals[name] = totals.get(name, 0.0) + share * value.detach().double()
+        free_gathered(self.frozen_teacher)
         return {**totals, "gradient_norm": clip_gradients(self.model, self.recipe.clip_norm)}
 
     def _is_good(self, numbers: Mapping[str, float]) -> bool:

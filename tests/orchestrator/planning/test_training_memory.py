@@ -296,7 +296,7 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
             config,
             num_sequences=4,
             activation_checkpointing=checkpoint,
-            num_frozen_parameters=num_parameters(config),
+            frozen=config,
             compares_hidden=compares_hidden,
         )["activations"]
 
@@ -326,7 +326,7 @@ def test_memory_saving_settings_save_memory():
     assert total(activation_checkpointing=True) < 0.5 * total()
     assert total(precision="bf16") < total()
     assert total(num_shards=8) < total()
-    with_teacher = total(num_frozen_parameters=num_parameters(config))
+    with_teacher = total(frozen=config)
     assert with_teacher > total(has_members=True) > total()
     # Of the sharded parts an eighth stays, and what is gathered.
     alone = training_memory(config, num_sequences=1)

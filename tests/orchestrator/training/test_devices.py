@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, ModelConfig, next_token_loss, preset
 from iiet.batch import Batch
+from iiet.config import DistillationConfig
+from iiet.distillation import student_loss
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from iiet.schedule import IterationSchedule
-from orchestrator.models.open import device_precision, use_tf32
+from orchestrator.models.open import DTYPES, device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
@@ -38,6 +40,8 @@ from orchestrator.training.devices import (
     clear_gradients,
     compile_layers,
     decoder_to_train,
+    free_gathered,
+    load_teacher,
     mean_over_workers,
     pass_of_several,
     shard,
@@ -279,6 +283,21 @@ def tiny_decoder(num_layers: int) -> Decoder:
     return Decoder(preset("tiny", num_layers=num_layers, **sizes))
 
 
+@pytest.fixture
+def teacher_job(tmp_path) -> TrainingJob:
+    """Train with a teacher of some layers, most of whose weights belong to them."""
+    teacher = make_decoder(num_layers=8, dim=64, ffn_dim=192, vocab_size=128, context_length=16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    return TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder="",
+        model=teacher.config,
+        recipe=TrainingSettings(),
+        objective="distill",
+        teacher_folder=str(tmp_path / "teacher"),
+    )
+
+
 @contextmanager
 def fake_workers(num_workers: int, *, rank: int = 0, shards: int | None = None) -> Iterator[World]:
     """Be one of several workers that share a model; nothing is sent."""
@@ -420,6 +439,62 @@ def test_the_planned_memory_is_that_of_a_step(precision, num_passes, checkpointi
     )
     # The plan counts gradients from the first pass on, and here they grow while activations go.
     assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_worker_holds_its_rows_of_a_sharded_teacher(teacher_job, dtype, monkeypatch):
+    # Half precision is for GPUs, where the norms of its methods stay float32.
+    monkeypatch.setattr("orchestrator.training.devices.frozen_dtype", lambda *_: dtype)
+    whole = load_teacher(teacher_job, World())
+    assert whole is not None
+    num_shards = 4
+    for rank in range(num_shards):
+        with fake_workers(num_shards, rank=rank) as world:
+            teacher = load_teacher(teacher_job, world)
+            assert teacher is not None
+            expected = dict(whole.named_parameters())
+            held_bytes = 0
+            for name, parameter in teacher.named_parameters():
+                assert isinstance(parameter, DTensor)
+                assert not parameter.requires_grad
+                local = parameter.to_local()
+                rows = expected[name].chunk(num_shards)
+                assert torch.equal(local, rows[rank] if rank < len(rows) else rows[0][:0]), name
+                held_bytes += local.nbytes
+        # The rows of the mix, of one to seven numbers, do not divide by four.
+        whole_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+        assert held_bytes == pytest.approx(whole_bytes / num_shards, rel=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_teacher_takes_its_share_and_what_it_gathers(teacher_job, precision, monkeypatch):
+    dtype = DTYPES[precision]
+    monkeypatch.setattr("orchestrator.training.devices.frozen_dtype", lambda *_: dtype)
+    batch = Batch.of_text(torch.zeros(1, 16, dtype=torch.long))
+    num_gathers = list[int]()
+    with fake_workers(8) as world:
+        teacher = load_teacher(teacher_job, world)
+        assert teacher is not None
+        of_student = torch.zeros(1, 16, teacher.config.vocab_size)
+        with LiveStorages() as live, autocast(precision, world):
+            for _ in range(2):
+                for _ in range(2):  # Passes of a step.
+                    with Collectives() as collectives:
+                        student_loss(teacher, batch, config=DistillationConfig())(of_student)
+                    num_gathers.append(collectives.counts["allgather"])
+                free_gathered(teacher)
+    # What belongs to no layer is gathered once in a step.
+    num_layers = len(teacher.model.layers)
+    assert num_gathers == [num_layers + 1, num_layers] * 2
+    memory = partial(training_memory, teacher.config, num_sequences=1, precision=precision,
+                     on_gpus=True)  # fmt: skip
+    planned = {
+        num_shards: memory(num_shards=num_shards, frozen=teacher.config)["weights"]
+        - memory(num_shards=num_shards)["weights"]
+        for num_shards in (1, 8)
+    }
+    assert planned[8] < live.peak < 1.2 * planned[8]  # The forward pass has tensors of its own.
+    assert planned[8] < 0.75 * planned[1]
 
 
 def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):

@@ -52,6 +52,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "bad": {"recipe": {"skip_bad_steps": 1}},
     "short": {"recipe": {"sequence_length": 8}},  # Half of the model's context.
     "retrofit": {"model": IDENTITY, "recipe": FROZEN},
+    "retrofit near its source": {"model": IDENTITY, "recipe": {**FROZEN, "source_kl_weight": 0.5}},
+    "taught family": {"distillation": HIDDEN, "recipe": {"elastic": FAMILY}},
     "elastic retrofit": {"model": IDENTITY, "recipe": {**FROZEN, "elastic": SECOND_LAYERS}},
 }
 """Name of a run -> what distinguishes its job from the plain one."""
@@ -158,6 +160,9 @@ SEVERAL = {
     "one worker after shards of a retrofit": Row("retrofit", [workers(2, "fsdp", until=5)], [5]),
     "replicas with a teacher": Row("student", [REPLICAS], []),
     "shards with a teacher": Row("student", [SHARDS], []),
+    "copies in shards with a teacher": Row("student", [TWO_BY_TWO], []),
+    "shards near a source": Row("retrofit near its source", [SHARDS], []),
+    "shards of a taught family": Row("taught family", [SHARDS], []),
     "lean replicas": Row("lean student", [REPLICAS], [], rel=0.1),
     "lean shards": Row("lean student", [SHARDS], [], rel=0.1),
     "masked replicas": Row("masked", [workers(2, before=MASKED)], []),
