@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -275,6 +276,8 @@ class CheckpointWriter:
         """Continue after a checkpoint that is already written."""
         self.checkpoint = checkpoint
         self._saved_step = step
+        if self.remote:  # A kill may have ended an upload.
+            self.remote.start(self._event)
 
     def is_due(self, step: int) -> bool:
         """Return whether a first stage or the stable part ends, or the minutes have passed."""
@@ -357,9 +360,25 @@ class CheckpointWriter:
                 f"from {self.checkpoint or 'the start'}"
             ) from error
 
+    def end(self) -> None:
+        """Wait, on all workers, for the last checkpoint and its copy; errors are as of `finish`."""
+        self.finish()
+        if self._job.storage:
+            run_on_first(self._end_uploads, self._world)
+
+    def _end_uploads(self) -> None:
+        """Wait for the copies, and then delete what was kept for them, here and there."""
+        assert self.remote is not None, "the first worker has it if the job has a storage"
+        self.remote.wait()
+        self._prune()
+        self.remote.start(self._event)
+        self.remote.wait()
+
     def close(self) -> None:
         """Wait for the threads to end, whether their work succeeded or not."""
         self._pool.shutdown()
+        if self.remote:
+            self.remote.close()
         if self._shards:
             if self._writing:
                 self._writing.exception()
@@ -437,14 +456,9 @@ class CheckpointWriter:
         return provenance
 
     def _after_writing(self, step: int, started: float, waited_seconds: float) -> None:
-        """Delete old checkpoints, and say that a new one is complete."""
-        folder = self._job.folder
-        recipe = self._job.recipe
-        self.checkpoint = folder / checkpoint_name(step)
-        kept = {folder / checkpoint_name(stable_steps(recipe))}
-        if stage := self.first_stage:
-            kept.add(folder / checkpoint_name(stage.num_steps))
-        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept)
+        """Delete old checkpoints, say that a new one is complete, and let it be copied."""
+        self.checkpoint = self._job.folder / checkpoint_name(step)
+        self._prune()
         self._event(
             "checkpoint",
             step=step,
@@ -453,7 +467,18 @@ class CheckpointWriter:
             waited_seconds=round(waited_seconds, 3),
         )
         if self.remote:
-            self.remote.upload(step, self._event)
+            self.remote.start(self._event)
+
+    def _prune(self) -> None:
+        """Delete all checkpoints but the newest, those that others start from, and one that is
+        being copied."""
+        folder = self._job.folder
+        recipe = self._job.recipe
+        kept = {folder / checkpoint_name(stable_steps(recipe))}
+        if self.first_stage:
+            kept.add(folder / checkpoint_name(self.first_stage.num_steps))
+        with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:
+            prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept | uploading)
 
 
 def set_random_state(state: Mapping[str, Tensor], world: World) -> None:

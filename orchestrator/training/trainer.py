@@ -158,7 +158,7 @@ def run_job(
         trainer.prepare()
         try:
             finished = trainer.train()
-            trainer.writer.finish()
+            trainer.writer.end()
         except Diverged as error:
             raise run_on_first(partial(trainer.with_advice, error), world) from None
         return trainer.end(finished)

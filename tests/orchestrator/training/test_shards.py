@@ -34,7 +34,7 @@ from orchestrator.training import shards
 from orchestrator.training.shards import ShardSaver, read_shards, write_whole
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.errors import DamagedFile, RunFailed
 from orchestrator.workspace.files import UnfinishedFolder, new_folder
 from orchestrator.workspace.layout import checkpoint_name, find_checkpoints
 from orchestrator.workspace.provenance import file_digest
@@ -251,6 +251,11 @@ def test_any_number_of_workers_reads_exactly_what_others_wrote(make_job):
         assert (checkpoint / WEIGHTS).read_bytes() == weights
         assert str(optimizer_state(checkpoint)) == moments
     check_checkpoint(checkpoint, with_training_state=True)
+    [*_, last] = checkpoint.glob(f"{MOMENTS_PREFIX}-*")
+    last.write_bytes(b"cut off")
+    check_checkpoint(checkpoint)
+    with pytest.raises(DamagedFile, match=last.name):
+        check_checkpoint(checkpoint, with_training_state=True)
 
 
 KILLS = {
