@@ -260,19 +260,19 @@ def test_any_number_of_workers_reads_exactly_what_others_wrote(make_job):
 
 KILLS = {
     # What is called, a word in its arguments -> the step that the next four resume after.
-    ("training.shards", "file_digest", "moments-00003-of"): 2,
     ("training.shards", "safe_open", "rows-00002-of"): 2,
-    ("workspace.files", "replace_folder", "step_00000004"): 2,
     ("training.checkpoint", "prune_checkpoints", "killed"): 4,
 }
 MORE_KILLS = {
     ("training.trainer", "learning_rate_at", "(3,"): 2,
     ("training.shards", "UnfinishedFolder", "step_00000004"): 2,
     ("training.shards", "file_digest", "rows-00001-of"): 2,
+    ("training.shards", "file_digest", "moments-00003-of"): 2,
     ("training.shards", "write_whole", "step_00000004"): 2,
     ("training.checkpoint", "write_config", "step_00000004"): 2,
     ("training.checkpoint", "checksums_of", "step_00000004"): 2,
     ("workspace.files", "flush_to_disk", "moments-00002-of"): 2,
+    ("workspace.files", "replace_folder", "step_00000004"): 2,
     **KILLS,
 }
 
