@@ -266,7 +266,9 @@ def test_it_becomes_iterative_and_still_answers(walk):
     ).eval()
     full = load_model(checkpoint)
     none = full.with_schedule(0)
-    ids = torch.tensor([TextGenerator(open_model(checkpoint)).text.encode_document(PROMPTS[0])])
+    ids = torch.tensor(
+        [TextGenerator(open_model(checkpoint)).tokenizer.encode_document(PROMPTS[0])]
+    )
     with torch.no_grad():
         logits = full(ids)
         assert (theirs(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()

@@ -160,7 +160,7 @@ def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny,
     assert used() == used("two-models") == (teacher, (0, 0))
     assert used(folder) == (folder, (0, 0))
     read = [
-        open_generator(context.workspace, model).text.encode_document("abc")
+        open_generator(context.workspace, model).tokenizer.encode_document("abc")
         for model in (folder, None)
     ]
     assert read[0] == read[1], "an exported model reads text as it did before"
