@@ -471,8 +471,8 @@ def plan_models(
             f"the training starts from {source}{source_defaults_text(options['source_defaults'])}"
         )
     jobs = [
-        pretraining_job(own, workspace, tokens, name, source=model_source)
-        for own in models.values()
+        pretraining_job(settings_of_model, workspace, tokens, name, source=model_source)
+        for settings_of_model in models.values()
     ]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]

@@ -163,14 +163,14 @@ def sequences_per_step(
             f"{section}.sequence_length={length}: the model's context has {config.context_length} "
             "tokens; set it to at most that, or leave it out"
         )
-    sequences, rest = divmod(recipe.num_tokens_per_step, length)
-    if rest or not sequences:
-        what = f"{section}.sequence_length" if recipe.sequence_length else "the context length"
+    num_sequences, num_tokens_over = divmod(recipe.num_tokens_per_step, length)
+    if num_tokens_over or not num_sequences:
+        origin = f"{section}.sequence_length" if recipe.sequence_length else "the context length"
         raise UserError(
-            f"{section}.num_tokens_per_step must be a multiple of {what} {length}, such as "
-            f"{max(1, sequences) * length}; got {recipe.num_tokens_per_step}"
+            f"{section}.num_tokens_per_step must be a multiple of {origin} {length}, such as "
+            f"{max(1, num_sequences) * length}; got {recipe.num_tokens_per_step}"
         )
-    return sequences
+    return num_sequences
 
 
 # The key

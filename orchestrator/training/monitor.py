@@ -96,7 +96,7 @@ class ThroughputMeter:
         else:
             used = psutil.Process().memory_info().rss
         memory = psutil.virtual_memory()
-        found = {
+        metrics = {
             SPEED_METRIC: (position.num_tokens - last.num_tokens) / seconds,
             "train/gflops_per_second": flops_per_second / 1e9,
             "train/memory_gb": used / GIGABYTE,
@@ -106,8 +106,8 @@ class ThroughputMeter:
             **gpu_loads(self._world),
         }
         if self._peak:
-            found["train/mfu"] = flops_per_second / (self._peak * self._world.size)
-        return found
+            metrics["train/mfu"] = flops_per_second / (self._peak * self._world.size)
+        return metrics
 
 
 class StepProfiler:

@@ -205,7 +205,7 @@ def validation_metrics(
         such as `validation/loss_python` and `validation/accuracy_phop_6`.
     """
     names = [f"_{name}" for name in source_names] or [""]
-    sums = {what + name: 0.0 for name in names for what in _SUMS}
+    sums = {kind + name: 0.0 for name in names for kind in _SUMS}
     was_training = decoder.training
     decoder.eval()
     for first in range(0, len(batches), world.size):
@@ -217,9 +217,9 @@ def validation_metrics(
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
             loss_fn = partial(loss_of, batch=batch)
-            found = decoder(batch.input_ids, schedule=schedule, loss_fn=loss_fn)
+            means = decoder(batch.input_ids, schedule=schedule, loss_fn=loss_fn)
         if number < len(batches):
-            loss, *accuracies = found if isinstance(found, tuple) else (found,)
+            loss, *accuracies = means if isinstance(means, tuple) else (means,)
             sums["loss" + name] += loss.item() * num_targets
             sums["targets" + name] += num_targets
             for accuracy in accuracies:
@@ -228,7 +228,7 @@ def validation_metrics(
     decoder.train(was_training)
 
     sums = mean_over_workers(sums, world)
-    sums |= {what: sum(sums[what + name] for name in names) for what in _SUMS}
+    sums |= {kind: sum(sums[kind + name] for name in names) for kind in _SUMS}
     metrics = {VALIDATION_METRIC: math.nan}
     for name in dict.fromkeys(["", *names]):
         if sums["targets" + name]:

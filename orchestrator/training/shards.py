@@ -179,14 +179,14 @@ class _Writer(HuggingFaceStorageWriter):
                 path = self.path / f"{prefix}-{number}.safetensors"
                 (self.path / written).rename(path)
                 shards[written] = _Shard(path.name, file_digest(path))
-        found: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        found.set_result(
+        written_shards: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        written_shards.set_result(
             [
                 replace(result, storage_data=shards[result.storage_data.relative_path])
                 for result in results
             ]
         )
-        return found
+        return written_shards
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Complete the folder on the first worker, after all have written."""

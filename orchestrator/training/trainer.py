@@ -490,10 +490,10 @@ class Trainer:
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
         section = self.job.section
         # Models from scratch may have a rate of their own.
-        own = " (or its own in sweep.learning_rates)" if section == "training" else ""
+        or_own_rate = " (or its own in sweep.learning_rates)" if section == "training" else ""
         return Diverged(
             f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
-            f"{section}.learning_rate={self.recipe.learning_rate:g}{own}, lengthen "
+            f"{section}.learning_rate={self.recipe.learning_rate:g}{or_own_rate}, lengthen "
             f"{section}.warmup_steps, or raise {section}.skip_bad_steps"
         )
 

@@ -392,8 +392,11 @@ def trial_model(trial: Trial) -> TrackedModel | None:
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}
     for name in trial.metrics():
-        is_loss = name in (VALIDATION_LOSS, PERPLEXITY)
-        datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
+        datasets[name] = None
+        if name in (VALIDATION_LOSS, PERPLEXITY):
+            datasets[name] = data
+        elif name.startswith("quality/"):
+            datasets[name] = tasks
     seed = trial.job.recipe.seed if trial.job else trial.seed
     model = tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
     if model is None or trial.role == "trial" or trial.label.startswith(trial.method):
