@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
 from orchestrator.models.folder import JOB_KEY, decoder_config, load_provenance, weights_key
+from orchestrator.models.labels import model_name
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
     Status,
@@ -339,7 +340,7 @@ def training_run(
     return TrackedRun(
         key=job_key(job),
         kind=kind,
-        name=f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name,
+        name=f"{label} of {model_name(Path(teacher))}" if teacher else job.folder.name,
         folder=str(job.folder),
         journal=str(job.folder),
         params=job_parameters(job),
