@@ -295,13 +295,10 @@ def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm`; return the norm before as a scalar."""
-    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor on every worker; return any other as it is. All workers call it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return cast("Tensor", gather()) if gather else tensor
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    # That of a sharded model is gathered from all workers.
+    gathered_norm: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return gathered_norm
 
 
 def copy_rows(whole: Tensor, target: Any) -> None:
