@@ -303,14 +303,20 @@ def abandoned_folders() -> Iterator[Path]:
 # stored, so the next process does not read it again.
 
 
-def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+def checksums_of(
+    folder: Path, names: Iterable[str] | None = None, *, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return name -> SHA-256 of a folder's files, all of them when no names are given.
 
     The files count as verified, so that the next reader need not read them.
+
+    Args:
+        known: Name -> SHA-256 of files that were read already.
     """
     if names is None:
         names = sorted(path.name for path in folder.iterdir())
-    checksums = {name: file_digest(folder / name) for name in names}
+    known = known or {}
+    checksums = {name: known.get(name) or file_digest(folder / name) for name in names}
     _mark_verified(folder, checksums)
     return checksums
 

@@ -118,7 +118,7 @@ def test_text_never_becomes_a_symbol(mixture):
     first_symbol = texts.vocab_size
     assert tokenizer.encode(SYMBOL).ids == [first_symbol]
     assert SYMBOL in tokenizer.decode(texts.train[:200].tolist())
-    assert max(texts.train.max(), texts.validation.max()) < first_symbol
+    assert max(texts.train[:].max(), texts.validation[:].max()) < first_symbol
     batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=0)
     is_task = batch.sources > 0
     has_target = batch.targets != NO_TARGET
