@@ -60,8 +60,8 @@ class Batch:
         shape = self.input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"input_ids must be (batch, time), got {tuple(shape)}")
-        others = {"targets": self.targets, "mask": self.mask, "sources": self.sources}
-        for name, values in others.items():
+        beside_inputs = {"targets": self.targets, "mask": self.mask, "sources": self.sources}
+        for name, values in beside_inputs.items():
             # One row or one column would silently be broadcast to all.
             if values is not None and values.shape != shape:
                 raise ValueError(
@@ -127,7 +127,8 @@ class Batch:
     def flattened(self) -> Batch:
         """Return all positions as one sequence, row after row, with the counts of this batch."""
         # Tensors, because numbers would wait for a GPU.
-        targets, positions = self.target_count, self.position_count
+        targets = self.target_count
+        positions = self.position_count
         if targets is None:
             targets = self.counted.sum()
         if positions is None:
@@ -162,8 +163,10 @@ class Batch:
         return parts
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        mask, sources = (
-            None if values is None else change(values) for values in (self.mask, self.sources)
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            targets=change(self.targets),
+            mask=None if self.mask is None else change(self.mask),
+            sources=None if self.sources is None else change(self.sources),
         )
-        ids, targets = change(self.input_ids), change(self.targets)
-        return replace(self, input_ids=ids, targets=targets, mask=mask, sources=sources)

@@ -147,19 +147,23 @@ class KeyValueCache:
         Raises:
             ValueError: a layer makes more evaluations, or has other heads.
         """
-        counts, heads = config.evaluations_per_layer(), self._keys[0].size(1)
-        own = self.evaluations_per_layer
-        is_within = len(counts) == len(own) and all(map(int.__le__, counts, own))
-        if not is_within or config.num_kv_heads != heads:
+        counts = config.evaluations_per_layer()
+        held_counts = self.evaluations_per_layer
+        num_heads = self._keys[0].size(1)
+        is_within = len(counts) == len(held_counts) and all(map(int.__le__, counts, held_counts))
+        if not is_within or config.num_kv_heads != num_heads:
             raise ValueError(
-                f"a view is for at most {','.join(map(str, own))} evaluations per layer and "
-                f"{heads} key/value heads, got {','.join(map(str, counts))} and "
+                f"a view is for at most {','.join(map(str, held_counts))} evaluations per layer "
+                f"and {num_heads} key/value heads, got {','.join(map(str, counts))} and "
                 f"{config.num_kv_heads}"
             )
+        # By slot of the view: the slot of this cache. Of each layer, the first ones are taken.
         slots = [0] * sum(counts)
-        for theirs, ours in zip(evaluation_slots(counts), evaluation_slots(own), strict=True):
-            for their_slot, our_slot in zip(theirs, ours, strict=False):
-                slots[their_slot] = our_slot
+        view_slots = evaluation_slots(counts)
+        held_slots = evaluation_slots(held_counts)
+        for slots_of_view, slots_here in zip(view_slots, held_slots, strict=True):
+            for slot_of_view, slot_here in zip(slots_of_view, slots_here, strict=False):
+                slots[slot_of_view] = slot_here
         view = copy.copy(self)
         view.evaluations_per_layer = counts
         view._slots = [self._slots[slot] for slot in slots]

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 __all__ = ["check_rules", "is_integer_from", "is_nan", "is_number_from"]
 
 
-def check_rules(what: str, values: object, rules: Mapping[str, bool]) -> None:
+def check_rules(subject: str, values: object, rules: Mapping[str, bool]) -> None:
     """Raise one ValueError for all rules that do not hold.
 
     Args:
-        what: what the values make, such as `distillation config`.
+        subject: what the values make, such as `distillation config`.
         values: the object whose values are checked.
         rules: a rule, and whether it holds. Its first word is the name of the value that it is
             about, which the error shows.
@@ -30,7 +30,7 @@ def check_rules(what: str, values: object, rules: Mapping[str, bool]) -> None:
         if not holds
     ]
     if problems:
-        raise ValueError(f"invalid {what}: {'; '.join(problems)}")
+        raise ValueError(f"invalid {subject}: {'; '.join(problems)}")
 
 
 def is_number_from(least: float, value: object, most: float = math.inf) -> bool:

@@ -208,11 +208,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ValueError(f"invalid model config: method must be a name, got {self.method!r}")
-        given: Any = self.schedule
-        if given is None and self.method in METHODS:
-            given = facts_of(self.method).full_level
-        if given is not None and type(self.num_layers) is int and self.num_layers > 0:
-            parsed = IterationSchedule.parse(given, num_layers=self.num_layers)
+        # The types of fields say what a config has; until the end of this, it may hold other forms.
+        schedule: Any = self.schedule
+        if schedule is None and self.method in METHODS:
+            schedule = facts_of(self.method).full_level
+        if schedule is not None and type(self.num_layers) is int and self.num_layers > 0:
+            parsed = IterationSchedule.parse(schedule, num_layers=self.num_layers)
             object.__setattr__(self, "schedule", parsed)
         num_kv_heads: Any = self.num_kv_heads
         if num_kv_heads is None:
@@ -220,8 +221,8 @@ class ModelConfig:
         self._fill_in_attention()
         problems = [*_size_problems(self), *_layer_problems(self), *_method_problems(self)]
         if problems:
-            kind = ValueError if self.method in METHODS else ExtensionError
-            raise kind("invalid model config: " + "; ".join(problems))
+            error_type = ValueError if self.method in METHODS else ExtensionError
+            raise error_type("invalid model config: " + "; ".join(problems))
 
     def _fill_in_attention(self) -> None:
         """Give each option of attention its one form, so that equal models have equal configs."""
@@ -277,7 +278,8 @@ class ModelConfig:
         """
         if schedule is not None and schedule != self.corrections:
             return self.with_schedule(schedule).evaluations_per_layer()
-        method, corrections = facts_of(self.method), self.corrections
+        method = facts_of(self.method)
+        corrections = self.corrections
         return tuple(
             method.evaluations_per_layer(corrections, layer) for layer in range(self.num_layers)
         )
@@ -330,17 +332,18 @@ class ModelConfig:
                 f"invalid model config: {'; '.join(problems)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
-        given = dict(values)
-        method = given.get("method", cls.method)
-        if isinstance(given.get("method_options"), Mapping) and method in METHODS:
-            given["method_options"] = _parsed_options(method, given["method_options"])
-        return cls(**given)
+        arguments = dict(values)
+        method = arguments.get("method", cls.method)
+        if isinstance(arguments.get("method_options"), Mapping) and method in METHODS:
+            arguments["method_options"] = _parsed_options(method, arguments["method_options"])
+        return cls(**arguments)
 
 
 def _size_problems(config: ModelConfig) -> list[str]:
     problems: list[str] = []
     for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
+        name = field.name
+        value = getattr(config, field.name)
         if name == "head_dim" and value is None:
             continue  # It follows from sizes that are wrong themselves.
         if field.type == "int" and (type(value) is not int or value < 1):
@@ -383,22 +386,22 @@ def _layer_problems(config: ModelConfig) -> list[str]:
             lambda value: value is None or is_integer_from(1, value),
         ),
     }
-    for name, (kind, is_allowed) in rules.items():
+    for name, (description, is_allowed) in rules.items():
         values = getattr(config, name)
         if values is None:
             continue
         is_for_each = isinstance(values, tuple) and len(values) == config.num_layers
         if not is_for_each or not all(map(is_allowed, values)):
             problems.append(
-                f"{name} must have {kind} for each of {config.num_layers} layers, or be None, "
-                f"got {values!r}"
+                f"{name} must have {description} for each of {config.num_layers} layers, or be "
+                f"None, got {values!r}"
             )
     return problems
 
 
 def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
-    kind = facts_of(method).Options
-    known = [field.name for field in fields(kind)]
+    options_type = facts_of(method).Options
+    known = [field.name for field in fields(options_type)]
     unknown = [repr(name) for name in values if name not in known]
     if unknown:
         raise ValueError(
@@ -406,7 +409,7 @@ def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
             f"its options: {', '.join(known) or 'none'}"
         )
     try:
-        return kind(**values)
+        return options_type(**values)
     except ValueError as error:
         raise ValueError(f"invalid model config: method_options of {method!r}: {error}") from None
 
@@ -418,28 +421,28 @@ def _method_problems(config: ModelConfig) -> list[str]:
             f"method must be one of {', '.join(METHODS)}, got {config.method!r}; a method of "
             "another package needs this package installed"
         ]
-    kind = facts_of(config.method).Options
-    if not isinstance(config.method_options, kind | None):
+    method = facts_of(config.method)
+    if not isinstance(config.method_options, method.Options | None):
         return [
-            f"method_options must be a {kind.__name__} or None for method {config.method!r}, "
-            f"got {config.method_options!r}"
+            f"method_options must be a {method.Options.__name__} or None for method "
+            f"{config.method!r}, got {config.method_options!r}"
         ]
     problems: list[str] = []
-    if facts_of(config.method).has_corrections:
+    if method.has_corrections:
         if schedule is None:
             problems.append(
                 f"schedule is required for method {config.method!r}; "
                 "IterationSchedule.uniform(num_layers, 3) is usual"
             )
-        elif facts_of(config.method).repeats_stack and len(set(schedule)) > 1:
+        elif method.repeats_stack and len(set(schedule)) > 1:
             problems.append(
                 f"method {config.method!r} repeats the whole stack, so all layers must make the "
                 f"same number of corrections, got schedule {schedule}"
             )
-        elif (most := facts_of(config.method).full_level) is not None and max(schedule) > most:
+        elif method.full_level is not None and max(schedule) > method.full_level:
             problems.append(
-                f"method {config.method!r} has levels 0 to {most} for each layer, got schedule "
-                f"{schedule}"
+                f"method {config.method!r} has levels 0 to {method.full_level} for each layer, got "
+                f"schedule {schedule}"
             )
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
@@ -471,8 +474,8 @@ class DistillationConfig:
     """First step after those with a teacher; None: all later steps have one."""
 
     def __post_init__(self) -> None:
-        starts = is_integer_from(0, self.start_step)
-        first_end = self.start_step + 1 if starts else 1
+        has_start = is_integer_from(0, self.start_step)
+        first_end = self.start_step + 1 if has_start else 1
         check_rules(
             "distillation config",
             self,
@@ -485,7 +488,7 @@ class DistillationConfig:
                     self.divergence in get_args(DivergenceKind)
                 ),
                 "hidden_weight must be a number from 0": is_number_from(0, self.hidden_weight),
-                "start_step must be an integer from 0": starts,
+                "start_step must be an integer from 0": has_start,
                 "end_step must be an integer above start_step, or None": (
                     self.end_step is None or is_integer_from(first_end, self.end_step)
                 ),
@@ -494,8 +497,8 @@ class DistillationConfig:
 
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""
-        inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
-        return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
+        is_inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
+        return is_inside and (self.kl_weight > 0 or self.hidden_weight > 0)
 
     def needs_hidden(self, step: int) -> bool:
         """Whether the loss of this step needs the hidden states of both models."""
@@ -503,10 +506,11 @@ class DistillationConfig:
 
 
 def _sizes(
-    num_layers: int, dim: int, ffn_dim: int, num_heads: int, **others: Any
+    num_layers: int, dim: int, ffn_dim: int, num_heads: int, **changed: Any
 ) -> dict[str, Any]:
+    """Return sizes of a preset; vocabulary and context are the published ones unless changed."""
     sizes = {"num_layers": num_layers, "dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads}
-    return {"vocab_size": 32000, "context_length": 2048, **sizes, **others}
+    return {"vocab_size": 32000, "context_length": 2048, **sizes, **changed}
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

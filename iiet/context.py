@@ -63,20 +63,25 @@ def make_context(
             f"{total} tokens do not fit a context_length of {rope.num_positions}; "
             "shorten the input, or train with a longer context: later positions were never seen"
         )
+
+    # A mask of three axes says which tokens each sees; one of two axes, which are padding.
     visible = None
     if attention_mask is not None and attention_mask.dim() == 3:
-        visible, attention_mask = attention_mask, None
+        visible = attention_mask
+        attention_mask = None
         _check_visible(visible, hidden, is_positioned=position_ids is not None and cache is None)
     held = None if cache is None or not past else cache.attention_mask
     real = _real_tokens(attention_mask, held, batch=batch, past=past, time=time)
     if cache is not None:
         cache.attention_mask = real
+
     positions: Tensor | slice = slice(past, total)
     if position_ids is not None:
         _check_positions(position_ids, batch=batch, time=time, num_positions=rope.num_positions)
         positions = position_ids
     elif real is not None:
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
+
     mask: Tensor | None = None
     if visible is not None:
         mask = visible[:, None]
@@ -86,6 +91,7 @@ def make_context(
         mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
+
     window_masks: dict[int, Tensor | None] = {}
     for size in windows:
         if size >= total:

@@ -109,7 +109,8 @@ def inference_cost(
     check_kv_strategy(kv_strategy)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    evaluations, num_layers = sum(config.evaluations_per_layer()), config.num_layers
+    evaluations = sum(config.evaluations_per_layer())
+    num_layers = config.num_layers
     head = 2 * config.dim * config.vocab_size
     body = _body_flops(config, _mean_tokens_seen(config, context_length))
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
@@ -239,7 +240,7 @@ class _Sizes(NamedTuple):
     of_method: int
     field: int
     matrices: int
-    """Those of the matrices of a field."""
+    """Parameters of a field's matrices; its norms have the others."""
 
 
 def _sizes(config: ModelConfig) -> _Sizes:

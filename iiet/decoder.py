@@ -90,17 +90,18 @@ class Decoder(nn.Module):
         try:
             decoder.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            first, *others = str(error).splitlines()[1:] or [str(error)]
-            more = f" ({len(others)} more like it)" if others else ""
+            # PyTorch writes a line for each weight that does not fit, below a line of its own.
+            first, *further = str(error).splitlines()[1:] or [str(error)]
+            num_further = f" ({len(further)} more like it)" if further else ""
             raise ValueError(
-                f"{Path(folder) / WEIGHTS} does not fit {CONFIG}: {first.strip()}{more}"
+                f"{Path(folder) / WEIGHTS} does not fit {CONFIG}: {first.strip()}{num_further}"
             ) from None
         return decoder if dtype is None else decoder.to(dtype)
 
-    def save_pretrained(self, folder: str | PathLike[str], **others: Any) -> None:
-        """Write `config.json`, perhaps with other values, and `model.safetensors`; makes the
+    def save_pretrained(self, folder: str | PathLike[str], **further_values: Any) -> None:
+        """Write `config.json`, perhaps with further values, and `model.safetensors`; makes the
         folder."""
-        write_folder(folder, self.config, self.state_dict(), **others)
+        write_folder(folder, self.config, self.state_dict(), **further_values)
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -119,9 +120,9 @@ class Decoder(nn.Module):
     @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype in which keys and values are computed."""
-        kind = self.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
         return self.model.embed_tokens.weight.dtype
 
     def new_cache(
@@ -323,10 +324,10 @@ class Decoder(nn.Module):
         """
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         if cache is not None and cache.evaluations_per_layer != evaluations_per_layer:
-            counts = cache.evaluations_per_layer, evaluations_per_layer
-            there, here = (",".join(map(str, each)) for each in counts)
+            cached = ",".join(map(str, cache.evaluations_per_layer))
+            made = ",".join(map(str, evaluations_per_layer))
             raise ValueError(
-                f"the cache is for {there} evaluations per layer, this pass makes {here}; decode "
+                f"the cache is for {cached} evaluations per layer, this pass makes {made}; decode "
                 "with the iteration schedule that the cache was made for, or make a new cache"
             )
         context = make_context(

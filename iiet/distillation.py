@@ -166,7 +166,8 @@ def student_loss(
             error = hidden_state_error(
                 answer[1], hidden, mask=batch.teacher_mask, count=batch.position_count
             )
-            loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
+            loss = loss + config.hidden_weight * error
+            parts["hidden"] = error.detach()
         return loss, parts
 
     return loss_of
@@ -186,11 +187,11 @@ class AnswerKeeper:
     def __call__(self, *inputs: Any, loss_fn: Callable[..., Any], **options: Any) -> Any:
         """Call the model; its answer is kept within its forward pass."""
 
-        def keep(logits: Logits, *others: Any) -> Any:
+        def keep_then_score(logits: Logits, *hidden_states: Any) -> Any:
             self.answer = logits.detach()
-            return loss_fn(logits, *others)
+            return loss_fn(logits, *hidden_states)
 
-        return self._model(*inputs, loss_fn=keep, **options)
+        return self._model(*inputs, loss_fn=keep_then_score, **options)
 
 
 def member_loss(
@@ -216,5 +217,5 @@ def _answer_of(model: Model, input_ids: Tensor, *, with_hidden: bool) -> tuple[A
     options: dict[str, Any] = {"return_hidden": True} if with_hidden else {}
     if isinstance(model, Decoder):
         options["loss_fn"] = lambda *answer: answer
-    found: Any = model(input_ids, **options)
-    return found if isinstance(found, tuple) else (found,)
+    answer: Any = model(input_ids, **options)
+    return answer if isinstance(answer, tuple) else (answer,)

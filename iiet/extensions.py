@@ -36,14 +36,17 @@ class ExtensionTable(Mapping[str, T]):
 
     Args:
         group: The group of the entry points, such as `iiet.methods`.
-        kind: What a name stands for, such as `method`; for messages.
-        own: Names of this project, which no package can replace, and their classes, or the places
-            of classes that were not used yet.
+        noun: What a name stands for, such as `method`; for messages.
+        own_classes: Names of this project, which no package can replace, and their classes, or the
+            places of classes that were not used yet.
         bases: Places; every class is a subclass of one of these.
     """
 
-    def __init__(self, group: str, kind: str, own: dict[str, Any], *bases: str) -> None:
-        self.group, self.kind, self.own, self.bases = group, kind, own, bases
+    def __init__(self, group: str, noun: str, own_classes: dict[str, Any], *bases: str) -> None:
+        self.group = group
+        self.noun = noun
+        self.own_classes = own_classes
+        self.bases = bases
 
     def __getitem__(self, name: str) -> T:
         """Return the class of a name; imports it, once.
@@ -52,47 +55,50 @@ class ExtensionTable(Mapping[str, T]):
             ExtensionError: the class cannot be imported, or is not of the table's kind; or, as a
                 KeyError too, there is no such name.
         """
-        if isinstance(self.own.get(name), str):
-            self.own[name] = pkgutil.resolve_name(self.own[name])
-        found: T = self.own[name] if name in self.own else self._added(name)
-        return found
+        if isinstance(self.own_classes.get(name), str):
+            self.own_classes[name] = pkgutil.resolve_name(self.own_classes[name])
+        cls: T = self.own_classes[name] if name in self.own_classes else self._load_added(name)
+        return cls
 
-    def _added(self, name: str) -> Any:
+    def _load_added(self, name: str) -> Any:
         entry = next((entry for entry in self.entry_points() if entry.name == name), None)
         if entry is None:
             raise UnknownExtension(
-                f"there is no {self.kind} {name!r}; known: {', '.join(self)}; a package that adds "
+                f"there is no {self.noun} {name!r}; known: {', '.join(self)}; a package that adds "
                 "it must be installed here"
             )
-        what = f"the {self.kind} {name!r} of the package {package_of(entry)}"
+        subject = f"the {self.noun} {name!r} of the package {package_of(entry)}"
         try:
-            found = entry.load()
+            cls = entry.load()
         except Exception as error:  # A module runs its own code.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ExtensionError(
-                f"{what} cannot be imported from {entry.value} ({reason}); repair the package, or "
-                "uninstall it"
+                f"{subject} cannot be imported from {entry.value} ({reason}); repair the package, "
+                "or uninstall it"
             ) from error
         bases = tuple(map(pkgutil.resolve_name, self.bases))
-        if not (isinstance(found, type) and issubclass(found, bases)):
+        if not (isinstance(cls, type) and issubclass(cls, bases)):
             names = " or ".join(self.bases)
-            raise ExtensionError(f"{what} must be a subclass of {names}, got {found!r}")
-        return found
+            raise ExtensionError(f"{subject} must be a subclass of {names}, got {cls!r}")
+        return cls
 
     def __contains__(self, name: object) -> bool:
-        return name in self.own or any(name == entry.name for entry in self.entry_points())
+        is_added = any(name == entry.name for entry in self.entry_points())
+        return name in self.own_classes or is_added
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.own, *sorted(entry.name for entry in self.entry_points())])
+        added = sorted(entry.name for entry in self.entry_points())
+        return iter([*self.own_classes, *added])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)  # `list` would ask for the length.
 
     def entry_points(self) -> list[EntryPoint]:
         """Return what other packages add; of one name, the first on the path."""
-        known = reversed(_entry_points(self.group, tuple(sys.path)))
-        found = {entry.name: entry for entry in known if entry.name not in self.own}
-        return list(found.values())
+        # Reversed, because a later entry of a dictionary replaces an earlier one of its key.
+        last_to_first = reversed(_entry_points(self.group, tuple(sys.path)))
+        by_name = {entry.name: entry for entry in last_to_first}
+        return [entry for name, entry in by_name.items() if name not in self.own_classes]
 
     def package(self, name: str) -> str | None:
         """Return the package that adds a name, with its version; None for this project's own."""

@@ -56,8 +56,8 @@ class MethodFacts:
     version: int = 1
     """Increase it if the formula changes: the orchestrator then trains such models anew."""
     modeling_file: str | None = None
-    """Of a method of another package: a file beside its module that an export ships as
-    `modeling_iiet.py`, for transformers. Without one the method cannot be exported."""
+    """A file beside the method's module that an export ships as `modeling_iiet.py`, for
+    transformers. A method of another package without one cannot be exported."""
     num_evaluations: int = 1
     """Field evaluations of a layer beside the corrections of the schedule."""
     has_corrections: bool = False

@@ -69,7 +69,8 @@ def _plain_steps(
     """Yield the next tokens, (batch,), and whether all rows have ended and whether logits are not
     finite, (2,); wait for nothing."""
     options = request.options
-    cache = (decoder.new_cache if steps is None else steps.empty_cache)(
+    make_cache = decoder.new_cache if steps is None else steps.empty_cache
+    cache = make_cache(
         batch_size=len(request.input_ids),
         max_tokens=request.num_tokens,
         strategy=options.kv_strategy,
@@ -79,8 +80,13 @@ def _plain_steps(
     for position in range(options.max_new_tokens):
         with torch.inference_mode():
             if following is None or ended is None:
-                given, mask = request.input_ids, request.attention_mask
-                logits = decoder(given, cache=cache, attention_mask=mask, last_only=True)[:, -1]
+                prompt_logits = decoder(
+                    request.input_ids,
+                    cache=cache,
+                    attention_mask=request.attention_mask,
+                    last_only=True,
+                )
+                logits = prompt_logits[:, -1]
                 if steps is not None:
                     steps.begin(options.max_new_tokens - 1)
                 latest = request.sampler(logits, position)

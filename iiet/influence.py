@@ -61,7 +61,8 @@ class MeasuredBatch:
     """A batch, and the decoder that is measured on it under its own iteration schedule."""
 
     def __init__(self, decoder: Decoder, batch: Batch, *, needs_targets: bool) -> None:
-        self.decoder, self.batch = decoder, batch
+        self.decoder = decoder
+        self.batch = batch
         counted = batch.counted if needs_targets else batch.teacher_mask
         self.counted = torch.ones_like(batch.targets).bool() if counted is None else counted
         """Positions that the means run over, (batch, time) of bool."""
@@ -108,7 +109,8 @@ class MeasuredBatch:
         for after in self.decoder.hidden_states(before, observe=observe):
             layers.append(self.mean(_cosine_distance, before, after))
             before = after
-        self.residuals, (self.layer_values,) = _numbers(residuals), _numbers([layers])
+        self.residuals = _numbers(residuals)
+        [self.layer_values] = _numbers([layers])
         return before, _numbers(values)
 
     def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
@@ -116,8 +118,8 @@ class MeasuredBatch:
         # In float64, because float32 keeps few digits of a cosine's distance from one; by sequence,
         # to spare memory.
         sums = [
-            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
-            for one, other, counted in zip(a, b, self.counted, strict=True)
+            torch.where(counted, measure(sequence_a.double(), sequence_b.double()), 0.0).sum()
+            for sequence_a, sequence_b, counted in zip(a, b, self.counted, strict=True)
         ]
         return torch.stack(sums).sum() / self.num_tokens
 
@@ -171,32 +173,34 @@ class LossRise(InfluenceMetric):
     facts = metric_facts_of("loss")
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
-        decoder, batch, full = measured.decoder, measured.batch, measured.decoder.schedule
+        decoder = measured.decoder
+        batch = measured.batch
+        full = measured.decoder.schedule
         sequences = replace(batch, target_count=None).split(1)
         counts = [sequence.num_targets for sequence in sequences]
 
-        def loss_and_accuracy(logits: Tensor) -> tuple[float, ...]:
+        def loss_and_accuracy(logits: Tensor) -> tuple[float, float]:
+            """Return the means over all targets, of which each sequence has its own number."""
+            losses: list[float] = []
+            accuracies: list[float] = []
             # In float64, because rises are small beside the loss; by sequence, to spare memory.
-            found = [
-                cross_entropy_and_accuracy(ours[None].double(), sequence)
-                for ours, sequence in zip(logits, sequences, strict=True)
-            ]
-            return tuple(
-                math.fsum(n * each.item() for n, each in zip(counts, means, strict=True))
-                / sum(counts)
-                for means in zip(*found, strict=True)
-            )
+            for sequence_logits, sequence in zip(logits, sequences, strict=True):
+                means = cross_entropy_and_accuracy(sequence_logits[None].double(), sequence)
+                losses.append(means[0].item())
+                accuracies.append(means[1].item())
+            return _weighted_mean(losses, counts), _weighted_mean(accuracies, counts)
 
         full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()[0]))
-        rises, lost = [], []
-        for layer, count in enumerate(full):
+        loss_rises: list[tuple[float, ...]] = []
+        accuracies_lost: list[tuple[float, ...]] = []
+        for layer, num_corrections in enumerate(full):
             stopped = [
                 loss_and_accuracy(decoder(batch.input_ids, schedule=full.with_layer(layer, kept)))
-                for kept in range(count)
+                for kept in range(num_corrections)
             ]
-            rises.append(tuple(loss - full_loss for loss, _ in stopped))
-            lost.append(tuple(full_accuracy - accuracy for _, accuracy in stopped))
-        return BatchInfluence(tuple(rises), tuple(lost))
+            loss_rises.append(tuple(loss - full_loss for loss, _ in stopped))
+            accuracies_lost.append(tuple(full_accuracy - accuracy for _, accuracy in stopped))
+        return BatchInfluence(tuple(loss_rises), tuple(accuracies_lost))
 
 
 INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = facts.INFLUENCE_METRICS
@@ -256,52 +260,72 @@ def influence_table(
     if not measured:
         raise ValueError("no batch was measured; the influence needs at least one")
     counts = [batch.num_tokens for batch, _ in measured]
-    values, errors = _means_and_errors([found.values for _, found in measured], counts)
+    values, errors = _means_and_errors([influence.values for _, influence in measured], counts)
     residuals, _ = _means_and_errors([batch.residuals for batch, _ in measured], counts)
-    (layers,), _ = _means_and_errors([(batch.layer_values,) for batch, _ in measured], counts)
+    [layer_values], _ = _means_and_errors([(batch.layer_values,) for batch, _ in measured], counts)
     # In a mixture, some batches are text, which has no accuracy: its targets are not answers.
-    answers = [each for each in measured if not each[0].batch.is_text]
-    lost, _ = _means_and_errors(
-        [found.accuracy_lost for _, found in answers], [batch.num_tokens for batch, _ in answers]
+    of_answers = [(batch, influence) for batch, influence in measured if not batch.batch.is_text]
+    accuracy_lost, _ = _means_and_errors(
+        [influence.accuracy_lost for _, influence in of_answers],
+        [batch.num_tokens for batch, _ in of_answers],
     )
-    return InfluenceTable(metric, values, errors, sum(counts), residuals, layers, lost)
+    return InfluenceTable(
+        metric=metric,
+        value_rows=values,
+        error_rows=errors,
+        num_tokens=sum(counts),
+        residual_rows=residuals,
+        layer_values=layer_values,
+        accuracy_lost_rows=accuracy_lost,
+    )
 
 
 @torch.no_grad()
-def _measure(decoder: Decoder, given: BatchLike, name: str) -> tuple[MeasuredBatch, BatchInfluence]:
+def _measure(
+    decoder: Decoder, batch_or_ids: BatchLike, name: str
+) -> tuple[MeasuredBatch, BatchInfluence]:
     metric = INFLUENCE_METRICS[name]()
-    batch = (given if isinstance(given, Batch) else Batch.of_text(given)).to(decoder.device)
+    batch = batch_or_ids if isinstance(batch_or_ids, Batch) else Batch.of_text(batch_or_ids)
+    batch = batch.to(decoder.device)
     measured = MeasuredBatch(decoder, batch, needs_targets=metric.facts.needs_targets)
     if measured.num_tokens == 0:
         shape = tuple(batch.input_ids.shape)
         raise ValueError(f"a batch of shape {shape} holds nothing to measure")
-    found = metric.measure(measured)
-    if tuple(map(len, found.values)) != tuple(decoder.schedule):
+    influence = metric.measure(measured)
+    if tuple(map(len, influence.values)) != tuple(decoder.schedule):
         raise ValueError(
             f"the influence metric {name!r} must return a value for each correction of "
-            f"the schedule {decoder.schedule}, got {found.values!r}"
+            f"the schedule {decoder.schedule}, got {influence.values!r}"
         )
-    if not measured.layer_values:
+    if not measured.layer_values:  # The metric itself did not run the layers.
         measured.run()
-    return measured, found
+    return measured, influence
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return math.fsum(m * n for m, n in zip(values, weights, strict=True)) / sum(weights)
 
 
 def _means_and_errors(of_batches: Sequence[Rows], counts: Sequence[int]) -> tuple[Rows, Rows]:
     """Average the batches' rows by their tokens, and estimate how far each mean may be off."""
-    total, num_batches = sum(counts), len(counts)
-
-    def mean_and_error(cells: Sequence[float]) -> tuple[float, float]:
-        mean = math.fsum(m * n for m, n in zip(cells, counts, strict=True)) / total
-        if num_batches == 1:
-            return mean, math.nan
-        squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(cells, counts, strict=True))
-        return mean, math.sqrt(squares * num_batches / (num_batches - 1)) / total
-
-    table = [
-        list(map(mean_and_error, zip(*rows, strict=True))) for rows in zip(*of_batches, strict=True)
-    ]
-    means, errors = (tuple(tuple(cell[i] for cell in row) for row in table) for i in (0, 1))
-    return means, errors
+    num_batches = len(counts)
+    means: list[tuple[float, ...]] = []
+    errors: list[tuple[float, ...]] = []
+    for rows in zip(*of_batches, strict=True):  # The batches' rows of one layer.
+        row_means: list[float] = []
+        row_errors: list[float] = []
+        for cells in zip(*rows, strict=True):  # The batches' values of one correction.
+            mean = _weighted_mean(cells, counts)
+            error = math.nan
+            if num_batches > 1:
+                deviations = (n * (m - mean) for m, n in zip(cells, counts, strict=True))
+                squares = math.fsum(deviation**2 for deviation in deviations)
+                error = math.sqrt(squares * num_batches / (num_batches - 1)) / sum(counts)
+            row_means.append(mean)
+            row_errors.append(error)
+        means.append(tuple(row_means))
+        errors.append(tuple(row_errors))
+    return tuple(means), tuple(errors)
 
 
 def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
@@ -317,5 +341,6 @@ def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
 
 def _numbers(rows: Sequence[Sequence[Tensor]]) -> Rows:
     """Read tensors of one number each, in one copy from the device."""
-    numbers = iter(torch.stack([n for row in rows for n in row]).tolist() if any(rows) else ())
+    tensors = [number for row in rows for number in row]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return tuple(tuple(next(numbers) for _ in row) for row in rows)

@@ -159,7 +159,8 @@ class Rope:
             frequencies = scaled_frequencies(frequencies, self.theta, self.scaling)
             size = rope_attention_factor(self.scaling)
         angles = torch.outer(positions, frequencies)
-        cos, sin = size * angles.cos(), size * angles.sin()
+        cos = size * angles.cos()
+        sin = size * angles.sin()
         return RopeTables(
             torch.cat([cos, cos], -1).unsqueeze(1).to(device),
             torch.cat([-sin, sin], -1).unsqueeze(1).to(device),
@@ -183,7 +184,8 @@ def scaled_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) 
     context = scaling.original_max_position_embeddings
     assert context is not None
     if scaling.rope_type == "llama3":
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        low = scaling.low_freq_factor
+        high = scaling.high_freq_factor
         assert low is not None
         assert high is not None
         turns = frequencies * context / (2 * math.pi)
@@ -311,7 +313,8 @@ class Attention(nn.Module):
         if self.rotates:
             queries = rotate(queries, *context.rope)
             keys = rotate(keys, *context.rope)
-        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        queries = queries.transpose(1, 2)
+        keys = keys.transpose(1, 2)
         if slot is not None and context.cache is not None:
             keys, values = context.cache.update(keys, values, slot)
         keys, values, mask, is_causal = context.seen_through(self.window, keys, values)
@@ -346,7 +349,7 @@ class StepWeights(NamedTuple):
 
     input_layernorm: nn.RMSNorm
     self_attn: Attention
-    """Its sizes."""
+    """Read for its sizes alone."""
     post_attention_layernorm: nn.RMSNorm
     linear: dict[str, Tensor]
     """By name, such as `q_proj`, the weights of its linear layers."""
@@ -390,9 +393,9 @@ class Block(nn.Module):
         if type(attention) is Attention and (attention.window or not attention.rotates):
             return None
         linear_weights: dict[str, Tensor] = {}
-        for name, kind in _KINDS.items():
+        for name, module_type in _MODULES.items():
             module = modules[name]
-            if module is None or not is_bare(module, kind):
+            if module is None or not is_bare(module, module_type):
                 return None
             # Head norms are no linear layers, and a linear layer with a bias is not bare.
             for linear_name, linear in module._modules.items():
@@ -408,17 +411,17 @@ class Block(nn.Module):
 
     def field_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the block, without what a method adds to the layer."""
-        for name in _KINDS:
+        for name in _MODULES:
             yield from getattr(self, name).parameters()
 
 
-_KINDS: dict[str, type[nn.Module]] = {
+_MODULES: dict[str, type[nn.Module]] = {
     "input_layernorm": RMSNorm,
     "self_attn": Attention,
     "post_attention_layernorm": RMSNorm,
     "mlp": FeedForward,
 }
-"""The modules of a block."""
+"""The modules of a block, by name."""
 
 
 def field_of_one_token(
@@ -530,14 +533,14 @@ def initial_weights(decoder: nn.Module, std: float) -> Iterator[tuple[str, Tenso
             _reset_on_cpu(module)
             module.to_empty(device="meta", recurse=False)
     for prefix, module in decoder.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if not names:
             continue
         if isinstance(module, drawn):
             draw_weights(module.to_empty(device="cpu", recurse=False), std)
         else:
             _reset_on_cpu(module)
-        for name in own:
+        for name in names:
             yield f"{prefix}.{name}", getattr(module, name).detach()
         module.to_empty(device="meta", recurse=False)
 

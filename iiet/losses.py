@@ -112,8 +112,9 @@ def loss_by_chunks(logits: Logits, batch: Batch, loss_of: LossOfChunk) -> tuple[
         return loss_of(part, flat.span(rows), rows)
 
     if isinstance(logits, Tensor):
-        loss, *others = of_rows(logits_at(logits, slice(None)), slice(None))
-        return loss, *(value.detach() for value in others)
+        every_row = slice(None)
+        loss, *further_sums = of_rows(logits_at(logits, every_row), every_row)
+        return loss, *(value.detach() for value in further_sums)
     if not torch.is_grad_enabled() or not (points.requires_grad or logits.weight.requires_grad):
         fixed = logits.detach()
         chunks = _chunks(points, len(fixed.weight))
@@ -125,33 +126,33 @@ def _with_gradients(
     logits: LazyLogits, of_rows: Callable[[Tensor, slice], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """Compute losses and their gradients chunk by chunk, and add them up."""
-    needs_hidden, needs_weight = logits.hidden.requires_grad, logits.weight.requires_grad
+    needs_hidden = logits.hidden.requires_grad
+    needs_weight = logits.weight.requires_grad
     fixed = logits.detach()
     head = fixed.weight.requires_grad_(needs_weight)
     points = fixed.hidden.flatten(0, -2)
     hidden_grad = torch.empty_like(points) if needs_hidden else None
     weight_grad: Tensor | None = None
-    values = []
+    sums_of_chunks = []
     for rows in _chunks(points, len(head)):
-        point = points[rows].requires_grad_(needs_hidden)
-        loss, *others = of_rows(F.linear(point[None], head), rows)
-        gradients = list(
-            torch.autograd.grad(loss, [leaf for leaf in (point, head) if leaf.requires_grad])
-        )
+        chunk = points[rows].requires_grad_(needs_hidden)
+        loss, *further_sums = of_rows(F.linear(chunk[None], head), rows)
+        leaves = [leaf for leaf in (chunk, head) if leaf.requires_grad]
+        gradients = list(torch.autograd.grad(loss, leaves))
         if needs_weight:
             # Summed in float32, whatever the precision of the product.
             part = gradients.pop()
             weight_grad = at_least_float32(part) if weight_grad is None else weight_grad.add_(part)
         if hidden_grad is not None:
             hidden_grad[rows] = gradients.pop()
-        values.append((loss.detach(), *(value.detach() for value in others)))
-    loss, *others = _sums(values)
+        sums_of_chunks.append((loss.detach(), *(value.detach() for value in further_sums)))
+    loss, *further_sums = _sums(sums_of_chunks)
     if hidden_grad is not None:
         hidden_grad = hidden_grad.view_as(logits.hidden)
     known = _KnownGradients.apply(  # type: ignore[no-untyped-call]
         loss, (hidden_grad, weight_grad), logits.hidden, logits.weight
     )
-    return known, *others
+    return known, *further_sums
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -162,7 +163,7 @@ class _KnownGradients(torch.autograd.Function):
         ctx: Any, value: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [each.dtype for each in inputs]
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
         return value.clone()
 
     @staticmethod
@@ -274,8 +275,8 @@ def cross_entropy_by_source(
         sums = (values[..., None] * is_own).sum(dim=1) / divisor
         return losses.sum() / divisor, *sums.flatten().unbind()
 
-    loss, *others = loss_by_chunks(logits, batch, loss_of)
-    return loss, tuple(others[:num_sources]), tuple(others[num_sources:])
+    loss, *by_source = loss_by_chunks(logits, batch, loss_of)
+    return loss, tuple(by_source[:num_sources]), tuple(by_source[num_sources:])
 
 
 def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -302,9 +303,9 @@ def hidden_state_error(
     """
     counted = _counted(mask, student_hidden[0])
     errors = []
-    for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
-        target = at_least_float32(theirs.detach())
-        difference = at_least_float32(ours) - target
+    for teacher_state, student_state in zip(teacher_hidden, student_hidden, strict=True):
+        target = at_least_float32(teacher_state.detach())
+        difference = at_least_float32(student_state) - target
         if mask is not None:
             target = target.masked_fill(~counted.unsqueeze(-1), 0)
             difference = difference.masked_fill(~counted.unsqueeze(-1), 0)
@@ -365,17 +366,20 @@ def kl_divergence(
         raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
     if kind not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {tuple(_DIVERGENCES)}, got {kind!r}")
-    ours, theirs = (logits.detach().flatten(0, -2) for logits in (student_logits, teacher_logits))
+    teacher = teacher_logits.detach().flatten(0, -2)
+    student = student_logits.detach().flatten(0, -2)
     counted = _counted(mask, student_logits).flatten()
-    divisor = _divisor(count, counted, torch.promote_types(ours.dtype, torch.float32))
-    values = ours.new_zeros(len(ours), dtype=divisor.dtype)
+    divisor = _divisor(count, counted, torch.promote_types(student.dtype, torch.float32))
+    values = student.new_zeros(len(student), dtype=divisor.dtype)
     gradient = None
     if student_logits.requires_grad and torch.is_grad_enabled():
         # float16 would round most of the gradient to 0 before the loss scale arrives.
-        kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
-        gradient = torch.zeros_like(ours, dtype=kept)
-    for rows in _chunks(ours, ours.size(1), CPU_ELEMENTS if ours.is_cpu else CHUNK_ELEMENTS):
-        log_p, log_q = (_log_softened(logits[rows], temperature) for logits in (theirs, ours))
+        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
+        gradient = torch.zeros_like(student, dtype=kept)
+    elements = CPU_ELEMENTS if student.is_cpu else CHUNK_ELEMENTS
+    for rows in _chunks(student, student.size(1), elements):
+        log_p = _log_softened(teacher[rows], temperature)
+        log_q = _log_softened(student[rows], temperature)
         value, slope = _DIVERGENCES[kind](log_p, log_q)
         # Rounding can take a tiny divergence below zero. Positions that do not count may hold NaN,
         # which a product would spread.
@@ -409,7 +413,8 @@ def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p); slope q (log(q/p) - KL)."""
-    q, log_ratio = log_q.exp(), log_q - log_p
+    q = log_q.exp()
+    log_ratio = log_q - log_p
     value = _product(q, log_ratio).sum(-1)
     return value, _product(q, log_ratio - value.unsqueeze(-1))
 

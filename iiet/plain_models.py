@@ -48,7 +48,8 @@ _REFUSED_IF_SET = (
     "attention_bias", "attention_dropout", "layer_types", "mlp_bias", "no_rope_layers",
     "quantization_config", "sliding_window",
 )  # fmt: skip
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +145,12 @@ def config_from_plain(config: Mapping[str, Any]) -> ModelConfig:
             f"model_type must be one of {', '.join(MODEL_TYPES)} to be read, got {name!r}"
         )
     model_type = MODEL_TYPES[name]
-    said = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
-    if missing := [key for key in _REQUIRED if key not in said]:
-        raise ValueError(f"config.json does not say {', '.join(missing)}; it has {', '.join(said)}")
-    values = {**model_type.defaults, **said}
+    stated = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
+    if missing := [key for key in _REQUIRED if key not in stated]:
+        raise ValueError(
+            f"config.json does not say {', '.join(missing)}; it has {', '.join(stated)}"
+        )
+    values = {**model_type.defaults, **stated}
     sizes = {field: values[key] for key, field in _FIELD_OF_KEY.items() if key in values}
     num_layers = sizes["num_layers"]
     problems = _unsupported(values, model_type)
@@ -193,10 +196,10 @@ def _rope(values: Mapping[str, Any], model_type: ModelType) -> tuple[float, Rope
     parameters.pop("partial_rotary_factor", None)
     theta = parameters.pop("rope_theta", None) or values.get("rope_theta") or model_type.rope_theta
     old_name = parameters.pop("type", None)
-    kind = parameters.setdefault("rope_type", old_name or "default")
-    if kind == "default":
+    rope_type = parameters.setdefault("rope_type", old_name or "default")
+    if rope_type == "default":
         return float(theta), None
-    if kind in ("llama3", "yarn") and not parameters.get("original_max_position_embeddings"):
+    if rope_type in ("llama3", "yarn") and not parameters.get("original_max_position_embeddings"):
         original = values.get("original_max_position_embeddings")
         parameters["original_max_position_embeddings"] = (
             original or values["max_position_embeddings"]
@@ -236,12 +239,12 @@ def _windows(
         else:
             slides = [not rotates for rotates in rotary_layers or ()]
         layer_types = [_SLIDING if slide and window else _FULL for slide in slides]
-    unknown = sorted({repr(kind) for kind in layer_types} - {repr(_FULL), repr(_SLIDING)})
+    unknown = sorted({repr(name) for name in layer_types} - {repr(_FULL), repr(_SLIDING)})
     if unknown:
         problems.append(f"layer_types {', '.join(unknown)}")
     if window is None and _SLIDING in layer_types:
         problems.append(f"layer_types {_SLIDING!r} without use_sliding_window and sliding_window")
-    return tuple(window if kind == _SLIDING else None for kind in layer_types)
+    return tuple(window if name == _SLIDING else None for name in layer_types)
 
 
 # Write
@@ -265,12 +268,12 @@ def plain_config_json(config: ModelConfig, model_type: str | None = None) -> dic
     """
     if config.method != "vanilla":
         return None
-    wanted = plain_form(config)
+    plain = plain_form(config)
     for name in (model_type, *MODEL_TYPES):
         if name is not None:
-            values = _values_of(wanted, name)
+            values = _values_of(plain, name)
             try:
-                if config_from_plain(values) == wanted:
+                if config_from_plain(values) == plain:
                     return values
             except ValueError:  # The type has no such layers.
                 continue
@@ -279,11 +282,11 @@ def plain_config_json(config: ModelConfig, model_type: str | None = None) -> dic
 
 def _values_of(config: ModelConfig, name: str) -> dict[str, Any]:
     model_type = MODEL_TYPES[name]
-    scaling = (
-        {"rope_type": "default"} if config.rope_scaling is None else (config.rope_scaling.to_dict())
-    )
+    scaling = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling.to_dict()
     windows = config.sliding_windows or (None,) * config.num_layers
-    window = next((each for each in windows if each is not None), None)
+    window = next((size for size in windows if size is not None), None)
     values = {
         "architectures": [model_type.architecture],
         "model_type": name,
@@ -299,7 +302,7 @@ def _values_of(config: ModelConfig, name: str) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "layer_types": [_FULL if each is None else _SLIDING for each in windows],
+        "layer_types": [_FULL if size is None else _SLIDING for size in windows],
         "no_rope_layers": [int(config.rotates(layer)) for layer in range(config.num_layers)],
     }
     return {**values, **{key: optional[key] for key in optional if key in model_type.defaults}}

@@ -271,7 +271,8 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
 
 
 def _thresholds_of(member: FamilyMember) -> str:
-    above, up_to = member.threshold_above, member.threshold_up_to
+    above = member.threshold_above
+    up_to = member.threshold_up_to
     if math.isnan(above):
         return ""
     if math.isinf(above) and math.isinf(up_to):
@@ -346,8 +347,8 @@ def spread_over_cost(
 
 def influence_rows(influence: Influence) -> Rows:
     """Return the table as tuples of floats, all finite."""
-    given = influence.rows() if isinstance(influence, InfluenceTable) else influence
-    rows = tuple(tuple(map(float, row)) for row in given)
+    table = influence.rows() if isinstance(influence, InfluenceTable) else influence
+    rows = tuple(tuple(map(float, row)) for row in table)
     if not rows or not all(math.isfinite(value) for row in rows for value in row):
         raise ValueError(f"an influence table has a row of finite numbers per layer, got {rows}")
     return rows
@@ -375,9 +376,11 @@ def knapsack(
     Raises:
         ValueError: the budget does not pay for the predictions.
     """
-    given = influence.worths() if isinstance(influence, InfluenceTable) else influence
-    rows = influence_rows(given)
-    full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))
+    rows = influence_rows(
+        influence.worths() if isinstance(influence, InfluenceTable) else influence
+    )
+    full = IterationSchedule(tuple(map(len, rows)))
+    none = IterationSchedule.none(len(rows))
     least = Fraction(cost(none))
     if not max_cost >= least:
         raise ValueError(
@@ -392,17 +395,17 @@ def knapsack(
         prices = [
             Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(len(row) + 1)
         ]
-        worths = accumulate(map(Fraction, row), initial=Fraction(0))
-        choices = list(enumerate(zip(worths, prices, strict=True)))
-        longer = [
-            (worth + more, minus_spent - price, (*counts, kept))
-            for worth, minus_spent, counts in states
-            for kept, (more, price) in choices
-            if price - minus_spent <= budget
-        ]
+        added_worths = list(accumulate(map(Fraction, row), initial=Fraction(0)))
+        longer = []
+        for worth, minus_spent, counts in states:
+            for kept, (added, price) in enumerate(zip(added_worths, prices, strict=True)):
+                if price - minus_spent <= budget:
+                    longer.append((worth + added, minus_spent - price, (*counts, kept)))
+        # From the cheapest on, keep those that are worth more than every cheaper one.
+        longer.sort(key=lambda state: (state[1], state[0], state[2]), reverse=True)
         states = []
-        for state in sorted(longer, key=lambda one: (one[1], one[0], one[2]), reverse=True):
+        for state in longer:
             if not states or state[0] > states[-1][0]:
                 states.append(state)
     schedules = [IterationSchedule(counts) for _, _, counts in sorted(states, reverse=True)]
-    return next((one for one in schedules if cost(one) <= max_cost), none)
+    return next((schedule for schedule in schedules if cost(schedule) <= max_cost), none)

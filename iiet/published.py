@@ -74,9 +74,9 @@ def config_from_published(
     method = _method_of(config, weight_names)
     values: dict[str, Any] = {}
     for field, keys in _KEYS.items():
-        found = [config[key] for key in keys if config.get(key) is not None]
-        if found:
-            values[field] = found[0]
+        stated = [config[key] for key in keys if config.get(key) is not None]
+        if stated:
+            values[field] = stated[0]
     if missing := [name for name in _REQUIRED if name not in values]:
         raise ValueError(
             f"the published config does not say {', '.join(missing)}; it has {', '.join(config)}"
@@ -100,10 +100,11 @@ def _is_published(config: Mapping[str, Any], weight_names: Mapping[str, Any]) ->
 
 
 def _method_of(config: Mapping[str, Any], weight_names: Mapping[str, Any]) -> str:
-    kind, order = config.get("kind"), config.get("predictor_order")
+    kind = config.get("kind")
+    order = config.get("predictor_order")
     if kind is None:
-        kinds = (kind for name, kind in _KIND_OF_WEIGHT.items() if name in weight_names)
-        kind = next(kinds, "vanilla")
+        shown = (shows for name, shows in _KIND_OF_WEIGHT.items() if name in weight_names)
+        kind = next(shown, "vanilla")
     if kind == "pcformer":
         if order not in (None, *_METHOD_OF_ORDER):
             raise ValueError(f"predictor_order must be 2 or 4, got {order!r}")
@@ -118,9 +119,9 @@ def _refuse_unsupported(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     problems: list[str] = []
     for key in ("rope_scaling", "rope_parameters"):
         scaling = config.get(key) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{key} of type {kind!r}")
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type != "default":
+            problems.append(f"{key} of type {rope_type!r}")
     problems += [f"{key}=true" for key in ("attention_bias", "mlp_bias") if config.get(key)]
     if config.get("sliding_window") is not None:
         problems.append(f"sliding_window {config['sliding_window']}")
@@ -147,7 +148,7 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
     model_config = config_from_published(config, weights)
     with torch.device("meta"):
         decoder = Decoder(model_config)
-    wanted = decoder.state_dict()
+    expected = decoder.state_dict()
     renamed = renamed_from_published(weights, model_config.num_layers)
     problems: list[str] = []
     if model_config.tie_embeddings and "lm_head.weight" in renamed:
@@ -159,12 +160,12 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
                 "tie_word_embeddings=true; set it to false in config.json to keep both, or remove "
                 "lm_head.weight"
             )
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - renamed)]
-    problems += [f"unexpected {name}" for name in sorted(renamed.keys() - wanted)]
+    problems += [f"missing {name}" for name in sorted(expected.keys() - renamed)]
+    problems += [f"unexpected {name}" for name in sorted(renamed.keys() - expected)]
     problems += non_finite(renamed)
     problems += [
         f"{name} has shape {tuple(renamed[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
+        for name, tensor in expected.items()
         if name in renamed and renamed[name].shape != tensor.shape
     ]
     if problems:

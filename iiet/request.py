@@ -30,33 +30,33 @@ class GenerativeModel(Protocol):
 
     @property
     def model(self) -> Backbone:
-        """Its weights without the head."""
+        """The modules without the head."""
 
     @property
     def schedule(self) -> IterationSchedule:
-        """Its iteration schedule."""
+        """The iteration schedule of a call that names none."""
 
     @property
     def device(self) -> torch.device:
-        """The device of its weights."""
+        """The device of the weights."""
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """The dtype of its keys and values."""
+        """The dtype of keys and values."""
 
     def new_cache(
         self, *, batch_size: int, max_tokens: int, strategy: KvStrategy = "exact"
     ) -> KeyValueCache:
-        """Return an empty cache for its schedule."""
+        """Return an empty cache for the model's schedule."""
 
     def with_schedule(self, schedule: IterationSchedule) -> GenerativeModel:
         """Return the same weights under another schedule."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return its weights."""
+        """Return the weights."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """Return its modules."""
+        """Return the modules."""
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any:
         """Return logits, as `iiet.Decoder.forward`."""

@@ -132,11 +132,12 @@ class IterationSchedule:
         """
         if self.num_layers != other.num_layers:
             raise ValueError(f"({self}) and ({other}) have different numbers of layers")
-        return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
+        return all(count <= most for count, most in zip(self, other, strict=True))
 
     def with_layer(self, layer: int, count: int) -> IterationSchedule:
         """Return the schedule with another number of corrections in one layer, counted from 0."""
-        before, after = self.corrections[:layer], self.corrections[layer + 1 :]
+        before = self.corrections[:layer]
+        after = self.corrections[layer + 1 :]
         return IterationSchedule((*before, count, *after))
 
     def __eq__(self, other: object) -> bool:

@@ -137,27 +137,29 @@ def draft_models(
         ValueError: the draft does not fit the model.
     """
     if not isinstance(draft, IterationSchedule | str | SupportsIndex | Iterable):
-        ours, theirs = decoder.config, draft.config
-        if theirs.vocab_size != ours.vocab_size or theirs.context_length < num_tokens:
+        config = draft.config
+        vocab_size = decoder.config.vocab_size
+        if config.vocab_size != vocab_size or config.context_length < num_tokens:
             raise ValueError(
-                f"a draft needs the model's vocabulary of {ours.vocab_size} tokens and a context "
+                f"a draft needs the model's vocabulary of {vocab_size} tokens and a context "
                 f"of at least the {num_tokens} asked for, got a decoder with "
-                f"{theirs.vocab_size} and {theirs.context_length}"
+                f"{config.vocab_size} and {config.context_length}"
             )
-        return {f"{theirs.method} of width {theirs.dim}": draft}
+        return {f"{config.method} of width {config.dim}": draft}
+    method = facts_of(decoder.config.method)
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
-        found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
-        if facts_of(decoder.config.method).repeats_stack:  # All layers make as many corrections.
-            found = [s for s in found if len(set(s)) == 1]
-    elif facts_of(decoder.config.method).has_corrections:
-        found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
+        schedules = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
+        if method.repeats_stack:  # All layers make as many corrections.
+            schedules = [schedule for schedule in schedules if len(set(schedule)) == 1]
+    elif method.has_corrections:
+        schedules = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(
             f"draft={str(draft)!r}: the method {decoder.config.method!r} makes no corrections, so "
             "no schedule is cheaper; draft with another decoder, or decode without a draft"
         )
-    return {str(schedule): decoder.with_schedule(schedule) for schedule in found}
+    return {str(schedule): decoder.with_schedule(schedule) for schedule in schedules}
 
 
 def cheaper_schedules(
@@ -168,11 +170,11 @@ def cheaper_schedules(
     These are the members of a family within the model's own schedule. Without a family: the
     model's own, cut to at most 0, 1, ... corrections per layer. Empty where the model makes none.
     """
-    found = {s for s in family if s.is_within(schedule) and s != schedule}
-    if not found:
-        limits = range(schedule.max_corrections)
-        found = {IterationSchedule(tuple(min(r, limit) for r in schedule)) for limit in limits}
-    return sorted(found, key=lambda s: (s.num_evaluations, s.corrections))
+    cheaper = {member for member in family if member.is_within(schedule) and member != schedule}
+    if not cheaper:
+        for limit in range(schedule.max_corrections):
+            cheaper.add(IterationSchedule(tuple(min(r, limit) for r in schedule)))
+    return sorted(cheaper, key=lambda member: (member.num_evaluations, member.corrections))
 
 
 def step_costs(
@@ -186,19 +188,21 @@ def step_costs(
     weight = model.model.embed_tokens.weight
     rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
-    def counted(config: ModelConfig) -> tuple[float, float]:
+    def bytes_of_step(config: ModelConfig) -> tuple[float, float]:
+        """Return what a step costs, and what each further token of a row adds, in bytes read."""
         cost = inference_cost(
             config,
             context_length=min(num_tokens, config.context_length),
             batch_size=batch_size,
             bytes_per_value=weight.element_size(),
         )
-        token = batch_size * cost.decode_flops_per_token / rate
-        read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
-        return batch_size * read + token, token
+        bytes_of_flops = batch_size * cost.decode_flops_per_token / rate
+        bytes_read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
+        return batch_size * bytes_read + bytes_of_flops, bytes_of_flops
 
-    step, token = counted(model.config)
-    return counted(draft.config)[0] / step, token / step
+    plain_step, further_token = bytes_of_step(model.config)
+    draft_step, _ = bytes_of_step(draft.config)
+    return draft_step / plain_step, further_token / plain_step
 
 
 class _Draft:
@@ -225,21 +229,22 @@ class _Draft:
             self._cache = decoder.new_cache(batch_size=rows, max_tokens=num_tokens)
         self._costs = step_costs(model, decoder, batch_size=rows, num_tokens=num_tokens)
 
-    def saw(self, num_kept: int, num_drafted: int) -> None:
+    def count_round(self, num_kept: int, num_drafted: int) -> None:
         """Count a round; nothing is known of the tokens after the first rejected one."""
         self._num_kept += num_kept
         self.num_tried += min(num_kept + 1, num_drafted)
 
     def best(self, counts: Iterable[int]) -> tuple[float, int]:
         """Return the largest expected gain, and the number of drafted tokens that has it."""
-        kept = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept
-        acceptance = kept / (_FIRST_WEIGHT + self.num_tried)
-        cost = sum(self._costs)
-        gains = [
-            (sum(acceptance**k for k in range(count + 1)) / (1 + count * cost), count)
-            for count in counts
-        ]
-        return max(gains, key=lambda found: found[0])
+        num_kept = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept
+        acceptance = num_kept / (_FIRST_WEIGHT + self.num_tried)
+        cost_per_token = sum(self._costs)
+        gains: list[tuple[float, int]] = []
+        for count in counts:
+            num_tokens = sum(acceptance**k for k in range(count + 1))
+            gains.append((num_tokens / (1 + count * cost_per_token), count))
+        # Among equals the first, with the fewest tokens, wins.
+        return max(gains, key=lambda gain_and_count: gain_and_count[0])
 
     def propose(self, request: Request, tokens: Tensor, length: int, count: int) -> None:
         """Write `count` tokens after the first `length` of each row, step by step.
@@ -287,9 +292,12 @@ def drafted_steps(
     with torch.inference_mode():
         cache = decoder.new_cache(batch_size=batch_size, max_tokens=tokens.size(1))
     has_ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    stops, length, start = request.end_tokens(), num_prompt, 0
+    end_tokens = request.end_tokens()
+    length = num_prompt  # Of each row: the prompt and what is decided.
+    start = 0  # Where the next pass of the model begins; at 0 it reads the prompts.
     candidates: list[_Draft] = []
-    draft, num_drafted = None, 0  # The first pass reads the prompts.
+    draft: _Draft | None = None  # Nothing is drafted for the first pass.
+    num_drafted = 0
     while True:
         with torch.inference_mode():
             # 1. Draft
@@ -320,13 +328,13 @@ def drafted_steps(
                 tokens[:, length] = latest
                 new.append(latest)
                 length += 1
-                has_ended = has_ended | (latest.unsqueeze(1) == stops).any(1)
-                if len(stops) and has_ended.all():
+                has_ended = has_ended | (latest.unsqueeze(1) == end_tokens).any(1)
+                if len(end_tokens) and has_ended.all():
                     break
 
         num_open = len(num_equal)
         if draft is not None and num_drafted:
-            draft.saw(min(num_equal), num_drafted)
+            draft.count_round(min(num_equal), num_drafted)
             record.drafted += num_drafted * num_open
             record.accepted += sum(num_equal)
             record.verifications += num_open
@@ -341,8 +349,8 @@ def drafted_steps(
         if num_left == 0 or has_ended.all():
             return
         if start == 0:
-            candidates = [_Draft(name, each, decoder, cache) for name, each in drafts.items()]
-        # The last token is the model's own.
+            candidates = [_Draft(name, model, decoder, cache) for name, model in drafts.items()]
+        # The last token of a round is the model's own.
         draft, num_drafted = _chosen_draft(candidates, request.options.draft_tokens, num_left - 1)
         start = length - 1
 
@@ -355,15 +363,19 @@ def _chosen_draft(
     Each candidate is measured first, then the best stays; with `auto`, one that is not expected to
     pay goes.
     """
-    fixed = None if draft_tokens == "auto" else min(draft_tokens, most)
-    counts = range(1, min(MAX_DRAFT_TOKENS, most) + 1) if fixed is None else [fixed]
+    if draft_tokens == "auto":
+        counts = range(1, min(MAX_DRAFT_TOKENS, most) + 1)
+    else:
+        fixed = min(draft_tokens, most)
+        counts = range(fixed, fixed + 1)
     if not candidates or not counts:
         return None, 0
     if len(candidates) > 1 and all(d.num_tried >= _MEASURED_TOKENS for d in candidates):
         candidates[:] = [max(candidates, key=lambda draft: draft.best(counts)[0])]
-    found = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
-    gain, num_drafted = found.best(counts)
-    if fixed is None and gain <= 1.0:
-        candidates.remove(found)
+    # The least measured one; of those that are measured enough, the first.
+    draft = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
+    gain, num_drafted = draft.best(counts)
+    if draft_tokens == "auto" and gain <= 1.0:
+        candidates.remove(draft)
         num_drafted = 0
-    return found, num_drafted
+    return draft, num_drafted

@@ -111,7 +111,8 @@ class StaticSteps:
         """
         assert self._buffers is not None
         assert self._length < self._end, "more steps than were announced"
-        buffers, window = self._buffers, self._buffers.window
+        buffers = self._buffers
+        window = buffers.window
         buffers.tokens.copy_(tokens.unsqueeze(1))
         needed = math.ceil((self._length + 1) / WINDOW) * WINDOW
         window.size = min(needed, buffers.cache.max_tokens)
@@ -123,14 +124,16 @@ class StaticSteps:
 
     def _step(self, size: int) -> Step:
         assert self._buffers is not None
-        steps, num_left = self._buffers.steps, min(size, self._end) - self._length
+        steps = self._buffers.steps
+        num_left = min(size, self._end) - self._length
         if size not in steps and num_left >= MIN_TOKENS and self._may_capture:
             assert self._capture is not None
             self._weights = _addresses(self.decoder)
             try:
                 steps[size] = self._capture(self.run, self.decoder.device)
             except RuntimeError as error:
-                self._capture, self._may_capture = None, False
+                self._capture = None
+                self._may_capture = False
                 warnings.warn(
                     "decoding continues without CUDA graphs, and is slower, because capturing one "
                     f"failed: {error}",

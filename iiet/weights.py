@@ -70,7 +70,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["IIETForCausalLM"],
         "model_type": MODEL_TYPE,
-        **{theirs: values.get(ours) for theirs, ours in CONFIG_NAMES.items()},
+        **{key: values.get(field) for key, field in CONFIG_NAMES.items()},
         "num_hidden_layers": len(layer_types),
         "layer_types": layer_types,
         "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
@@ -92,7 +92,7 @@ def _attention_of_evaluations(config: ModelConfig) -> list[str]:
     counts = config.evaluations_per_layer()
     if facts_of(config.method).repeats_stack:
         return types * counts[0]
-    return [kind for kind, count in zip(types, counts, strict=True) for _ in range(count)]
+    return [name for name, count in zip(types, counts, strict=True) for _ in range(count)]
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
@@ -101,16 +101,17 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: they describe another architecture, lack something, or do not fit together.
     """
-    if (found := values.get("model_type")) != MODEL_TYPE:
+    model_type = values.get("model_type")
+    if model_type != MODEL_TYPE:
         raise ValueError(
-            f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
-            "and those of plain models, are read by decoder_from_published"
+            f"model_type must be {MODEL_TYPE!r}, got {model_type!r}; weights of the published "
+            "naming, and those of plain models, are read by decoder_from_published"
         )
     values = _with_defaults(values)
     missing = [name for name in (*CONFIG_NAMES, "rope_parameters") if name not in values]
     if missing:
         raise ValueError(f"it does not say {', '.join(missing)}")
-    fields = {ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()}
+    fields = {field: values[key] for key, field in CONFIG_NAMES.items()}
     for name in _OPTIONAL:
         if values.get(name) is not None:
             fields[name] = values[name]
@@ -150,16 +151,16 @@ def write_folder(
     folder: str | PathLike[str],
     config: ModelConfig,
     weights: Mapping[str, Tensor],
-    **others: Any,
+    **further_values: Any,
 ) -> None:
     """Write both files; makes the folder, replaces files of these names.
 
-    `others` are further values of `config.json`, for transformers.
+    `further_values` are those of `config.json` that transformers reads.
 
     Raises:
         ImportError: safetensors is not installed.
     """
-    write_files(folder, {**config_to_json(config), **others}, weights)
+    write_files(folder, {**config_to_json(config), **further_values}, weights)
 
 
 def write_files(

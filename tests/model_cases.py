@@ -64,7 +64,7 @@ def left_padding(*counts: int, time: int) -> Tensor:
 
 
 @st.composite
-def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own)) -> Decoder:
+def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own_classes)) -> Decoder:
     """Draw a model: method, schedule, options, grouped heads, tying and seed."""
     method = draw(st.sampled_from(methods))
     schedule = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))

@@ -98,7 +98,8 @@ class Evaluate:
         For observers: `previous` is the estimate that this evaluation corrects, and
         `output_if_last` makes of the returned value what the layer would leave if it ended here.
         """
-        call, k = self._call, self._k
+        call = self._call
+        k = self._k
         self._k += 1
         slot = None if call.slots is None else call.slots[k]
         output: Tensor = self._layer.field(x, call.context, slot)
@@ -173,13 +174,21 @@ class Layer(Block, ABC):
         """Run `advance`, recomputed in the backward pass where the call asks for it."""
 
         def advance(hidden: Tensor, state: Any) -> Advance:
-            evaluate, number = Evaluate(self, call), call.num_corrections
-            return self.advance(evaluate, hidden, state, num_corrections=number, shared=call.shared)
+            return self.advance(
+                Evaluate(self, call),
+                hidden,
+                state,
+                num_corrections=call.num_corrections,
+                shared=call.shared,
+            )
 
         if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
             return advance(hidden, state)
-        keep = self.facts.is_random
         recomputed: Any = checkpoint(
-            advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
+            advance,
+            hidden,
+            state,
+            use_reentrant=False,
+            preserve_rng_state=self.facts.is_random,  # To copy it takes time.
         )
         return Advance(*recomputed)

@@ -198,7 +198,7 @@ def _extensions(_: Workspace) -> Found:
             package = package_of(entry)
             try:
                 table[entry.name]
-                yield True, f"the {table.kind} {entry.name} of {package}", ""
+                yield True, f"the {table.noun} {entry.name} of {package}", ""
             except ExtensionError as error:
                 yield False, str(error), f"repair the package {package}, or uninstall it"
 

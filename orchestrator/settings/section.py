@@ -67,6 +67,6 @@ class OneOf:
         if name not in self.table:
             *others, last = map(repr, self.table)
             raise ValueError(f"input should be {', '.join(others)} or {last}")
-        if name not in self.table.own:
+        if name not in self.table.own_classes:
             self.table[name]  # Imports the class of another package.
         return name

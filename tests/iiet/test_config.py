@@ -117,9 +117,9 @@ def test_plain_values_hold_only_options_that_differ_from_the_defaults():
 
 
 def test_classes_and_tables_state_the_same_facts():
-    for method in METHODS.own:
+    for method in METHODS.own_classes:
         assert METHODS[method].facts == facts_of(method)
-    for metric in INFLUENCE_METRICS.own:
+    for metric in INFLUENCE_METRICS.own_classes:
         assert INFLUENCE_METRICS[metric].facts == metric_facts_of(metric)
 
 

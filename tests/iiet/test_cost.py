@@ -57,7 +57,7 @@ def test_flops_equal_what_pytorch_counts(method):
     """With plain formulas, in which the mix is made of sums, which PyTorch does not count; on a CPU
     it sees attention only with this backend, as full products."""
     config, time = small(method), 7
-    if method in METHODS.own:
+    if method in METHODS.own_classes:
         sums = SUMS.get(method, 0)
     else:
         sums = 2 * 8 * sum(layer_counts(config, layer).num_terms for layer in range(3))
@@ -284,7 +284,7 @@ class Noisy(ExplicitEuler):
 
 
 def test_a_recomputed_layer_draws_the_same_random_numbers_again(monkeypatch):
-    monkeypatch.setitem(METHODS.own, "noisy", Noisy)
+    monkeypatch.setitem(METHODS.own_classes, "noisy", Noisy)
     decoder = Decoder(wide("noisy"))
     ids = torch.randint(32, (2, TIME))
     found = []

@@ -310,9 +310,15 @@ class Constant(InfluenceMetric):
 def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_read_without_it(
     monkeypatch,
 ):
-    decoder, ids, outputs = decoder_of(), tokens(3, 9), {}
-    added = {"squared": SquaredChange, "constant": Constant}
-    monkeypatch.setattr(INFLUENCE_METRICS, "own", {**INFLUENCE_METRICS.own, **added})
+    decoder = decoder_of()
+    ids = tokens(3, 9)
+    outputs = {}
+    classes = {
+        **INFLUENCE_METRICS.own_classes,
+        "squared": SquaredChange,
+        "constant": Constant,
+    }
+    monkeypatch.setattr(INFLUENCE_METRICS, "own_classes", classes)
     decoder(ids, observe=lambda seen: outputs.update({(seen.layer, seen.k): seen.output}))
     table = influence_table(decoder, ids, metric="squared")
     for layer, row in enumerate(table.value_rows):
@@ -322,7 +328,7 @@ def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_r
     assert table.metric == "squared"
     assert table.worths() == table.value_rows
     stored = influence_table(decoder, ids, metric="constant").to_dict()
-    del INFLUENCE_METRICS.own["constant"]
+    del INFLUENCE_METRICS.own_classes["constant"]
     table = InfluenceTable.from_dict(stored)
     assert table.value_rows == Constant.rows
     with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):

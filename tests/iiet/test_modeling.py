@@ -341,7 +341,7 @@ def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
     class Local(METHODS["iiet"]):
         pass
 
-    monkeypatch.setitem(METHODS.own, "local", Local)
+    monkeypatch.setitem(METHODS.own_classes, "local", Local)
     with pytest.raises(ValueError, match=r"'local' of another package .* have no modeling_file"):
         export(make_model("local"), tmp_path / "new")
     assert not (tmp_path / "new").exists()

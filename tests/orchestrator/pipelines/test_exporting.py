@@ -196,7 +196,7 @@ def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model,
     class Local(METHODS["iiet"]):  # type: ignore[misc]
         pass
 
-    monkeypatch.setattr(METHODS, "own", {**METHODS.own, "local": Local})
+    monkeypatch.setattr(METHODS, "own_classes", {**METHODS.own_classes, "local": Local})
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
     card = ModelCard(name="local", config=decoder.config)
     with pytest.raises(UserError, match=r"method 'local' of another package .*modeling_file"):

@@ -55,7 +55,7 @@ def test_the_tables_hold_this_projects_classes_first():
         "iiet_orch.depth": "ouro",
     }
     for table in extension_points():
-        assert all(table[name] for name in table.own)
+        assert all(table[name] for name in table.own_classes)
         assert not table.entry_points()
     assert extension_packages() == {}
 

@@ -40,7 +40,7 @@ class Other(ImplicitEuler):
 
 @pytest.fixture
 def other(monkeypatch) -> str:
-    monkeypatch.setattr(METHODS, "own", {**METHODS.own, "other": Other})
+    monkeypatch.setattr(METHODS, "own_classes", {**METHODS.own_classes, "other": Other})
     return "other"
 
 
