@@ -204,7 +204,8 @@ class FileArray:
         """Return the values of a range without steps."""
         first, end, _ = part.indices(len(self))
         values = np.empty(max(0, end - first), self._dtype)
-        for number in np.flatnonzero((self._starts < end) & (self._ends > first)).tolist():
+        has_values = np.minimum(self._ends, end) > np.maximum(self._starts, first)
+        for number in np.flatnonzero(has_values).tolist():
             start = int(self._starts[number])
             begin = max(first, start)
             stop = min(end, int(self._ends[number]))

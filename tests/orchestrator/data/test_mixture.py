@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,19 +168,22 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     write_text = preparation.write_text
     written: list[str] = []
 
-    def stop_after_first(alone: DataSettings, *others: object) -> Path:
+    def stop_after_first(alone: DataSettings, *others: Any, **options: Any) -> Path:
         if written:
             raise KeyboardInterrupt
         written.append(alone.source)
-        return write_text(alone, *others)
+        return write_text(alone, *others, **options)
 
     monkeypatch.setattr(preparation, "write_text", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, workspace)
     assert written == ["files"]
-    monkeypatch.setattr(
-        preparation, "write_text", lambda s, *o: (written.append(s.source), write_text(s, *o))[1]
-    )
+
+    def note(alone: DataSettings, *others: Any, **options: Any) -> Path:
+        written.append(alone.source)
+        return write_text(alone, *others, **options)
+
+    monkeypatch.setattr(preparation, "write_text", note)
     folder = prepare(settings, workspace)
     assert written == ["files", "hub"]
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
