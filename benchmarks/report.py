@@ -176,7 +176,7 @@ def to_markdown(results: Sequence[SectionResult], facts: Mapping[str, Any]) -> s
     parts = [
         f"# Report of {facts['name']}\n",
         bullets(f"{name}: {value}" for name, value in facts.items()) + "\n",
-        markdown_table(heads, verdicts, left=(0, 1, 2, 4)) + "\n",
+        markdown_table(heads, verdicts, left_columns=(0, 1, 2, 4)) + "\n",
     ]
     return "\n".join([*parts, *(result.to_markdown() for result in results)])
 

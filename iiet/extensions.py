@@ -49,7 +49,11 @@ class ExtensionTable(Mapping[str, T]):
         self.bases = bases
 
     def __getitem__(self, name: str) -> T:
-        """Return the class of a name; imports it, once.
+        """Return the class of a name, as `load`."""
+        return self.load(name)
+
+    def load(self, name: str) -> T:
+        """Import the class of a name, once, and return it.
 
         Raises:
             ExtensionError: the class cannot be imported, or is not of the table's kind; or, as a

@@ -3,7 +3,7 @@
 A plain Llama is trained, the source. From its weights IIETs, a looped model and a PCformer are
 trained, and beside them the source itself and IIETs from random weights, all for as many FLOPs.
 Students of the retrofits follow. `retrofit.md` states questions, rules and the order of the pieces,
-which were written before the first run.
+which were written before the first run; `retrofit_results.py` makes its tables.
 
 Each training is stored as soon as it is measured, and none is made twice: the same command resumes
 after an interruption, which costs at most the training in progress. All pieces take about eleven

@@ -316,7 +316,7 @@ def small_sweep(pytestconfig, request) -> Path:
             request.getfixturevalue("ray_session")
             with pytest.MonkeyPatch.context() as patch:
                 runner = "orchestrator.pipelines.training.job_runner"
-                patch.setattr(runner, lambda *, local: run_local_jobs)
+                patch.setattr(runner, lambda **_: run_local_jobs)
                 printed.write_text(run_here("sweep", "toy", *options, workspace=workspace))
     return workspace
 

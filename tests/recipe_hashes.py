@@ -57,11 +57,11 @@ ADDED = (
     "training.source", "distillation.training.source",
     "training.trained_layers", "distillation.training.trained_layers",
     "training.source_kl_weight", "distillation.training.source_kl_weight",
-    "sweep.source_controls", "evaluation.retention",
+    "sweep.source_controls", "evaluation.retention", "data.depth.symbols",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
 """Settings that came later; at their defaults they change nothing, and are not hashed."""
-DEPTH_TASKS = ("phop_2", "chain_3", "s5_4")
+DEPTH_TASKS = ("phop_2", "chain_3", "lookup_2", "s5_4")
 CONTEXT = 32
 POSITIONS = np.arange(600, dtype=np.int64)
 

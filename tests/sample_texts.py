@@ -11,8 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from orchestrator.data.depth import NUMBER_WORDS, WORDS
 from orchestrator.data.text import read_documents, text_source
 from orchestrator.data.tokenize import write_text
+from orchestrator.models.tokenizer import train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 
@@ -47,3 +49,15 @@ def add_opening(path: Path) -> None:
 def help_texts(num: int) -> list[str]:
     """Return texts of Python's help topics."""
     return [d.text for d in islice(read_documents(text_source(DataSettings()), None), num)]
+
+
+def save_word_tokenizer(folder: Path, *texts: str) -> Path:
+    """Train a byte-level tokenizer that has each word of depth tasks as one token; return its file.
+
+    Args:
+        texts: What it is trained on beside the words.
+    """
+    words = "".join(f" {word}" for word in (*WORDS, *NUMBER_WORDS))
+    path = folder / "words.json"
+    train_tokenizer([*texts, words, words, words], 1000).save(str(path))
+    return path

@@ -6,8 +6,6 @@ layers left, and returns both for the next one. What it costs beside its field i
 measured (`iiet.facts`).
 """
 
-# ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -138,12 +136,12 @@ class Layer(Block, ABC):
         """Make the modules and parameters that the layer has beside its block."""
 
     @classmethod
-    def make_shared(cls, config: ModelConfig) -> nn.Module | None:
+    def make_shared(cls, _config: ModelConfig, /) -> nn.Module | None:
         """Make the module that all layers share; None for nothing."""
         return None
 
     @classmethod
-    def start(cls, embeddings: Tensor) -> Any:
+    def start(cls, _embeddings: Tensor, /) -> Any:
         """Return the first layer's state, made from the embeddings, (batch, time, dim)."""
         return None
 

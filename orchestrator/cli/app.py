@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         # SIGTERM is Ctrl-C also where nothing has to be saved: the exit code says that the same
         # command resumes.
         with signal_handlers([signal.SIGTERM], signal.default_int_handler):
-            app = build_app(None if completes else words[0] if words else "")
+            # A shell that completes a word asks for the options of any command.
+            app = build_app() if completes else build_app(next(iter(words), ""))
             app(words, prog_name="iiet-orch")
     except BaseException as error:
         with signal_handlers(SIGNALS, signal.SIG_IGN):

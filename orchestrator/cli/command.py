@@ -28,7 +28,8 @@ from orchestrator.workspace.provenance import installed_version
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
-"""What the help says of an option's type; Typer's own are wide, and Python's names."""
+"""Type of an option -> what the help says of its value. Typer would say more widely, or by Python's
+name of the type."""
 NO_COLOR = "--no-color"
 Group = Literal["Start", "Train", "Sweep", "Measure", "See results", "Use models", "Keep order"]
 """Panels of `--help`: what a person wants to do, in this order."""
@@ -36,8 +37,8 @@ COMMANDS: dict[str, Command] = {}
 """All commands by name."""
 
 
-class _Words(TyperCommand):
-    """Says what is wrong with an option's value without naming Python's exception."""
+class _PlainErrors(TyperCommand):
+    """A command whose errors say what is wrong with a value without Python's exception."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -74,7 +75,8 @@ class Command:
 
     def __call__(self, function: Function) -> Function:
         """Register the function as this command."""
-        self.function, (self.text, _) = function, _described(function)
+        self.function = function
+        self.text, _ = _split_docstring(function)
         COMMANDS[self.name] = self
         return function
 
@@ -91,9 +93,9 @@ class Command:
             "verbose": has_log,
             "quiet": has_log,
         }
-        own = [*_parameters(self.function)]
-        own += [_of_setting(flags, key) for flags, key in self.options.items()]
-        parameters = [*own, *(each for each in _parameters(_shared) if shared[each.name])]
+        parameters = [*_parameters(self.function)]
+        parameters += [_setting_parameter(flags, key) for flags, key in self.options.items()]
+        parameters += [option for option in _parameters(_shared) if shared[option.name]]
         run: Any = partial(self.run)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -101,16 +103,17 @@ class Command:
 
     def run(self, **values: Any) -> None:
         """Call the function with the values of its parameters, and print what it returns."""
-        own = {key: values.pop(_name(flags)) for flags, key in self.options.items()}
+        settings = {key: values.pop(_name(flags)) for flags, key in self.options.items()}
         shared = {name: values.pop(name) for name in SHARED if name in values}
         call = Call(self.name, self.workspace, shared, bool(self.options or self.config))
-        for key, value in own.items():
+        for key, value in settings.items():
             is_list = isinstance(value, str) and _plain_type(_field(key).annotation) is tuple
             call.set(key, split_list(value) if is_list else value)
         try:
             with call.stack:
                 call.refuse_unread(self.unread)
-                if (result := self.function(call, **values)) is None:
+                result = self.function(call, **values)
+                if result is None:  # The function has printed something itself.
                     return
                 if call.as_json:
                     print(result.to_text(), file=call.session.output)
@@ -166,15 +169,17 @@ def build_app(word: str | None = None) -> typer.Typer:
     config = typer.Typer(help="Write and show settings; list the shipped sweeps.", **options)
     panels = get_args(Group)
 
-    def place(named: tuple[str, Command]) -> tuple[int, bool]:
-        return panels.index(named[1].group), named[0] != "quickstart"
+    def panel_first(item: tuple[str, Command]) -> tuple[int, bool]:
+        """Order commands by their panels, `quickstart` before the others of its panel."""
+        name, command = item
+        return panels.index(command.group), name != "quickstart"
 
-    for name, command in sorted(COMMANDS.items(), key=place):
+    for name, command in sorted(COMMANDS.items(), key=panel_first):
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
         (config if group else app).command(
             last,
-            cls=_Words,
+            cls=_PlainErrors,
             help=command.text,
             rich_help_panel=None if group else command.group,
         )(command.build() if is_built else lambda: None)
@@ -182,8 +187,8 @@ def build_app(word: str | None = None) -> typer.Typer:
     return app
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
         raise typer.Exit
 
@@ -200,81 +205,95 @@ def _options_of_all(
     pass
 
 
-def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+def _split_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
     description = inspect.cleandoc(function.__doc__ or "").partition("\n\nKeys:\n")[0]
     text, _, arguments = description.partition("\n\nArgs:\n")
+    # A name and the lines of its text in turn.
     parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
-    return text, {
-        name: " ".join(t.split()) for name, t in zip(parts[::2], parts[1::2], strict=True)
-    }
+    names = parts[::2]
+    texts = [" ".join(lines.split()) for lines in parts[1::2]]
+    return text, dict(zip(names, texts, strict=True))
 
 
 def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
     """Yield the parameters of a function but its call, for Typer."""
-    helps = _described(function)[1]
+    _, helps = _split_docstring(function)
     # The result's type takes time to import, and is not looked at.
-    found = inspect.signature(function, eval_str=True, locals={"Result": Any}).parameters
-    for name, own in found.items():
-        if own.annotation is not Call:
-            yield _parameter(name, own.default, own.annotation, helps.get(name))
+    signature = inspect.signature(function, eval_str=True, locals={"Result": Any})
+    for name, parameter in signature.parameters.items():
+        if parameter.annotation is not Call:
+            yield _parameter(name, parameter.default, parameter.annotation, helps.get(name))
 
 
 def _field(key: str) -> Any:
-    from orchestrator.settings import find_field  # Of commands that have settings.
+    from orchestrator.settings import find_field  # Commands without settings do not import them.
 
     return find_field(key)
 
 
-def _of_setting(flags: str, key: str) -> inspect.Parameter:
+def _setting_parameter(flags: str, key: str) -> inspect.Parameter:
+    """Return the parameter of an option that changes a setting."""
     field = _field(key)
-    kind = _plain_type(field.annotation)
-    limits = field.metadata if kind is int else ()
+    value_type = _plain_type(field.annotation)
+    limits = field.metadata if value_type is int else ()
     info = typer.Option(*flags.split(","), show_default=False)
-    if kind is tuple:
-        kind = str
+    if value_type is tuple:  # `Command.run` splits the text.
+        value_type = str
         info.metavar = "A,B,..."
     text = " ".join((field.description or "").split())
-    return _parameter(_name(flags), None, kind | None, text, info, *limits)
+    return _parameter(_name(flags), None, value_type | None, text, info, *limits)
 
 
 def _parameter(
-    name: str, default: Any, kind: Any, text: str | None = None, *metadata: Any
+    name: str, default: Any, annotation: Any, text: str | None = None, *metadata: Any
 ) -> inspect.Parameter:
     """Return a parameter for Typer, with the option among its metadata, or one of its name."""
-    if get_origin(kind) is Annotated:
-        kind, *own = get_args(kind)
-        metadata = (*own, *metadata)
-    found = [each for each in metadata if isinstance(each, OptionInfo | ArgumentInfo)]
-    # A switch has no opposite, unless its own option says so.
-    flags = [f"--{name.replace('_', '-')}"] if default is False else []
-    info = copy(found[0]) if found else typer.Option(*flags)  # Commands may share it.
+    value_type = annotation
+    if get_origin(annotation) is Annotated:
+        value_type, *own_metadata = get_args(annotation)
+        metadata = (*own_metadata, *metadata)
+    infos = [item for item in metadata if isinstance(item, OptionInfo | ArgumentInfo)]
+    if infos:
+        info = copy(infos[0])  # Commands may share it.
+    elif default is False:
+        # With a name of its own, a switch has no opposite such as `--no-dry-run`.
+        info = typer.Option(f"--{name.replace('_', '-')}")
+    else:
+        info = typer.Option()
     info.help = info.help or text
     for limit in metadata:
-        if hasattr(limit, "gt"):  # Of whole numbers.
+        if hasattr(limit, "gt"):  # A field of whole numbers has it.
             info.min = limit.gt + 1
         info.min = getattr(limit, "ge", info.min)
         info.max = getattr(limit, "le", info.max)
-    plain = _plain_type(kind)
+    plain_type = _plain_type(value_type)
     if isinstance(info, OptionInfo) and info.metavar is None:
-        info.metavar = METAVARS.get(plain, "CHOICE")
-        if get_origin(plain) is Literal:
-            info.help = f"{', '.join(get_args(plain))}. {info.help or ''}"
-    only = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, only, default=default, annotation=Annotated[kind, info])
+        info.metavar = METAVARS.get(plain_type, "CHOICE")
+        if get_origin(plain_type) is Literal:
+            info.help = f"{', '.join(get_args(plain_type))}. {info.help or ''}"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[value_type, info],
+    )
 
 
 def _plain_type(annotation: Any) -> Any:
     """Return the type of an option: a choice, bool, int, float, list, tuple or str."""
     origin = get_origin(annotation)
-    kinds = get_args(annotation)
+    arguments = get_args(annotation)
     if origin is Annotated:
-        return _plain_type(kinds[0])
-    if origin in (Literal, tuple, list):
-        return annotation if origin is Literal else origin
-    inner = [kind for kind in kinds if kind is not type(None)]
-    if inner:
-        return _plain_type(inner[0]) if len(inner) == 1 else str
+        return _plain_type(arguments[0])
+    if origin is Literal:
+        return annotation
+    if origin in (tuple, list):
+        return origin
+    # What is left with arguments is a union. One of several types is typed as text.
+    members = [member for member in arguments if member is not type(None)]
+    if members:
+        return _plain_type(members[0]) if len(members) == 1 else str
     return annotation if annotation in METAVARS else str
 
 

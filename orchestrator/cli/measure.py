@@ -122,10 +122,10 @@ def influence(
             raise UserError("these options are for a looped model; name the model")
         loops = plan_loop_influence(
             call.settings,
+            workspace=call.session.workspace,
             model=model,
             schedule=one_schedule(schedule),
             trust_remote_code=trust_remote_code,
-            **call.common,
         )
         return call.finish(loops, run_loop_influence)
     plan = plan_influence(call.settings, model=call.imported(model), **call.common)
@@ -302,7 +302,7 @@ def report(
             raise UserError("--claims has its own axes; leave --cost and --quality out")
         if time_again:
             raise UserError("--claims measures nothing; run `iiet-orch report --time-again` first")
-        return reports.claims(sweeps=sweeps or [], **call.common)
+        return reports.claims(workspace=call.session.workspace, sweeps=sweeps or [])
     return reports.report(
         sweeps=sweeps or [], cost=cost, quality=quality, time_again=time_again, **call.common
     )

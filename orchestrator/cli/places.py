@@ -117,12 +117,12 @@ def doctor(call: Call) -> Result:
     """
     from orchestrator.pipelines.doctor import Findings, examine, price_shipped_sweeps
 
-    found = []
-    for finding in examine(call.session.workspace):  # Each is shown as soon as it is found.
-        found.append(finding)
+    findings = []
+    for finding in examine(call.session.workspace):
+        findings.append(finding)
         if not call.as_json:
-            call.show(finding)
-    return Findings(findings=found, sweeps=price_shipped_sweeps(call.session.workspace))
+            call.show(finding)  # At once, because some checks take seconds.
+    return Findings(findings=findings, sweeps=price_shipped_sweeps(call.session.workspace))
 
 
 @Command("config show", group="Start", config="argument", workspace=None)

@@ -61,9 +61,10 @@ class Call:
         self.place = place
         self._shared = shared
         self._has_settings = has_settings
+        self._settings: Any = None
         self.options = dict[str, Any]()
         self.stack = ExitStack()
-        """Closes the workspace."""
+        """What is closed when the command ends: the workspace with its log and progress display."""
         self.config: str | None = shared.get("config")
         """The settings file; a command may name another."""
         self.changes: list[str] = shared.get("set_") or []
@@ -100,13 +101,22 @@ class Call:
         if problems:
             raise UserError("\n".join(problems))
 
-    @cached_property
+    @property
     def settings(self) -> Any:
-        """The resolved settings: those of the file, changed by `--set` and by options.
+        """The resolved settings, as `read_settings`."""
+        return self.read_settings()
+
+    def read_settings(self) -> Any:
+        """Read the settings once: those of the file, changed by `--set` and by options.
 
         Raises:
             UserError: If the settings are wrong, or `--device cpu` and GPUs are asked for.
         """
+        if self._settings is None:
+            self._settings = self._resolved_settings()
+        return self._settings
+
+    def _resolved_settings(self) -> Any:
         from orchestrator.settings import read_settings
         from orchestrator.settings.files import shipped_sweeps
 
@@ -117,12 +127,15 @@ class Call:
             path = Path(file).absolute()
             print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
         if device == "cpu":
-            gpus = {"--gpus": "cluster.num_gpus", "--gpus-per-trial": "sweep.gpus_per_trial"}
-            for option, key in gpus.items():
+            for option, key in (
+                ("--gpus", "cluster.num_gpus"),
+                ("--gpus-per-trial", "sweep.gpus_per_trial"),
+            ):
                 if number := options.get(key):
                     raise UserError(f"--device cpu and {option} {number:g}: leave one out")
-            options |= {**dict.fromkeys(gpus.values()), "cluster.num_gpus": 0}
+            options["cluster.num_gpus"] = 0
             options["cluster.min_gpus"] = None
+            options["sweep.gpus_per_trial"] = None
         settings = read_settings(file or None, self.changes, options)
         if device == "cuda" and not settings.cluster.num_gpus:
             settings = read_settings(file or None, self.changes, options | {"cluster.num_gpus": 1})
@@ -132,7 +145,7 @@ class Call:
     def session(self) -> Session:
         """The workspace and where to print."""
         if self._has_settings:
-            self.settings  # noqa: B018  # A mistake in them makes no workspace.
+            self.read_settings()  # First, because a mistake in them makes no workspace.
         session = open_session(
             self.path,
             self.name,
@@ -145,7 +158,7 @@ class Call:
 
     @property
     def common(self) -> dict[str, Any]:
-        """The keyword arguments that every function of pipelines takes."""
+        """Keyword arguments of a function of pipelines that may have something to say."""
         return {"workspace": self.session.workspace, "progress": self.session.progress}
 
     @property
@@ -267,9 +280,10 @@ def open_session(
 def _as_shown(error: Exception, log: Path | None, root: Path) -> Exception:
     """Return what the user sees of an error; the traceback of an unexpected one goes to the log."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, RunFailed) and log is not None:
+        return RunFailed(f"{error}\nThe log is {log}")
     if isinstance(error, RunFailed | Interrupted):
-        named = isinstance(error, RunFailed) and log
-        return RunFailed(f"{error}\nThe log is {log}") if named else error
+        return error
     if is_disk_full(error):
         return RunFailed(
             f"no space is left on the disk of {root}, of another folder to write, or of temporary "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -217,7 +218,7 @@ def pretrain(
     from iiet.facts import facts_of
 
     method = call.settings.model.method
-    _check_schedule(schedule, [method] * facts_of(method).has_corrections, method)
+    _check_schedule(schedule, [method] if facts_of(method).has_corrections else [], [method])
     source = from_
     if source is None and continue_ is None and call.settings.training.source is not None:
         source = Path(call.settings.training.source)
@@ -227,12 +228,12 @@ def pretrain(
         source = local_checkpoint(source, **call.common)
     plan = plan_pretrain(
         call.settings,
+        workspace=call.session.workspace,
         source=source,
         continued=continue_,
         name=name,
         local=local,
         mfu=mfu,
-        **call.common,
     )
     return call.finish(plan, run_pretrain)
 
@@ -354,9 +355,12 @@ def sweep_threshold(
     call.set("sweep.kind", "search" if is_search else "threshold")
     if not is_search:
         call.refuse_unread({"search": "--search N makes a search of the sweep"})
-    for other in ("thresholds", "budgets") if "sweep.num_schedules" in call.options else ():
-        if getattr(call.settings.sweep, other):
-            raise UserError(f"--schedules and --{other} exclude each other; leave one out")
+    if "sweep.num_schedules" in call.options:
+        for name_of_choice in ("thresholds", "budgets"):
+            if getattr(call.settings.sweep, name_of_choice):
+                raise UserError(
+                    f"--schedules and --{name_of_choice} exclude each other; leave one out"
+                )
     return _sweep(call, teacher or Path("newest"), name)
 
 
@@ -401,14 +405,18 @@ def sweep_iterations(
     from orchestrator.sweeping.models import has_counts
 
     methods = call.settings.sweep.methods
-    _check_schedule(schedule, [*filter(has_counts, methods)], ", ".join(methods))
+    _check_schedule(schedule, [*filter(has_counts, methods)], methods)
     return _sweep(call, None, name)
 
 
-def _check_schedule(schedule: list[str] | None, readers: list[str], asked: str) -> None:
-    """Refuse `--schedule` if no method that was asked for reads it."""
+def _check_schedule(
+    schedule: list[str] | None, readers: Sequence[str], methods: Sequence[str]
+) -> None:
+    """Refuse `--schedule` if none of the methods reads it; `readers` are those that do."""
     if schedule and not readers:
-        raise UserError(f"--schedule {schedule[0]} is read by no method of: {asked}; leave it out")
+        raise UserError(
+            f"--schedule {schedule[0]} is read by no method of: {', '.join(methods)}; leave it out"
+        )
 
 
 def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> Result:

@@ -45,7 +45,7 @@ def nodes_with_devices() -> list[dict[str, Any]]:
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [n for n in nodes if n["Alive"] and {"CPU", "GPU"} & set(n["Resources"])]
+    return [node for node in nodes if node["Alive"] and {"CPU", "GPU"} & set(node["Resources"])]
 
 
 def alive_nodes() -> tuple[Node, ...]:

@@ -288,10 +288,10 @@ def _start(cluster: ClusterSettings, folder: Path | None, num_cpus: int | None) 
     if variables := worker_variables(cluster.env, address):
         options["runtime_env"] = {"env_vars": variables}
     if is_local:
-        here = local_resources()
+        resources = local_resources()
         options |= {
-            "num_cpus": num_cpus or here.cpus,
-            "num_gpus": here.gpus,
+            "num_cpus": num_cpus or resources.cpus,
+            "num_gpus": resources.gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
@@ -301,12 +301,16 @@ def _start(cluster: ClusterSettings, folder: Path | None, num_cpus: int | None) 
     except Exception as error:
         if is_local:
             raise RunFailed(f"Ray did not start: {error}") from error
-        # Ray's reason, such as the versions there and here, may have several lines.
-        problem = f"cannot be joined ({' '.join(str(error).split())}); {_ADVICE}"
         if re.search("Unauthenticated|AuthenticationError", "".join(format_exception(error))):
-            problem = "asks for another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
-            problem += "token that the cluster was started with"
-        raise UserError(f"the cluster at {address} {problem}") from error
+            raise UserError(
+                f"the cluster at {address} asks for another token; set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN to the token that the cluster was started with"
+            ) from error
+        # Ray's reason, such as the versions there and here, may have several lines.
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the cluster at {address} cannot be joined ({reason}); {_ADVICE}"
+        ) from error
     if not is_local:
         check_nodes(folder)
     return Resources(alive_nodes(), THIS_MACHINE if is_local else f"the cluster at {address}")
@@ -389,14 +393,16 @@ def check_nodes(folder: Path | None = None) -> None:
         return  # They may join later.
     with locked_file(folder.absolute()) if folder else nullcontext() as probe:
         task: Any = ray.remote(num_cpus=0, max_retries=0)(problem_of_node)
-        asked = {}
+        node_of_answer = {}
         for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote(probe, versions())] = node
-        answered, late = ray.wait([*asked], num_returns=len(asked), timeout=ANSWER_SECONDS)
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = task.options(scheduling_strategy=on_node).remote(probe, versions())
+            node_of_answer[answer] = node
+        answers = [*node_of_answer]
+        answered, late = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_SECONDS)
         if late:
             raise RunFailed(
-                f"{len(late)} of {len(asked)} nodes did not answer within {ANSWER_SECONDS:g} s; "
+                f"{len(late)} of {len(answers)} nodes did not answer within {ANSWER_SECONDS:g} s; "
                 "see whether their file systems hang and whether they have memory for a process"
             )
         for answer in answered:
@@ -408,7 +414,8 @@ def check_nodes(folder: Path | None = None) -> None:
                 reason = first_line(error, with_type=True)
                 problem = f"cannot run a process of iiet-orch ({reason}); {INSTALL_THE_SAME}"
             if problem:
-                raise UserError(f"the node {asked[answer]['NodeManagerAddress']} {problem}")
+                address = node_of_answer[answer]["NodeManagerAddress"]
+                raise UserError(f"the node {address} {problem}")
 
 
 @contextmanager
@@ -434,12 +441,12 @@ def locked_file(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
+def problem_of_node(probe: Path | None, driver_versions: dict[str, str]) -> str:
     """Run on a node: return why it cannot work with the driver's machine; empty if it can.
 
     Args:
         probe: A file that the driver's machine holds locked in the workspace, if that is checked.
-        ours: The `versions` there.
+        driver_versions: The `versions` of the driver's machine.
     """
     problem = ""
     deadline = time.monotonic() + SEEN_SECONDS
@@ -462,11 +469,11 @@ def problem_of_node(probe: Path | None, ours: dict[str, str]) -> str:
             "all nodes share, under the same path and with locks (NFS 4, Lustre with -o flock); "
             "choose it with --workspace"
         )
-    versions_here = versions()
-    for name, version in ours.items():
-        other = versions_here.get(name, NOT_INSTALLED)
-        if other != version:
-            return f"has {name}: {other}, and this machine {version}; {INSTALL_THE_SAME}"
+    node_versions = versions()
+    for name, driver_version in driver_versions.items():
+        version = node_versions.get(name, NOT_INSTALLED)
+        if version != driver_version:
+            return f"has {name}: {version}, and this machine {driver_version}; {INSTALL_THE_SAME}"
     return ""
 
 

@@ -306,13 +306,19 @@ def _with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
 # Training jobs
 
 
-def job_runner(*, local: bool) -> Callable[..., list[TrainingOutcome]]:
-    """Return the function that runs jobs: `run_local_jobs`, or `run_train_jobs` under Ray."""
+def job_runner(
+    *, local: bool, say: Callable[[str], None] | None = None
+) -> Callable[..., list[TrainingOutcome]]:
+    """Return the function that runs jobs: `run_local_jobs`, or `run_train_jobs` under Ray.
+
+    Args:
+        say: Called with what is started while a Ray is, which takes seconds.
+    """
     if local:
         return run_local_jobs
     from orchestrator.cluster.train import run_train_jobs
 
-    return run_train_jobs
+    return partial(run_train_jobs, say=say)
 
 
 def run_local_jobs(
@@ -321,7 +327,6 @@ def run_local_jobs(
     *,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
-    say: Callable[[str], None] | None = None,  # noqa: ARG001 - nothing has to be started here
 ) -> list[TrainingOutcome]:
     """Run jobs one after the other in this process, the first GPU or the CPU; as `run_train_jobs`.
 
@@ -352,12 +357,12 @@ def run_local_jobs(
         return stop_requested()
 
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
-        for ours in parts:
-            saved = partial(describe_saved_state, {job.folder.name: job for job in ours})
+        for jobs_of_part in parts:
+            saved = partial(describe_saved_state, {job.folder.name: job for job in jobs_of_part})
             cpus = local_resources(count_gpus=False).cpus
             with stop_on_signals(second_ends=True), threads(cpus):
                 try:
-                    for job in ours:
+                    for job in jobs_of_part:
                         with out_of_memory_explained(job, world):
                             outcome = run_job(
                                 job,

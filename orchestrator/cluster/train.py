@@ -92,11 +92,11 @@ def run_train_jobs(
     cluster = cluster or ClusterSettings()
     outcomes: dict[str, TrainingOutcome] = {}
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
-        for ours in parts:
-            ray_runs = ray_cluster(cluster, folder=ours[0].folder.parent, say=say)
+        for jobs_of_part in parts:
+            ray_runs = ray_cluster(cluster, folder=jobs_of_part[0].folder.parent, say=say)
             with ray_runs as resources, stop_on_signals():
                 placement = job_placement(
-                    len(ours),
+                    len(jobs_of_part),
                     cluster.num_workers,
                     cluster.num_gpus,
                     resources,
@@ -105,7 +105,7 @@ def run_train_jobs(
                     most_at_once=1 if cluster.num_gpus else None,
                 )
                 stop = Signal()
-                runs = [JobRun(job, placement, cluster, stop) for job in ours]
+                runs = [JobRun(job, placement, cluster, stop) for job in jobs_of_part]
                 _run_together(runs, watch, note)
     return [outcomes[job.run_folder] for job in jobs]
 
@@ -114,14 +114,15 @@ def _run_together(
     runs: Sequence[JobRun], watch: Callable[[], None] | None, note: Callable[[str], None] | None
 ) -> None:
     """Run each job in a thread until all have ended; after a signal, ask them to save."""
-    said: dict[JobRun, str] = {}
+    noted: dict[JobRun, str] = {}
+    """What each job was last said to wait for."""
 
     def show() -> None:
         for run in runs:
             text = run.waits_for
-            if note and text and text != said.get(run):
+            if note and text and text != noted.get(run):
                 note(text)
-            said[run] = text
+            noted[run] = text
         if watch:
             watch()
 
@@ -154,7 +155,7 @@ class JobRun:
         self.cluster = cluster
         self.stop = stop
         self.waits_for = ""
-        """What it waits for, as a sentence; empty while it runs."""
+        """A sentence on the place that the job waits for; empty while it runs."""
         self._num_bytes = self._journal_bytes()
 
     def _journal_bytes(self) -> int:
@@ -202,12 +203,13 @@ class JobRun:
                     raise RunFailed(failed + reason) from error
             except train.WorkerGroupError as error:
                 errors = [*error.worker_failures.values()]
-                # Of a worker that died; the others then fail because they lost the connection to
-                # it.
-                deaths = [d for e in errors if (d := getattr(e, "health_check_failure", None))]
-                for final in errors:
-                    if isinstance(final, FINAL_ERRORS):
-                        raise final from None
+                for worker_error in errors:
+                    if isinstance(worker_error, FINAL_ERRORS):
+                        raise worker_error from None
+                # The death of a worker is the reason: the others fail because they have lost the
+                # connection to it.
+                checks = [getattr(failure, "health_check_failure", None) for failure in errors]
+                deaths = [death for death in checks if death]
                 if any(getattr(death, "preempted", False) for death in deaths):
                     continue
                 before = newest
@@ -238,18 +240,21 @@ class JobRun:
         seconds = math.inf if minutes is None else 60 * minutes
         if not self._journal_bytes():
             seconds = FIRST_START_SECONDS
-        fewest = placement.min_workers or placement.workers
-        kind, each = ("GPU", placement.gpus) if placement.use_gpu else ("CPU", placement.cpus)
+        num_workers = placement.min_workers or placement.workers
+        resource = "GPU" if placement.use_gpu else "CPU"
+        num_needed = num_workers * (placement.gpus if placement.use_gpu else placement.cpus)
         begun = time.monotonic()
-        with asked_places([placement.worker_resources] * fewest, placement.strategy) as group:
+        with asked_places([placement.worker_resources] * num_workers, placement.strategy) as group:
             while not self.stop.is_sent() and not group.wait(PLACEMENT_SECONDS):
-                free = ray.available_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
-                found = f"{min(free, fewest * each):g} of {fewest * each:g} {kind}s are free"
-                self.waits_for = f"{self.job.folder.name} waits for a place: {found}"
+                resources = ray.available_resources()  # type: ignore[no-untyped-call]
+                # In the sum over the nodes all may be free, and no node have room for a worker.
+                num_free = min(resources.get(resource, 0.0), num_needed)
+                shortage = f"{num_free:g} of {num_needed:g} {resource}s are free"
+                self.waits_for = f"{self.job.folder.name} waits for a place: {shortage}"
                 if time.monotonic() - begun >= seconds:
                     raise RunFailed(
                         f"training in {self.job.folder} failed: there was no place for "
-                        f"{format_duration(seconds)} ({found}); add nodes or wait until others "
+                        f"{format_duration(seconds)} ({shortage}); add nodes or wait until others "
                         "have finished, and run the same command again; cluster.node_wait_minutes "
                         "says how long a node that replaces a lost one is waited for"
                     )
@@ -398,7 +403,7 @@ def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None
             address = f"tcp://{own_address}:{free.getsockname()[1]}"
     else:  # The loopback interface is `lo` on Linux, and `lo0` on macOS.
         for interface, addresses in psutil.net_if_addrs().items():
-            if any(each.address == "127.0.0.1" for each in addresses):
+            if any(address.address == "127.0.0.1" for address in addresses):
                 for variable in INTERFACE_VARIABLES:
                     os.environ.setdefault(variable, interface)
     torch.distributed.init_process_group(

@@ -65,7 +65,7 @@ STEP = "step"
 LOSS = "validation_loss"
 """What a trial reports to Tune after each validation."""
 ANSWER = "answer"
-"""What it reports last: its result and why it failed, as JSON."""
+"""What a trial reports last: its result and why it failed, as JSON."""
 
 RESTART_PAUSES_SECONDS = (5.0, 20.0, 60.0)
 """Pauses before Tune is started again because memory ran low: others often free it soon."""
@@ -375,7 +375,7 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return search.Searcher, ()  # Tune pickles it to restore it, and nothing is restored.
 
-    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002 - trials have keys of their own
+    def suggest(self, *_: Any, **__: Any) -> Any:
         if self.is_short_of_memory or stop_requested() or self._queue.is_over:
             return search.Searcher.FINISHED
         if self._queue.num_taken >= min(self._most, self._placement.num_places()):
@@ -556,11 +556,12 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         if step >= num_all:
             return
         # The loss of each rival at the step that is nearest, the lower one of two.
-        rival_losses = {
-            rival.label: min((abs(at - step), loss) for at, loss in losses.items())[1]
-            for rival in rivals
-            if rival.key != key and (losses := self._losses.get(rival.key))
-        }
+        rival_losses: dict[str, float] = {}
+        for rival in rivals:
+            losses = self._losses.get(rival.key)
+            if rival.key != key and losses:
+                _, loss = min((abs(at - step), loss) for at, loss in losses.items())
+                rival_losses[rival.label] = loss
         best = min(rival_losses, key=lambda label: rival_losses[label])
         stop = EarlyStop(
             rule=self._rule,

@@ -36,6 +36,17 @@ MAX_SEQUENCE_LENGTH = 100_000
 """A longer sequence is a typing error and would only fill the memory."""
 ELEMENTS = tuple(permutations(range(5)))
 """The elements of the group S5."""
+WORDS = (
+    "red", "blue", "green", "gold", "stone", "water", "fire", "glass",
+    "horse", "bird", "fish", "river", "house", "table", "book", "moon",
+    "king", "salt", "snow", "wind", "road", "ship", "train", "coin",
+    "bread", "rain", "star", "wood", "paper", "door", "lake", "child",
+)  # fmt: skip
+"""Symbols as words. Byte-level tokenizers have each of them as one token, with the space before."""
+NUMBER_WORDS = (
+    "one", "two", "three", "four", "five", "six", "seven", "eight",
+    "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
 _STREAMS = {"train": 1, "validation": 2, "test": 3}
 """Numbers that are part of the keys of the random numbers, so no two streams share a sequence."""
 _POSITION_SEED = 4
@@ -91,6 +102,11 @@ class DepthTask(ABC):
         """Name and chance level, for display."""
         return f"{self.name} (chance {100 * self.chance:.3g}%)"
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The symbols among which a test lets choose."""
+        return self.symbols
+
     @abstractmethod
     def generate(self, bits: np.ndarray) -> Sequences:
         """Make one sequence of each row of random numbers, uint64, (sequences, num_random)."""
@@ -123,7 +139,9 @@ class PHopInduction(DepthTask):
 
     kind = "phop"
 
-    def __init__(self, depth: int, *, num_symbols: int, length: int) -> None:
+    def __init__(
+        self, depth: int, *, num_symbols: int, length: int, in_words: bool = False
+    ) -> None:
         super().__init__(depth)
         # In a uniform sequence, one hop goes back by about as many positions as there are symbols.
         if length < depth * num_symbols:
@@ -135,7 +153,7 @@ class PHopInduction(DepthTask):
         self.num_symbols = num_symbols
         self.length = length
         self.num_random = length
-        self.symbols = numbered_symbols(num_symbols)
+        self.symbols = symbol_texts(num_symbols, in_words=in_words)
         self.chance = 1 / num_symbols  # All symbols are equally frequent answers.
 
     def generate(self, bits: np.ndarray) -> Sequences:
@@ -192,7 +210,7 @@ class PointerChains(DepthTask):
 
     kind = "chain"
 
-    def __init__(self, depth: int, *, num_chains: int) -> None:
+    def __init__(self, depth: int, *, num_chains: int, in_words: bool = False) -> None:
         super().__init__(depth)
         self.num_chains = num_chains
         self.num_symbols = 2 * num_chains * depth  # Each sequence has all of them.
@@ -203,7 +221,7 @@ class PointerChains(DepthTask):
                 f"{self.name} with data.depth.num_chains={num_chains} has sequences of "
                 f"{self.length:,} symbols, more than {MAX_SEQUENCE_LENGTH:,}"
             )
-        self.symbols = numbered_symbols(self.num_symbols)
+        self.symbols = symbol_texts(self.num_symbols, in_words=in_words)
         self.chance = 1 / (self.num_symbols - 1)  # Any symbol but that of the question.
 
     def generate(self, bits: np.ndarray) -> Sequences:
@@ -221,6 +239,60 @@ class PointerChains(DepthTask):
         symbols = np.concatenate([shuffled_symbols, chained[:, :1]], axis=1)
         answers = np.full_like(symbols, NO_ANSWER)
         answers[:, -1] = chained[:, self.depth]
+        return Sequences(symbols, answers)
+
+
+class IteratedLookup(DepthTask):
+    """`lookup_4`: look a symbol up in a table, then what stands there, and so on, 1 to 4 times.
+
+    A sequence lists the table as pairs of symbols, in random order, and ends with the question: the
+    number of lookups, drawn for each sequence, and the symbol to begin with. The table leads
+    through all symbols and back to the first, so neither counts nor ends give the answer away; it
+    is at least twice as long as the depth, so the way back is no shorter.
+    Source: iterated lookup as in arXiv 2608.11233; the form is this project's.
+
+    Raises:
+        UserError: If the table is too short for the depth, or there is no word for the depth.
+    """
+
+    kind = "lookup"
+
+    def __init__(self, depth: int, *, num_symbols: int, in_words: bool = False) -> None:
+        super().__init__(depth)
+        if num_symbols < 2 * depth:
+            raise UserError(
+                f"data.depth.num_symbols={num_symbols}: {self.name} needs a table of at least "
+                f"{2 * depth} entries, twice its steps; raise it, or take a smaller depth"
+            )
+        self.num_symbols = num_symbols
+        self.length = 2 * num_symbols + 2
+        self.num_random = 2 * num_symbols + 1
+        if self.length > MAX_SEQUENCE_LENGTH:
+            raise UserError(
+                f"{self.name} with data.depth.num_symbols={num_symbols} has sequences of "
+                f"{self.length:,} symbols, more than {MAX_SEQUENCE_LENGTH:,}"
+            )
+        self._things = symbol_texts(num_symbols, in_words=in_words)
+        self.symbols = (*self._things, *_number_texts(depth, in_words=in_words))
+        self.chance = 1 / (num_symbols - 1)  # Any symbol but that of the question.
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return self._things
+
+    def generate(self, bits: np.ndarray) -> Sequences:
+        num = self.num_symbols
+        # A random permutation of the symbols: the way through the table.
+        way = np.argsort(bits[:, :num], axis=1, kind="stable")
+        pairs = np.stack([way, np.roll(way, -1, axis=1)], axis=-1)
+        order = np.argsort(bits[:, num : 2 * num], axis=1, kind="stable")
+        table = np.take_along_axis(pairs, order[:, :, None], axis=1).reshape(len(bits), 2 * num)
+        num_lookups = 1 + uniform_below(bits[:, 2 * num :], self.depth)
+        # The symbols of the numbers stand after those of the table.
+        number = num + num_lookups - 1
+        symbols = np.concatenate([table, number, way[:, :1]], axis=1)
+        answers = np.full_like(symbols, NO_ANSWER)
+        answers[:, -1:] = np.take_along_axis(way, num_lookups, axis=1)
         return Sequences(symbols, answers)
 
 
@@ -273,6 +345,9 @@ class DepthTasks(NamedTuple):
     tasks: tuple[DepthTask, ...]
     has_markers: bool
     """Whether each sequence begins with the token of its task."""
+    in_words: bool = False
+    """Whether the symbols are words of a text's tokenizer. Then there are no markers, and a
+    tokenizer gets no new tokens."""
 
     @classmethod
     def of(cls, settings: DataSettings) -> DepthTasks:
@@ -288,17 +363,38 @@ class DepthTasks(NamedTuple):
                 "data.source is `depth`, but data.depth.tasks is empty; name depth tasks, such as "
                 "--set 'data.depth.tasks=[phop_6]'"
             )
+        in_words = depth.in_words
+        if in_words and len(depth.tasks) > 1:
+            raise UserError(
+                f"data.depth.symbols=words: there are {len(depth.tasks)} depth tasks, and "
+                "sequences of words do not say of which they are; leave one task, or take letters"
+            )
         tasks: list[DepthTask] = []
         for kind, steps in map(parse_task_name, depth.tasks):
             if kind == "phop":
                 tasks.append(
-                    PHopInduction(steps, num_symbols=depth.num_symbols, length=depth.length)
+                    PHopInduction(
+                        steps,
+                        num_symbols=depth.num_symbols,
+                        length=depth.length,
+                        in_words=in_words,
+                    )
                 )
             elif kind == "chain":
-                tasks.append(PointerChains(steps, num_chains=depth.num_chains))
+                tasks.append(PointerChains(steps, num_chains=depth.num_chains, in_words=in_words))
+            elif kind == "lookup":
+                tasks.append(
+                    IteratedLookup(steps, num_symbols=depth.num_symbols, in_words=in_words)
+                )
+            elif in_words:
+                raise UserError(
+                    f"data.depth.symbols=words: {kind}_{steps} has permutations for symbols, and "
+                    "there are no words for them; leave it out, or take another task"
+                )
             else:
                 tasks.append(PermutationWords(steps))
-        return cls(tuple(tasks), has_markers=is_mixed or len(tasks) > 1)
+        has_markers = not in_words and (is_mixed or len(tasks) > 1)
+        return cls(tuple(tasks), has_markers=has_markers, in_words=in_words)
 
     @property
     def sequence_length(self) -> int:
@@ -324,6 +420,58 @@ class DepthTasks(NamedTuple):
         ordered = dict.fromkeys([*shared, *symbols])
         return (*ordered, *(task.marker for task in self.tasks if self.has_markers))
 
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The texts that a text's tokenizer gets as new tokens."""
+        return () if self.in_words else self.vocabulary
+
+    def check_words(self, tokenizer: Tokenizer, shown: str) -> None:
+        """Check that each word is one token.
+
+        Args:
+            tokenizer: Of a text.
+            shown: What `data.tokenizer` says.
+
+        Raises:
+            UserError: If one is not.
+        """
+        for word in self.vocabulary:
+            ids = tokenizer.encode(word, add_special_tokens=False).ids
+            if len(ids) != 1:
+                raise UserError(
+                    f"data.depth.symbols=words: for data.tokenizer={shown} the word "
+                    f"{word.strip()}, with a space before it, is {len(ids)} tokens instead of one; "
+                    "take another tokenizer, fewer data.depth.num_symbols, or letters"
+                )
+
+
+def symbol_texts(num: int, *, in_words: bool) -> tuple[str, ...]:
+    """Return the texts of some symbols.
+
+    Raises:
+        UserError: If there are fewer words.
+    """
+    if not in_words:
+        return numbered_symbols(num)
+    if num > len(WORDS):
+        raise UserError(
+            f"data.depth.symbols=words: the task has {num} symbols, and there are {len(WORDS)} "
+            "words; take fewer symbols, or letters"
+        )
+    return tuple(f" {word}" for word in WORDS[:num])
+
+
+def _number_texts(most: int, *, in_words: bool) -> tuple[str, ...]:
+    """Return the texts of the numbers from 1."""
+    if not in_words:
+        return tuple(f"<|{number} steps|>" for number in range(1, most + 1))
+    if most > len(NUMBER_WORDS):
+        raise UserError(
+            f"data.depth.symbols=words: the task has up to {most} steps, and there are "
+            f"{len(NUMBER_WORDS)} words for numbers; take fewer steps, or letters"
+        )
+    return tuple(f" {word}" for word in NUMBER_WORDS[:most])
+
 
 def numbered_symbols(num: int) -> tuple[str, ...]:
     """Return the texts of the symbols that several kinds of tasks share."""
@@ -337,6 +485,31 @@ def symbol_tokenizer(texts: Sequence[str]) -> Tokenizer:
     add_symbols(tokenizer, texts)
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
+
+
+def depth_tokenizer(settings: DataSettings) -> Tokenizer:
+    """Return the tokenizer of depth tasks without text beside them.
+
+    Raises:
+        UserError: If words are wanted, and no tokenizer has them as tokens.
+    """
+    tasks = DepthTasks.of(settings)
+    if not tasks.in_words:
+        return symbol_tokenizer(tasks.vocabulary)
+    check_names_tokenizer(settings)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    tasks.check_words(tokenizer, settings.tokenizer)
+    return tokenizer
+
+
+def check_names_tokenizer(settings: DataSettings) -> None:
+    """Raise a `UserError` if words are wanted of a tokenizer for which there is no text."""
+    if settings.depth.in_words and settings.tokenizer == "train":
+        raise UserError(
+            "data.depth.symbols=words: words are tokens of a text's tokenizer, and there is no "
+            "text to train one; set data.tokenizer, or train from a source, whose tokenizer is "
+            "taken"
+        )
 
 
 def add_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
@@ -441,7 +614,13 @@ class DepthStore(PreparedData):
     @cached_property
     def _ids(self) -> Mapping[str, int]:
         """Text of a symbol or marker -> its id."""
-        ids: dict[str, int] = load_tokenizer(self.tokenizer_path).get_vocab(with_added_tokens=True)
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if self.depth_tasks.in_words:
+            return {
+                word: tokenizer.encode(word, add_special_tokens=False).ids[0]
+                for word in self.depth_tasks.vocabulary
+            }
+        ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         return ids
 
 
@@ -460,16 +639,15 @@ def content_number(*parts: str | int) -> int:
 
 def depth_folder(settings: DataSettings, parent: Path) -> Path:
     """Return the folder in `parent` of prepared depth tasks, whether it exists or not."""
-    tokenizer = symbol_tokenizer(DepthTasks.of(settings).vocabulary).to_str()
-    depth = settings.depth.model_dump(mode="json")
-    return parent / content_key("depth", GENERATOR_VERSION, depth, tokenizer)
+    tokenizer = depth_tokenizer(settings).to_str()
+    return parent / content_key("depth", GENERATOR_VERSION, settings.depth.to_key(), tokenizer)
 
 
 def write_depth(settings: DataSettings, parent: Path) -> Path:
     """Write the folder of depth tasks, unless it exists; it holds no sequences."""
     folder = depth_folder(settings, parent)
     if not is_complete(folder):
-        tokenizer = symbol_tokenizer(DepthTasks.of(settings).vocabulary)
+        tokenizer = depth_tokenizer(settings)
         with new_folder(folder) as filling:
             finish_folder(filling, folder.name, settings.read_by_source(), tokenizer)
     return folder

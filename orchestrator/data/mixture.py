@@ -27,7 +27,7 @@ from orchestrator.data.depth import (
     DepthTasks,
     add_symbols,
     content_number,
-    symbol_tokenizer,
+    depth_tokenizer,
 )
 from orchestrator.data.order import SourceOrder
 from orchestrator.data.store import (
@@ -177,11 +177,15 @@ def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokeniz
         text: The tokenizer of its texts; None if it has none.
 
     Raises:
-        UserError: If the tokenizer of the texts has the symbols of the tasks.
+        UserError: If the tokenizer of the texts has the symbols of the tasks, or a word of them is
+            not one token.
     """
-    symbols = DepthTasks.of(settings).vocabulary
     if text is None:
-        return symbol_tokenizer(symbols)
+        return depth_tokenizer(settings)
+    tasks = DepthTasks.of(settings)
+    if tasks.in_words:
+        tasks.check_words(text, settings.tokenizer)
+    symbols = tasks.added_tokens
     tokenizer = Tokenizer.from_str(text.to_str())  # A copy: texts are read without the symbols.
     add_symbols(tokenizer, symbols)
     first_new_id = num_token_ids(text)
@@ -212,7 +216,7 @@ def write_mixture(
         GENERATOR_VERSION,
         dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
         names,
-        settings.tasks.model_dump(mode="json"),
+        settings.tasks.to_key(),
         whole_tokenizer.to_str(),
     )
     folder = parent / fingerprint
@@ -266,7 +270,7 @@ def open_data(folder: Path | str) -> PreparedData:
         if name in text_folders:
             sources[name] = open_tokens(text_folders[name])
         else:
-            one_task = DepthTasks((tasks_by_name[name],), has_markers=True)
+            one_task = tasks._replace(tasks=(tasks_by_name[name],))
             sources[name] = DepthStore(folder, manifest, one_task)
     return MixtureStore(folder, manifest, sources, _order_of(settings))
 

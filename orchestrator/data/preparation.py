@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from orchestrator.data.depth import (
     GENERATOR_VERSION,
     DepthTasks,
+    check_names_tokenizer,
     depth_folder,
     symbol_tokenizer,
     write_depth,
@@ -96,10 +97,13 @@ def _write(
     settings: DataSettings, parent: Path, progress: Progress, open_runner: OpenRunner | None
 ) -> Path:
     """Write the folder of prepared data and the file that names it; the lock is held."""
+    key = source_key(settings)
     if settings.source == "depth":
         progress.start("corpus")
-        return write_depth(settings, parent)
-    key = source_key(settings)
+        folder = write_depth(settings, parent)
+        if settings.depth.in_words:
+            _store_folder(key, folder)
+        return folder
     index = _index_file(key, parent)
     if index.exists():
         progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
@@ -159,7 +163,8 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
-    if settings.source == "depth":
+    # Words need their tokenizer, which a plan may not have yet; the key holds its name alone.
+    if settings.source == "depth" and not settings.depth.in_words:
         folder = depth_folder(settings, parent)
         return folder if is_complete(folder) else None
     return find_folder(source_key(settings), parent)
@@ -177,6 +182,8 @@ def source_key(settings: DataSettings, *more: Any) -> str:
     if settings.source == "mixture":
         states = {name: source_state(text) for name, text in settings.texts.items()}
         state = ["mixture", MIXTURE_VERSION, GENERATOR_VERSION, states]
+    elif settings.source == "depth":
+        state = ["depth", GENERATOR_VERSION]
     else:
         state = source_state(settings)
     # The settings hold the tokenizer's name, but not whether its file has changed.
@@ -304,8 +311,12 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
     new_bytes = 0
     if settings.source == "depth" or not (texts or prepared):
         tasks = DepthTasks.of(settings)
-        vocab_size = num_token_ids(symbol_tokenizer(tasks.vocabulary))
-        origin = "of the depth tasks"
+        if tasks.in_words:
+            check_names_tokenizer(settings)
+            vocab_size, origin = _text_vocabulary(settings)
+        else:
+            vocab_size = num_token_ids(symbol_tokenizer(tasks.vocabulary))
+            origin = "of the depth tasks"
     elif prepared is not None:
         data = open_data(prepared)
         vocab_size = data.vocab_size
@@ -313,8 +324,8 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
         num_train_tokens = len(data.train) if isinstance(data, TokenStore) else None
     else:
         vocab_size, origin = _text_vocabulary(settings)
-        if is_mixture:
-            num_symbols = len(DepthTasks.of(settings).vocabulary)
+        num_symbols = len(DepthTasks.of(settings).added_tokens) if is_mixture else 0
+        if num_symbols:
             origin = f"{num_symbols} symbols, and {vocab_size:,}: {origin}"
             vocab_size += num_symbols
         new_bytes = sum(_bytes_to_write(text, vocab_size) for text in texts.values())

@@ -142,22 +142,25 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling
     temperature = unread.pop("temperature", None)
     if temperature is None:  # As transformers does.
         temperature = 1.0 if samples else 0.0
-    most = unread.pop("max_gen_toks")
+    max_new_tokens = unread.pop("max_gen_toks")
     settings = Sampling(
         stop=tuple(map(str, unread.pop("until"))),
-        max_new_tokens=most,
+        max_new_tokens=max_new_tokens,
         temperature=float(temperature),
         top_k=unread.pop("top_k", None) or None,
         top_p=unread.pop("top_p", None),
     )
-    if others := [f"{k}={v}" for k, v in unread.items() if (k, v) not in _NEUTRAL.items()]:
+    unsupported = [
+        f"{name}={value}" for name, value in unread.items() if (name, value) not in _NEUTRAL.items()
+    ]
+    if unsupported:
         raise UserError(
-            f"its generation_kwargs ask for {', '.join(others)}; supported are until, "
+            f"its generation_kwargs ask for {', '.join(unsupported)}; supported are until, "
             "max_gen_toks, do_sample, temperature, top_k and top_p"
         )
-    if most >= context_length:
+    if max_new_tokens >= context_length:
         raise UserError(
-            f"its answers have up to {most} tokens (max_gen_toks), and the model reads "
+            f"its answers have up to {max_new_tokens} tokens (max_gen_toks), and the model reads "
             f"{context_length} at once, question included"
         )
     return settings

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,13 @@ def decode_milliseconds(
             times[name].append(timed(name, new_tokens))
             if on_done:
                 on_done(repetition * len(names) + place)
-    columns = {name: tuple(zip(*pairs, strict=True)) for name, pairs in times.items()}
-    return {n: Timing(first_tokens=firsts, steps=steps) for n, (firsts, steps) in columns.items()}
+    return {
+        name: Timing(
+            first_tokens=tuple(first for first, _ in pairs),
+            steps=tuple(step for _, step in pairs),
+        )
+        for name, pairs in times.items()
+    }
 
 
 def load_side_by_side(
@@ -120,19 +125,20 @@ def load_side_by_side(
     Raises:
         UserError: If one is damaged, or neither a decoder nor a looped model of a known kind.
     """
-    first: dict[Path, Any] = {}
+    first_of_folder: dict[Path, Any] = {}
     decoders: dict[str, Timed] = {}
     for name, model in models.items():
-        like = first.get(model.path)
+        same_weights = first_of_folder.get(model.path)
         if model.loops:
             decoders[name] = LoopedDecoder(
-                model, trust_remote_code=trust_remote_code, device=device, like=like
+                model, trust_remote_code=trust_remote_code, device=device, like=same_weights
             )
         else:
-            like = like or model.decoder(DTYPES[device_precision(device)], device=device)
+            if same_weights is None:
+                same_weights = model.decoder(DTYPES[device_precision(device)], device=device)
             assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
-            decoders[name] = like.with_schedule(model.config.corrections)
-        first.setdefault(model.path, decoders[name])
+            decoders[name] = same_weights.with_schedule(model.config.corrections)
+        first_of_folder.setdefault(model.path, decoders[name])
     return decoders
 
 
@@ -329,9 +335,12 @@ class MeasuredCost:
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the condition."""
         prefix = f"cost/batch_{self.batch_size}_context_{self.context}"
-        names = ("first_token_ms", "decode_ms", "tokens_per_second", "kv_bytes", "peak_bytes")
-        numbers = {f"{prefix}/{name}": float(getattr(self, name)) for name in names}
-        return numbers | {
+        return {
+            f"{prefix}/first_token_ms": self.first_token_ms,
+            f"{prefix}/decode_ms": self.decode_ms,
+            f"{prefix}/tokens_per_second": self.tokens_per_second,
+            f"{prefix}/kv_bytes": float(self.kv_bytes),
+            f"{prefix}/peak_bytes": float(self.peak_bytes),
             f"{prefix}/decode_spread": self.decode_spread,
             f"{prefix}/decode_share": self.shares[DECODING].measured,
             f"{prefix}/decode_share_predicted": self.shares[DECODING].predicted[PREDICTION],
@@ -349,15 +358,12 @@ def measure_costs(
         conditions: They fit the models; see `MeasurementSettings.check`.
         progress: Shows the measurements done; the caller ends it.
     """
-    pairs = [(b, c) for b in conditions.batch_sizes for c in conditions.contexts]
-    num_each = len(decoders) * conditions.repetitions
-    progress.start("benchmark", len(pairs) * num_each)
+    measured_conditions = list(product(conditions.batch_sizes, conditions.contexts))
+    num_measurements = len(decoders) * conditions.repetitions
+    progress.start("benchmark", len(measured_conditions) * num_measurements)
     costs: list[MeasuredCost] = []
-    for number, (batch_size, context) in enumerate(pairs):
-
-        def advance(done: int, before: int = number * num_each) -> None:
-            progress.advance(before + done, f"batch {batch_size}, context {context}")  # noqa: B023
-
+    for number, (batch_size, context) in enumerate(measured_conditions):
+        # Times and memory.
         new_tokens = conditions.new_tokens
         with threads(conditions.num_threads):
             timings = decode_milliseconds(
@@ -366,13 +372,20 @@ def measure_costs(
                 new_tokens=new_tokens,
                 batch_size=batch_size,
                 repetitions=conditions.repetitions,
-                on_done=advance,
+                on_done=partial(
+                    _advance_from,
+                    progress,
+                    number * num_measurements,
+                    f"batch {batch_size}, context {context}",
+                ),
             )
             peaks = {}
             for name, decoder in decoders.items():
                 prompt = random_prompt(decoder, batch_size, context)
                 work = partial(_first_steps, decoder, prompt, new_tokens)
                 peaks[name] = peak_bytes(work, decoder.device)
+
+        # What the cost model predicts of both phases.
         predicted = {}
         for name, decoder in decoders.items():
             first = cost_of(decoder)(context_length=context)
@@ -383,22 +396,27 @@ def measure_costs(
                 DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
                 FIRST_TOKEN: {PREDICTION: first.prefill_flops_per_token, **evaluations},
             }
+
+        # Both as shares of the full model's.
         full = max(decoders, key=lambda name: predicted[name][DECODING][PREDICTION])
+        full_timing = timings[full]
         for name, decoder in decoders.items():
             timing = timings[name]
-            whole = timings[full]
             shares = {}
-            for phase, own, others in (
-                (DECODING, timing.steps, whole.steps),
-                (FIRST_TOKEN, timing.first_tokens, whole.first_tokens),
+            for phase, times, full_times in (
+                (DECODING, timing.steps, full_timing.steps),
+                (FIRST_TOKEN, timing.first_tokens, full_timing.first_tokens),
             ):
-                ratios = [one / other for one, other in zip(own, others, strict=True)]
+                # Repetition by repetition: a slow phase of the machine affects both.
+                ratios = [
+                    time / full_time for time, full_time in zip(times, full_times, strict=True)
+                ]
                 shares[phase] = RelativeTime(
                     measured=statistics.median(ratios),
                     spread=half_quartile_distance(ratios),
                     predicted={
-                        kind: value / predicted[full][phase][kind]
-                        for kind, value in predicted[name][phase].items()
+                        prediction: value / predicted[full][phase][prediction]
+                        for prediction, value in predicted[name][phase].items()
                     },
                 )
             weights = sum(parameter.nbytes for parameter in decoder.parameters())
@@ -421,6 +439,10 @@ def measure_costs(
                 )
             )
     return costs
+
+
+def _advance_from(progress: Progress, num_before: int, text: str, done: int) -> None:
+    progress.advance(num_before + done, text)
 
 
 def _first_steps(decoder: Timed, prompt: Tensor, new_tokens: int) -> None:

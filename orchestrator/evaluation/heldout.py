@@ -32,13 +32,16 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
-LAST_WORD, BITS_PER_BYTE = TEXT_TASKS = ("lastword", "bits_per_byte")
+LAST_WORD = "lastword"
+BITS_PER_BYTE = "bits_per_byte"
+TEXT_TASKS = (LAST_WORD, BITS_PER_BYTE)
 PYTHON_TEXT_BYTES = 40_000
 PYTHON_PASSAGE_CHARACTERS = 1_000
 """Sizes of the task `PYTHON_BITS`, and of its items. Whole documents would be ten, too few for an
 interval."""
-TEXT_VERSION, DEPTH_VERSION = 2, 1
-"""Increase one if the same data give other items; it is part of the tasks' version."""
+TEXT_VERSION = 2
+DEPTH_VERSION = 1
+"""Versions of the tasks: increase one if the same data give other items."""
 SUITE_NAME = "suite.json"
 MAX_ITEM_TOKENS = 64
 """Longest passage with its last word: two or three sentences, for any context length."""
@@ -63,15 +66,23 @@ _ASKED_WORD = re.compile(r"(?<=[a-z] )[a-z]{2,}(?=[.,;:!?]?(?: |$))")
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
-def _task(kind: str, text: str, target: str, **metrics: str) -> Row:
-    """Return how a task asks and scores, in the form of lm-eval's task files; each metric has the
-    name of its aggregation."""
-    listed = [
-        {"metric": name, "aggregation": how, "higher_is_better": name == "acc"}
-        for name, how in metrics.items()
-    ]
-    asks = {"output_type": kind, "doc_to_text": text, "doc_to_target": target}
-    return {**asks, "metric_list": listed}
+def _task(output_type: str, text: str, target: str, **metrics: str) -> Row:
+    """Return how a task asks and scores, in the form of lm-eval's task files.
+
+    Args:
+        text: Template of what the model reads.
+        target: Template of the right answer.
+        metrics: Name of a metric -> its aggregation.
+    """
+    return {
+        "output_type": output_type,
+        "doc_to_text": text,
+        "doc_to_target": target,
+        "metric_list": [
+            {"metric": name, "aggregation": aggregation, "higher_is_better": name == "acc"}
+            for name, aggregation in metrics.items()
+        ],
+    }
 
 
 _TEXT_CONFIGS = {
@@ -143,16 +154,17 @@ def heldout_folder(
         sample = _sampled(documents, max(size, MAX_ROLLING_BYTES))
         rows[LAST_WORD] = last_words(_sampled(sample, size), texts, num_items, max_tokens)
         rows[BITS_PER_BYTE] = [{"text": text} for text in _sampled(sample, MAX_ROLLING_BYTES)]
-    for part in (part for part in data.parts if isinstance(part, DepthStore)):
+    depth_parts = [part for part in data.parts if isinstance(part, DepthStore)]
+    for part in depth_parts:
         for task in part.tasks:
-            choices = list(task.symbols)
+            choices = list(task.choices)
             rows[task.name] = [
                 {"context": item.context, "choices": choices, "label": choices.index(item.answer)}
                 for item in part.items(task, num_items)
             ]
             chances[task.name] = _chance_in_words(task.chance, rows[task.name])
     HeldoutItems(tasks=rows, chances=chances).write(path / SUITE_NAME)
-    make.finish(", ".join(f"{len(found):,} {name}" for name, found in rows.items()))
+    make.finish(", ".join(f"{len(items):,} {name}" for name, items in rows.items()))
     return path
 
 
@@ -285,11 +297,12 @@ def last_words(
             if len(_WORD.findall(sentence[0])) < MIN_SENTENCE_WORDS:
                 continue
             count = 0
-            for asked in sorted(_ASKED_WORD.finditer(sentence[0]), key=lambda w: singles[w[0]]):
-                head = sentence[0][: asked.start() - 1]
-                word = asked[0]
-                before = _WORD.findall(head)[-1].lower()
-                share = pairs[before, word] / (singles[before] + 2)
+            matches = sorted(_ASKED_WORD.finditer(sentence[0]), key=lambda w: singles[w[0]])
+            for match in matches:  # The rarest words first.
+                head = sentence[0][: match.start() - 1]
+                word = match[0]
+                word_before = _WORD.findall(head)[-1].lower()
+                share = pairs[word_before, word] / (singles[word_before] + 2)
                 if word in EXCLUDED_WORDS or share < MIN_EXPECTATION:
                     continue
                 passage = ""  # With as many sentences before this one as fit.
@@ -305,16 +318,16 @@ def last_words(
                 if count == ITEMS_PER_SENTENCE:
                     break
 
-    found: dict[str, Row] = {}
-    for item in (item for text in texts for item in items_of(text)):
+    items: dict[str, Row] = {}
+    for item in chain.from_iterable(map(items_of, texts)):
         # A passage that ends in the same words as another one is the same question.
-        found.setdefault(" ".join([*item["context"].split()[-4:], item["word"]]), item)
-    most = max(1, int(MAX_SAME_WORD_SHARE * num_items))
-    asked_words = Counter[str]()
+        items.setdefault(" ".join([*item["context"].split()[-4:], item["word"]]), item)
+    most_of_a_word = max(1, int(MAX_SAME_WORD_SHARE * num_items))
+    num_of_word = Counter[str]()
     rows: list[Row] = []
-    for item in sorted(found.values(), key=lambda item: _hash(item["context"] + item["word"])):
-        asked_words[item["word"]] += 1
-        if asked_words[item["word"]] <= most and len(rows) < num_items:
+    for item in sorted(items.values(), key=lambda item: _hash(item["context"] + item["word"])):
+        num_of_word[item["word"]] += 1
+        if num_of_word[item["word"]] <= most_of_a_word and len(rows) < num_items:
             rows.append(item)
     if not rows:
         raise UserError(

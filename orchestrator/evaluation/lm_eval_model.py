@@ -57,8 +57,8 @@ _AGGREGATIONS = {function: key for key, function in AGGREGATION_REGISTRY.items()
 class Group(NamedTuple):
     """Requests that one row of a batch answers."""
 
-    kind: Any
-    """Groups of one batch have the same."""
+    sort: Any
+    """What the groups of one batch have in common, such as the options of their answers."""
     size: int
     """Tokens, or 1 where batches count rows."""
     numbers: list[int]
@@ -77,7 +77,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     task_name = "a task"
     """The current task."""
     num_items = 0
-    """Its items."""
+    """Items of the current task."""
     num_cut = 0
     """Prompts that lost their beginning."""
 
@@ -158,16 +158,19 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
         def score(is_single: bool, numbers: list[int]) -> list[tuple[float, bool]]:
             self.logits_cache = is_single
-            asked = [requests[number] for number in numbers]
-            return HFLM._loglikelihood_tokens(self, asked, disable_tqdm=True)  # type: ignore[no-any-return]
+            batch = [requests[number] for number in numbers]
+            return HFLM._loglikelihood_tokens(self, batch, disable_tqdm=True)  # type: ignore[no-any-return]
 
         max_tokens = self._num_rows * self.max_length
         if self.device.type == "cpu":
             max_tokens = min(max_tokens, MAX_TOKENS_ON_CPU)
-        rows = [Group(kind, len(read), found) for (kind, read, _), found in groups.items()]
-        rows.sort(key=lambda row: (not row.kind, -row.size))
-        found = self._in_batches([request[1:] for request in requests], rows, max_tokens, score)
-        return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in found]
+        rows = [
+            Group(is_single, len(read), numbers) for (is_single, read, _), numbers in groups.items()
+        ]
+        rows.sort(key=lambda row: (not row.sort, -row.size))
+        scores = self._in_batches([request[1:] for request in requests], rows, max_tokens, score)
+        # The journal's are lists.
+        return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts in windows of `max_length` tokens, each token once."""
@@ -186,10 +189,10 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         rows = []
         for number, (text, options) in enumerate(prompts_and_options):
             size = len(self.tok_encode(text))
-            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            self.num_cut += size + most > self.max_length
+            max_new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            self.num_cut += size + max_new_tokens > self.max_length
             rows.append((json.dumps(options, sort_keys=True), -size, number))
-        groups = [Group(kind, 1, [number]) for kind, _, number in sorted(rows)]
+        groups = [Group(options, 1, [number]) for options, _, number in sorted(rows)]
 
         def answer(_: Any, numbers: list[int]) -> list[str]:
             return self._generate([requests[number] for number in numbers], numbers)
@@ -210,45 +213,46 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
     def _in_batches(
         self,
-        asked: Sequence[Any],
+        questions: Sequence[Any],
         groups: list[Group],
         limit: int,
-        work: Callable[[Any, list[int]], list[Any]],
+        answer: Callable[[Any, list[int]], list[Any]],
     ) -> list[Any]:
         """Return the answers to requests; batches that the journal has are not run again.
 
         Args:
-            asked: What each request asks, as JSON values.
-            groups: All requests; of each kind the largest first, to which a batch is padded.
+            questions: What each request asks, as JSON values.
+            groups: All requests; of each sort the largest first, to which a batch is padded.
             limit: Most rows of a batch times their size; one row may be larger.
-            work: Answers a batch: the kind of its groups, and the places of its requests.
+            answer: Answers a batch: the sort of its groups, and the places of its requests.
 
         Raises:
             DeviceError: If the memory is too small for one row.
         """
         answers: dict[int, Any] = {}
-        for kind, of_kind in groupby(groups, key=lambda group: group.kind):
-            left = list(of_kind)
-            while left:
-                batch = left[: max(1, limit // left[0].size)]
+        for sort, groups_of_sort in groupby(groups, key=lambda group: group.sort):
+            waiting = list(groups_of_sort)
+            while waiting:
+                batch = waiting[: max(1, limit // waiting[0].size)]
                 numbers = [number for group in batch for number in group.numbers]
-                key = content_key("answers", numbers, [asked[number] for number in numbers])
+                key = content_key("answers", numbers, [questions[number] for number in numbers])
                 problem = ""
                 stored_answer = self.journal.get(key)
                 if stored_answer is None:
                     try:
-                        stored_answer = work(kind, numbers)
+                        stored_answer = answer(sort, numbers)
                         self.journal.add({key: stored_answer})
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
                 if problem:  # Not in the handler: there, the error still holds the batch's tensors.
-                    limit = smaller_batch(len(batch), problem, self.progress.note) * left[0].size
+                    num_rows = smaller_batch(len(batch), problem, self.progress.note)
+                    limit = num_rows * waiting[0].size
                     continue
                 answers |= zip(numbers, stored_answer or (), strict=True)
-                del left[: len(batch)]
-                done = self.num_items * len(answers) // len(asked)
+                del waiting[: len(batch)]
+                done = self.num_items * len(answers) // len(questions)
                 self.progress.advance(self.num_items_before + done)
-        return [answers[number] for number in range(len(asked))]
+        return [answers[number] for number in range(len(questions))]
 
 
 class DecoderModel(LmEvalModel):

@@ -68,21 +68,26 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
     tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device=model.device)
     with torch.no_grad(), watched(model, loops) as (ran, states):
         output = model(tokens, use_cache=True)
-    own = {next(layer.parameters()).data_ptr() for layer in ran}
-    pairs = {
+    distinct_weights = {next(layer.parameters()).data_ptr() for layer in ran}
+    # What is counted -> what the class says, and what ran.
+    counts = {
         "layer runs of a token": (loops.layer_runs(depth), len(ran)),
-        "layers with weights of their own": (loops.num_layers, len(own)),
+        "layers with weights of their own": (loops.num_layers, len(distinct_weights)),
         "loops": (depth[0], len(states)),
     }
     if slots := getattr(_cache_of(output), "layers", None):
         stored = sum(slot.keys.numel() + slot.values.numel() for slot in slots) // NUM_TOKENS
-        pairs["numbers that a token adds to the cache"] = (loops.kv_numbers(depth), stored)
-    if wrong := [
-        f"{found} {n} instead of {due}" for n, (due, found) in pairs.items() if due != found
-    ]:
-        shown = ",".join(map(str, depth))
+        counts["numbers that a token adds to the cache"] = (loops.kv_numbers(depth), stored)
+    differences = [
+        f"{counted} {noun} instead of {expected}"
+        for noun, (expected, counted) in counts.items()
+        if expected != counted
+    ]
+    if differences:
+        shown_depth = ",".join(map(str, depth))
         raise UserError(
-            f"at depth {shown} it does not run as {type(loops).__name__} says: {', '.join(wrong)}"
+            f"at depth {shown_depth} it does not run as {type(loops).__name__} says: "
+            f"{', '.join(differences)}"
         )
 
 
@@ -123,7 +128,7 @@ def load_transformers(
                 for name, value in loops.changes(depth).items():
                     setattr(config, name, value)
                 options["config"] = config
-            model, found = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
+            model, info = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
         line = first_line(error)
         hint = ""
@@ -131,7 +136,7 @@ def load_transformers(
             line = "it needs code in the folder"
             hint = "; --trust-remote-code runs it"
         raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
-    if missing := sorted(found.get("missing_keys", ())):
+    if missing := sorted(info.get("missing_keys", ())):
         and_others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"the weights in {folder} are not complete: {missing[0]}{and_others} missing"
@@ -181,8 +186,9 @@ class LoopedDecoder:
         self.model = load_transformers(opened, trust_remote_code=trust_remote_code, device=device)
         self.device = self.model.device
         self.parameters = self.model.parameters
-        for own, other in zip(self.parameters(), like.parameters() if like else (), strict=False):
-            own.data = other.data
+        if like is not None:
+            for parameter, shared in zip(self.parameters(), like.parameters(), strict=False):
+                parameter.data = shared.data
         self.config = SimpleNamespace(
             context_length=opened.context_length, vocab_size=self.loops.number("vocab_size")
         )
@@ -209,7 +215,8 @@ class LoopedDecoder:
 
         A layer that attends to a window is counted as one that sees the whole context.
         """
-        length, (alone, per_token_seen) = context_length or self.config.context_length, self._flops
+        length = context_length or self.config.context_length
+        alone, per_token_seen = self._flops
         head = 2 * self.loops.number("hidden_size", "n_embd") * self.config.vocab_size
         forward = alone + per_token_seen * (length + 1) / 2
         kv_bytes = bytes_per_value * self.loops.kv_numbers(self.depth)
@@ -228,7 +235,8 @@ class LoopedDecoder:
 def count_flops(model: Any) -> tuple[float, float]:
     """Return the FLOPs of a token's matrix products, and of attention to one token that it sees.
 
-    They are those of whole texts of three lengths, in which each token is compared with all.
+    They follow from those of whole texts of three lengths, in which each token is compared with
+    all: a text of n tokens takes `n a + n^2 b`, beside what does not depend on its length.
     """
     counts = []
     for time in (2, 4, 6):
@@ -237,9 +245,9 @@ def count_flops(model: Any) -> tuple[float, float]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(tokens, use_cache=False)
         counts.append(counter.get_total_flops())
-    few, more, most = counts
-    per_token_seen = (most - 2 * more + few) / 8
-    return (more - few) / 2 - 6 * per_token_seen, per_token_seen
+    of_two, of_four, of_six = counts
+    per_token_seen = (of_six - 2 * of_four + of_two) / 8
+    return (of_four - of_two) / 2 - 6 * per_token_seen, per_token_seen
 
 
 def _expert_flops(tokens: Any, weights: Any, *_: Any, **__: Any) -> int:

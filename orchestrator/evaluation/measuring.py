@@ -182,10 +182,12 @@ class ModelMeasurer:
             for name in loaded.tasks
         }
 
-    def _key(self, what: str, *, limit: int | None = None, opening: Sequence[int] = ()) -> str:
+    def _key(
+        self, fingerprint: str, *, limit: int | None = None, opening: Sequence[int] = ()
+    ) -> str:
         return self._suite.result_key(
             self._model.key,
-            what,
+            fingerprint,
             precision=self.precision,
             context_length=self._model.context_length,
             limit=limit,
@@ -201,10 +203,10 @@ class ModelMeasurer:
         from orchestrator.evaluation.lm_eval_model import DecoderModel, LmEvalModel
         from orchestrator.evaluation.looped import load_transformers
 
-        kind: type[LmEvalModel]
+        model_type: type[LmEvalModel]
         network: Any
         if self._model.config is None:
-            kind = LmEvalModel
+            model_type = LmEvalModel
             text = self._model.tokenizer(trust_remote_code=self._trust_remote_code)
             network = load_transformers(
                 self._model,
@@ -213,13 +215,13 @@ class ModelMeasurer:
                 dtype=DTYPES[self.precision],
             )
         else:
-            kind = DecoderModel
+            model_type = DecoderModel
             text = self._model.tokenizer()
             network = self._decoder
             check_answer_settings(missing.tasks, self.sequence_length)
         prompts = self._suite.prompts or Prompts()
         check_template(text, prompts)
-        return kind(
+        return model_type(
             network,
             text,
             self._suite.batch_size,

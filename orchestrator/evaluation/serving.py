@@ -36,7 +36,8 @@ REQUEST_TIMEOUT_SECONDS = 600.0
 PAGE_TOKENS = 256
 """Tokens of a block of the server's cache."""
 SPARE_BLOCKS = 2
-MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 1024, 8192
+MIN_BATCH_TOKENS = 1024
+MAX_BATCH_TOKENS = 8192
 """Bounds of the tokens that the server computes at once; the upper one is its default."""
 NUM_WORDS = 64
 """Different tokens that prompts are made of."""
@@ -81,11 +82,9 @@ def transformers_server(
     # By itself it takes 60% of the memory of a CPU, and a minute to fill that with zeros.
     num_blocks = busiest * math.ceil(num_tokens / PAGE_TOKENS) + SPARE_BLOCKS
     batch_tokens = min(max(busiest * conditions.prompt_tokens, MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
-    arguments = [
-        *(*PROGRAM, "serve", str(folder), "--continuous-batching"),
-        *("--host", HOST, "--port", str(port), "--device", device, "--dtype", dtype),
-        *("--cb-num-blocks", str(num_blocks), "--cb-max-batch-tokens", str(batch_tokens)),
-    ]
+    arguments = [*PROGRAM, "serve", str(folder), "--continuous-batching"]
+    arguments += ["--host", HOST, "--port", str(port), "--device", device, "--dtype", dtype]
+    arguments += ["--cb-num-blocks", str(num_blocks), "--cb-max-batch-tokens", str(batch_tokens)]
     if trust_remote_code:
         arguments.append("--trust-remote-code")
     environment = {
@@ -173,7 +172,8 @@ def _separate_tokens(tokenizer: ModelTokenizer) -> list[int]:
         except UserError:  # It reads symbols alone.
             is_kept = False
         if text and is_kept:
-            (words if len(text.split()) == 2 else symbols).append(token)
+            is_word = len(text.split()) == 2  # Twice the same, with a space between.
+            (words if is_word else symbols).append(token)
         if len(words) == NUM_WORDS:
             break
     return words or symbols

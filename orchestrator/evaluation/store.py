@@ -137,7 +137,7 @@ class EvaluationStore:
             return None
         path, run, stored = open_result(folder)
         with damage_named(path):
-            (name,) = run["results"]
+            [name] = run["results"]
             task = MeasuredTask(name=name, run=run, items=stored.items, values=stored.values)
             return task.result
 
@@ -241,10 +241,11 @@ class EvaluationStore:
             reason = f"cannot write lm-eval's files into {target}: {error.strerror}"
             raise RunFailed(reason) from None
 
-    def _fail(self, what: str, error: OSError) -> None:
+    def _fail(self, noun: str, error: OSError) -> None:
+        """Raise the error of a full disk, which ends the command; note any other one."""
         if error.errno == errno.ENOSPC:
             raise error
-        self._note(f"cannot store {what}: {error.strerror}")
+        self._note(f"cannot store {noun}: {error.strerror}")
 
     def _journal_path(self, key: str) -> Path:
         return self._folder / f"{key}.answers"
@@ -306,7 +307,7 @@ class AnswerJournal:
     @property
     def num_answers(self) -> int:
         """Answers that the file held."""
-        return sum(len(v) if isinstance(v, list) else 1 for v in self._stored.values())
+        return sum(len(value) if isinstance(value, list) else 1 for value in self._stored.values())
 
     def get(self, key: str) -> Any | None:
         """Return the JSON value that was stored under a key, if any."""

@@ -121,7 +121,7 @@ def named_tasks(settings: EvaluationSettings) -> list[str]:
 
 
 def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
-    return [n for n in named_tasks(settings) if n != HELDOUT and not is_heldout_task(n)]
+    return [name for name in named_tasks(settings) if name != HELDOUT and not is_heldout_task(name)]
 
 
 def tasks_beside(settings: EvaluationSettings) -> tuple[str, ...]:
@@ -160,8 +160,9 @@ def needs_heldout(settings: EvaluationSettings) -> bool:
 
 def needs_lm_eval(settings: EvaluationSettings) -> bool:
     """Return whether a sweep measures tasks besides held-out ones."""
-    names_all = not named_tasks(settings) and bool(settings.include_path)
-    return names_all or bool(_lm_eval_names(settings) or _retention_of_lm_eval(settings))
+    measures_whole_folder = not named_tasks(settings) and bool(settings.include_path)
+    named = _lm_eval_names(settings) or _retention_of_lm_eval(settings)
+    return measures_whole_folder or bool(named)
 
 
 def user_task_folder(settings: EvaluationSettings) -> str:
@@ -197,10 +198,10 @@ def check_task_names(settings: EvaluationSettings) -> None:
     Which tasks a folder of the user has, only lm-eval can say.
     """
     names = [*_lm_eval_names(settings), *_retention_of_lm_eval(settings)]
-    others = [name for name in names if name not in {PAPER, *PAPER_TASKS}]
-    if others and not user_task_folder(settings):
+    unchecked = [name for name in names if name not in {PAPER, *PAPER_TASKS}]
+    if unchecked and not user_task_folder(settings):
         known = _builtin_folders()
-        _refuse({name: _no_such_task(name, known) for name in others if name not in known})
+        _refuse({name: _no_such_task(name, known) for name in unchecked if name not in known})
 
 
 def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
@@ -362,8 +363,8 @@ def load_suite(suite: Suite) -> LoadedSuite:
     folders = [*suite.task_folders, *([suite.heldout] if suite.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    # The rest of the suite says how tasks are run, not which there are.
-    which = Suite(
+    # The other fields of the suite say how tasks are run, not which there are.
+    loaded_part = Suite(
         tasks=suite.tasks,
         beside=suite.beside,
         tokens_folder=suite.tokens_folder if suite.python_text else "",
@@ -371,7 +372,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
         suite_folder=suite.suite_folder,
         num_fewshot=suite.num_fewshot,
     )
-    loaded = replace(_load(which.model_dump_json(), state), suite=suite)
+    loaded = replace(_load(loaded_part.model_dump_json(), state), suite=suite)
     if loaded.skipped:
         _load.cache_clear()  # The hub may provide them later.
     if suite.fingerprints is None:
@@ -381,9 +382,10 @@ def load_suite(suite: Suite) -> LoadedSuite:
                 f"{_as_text(loaded.skipped)}; make it reachable, or leave them out of the suite"
             )
         return loaded
-    heldout_names = heldout_configs(suite.heldout) if suite.heldout else {}
-    asked_heldout = [name for name in heldout_names if not suite.tasks or name in suite.tasks]
-    planned = {*suite.fingerprints, *asked_heldout}
+    planned = set(suite.fingerprints)
+    for name in heldout_configs(suite.heldout) if suite.heldout else ():
+        if not suite.tasks or name in suite.tasks:
+            planned.add(name)
     if suite.python_text:
         planned.add(PYTHON_BITS)
     if missing := [name for name in planned if name not in loaded.tasks]:
@@ -392,9 +394,10 @@ def load_suite(suite: Suite) -> LoadedSuite:
             f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
             f"cannot now{reasons}; the same command tries again"
         )
-    others = [name for name in loaded.tasks if name not in planned]
+    not_planned = [name for name in loaded.tasks if name not in planned]
     reason = "it could not be loaded when the sweep was planned"
-    return replace(loaded.only(planned), skipped=loaded.skipped | dict.fromkeys(others, reason))
+    skipped = loaded.skipped | dict.fromkeys(not_planned, reason)
+    return replace(loaded.only(planned), skipped=skipped)
 
 
 @lru_cache(maxsize=4)
@@ -421,17 +424,16 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
     names = _with_paper_tasks([*(suite.tasks or names_of_folders), *beside])
     if PYTHON_BITS in beside:
         configs[PYTHON_BITS] = python_config(Path(suite.tokens_folder))
+    if not names and suite.include_folder:
+        raise UserError(f"there are no lm-eval task files in {suite.include_folder}")
     if not names:
-        places = suite.include_folder
-        raise UserError(
-            f"there are no lm-eval task files in {places}" if places else "no task was named"
-        )
+        raise UserError("no task was named")
     builtin: dict[str, set[Path]] = {}
     if any(name not in configs and name not in manager.task_index for name in names):
         # Of lm-eval's own tasks, only the folders that define these names are read.
         builtin = _builtin_folders()
-        having: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
-        manager = manager_of(*sorted(having), *suite.task_folders)
+        folders: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
+        manager = manager_of(*sorted(folders), *suite.task_folders)
 
     # Load them; only what the hub does not give is skipped.
     tasks: dict[str, Task] = {}
@@ -542,9 +544,10 @@ def _builtin_folders() -> dict[str, set[Path]]:
     folders: defaultdict[str, set[Path]] = defaultdict(set)
     for file in root.rglob("*.yaml"):
         text = file.read_bytes()
-        for kind, name in _NAMED.findall(text):
+        for keyword, name in _NAMED.findall(text):
             family = root / file.relative_to(root).parts[0]
-            folders[name.decode()].add(family if kind == b"group" else file.parent)
-        for name in (name for block in _TAG_LIST.findall(text) for name in _ITEM.findall(block)):
-            folders[name.decode()].add(file.parent)
+            folders[name.decode()].add(family if keyword == b"group" else file.parent)
+        for block in _TAG_LIST.findall(text):
+            for name in _ITEM.findall(block):
+                folders[name.decode()].add(file.parent)
     return dict(folders)

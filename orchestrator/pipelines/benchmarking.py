@@ -57,7 +57,7 @@ class BenchmarkPlan(Result):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def models(self) -> list[str]:
-        """Their names."""
+        """Names of the models."""
         return list(self.opened)
 
     def shown(self) -> Iterable[RenderableType]:
@@ -92,18 +92,20 @@ class BenchmarkResult(Result):
         rows = []
         for cost in self.costs:
             row = asdict(cost)
-            row |= {f"{part}_share": s["measured"] for part, s in row.pop("shares").items()}
-            rows.append({name.replace(" ", "_"): value for name, value in row.items()})
+            for phase, share in row.pop("shares").items():
+                row[f"{phase.replace(' ', '_')}_share"] = share["measured"]
+            rows.append(row)
         return rows
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the tables of costs and shares, and what they say."""
         yield from command_tables.cost_and_share_tables(self.costs)
-        how = command_tables.conditions_sentence(
+        for sentence in command_tables.benchmark_sentences(self.costs):
+            yield f"  {sentence}"
+        conditions = command_tables.conditions_sentence(
             self.conditions, device=self.device, dtype=self.dtype
         )
-        for line in (*command_tables.benchmark_sentences(self.costs), how):
-            yield f"  {line}"
+        yield f"  {conditions}"
         yield f"  written to {self.path}"
 
 
@@ -180,7 +182,10 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     write_json(result.path, result.model_dump(mode="json", exclude={"path"}))
     context.progress.finish(f"{len(plan.models)} models, {len(costs)} measurements")
     for name, model in plan.opened.items():
-        own = [cost.metrics() for cost in costs if cost.model == name]
+        metrics: dict[str, float] = {}
+        for cost in costs:
+            if cost.model == name:
+                metrics |= cost.metrics()
         context.log_measurement(
             TrackedRun.of(
                 key=content_key("benchmark", list(model.key), asdict(conditions), device),
@@ -193,7 +198,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
                     "dtype": dtype,
                     "num_threads": conditions.num_threads,
                 },
-                metrics={metric: value for numbers in own for metric, value in numbers.items()},
+                metrics=metrics,
             ),
             started_ms,
         )
@@ -230,8 +235,8 @@ def family_of(model: OpenedModel) -> list[OpenedModel]:
 def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int, ...]:
     """Return a short prompt and half the models' shortest context, if the new tokens fit after."""
     longest = min(model.context_length for model in models)
-    wanted = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
-    fitting = tuple(context for context in wanted if 1 <= context <= longest - new_tokens)
+    usual = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
+    fitting = tuple(context for context in usual if 1 <= context <= longest - new_tokens)
     return fitting or (max(1, longest - new_tokens),)
 
 
@@ -242,9 +247,10 @@ def _measure(
     decoders = decode_timing.load_side_by_side(
         plan.opened, device, trust_remote_code=plan.trust_remote_code
     )
-    some = next(iter(decoders.values()))
     costs = decode_timing.measure_costs(decoders, plan.conditions, progress)
-    dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
-    on_gpu = some.device.type == "cuda"
-    name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)
-    return costs, name, dtype_name
+    first_decoder = next(iter(decoders.values()))  # All are alike in this.
+    dtype_name = str(next(first_decoder.parameters()).dtype).removeprefix("torch.")
+    device_name = str(first_decoder.device)
+    if first_decoder.device.type == "cuda":
+        device_name = torch.cuda.get_device_name(first_decoder.device)
+    return costs, device_name, dtype_name

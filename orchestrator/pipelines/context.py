@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -17,9 +17,10 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 if TYPE_CHECKING:
     from orchestrator.tracking.tracker import Tracking
 
-Asked = ParamSpec("Asked")
-Planned = TypeVar("Planned", bound=Result)
-Made = TypeVar("Made")
+KEYWORD_ONLY = Parameter.KEYWORD_ONLY
+Arguments = ParamSpec("Arguments")
+Plan = TypeVar("Plan", bound=Result)
+Outcome = TypeVar("Outcome")
 
 
 class Context:
@@ -57,9 +58,11 @@ class Context:
             started_ms: When it began; one that is found again keeps its times.
         """
         if self.workspace.is_writable:
-            known = self.tracking.stored(measured.kind, measured.key)
-            begin, end = (known.started_ms, known.ended_ms) if known else (started_ms, now_ms())
-            self.tracking.publish(measured.changed(started_ms=begin, ended_ms=end))
+            times: dict[str, int | None] = {"started_ms": started_ms, "ended_ms": now_ms()}
+            stored = self.tracking.stored(measured.kind, measured.key)
+            if stored:
+                times = {"started_ms": stored.started_ms, "ended_ms": stored.ended_ms}
+            self.tracking.publish(measured.changed(**times))
             self.tracking.wait()
 
 
@@ -77,32 +80,44 @@ def open_context(
 
 
 def in_one_call(
-    plan: Callable[Asked, Planned],
-    run: Callable[[Planned, Context], Made],
-    **local: Callable[[Any, Workspace | Path | str | None, Progress | None], Any],
-) -> Callable[Asked, Made]:
-    """Return the function that takes what `plan` takes, and runs the plan.
+    plan: Callable[Arguments, Plan],
+    run: Callable[[Plan, Context], Outcome],
+    **importers: Callable[[Any, Workspace | Path | str | None, Progress | None], Any],
+) -> Callable[Arguments, Outcome]:
+    """Return the function that takes what `plan` takes, and a progress display, and runs the plan.
 
-    It says what `run` says that it does, and takes and raises what `plan` says.
+    Its documentation is what `run` does, with the arguments and errors of `plan`.
 
     Args:
-        plan: Takes `workspace` and `progress`, and writes nothing.
-        local: Of an argument that may name a model of the hub, the function that imports it.
+        plan: Takes `workspace`, and `progress` if there is something that it may say; writes
+            nothing.
+        importers: Name of an argument that may be a model of the hub -> function that imports it.
     """
+    parameters = signature(plan).parameters
+    plan_takes_progress = "progress" in parameters
 
     @wraps(plan)
-    def call(*args: Asked.args, **options: Asked.kwargs) -> Made:
-        given: dict[str, Any] = options
-        place = (given.get("workspace"), given.get("progress"))
-        for name, imported in local.items():
-            given[name] = imported(given.get(name), *place)
-        found = plan(*args, **options)
-        found.check()
-        return run(found, open_context(*place))
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Outcome:
+        values: dict[str, Any] = options
+        workspace = values.get("workspace")
+        progress = values.get("progress")
+        if not plan_takes_progress:
+            values.pop("progress", None)
+        for name, import_model in importers.items():
+            values[name] = import_model(values.get(name), workspace, progress)
+        planned = plan(*args, **options)
+        planned.check()
+        return run(planned, open_context(workspace, progress))
 
-    made, arguments = (function.__doc__ or "" for function in (run, plan))
+    # What `help` and editors show.
     call.__name__ = call.__qualname__ = run.__name__.removeprefix("run_")
-    call.__doc__ = made.partition("\n\n")[0] + "\n\n" + arguments.partition("\n\n")[2]
-    returned = signature(run).return_annotation
-    call.__signature__ = signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    summary = (run.__doc__ or "").partition("\n\n")[0]
+    arguments_and_errors = (plan.__doc__ or "").partition("\n\n")[2]
+    call.__doc__ = f"{summary}\n\n{arguments_and_errors}"
+    shown = list(parameters.values())
+    if not plan_takes_progress:
+        shown.append(signature(open_context).parameters["progress"].replace(kind=KEYWORD_ONLY))
+    call.__signature__ = Signature(  # type: ignore[attr-defined]
+        shown, return_annotation=signature(run).return_annotation
+    )
     return call

@@ -40,11 +40,13 @@ if TYPE_CHECKING:
 DISTRIBUTION = "iiet-orch"
 NAMED = ("torch", "transformers", "ray", "mlflow", "lm-eval")
 """Libraries whose versions are printed; the others are only checked."""
-LEAST_DISK, LEAST_MEMORY = 2 << 30, 1 << 30
+LEAST_DISK = 2 << 30
+LEAST_MEMORY = 1 << 30
 """Free bytes below which trainings of any use will fail."""
 MARKS = {"ok": ("✓", "green"), "broken": ("✗", "red")}
-Found = Iterator[tuple[bool, str, str]]
-"""Whether it works, what was found, and a remedy, which is not shown if it works."""
+Answers = Iterator[tuple[bool, str, str]]
+"""Of each thing that a check looks at: whether it works, a sentence on it, and a remedy, which is
+not shown if it works."""
 
 
 class Finding(Result):
@@ -110,7 +112,7 @@ class Findings(Result):
         yield two_column_table("Shipped sweeps on this machine, time of their trainings", rows)
 
     def raise_failures(self) -> None:
-        if broken := [each.name for each in self.findings if each.state == "broken"]:
+        if broken := [finding.name for finding in self.findings if finding.state == "broken"]:
             raise RunFailed(f"broken: {', '.join(dict.fromkeys(broken))}")
 
 
@@ -123,8 +125,11 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
                 state: Literal["ok", "broken"] = "ok" if works else "broken"
                 yield Finding(name=name, state=state, text=text, remedy="" if works else remedy)
         except Exception as error:
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            text, _, remedy = mask_secrets(f"{kind}{error}").partition("; ")
+            message = str(error)
+            if not isinstance(error, UserError):
+                message = f"{type(error).__name__}: {message}"
+            # Our sentences end with what to do, after a semicolon.
+            text, _, remedy = mask_secrets(message).partition("; ")
             yield Finding(name=name, state="broken", text=text, remedy=remedy)
 
 
@@ -167,15 +172,17 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
     return sweeps
 
 
-def _versions(_: Workspace) -> Found:
+def _versions(_: Workspace) -> Answers:
     python = SpecifierSet(metadata.metadata(DISTRIBUTION)["Requires-Python"])
     text = f"Python {platform.python_version()}, {sys.executable}; orchestrator is "
     text += str(Path(__file__).resolve().parents[1])
     remedy = f"install {DISTRIBUTION} with a Python {python}"
     yield python.contains(platform.python_version()), text, remedy
-    wanted = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
-    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    for name, specifier in ((required.name, required.specifier) for required in needed):
+    for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or ()):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue  # It is for an extra, or another system.
+        name = requirement.name
+        specifier = requirement.specifier
         version = installed_version(name)
         if version == NOT_INSTALLED or not specifier.contains(version, prereleases=True):
             yield False, f"{name} {version}, wanted {specifier}", f"pip install '{name}{specifier}'"
@@ -190,39 +197,40 @@ def extension_points() -> tuple[ExtensionTable[Any], ...]:
     return (METHODS, INFLUENCE_METRICS, LOOPED_MODELS)
 
 
-def _extensions(_: Workspace) -> Found:
+def _extensions(_: Workspace) -> Answers:
     from iiet.extensions import ExtensionError, package_of
 
     for table in extension_points():
         for entry in sorted(table.entry_points(), key=lambda entry: entry.name):
             package = package_of(entry)
             try:
-                table[entry.name]
+                table.load(entry.name)
                 yield True, f"the {table.noun} {entry.name} of {package}", ""
             except ExtensionError as error:
                 yield False, str(error), f"repair the package {package}, or uninstall it"
 
 
-def _memory_and_disk(workspace: Workspace) -> Found:
+def _memory_and_disk(workspace: Workspace) -> Answers:
     from orchestrator.planning.machine import free_memory
 
     free = free_memory()
     total = psutil.virtual_memory().total
     text = f"{format_bytes(free)} of {format_bytes(total)} of memory free"
     yield free >= LEAST_MEMORY, text, "end other programs, or raise the container's limit"
-    places = {"workspace": workspace.root, "temporary files": Path(tempfile.gettempdir())}
-    for what, folder in places.items():
+    folders = {"workspace": workspace.root, "temporary files": Path(tempfile.gettempdir())}
+    for use, folder in folders.items():
         free = free_disk(folder)
-        text = f"{format_bytes(free)} free for the {what} in {folder}"
+        text = f"{format_bytes(free)} free for the {use} in {folder}"
         yield free >= LEAST_DISK, text, "`iiet-orch clean` lists what can go"
 
 
-def _gpus(_: Workspace) -> Found:
+def _gpus(_: Workspace) -> Answers:
     import torch
 
     from orchestrator.planning.machine import read_nvml
 
-    (driver, gpus), usable = read_nvml(), torch.cuda.device_count()
+    driver, gpus = read_nvml()
+    usable = torch.cuda.device_count()
     listed = ", ".join(f"{gpu.name} ({format_bytes(gpu.free_bytes)} free)" for gpu in gpus)
     build = torch.version.cuda or getattr(torch.version, "hip", None) or "CPUs"
     text = f"{listed or usable or 'none'}; driver {driver or 'unknown'}; "
@@ -231,7 +239,7 @@ def _gpus(_: Workspace) -> Found:
     yield usable >= len(gpus), text, remedy
 
 
-def _processor(_: Workspace) -> Found:
+def _processor(_: Workspace) -> Answers:
     flags = cpu_flags()
     text = f"{format_count(num_cpus(), 'CPU')} ({processor_name()})"
     if flags & {"avx512_bf16", "amx_bf16"}:
@@ -242,7 +250,7 @@ def _processor(_: Workspace) -> Found:
     yield True, text, ""
 
 
-def _ray(_: Workspace) -> Found:
+def _ray(_: Workspace) -> Answers:
     from orchestrator.cluster.ray import check_ray_can_run
 
     address = ClusterSettings().ray_address
@@ -250,7 +258,7 @@ def _ray(_: Workspace) -> Found:
     yield True, "Ray " + ("starts here" if address == LOCAL else f"answers at {address}"), ""
 
 
-def _workspace(workspace: Workspace) -> Found:
+def _workspace(workspace: Workspace) -> Answers:
     root = find_workspace(workspace.root).root
     place = next(path for path in (root, *root.parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK, effective_ids=True)):

@@ -72,33 +72,39 @@ class ModelEvaluations(Result):
         """One entry per model and schedule: `name`; `quality` (`accuracy`, `bits_per_byte`, their
         errors as `NAME_stderr`, and `TASK/METRIC`); `tasks`, each with `version`, `num_items`,
         `num_fewshot`, `metrics`; `skipped`, task to reason."""
-        facts = {"version", "num_items", "num_fewshot", "metrics"}
+        facts_of_task = {"version", "num_items", "num_fewshot", "metrics"}
         return [
             {
                 "name": name,
-                "quality": found.quality(),
+                "quality": evaluation.quality(),
                 "tasks": {
-                    task: result.model_dump(mode="json", include=facts)
-                    for task, result in found.results.items()
+                    task: result.model_dump(mode="json", include=facts_of_task)
+                    for task, result in evaluation.results.items()
                 },
-                "skipped": dict(found.skipped),
+                "skipped": dict(evaluation.skipped),
             }
-            for name, found in self.evaluations.items()
+            for name, evaluation in self.evaluations.items()
         ]
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def differences(self) -> list[dict[str, Any]]:
-        """Of several models, one entry per model after the first, task and metric, and for the
-        averages: `model`, `against` (the first), `task`, `metric`, `num_items` (those that all
-        models answered), `difference`, and `low` and `high`, its 95% interval."""
-        rows = []
-        for one in self._differences:
-            row = {name: getattr(one, name) for name in ("model", "against", "task", "metric")}
-            interval = one.interval
-            ends = {"difference": interval.value, "low": interval.low, "high": interval.high}
-            rows.append({**row, "num_items": one.num_items, **ends})
-        return rows
+        """One entry per model after the first, task and metric, and for the averages: `model`,
+        `against` (the first), `task`, `metric`, `num_items` (those that all models answered),
+        `difference`, and `low` and `high`, its 95% interval. Empty for one model."""
+        return [
+            {
+                "model": difference.model,
+                "against": difference.against,
+                "task": difference.task,
+                "metric": difference.metric,
+                "num_items": difference.num_items,
+                "difference": difference.interval.value,
+                "low": difference.interval.low,
+                "high": difference.interval.high,
+            }
+            for difference in self._differences
+        ]
 
     @cached_property
     def _differences(self) -> list[Difference]:
@@ -107,7 +113,7 @@ class ModelEvaluations(Result):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, task and metric: value, standard error, number of items; and
         the difference to the first model with its interval, where there is one."""
-        differences = {(one["model"], one["task"], one["metric"]): one for one in self.differences}
+        differences = {(row["model"], row["task"], row["metric"]): row for row in self.differences}
         ends = ("difference", "low", "high")
         rows = []
         for model, evaluation in self.evaluations.items():
@@ -169,12 +175,12 @@ class EvaluatePlan(Result):
         suite = make_suite(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
         if suite.heldout and not suite.heldout.is_dir():
-            missing = filter(is_heldout_task, suite.tasks)
-            states = dict.fromkeys(missing, "to measure, its items are not made yet")
-            others = tuple(name for name in suite.tasks if name not in states)
-            if not others:
+            without_items = filter(is_heldout_task, suite.tasks)
+            states = dict.fromkeys(without_items, "to measure, its items are not made yet")
+            tasks_of_lm_eval = tuple(name for name in suite.tasks if name not in states)
+            if not tasks_of_lm_eval:
                 return states
-            suite = suite.model_copy(update={"tasks": others, "suite_folder": ""})
+            suite = suite.model_copy(update={"tasks": tasks_of_lm_eval, "suite_folder": ""})
         try:
             with offline():
                 loaded = load_suite(suite)
@@ -189,8 +195,12 @@ class EvaluatePlan(Result):
         measurer = ModelMeasurer(model, store, suite, device=device or str(best_device()))
         for name, num_answers in measurer.stored_answers(loaded).items():
             items = format_count(loaded.num_items(name), "item")
-            resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
-            states[name] = f"{items}{', stored' if num_answers is None else ' to measure'}{resumes}"
+            if num_answers is None:
+                states[name] = f"{items}, stored"
+            elif num_answers:
+                states[name] = f"{items} to measure; resumes after {num_answers:,} answers"
+            else:
+                states[name] = f"{items} to measure"
         return states | dict.fromkeys(loaded.skipped, NEEDS_HUB)
 
     def shown(self) -> Iterable[RenderableType]:
@@ -253,15 +263,15 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
     evaluations: dict[str, EvaluationResult] = {}
     keys: dict[str, EvaluationKeys] = {}
-    told: set[str] = set()
+    shown_notes: set[str] = set()
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
-        measured = _evaluate_model(model, plan, context, output, told)
+        measured = _evaluate_model(model, plan, context, output, shown_notes)
         evaluations[name] = measured.evaluation
         keys[name] = measured.keys
-    if different := command_tables.tasks_with_other_items([*evaluations.values()]):
+    if tasks := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
-            f"not comparable: {', '.join(different)} had other items for some of the models, "
+            f"not comparable: {', '.join(tasks)} had other items for some of the models, "
             "which were trained on different tokens"
         )
     return ModelEvaluations(evaluations=evaluations, keys=keys)
@@ -271,11 +281,18 @@ evaluate = in_one_call(plan_evaluate, run_evaluate)
 
 
 def _evaluate_model(
-    model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None, told: set[str]
+    model: OpenedModel,
+    plan: EvaluatePlan,
+    context: Context,
+    output: Path | None,
+    shown_notes: set[str],
 ) -> MeasuredSuite:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
-    What was `told` of the tasks of earlier models is not said again.
+    Args:
+        output: Folder that gets results and samples in lm-eval's files.
+        shown_notes: Notes on the tasks of earlier models, which are not shown again; those of this
+            model are added.
     """
     settings = plan.settings.evaluation
     workspace = context.workspace
@@ -289,9 +306,9 @@ def _evaluate_model(
     notes = [f"chance of {name}: {chances[name]}" for name in chances if name in suite.tasks]
     notes += [f"skipped {name}: {reason}" for name, reason in loaded.skipped.items()]
     for note in notes:
-        if note not in told:
+        if note not in shown_notes:
             progress.note(note)
-    told |= set(notes)
+    shown_notes |= set(notes)
     measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.

@@ -131,14 +131,23 @@ class InfluenceResult(Result):
         if not table.schedule.num_corrections:
             layers = enumerate(table.layer_values, start=1)
             return [{"layer": layer, "block_influence": value} for layer, value in layers]
-        residuals = table.residual_rows or [()] * len(table.value_rows)
-        return [
-            {"layer": layer, "correction": number, "influence": v, "stderr": e, "residual": r}
-            for layer, rows in enumerate(
-                zip(table.value_rows, table.error_rows, residuals, strict=True), start=1
-            )
-            for number, (v, e, r) in enumerate(zip_longest(*rows, fillvalue=math.nan), start=1)
-        ]
+        residual_rows = table.residual_rows or [()] * len(table.value_rows)
+        by_layer = zip(table.value_rows, table.error_rows, residual_rows, strict=True)
+        rows = []
+        for layer, columns in enumerate(by_layer, start=1):
+            # A layer may have no residuals.
+            cells = zip_longest(*columns, fillvalue=math.nan)
+            for number, (value, error, residual) in enumerate(cells, start=1):
+                rows.append(
+                    {
+                        "layer": layer,
+                        "correction": number,
+                        "influence": value,
+                        "stderr": error,
+                        "residual": residual,
+                    }
+                )
+        return rows
 
     def shown(self) -> Iterable[RenderableType]:
         yield f"model: {self.checkpoint}"
@@ -235,7 +244,7 @@ def run_influence(
         try:
             if table.schedule.num_corrections:
                 chart = influence_chart(table.rows(), metric=table.metric, title=title)
-                save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
+                save_chart(chart, plan.path.with_suffix(""), formats=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")

@@ -42,7 +42,7 @@ BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
 BAR_WIDTH = 40
 """Characters of the longest bar."""
 DROPPED_SHARE = 4
-"""Of so many layers, one is named as a candidate for dropping."""
+"""One in so many layers is named as a candidate for dropping."""
 EXPERT_SETTINGS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Entries of transformers' configurations that say that not every weight is used for each token."""
 SIZE_SETTINGS = {
@@ -62,7 +62,7 @@ class InspectedModel(Result):
     path: Path
     """Folder of the model, or its checkpoint."""
     name: str
-    """Its name here."""
+    """Name of the model in this program's tables."""
     kind: str
     """The method, or transformers' name of the architecture."""
     is_native: bool
@@ -132,8 +132,10 @@ class InspectedModel(Result):
 
     def _model_rows(self) -> Iterable[tuple[str, str]]:
         yield "folder", str(self.path)
-        kind = "this program trains, iterates and exports it" if self.is_native else self.reason
-        yield "type", f"{self.kind}; {kind}"
+        support = self.reason
+        if self.is_native:
+            support = "this program trains, iterates and exports it"
+        yield "type", f"{self.kind}; {support}"
         for size, value in self.sizes.items():
             yield size, f"{value:,}" if isinstance(value, int) else value
         yield (
@@ -176,8 +178,8 @@ class InspectedModel(Result):
             yield f"`iiet-orch evaluate {self.path}` measures it; nothing else takes it."
             return
         if not self.block_influence:
-            each = "layer" if self.schedule is None else "correction and each layer"
-            yield f"`iiet-orch influence {self.name}` measures how much each {each} matters."
+            parts = "layer" if self.schedule is None else "correction and each layer"
+            yield f"`iiet-orch influence {self.name}` measures how much each {parts} matters."
         if self.drop_candidates:
             layers = ", ".join(map(str, self.drop_candidates))
             yield (
@@ -328,9 +330,10 @@ def _facts_of_other(
     values = values.get("text_config") or values
     sizes: dict[str, int | str] = {}
     for size, names in SIZE_SETTINGS.items():
-        found = next((values[name] for name in names if isinstance(values.get(name), int)), None)
-        if found is not None:
-            sizes[size] = found
+        for name in names:
+            if isinstance(values.get(name), int):
+                sizes[size] = values[name]
+                break
     sizes["context"] = model.context_length
 
     evaluations = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, computed_field
 from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -35,7 +35,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, plan_evaluate, run_evaluate
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import OtherModel, Trial
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, StoredSweep
 from orchestrator.reporting.sections import Column, Table, TableRow
@@ -59,11 +59,25 @@ LOOP_NUMBERS = ("turned", "step", "changed_tokens")
 # A front
 
 
-class DepthPlan(EvaluatePlan):
+class DepthPlan(Result):
     """Models that are evaluated at each depth, and the sweep that gets their front."""
+
+    row_key = "tasks"
 
     name: str
     """Name of the sweep."""
+    evaluation: EvaluatePlan = Field(exclude=True)
+    """The models, each at each depth, and how they are evaluated."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tasks(self) -> list[dict[str, str]]:
+        """One entry per model and task: `model`, `task`, `state`."""
+        return self.evaluation.tasks
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return what is evaluated."""
+        return self.evaluation.shown()
 
 
 def plan_depths(
@@ -84,7 +98,7 @@ def plan_depths(
             kinds of sweeps.
     """
     check_sweep(settings)
-    plan = plan_evaluate(
+    evaluation = plan_evaluate(
         settings,
         workspace=workspace,
         models=settings.sweep.models,
@@ -92,7 +106,7 @@ def plan_depths(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    for model in plan.opened:
+    for model in evaluation.opened:
         if model.config is None and model.loops is None:
             raise UserError(
                 f"{model.path} is a {model.architecture} model, whose cost is not known; a front "
@@ -101,24 +115,24 @@ def plan_depths(
     suite_values = settings.evaluation.model_dump(mode="json")
     if settings.evaluation.sequence_length is None:
         del suite_values["sequence_length"]  # What is off is absent, so that names are as before.
-    name = f"depth-{content_key([list(m.key) for m in plan.opened], suite_values)[:8]}"
-    return DepthPlan(name=name, **{n: getattr(plan, n) for n in EvaluatePlan.model_fields})
+    key = content_key([list(model.key) for model in evaluation.opened], suite_values)
+    return DepthPlan(name=f"depth-{key[:8]}", evaluation=evaluation)
 
 
 def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     """Evaluate models at each depth, and write a report with all of them on one front."""
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    found = run_evaluate(plan, context)
+    models = plan.evaluation.opened
+    measured = run_evaluate(plan.evaluation, context)
     workspace = context.workspace
     trials = []
-    measured = zip(plan.opened, found.evaluations.items(), found.keys.values(), strict=True)
-    for model, (label, evaluation), keys in measured:
+    for model, label in zip(models, measured.evaluations, strict=True):
+        keys = measured.keys[label]
         key = content_key("loops", list(model.key), keys.tasks)
-        what: dict[str, Any] = {"model": model.config}
+        architecture = None
         if model.loops:
-            facts = {"num_layers": model.loops.num_layers, **model.parameters()}
-            what = {"architecture": facts}
+            architecture = OtherModel(num_layers=model.loops.num_layers, **model.parameters())
         trial = Trial(
             key=key,
             role="trial",
@@ -127,15 +141,16 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
             checkpoint=str(model.path),
             suite=Suite(),
             evaluation=keys,
-            **what,
+            model=None if model.loops else model.config,
+            architecture=architecture,
         )
-        trials.append(trial.with_numbers("quality", evaluation.quality()))
+        trials.append(trial.with_numbers("quality", measured.evaluations[label].quality()))
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
         results=tuple(_with_costs(trials, plan, context)),
         facts={
-            SETTINGS_TITLE: flatten(plan.settings),
+            SETTINGS_TITLE: flatten(plan.evaluation.settings),
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
         },
     )
@@ -148,13 +163,14 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
 def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
     """Add what each model costs: exact counts, and milliseconds, which are measured once."""
     workspace = context.workspace
-    cluster = plan.settings.cluster
-    models = {trial.key: model for trial, model in zip(trials, plan.opened, strict=True)}
+    cluster = plan.evaluation.settings.cluster
+    opened = plan.evaluation.opened
+    models = {trial.key: model for trial, model in zip(trials, opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
     costs = StoredTimes.read(path)
     if costs is None or costs.state != state:
-        measure = partial(_measure_costs, models, plan.trust_remote_code)
+        measure = partial(_measure_costs, models, plan.evaluation.trust_remote_code)
         by_name = command_device(cluster, workspace.root)(measure, context.progress)
         costs = StoredTimes(state=state, by_name=by_name)
         costs.write(path)
@@ -167,11 +183,12 @@ def _measure_costs(
     progress.start("time per token")  # Models take their time to load.
     decoders = load_side_by_side(models, device, trust_remote_code=trust_remote_code)
     times = time_per_token(decoders, progress)
-    counted = {name: cost_numbers(cost_of(decoder)()) for name, decoder in decoders.items()}
-    return {
-        name: {n: v for n, v in numbers.items() if not math.isnan(v)} | times[name]
-        for name, numbers in counted.items()
-    }
+    costs = {}
+    for name, decoder in decoders.items():
+        counts = cost_numbers(cost_of(decoder)())
+        known_counts = {unit: count for unit, count in counts.items() if not math.isnan(count)}
+        costs[name] = known_counts | times[name]
+    return costs
 
 
 # What each loop changes
@@ -198,10 +215,17 @@ class LoopInfluence(Result):
     def shown(self) -> Iterable[RenderableType]:
         """Return the table, and the notes."""
         columns = [Column(name) for name in ("loop", "1 - cos", "step", "token changes")]
-        formats = {"loop": "", "turned": ".3g", "step": ".3g", "changed_tokens": ".1%"}
-        rows = [TableRow([format(row[n], how) for n, how in formats.items()]) for row in self.loops]
-        shown = ",".join(map(str, self.depth))
-        yield Table(columns, rows, f"Loops of {self.model.name} at depth {shown}")
+        rows = []
+        for row in self.loops:
+            cells = [
+                str(row["loop"]),
+                f"{row['turned']:.3g}",
+                f"{row['step']:.3g}",
+                f"{row['changed_tokens']:.1%}",
+            ]
+            rows.append(TableRow(cells))
+        depth = ",".join(map(str, self.depth))
+        yield Table(columns, rows, f"Loops of {self.model.name} at depth {depth}")
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -210,7 +234,7 @@ class LoopInfluencePlan(Result):
 
     opened: OpenedModel = Field(exclude=True)
     model: str
-    """Its name."""
+    """Name of the model."""
     tokens_folder: Path
     """The text."""
     num_tokens: int
@@ -231,7 +255,6 @@ def plan_loop_influence(
     model: Path | str,
     schedule: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> LoopInfluencePlan:
     """Open a looped model of another project at a depth, by default its own.
 
@@ -261,16 +284,19 @@ def plan_loop_influence(
 
 def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluence:
     """Measure how much each loop of a model changes."""
-    started_ms, model, (_, depth) = now_ms(), plan.opened, plan.opened.looped()
+    started_ms = now_ms()
+    model = plan.opened
+    _, depth = model.looped()
     context.progress.start("influence of loops", depth[0])
     on_device = command_device(plan.cluster, context.workspace.root)
     rows, num_tokens = on_device(partial(_measure_loops, plan), context.progress)
-    growing = [b["loop"] for a, b in pairwise(rows) if b["step"] >= a["step"]]
-    notes = tuple(
-        f"the steps do not shrink from loop {loop} on: perhaps more loops than the model was "
-        "trained for"
-        for loop in growing[:1]
-    )
+    notes: tuple[str, ...] = ()
+    growing = [row["loop"] for before, row in pairwise(rows) if row["step"] >= before["step"]]
+    if growing:
+        notes = (
+            f"the steps do not shrink from loop {growing[0]} on: perhaps more loops than the model "
+            "was trained for",
+        )
     context.progress.finish(f"{len(rows)} loops over {num_tokens:,} tokens")
     measured = TrackedRun.of(
         key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
@@ -289,7 +315,9 @@ def _measure_loops(
     plan: LoopInfluencePlan, device: str, progress: Progress
 ) -> tuple[list[dict[str, Any]], int]:
     """Return a row for each loop from the second on, and the number of tokens."""
-    model, trusts, (loops, depth) = plan.opened, plan.trust_remote_code, plan.opened.looped()
+    model = plan.opened
+    loops, depth = model.looped()
+    trusts = plan.trust_remote_code
 
     # Held-out text, as the model reads it.
     parts = open_data(plan.tokens_folder).parts
@@ -301,14 +329,17 @@ def _measure_loops(
     text = load_tokenizer(data.tokenizer_path).decode(data.validation[: plan.num_tokens].tolist())
     ids = model.tokenizer(trust_remote_code=trusts).encode(text, add_special_tokens=False)
     length = min(MOST_TOKENS, model.context_length, len(ids))
-    rows = torch.tensor(ids[: len(ids) // length * length], device=device).view(-1, length)
+    num_whole_rows = len(ids) // length
+    rows = torch.tensor(ids[: num_whole_rows * length], device=device).view(-1, length)
 
-    sums = torch.zeros(depth[0], 3, dtype=torch.float64)
+    # A row for each loop, a column for each of `LOOP_NUMBERS`. The model runs at each number of
+    # loops, for its likeliest tokens; states are compared in the last of these runs.
+    sums = torch.zeros(depth[0], len(LOOP_NUMBERS), dtype=torch.float64)
     likely: list[Tensor] = []
-    for count in range(1, depth[0] + 1):  # The most likely tokens at each depth.
+    for count in range(1, depth[0] + 1):
         opened = replace(model, depth=(count, *depth[1:]))
         loaded = load_transformers(opened, trust_remote_code=trusts, device=device)
-        before = likely
+        likely_before = likely
         likely = []
         with torch.no_grad(), watched(loaded, loops) as (_, states):
             for batch_rows in torch.split(rows, ROWS_AT_ONCE):
@@ -318,12 +349,12 @@ def _measure_loops(
                     for loop, (old, new) in enumerate(pairwise(states), start=1):
                         sums[loop, 0] += (1 - cosine_similarity(old, new, -1)).double().sum().cpu()
                         sums[loop, 1] += (new - old).norm(dim=-1).double().sum().cpu()
-        for old, new in zip(before, likely, strict=False):
+        for old, new in zip(likely_before, likely, strict=False):  # The first run has none before.
             sums[count - 1, 2] += (old != new).sum().cpu()
         progress.advance(count)
     means = (sums / rows.numel()).tolist()
-    found = [
+    numbers_of_loops = [
         {"loop": loop, **dict(zip(LOOP_NUMBERS, row, strict=True))}
         for loop, row in enumerate(means, start=1)
     ]
-    return found[1:], rows.numel()
+    return numbers_of_loops[1:], rows.numel()

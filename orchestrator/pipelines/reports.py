@@ -119,7 +119,6 @@ def claims(
     *,
     workspace: Workspace | Path | str | None = None,
     sweeps: Sequence[str] = (),
-    progress: Progress | None = None,  # noqa: ARG001 - as all pipelines
 ) -> ClaimsResult:
     """Return what sweeps show of the paper's five claims; nothing is written.
 

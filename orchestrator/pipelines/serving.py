@@ -78,7 +78,7 @@ class ServingPlan(Result):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def models(self) -> list[str]:
-        """Their names."""
+        """Names of the models."""
         return list(self.opened)
 
     def shown(self) -> Iterable[RenderableType]:
@@ -288,15 +288,11 @@ def _measure(
     """Return the costs, the name of the device, and the dtype of the weights."""
     requests = plan.conditions
     precision = device_precision(device)
-    num_each = len(requests.at_once) * requests.num_requests
-    progress.start("serve", len(plan.opened) * num_each)
+    requests_per_model = len(requests.at_once) * requests.num_requests
+    progress.start("serve", len(plan.opened) * requests_per_model)
     costs: list[ServedCost] = []
     for number, (name, model) in enumerate(plan.opened.items()):
-        num_answers = count(number * num_each)
-
-        def show(text: str, name: str = name, num_answers: Iterator[int] = num_answers) -> None:
-            progress.advance(next(num_answers), f"{name}, {text}")
-
+        show = partial(_show_answer, progress, name, count(number * requests_per_model))
         show("its server starts")
         try:
             costs += _costs_of(plan, name, model, device, precision, log, show)
@@ -306,6 +302,10 @@ def _measure(
     on_gpu = torch.device(device).type == "cuda"
     device_name = torch.cuda.get_device_name(device) if on_gpu else device
     return costs, device_name, _dtype_name(precision)
+
+
+def _show_answer(progress: Progress, name: str, num_answers: Iterator[int], text: str) -> None:
+    progress.advance(next(num_answers), f"{name}, {text}")
 
 
 def _costs_of(

@@ -145,7 +145,7 @@ class SweepPlan(Result):
 
     @property
     def trials(self) -> SweepTrials:
-        """Its trials, as far as they are known; without a trained teacher, what is pretrained."""
+        """The trials, as far as they are known; without a trained teacher, what is pretrained."""
         assert self.planned_trials, "plan_sweep plans some"
         return self.planned_trials
 
@@ -163,14 +163,20 @@ class SweepPlan(Result):
         return are_trained and are_measured
 
     def changed(self, **changes: Any) -> Self:
-        """Return the plan with other values; `model_copy` would keep what was computed of these."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**fields | changes)
+        """Return the plan with other values, and without what was computed of the old ones."""
+        plan = self.model_copy(update=changes)
+        # Python stores what a cached property returned beside the fields.
+        for name in vars(plan).keys() - type(self).model_fields.keys():
+            del vars(plan)[name]
+        return plan
 
     @cached_property
     def pretrained(self) -> dict[str, Path]:
         """Label -> checkpoint of each training before the trials that is finished."""
-        return {n: path for stage in self.pretraining for n, path in stage.finished.items()}
+        checkpoints: dict[str, Path] = {}
+        for stage in self.pretraining:
+            checkpoints |= stage.finished
+        return checkpoints
 
     @cached_property
     def states(self) -> list[TrialState]:
@@ -197,8 +203,12 @@ class SweepPlan(Result):
     def trials_left(self) -> list[Estimate]:
         """Trainings of the trials that are not finished, and the bound of those not known."""
         pretrained = {job.run_folder for stage in self.pretraining for job in stage.jobs.values()}
-        known = [s.training for s in self.states if s.trial.folder not in pretrained]
-        return [*filter(None, known), *self.bound]
+        of_trials = [
+            state.training
+            for state in self.states
+            if state.training and state.trial.folder not in pretrained
+        ]
+        return [*of_trials, *self.bound]
 
     @cached_property
     def placed(self) -> Settings:
@@ -259,9 +269,11 @@ class SweepPlan(Result):
         suite = self.trials.trials[0].suite
         notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
         prices = self.control_prices
-        for name, text in self.retrofit.sentences.items() if self.retrofit else ():
-            left = prices[name].flops if name in prices else 0.0
-            notes.append(f"{name}: {text}" + (f"; {left:.3g} FLOPs are left" if left else ""))
+        sentences = self.retrofit.sentences if self.retrofit else {}
+        for name, text in sentences.items():
+            flops_left = prices[name].flops if name in prices else 0.0
+            ending = f"; {flops_left:.3g} FLOPs are left" if flops_left else ""
+            notes.append(f"{name}: {text}{ending}")
         if needs_lm_eval(self.settings.evaluation) and suite.tasks and not suite.fingerprints:
             notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
         if sweep.gpus_per_trial and self.trials_left:
@@ -274,7 +286,7 @@ class SweepPlan(Result):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """All of it in words, but for the trials."""
+        """The notes, the price, and what does not fit."""
         rows = price_rows(self.price, self.problems)
         return (*self.notes, *(f"{name}: {text}" for name, text in rows))
 
@@ -418,8 +430,8 @@ def plan_sweep(
     checkpoint = None
     source = None
     if teacher is not None:
-        named_teacher = None if str(teacher) == NEWEST else teacher
-        checkpoint = resolve_teacher(space, named_teacher, (progress or Progress()).note)
+        name_or_path = None if str(teacher) == NEWEST else teacher
+        checkpoint = resolve_teacher(space, name_or_path, (progress or Progress()).note)
     elif settings.training.source is not None:
         source = find_source(space, settings.training.source)
         prepared = find_prepared(settings.data, space.tokens)
@@ -456,16 +468,16 @@ def _plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 
     plan = _plan_pretraining(plan.changed(gaps=gaps), tokens)
     jobs = {label: job for stage in plan.pretraining for label, job in stage.jobs.items()}
-    of_teachers = {label: jobs[label].model for label in teachers_by_label(settings)}
+    teacher_configs = {label: jobs[label].model for label in teachers_by_label(settings)}
     if tokens:  # Before anything is trained.
-        check_named_baselines(plan.named_baselines, tokens, of_teachers.values())
+        check_named_baselines(plan.named_baselines, tokens, teacher_configs.values())
     plan = plan.changed(gaps=[*plan.gaps, claims_answered(settings)])
     teachers, baselines = _by_role(plan, plan.pretrained)
-    if teachers.keys() == of_teachers.keys():
+    if teachers.keys() == teacher_configs.keys():
         return _plan_from_influence(plan, teachers, baselines)
 
     # Nothing more is known before the teachers are trained.
-    bounded = _with_bound(plan, of_teachers, " is not trained")
+    bounded = _with_bound(plan, teacher_configs, " is not trained")
     return bounded.changed(planned_trials=trial_plans.plan_pretrained(jobs))
 
 
@@ -492,15 +504,15 @@ def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
         elif source is not None:
             source_job = training_of_source(source)
 
-        of_teacher = None
+        teacher_settings = None
         if source is not None:
             from_source = with_source(settings, source.folder)
             from_source = from_source.model_copy(update={"source_training": None})
-            of_teacher, defaults = follow_source(from_source, source, tokens)
+            teacher_settings, defaults = follow_source(from_source, source, tokens)
             gaps.append(f"the teacher starts from {source.folder}{source_defaults_text(defaults)}")
         is_source_there = source is None or source.is_checkpoint
         teacher_stage = plan_models(
-            teacher_and_baselines(settings, of_teacher),
+            teacher_and_baselines(settings, teacher_settings),
             plan.workspace,
             tokens if is_source_there else None,  # The keys follow from the source's weights, too.
             model_source=source,
@@ -533,9 +545,9 @@ def _plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
     """Plan the trainings of a retrofit's controls, and after them that of `source_continued`, whose
     rate they decide."""
-    of_stages = [{**retrofit.candidates, **retrofit.scratch}]
+    jobs_of_stages = [{**retrofit.candidates, **retrofit.scratch}]
     if retrofit.continued is not None:
-        of_stages.append({SOURCE_CONTINUED: retrofit.continued})
+        jobs_of_stages.append({SOURCE_CONTINUED: retrofit.continued})
     return [
         TrainingPlan(
             kind="pretrain",
@@ -543,7 +555,7 @@ def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
             jobs=jobs,
             workspace=retrofit.workspace,
         )
-        for jobs in of_stages
+        for jobs in jobs_of_stages
         if jobs
     ]
 
@@ -559,7 +571,11 @@ def _plan_from_influence(
     """
     # Stage 2.
     plan = plan.changed(influence=_plan_measurements(plan, teachers))
-    tables = {label: m.table for label, m in plan.influence.items() if m.table}
+    tables = {
+        label: measurement.table
+        for label, measurement in plan.influence.items()
+        if measurement.table
+    }
     if tables.keys() == teachers.keys():
         return _plan_students(plan, teachers, baselines, tables)
 
@@ -658,19 +674,20 @@ def _by_role(
     if not plan.teacher:
         labels = teachers_by_label(plan.settings)
         teachers = {label: finished[label] for label in labels if label in finished}
-        of_baselines = [m.label for m in baseline_models(plan.settings) if m.label not in labels]
-        baselines = {label: finished[label] for label in of_baselines if label in finished}
+        for model in baseline_models(plan.settings):
+            if model.label not in labels and model.label in finished:
+                baselines[model.label] = finished[model.label]
     if plan.retrofit:
         baselines |= plan.retrofit.beside(finished)
     return teachers, baselines
 
 
-def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], why: str) -> SweepPlan:
+def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], reason: str) -> SweepPlan:
     """Return a plan with a bound of the students that are not known.
 
     Args:
         teachers: Label -> model.
-        why: Ends a sentence that begins with the teacher.
+        reason: End of a sentence that begins with the teacher: why its students are not known.
     """
     settings = plan.settings
     seeds = settings.sweep.seeds
@@ -682,7 +699,7 @@ def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], why: str) 
             config = teachers[label]
             bound += bound_of_students(settings, config, most_students(settings, config))
             name = f" {variant.name}" if settings.sweep.teachers else ""
-            sentences.append(f"the teacher{name}{why}, so {bound_text(settings, config)}")
+            sentences.append(f"the teacher{name}{reason}, so {bound_text(settings, config)}")
     return plan.changed(bound=bound, gaps=[*plan.gaps, *sentences])
 
 
@@ -897,5 +914,7 @@ def _report_of(
         **dict(report),
         name=name,
         failures=dict(failures or {}),
-        stopped={t.label: stops[t.key].text for t in plan.trials.trials if t.key in stops},
+        stopped={
+            trial.label: stops[trial.key].text for trial in plan.trials.trials if trial.key in stops
+        },
     )

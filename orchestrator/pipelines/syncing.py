@@ -68,13 +68,13 @@ def sync(
             with a copied workspace: then the error names what would be lost with it.
     """
     context = open_context(workspace, progress)
-    place = context.workspace
+    space = context.workspace
     progress = context.progress
     if replace:
-        if place.tracking_uri != f"sqlite:///{place.database}":
+        if space.tracking_uri != f"sqlite:///{space.database}":
             raise UserError("--replace is for the workspace's own store; unset MLFLOW_TRACKING_URI")
-        place.database.unlink(missing_ok=True)
-        shutil.rmtree(place.artifacts, ignore_errors=True)
+        space.database.unlink(missing_ok=True)
+        shutil.rmtree(space.artifacts, ignore_errors=True)
     tracking = context.tracking
     if tracking.open_experiment() is None and tracking.copied:
         added = tracking.added_by_people()
@@ -83,7 +83,8 @@ def sync(
         raise UserError(f"{tracking.copied}: {lost}")
 
     runs: list[TrackedRun] = []
-    for path in sorted(place.tracked.glob("*.json")) + sorted(place.tracked.glob("*/*-*.json")):
+    files_of_trials = sorted(space.tracked.glob("*/*-*.json"))
+    for path in sorted(space.tracked.glob("*.json")) + files_of_trials:
         if path.parent.name == "registered":
             continue
         try:
@@ -93,19 +94,20 @@ def sync(
             continue
         if run and (run.folder is None or Path(run.folder).is_dir()):
             runs.append(_as_left(run))
+    # What runs now, and the sweeps of trials that do.
     locked = {run.place for run in runs if run.folder and is_in_use(Path(run.folder))}
     locked |= {("sweep", parent, None) for _, _, parent in locked if parent}
-    left = [run for run in runs if run.place not in locked]
+    runs = [run for run in runs if run.place not in locked]
     published: dict[str, list[str]] = {}
-    progress.start("sync", len(left))
-    for number, (run, is_shown) in enumerate(zip(left, tracking.publish_now(left), strict=True)):
+    progress.start("sync", len(runs))
+    for number, (run, is_shown) in enumerate(zip(runs, tracking.publish_now(runs), strict=True)):
         progress.advance(number, run.name)
         if is_shown:
             name = Path(run.folder).name if run.folder else f"{run.kind}-{run.key}"
             published.setdefault(run.kind, []).append(name)
 
     models = []
-    for path in sorted(place.tracked.glob("registered/*.json")):
+    for path in sorted(space.tracked.glob("registered/*.json")):
         try:
             model = RegisteredModel.read(path)
         except UserError as error:
@@ -114,13 +116,15 @@ def sync(
         has_folder = model and Path(model.folder).is_dir()
         if model and has_folder and tracking.register(model, moves_alias=False):
             models.append(path.stem)
-    progress.finish(format_count(len(left), "run"))
-    measured = ("evaluation", "benchmark", "influence")
+    progress.finish(format_count(len(runs), "run"))
+    measurements: list[str] = []
+    for kind in ("evaluation", "benchmark", "influence"):
+        measurements += published.get(kind, ())
     return SyncResult(
         trainings=tuple(published.get("pretrain", ())),
         sweeps=tuple(published.get("sweep", ())),
         students=tuple(published.get("distill", ())),
-        measurements=tuple(name for kind in measured for name in published.get(kind, ())),
+        measurements=tuple(measurements),
         models=tuple(models),
     )
 

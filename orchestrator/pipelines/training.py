@@ -9,7 +9,7 @@ one returns at once, an interrupted one resumes. A student is stored where a swe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -198,8 +198,8 @@ class TrainingPlan(Result):
         return self._price_of(self.left)
 
     def _price_of(self, trainings: Sequence[Estimate]) -> Price:
-        new = self.tokens.new_bytes if self.tokens else 0
-        return price_of(trainings, self.workspace.root, new_token_bytes=new, mfu=self.mfu)
+        new_bytes = self.tokens.new_bytes if self.tokens else 0
+        return price_of(trainings, self.workspace.root, new_token_bytes=new_bytes, mfu=self.mfu)
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
@@ -211,8 +211,8 @@ class TrainingPlan(Result):
         fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
         placed = [replace(training, devices=run_devices(fewest)) for training in trainings]
         check = partial(check_run_resources, self.cluster, local=self.local)
-        root, address = self.workspace.root, self.cluster.ray_address
-        return find_problems(placed, price.disk, root, address, check)
+        root = self.workspace.root
+        return find_problems(placed, price.disk, root, self.cluster.ray_address, check)
 
     def state(self, label: str) -> str:
         """Say whether a training is finished, or where it begins."""
@@ -248,8 +248,8 @@ class TrainingPlan(Result):
 
     def _training_to_json(self, label: str) -> dict[str, Any]:
         job = self.jobs[label]
-        left = self._left_of(label)
-        price = self._price_of(left)
+        trainings = self._left_of(label)
+        price = self._price_of(trainings)
         return {
             "method": job.model.method,
             "schedule": job.schedule,
@@ -257,14 +257,14 @@ class TrainingPlan(Result):
             **({"dropped_layers": self.dropped_layers} if self.layers else {}),
             "state": self.state(label),
             "price": price.model_dump(mode="json"),
-            "problems": self._problems_of(left, price),
+            "problems": self._problems_of(trainings, price),
         }
 
     def shown(self) -> Iterable[RenderableType]:
         for label in self.jobs:
             training = self.estimate(label)
-            left = self._left_of(label)
-            price = self._price_of(left)
+            trainings = self._left_of(label)
+            price = self._price_of(trainings)
             devices = training.devices
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
@@ -272,7 +272,7 @@ class TrainingPlan(Result):
                 *self._source_rows,
                 *([("dropped layers", self._dropped_text)] if self.layers else []),
                 ("state", self.state(label)),
-                *price_rows(price, self._problems_of(left, price)),
+                *price_rows(price, self._problems_of(trainings, price)),
             ]
             yield two_column_table(f"Plan: {training.config.method}, {workers}", rows)
 
@@ -295,10 +295,10 @@ class TrainingPlan(Result):
     def _dropped_text(self) -> str:
         assert self.layers is not None, "a student drops layers"
         num_layers = load_config(self.layers.checkpoint).num_layers
-        which = "those of least influence"
+        layers = "those of least influence"
         if self.dropped_layers:
-            which = ", ".join(map(str, self.dropped_layers))
-        return f"{self.num_dropped} of {num_layers}: {which}"
+            layers = ", ".join(map(str, self.dropped_layers))
+        return f"{self.num_dropped} of {num_layers}: {layers}"
 
 
 def _assignments(values: Mapping[str, Any]) -> str:
@@ -363,7 +363,6 @@ def plan_pretrain(
     name: str | None = None,
     local: bool = False,
     mfu: float | None = None,
-    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> TrainingPlan:
     """Return what a pretraining is, and what it takes.
 
@@ -392,7 +391,8 @@ def plan_pretrain(
             f"training.source={source}: a run that is continued ({continued}) has its source; "
             "leave --from out"
         )
-    space, earlier = find_workspace(workspace), None
+    space = find_workspace(workspace)
+    earlier = None
     source_options: dict[str, Any] = {}
     if continued is not None:
         settings, earlier = continued_settings(settings, space, Path(continued))
@@ -401,10 +401,10 @@ def plan_pretrain(
     else:
         settings = with_source(settings, source or settings.training.source)
         if settings.training.source is not None:
-            found = find_source(space, settings.training.source)
+            model_source = find_source(space, settings.training.source)
             prepared = find_prepared(settings.data, space.tokens)
-            settings, defaults = follow_source(settings, found, prepared)
-            source_options = {"source": found.folder, "source_defaults": defaults}
+            settings, defaults = follow_source(settings, model_source, prepared)
+            source_options = {"source": model_source.folder, "source_defaults": defaults}
         tokens = find_prepared(settings.data, space.tokens)
     models = {settings.model.method: settings}
     options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu, **source_options}
@@ -532,7 +532,10 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     return result
 
 
-pretrain = in_one_call(plan_pretrain, run_pretrain, source=local_checkpoint)
+# Typed loosely, because it takes `progress` beside what the plan takes.
+pretrain: Callable[..., PretrainResult] = in_one_call(
+    plan_pretrain, run_pretrain, source=local_checkpoint
+)
 
 
 @offline(DRY_RUN)
@@ -677,7 +680,7 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
         plan.check()
         table = run_influence(plan.layers, context).table
         if plan.is_bound:
-            (settings,) = plan.models.values()
+            [settings] = plan.models.values()
             layers = plan.layers.model_copy(update={"table": table})
             plan = _plan_fewer_layers(
                 settings,
@@ -688,7 +691,11 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
                 local=plan.local,
             )
     students = [
-        DistillResult(**dict(result), schedule=plan.jobs[label].model.corrections)
+        DistillResult(
+            checkpoint=result.checkpoint,
+            validation_loss=result.validation_loss,
+            schedule=plan.jobs[label].model.corrections,
+        )
         for label, result in run_trainings(plan, context).items()
     ]
     return StudentsResult(students=students)
@@ -720,7 +727,9 @@ def run_trainings(
     from orchestrator.training.watching import RunMonitor
 
     plan.check()
-    jobs, cluster, progress = plan.jobs, plan.cluster, context.progress
+    jobs = plan.jobs
+    cluster = plan.cluster
+    progress = context.progress
     for job in jobs.values():
         for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
             check_job(job, num_workers=num_gpus or cluster.num_workers)
@@ -735,25 +744,24 @@ def run_trainings(
         progress.note("no profile of a run that is finished: no step is trained")
     progress.start(plan.kind, sum(job.recipe.num_steps for job in jobs.values()))
     with monitor:
-        done = job_runner(local=plan.local)(
-            list(jobs.values()),
-            cluster,
-            watch=monitor.poll,
-            note=progress.note,
-            say=partial(progress.advance, 0),
-        )
-        results = {}
-        for label, outcome in zip(jobs, done, strict=True):
-            checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
-            results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
-    losses = [
-        f"{label}{':' * (plan.kind == 'distill')} {result.validation_loss:.3f}"
+        run_jobs = job_runner(local=plan.local, say=partial(progress.advance, 0))
+        outcomes = run_jobs(list(jobs.values()), cluster, watch=monitor.poll, note=progress.note)
+        results = {
+            label: PretrainResult(
+                checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
+            )
+            for label, outcome in zip(jobs, outcomes, strict=True)
+        }
+    losses = {
+        label: f"{result.validation_loss:.3f}"
         for label, result in results.items()
         if not math.isnan(result.validation_loss)
-    ]
-    found = ", found again" if len(plan.finished) == len(jobs) else ""
-    text = ", ".join(losses)
+    }
     if plan.kind == "distill":
-        text = f"by {'layers' if plan.layers else 'schedule'} {'; '.join(losses)}"
-    progress.finish(f"validation loss {text}{found}")
+        students = "; ".join(f"{label}: {loss}" for label, loss in losses.items())
+        text = f"by {'layers' if plan.layers else 'schedule'} {students}"
+    else:
+        text = ", ".join(f"{label} {loss}" for label, loss in losses.items())
+    ending = ", found again" if len(plan.finished) == len(jobs) else ""
+    progress.finish(f"validation loss {text}{ending}")
     return results

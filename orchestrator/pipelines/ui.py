@@ -99,11 +99,10 @@ def overview() -> ChartView:
 
 def server_arguments(workspace: Workspace, port: int) -> list[str]:
     """Return the arguments of the Python that runs MLflow's server."""
-    return [
-        *("-m", "mlflow", "server", "--workers", "1"),
-        *("--host", HOST, "--port", str(port)),
-        *("--no-serve-artifacts", "--default-artifact-root", workspace.artifacts.as_uri()),
-    ]
+    arguments = ["-m", "mlflow", "server", "--workers", "1"]
+    arguments += ["--host", HOST, "--port", str(port)]
+    arguments += ["--no-serve-artifacts", "--default-artifact-root", workspace.artifacts.as_uri()]
+    return arguments
 
 
 def _environment(uri: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from functools import cache
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 SECONDS_OF_WRITING = 3600.0
 """A file is not written for longer; an older temporary one was left by a killed process."""
-Found = Iterator[tuple[Any, ...]]
-"""Path, reason, and the files to lock while it is deleted."""
+Candidates = Iterator[tuple[Any, ...]]
+"""Of each thing that can go: path, reason, and the files to lock while it is deleted."""
 
 
 # List
@@ -73,7 +74,7 @@ class Listing(Result):
     merged = ("entries",)
 
     workspace: str
-    """Its folder."""
+    """Folder of the workspace."""
     entries: dict[Kind, list[dict[str, Any]]]
     """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
@@ -92,23 +93,27 @@ class Listing(Result):
             for entry in entries:
                 trials = entry.get("trials")
                 schedule = entry.get("schedule") or ()
-                done = f", {entry['finished']} of {trials}" if trials else ""
+                num_finished = f", {entry['finished']} of {trials}" if trials else ""
                 corrections = render.shortest_schedule(schedule) if schedule else ""
                 loss = entry.get("validation_loss")
                 when = datetime.fromtimestamp(entry["changed"])
                 cells = [
                     entry["name"],
                     entry.get("label", ""),
-                    entry["state"] + done,
+                    entry["state"] + num_finished,
                     f"{entry.get('method', '')} {corrections}".strip(),
                     "" if loss is None else f"{loss:.4g}",
                     render.format_bytes(entry["bytes"]),
                     f"{when:%Y-%m-%d %H:%M}",
                 ]
                 rows.append(cells)
-            filled = [n for n in range(len(_COLUMNS)) if any(cells[n] for cells in rows)]
-            shown = [TableRow([cells[n] for n in filled]) for cells in rows]
-            yield Table([_COLUMNS[n] for n in filled], shown) if entries else ""
+            if not entries:
+                yield ""
+                continue
+            columns = list(zip(*rows, strict=True))
+            filled = [number for number, cells in enumerate(columns) if any(cells)]
+            shown_rows = [TableRow([cells[number] for number in filled]) for cells in rows]
+            yield Table([_COLUMNS[number] for number in filled], shown_rows)
 
 
 def list_workspace(
@@ -119,20 +124,26 @@ def list_workspace(
     note: Note = lambda _: None,
 ) -> Listing:
     """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
-    kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
-    found = dict[Kind, list[dict[str, Any]]]()
+    listed_kinds = [kind] if kind else list(KINDS)
+    if not (kind or with_checkpoints):
+        listed_kinds.remove("checkpoints")
     note = cache(note)
-    plans = sweep_plans(workspace, note) if {"sweeps", "trials"} & {*kinds} else {}
-    for each in kinds:
+    plans = sweep_plans(workspace, note) if {"sweeps", "trials"} & {*listed_kinds} else {}
+    entries_by_kind = dict[Kind, list[dict[str, Any]]]()
+    for listed_kind in listed_kinds:
         entries = []
-        for name, folder, state, details in _find_entries(workspace, each, plans, note):
+        for name, folder, state, details in _find_entries(workspace, listed_kind, plans, note):
+            entry: dict[str, Any] = {
+                "name": name,
+                "state": state,
+                "bytes": size_of(folder),
+                "changed": round(last_recorded(folder), 3),
+            }
             known = {key: value for key, value in details.items() if value is not None}
-            size = size_of(folder)
-            changed = round(last_recorded(folder), 3)
-            entry = {"name": name, "state": state, "bytes": size, "changed": changed}
             entries.append(entry | known)
-        found[each] = sorted(entries, key=lambda entry: entry["changed"], reverse=True)
-    return Listing(workspace=str(workspace.root), entries=found)
+        entries.sort(key=itemgetter("changed"), reverse=True)
+        entries_by_kind[listed_kind] = entries
+    return Listing(workspace=str(workspace.root), entries=entries_by_kind)
 
 
 def _find_entries(
@@ -219,7 +230,7 @@ class WorkspaceStatus(Result):
     """What runs in a workspace now."""
 
     workspace: str
-    """Its folder."""
+    """Folder of the workspace."""
     activities: list[dict[str, Any]]
     """One entry for each command that runs, and for each training, measurement or preparation:
     `kind` (such as `command`, `training`, or `queued` for one that waits for its turn), `name`,
@@ -232,29 +243,31 @@ class WorkspaceStatus(Result):
         if not self.activities:
             yield f"nothing runs in {self.workspace}"
         for sweep in self.sweeps:
-            left = sweep["seconds_left"]
-            left = f", about {render.format_duration(left)} left" if left else ""
             trials = render.format_count(sweep["trials"], "trial")
-            yield f"sweep {sweep['name']}: {sweep['finished']} of {trials} finished{left}"
-        for found in self.activities:
-            sweeps = ", ".join(found["sweeps"])
-            step = found["step"] or 0
-            steps = found["steps"]
-            loss = found["loss"]
-            speed = found["tokens_per_second"]
-            left = found["seconds_left"]
-            age = found["seconds_since_record"] or 0
+            text = f"sweep {sweep['name']}: {sweep['finished']} of {trials} finished"
+            if seconds := sweep["seconds_left"]:
+                text += f", about {render.format_duration(seconds)} left"
+            yield text
+        for activity in self.activities:
+            sweeps = ", ".join(activity["sweeps"])
+            step = activity["step"] or 0
+            steps = activity["steps"]
+            loss = activity["loss"]
+            speed = activity["tokens_per_second"]
+            seconds = activity["seconds_left"]
+            age = activity["seconds_since_record"] or 0
             facts = [
-                f"{found['label']} in {sweeps}" if sweeps else "",
-                f"waits for {found['waits_for']}" if found["waits_for"] else "",
+                f"{activity['label']} in {sweeps}" if sweeps else "",
+                f"waits for {activity['waits_for']}" if activity["waits_for"] else "",
                 f"step {step:,} of {steps:,}" if steps else "",
                 "" if loss is None else f"loss {loss:.4g}",
                 f"{speed:,.0f} tokens/s" if speed else "",
-                "" if left is None else f"{render.format_duration(left)} left",
+                "" if seconds is None else f"{render.format_duration(seconds)} left",
+                # A training records something each few seconds.
                 f"last record {render.format_duration(age)} ago" if age >= 60 else "",
-                f"process {found['process']}" if found["process"] else "",
+                f"process {activity['process']}" if activity["process"] else "",
             ]
-            yield f"{found['kind']} {found['name']}: {', '.join(filter(None, facts))}"
+            yield f"{activity['kind']} {activity['name']}: {', '.join(filter(None, facts))}"
 
 
 def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
@@ -269,8 +282,8 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
     for kind, name, lock in locks:
         if is_locked(lock):
-            who = {"kind": kind, "name": name, "process": lock_holder(lock)}
-            activities.append({**who, "sweeps": [], **unknown})
+            known = {"kind": kind, "name": name, "process": lock_holder(lock)}
+            activities.append({**known, "sweeps": [], **unknown})
 
     folders_in_use = filter(is_in_use, training_folders(workspace))
     running = [_noted_training(folder, note) for folder in folders_in_use]
@@ -279,16 +292,22 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     for run in running:
         if not run.lock:  # It has ended meanwhile.
             continue
-        own = planned.get(run.folder, [])
+        sweeps_and_trials = planned.get(run.folder, [])
+        trial = sweeps_and_trials[0][1] if sweeps_and_trials else None
         is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
-        is_measured = run.outcome or (own and not own[0][1].job)
+        if is_trained:
+            kind = "training"
+        elif run.outcome or (trial and not trial.job):
+            kind = "measuring"
+        else:
+            kind = "queued"
         activities.append(
             {
-                "kind": "training" if is_trained else "measuring" if is_measured else "queued",
+                "kind": kind,
                 "name": str(run.folder.relative_to(root)),
                 "process": lock_holder(run.lock),
-                "sweeps": [sweep for sweep, _ in own],
-                "label": own[0][1].label or None if own else None,
+                "sweeps": [sweep for sweep, _ in sweeps_and_trials],
+                "label": (trial.label or None) if trial else None,
                 "step": run.step,
                 "steps": run.num_steps or None,
                 "loss": run.metrics.get("train/loss"),
@@ -302,9 +321,9 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         if activity["kind"] == "queued":
             # One command trains several models one after another, or as Ray gives it places.
             earlier = [
-                other["name"]
-                for other in activities
-                if other["kind"] == "training" and other["process"] == activity["process"]
+                training["name"]
+                for training in activities
+                if training["kind"] == "training" and training["process"] == activity["process"]
             ]
             activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
@@ -393,29 +412,32 @@ def plan_clean(
     """
     note = cache(note)
     order = tuple(RemovableKind)
-    paths: dict[Path, Removable] = {}
+    items: dict[Path, Removable] = {}
     for kind in sorted(kinds or order, key=order.index):
-        found = sorted(_FINDERS[kind](workspace, note), key=lambda each: each[0])
-        for path, reason, *locks in found:
+        candidates = sorted(_FINDERS[kind](workspace, note), key=itemgetter(0))
+        for path, reason, *locks in candidates:
             # A damaged checkpoint may also be one that a finished run no longer needs.
-            if not paths.keys() & {path, *path.parents}:
+            if not items.keys() & {path, *path.parents}:
                 size = size_of(path, links=False)
-                item = Removable(kind=kind, path=path, bytes=size, reason=reason, locks=locks)
-                paths[path] = item
-    return CleanPlan(root=workspace.root, found=tuple(paths.values()))
+                items[path] = Removable(
+                    kind=kind, path=path, bytes=size, reason=reason, locks=locks
+                )
+    return CleanPlan(root=workspace.root, found=tuple(items.values()))
 
 
 def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     """Delete what can still go: it is looked for again; what a process has taken stays."""
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
-    still = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
+    still_removable = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
     deleted: list[Removable] = []
     refused = ""
     for item in plan.found:
         try:
             with ExitStack() as stack:
-                free = all(stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks)
-                if item.path not in still or not free:
+                is_free = all(
+                    stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks
+                )
+                if item.path not in still_removable or not is_free:
                     continue
                 if not item.path.is_dir():
                     item.path.unlink()
@@ -434,7 +456,7 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
 # What can go of each kind; `note` is called with a sentence on each damaged file.
 
 
-def _temporary(workspace: Workspace, _: Note) -> Found:
+def _temporary(workspace: Workspace, _: Note) -> Candidates:
     for folder in files.leftovers(workspace.root, below=True):
         yield folder, "half-written or half-deleted by a process that ended"
     for file in workspace.root.rglob(".*.tmp"):
@@ -446,7 +468,7 @@ def _temporary(workspace: Workspace, _: Note) -> Found:
             yield folder, "of an interrupted command, which would resume there", lock
 
 
-def _ray_folders(workspace: Workspace, _: Note) -> Found:
+def _ray_folders(workspace: Workspace, _: Note) -> Candidates:
     for folder in files.abandoned_folders():
         yield folder, "Ray's temporary files of a command that ended"
     for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}"):
@@ -459,7 +481,7 @@ def _ray_folders(workspace: Workspace, _: Note) -> Found:
             yield folder, "Ray Train's files of a command that ended", *run_locks(run)
 
 
-def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
+def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Candidates:
     needed: set[Path] = set()
     for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
@@ -481,16 +503,15 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
         for checkpoint in checkpoints if kept else ():
-            measured = any(checkpoint.glob(INFLUENCE_PATTERN))
-            if checkpoint not in kept | needed and not measured:
+            is_measured = any(checkpoint.glob(INFLUENCE_PATTERN))
+            if checkpoint not in kept | needed and not is_measured:
                 reason = "intermediate checkpoint of a finished training"
                 yield checkpoint, reason, *run_locks(folder)
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return those of a finished training: the last one, and the one to continue from.
-
-    There are none of a training that is not finished: it keeps all.
+    """Return the checkpoints that a finished training keeps: the last one, and the one to continue
+    from. The set is empty for a training that is not finished, which keeps all.
 
     Raises:
         UserError: If the training cannot be read.
@@ -507,7 +528,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     return {Path(str(training.outcome.checkpoint)), stable}
 
 
-def _damaged(workspace: Workspace, _: Note) -> Found:
+def _damaged(workspace: Workspace, _: Note) -> Candidates:
     from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
     from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
@@ -525,9 +546,9 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
         except UserError as error:
             yield folder, str(error).removeprefix(f"{folder} ")
     for file in sorted(workspace.tracked.rglob("*.json")):
-        kind = RegisteredModel if file.parent.name == "registered" else TrackedRun
+        record = RegisteredModel if file.parent.name == "registered" else TrackedRun
         try:
-            kind.read(file)
+            record.read(file)
         except UserError as error:
             yield file, str(error).removeprefix(f"{file} ")
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from orchestrator.planning.training_memory import Forms
 
 ONE_CPU_WORKER = Devices()
-WEIGHT_BYTES, MOMENTS_BYTES = 4, 8
-"""Bytes in a checkpoint of a float32 weight, and of AdamW's two moments of one that is trained."""
+WEIGHT_BYTES = 4
+"""Bytes in a checkpoint of a weight, which is float32."""
+MOMENTS_BYTES = 8
+"""Bytes in a checkpoint of AdamW's two moments of a weight that is trained."""
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 ALLOCATOR_FACTOR = 1.1
@@ -55,7 +57,7 @@ class Estimate:
     """A frozen model whose forward pass runs in the steps that `loss` names."""
     loss: DistillationConfig = field(default_factory=DistillationConfig)
     first_stage: FirstStage | None = None
-    """Its first stage, if it may be shared; trainings with the same one train it once."""
+    """The first stage, if it may be shared; trainings with the same one train it once."""
     steps_done: int = 0
     """Steps that it resumes after."""
     present_bytes: int = 0

@@ -67,10 +67,11 @@ class FreeBytes:
     """Free memory and disk of a machine; None if this process cannot know it."""
 
     memory: int | None = None
-    """Of the machine's own memory."""
+    """Free bytes of the machine's own memory."""
     gpus: tuple[int, ...] = ()
-    """Of each GPU's memory; empty if they are not known."""
+    """Free bytes of each GPU's memory; empty if they are not known."""
     disk: int | None = None
+    """Free bytes of the workspace's disk."""
     gpu_name: str = "a GPU of this machine"
     """For messages."""
 
@@ -110,21 +111,24 @@ def cpus_of_gpu_worker(nodes: Sequence[Node], gpus: float) -> int:
 def cpus_of_cpu_worker(nodes: Sequence[Node], num_workers: int, num_jobs: int) -> int:
     """Return the most CPUs of each worker with which all jobs find places at the same time."""
     most = max(node.cpus for node in nodes)
-    fitting = (
-        cpus for cpus in range(most, 1, -1) if num_places(nodes, num_workers, cpus, 0) >= num_jobs
-    )
-    return next(fitting, 1)
+    for cpus in range(most, 1, -1):
+        if num_places(nodes, num_workers, cpus, 0) >= num_jobs:
+            return cpus
+    return 1
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
     """Return such as "4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs"."""
     counts = Counter(sorted(nodes, key=lambda node: (-node.gpus, -node.cpus)))
-    return ", ".join(
-        f"{format_count(number, 'node')} with {format_count(node.cpus, 'CPU')}"
-        + (f" and {format_count(node.gpus, 'GPU')}" if node.gpus else "")
-        + " each" * (number > 1)
-        for node, number in counts.items()
-    )
+    parts = []
+    for node, number in counts.items():
+        text = f"{format_count(number, 'node')} with {format_count(node.cpus, 'CPU')}"
+        if node.gpus:
+            text += f" and {format_count(node.gpus, 'GPU')}"
+        if number > 1:
+            text += " each"
+        parts.append(text)
+    return ", ".join(parts)
 
 
 def local_resources(*, count_gpus: bool = True) -> Resources:
@@ -150,10 +154,14 @@ def check_run_resources(
             f"--local trains in this process alone, and cluster.{setting}="
             f"{getattr(cluster, setting)} asks for several; leave it out, or set it to 1"
         )
-    address = LOCAL if local else cluster.ray_address
-    fewest = cluster.min_gpus
-    workers = cluster.num_workers, cluster.num_gpus
-    check_available(*workers, resources, address=address, min_gpus=fewest if resources else None)
+    check_available(
+        cluster.num_workers,
+        cluster.num_gpus,
+        resources,
+        address=LOCAL if local else cluster.ray_address,
+        # A machine gets no more GPUs; nodes may join a cluster.
+        min_gpus=cluster.min_gpus if resources else None,
+    )
 
 
 def check_available(
@@ -186,28 +194,30 @@ def check_available(
     places = num_places(resources.nodes, 1, 1, num_gpus / num_workers)
     if num_workers <= places:
         return
-    key = "sweep." if per_trial else "cluster."
-    if num_gpus:
-        key += "min_gpus" if min_gpus else "gpus_per_trial" if per_trial else "num_gpus"
+    if per_trial:
+        setting = "sweep.gpus_per_trial" if num_gpus else "sweep.workers_per_trial"
+    elif min_gpus:
+        setting = "cluster.min_gpus"
     else:
-        key += "workers_per_trial" if per_trial else "num_workers"
+        setting = "cluster.num_gpus" if num_gpus else "cluster.num_workers"
     is_here = resources.place == THIS_MACHINE
     hardware = describe_nodes(resources.nodes)
-    needs = "a CPU" + " and a GPU" * bool(num_gpus)
-    changes = [f"type --set {key}={places}"] if places else []
+    needs = "a CPU and a GPU" if num_gpus else "a CPU"
+    changes = [f"type --set {setting}={places}"] if places else []
     if num_gpus and not resources.gpus:
-        import torch
+        hardware += " and no GPU"
+        if is_here:
+            import torch
 
-        hardware += " and no GPU" + f" that PyTorch {torch.__version__} can use" * is_here
-        leave_out = "leave sweep.gpus_per_trial out and " * per_trial
+            hardware += f" that PyTorch {torch.__version__} can use"
+        leave_out = "leave sweep.gpus_per_trial out and " if per_trial else ""
         changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
-    if num_gpus:
-        join = "join a Ray cluster that has them by --set cluster.address=HOST:PORT"
-        changes.append(
-            join if is_here else "run the command again when nodes that have them have joined"
-        )
+    if num_gpus and is_here:
+        changes.append("join a Ray cluster that has them by --set cluster.address=HOST:PORT")
+    elif num_gpus:
+        changes.append("run the command again when nodes that have them have joined")
     raise UserError(
-        f"{key}={num_gpus or num_workers:g}: {resources.place} has {hardware}, and each worker "
+        f"{setting}={num_gpus or num_workers:g}: {resources.place} has {hardware}, and each worker "
         f"needs {needs}; {', or '.join(changes)}"
     )
 
@@ -243,12 +253,15 @@ def free_memory(groups: Iterable[Path] | None = None) -> int:
             # In a container the path may be the host's, and the container's group is the root.
             own_group = CONTROL_GROUPS / path.lstrip("/")
             groups = [
-                g for g in (own_group, *own_group.parents) if g.is_relative_to(CONTROL_GROUPS)
+                group
+                for group in (own_group, *own_group.parents)
+                if group.is_relative_to(CONTROL_GROUPS)
             ]
     free = int(psutil.virtual_memory().available)
     for group in groups:
         with suppress(OSError, ValueError):  # A file is missing, or says "max".
-            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
             # Tokenizing leaves gigabytes of cached files. The system drops them if it needs memory,
             # so they count as free.
             cached = 0
@@ -284,9 +297,10 @@ def read_nvml(nvml: Any = None) -> tuple[str | None, list[InstalledGpu]]:
     # does not exist.
     with suppress(nvml.NVMLError):
         for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
-            by_number = nvml.nvmlDeviceGetHandleByIndex
-            by_id = nvml.nvmlDeviceGetHandleByUUID
-            handle = by_number(int(entry)) if entry.isdecimal() else by_id(entry)
+            if entry.isdecimal():
+                handle = nvml.nvmlDeviceGetHandleByIndex(int(entry))
+            else:
+                handle = nvml.nvmlDeviceGetHandleByUUID(entry)
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             gpus.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
     nvml.nvmlShutdown()

@@ -175,9 +175,9 @@ def price_of(
     # Each rate is looked up once: the driver is asked for the GPU's name.
     rates: dict[tuple[bool, str], Rate] = {}
     for training in priced:
-        kind = (training.devices.on_gpus, training.recipe.precision)
-        if kind not in rates:
-            rates[kind] = assumed_rate(training, mfu)
+        device_and_precision = (training.devices.on_gpus, training.recipe.precision)
+        if device_and_precision not in rates:
+            rates[device_and_precision] = assumed_rate(training, mfu)
 
     def rate_of(training: Estimate) -> Rate:
         return rates[training.devices.on_gpus, training.recipe.precision]

@@ -31,7 +31,8 @@ Forms = Literal["fast", "plain", "compiled"]
 """How fields are computed: by the fast forms of a CPU, by plain formulas as on a GPU without a
 compiler, or compiled."""
 
-_FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
+_FULL = 4  # bytes of a float32 value
+_HALF = 2  # bytes of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
@@ -84,12 +85,12 @@ def training_memory(
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
         layer = field_parameters(config)
-        others = (parameters - config.num_layers * layer) * _FULL
+        outside_fields = (parameters - config.num_layers * layer) * _FULL
         gathered = config.num_layers if num_passes > 1 else min(2, config.num_layers)
-        weights += others + gathered * layer * width
+        weights += outside_fields + gathered * layer * width
         # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
-        gradients += int((others + layer * (width + _FULL)) * trained_share)
+        gradients += int((outside_fields + layer * (width + _FULL)) * trained_share)
     if precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed; a
         # compiled field makes its own again. Of a sharded model, layers are gathered as bfloat16,
@@ -102,7 +103,14 @@ def training_memory(
     tokens = num_sequences * (sequence_length or config.context_length)
     compares = frozen is not None or has_members
     peak = _peak_bytes(
-        config, part, tokens, width, activation_checkpointing, num_shards, compares, forms
+        config,
+        part,
+        tokens,
+        width=width,
+        activation_checkpointing=activation_checkpointing,
+        num_shards=num_shards,
+        compares=compares,
+        forms=forms,
     )
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
@@ -129,6 +137,7 @@ def _peak_bytes(
     config: ModelConfig,
     part: TrainedPart,
     tokens: int,
+    *,
     width: int,
     activation_checkpointing: bool,
     num_shards: int,

@@ -95,8 +95,9 @@ class Suite(Record):
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The other fields are part of the key even if they are None.
-        absent = (
+        # These fields were added later: at None they are absent, so that keys are those of earlier
+        # versions. The others are part of the key even if they are None.
+        absent_at_none = (
             "sequence_length",
             "prompts",
             "fingerprints",
@@ -105,7 +106,11 @@ class Suite(Record):
             "vocabulary",
             "vocabulary_folder",
         )
-        return {k: v for k, v in dump(self).items() if v is not None or k not in absent}
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if value is not None or name not in absent_at_none
+        }
 
     @property
     def key(self) -> str:
@@ -134,7 +139,7 @@ class Suite(Record):
     def result_key(
         self,
         model_key: Sequence[str],
-        what: str,
+        fingerprint: str,
         *,
         precision: Precision,
         context_length: int,
@@ -145,7 +150,7 @@ class Suite(Record):
 
         Args:
             model_key: What `OpenedModel.key` says.
-            what: The task's fingerprint.
+            fingerprint: Of the task.
             precision: That of this suite, or of the device if this suite sets none.
             context_length: The model's.
             limit: That of this suite, for a task whose items it limits.
@@ -158,7 +163,7 @@ class Suite(Record):
             unusual.append(length)
         if opening:
             unusual.append(list(opening))
-        return content_key("evaluation", [*model_key, precision], what, limit, *unusual)
+        return content_key("evaluation", [*model_key, precision], fingerprint, limit, *unusual)
 
 
 class TaskResult(Record):
@@ -287,9 +292,9 @@ def metric_label(metric: str, filter_name: str) -> str:
 def accuracy_among(metrics: Iterable[str]) -> str | None:
     """Return the metric that counts as accuracy: the first of the best kind; None without one."""
     names = list(metrics)
-    for kind in ACCURACY_METRICS:
+    for metric in ACCURACY_METRICS:
         for name in names:
-            if name.partition(FILTER_MARK)[0] == kind:
+            if name.partition(FILTER_MARK)[0] == metric:
                 return name
     return None
 

@@ -91,15 +91,19 @@ WorkspacePath = Annotated[str, AfterValidator(_absolute), PlainSerializer(_porta
 
 
 def _parsed_by(
-    kind: type[ModelConfig] | type[InfluenceTable], problem: str = "{}"
+    value_type: type[ModelConfig] | type[InfluenceTable], problem: str = "{}"
 ) -> PlainValidator:
-    """Return a validator that takes a value of a kind, or what its `to_dict` returns."""
+    """Return a validator that takes a value of a type, or what its `to_dict` returns.
+
+    Args:
+        problem: Text of the error, with a place for that of `from_dict`.
+    """
 
     def parsed(value: Any) -> Any:
-        if isinstance(value, kind):
+        if isinstance(value, value_type):
             return value
         try:
-            return kind.from_dict(value)
+            return value_type.from_dict(value)
         except ExtensionError as error:
             raise PydanticCustomError(_EXTENSION, "{text}", {"text": str(error)}) from None
         except INVALID_VALUE_ERRORS as error:

@@ -36,7 +36,7 @@ class ServedCost(Record):
     """One model that answered a number of requests at a time."""
 
     model: str
-    """Its name in the call that measured it."""
+    """Name of the model in the call that measured it."""
     at_once: int
     """Requests at a time."""
     tokens_per_second: float
@@ -56,8 +56,11 @@ class ServedCost(Record):
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the number of requests at a time."""
         prefix = f"cost/served_{self.at_once}"
-        names = ("tokens_per_second", "latency_ms", "latency_95_ms")
-        numbers = {f"{prefix}/{name}": float(getattr(self, name)) for name in names}
+        numbers = {
+            f"{prefix}/tokens_per_second": float(self.tokens_per_second),
+            f"{prefix}/latency_ms": float(self.latency_ms),
+            f"{prefix}/latency_95_ms": float(self.latency_95_ms),
+        }
         if self.kv_bytes_per_token is not None:
             numbers["cost/kv_bytes_per_token"] = float(self.kv_bytes_per_token)
         return numbers

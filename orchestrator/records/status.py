@@ -20,8 +20,10 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_tail
 from orchestrator.workspace.layout import Workspace
 
-STARTED_EVENT, FAILED_EVENT = "started", "failed"
-"""Events in the journal of a sweep: it began; trials failed in every attempt, which it names."""
+STARTED_EVENT = "started"
+"""Event in the journal of a sweep: it began."""
+FAILED_EVENT = "failed"
+"""Event in the journal of a sweep: trials failed in every attempt; their labels are `trials`."""
 Note = Callable[[str], None]
 """Called with a sentence on each damaged file."""
 
@@ -106,9 +108,9 @@ def size_of(path: Path, *, links: bool = True) -> int:
         links: Count also files that have another name elsewhere; deleting those frees nothing.
     """
     if path.is_file():
-        files = iter([str(path)])
+        files = [str(path)]
     else:
-        files = (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
+        files = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
     total = 0
     for file in files:
         with suppress(OSError):  # Deleted meanwhile.

@@ -25,8 +25,10 @@ REASON_TAG = "iiet.reason"
 """Tag that says why a run ended without a result."""
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a page, in Markdown."""
-VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
-"""Tags of a sweep: the key of its chart view, and the artifact that is its report."""
+VIEW_TAG = "iiet.chart_view"
+"""Tag of a sweep: the key of its chart view."""
+REPORT_TAG = "iiet.report"
+"""Tag of a sweep: the artifact that is its report."""
 
 
 def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
@@ -47,7 +49,7 @@ class TrackedModel(Record):
     """A model that is logged with the runs that made and measured it."""
 
     key: str
-    """Of its weights and its schedule."""
+    """Hash of weights and schedule."""
     name: str
     params: Texts
     datasets: dict[str, tuple[str, str] | None]
@@ -72,7 +74,7 @@ class TrackedRun(Record):
     parent: str | None = None
     """Key of the sweep that it is a trial of."""
     folder: WorkspacePath | None = None
-    """What it describes, if that is a folder, which may be deleted."""
+    """The folder that the run describes, if it is one of a folder; it may be deleted."""
     journal: WorkspacePath | None = None
     """Folder of the journal with its curves."""
     params: Texts = Field(default_factory=dict)
@@ -119,7 +121,7 @@ class TrackedRun(Record):
 
     @property
     def place(self) -> tuple[str, str, str | None]:
-        """What it is found by."""
+        """Kind, key and parent, by which the run is found."""
         return self.kind, self.key, self.parent
 
     def path(self, workspace: Workspace) -> Path:
@@ -189,8 +191,9 @@ def reason_tags(status: str, reason: str) -> dict[str, str]:
     Without a reason, they delete that of an earlier end.
     """
     note = f"{reason[:1].upper()}{reason[1:]}"
-    failed = status == "FAILED" and reason
-    return {REASON_TAG: reason, NOTE_TAG: f"**Failed:** {note}" if failed else note}
+    if status == "FAILED" and reason:
+        note = f"**Failed:** {note}"
+    return {REASON_TAG: reason, NOTE_TAG: note}
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:

@@ -164,10 +164,10 @@ def schedule_parameters(model: ModelConfig) -> dict[str, str]:
 
 def model_parameters(model: ModelConfig) -> dict[str, str]:
     """Return the method, the corrections, the sizes, and the options that are no defaults."""
-    chosen = model.to_dict()
-    options = chosen.get("method_options", {})
+    without_defaults = model.to_dict()
+    options = without_defaults.get("method_options", {})
     values = {f"option.{name}": value for name, value in options.items()}
-    values |= {name: chosen.get(name) for name in ("head_dim", *ATTENTION_OPTIONS)}
+    values |= {name: without_defaults.get(name) for name in ("head_dim", *ATTENTION_OPTIONS)}
     values |= {name: getattr(model, name) for name in SIZES}
     return schedule_parameters(model) | {n: str(v) for n, v in values.items() if v is not None}
 
@@ -219,14 +219,19 @@ def model_family(config: ModelConfig) -> str:
 
     Vocabulary and context length, which follow the data, are not part of it.
     """
-    sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
-    values = [getattr(config, name) for name in sizes]
-    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == values]
-    size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
-    return f"{config.method}-{size}"
+    names = ("num_layers", "dim", "ffn_dim", "num_heads")
+    sizes = [getattr(config, name) for name in names]
+    for preset_name, preset in PRESETS.items():
+        if [preset[name] for name in names] == sizes:
+            return f"{config.method}-{preset_name}"
+    return f"{config.method}-{config.num_layers}x{config.dim}"
 
 
 def shared_parameters(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the parameters that have one value in all runs."""
-    first, *others = runs or [{}]
-    return {n: v for n, v in first.items() if all(other.get(n) == v for other in others)}
+    first, *other_runs = runs or [{}]
+    return {
+        name: value
+        for name, value in first.items()
+        if all(parameters.get(name) == value for parameters in other_runs)
+    }

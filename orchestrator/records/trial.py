@@ -54,7 +54,7 @@ class OtherModel(Record):
     """What is known of a looped model that transformers runs."""
 
     method: str
-    """Its `model_type`."""
+    """The `model_type` of the model's configuration."""
     num_layers: int
     """Layers with weights of their own."""
     depth: str
@@ -81,7 +81,7 @@ class Trial(Record):
     folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
-    """Its training; None when a checkpoint is measured without training."""
+    """The training that makes the model; None when a checkpoint is measured without training."""
     checkpoint: WorkspacePath | None = None
     """Folder of the weights; None before they are trained."""
     suite: Suite
@@ -167,8 +167,12 @@ class Trial(Record):
         stored = Trial.read(self.result_path)
         if stored is None:
             return None
-        measured = ("numbers", "evaluation", "checkpoint")
-        return self.model_copy(update={name: getattr(stored, name) for name in measured})
+        measured = {
+            "numbers": stored.numbers,
+            "evaluation": stored.evaluation,
+            "checkpoint": stored.checkpoint,
+        }
+        return self.model_copy(update=measured)
 
     def with_numbers(self, group: str, numbers: Mapping[str, float | None]) -> Trial:
         """Return the trial with those of these numbers, tracked as `GROUP/NAME`, that are known."""
@@ -246,9 +250,9 @@ def teacher_or_costliest(
 
     This is the teacher, else the costliest trial, else the costliest model.
     """
-    for wanted in ({"teacher"}, {"teacher", "trial"}, set(get_args(Role))):
-        if found := [model for model in models if role(model) in wanted]:
-            return max(found, key=cost)
+    for roles in ({"teacher"}, {"teacher", "trial"}, set(get_args(Role))):
+        if candidates := [model for model in models if role(model) in roles]:
+            return max(candidates, key=cost)
     return None
 
 
@@ -299,5 +303,5 @@ class EarlyStop(Record):
 
     @property
     def text(self) -> str:
-        """All of it in one line."""
+        """Step and reason in one line."""
         return f"stopped early at step {self.step} of {self.num_steps}: {self.reason}"

@@ -94,7 +94,7 @@ CROSS = "M-1,-1L1,1M1,-1L-1,1"
 TRIAL_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "triangle-left")
 """Shapes of the trials, one for each sweep."""
 MAX_NAMES = 24
-"""Of a front with more members than this, only the picks are named."""
+"""If a front has more members than this, only its picks are named."""
 NAME_PLACES = (
     *(("right", -8, -10), ("left", 8, -10), ("center", 0, -17), ("left", 13, 0), ("right", -13, 0)),
     *(("left", 8, 11), ("right", -8, 11), ("center", 0, 18), ("center", 0, -32), ("center", 0, 33)),
@@ -127,12 +127,12 @@ Spec = dict[str, Any]
 """A chart, or a part of one, in the JSON of Vega-Lite."""
 
 
-def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
+def save_chart(spec: Spec, stem: Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write a chart as `stem.png` and `stem.svg`; the same chart gives the same bytes.
 
     An SVG ends with the key of its chart, so one that is there already is not drawn again.
     """
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
+    paths = [stem.with_name(f"{stem.name}.{file_format}") for file_format in formats]
     mark = f"<!-- {content_key(spec, installed_version('vl-convert-python'))} -->".encode()
     with suppress(OSError):
         if all(map(Path.is_file, paths)) and paths[-1].read_bytes().endswith(mark):
@@ -157,36 +157,36 @@ def chart_spec(chart: Spec, *, title: str | Spec = "") -> Spec:
     return {"$schema": SCHEMA, **({"title": title} if title else {}), **chart, "config": CONFIG}
 
 
-def number(field: str, **more: Any) -> Spec:
+def number(field: str, **properties: Any) -> Spec:
     """Return the encoding of a field with numbers."""
-    return {"field": field, "type": "quantitative", **more}
+    return {"field": field, "type": "quantitative", **properties}
 
 
-def word(field: str, **more: Any) -> Spec:
+def word(field: str, **properties: Any) -> Spec:
     """Return the encoding of a field with names."""
-    return {"field": field, "type": "nominal", **more}
+    return {"field": field, "type": "nominal", **properties}
 
 
 def marks(
-    kind: str,
+    mark: str,
     encoding: Mapping[str, Spec],
     *,
     values: Sequence[Any] | None = None,
     where: Sequence[Spec] = (),
     **look: Any,
 ) -> Spec:
-    """Return a layer of marks of one kind.
+    """Return a layer of marks.
 
     Args:
-        kind: Such as `line` or `point`.
+        mark: Such as `line` or `point`.
         encoding: Channel -> field.
-        values: Its data, if they are not the chart's.
+        values: Data of the layer, if they are not the chart's.
         where: Transforms of the data.
         look: Properties of the marks.
     """
     data = {} if values is None else {"data": {"values": values}}
     transform = {"transform": [*where]} if where else {}
-    return {**data, **transform, "mark": {"type": kind, **look}, "encoding": {**encoding}}
+    return {**data, **transform, "mark": {"type": mark, **look}, "encoding": {**encoding}}
 
 
 # The front
@@ -237,7 +237,8 @@ def front_chart(
     free = {"zero": False, "nice": False}
     upward = {**free, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
     x = number("x", axis=None, scale={**free, "padding": PADDING_X})
-    y, low = (number(name, axis=None, scale=upward) for name in ("y", "low"))
+    y = number("y", axis=None, scale=upward)
+    low = number("low", axis=None, scale=upward)
     x_axis = {"title": {"signal": "titles[cost]"}, "gridColor": GRID, "tickCount": 8}
     x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
     y_axis = {"title": {"signal": "titles[quality]"}, "gridColor": GRID}
@@ -300,11 +301,12 @@ def front_chart(
     ]
     if mark_paper:
         layers.append(paper_mark(INK, 2.4))
+    # Names, each above a halo of its letters, so that lines do not cross it.
     halo: Spec = {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}
-    for behind in (halo, {}):
-        text = {"x": x, "y": y, "text": word("name")}
-        named = [{"filter": "datum.place >= 0"}]
-        layers.append(marks("text", text, where=named, **name_look, **behind))
+    text = {"x": x, "y": y, "text": word("name")}
+    is_named = [{"filter": "datum.place >= 0"}]
+    layers.append(marks("text", text, where=is_named, **name_look, **halo))
+    layers.append(marks("text", text, where=is_named, **name_look))
     place = f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]"
     calculated = {
         "error": "datum[quality + '_stderr'] || 0",
@@ -326,7 +328,7 @@ def front_chart(
             {"calculate": "datum[quality]", "as": "y"},
             {"filter": "isValid(datum.x) && isValid(datum.y)"},
             {"joinaggregate": [{"op": "max", "field": "x", "as": "most"}]},
-            *({"calculate": how, "as": name} for name, how in calculated.items()),
+            *({"calculate": formula, "as": name} for name, formula in calculated.items()),
         ],
         "params": _params(front, costs, qualities),
         "layer": layers,
@@ -346,7 +348,9 @@ def menu_fronts(front: Front) -> list[Front]:
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     offered = (front.axes.cost, *COSTS.values(), *(overhead for overhead, _ in OVERHEADS.values()))
     costs = [name for name in dict.fromkeys(offered) if name in measured]
-    qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
+    qualities = [
+        name for name in measured if name.startswith("quality/") and not name.endswith("_stderr")
+    ]
     fronts = []
     for cost, quality in product(costs, qualities):
         axes = replace(front.axes, cost=cost, quality=quality)
@@ -362,7 +366,6 @@ def _params(front: Front, costs: list[str], qualities: list[str]) -> list[Spec]:
     """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
     losses = [name for name in qualities if not metric_of(name).higher_is_better]
     shares = [name for name in qualities if metric_of(name).is_percent]
-    first = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
     titles = {name: metric_of(name).title for name in (*costs, *qualities)}
     menus = [
         {
@@ -380,9 +383,12 @@ def _params(front: Front, costs: list[str], qualities: list[str]) -> list[Spec]:
             ("quality", qualities, front.axes.quality),
         )
     ]
+    # Pairs are numbered as in `menu_fronts`: the quality changes first.
+    first_of_cost = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
+    pair = f"{first_of_cost} + indexof({json.dumps(qualities)}, quality)"
     return [
         *menus,
-        {"name": "pair", "expr": f"{first} + indexof({json.dumps(qualities)}, quality)"},
+        {"name": "pair", "expr": pair},
         {"name": "is_share", "expr": f"indexof({json.dumps(shares)}, quality) >= 0"},
         {"name": "is_loss", "expr": f"indexof({json.dumps(losses)}, quality) >= 0"},
         {"name": "hovered", "value": ""},
@@ -439,8 +445,10 @@ def _front_data(
         if knee := placed.picks.get("knee"):
             marks[knee["key"]]["knees"].append(pair)
             names[knee["key"]] += " (knee)"
-        others = [row for row in placed.rows if row["role"] != "trial" and row["key"] not in names]
-        for row in sorted(others, key=lambda row: row["role"] != "teacher"):
+        beside_front = [
+            row for row in placed.rows if row["role"] != "trial" and row["key"] not in names
+        ]
+        for row in sorted(beside_front, key=lambda row: row["role"] != "teacher"):
             names[row["key"]] = labels[row["key"]]
         for width in NAME_WIDTHS:
             places = place_names(placed, names, width, paper[pair])
@@ -480,22 +488,25 @@ def place_names(
         return {}
     points = [(row["cost"], row["quality"], known(row, "error") or 0.0) for row in rows]
     costs, qualities, errors = np.array([*points, *([(*mark, 0.0)] if mark else [])]).T
+
+    # What a name must not cover: the marks of models, their bars, and what lies outside.
     ends = np.stack([qualities - errors, qualities + errors])
-    # Pixels count from the top.
+    # Pixels count from the top, and a better quality stands higher.
     lowest = HEIGHT - PADDING_Y
     highest = PADDING_Y
     edges = (lowest, highest) if placed.axes.higher_is_better else (highest, lowest)
     x = _pixels(costs, costs, (PADDING_X, width - PADDING_X))
     y = _pixels(qualities, ends, edges)
-    tops, bottoms = (_pixels(values, ends, edges) for values in ends)
-    if edges[0] > edges[1]:
-        tops, bottoms = bottoms, tops
+    ends_of_bars = np.sort([_pixels(values, ends, edges) for values in ends], axis=0)
     circles = _boxes(x - 7, y - 7, x + 7, y + 7)
-    bars = _boxes(x - 1, tops, x + 1, bottoms)[: len(rows)]
+    bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(rows)]
     inside = _boxes(2, 2, width - 2, HEIGHT - 2)
-    number_of = {row["key"]: number for number, row in enumerate(rows)}
-    shares = np.array([{"left": 0.0, "center": 0.5, "right": 1.0}[a] for a, _, _ in NAME_PLACES])
+
+    # The boxes of a name at all places, relative to its model: left of it stands a share of it.
+    share_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
+    shares = np.array([share_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
     right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
+    number_of = {row["key"]: number for number, row in enumerate(rows)}
     taken = np.empty((0, 4))
     place_by_key: dict[str, int] = {}
     for key, name in names.items():
@@ -608,18 +619,18 @@ def influence_chart(
         cell["shown"] = max(cell["influence"], least)
         cell["ink"] = "white" if cell["shown"] ** 2 < least * most else "black"
     width = max(cell["correction"] for cell in cells)
-    bare: Spec = {"grid": False, "ticks": False, "domain": False}
-    columns, lines = (
-        {
-            # The ticks are the middles of the cells.
-            "scale": {"domain": [0.5, count + 0.5], "nice": False, **more},
-            "axis": {"title": name, "values": [*range(1, count + 1)], "format": "d", **bare},
+
+    def cell_axis(title: str, count: int, **scale: Any) -> Spec:
+        """Return scale and axis of cells from 1 on, whose middles have the ticks."""
+        ticks = {"values": [*range(1, count + 1)], "format": "d"}
+        bare = {"grid": False, "ticks": False, "domain": False}
+        return {
+            "scale": {"domain": [0.5, count + 0.5], "nice": False, **scale},
+            "axis": {"title": title, **ticks, **bare},
         }
-        for name, count, more in (
-            ("Correction", width, {}),
-            ("Layer", len(rows), {"reverse": True}),
-        )
-    )
+
+    columns = cell_axis("Correction", width)
+    lines = cell_axis("Layer", len(rows), reverse=True)
     x = number("from", **columns)
     y = number("top", **lines)
     domain = [least, most if most > least else 2 * least]
@@ -628,9 +639,15 @@ def influence_chart(
     color = number(
         "shown", scale={"type": "log", "scheme": "viridis", "domain": domain}, legend=bar
     )
-    edges = {"from": "correction - 0.5", "to": "correction + 0.5"}
-    edges |= {"top": "layer - 0.5", "bottom": "layer + 0.5"}
-    with_edges = [{"calculate": f"datum.{how}", "as": name} for name, how in edges.items()]
+    with_edges = [
+        {"calculate": f"datum.{formula}", "as": name}
+        for name, formula in (
+            ("from", "correction - 0.5"),
+            ("to", "correction + 0.5"),
+            ("top", "layer - 0.5"),
+            ("bottom", "layer + 0.5"),
+        )
+    ]
     area = {"x": x, "x2": {"field": "to"}, "y": y, "y2": {"field": "bottom"}, "color": color}
     middle = {"x": number("correction", **columns), "y": number("layer", **lines)}
     text = {**middle, "text": word("text"), "color": word("ink", scale=None)}
@@ -697,7 +714,9 @@ class DepthPoint:
 
 def depth_chart(points: Sequence[DepthPoint], axes: FrontAxes) -> Spec:
     """Return the chart of quality against cost, a line for each model through its depths."""
-    scale, unit = (100, " (%)") if axes.quality_metric.is_percent else (1, "")
+    is_percent = axes.quality_metric.is_percent
+    scale = 100 if is_percent else 1
+    unit = " (%)" if is_percent else ""
     values = [
         {
             "model": point.model,

@@ -101,8 +101,14 @@ class Claim:
         verdict: Verdict = "not decided"
         if difference.excludes_zero:
             verdict = "holds" if difference.low > 0 else "does not hold"
-        value, low, high = (100 * n for n in (difference.value, difference.low, difference.high))
-        return replace(self, verdict=verdict, here=value, low=low, high=high, about=about)
+        return replace(
+            self,
+            verdict=verdict,
+            here=100 * difference.value,
+            low=100 * difference.low,
+            high=100 * difference.high,
+            about=about,
+        )
 
 
 CLAIMS = (
@@ -170,7 +176,9 @@ class _Evidence:
 
     def _trained(self, method: str) -> list[Row]:
         """Return the models of a method that were trained from scratch, the costliest last."""
-        models = [r for r in self._rows if r["method"] == method and r["trial"].parent is None]
+        models = [
+            row for row in self._rows if row["method"] == method and row["trial"].parent is None
+        ]
         if method != BASELINE_METHOD:
             models = [row for row in models if (known(row, OVERHEAD_NFE) or 0) > 0]
         return sorted(models, key=lambda row: row[NFE])
@@ -183,7 +191,7 @@ class _Evidence:
         return models[-1]
 
     def _students(self, teacher: Row) -> list[Row]:
-        students = [r for r in self._rows if self._teachers.get(r["key"]) == teacher["key"]]
+        students = [row for row in self._rows if self._teachers.get(row["key"]) == teacher["key"]]
         if not students:
             raise _Missing(f"no students of {teacher['label']} on this front")
         return students
@@ -216,17 +224,15 @@ class _Evidence:
         basis = self._front.basis
         if paired is None or basis is None:
             return [None, None]
-        return [
-            pair_scores(
-                {
-                    key: [_half_of(run, half) for run in runs]
-                    for key, runs in paired.evaluations.items()
-                    if key in keys
-                },
-                num_resamples=basis.num_resamples,
-            )
-            for half in (0, 1)
-        ]
+        halves = []
+        for half in (0, 1):
+            evaluations = {
+                key: [_half_of(run, half) for run in runs]
+                for key, runs in paired.evaluations.items()
+                if key in keys
+            }
+            halves.append(pair_scores(evaluations, num_resamples=basis.num_resamples))
+        return halves
 
     def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
@@ -238,8 +244,8 @@ class _Evidence:
         num_items = paired.num_items(ACCURACY) if paired else 0
         shares = []
         for student, teacher in pairs:
-            scores, (mine, whole) = self._scores(student, teacher)
-            share = scores.kept(mine, whole, num_items=num_items)
+            scores, (student_place, teacher_place) = self._scores(student, teacher)
+            share = scores.kept(student_place, teacher_place, num_items=num_items)
             if share is None:
                 raise _Missing(
                     f"{teacher['label']} answers so few items right that in some draws of the "
@@ -250,12 +256,11 @@ class _Evidence:
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""
-        full = self._model(DEFAULT_METHOD)
-        other = self._model(method)
-        scores, (mine, theirs) = self._scores(full, other)
-        return claim.judged(
-            scores.difference(mine, theirs), f"{_described(full)}; {_described(other)}"
-        )
+        iiet = self._model(DEFAULT_METHOD)
+        rival = self._model(method)
+        scores, (iiet_place, rival_place) = self._scores(iiet, rival)
+        difference = scores.difference(iiet_place, rival_place)
+        return claim.judged(difference, f"{_described(iiet)}; {_described(rival)}")
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
@@ -277,10 +282,14 @@ class _Evidence:
             row, interval, confidence = min(sure, key=lambda candidate: candidate[0][share])
         else:  # The likeliest is shown.
             row, interval, confidence = max(candidates, key=lambda candidate: candidate[2])
-        failed: Verdict = "does not hold" if confidence <= 1 - CONFIDENCE else "not decided"
+        verdict: Verdict = "not decided"
+        if sure:
+            verdict = "holds"
+        elif confidence <= 1 - CONFIDENCE:
+            verdict = "does not hold"
         return replace(
             claim,
-            verdict="holds" if sure else failed,
+            verdict=verdict,
             here=100 * (1 - row[share]),
             low=100 * interval.low,
             high=100 * interval.high,
@@ -296,29 +305,39 @@ class _Evidence:
         self._model(DEFAULT_METHOD)  # No shape without it.
         vanilla = self._model(BASELINE_METHOD)
         self._check_times(cost)
-        if (least := known(vanilla, cost)) is None:
+        vanilla_cost = known(vanilla, cost)
+        if vanilla_cost is None:
             raise _Missing("no time of vanilla on this front")
         iiets = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
-        bare = [known(row, DECODE_MS) for row in iiets if known(row, OVERHEAD_NFE) == 0]
-        slowness = max((ms / least for ms in bare if ms and cost == DECODE_MS), default=0)
-        if slowness > TOO_SMALL:
-            raise _Missing(f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token")
-        students = [row for row in iiets if row["key"] in self._teachers]
-        near = [row for row in students if row[cost] <= COMPARABLE * least]
-        if not near:
+        if cost == DECODE_MS:
+            times = [known(row, DECODE_MS) for row in iiets if known(row, OVERHEAD_NFE) == 0]
+            slowness = max((time / vanilla_cost for time in times if time), default=0)
+            if slowness > TOO_SMALL:
+                raise _Missing(
+                    f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token"
+                )
+        students = [
+            row
+            for row in iiets
+            if row["key"] in self._teachers and row[cost] <= COMPARABLE * vanilla_cost
+        ]
+        if not students:
             raise _Missing(
                 f"no student costs at most {COMPARABLE} times vanilla's {METRICS[cost].unit}"
             )
-        (choice, places), (judge, _) = (self._scores(*near, vanilla, half=half) for half in (0, 1))
-        best = int(np.argmax(choice.observed[places[:-1]]))
+
+        # Vanilla's place is the last one, in both halves.
+        choosing_scores, places = self._scores(*students, vanilla, half=0)
+        judging_scores, _ = self._scores(*students, vanilla, half=1)
+        best = int(np.argmax(choosing_scores.observed[places[:-1]]))
         num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
-        time = known(near[best], DECODE_MS)
+        time = known(students[best], DECODE_MS)
         vanilla_time = known(vanilla, DECODE_MS)
         ratio = f" takes {time / vanilla_time:.2f} times its time" if time and vanilla_time else ""
         return claim.judged(
-            judge.difference(places[best], places[-1]),
-            f"{_described(near[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
-            f"{len(near)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
+            judging_scores.difference(places[best], places[-1]),
+            f"{_described(students[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
+            f"{len(students)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:
@@ -331,23 +350,19 @@ class _Evidence:
         shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
         if not shares:
             raise _Missing("no students of both at equal shares of their teachers' evaluations")
-        pairs = [students[share] for students in (iiets, pcformers) for share in shares]
-        if len({_recipe_of(student["trial"]) for student, _ in pairs}) > 1:
+        iiet_pairs = [iiets[share] for share in shares]
+        pcformer_pairs = [pcformers[share] for share in shares]
+        recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
+        if len(recipes) > 1:
             raise _Missing("the students of IIET and of PCformer were not distilled alike")
-        kept = self._kept(pairs)
-        means = [
-            (
-                sum(interval.value for interval, _ in half) / len(shares),
-                sum(draws for _, draws in half) / len(shares),
-            )
-            for half in (kept[: len(shares)], kept[len(shares) :])
-        ]
-        (mine, my_draws), (theirs, their_draws) = means
-        at = ", ".join(f"{share:.0%}" for share in shares)
+        kept_by_iiet, iiet_draws = _mean_share(self._kept(iiet_pairs))
+        kept_by_pcformer, pcformer_draws = _mean_share(self._kept(pcformer_pairs))
+        percents = ", ".join(f"{share:.0%}" for share in shares)
         return claim.judged(
-            interval_of(mine - theirs, np.asarray(my_draws - their_draws)),
-            f"students of {pairs[0][1]['label']} keep {mine:.1%}, of {pairs[-1][1]['label']} "
-            f"{theirs:.1%}, at {at} of their teachers' evaluations",
+            interval_of(kept_by_iiet - kept_by_pcformer, iiet_draws - pcformer_draws),
+            f"students of {iiet_pairs[0][1]['label']} keep {kept_by_iiet:.1%}, of "
+            f"{pcformer_pairs[0][1]['label']} {kept_by_pcformer:.1%}, at {percents} of their "
+            "teachers' evaluations",
         )
 
     def _by_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
@@ -358,6 +373,13 @@ class _Evidence:
             if student[NFE] < teacher[NFE]:
                 pairs.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
         return pairs
+
+
+def _mean_share(shares: Sequence[tuple[Interval, Floats]]) -> tuple[float, Floats]:
+    """Return the mean of kept shares, as measured and in each draw."""
+    observed = sum(interval.value for interval, _ in shares) / len(shares)
+    drawn = sum(draws for _, draws in shares) / len(shares)
+    return observed, np.asarray(drawn)
 
 
 def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
@@ -391,8 +413,10 @@ def _described(row: Row) -> str:
 def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     """Return the section on claims; `title` is the table's title on a terminal."""
     columns = (
-        *(Column("claim (3 to 5: students)", is_text=True), Column("verdict", is_text=True)),
-        *(Column("paper"), Column("here", is_text=True)),
+        Column("claim (3 to 5: students)", is_text=True),
+        Column("verdict", is_text=True),
+        Column("paper"),
+        Column("here", is_text=True),
     )
     rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
     return Section(
@@ -407,8 +431,10 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
 def _cells(claim: Claim) -> tuple[str, str]:
     """Return the paper's number, and the number here with its interval."""
     is_overhead = claim.number == 3
-    paper = "" if claim.paper is None else f"{claim.paper:+g}"
-    paper = f"-{claim.paper:g}%" if is_overhead else paper
+    if claim.paper is None:
+        paper = ""
+    else:
+        paper = f"-{claim.paper:g}%" if is_overhead else f"{claim.paper:+g}"
     if claim.here is None or claim.low is None or claim.high is None:
         short = claim.about.partition(":")[0]
         return paper, short if len(short) <= MAX_REASON_LENGTH else ""

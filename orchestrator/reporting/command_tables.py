@@ -44,7 +44,10 @@ def evaluation_table(
     """
     names = [*evaluations]
     models = [*evaluations.values()]
-    by_place = {(one.model, one.task, one.metric): one.interval for one in differences}
+    intervals = {
+        (difference.model, difference.task, difference.metric): difference.interval
+        for difference in differences
+    }
 
     def row(
         task: str, metric: str, by_model: Sequence[Mapping[str, float]], items: int
@@ -53,8 +56,8 @@ def evaluation_table(
         cells = []
         for name, numbers in zip(names, by_model, strict=True):
             cells.append(_value_and_error(numbers, plain))
-            if by_place and name != names[0]:
-                interval = by_place.get((name, task, plain))
+            if intervals and name != names[0]:
+                interval = intervals.get((name, task, plain))
                 cells.append("" if interval is None else _signed_interval(interval))
         return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == AVERAGE)
 
@@ -62,11 +65,11 @@ def evaluation_table(
     for task in dict.fromkeys(name for model in models for name in model.results):
         results = [model.results.get(task) for model in models]
         by_model = [result.metrics if result else {} for result in results]
-        one = next(result for result in results if result)
+        first_result = next(result for result in results if result)
         for metric in dict.fromkeys(name for numbers in by_model for name in numbers):
             if not metric.endswith(STDERR_SUFFIX):
-                mark = " *" if metric == one.accuracy_metric else ""
-                rows.append(row(task, metric + mark, by_model, one.num_items))
+                mark = " *" if metric == first_result.accuracy_metric else ""
+                rows.append(row(task, metric + mark, by_model, first_result.num_items))
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
         most = max(model.num_accuracy_items for model in models)
@@ -74,7 +77,7 @@ def evaluation_table(
     heads = []
     for name in names:
         heads.append(name if len(names) > 1 else "value ± error")
-        if by_place and name != names[0]:
+        if intervals and name != names[0]:
             heads.append(f"vs {names[0]}")
     texts = (Column("task", is_text=True), Column("metric", is_text=True))
     return Table((*texts, *map(Column, heads), Column("items", 1)), rows)
@@ -106,7 +109,7 @@ def tasks_with_other_items(evaluations: Sequence[EvaluationResult]) -> list[str]
     for evaluation in evaluations:
         for name, result in evaluation.results.items():
             items.setdefault(name, set()).add(tuple(result.items))
-    return [name for name, kinds in items.items() if len(kinds) > 1]
+    return [name for name, different_items in items.items() if len(different_items) > 1]
 
 
 def _signed_interval(interval: Interval) -> str:
@@ -160,8 +163,8 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
     heads = ["measured", f"by {PREDICTION}", f"{PREDICTION} off", "by NFE", "NFE off"]
     for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
         title = f"Share of the full model's time, {phase}, in percent"
-        tables[title] = heads, partial(share, phase=phase)
-    found = []
+        tables[title] = (heads, partial(share, phase=phase))
+    shown_tables = []
     for title, (names, cells) in tables.items():
         rows: list[TableRow] = []
         for condition, group in groupby(costs, lambda cost: f"{cost.batch_size} x {cost.context}"):
@@ -170,8 +173,8 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
                 rows.append(TableRow((condition, cost.model, *cells(cost)), is_first=is_first))
         columns = [Column("rows x\nprompt", is_text=True), Column("model", is_text=True)]
         columns += [Column(name, int("NFE" in name)) for name in names]
-        found.append(Table(columns, rows, title))
-    return found
+        shown_tables.append(Table(columns, rows, title))
+    return shown_tables
 
 
 def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
@@ -269,21 +272,17 @@ def influence_table(influence: InfluenceTable) -> Table:
 
 
 def _by_layer(
-    title: str, rows: Sequence[Sequence[str]], more: Mapping[str, Sequence[str]]
+    title: str, rows: Sequence[Sequence[str]], further_columns: Mapping[str, Sequence[str]]
 ) -> Table:
     """Return a table of a row for each layer: its corrections, then further columns."""
     width = max(map(len, rows), default=0)
-    heads = ["layer", *(f"correction {n}" for n in range(1, width + 1)), *more]
-    cells = [
-        (
-            str(number),
-            *row,
-            *[""] * (width - len(row)),
-            *(column[number - 1] for column in more.values()),
-        )
-        for number, row in enumerate(rows, start=1)
-    ]
-    return Table([*map(Column, heads)], [*map(TableRow, cells)], title)
+    heads = ["layer", *(f"correction {n}" for n in range(1, width + 1)), *further_columns]
+    table_rows = []
+    for layer, cells in enumerate(rows):
+        padding = [""] * (width - len(cells))
+        further_cells = [column[layer] for column in further_columns.values()]
+        table_rows.append(TableRow([str(layer + 1), *cells, *padding, *further_cells]))
+    return Table([*map(Column, heads)], table_rows, title)
 
 
 def _contractions(influence: InfluenceTable, form: str) -> dict[str, list[str]]:
@@ -341,8 +340,8 @@ def training_rows(
             r = schedule[0] if len(set(schedule)) == 1 else schedule
             stages.append(f"r = {r} for {num_steps:,} steps")
         drawn = format_count(training.num_members, "cheaper schedule")
-        beside = f"; with corrections, each step also trains {drawn}"
-        yield "corrections", ", then ".join(stages) + (beside if training.num_members else "")
+        members = f"; with corrections, each step also trains {drawn}"
+        yield "corrections", ", then ".join(stages) + (members if training.num_members else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 

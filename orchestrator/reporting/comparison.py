@@ -54,7 +54,7 @@ def differences_from_first(evaluations: Mapping[str, EvaluationResult]) -> list[
         scores = paired.quality(quality)
         if scores is not None:
             measured.append((AVERAGE, metric, paired.num_items(quality), scores))
-    first, *others = evaluations
+    first, *later_models = evaluations
     return [
         Difference(
             model=model,
@@ -65,5 +65,5 @@ def differences_from_first(evaluations: Mapping[str, EvaluationResult]) -> list[
             interval=scores.difference(number, 0),
         )
         for task, metric, num_items, scores in measured
-        for number, model in enumerate(others, start=1)
+        for number, model in enumerate(later_models, start=1)
     ]

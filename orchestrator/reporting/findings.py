@@ -51,12 +51,12 @@ def findings(front: Front) -> list[str]:
         if row is not None and row is not kept and row is not full:
             sentences.append(f"The {name} is {describe_model(front, row)}.")
     choice = kept or full
-    beside = [r for r in front.rows if r["role"] in BESIDE_ROLES and r is not choice]
-    sentences += [
-        _comparison(front, row, choice)
-        for row in beside
-        if choice is not full or row not in controls  # The teacher is compared with them above.
-    ]
+    for row in front.rows:
+        if row["role"] not in BESIDE_ROLES or row is choice:
+            continue
+        if choice is full and row in controls:
+            continue  # The teacher is compared with them above.
+        sentences.append(_comparison(front, row, choice))
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
@@ -263,8 +263,15 @@ class PickRule:
         return self.name
 
 
-def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: Any) -> PickRule:
+def pick_rule(
+    *, keep: float | None = None, confidence: float = 0.0, **other_rules: Any
+) -> PickRule:
     """Return the rule that is given by the name of its option; `keep` when none is.
+
+    Args:
+        keep: Value of `--keep`.
+        confidence: Value of `--confidence`.
+        other_rules: Values of the other rules' options; None or False where one is not given.
 
     Raises:
         UserError: If several are given, a confidence with another rule than `keep`, or one of both
@@ -274,8 +281,10 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
         raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
     if not 0 <= confidence <= 1:
         raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
-    values = {"keep": keep, **others}
-    rules = {name: v for name, v in values.items() if v is not None and v is not False}
+    values = {"keep": keep, **other_rules}
+    rules = {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
     if len(rules) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in rules)
         raise UserError(f"pick takes one rule; got {options}")
@@ -288,8 +297,14 @@ def pick_rule(*, keep: float | None = None, confidence: float = 0.0, **others: A
 
 
 def _nothing_placed(front: Front) -> str:
-    has = [name for name, key in QUALITIES.items() if any(known(r, key) for r in front.unmeasured)]
-    measured = f"it has {join_names(has)}" if has else "nothing of it is measured yet"
+    qualities = [
+        option
+        for option, name in QUALITIES.items()
+        if any(known(row, name) for row in front.unmeasured)
+    ]
+    measured = "nothing of it is measured yet"
+    if qualities:
+        measured = f"it has {join_names(qualities)}"
     return f"no trial of this sweep has {front.axes.in_words}; {measured}"
 
 

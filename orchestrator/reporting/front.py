@@ -256,11 +256,11 @@ class Front:
             return picks  # Otherwise, of members, the best costs more than the cheapest.
 
         def above_chord(row: Row) -> float:
-            gain, dearer = (
-                (row[name] - cheapest[name]) / (best[name] - cheapest[name])
-                for name in ("goodness", "cost")
-            )
-            return float((gain - dearer) / math.sqrt(2))
+            gain = row["goodness"] - cheapest["goodness"]
+            further_cost = row["cost"] - cheapest["cost"]
+            gain_share = gain / (best["goodness"] - cheapest["goodness"])
+            cost_share = further_cost / (best["cost"] - cheapest["cost"])
+            return float((gain_share - cost_share) / math.sqrt(2))
 
         knee = max(self.members, key=above_chord)
         return {"knee": knee, **picks} if above_chord(knee) > 1e-12 else picks
@@ -308,10 +308,12 @@ class Front:
         """
         if self.full is None:
             return None
-        part = row["quality"]
-        whole = self.full["quality"]
-        if not self.axes.higher_is_better:
-            part, whole = whole, part
+        if self.axes.higher_is_better:
+            part = row["quality"]
+            whole = self.full["quality"]
+        else:
+            part = self.full["quality"]
+            whole = row["quality"]
         return float(part / whole) if whole else None
 
     def keeps(self, row: Row) -> float | None:
@@ -355,8 +357,11 @@ class Front:
         """
         is_same_quality = axes.quality == self.axes.quality
         kept = (SHARE_METRIC, keeps_metric(self.kept_share)) if is_same_quality else ()
-        others = [n for n in self.table if n.startswith("paired/") and n not in kept]
-        front = replace(find_front(self.table.drop(columns=others), axes), losses=self.losses)
+        of_old_axes = [
+            name for name in self.table if name.startswith("paired/") and name not in kept
+        ]
+        front = find_front(self.table.drop(columns=of_old_axes), axes)
+        front = replace(front, losses=self.losses)
         if not is_same_quality:
             return front
         return replace(
@@ -466,24 +471,33 @@ def with_confidence(
     scores = paired.quality(axes.quality)
     number_of = paired.places
     num_items = paired.num_items(axes.quality)
-    others = [full, *(r for r in rows if r["role"] in BESIDE_ROLES and r is not full)]
-    compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
+    # Label -> number of the models that all are compared with, the full model first.
+    beside_full = [row for row in rows if row["role"] in BESIDE_ROLES and row is not full]
+    compared_with: dict[str, int] = {}
+    for row in (full, *beside_full):
+        if row["key"] in number_of:
+            compared_with[row["label"]] = number_of[row["key"]]
 
+    # Columns of a model, and intervals, on the front's quality and on each task.
     intervals: dict[tuple[str, str, str], Interval] = {}
     columns: dict[str, dict[str, float]] = {key: {} for key in number_of}
 
-    def note(key: str, name: str, interval: Interval) -> None:
-        ends = {f"{name}_low": interval.low, f"{name}_high": interval.high}
-        columns[key] |= {name: interval.value, **ends}
+    def add_columns(key: str, name: str, interval: Interval) -> None:
+        columns[key][name] = interval.value
+        columns[key][f"{name}_low"] = interval.low
+        columns[key][f"{name}_high"] = interval.high
 
     measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
     for (key, number), (name, drawn) in product(number_of.items(), measured.items()):
         intervals[key, name, ""] = drawn.interval(number)
         prefix = "" if name == axes.quality else f"{name}/"
-        for other, other_number in compared_with.items():
-            if other_number != number:
-                intervals[key, name, other] = drawn.difference(number, other_number)
-                note(key, difference_metric(other, prefix), intervals[key, name, other])
+        for label, number_of_label in compared_with.items():
+            if number_of_label != number:
+                difference = drawn.difference(number, number_of_label)
+                intervals[key, name, label] = difference
+                add_columns(key, difference_metric(label, prefix), difference)
+
+    # The share of the full model's quality, and how sure a model keeps the wanted share.
     if scores is not None and full["key"] in number_of:
         number_of_full = number_of[full["key"]]
         for key, number in number_of.items():
@@ -492,8 +506,9 @@ def with_confidence(
             else:  # For a loss, the full model's over this one's, as in `Front.share`.
                 kept = scores.ratio(number_of_full, number)
             if kept is not None:
-                note(key, SHARE_METRIC, kept[0])
-                columns[key][keeps_metric(kept_share)] = float((kept[1] >= kept_share).mean())
+                interval, draws = kept
+                add_columns(key, SHARE_METRIC, interval)
+                columns[key][keeps_metric(kept_share)] = float((draws >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
@@ -531,15 +546,17 @@ def sweep_front(
     """Return the front of the results with the confidence of each place, and its notes.
 
     The notes are sentences on the default quality, if it is not the accuracy, and on models that
-    are not shown or have no confidence. `kept_share` is that
-    of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
+    are not shown or have no confidence. `kept_share` is that of `with_confidence`. Models of
+    several sweeps that share a name are named with their sweep.
     """
     import pandas
 
     served = newest_served_times(workspace)
-    table = pandas.concat(
-        [result_table(with_served_times(s.results, served)).assign(sweep=s.name) for s in sweeps]
-    )
+    tables = []
+    for sweep in sweeps:
+        timed = with_served_times(sweep.results, served)
+        tables.append(result_table(timed).assign(sweep=sweep.name))
+    table = pandas.concat(tables)
     table = table[~table.index.duplicated()]
     if len(sweeps) == 1:
         table = table.drop(columns="sweep")

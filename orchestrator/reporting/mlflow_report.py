@@ -122,13 +122,20 @@ def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
     Each seed of a model gets the numbers of the mean over its seeds.
     """
     names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
-    compared = {
-        seed.key: {n: value for n in names if (value := known(row, n)) is not None}
-        for row in front.rows
-        for seed in row["seeds"]
-    }
+    numbers_of_seed: dict[str, dict[str, float]] = {}
+    for row in front.rows:
+        numbers = {name: known(row, name) for name in names}
+        of_row = {name: number for name, number in numbers.items() if number is not None}
+        for seed in row["seeds"]:
+            numbers_of_seed[seed.key] = of_row
     return [
-        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), compared.get(result.key))
+        trial_run(
+            sweep.name,
+            sweep.key,
+            result,
+            sweep.journal_of(result),
+            numbers_of_seed.get(result.key),
+        )
         for result in sweep.results
     ]
 
@@ -138,7 +145,7 @@ def trial_run(
     sweep_key: str,
     result: Trial,
     journal: Path | None,
-    more: Mapping[str, float] | None = None,
+    further_metrics: Mapping[str, float] | None = None,
     *,
     status: Status = "FINISHED",
     reason: str = "",
@@ -153,14 +160,15 @@ def trial_run(
         sweep_key: Key of the sweep.
         result: The trial, with what is measured of it.
         journal: Folder with the journal of its own training; None if it has none.
-        more: Further metrics.
-        status: Of a FINISHED one, the model is shown, too.
+        further_metrics: Metrics that follow from other trials, such as an overhead.
+        status: If it is FINISHED, the model is shown, too.
         reason: Why it ended without a result.
     """
     times = recorded_times(journal) if journal else None
     if not times:
         with suppress(OSError):
-            times = (int(result.result_path.stat().st_mtime * 1000),) * 2
+            written_ms = int(result.result_path.stat().st_mtime * 1000)
+            times = (written_ms, written_ms)
     started_ms, ended_ms = times or (now_ms(), None)
     dataset: DataSummary | None = None
     with suppress(UserError):  # The tokens of an old sweep may be gone.
@@ -199,7 +207,7 @@ def trial_run(
             ),
             **reason_tags(status, reason),
         },
-        points=without_step({**metrics, **(more or {})}),
+        points=without_step({**metrics, **(further_metrics or {})}),
         dataset=dataset,
         model=trial_model(result) if status == "FINISHED" else None,
         status=status,
@@ -252,7 +260,7 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
         folder: Folder of the picture, `front.svg`.
     """
     chart = front_chart(front, title=f"Sweep {name}", mark_paper=True)
-    pictures = save_chart(chart, folder / "front", kinds=("svg",))
+    pictures = save_chart(chart, folder / "front", formats=("svg",))
     sentences = [*notes, BEATEN_NOTE, *findings(front)]
     # The curves are in the trials' runs.
     changes = _on_page(front, name, STUDENT_CHARTS, sentences, ["front"], now_ms())
@@ -304,7 +312,7 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
     measured = {metric for row in front.rows for metric in row["trial"].metrics()}
     cost = front.axes.cost
     quality = front.axes.quality
-    wanted = [
+    columns = [
         cost,
         quality,
         f"{quality}_stderr",
@@ -313,7 +321,7 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
         DECODE_MS,
         KV_BYTES,
     ]
-    metrics = [metric for metric in dict.fromkeys(wanted) if metric in measured]
+    metrics = [metric for metric in dict.fromkeys(columns) if metric in measured]
     scatters = [(cost, quality)]
     for pair in ((DECODE_MS, quality), (cost, BITS_PER_BYTE)):
         if set(pair) <= measured and pair not in scatters:
@@ -333,6 +341,6 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
         parallel_params=layers,
         parallel_metrics=[cost, quality],
         curves=curves,
-        folded_groups=sorted({each.rpartition("/")[0] for each in [*measured, *curves]}),
+        folded_groups=sorted({metric.rpartition("/")[0] for metric in [*measured, *curves]}),
         time_ms=time_ms,
     )

@@ -117,8 +117,10 @@ class ModelCard:
         corrections = self.config.schedule
         if corrections is None:
             return "This method makes no corrections."
-        others = [f"`{served}`" for served in self.served if served != corrections]
-        learned = f" The weights also learned {join_names(others)}." if others else ""
+        other_schedules = [f"`{served}`" for served in self.served if served != corrections]
+        learned = ""
+        if other_schedules:
+            learned = f" The weights also learned {join_names(other_schedules)}."
         return (
             f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
             "block 1 + r times; decoding keeps keys and values of every evaluation. "
@@ -136,7 +138,7 @@ class ModelCard:
                     spread = "" if error is None else f"{error:.4f}"
                     rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
         heads = ("task", "metric", "value", "standard error", "items")
-        lines = [markdown_table(heads, rows, left=(0, 1)), ""]
+        lines = [markdown_table(heads, rows, left_columns=(0, 1)), ""]
         heldout = [name for name in evaluation.results if is_heldout_task(name)]
         public = [name for name in evaluation.results if name not in heldout]
         if heldout:

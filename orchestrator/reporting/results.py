@@ -111,7 +111,11 @@ class StoredSweep(Record):
     def _owners(self) -> dict[str, str]:
         # Checkpoint -> key of the result that was trained: no trial if there is another.
         trials_last = sorted(self.results, key=lambda result: result.role == "trial")
-        return {r.checkpoint: r.key for r in reversed(trials_last) if r.checkpoint}
+        owners: dict[str, str] = {}
+        for result in trials_last:
+            if result.checkpoint:
+                owners.setdefault(result.checkpoint, result.key)
+        return owners
 
 
 def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
@@ -317,16 +321,21 @@ def lowest_seed(seeds: Sequence[Trial]) -> Trial:
 
 
 def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
-    known = [seed.numbers for seed in seeds]
-    names = [name for name in known[0] if all(name in numbers for numbers in known)]
-    sums = {name: math.fsum(numbers[name] for numbers in known) for name in names}
-    # With the digits that files have, so that a table and a page round alike.
-    mean = {name: float(f"{total / len(known):.12g}") for name, total in sums.items()}
-    averages = {name: value for name, value in mean.items() if not name.endswith(STDERR_SUFFIX)}
+    num_seeds = len(seeds)
+    numbers_of_seeds = [seed.numbers for seed in seeds]
+    means: dict[str, float] = {}
+    for name in numbers_of_seeds[0]:
+        if all(name in numbers for numbers in numbers_of_seeds):
+            total = math.fsum(numbers[name] for numbers in numbers_of_seeds)
+            # With the digits that files have, so that a table and a page round alike.
+            means[name] = float(f"{total / num_seeds:.12g}")
+    averages = {name: mean for name, mean in means.items() if not name.endswith(STDERR_SUFFIX)}
     for name in [name for name in averages if name.startswith("quality/")]:
-        variance = math.fsum((n[name] - mean[name]) ** 2 for n in known) / (len(known) - 1)
-        over_items = mean.get(name + STDERR_SUFFIX, 0.0) ** 2
-        averages[name + STDERR_SUFFIX] = math.sqrt(variance / len(known) + over_items)
+        deviations = [numbers[name] - means[name] for numbers in numbers_of_seeds]
+        variance = math.fsum(deviation**2 for deviation in deviations) / (num_seeds - 1)
+        error_over_items = means.get(name + STDERR_SUFFIX, 0.0)
+        error = math.sqrt(variance / num_seeds + error_over_items**2)
+        averages[name + STDERR_SUFFIX] = error
     averages["train/seeds"] = len(seeds)
     first = lowest_seed(seeds)
     return first.model_copy(
@@ -389,18 +398,25 @@ def read_training_curves(
     """
     keys = {result.key for result in sweep.results}
     students: list[tuple[str, Path]] = []
-    others: list[tuple[str, Path]] = []
+    full_and_baselines: list[tuple[str, Path]] = []
     for row in rows:
         seeds = [seed for seed in row["seeds"] if seed.key in keys]
         for result in seeds:
             name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
-            if folder := sweep.journal_of(result):
-                (students if result.role == "trial" else others).append((name, folder))
+            folder = sweep.journal_of(result)
+            if folder and result.role == "trial":
+                students.append((name, folder))
+            elif folder:
+                full_and_baselines.append((name, folder))
     losses = {title: _read_curves(students, metric) for title, metric in STUDENT_CHARTS.items()}
-    charts = dict([(title, curves) for title, curves in losses.items() if curves][:1])
-    charts[BASELINE_CHART] = _read_curves(others, VALIDATION_METRIC)
-    for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
-        charts[title] = _read_curves(runs, ACCURACY_METRIC)
+    charts: dict[str, list[Curve]] = {}
+    for title, curves in losses.items():
+        if curves:
+            charts[title] = curves
+            break
+    charts[BASELINE_CHART] = _read_curves(full_and_baselines, VALIDATION_METRIC)
+    for title, journals in zip(ACCURACY_CHARTS, (students, full_and_baselines), strict=True):
+        charts[title] = _read_curves(journals, ACCURACY_METRIC)
     return {title: curves for title, curves in charts.items() if curves}
 
 

@@ -42,7 +42,8 @@ class Loss:
     def in_words(self) -> str:
         """The loss with its interval: `0.031 (0.027 to 0.036) bits per byte of Python's text`."""
         digits = 3 if self.is_bits else 1
-        low, high = (f"{end:.{digits}f}" for end in (self.lost.low, self.lost.high))
+        low = f"{self.lost.low:.{digits}f}"
+        high = f"{self.lost.high:.{digits}f}"
         return f"{self.lost.value:.{digits}f} ({low} to {high}) {_unit(self.task, self.is_bits)}"
 
     @property

@@ -58,6 +58,7 @@ class TableRow:
     kind: str = ""
     """How a model is shown: `baseline`, `member`, `full` or `dominated`."""
     key: str = ""
+    """Key of the model; empty if the row is about something else."""
     is_first: bool = False
     """Whether it begins a group of rows, with a line above."""
 
@@ -76,8 +77,9 @@ class Table:
             (f"**{row.cells[0]}**", *row.cells[1:]) if row.kind == "member" else row.cells
             for row in self.rows
         ]
-        left = [number for number, column in enumerate(self.columns) if column.is_text]
-        return markdown_table([column.title for column in self.columns], rows, left=left)
+        titles = [column.title for column in self.columns]
+        text_columns = [number for number, column in enumerate(self.columns) if column.is_text]
+        return markdown_table(titles, rows, left_columns=text_columns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield what the terminal has room for; no name and no number is broken.
@@ -116,7 +118,7 @@ class Table:
         return [max(map(cell_len, lines)) for lines in texts]
 
     def _width(self, columns: Iterable[int]) -> int:
-        # Two spaces after each column, one before all.
+        # A table has a space before all columns, and two after each of them.
         return sum(self._widths[number] + 2 for number in columns) + 1
 
     def _part(self, shown: Sequence[int], title: str) -> RichTable:
@@ -170,10 +172,10 @@ class Section:
 
 
 def markdown_table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, left_columns: Collection[int] = (0,)
 ) -> str:
-    """Return a table; columns are aligned right except those numbered in `left`."""
-    rules = [" --- " if number in left else " ---: " for number in range(len(heads))]
+    """Return a table; columns are aligned right except those numbered in `left_columns`."""
+    rules = [" --- " if number in left_columns else " ---: " for number in range(len(heads))]
     lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(rules)}|"]
     lines += [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows

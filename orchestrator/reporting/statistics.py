@@ -198,7 +198,8 @@ class PairedScores:
         tasks = [task for task in averaged if metrics[task] != BITS_METRIC]
         grouped = {task for members in self.groups.values() for task in members}
         units = [[task] for task in tasks if task not in grouped]
-        units += [[task for task in m if task in tasks] for m in self.groups.values()]
+        for members in self.groups.values():
+            units.append([task for task in members if task in tasks])
         return [unit for unit in units if unit]
 
 
@@ -224,7 +225,7 @@ def pair_scores(
         positions = [_positions(result) for result in results]
         left_out[name] = len(set().union(*positions))
         metric = shared_metric(results)
-        common = [item for item in positions[0] if all(item in other for other in positions)]
+        common = [item for item in positions[0] if all(item in places for places in positions)]
         if metric is None or not common or len(results) < len(runs):
             continue
         left_out[name] -= len(common)

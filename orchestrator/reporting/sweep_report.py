@@ -245,8 +245,8 @@ class ReportResult(Result):
 
 def sentences_of(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
     """Return what a front says in one sentence, the notes, then the other findings."""
-    headline, *others = findings(front)
-    return (headline, *notes, *others)
+    headline, *further_findings = findings(front)
+    return (headline, *notes, *further_findings)
 
 
 def sweeps_text(sweeps: Sequence[StoredSweep]) -> str:

@@ -200,9 +200,11 @@ def task_tables(front: Front) -> list[Table]:
 def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) -> Table:
     """Return scores, and their differences to other models, on a task or a quality."""
     full = front.basis.full if front.basis else ""
-    others = dict.fromkeys(o for _, name, o in front.intervals if name == measured and o)
+    compared_with = dict.fromkeys(
+        other_label for _, name, other_label in front.intervals if name == measured and other_label
+    )
     # The full model first; its own row comes without it.
-    names = sorted(others, key=lambda name: name != full)
+    names = sorted(compared_with, key=lambda name: name != full)
     rows = []
     for row in front.rows:
         score = front.intervals.get((row["key"], measured, ""))
@@ -267,14 +269,14 @@ def interval_rows(front: Front) -> list[dict[str, str | float]]:
     return [
         {
             "model": labels[key],
-            "against": other,
+            "against": other_label,
             "measured": measured,
             "difference": interval.value,
             "low": interval.low,
             "high": interval.high,
         }
-        for (key, measured, other), interval in front.intervals.items()
-        if other
+        for (key, measured, other_label), interval in front.intervals.items()
+        if other_label
     ]
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator
 from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.workspace.errors import quoted
 
-TASK_KINDS = ("phop", "chain", "s5")
+TASK_KINDS = ("phop", "chain", "lookup", "s5")
 MAX_SYMBOLS = 10_000
 MAX_VOCAB_SIZE = 1_000_000
 """The tokenizers library allocates all entries at once, and aborts the process if that fails."""
@@ -55,10 +55,15 @@ class DepthSettings(Section):
 
     tasks: tuple[str, ...] = ()
     """Names of the tasks, each with its depth: `phop_6` (induction over 6 hops), `chain_8` (8
-    pointers of a chain), `s5_16` (products of up to 16 permutations of 5 things). Of several tasks,
-    each gives as many sequences, which then begin with the task's name."""
+    pointers of a chain), `lookup_4` (1 to 4 lookups in a table; the question says how many),
+    `s5_16` (products of up to 16 permutations of 5 things). Of several tasks, each gives as many
+    sequences, which then begin with the task's name."""
+    symbols: Literal["letters", "words"] = "letters"
+    """`letters`: tokens that stand for nothing else, `<|0|>` and so on; `words`: English words that
+    are single tokens of `data.tokenizer`, so that a model from elsewhere learns the task without
+    new tokens. With words there is one task, which is not `s5`."""
     num_symbols: StrictInt = Field(default=4, ge=2, le=MAX_SYMBOLS)
-    """Alphabet of `phop`."""
+    """Alphabet of `phop`; entries of the table of `lookup`, at least twice its number of steps."""
     length: StrictInt = Field(default=64, gt=0, le=MAX_COUNT)
     """Symbols of each sequence of `phop`."""
     num_chains: StrictInt = Field(default=2, ge=2, le=MAX_SYMBOLS)
@@ -72,6 +77,16 @@ class DepthSettings(Section):
         if len(set(tasks)) < len(tasks):
             raise ValueError("a task is given twice")
         return tasks
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the symbols are words of a text's tokenizer."""
+        return self.symbols == "words"
+
+    def to_key(self) -> dict[str, Any]:
+        """Return JSON values for keys and manifests."""
+        # Letters have the key that they had before there were words.
+        return self.model_dump(mode="json", exclude=None if self.in_words else {"symbols"})
 
 
 class DataSettings(Section):
@@ -135,20 +150,27 @@ class DataSettings(Section):
     @property
     def texts(self) -> dict[str, DataSettings]:
         """The text sources of a mixture, each with the settings that it would have alone."""
-        alone = {"shares": {}, "depth": DepthSettings()}
-        own_fields = {"python": (), "files": ("files",), "hub": ("hub_name", "hub_config")}
-        unread = {"files": (), "hub_name": "", "hub_config": None}
+        # What a source alone does not read is at its default, so that its key does not depend on
+        # the other sources of the mixture.
+        of_mixtures = {"shares": {}, "depth": DepthSettings()}
+        of_files = {"files": ()}
+        of_hub = {"hub_name": "", "hub_config": None}
+        unread: dict[str, dict[str, Any]] = {
+            "python": of_mixtures | of_files | of_hub,
+            "files": of_mixtures | of_hub,
+            "hub": of_mixtures | of_files,
+        }
         return {
-            name: self.model_copy(
-                update={
-                    **alone,
-                    **{k: v for k, v in unread.items() if k not in own_fields.get(name, ())},
-                    "source": name,
-                }
-            )
+            name: self.model_copy(update=unread[name] | {"source": name})
             for name in source_order(self.shares)
             if name in TEXT_SOURCES
         }
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there are depth tasks whose symbols are words of a text's tokenizer."""
+        has_tasks = self.source == "depth" or bool(self.tasks.tasks)
+        return has_tasks and self.depth.in_words
 
     @property
     def tasks(self) -> DepthSettings:
@@ -164,4 +186,7 @@ class DataSettings(Section):
             unread = unread | {"passage_characters"}
         if not self.chat_template:
             unread = unread | {"chat_template"}
-        return self.model_dump(mode="json", exclude=unread)
+        values = self.model_dump(mode="json", exclude=unread)
+        if "depth" in values:
+            values["depth"] = self.depth.to_key()
+        return values

@@ -102,7 +102,11 @@ def to_yaml(settings: Section) -> str:
 
 def marked_yaml(settings: Settings, *, only_changed: bool = False) -> str:
     """Return the settings as YAML; a value that was changed has its default in a comment."""
-    return "".join(_lines(settings, DEFAULTS, lambda _, is_usual: not (only_changed and is_usual)))
+
+    def choose(_key: str, is_usual: bool) -> bool:
+        return not (only_changed and is_usual)
+
+    return "".join(_lines(settings, DEFAULTS, choose))
 
 
 def changed_values(section: Section, default: Any = DEFAULTS) -> dict[str, Any]:
@@ -169,11 +173,15 @@ def starting_settings(size: Size, options: Mapping[str, Any]) -> Settings:
     Raises:
         UserError: If they are not valid.
     """
-    usual: dict[str, Any] = {"data.files": [], "data.hub_name": "", "data.tokenizer": "train"}
-    usual["data.max_documents"] = None
+    other_data: dict[str, Any] = {
+        "data.files": [],
+        "data.hub_name": "",
+        "data.tokenizer": "train",
+        "data.max_documents": None,
+    }
     if size != "tiny":
-        usual["data.vocab_size"] = _VOCABULARY_OF_PAPER
-    return read_settings(shipped_sweeps()[_SWEEP_OF_SIZE[size]], (), {**usual, **options})
+        other_data["data.vocab_size"] = _VOCABULARY_OF_PAPER
+    return read_settings(shipped_sweeps()[_SWEEP_OF_SIZE[size]], (), {**other_data, **options})
 
 
 def starting_yaml(settings: Settings) -> str:

@@ -56,8 +56,9 @@ def resolve_settings(
         settings = Settings.model_validate(_with_defaults(merged))
     except ValidationError as error:
         errors = error.errors()
-        causes = [one for one in errors if not any(_causes(other, one) for other in errors)]
-        problems += [text for problem in causes for text in _described(problem)]
+        for problem in errors:
+            if not any(_causes(other_problem, problem) for other_problem in errors):
+                problems += _described(problem)
     if not problems:
         return _fill_precisions(settings, merged)
     if assignments or options:
@@ -124,14 +125,14 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with those defaults that the types do not have.
 
     Both recipes have one type, but different defaults. All others are left to pydantic, so that
     `model_fields_set` of a section says which values were given.
     """
     students = DEFAULTS.distillation.training.model_dump()
-    values = _merge({"distillation": {"training": students}}, given)
+    values = _merge({"distillation": {"training": students}}, tree)
     return _without_empty_sections(values, DEFAULTS.model_dump())
 
 
@@ -179,27 +180,30 @@ def _described(problem: Any) -> list[str]:
     return [f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"]
 
 
-def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
-    """Return the settings with the precision of their devices where `given` names none.
+def _fill_precisions(settings: Settings, tree: Mapping[str, Any]) -> Settings:
+    """Return the settings with the precision of their devices where the tree names none.
 
     This happens once, when settings are read. Recipes, keys and records then hold the precision
     itself, and a plan does not depend on the machine that makes it.
     """
-    trials = settings.trials_use_gpus
-    run = trials if settings.sweep.kind == "iterations" else settings.cluster.num_gpus > 0
-    training = settings.training
-    distillation = settings.distillation
+    trials_use_gpus = settings.trials_use_gpus
+    if settings.sweep.kind == "iterations":  # Its trials are the pretrainings.
+        pretraining_uses_gpus = trials_use_gpus
+    else:
+        pretraining_uses_gpus = settings.cluster.num_gpus > 0
     changes: dict[str, Any] = {}
-    for name, recipe in (("training", training), ("source_training", settings.source_training)):
-        if recipe is not None and "precision" not in (given.get(name) or {}):
-            precision = {"precision": default_precision(on_gpus=run)}
+    pretrainings = {"training": settings.training, "source_training": settings.source_training}
+    for name, recipe in pretrainings.items():
+        if recipe is not None and "precision" not in (tree.get(name) or {}):
+            precision = {"precision": default_precision(on_gpus=pretraining_uses_gpus)}
             changes[name] = recipe.model_copy(update=precision)
-    if "precision" not in ((given.get("distillation") or {}).get("training") or {}):
-        precision = {"precision": default_precision(on_gpus=trials)}
+    distillation = settings.distillation
+    if "precision" not in ((tree.get("distillation") or {}).get("training") or {}):
+        precision = {"precision": default_precision(on_gpus=trials_use_gpus)}
         recipe = distillation.training.model_copy(update=precision)
         changes["distillation"] = distillation.model_copy(update={"training": recipe})
     # Without GPUs it stays open: `evaluate` loads models on a GPU if this machine has one.
-    if trials and not settings.evaluation.precision:
+    if trials_use_gpus and not settings.evaluation.precision:
         changes["evaluation"] = settings.evaluation.model_copy(update={"precision": "bf16"})
     return settings.model_copy(update=changes)
 
@@ -214,8 +218,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    where = f"(line {key.start_mark.line + 1})"
-                    raise YamlProblem(f"{shortened(key.value)} appears more than once {where}")
+                    line = key.start_mark.line + 1
+                    raise YamlProblem(
+                        f"{shortened(key.value)} appears more than once (line {line})"
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -239,8 +245,10 @@ def parse_yaml(text: str) -> Any:
         loader = _Loader(text[: MAX_CHARACTERS + 1])
         node = loader.get_single_node() if len(text) <= MAX_CHARACTERS else None
         if len(text) > MAX_CHARACTERS or (node and _length(node, {}) > MAX_CHARACTERS):
-            words = "characters, as it is or with its anchors written out"
-            raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} {words}")
+            raise YamlProblem(
+                f"it has more than {MAX_CHARACTERS:,} characters, as it is or with its anchors "
+                "written out"
+            )
         return loader.construct_document(node) if node else None
     except RecursionError:
         raise YamlProblem("it is nested too deeply") from None

@@ -25,6 +25,7 @@ from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettin
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
 from orchestrator.settings.training import (
+    FIELDS_OF_A_SOURCE,
     DistillationSettings,
     ElasticSettings,
     ModelSettings,
@@ -206,8 +207,7 @@ def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterato
             "training.source: the source exists, or is trained first as the section "
             "source_training says; leave one out"
         )
-    of_retrofits = ("source", "source_kl_weight", "trained_layers", "elastic")
-    for name in of_retrofits:
+    for name in (*FIELDS_OF_A_SOURCE, "elastic"):
         if getattr(recipe, name) != TrainingSettings.model_fields[name].default:
             yield (
                 f"source_training.{name}: the source is a plain model from random weights; leave "
@@ -217,7 +217,7 @@ def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterato
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
     sweep = settings.sweep
-    kind = settings.sweep.kind
+    kind = sweep.kind
     if settings.has_source:
         name = "training.source" if settings.training.source is not None else "source_training"
         if kind == "iterations":
@@ -232,24 +232,24 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             f"evaluation.retention, sweep.kind: a sweep of kind {kind} has no teacher whose source "
             "models could be compared with; leave the first out"
         )
-    gpus, workers, num_gpus = (
-        sweep.gpus_per_trial, sweep.workers_per_trial, settings.cluster.num_gpus
-    )  # fmt: skip
     for names, kinds in _READ_BY_KINDS.items():
         advice = f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out"
         for name in names.split(", ") if kind not in kinds else ():
             if getattr(sweep, name):
                 yield f"sweep.{name}, sweep.kind: {advice}"
-    if num_gpus and gpus == 0:
+    num_gpus = settings.cluster.num_gpus
+    gpus_per_trial = sweep.gpus_per_trial
+    workers_per_trial = sweep.workers_per_trial
+    if num_gpus and gpus_per_trial == 0:
         yield (
             "sweep.gpus_per_trial, cluster.num_gpus: the first trains trials on CPUs, and the "
             "second names GPUs; leave the first out, or set the second to 0 to train everything "
             "on CPUs"
         )
-    if num_gpus and (gpus or workers) > num_gpus:
-        asked = "workers_per_trial" if gpus is None else "gpus_per_trial"
-        yield f"sweep.{asked}, cluster.num_gpus: a trial asks for more GPUs than the run has"
-    if gpus and workers not in (1, gpus):
+    if num_gpus and (gpus_per_trial or workers_per_trial) > num_gpus:
+        name = "workers_per_trial" if gpus_per_trial is None else "gpus_per_trial"
+        yield f"sweep.{name}, cluster.num_gpus: a trial asks for more GPUs than the run has"
+    if gpus_per_trial and workers_per_trial not in (1, gpus_per_trial):
         yield (
             "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
             "first out"

@@ -65,8 +65,8 @@ class OneOf:
     def checked(self, name: str) -> str:
         """Return the name if it can be used."""
         if name not in self.table:
-            *others, last = map(repr, self.table)
-            raise ValueError(f"input should be {', '.join(others)} or {last}")
+            *first_names, last_name = map(repr, self.table)
+            raise ValueError(f"input should be {', '.join(first_names)} or {last_name}")
         if name not in self.table.own_classes:
-            self.table[name]  # Imports the class of another package.
+            self.table.load(name)  # The package of this class may be broken.
         return name

@@ -90,8 +90,8 @@ class ModelSettings(Section):
         if self.preset not in PRESETS:
             known = ", ".join(PRESETS)
             raise UserError(f"model.preset: {self.preset!r} is unknown; known: {known}")
-        others = {"preset", "method", "corrections", "method_options"}
-        sizes = self.model_dump(exclude=others, exclude_none=True)
+        no_sizes = {"preset", "method", "corrections", "method_options"}
+        sizes = self.model_dump(exclude=no_sizes, exclude_none=True)
         if context_length is not None:
             sizes.setdefault("context_length", context_length)
         num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
@@ -249,6 +249,15 @@ class TrainingSettings(Section):
     def tokens_per_sequence(self, model: ModelConfig) -> int:
         """Return the tokens of a training sequence of a model."""
         return self.sequence_length or model.context_length
+
+    def without_source(self) -> TrainingSettings:
+        """Return the recipe from random weights: all that is about a source is at its default."""
+        usual = TrainingSettings()
+        return self.model_copy(update={name: getattr(usual, name) for name in FIELDS_OF_A_SOURCE})
+
+
+FIELDS_OF_A_SOURCE = ("source", "source_kl_weight", "trained_layers")
+"""Fields of `TrainingSettings` that say which model a training starts from, and what it keeps."""
 
 
 class DistillationSettings(Section):

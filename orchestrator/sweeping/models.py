@@ -32,7 +32,6 @@ from orchestrator.settings import (
     ModelSettings,
     Settings,
     SweepSettings,
-    TrainingSettings,
 )
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
@@ -92,7 +91,7 @@ class ModelVariant:
 
     method: str
     corrections: int | str | tuple[int, ...] | None = None
-    """As in the settings; None for a method without corrections."""
+    """Corrections as in the settings; None for a method without any."""
     num_layers: int | None = None
     """Number of layers if it is not the settings' own."""
     learning_rate: float | None = None
@@ -107,7 +106,7 @@ class ModelVariant:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its names in the settings, the most specific one first."""
+        """Names by which the settings may mean this model, the most specific one first."""
         return self.name, model_label(self.method, self.corrections), self.method
 
     @property
@@ -233,10 +232,7 @@ def teacher_and_baselines(
     """
     from_random = settings
     if of_teacher is not None:
-        usual = TrainingSettings()
-        names = ("source", "source_kl_weight", "trained_layers")
-        recipe = settings.training.model_copy(update={n: getattr(usual, n) for n in names})
-        changes = {"training": recipe, "source_training": None}
+        changes = {"training": settings.training.without_source(), "source_training": None}
         from_random = settings.model_copy(update=changes)
     baselines = baseline_models(settings)
     return {
@@ -363,11 +359,11 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
         return num_evaluations
 
     @lru_cache
-    def counted(schedule: IterationSchedule) -> float:
+    def cost_of(schedule: IterationSchedule) -> float:
         cost = inference_cost(replace(full, schedule=schedule))
         return float(getattr(cost, METRICS[COSTS[unit]].counted_as))
 
-    return counted
+    return cost_of
 
 
 def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
@@ -415,11 +411,11 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
     """
     method = facts_of(full.method)
     if method.repeats_stack or not method.has_corrections or not sum(full.corrections):
-        has = "repeats the whole stack" if method.repeats_stack else "has none"
+        reason = "repeats the whole stack" if method.repeats_stack else "has none"
         raise UserError(
             f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
-            f"of model.method={full.method} and model.corrections={full.corrections} {has}; take "
-            "method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
+            f"of model.method={full.method} and model.corrections={full.corrections} {reason}; "
+            "take method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
         )
     least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
     if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
@@ -465,11 +461,12 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
             problems.append(str(error))
 
     # Every name in a setting is that of a model.
-    known = {key for model in models for key in model.keys}
+    known_names = {key for model in models for key in model.keys}
     # Other rates may be those of the teacher, or of an iterations sweep from the same file.
     rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
-    unknown = [f"sweep.learning_rates: {name}" for name in sorted(rates - known - {*METHODS})]
-    unknown += [f"sweep.num_layers: {name}" for name in sweep.num_layers if name not in known]
+    unknown_rates = sorted(rates - known_names - {*METHODS})
+    unknown = [f"sweep.learning_rates: {name}" for name in unknown_rates]
+    unknown += [f"sweep.num_layers: {name}" for name in sweep.num_layers if name not in known_names]
     role = "swept" if is_scratch else "a baseline of this sweep"
     names = ", ".join(dict.fromkeys(model.name for model in models))
     problems += [f"{setting} is not {role}; such models are {names}" for setting in unknown]

@@ -27,7 +27,13 @@ from orchestrator.models.folder import weights_key
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import StoredJob, TrainingJob
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
-from orchestrator.settings import BASELINE_METHOD, SETTINGS_NAME, Settings, read_settings
+from orchestrator.settings import (
+    BASELINE_METHOD,
+    SETTINGS_NAME,
+    Settings,
+    TrainingSettings,
+    read_settings,
+)
 from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome, in_usual_folder
@@ -97,26 +103,29 @@ class Retrofit:
             other_rate = OTHER_RATE_FACTOR * rate
         num_steps = self.teacher.recipe.num_steps
         return {
-            f"{EQUAL_TOKENS}, rate {each:g}": self._continued(each, num_steps)
-            for each in (rate, other_rate)
+            f"{EQUAL_TOKENS}, rate {tried_rate:g}": self._continued(tried_rate, num_steps)
+            for tried_rate in (rate, other_rate)
         }
 
     @cached_property
     def losses(self) -> dict[str, float]:
         """Label -> validation loss of the candidates, once all are trained."""
         outcomes = {label: finished_outcome(job) for label, job in self.candidates.items()}
-        losses = {label: out.validation_loss for label, out in outcomes.items() if out}
+        losses = {label: outcome.validation_loss for label, outcome in outcomes.items() if outcome}
         return losses if len(losses) == len(outcomes) else {}
 
     @property
     def better_candidate(self) -> str | None:
-        """Label of the candidate with the lower loss; None while that is not known."""
-        # Where no loss was measured, the teacher's rate is taken.
-        return min(
-            self.losses,
-            key=lambda label: math.inf if math.isnan(self.losses[label]) else self.losses[label],
-            default=None,
-        )
+        """Label of the candidate with the lower loss; None while that is not known.
+
+        Where no loss was measured, it is the first one, which has the teacher's rate.
+        """
+
+        def loss_or_infinity(label: str) -> float:
+            loss = self.losses[label]
+            return math.inf if math.isnan(loss) else loss
+
+        return min(self.losses, key=loss_or_infinity, default=None)
 
     @cached_property
     def continued(self) -> TrainingJob | None:
@@ -156,30 +165,28 @@ class Retrofit:
         return {label: self._from_random_weights(number) for label, number in flops.items()}
 
     def _continued(self, learning_rate: float, num_steps: int) -> TrainingJob:
-        recipe = {
+        changes = {
             "learning_rate": learning_rate,
             "num_steps": num_steps,
             "trained_layers": self.trained_layers,
             "elastic": None,
         }
-        return self._trained_otherwise(recipe, model=self.source.config)
+        recipe = self.teacher.recipe.model_copy(update=changes)
+        return self._with_recipe(recipe, model=self.source.config)
 
     def _from_random_weights(self, flops: float) -> TrainingJob:
-        recipe = {
-            # A rate for a few steps from trained weights may be far too low for random ones.
-            "learning_rate": self.source.learning_rate or self.teacher.recipe.learning_rate,
-            "source": None,
-            "source_kl_weight": 0.0,
-            "trained_layers": "all",
-        }
-        as_long = self._trained_otherwise(recipe, initial_folder=None)
-        recipe["num_steps"] = _steps_at(as_long, flops)
-        return self._trained_otherwise(recipe, initial_folder=None)
+        teacher_recipe = self.teacher.recipe
+        # A rate for a few steps from trained weights may be far too low for random ones.
+        rate = self.source.learning_rate or teacher_recipe.learning_rate
+        recipe = teacher_recipe.without_source().model_copy(update={"learning_rate": rate})
+        as_long = self._with_recipe(recipe, initial_folder=None)
+        recipe = recipe.model_copy(update={"num_steps": _steps_at(as_long, flops)})
+        return self._with_recipe(recipe, initial_folder=None)
 
-    def _trained_otherwise(self, recipe: Mapping[str, Any], **fields: Any) -> TrainingJob:
-        """Return the teacher's training with changes of its recipe and of other fields."""
+    def _with_recipe(self, recipe: TrainingSettings, **fields: Any) -> TrainingJob:
+        """Return the teacher's training with another recipe and other values of fields."""
         changes = {
-            "recipe": self.teacher.recipe.model_copy(update=dict(recipe)),
+            "recipe": recipe,
             "run_folder": "",
             "first_stages": None,
             "continued_from": None,
@@ -351,7 +358,10 @@ def with_retention(settings: Settings, retrofit: Retrofit | None) -> Settings:
 
 
 def _reads_text(retrofit: Retrofit) -> bool:
-    """Return whether the teacher's data have text; without tokens, by the settings."""
+    """Return whether the teacher's data have text, or words of a text's tokenizer; without tokens,
+    by the settings."""
+    if retrofit.settings.data.has_words:
+        return True
     tokens = retrofit.teacher.tokens_folder
     if tokens:
         return LAST_WORD in offered_tasks(open_data(tokens))

@@ -41,7 +41,7 @@ class LocalServer:
     name: str
     """What messages call it, such as `MLflow's server`."""
     url: str
-    """Its address, without a slash at the end."""
+    """Address of the server, without a slash at the end."""
     log: Path
     """The file that it prints to."""
     process: subprocess.Popen[bytes]

@@ -35,21 +35,21 @@ _sources: list[Callable[[], bool]] = []
 
 def stop_requested() -> bool:
     """Return whether this process was asked to save its state and stop soon."""
-    return bool(_signals) or any(is_asked() for is_asked in _sources)
+    return bool(_signals) or any(has_request() for has_request in _sources)
 
 
 @contextmanager
-def stop_when(is_asked: Callable[[], bool]) -> Iterator[None]:
+def stop_when(has_request: Callable[[], bool]) -> Iterator[None]:
     """Ask a function for requests to stop while the block runs, such as one that reads a message.
 
     Args:
-        is_asked: Returns whether there is a request.
+        has_request: Returns whether there is a request.
     """
-    _sources.append(is_asked)
+    _sources.append(has_request)
     try:
         yield
     finally:
-        _sources.remove(is_asked)
+        _sources.remove(has_request)
 
 
 @contextmanager

@@ -182,8 +182,9 @@ def follow_source(
     if has_corrections and "iterate_from_fraction" not in recipe.model_fields_set:
         defaults["training.iterate_from_fraction"] = 0.0
     changes = {name.removeprefix("training."): value for name, value in defaults.items()}
-    reads_text = data.source in TEXT_SOURCES or any(n in TEXT_SOURCES for n in data.shares)
-    has_symbols = any(name not in TEXT_SOURCES for name in data.shares)
+    has_text = data.source in TEXT_SOURCES or any(name in TEXT_SOURCES for name in data.shares)
+    reads_text = has_text or data.has_words
+    has_symbols = any(name not in TEXT_SOURCES for name in data.shares) and not data.has_words
     is_trained = data.tokenizer == "train" and reads_text
     has_its_tokens = prepared is not None and _has_tokenizer(source, prepared / TOKENIZER_NAME)
     # A mixture adds its symbols to the tokenizer, which of a source of its kind has them already.

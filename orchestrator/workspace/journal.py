@@ -61,11 +61,11 @@ class Journal:
 
         Paths in the workspace, also those in sentences, are written relative to its root.
         """
-        relative = {
-            key: value.replace(self._root, "") if self._root and isinstance(value, str) else value
-            for key, value in details.items()
-        }
-        self._write({"kind": "event", "name": name, **relative})
+        if self._root:
+            for key, value in details.items():
+                if isinstance(value, str):
+                    details[key] = value.replace(self._root, "")
+        self._write({"kind": "event", "name": name, **details})
 
     def close(self) -> None:
         """Close the file."""

@@ -28,17 +28,17 @@ def num_cpus(control_group: Path = CONTROL_GROUPS) -> int:
 @cache
 def processor_name(cpuinfo: Path = CPUINFO) -> str:
     """Return such as `AMD EPYC 9554 64-Core Processor`; the kind of machine where none is given."""
-    return _described(cpuinfo, "model name") or platform.processor() or platform.machine()
+    return _value_of(cpuinfo, "model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
     """Return the features of the first processor; empty where the system does not list them."""
     # ARM processors call them `Features`.
-    text = _described(cpuinfo, "flags") or _described(cpuinfo, "Features")
+    text = _value_of(cpuinfo, "flags") or _value_of(cpuinfo, "Features")
     return set(text.split())
 
 
-def _described(cpuinfo: Path, field: str) -> str:
+def _value_of(cpuinfo: Path, field: str) -> str:
     """Return what Linux says of the first processor under a name; empty if it says nothing."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()

@@ -41,9 +41,12 @@ def file_key(path: Path) -> str:
 
 def environment() -> dict[str, str]:
     """Return versions and machine, stored with a result but not part of its key."""
-    names = ("iiet-orch", "torch", "ray", "mlflow", "lm_eval", "transformers")
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    return machine | {name: installed_version(name) for name in names}
+    packages = ("iiet-orch", "torch", "ray", "mlflow", "lm_eval", "transformers")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{name: installed_version(name) for name in packages},
+    }
 
 
 def timing_environment() -> dict[str, str | int]:

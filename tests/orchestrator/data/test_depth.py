@@ -8,20 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sample_texts import save_word_tokenizer
 
 from iiet.batch import NO_TARGET
 from orchestrator.data.depth import (
     NO_ANSWER,
+    NUMBER_WORDS,
+    WORDS,
     DepthStore,
     DepthTask,
+    IteratedLookup,
     PermutationWords,
     PHopInduction,
     PointerChains,
 )
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import random_bits
-from orchestrator.data.preparation import prepare
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
+from orchestrator.models.tokenizer import load_tokenizer, train_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -77,6 +81,29 @@ def test_chains_are_followed_pointer_by_pointer(depth, num_chains):
         assert steps == depth
 
 
+@pytest.mark.parametrize("in_words", [False, True])
+def test_lookups_are_followed_entry_by_entry(in_words):
+    task = IteratedLookup(4, num_symbols=9, in_words=in_words)
+    numbers = Counter[int]()
+    for sequence, answers in texts(task, 800):
+        *listed, steps, question = sequence
+        table = dict(zip(listed[::2], listed[1::2], strict=True))
+        num_steps = NUMBER_WORDS.index(steps.strip()) + 1 if in_words else int(steps[2])
+        place = question
+        for _ in range(num_steps):
+            place = table[place]
+        assert answers == [None] * (task.length - 1) + [place]
+        assert place in task.choices
+        assert sorted(table) == sorted(table.values()) == sorted(task.choices)
+        back = 0
+        while place != question:
+            place, back = table[place], back + 1
+        assert back == 9 - num_steps, "one way leads through the whole table"
+        numbers[num_steps] += 1
+    assert set(numbers) == {1, 2, 3, 4}
+    assert min(numbers.values()) > 140
+
+
 def test_products_are_those_of_moving_things():
     for word, answers in texts(PermutationWords(16), 60):
         things = [1, 2, 3, 4, 5]
@@ -91,6 +118,7 @@ def test_products_are_those_of_moving_things():
     [
         PHopInduction(4, num_symbols=4, length=64),
         PointerChains(2, num_chains=2),
+        IteratedLookup(3, num_symbols=8),
         PermutationWords(3),
     ],
     ids=lambda task: task.name,
@@ -103,10 +131,10 @@ def test_chance_is_the_accuracy_of_the_best_guess_where_a_test_asks(task):
     right = answers[asked, places[asked]]
     assert (right != NO_ANSWER).all()
     best = (np.bincount(right, minlength=len(task.symbols)) / len(right)).max()
-    if task.kind == "chain":  # The question itself is never the answer.
+    if task.kind in ("chain", "lookup"):  # The question itself is never the answer.
         assert (right != symbols[asked, places[asked]]).all()
-        assert best == pytest.approx(1 / len(task.symbols), abs=0.02)
-        assert task.chance == 1 / (len(task.symbols) - 1)
+        assert best == pytest.approx(1 / len(task.choices), abs=0.02)
+        assert task.chance == 1 / (len(task.choices) - 1)
     else:
         assert best == pytest.approx(task.chance, abs=0.02)
     if task.kind == "phop":
@@ -181,6 +209,81 @@ def test_items_go_on_after_sequences_without_an_answer(tmp_path):
     assert len(items) == 2000
     runs = {tuple(items[first : first + 5]) for first in range(len(items) - 4)}
     assert len(runs) == len(items) - 4, "sequences come again"
+
+
+@pytest.fixture
+def words_file(tmp_path) -> Path:
+    return save_word_tokenizer(tmp_path)
+
+
+def word_settings(file: Path, **changes: object) -> DataSettings:
+    depth = {"tasks": ["lookup_3"], "symbols": "words", "num_symbols": 8}
+    tree = {"source": "depth", "tokenizer": str(file), "depth": {**depth, **changes}}
+    return resolve_settings({"data": tree}).data
+
+
+def test_words_are_tokens_of_the_texts_tokenizer_and_the_answer_alone_is_a_target(
+    tmp_path, words_file
+):
+    settings = word_settings(words_file)
+    workspace = Workspace(tmp_path / "words")
+    folder = prepare(settings, workspace)
+    data = open_data(folder)
+    assert find_prepared(settings, workspace.tokens) == folder
+    tokenizer = load_tokenizer(words_file)
+    assert data.vocab_size == len(tokenizer.get_vocab(with_added_tokens=True))
+    (task,) = data.tasks
+    batch = data.sequences(np.arange(50), context_length=20, seed=1)
+    end = task.length
+    assert (batch.targets[:, : end - 1] == NO_TARGET).all()
+    assert (batch.targets[:, end:] == NO_TARGET).all()
+    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+        text = tokenizer.decode(ids[:end])
+        # The text that a person reads has these tokens, and no others.
+        assert tokenizer.encode(text).ids == ids[:end]
+        assert text.split()[-2] in NUMBER_WORDS[:3]
+        assert tokenizer.id_to_token(targets[end - 1])[1:] in WORDS[:8]
+    letters = opened(tmp_path / "letters", "lookup_3", num_symbols=8)
+    same = letters.sequences(np.arange(50), context_length=20, seed=1)
+    first_letters = [
+        letters.tasks[0].symbols.index(_letter(letters, n)) for n in same.input_ids[:, 0]
+    ]
+    first_words = [
+        WORDS.index(tokenizer.id_to_token(n)[1:]) for n in batch.input_ids[:, 0].tolist()
+    ]
+    assert first_letters == first_words, "the law of the sequences does not depend on the symbols"
+
+
+def _letter(data: DepthStore, number: torch.Tensor) -> str:
+    return str(load_tokenizer(data.tokenizer_path).id_to_token(int(number)))
+
+
+def test_letters_have_the_keys_that_they_had_before_there_were_words():
+    assert "symbols" not in data_settings("phop_3").read_by_source()["depth"]
+    changed = data_settings("phop_3").depth.model_copy(update={"symbols": "words"})
+    assert changed.to_key()["symbols"] == "words"
+
+
+def test_words_that_cannot_be_are_errors(tmp_path, words_file):
+    plain = tmp_path / "plain.json"
+    train_tokenizer(["a few texts without these"], 258).save(str(plain))
+    for file, changes, reason in (
+        (plain, {}, r"data\.depth\.symbols=words: for data\.tokenizer=.*plain\.json"),
+        (words_file, {"num_symbols": 33}, r"data\.depth\.symbols=words: the task has 33 symbols"),
+        (
+            words_file,
+            {"num_symbols": 5},
+            r"data\.depth\.num_symbols=5: lookup_3 needs .* 6 entries",
+        ),
+        (words_file, {"tasks": ["s5_4"]}, r"data\.depth\.symbols=words: .* permutations"),
+        (words_file, {"tasks": ["lookup_3", "phop_2"]}, r"data\.depth\.symbols=words: .* 2 depth"),
+        (Path("train"), {}, r"data\.depth\.symbols=words: .* set data\.tokenizer"),
+    ):
+        settings = word_settings(file, **changes)
+        with pytest.raises(UserError, match=reason):
+            prepare(settings, Workspace(tmp_path / "refused"))
+    with pytest.raises(UserError, match=r"set data\.tokenizer"):
+        expected_tokens(word_settings(Path("train")), None)
 
 
 MISTAKES: list[tuple[tuple[str, ...], dict[str, int], str]] = [

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_texts import save_word_tokenizer
 
 from iiet.batch import NO_TARGET
 from orchestrator.data import preparation
+from orchestrator.data.depth import NUMBER_WORDS
 from orchestrator.data.mixture import MixtureStore, open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
 from orchestrator.data.store import verify_data
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 
 SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
@@ -111,6 +114,28 @@ def _rows(
     ids: torch.Tensor, targets: torch.Tensor, chosen: torch.Tensor
 ) -> list[tuple[list[int], list[int]]]:
     return list(zip(ids[chosen].tolist(), targets[chosen].tolist(), strict=True))
+
+
+def test_a_task_in_words_adds_no_token_to_the_text(text, workspace, tmp_path):
+    tokenizer_file = save_word_tokenizer(tmp_path, text.read_text())
+    depth = {"symbols": "words", "num_symbols": 8}
+    settings = data_settings(
+        text, {"files": 0.5, "lookup_2": 0.5}, depth=depth, tokenizer=str(tokenizer_file)
+    )
+    data = open_data(prepare(settings, workspace))
+    assert isinstance(data, MixtureStore)
+    tokenizer = load_tokenizer(tokenizer_file)
+    assert load_tokenizer(data.tokenizer_path).to_str() == tokenizer.to_str()
+    assert expected_tokens(settings, None).vocab_size == data.vocab_size
+    batch = data.sequences(np.arange(40), context_length=LENGTH, seed=0)
+    of_task = batch.sources[:, 0] == data.source_names.index("lookup_2")
+    assert of_task.any()
+    assert ((batch.targets[of_task] != NO_TARGET).sum(1) == 1).all()
+    (item,) = data.sources["lookup_2"].items(data.sources["lookup_2"].tasks[0], 1)
+    assert item.context.split()[-2] in NUMBER_WORDS
+    trained_here = data_settings(text, {"files": 0.5, "lookup_2": 0.5}, depth=depth)
+    with pytest.raises(UserError, match=r"data\.depth\.symbols=words: .* tokens instead of one"):
+        prepare(trained_here, workspace)
 
 
 def test_text_never_becomes_a_symbol(mixture):

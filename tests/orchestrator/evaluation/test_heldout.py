@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.model import LM
-from sample_texts import tokens_of
+from sample_texts import save_word_tokenizer, tokens_of
 
 from iiet import Decoder, ModelConfig
 from iiet.exporting import export
@@ -217,9 +217,10 @@ def test_a_suite_can_mix_held_out_and_other_tasks(tokens, suite, tmp_path):
 NUM_DEPTH_ITEMS = 150
 
 
-def prepared(folder: Path, *tasks: str) -> Path:
+def prepared(folder: Path, *tasks: str, **changes: str) -> Path:
     depth = {"data.source": "depth", "data.depth.tasks": tasks, "data.depth.length": 16}
-    return prepare(resolve_settings({}, options=depth).data, Workspace(folder))
+    options = {**depth, **{f"data.{name}": value for name, value in changes.items()}}
+    return prepare(resolve_settings({}, options=options).data, Workspace(folder))
 
 
 def hops(context: str, count: int) -> str:
@@ -260,9 +261,22 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["phop_2", "chain_3", "s5_4"])
-def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name):
-    data = prepared(tmp_path, name)
+@pytest.mark.parametrize(
+    ("name", "symbols"),
+    [
+        ("phop_2", "letters"),
+        ("chain_3", "letters"),
+        ("lookup_2", "letters"),
+        ("s5_4", "letters"),
+        ("lookup_2", "words"),
+        ("phop_2", "words"),
+    ],
+)
+def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
+    changes = {}
+    if symbols == "words":
+        changes = {"depth.symbols": "words", "tokenizer": str(save_word_tokenizer(tmp_path))}
+    data = prepared(tmp_path, name, **changes)
     tokenizer = ModelTokenizer(data / "tokenizer.json")
     torch.manual_seed(0)
     decoder = Decoder(
@@ -284,7 +298,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name):
     values = []
     for row in rows(suite, name):
         context = torch.tensor([tokenizer.encode(row["context"], add_special_tokens=False)])
-        ids = [tokenizer.tokenizer.token_to_id(choice) for choice in row["choices"]]
+        ids = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in row["choices"]]
         with torch.no_grad():
             scores = decoder(context)[0, -1, ids]
         values.append(float(scores.argmax() == row["label"]))

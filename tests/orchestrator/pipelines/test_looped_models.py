@@ -25,6 +25,7 @@ from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loops import LoopedModel
 from orchestrator.models.open import OpenedModel, load_model, open_model
+from orchestrator.pipelines.evaluating import EvaluatePlan
 from orchestrator.pipelines.loops import (
     DepthPlan,
     plan_depths,
@@ -89,13 +90,13 @@ def tokenizer(tiny_tokens) -> Path:
 
 def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> list[dict[str, Any]]:
     settings = EvaluationSettings(suite=SUITE, include_path=str(tasks), batch_size=4)
-    plan = DepthPlan(
-        name="front",
+    evaluation = EvaluatePlan(
         settings=Settings(evaluation=settings),
         workspace=workspace,
         opened=tuple(models),
         trust_remote_code=True,
     )
+    plan = DepthPlan(name="front", evaluation=evaluation)
     return run_depths(plan, untracked(workspace)).rows()
 
 

@@ -18,7 +18,7 @@ from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from plain_models import random_model
 from same_run import curve
-from sample_texts import lines_of
+from sample_texts import lines_of, save_word_tokenizer
 
 from iiet import Decoder, next_token_loss
 from iiet.facts import facts_of
@@ -26,6 +26,7 @@ from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.open import load_model
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
@@ -225,6 +226,26 @@ def test_a_mixture_with_symbols_keeps_the_tokenizer_of_its_kind(settings, worksp
     plan = plan_pretrain(settings(*mixed), workspace=workspace, source="mixed", local=True)
     assert job_from(plan).tokens_folder
     run_pretrain(plan, context)
+
+
+def test_a_task_in_words_has_the_tokenizer_of_the_source(settings, workspace, context, tmp_path):
+    tokenizer_file = save_word_tokenizer(tmp_path)
+    task = (
+        "data.source=depth", "data.depth.tasks=[lookup_2]", "data.depth.symbols=words",
+        "data.files=[]", f"data.tokenizer={tokenizer_file}",
+    )  # fmt: skip
+    sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
+    plan = plan_pretrain(
+        settings("model.method=vanilla", *sizes, *task), workspace=workspace, name="words",
+        local=True,
+    )  # fmt: skip
+    run_pretrain(plan, context)
+    plan = plan_pretrain(settings(*task[:-1]), workspace=workspace, source="words", local=True)
+    (taken,) = {each.data.tokenizer for each in plan.models.values()}
+    assert load_tokenizer(taken).to_str() == load_tokenizer(tokenizer_file).to_str()
+    run_pretrain(plan, context)
+    with pytest.raises(UserError, match=r"set data\.tokenizer"):
+        plan_pretrain(settings(*task[:-1]), workspace=workspace, local=True)
 
 
 @pytest.mark.parametrize(
