@@ -2,7 +2,8 @@
 
 Everything shown is computed by the functions that the program itself uses: the fixed-point solver,
 the parser of schedules, the threshold family, the front with its knee. Influences and accuracies
-are those of one run of the demo, whose table is in the README.
+are those of one run of the demo, whose table is in
+research/results.md.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ def _run_on_best(
             if needs_gpu or resources.gpus:
                 check_available(1, 1, resources)
                 return run_gpu_task(work, progress)
-    from orchestrator.models.open import best_device
+    from orchestrator.models.load import best_device
 
-    return work(str(best_device()), progress)
+    return work(best_device(), progress)
 
 
 def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:

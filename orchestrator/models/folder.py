@@ -49,6 +49,8 @@ JOB_KEY = "job"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MANIFEST = "MANIFEST.sha256"
+"""File of an export: the checksums of its files, for `sha256sum --check`."""
 StoredPrecision = Literal["fp32", "bf16", "fp16"]
 """Types that weights are stored in."""
 _SAFETENSORS_NAMES: dict[str, StoredPrecision] = {"BF16": "bf16", "F16": "fp16"}
@@ -134,6 +136,11 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
             "looped model of a known kind; everything else needs its import, which is refused: "
             f"{error}"
         ) from None
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a model folder is an export: of a plain model, its list of checksums tells."""
+    return read_config(folder).get("model_type") == MODEL_TYPE or (folder / MANIFEST).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -312,6 +319,16 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
         return (config.corrections, *map(parse, family))
 
 
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe of a checkpoint's training; empty if it was trained elsewhere.
+
+    Raises:
+        UserError: If the folder is not a checkpoint, or its provenance is damaged.
+    """
+    with damage_named(folder / PROVENANCE):
+        return dict(load_provenance(folder).get("recipe") or {})
+
+
 def trained_sequence_length(folder: Path) -> int | None:
     """Return the tokens of a sequence that a checkpoint was trained on; None if it was trained on
     as many as its context has, or elsewhere.
@@ -319,8 +336,8 @@ def trained_sequence_length(folder: Path) -> int | None:
     Raises:
         UserError: If the folder is not a checkpoint, or its provenance is damaged.
     """
+    length = stored_recipe(folder).get("sequence_length")
     with damage_named(folder / PROVENANCE):
-        length = (load_provenance(folder).get("recipe") or {}).get("sequence_length")
         return None if length is None else int(length)
 
 

@@ -24,9 +24,10 @@ from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.labels import model_name
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.models import local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
@@ -176,7 +177,9 @@ def plan_influence(
             together.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
+    note = (progress or Progress()).note
+    opened = open_model(model, space, folders="none", with_corrections=True, note=note)
+    checkpoint = opened.path
     config = load_config(checkpoint)
     if facts_of(config.method).repeats_stack:
         raise UserError(
@@ -256,7 +259,7 @@ def run_influence(
     context.log_measurement(
         TrackedRun.of(
             key=plan.key,
-            name=f"influence {table.metric} of {plan.checkpoint.parent.name}",
+            name=f"influence {table.metric} of {model_name(plan.checkpoint)}",
             kind="influence",
             params={
                 "metric": table.metric,
@@ -273,12 +276,12 @@ def run_influence(
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 
 
-measure_influence = in_one_call(plan_influence, run_influence, model=local_model)
+measure_influence = in_one_call(plan_influence, run_influence, model=imported_model)
 
 
 def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceTable:
     from iiet.influence import influence_table  # Both import PyTorch.
-    from orchestrator.models.open import load_model
+    from orchestrator.models.load import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
     batches = open_data(plan.tokens_folder).validation_batches(

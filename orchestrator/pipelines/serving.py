@@ -28,13 +28,8 @@ from orchestrator.evaluation.serving import (
     transformers_server,
 )
 from orchestrator.models.folder import read_config
-from orchestrator.models.open import (
-    DTYPES,
-    OpenedModel,
-    device_precision,
-    model_labels,
-    open_models,
-)
+from orchestrator.models.load import DTYPES, device_precision
+from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.pipelines.benchmarking import USUAL_NEW_TOKENS, family_of
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import export_checkpoint
@@ -67,7 +62,7 @@ class ServingPlan(Result):
     """Models, each under its schedule, and the requests that they are measured with."""
 
     opened: dict[str, OpenedModel] = Field(exclude=True)
-    """By the names of the result."""
+    """By the labels of the result."""
     cluster: ClusterSettings = Field(exclude=True)
     conditions: ServingConditions
     """The requests."""
@@ -174,7 +169,7 @@ def plan_serving(
         check_port(port)
     space = find_workspace(workspace)
     note = (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, note=note)
+    opened = open_models(models, space, schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
     for model in opened:
@@ -185,11 +180,11 @@ def plan_serving(
     new_tokens = new_tokens or max(1, min(USUAL_NEW_TOKENS, length - prompt_tokens))
     if prompt_tokens + new_tokens > length:
         raise UserError(
-            f"benchmark: {shortest.name} reads {length} tokens, not the {prompt_tokens} + "
+            f"benchmark: {shortest.label} reads {length} tokens, not the {prompt_tokens} + "
             f"{new_tokens} of prompt and new tokens; lower --contexts or --new-tokens"
         )
     return ServingPlan(
-        opened=dict(zip(model_labels(opened), opened, strict=True)),
+        opened=by_label(opened),
         cluster=cluster or ClusterSettings(),
         conditions=ServingConditions(
             at_once=tuple(at_once) or USUAL_AT_ONCE,
@@ -206,8 +201,8 @@ def plan_serving(
 def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
     if model.loops and model.depth != model.loops.default_depth:
         raise UserError(
-            f"--schedule: transformers' server runs {model.name} at the depth of its folder alone; "
-            "leave --schedule out"
+            f"--schedule: transformers' server runs {model.label} at the depth of its folder "
+            "alone; leave --schedule out"
         )
     if model.config is None and "auto_map" in read_config(model.path) and not trust_remote_code:
         raise UserError(
@@ -255,7 +250,7 @@ def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
         context.log_measurement(
             TrackedRun.of(
                 key=content_key("served", list(model.key), key),
-                name=f"served {model.name}"[:80],
+                name=f"served {model.label}"[:80],
                 kind="benchmark",
                 params={
                     **model.parameters(),
@@ -353,7 +348,7 @@ def _served_folder(model: OpenedModel, folder: Path, precision: Precision) -> Pa
     if model.is_external and (model.config is None or is_plain):
         return model.path
     decoder = model.decoder()
-    card = ModelCard(name=model.name, config=decoder.config)
+    card = ModelCard(name=model.label, config=decoder.config)
     return export_checkpoint(model.path, folder, decoder=decoder, card=card, dtype=precision)
 
 

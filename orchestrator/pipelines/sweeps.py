@@ -31,10 +31,10 @@ from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_checkpoint, local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.pipelines.training import (
     UNPREPARED,
     TrainingPlan,
@@ -431,7 +431,9 @@ def plan_sweep(
     source = None
     if teacher is not None:
         name_or_path = None if str(teacher) == NEWEST else teacher
-        checkpoint = resolve_teacher(space, name_or_path, (progress or Progress()).note)
+        note = (progress or Progress()).note
+        model = open_model(name_or_path, space, folders="none", with_corrections=True, note=note)
+        checkpoint = model.path
     elif settings.training.source is not None:
         source = find_source(space, settings.training.source)
         prepared = find_prepared(settings.data, space.tokens)
@@ -716,7 +718,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     workspace = plan.workspace
     progress = context.progress
     if plan.source is not None and not plan.source.is_checkpoint:
-        imported = local_checkpoint(plan.settings.training.source, workspace, progress)
+        imported = imported_model(
+            plan.settings.training.source, workspace, progress, also_folders=True
+        )
         plan = plan_sweep(with_source(plan.settings, imported), workspace=workspace, name=plan.name)
         plan.check()
     settings = plan.settings
@@ -809,7 +813,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                 return _report_of(plan, sweep_results, context, failures)
 
 
-sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
+sweep = in_one_call(plan_sweep, run_sweep, teacher=imported_model)
 
 
 def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:

@@ -30,10 +30,10 @@ from orchestrator.data.preparation import (
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_checkpoint, local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.planning.devices import run_devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
@@ -534,7 +534,7 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
 
 # Typed loosely, because it takes `progress` beside what the plan takes.
 pretrain: Callable[..., PretrainResult] = in_one_call(
-    plan_pretrain, run_pretrain, source=local_checkpoint
+    plan_pretrain, run_pretrain, source=partial(imported_model, also_folders=True)
 )
 
 
@@ -583,7 +583,9 @@ def plan_distill(
             "or --schedule 2,1,1,0,0,0; or --drop-layers N leaves out whole layers"
         )
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
+    note = (progress or Progress()).note
+    model = open_model(teacher, space, folders="none", with_corrections=True, note=note)
+    checkpoint = model.path
     if drop_layers is not None:
         num_layers = load_config(checkpoint).num_layers
         if not 1 <= drop_layers < num_layers:
@@ -701,7 +703,7 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     return StudentsResult(students=students)
 
 
-distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
+distill_all = in_one_call(plan_distill, run_distill, teacher=imported_model)
 
 
 def distill(

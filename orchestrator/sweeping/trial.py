@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -133,10 +134,9 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
-    # Students of an imported model read text as it does.
-    text_folder = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
-    checkpoint = Path(str(trial.checkpoint))
-    model = open_model(checkpoint, trial.model.corrections, text_folder=text_folder)
+    model = open_model(str(trial.checkpoint), schedule=trial.model.corrections)
+    if suite.vocabulary_folder:  # Students of an imported model read text as it does.
+        model = replace(model, text_folder=Path(suite.vocabulary_folder))
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
     measurer = ModelMeasurer(model, store, suite, device=device)

@@ -37,8 +37,15 @@ def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(
     (tmp_path / "shown.yaml").write_text(printed)
     assert read_settings(tmp_path / "shown.yaml") == read_settings("demo", ["training.seed=7"])
     assert "default:" not in _printed(capsys, "config", "show")
-    changed = _printed(capsys, "config", "show", "--set", "training.elastic.num_drawn=2")
-    assert "  elastic:  # default: null\n" in changed
+    options = ("--changed", "--set", "training.elastic.num_drawn=2")
+    changed = _printed(capsys, "config", "show", *options)
+    assert "  elastic:  # default: null\n    num_drawn: 2  # default: 1\n" in changed
+    assert "weight" not in changed, "a section that is off has the defaults of its own settings"
+    changed = _printed(capsys, "config", "show", "--changed", "--set", "training.elastic={}")
+    assert changed == "training:\n  elastic: {}  # default: null\n"
+    options = ("--changed", "--json", "--set", "source_training.num_steps=9")
+    changed = _printed(capsys, "config", "show", *options)
+    assert json.loads(changed)["settings"] == {"source_training": {"num_steps": 9}}
     schema = json.loads(_printed(capsys, "config", "schema"))
     assert set(schema["properties"]) == set(Settings.model_fields)
     assert schema["$defs"]["InfluenceSettings"]["properties"]["metric"]["description"]

@@ -28,7 +28,7 @@ from orchestrator.cluster.tune import (
     TrialPlace,
     run_trials,
 )
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.trial import EarlyStop, SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import WEIGHTS
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.stored_weights import open_weights
 from orchestrator.pipelines import models
 from orchestrator.pipelines.models import export, import_model
@@ -57,7 +57,7 @@ def test_a_published_model_is_imported_and_exported_tensor_by_tensor(
 
     monkeypatch.setattr(models, "EXPORTED_FILE_BYTES", 40_000)
     loaded = load_model(checkpoint, frozen=True)
-    monkeypatch.setattr("orchestrator.models.open.load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("orchestrator.models.load.load_model", lambda *_, **__: loaded)
     with LiveTensors(loaded) as live, counted_reads() as reads:
         folder = export(checkpoint, workspace=workspace, measure=False, to=tmp_path / "out")
     assert live.peak <= bound

@@ -24,7 +24,8 @@ from sample_texts import add_opening
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import load_suite, suppress_output
-from orchestrator.models.open import OpenedModel, load_model, open_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
@@ -223,10 +224,10 @@ def test_an_exported_folder_scores_as_its_checkpoint(settings, workspace, save_t
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     first = scored(checkpoint, settings, workspace)
     assert_alike(first, scored(exported, settings, workspace), 1e-5)
-    cheaper = open_model(exported, "1,0")
+    cheaper = open_model(exported, schedule="1,0")
     assert cheaper.config is not None
     assert tuple(cheaper.config.corrections) == (1, 0)
-    assert cheaper.name == "exported r=1,0"
+    assert cheaper.label == "exported r=1,0"
     assert cheaper.key != open_model(exported).key
 
 

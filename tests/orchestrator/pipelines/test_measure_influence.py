@@ -16,7 +16,7 @@ from iiet.influence import influence_table
 from iiet.pruning import InfluenceTable
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence

@@ -12,7 +12,7 @@ import pytest
 from sample_trials import with_items
 
 from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.report import write_sweep_report

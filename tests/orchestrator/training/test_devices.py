@@ -28,7 +28,7 @@ from iiet.distillation import student_loss
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from iiet.schedule import IterationSchedule
-from orchestrator.models.open import DTYPES, device_precision, use_tf32
+from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings

@@ -25,7 +25,7 @@ from iiet.facts import facts_of
 from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
