@@ -72,6 +72,9 @@ HASHES_SORTED_TOGETHER = 50_000_000
 """Sorting them takes one to two gigabytes."""
 DOCUMENTS_COPIED_TOGETHER = 20_000
 """Their tokens are in memory at once: a shard of short documents has more."""
+SEEN_SECONDS = 60.0
+"""Longest wait for a shard of another node; NFS may answer from its memory for so long."""
+SECONDS_BETWEEN_LOOKS = 0.2
 RECORD = np.dtype(
     [("key", "<u8"), ("check", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")]
 )
@@ -402,12 +405,21 @@ def _tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunne
                 at_work[runner.submit(partial(writer.write, number), rates)] = number
             ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
             for future in ended:
-                del at_work[future]
+                number = at_work.pop(future)
                 future.result()
+                _wait_until_seen(writer.shards[number])
                 rates.end_shard()
     finally:
         # Threads cannot be stopped; those at work end at their next report.
         rates.is_over = True
+
+
+def _wait_until_seen(shard: Path) -> None:
+    """Wait for a folder that another node may have made: network file systems show it late."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not shard.is_dir() and time.monotonic() < deadline:
+        list(shard.parent.iterdir())  # Asks the server again.
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:

@@ -234,6 +234,28 @@ def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
         assert windows[0] == windows[1]
 
 
+def test_shards_of_another_node_may_be_seen_late(several, tmp_path, monkeypatch):
+    expected = write_text(several, tmp_path / "at once", "key", Progress())
+    hidden: list[Path] = []
+    write = ShardWriter.write
+
+    def write_unseen(writer: ShardWriter, number: int, report: Any) -> None:
+        write(writer, number, report)
+        shard = writer.shards[number]
+        shard.rename(tmp_path / shard.name)
+        hidden.append(shard)
+
+    def show(_: float) -> None:
+        while hidden:
+            shard = hidden.pop()
+            (tmp_path / shard.name).rename(shard)
+
+    monkeypatch.setattr(ShardWriter, "write", write_unseen)
+    monkeypatch.setattr(tokenize.time, "sleep", show)
+    folder = write_text(several, tmp_path / "late", "key", Progress())
+    assert contents(folder) == contents(expected)
+
+
 def test_a_file_system_without_second_names_gets_copies(several, tmp_path, monkeypatch):
     folder = write_text(several, tmp_path / "linked", "key", Progress())
 
