@@ -41,6 +41,7 @@ __all__ = [
     "lazy_tensors",
     "non_finite",
     "read_folder",
+    "write_config",
     "write_files",
     "write_folder",
 ]
@@ -285,6 +286,11 @@ def write_files(
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
+    write_config(folder, values)
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write `config.json` with these values."""
     text = json.dumps(dict(values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 

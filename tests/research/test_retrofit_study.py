@@ -90,6 +90,10 @@ def test_the_rate_with_the_lower_loss_over_the_seeds_that_have_both_counts(study
     study.store(result(arm("mean", 2e-3, seed=1), 0.8))
     assert study.chosen_rate(CELL, "mean") == 2e-3
     assert Study(study.folder, study.results_file).measured == study.measured
+    other = study.folder / "other.json"
+    arguments = ["--folder", str(study.folder), "--results", str(other), "--add"]
+    assert retrofit_study.main([*arguments, str(study.results_file)]) == 0
+    assert Study(study.folder, other).measured == study.measured
 
 
 def test_tables_show_what_is_stored_and_which_student_fits_a_share(study):
