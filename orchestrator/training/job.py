@@ -165,10 +165,12 @@ def sequences_per_step(
         )
     num_sequences, num_tokens_over = divmod(recipe.num_tokens_per_step, length)
     if num_tokens_over or not num_sequences:
-        origin = f"{section}.sequence_length" if recipe.sequence_length else "the context length"
+        name = f"{section}.sequence_length"
+        origin = name if recipe.sequence_length else "the context length"
+        shorter = "" if recipe.sequence_length else f"; {name} makes sequences shorter"
         raise UserError(
             f"{section}.num_tokens_per_step must be a multiple of {origin} {length}, such as "
-            f"{max(1, num_sequences) * length}; got {recipe.num_tokens_per_step}"
+            f"{max(1, num_sequences) * length}; got {recipe.num_tokens_per_step}{shorter}"
         )
     return num_sequences
 
