@@ -187,7 +187,9 @@ def test_a_chat_is_written_by_the_models_template(llama, workspace):
         plain.texts_to_continue(["a bag"], chat=True)
     templates = [{"name": name, "template": name} for name in ("default", "rag")]
     change(llama / "tokenizer_config.json", chat_template=templates)
-    named = TextGenerator(open_model(import_model(llama, workspace=workspace, name="named"))).tokenizer
+    named = TextGenerator(
+        open_model(import_model(llama, workspace=workspace, name="named"))
+    ).tokenizer
     question = [{"role": "user", "content": "?"}]
     assert named.chat(question, "rag") == "rag"
     with pytest.raises(UserError, match="no chat template named tools; it has default, rag"):
