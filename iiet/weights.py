@@ -30,6 +30,7 @@ __all__ = [
     "config_to_json",
     "non_finite",
     "read_folder",
+    "write_config",
     "write_files",
     "write_folder",
 ]
@@ -179,9 +180,14 @@ def write_files(
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
+    write_config(folder, values)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write `config.json` with these values."""
     text = json.dumps(dict(values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 
 
 def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:

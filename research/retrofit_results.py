@@ -231,7 +231,7 @@ def _compared(readings: Sequence[Readings], arms: Sequence[str]) -> str:
                 ]
             )
     heads = ["cell", "arm", "NFE", "training FLOPs", "rate", "by seed", "difference", "verdict"]
-    return markdown_table(heads, rows, left=(0, 1, 5, 7)) if rows else "Not run."
+    return markdown_table(heads, rows, left_columns=(0, 1, 5, 7)) if rows else "Not run."
 
 
 def _against_scratch(readings: Sequence[Readings]) -> str:
@@ -251,7 +251,7 @@ def _against_scratch(readings: Sequence[Readings]) -> str:
                         ]
                     )
     heads = ["cell", "retrofit", "against", "difference", "verdict"]
-    return markdown_table(heads, rows, left=(0, 1, 2, 4)) if rows else "Not run."
+    return markdown_table(heads, rows, left_columns=(0, 1, 2, 4)) if rows else "Not run."
 
 
 def _students(readings: Sequence[Readings]) -> str:
@@ -283,7 +283,7 @@ def _students(readings: Sequence[Readings]) -> str:
         "cell", "student of", "NFE at most", "schedules", "by seed", "minus retrofit", "verdict",
         "minus source continued", "verdict",
     ]  # fmt: skip
-    return markdown_table(heads, rows, left=(0, 1, 3, 4, 6, 8)) if rows else "Not run."
+    return markdown_table(heads, rows, left_columns=(0, 1, 3, 4, 6, 8)) if rows else "Not run."
 
 
 def _progress(study: Study) -> Iterator[str]:

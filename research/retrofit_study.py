@@ -215,11 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps-factor", type=float, default=1.0, metavar="X",
         help="trainings have this many times the steps; for tries, with another --results",
     )  # fmt: skip
+    parser.add_argument(
+        "--add", type=Path, nargs="+", default=[], metavar="FILE",
+        help="take over the trainings of these results files, and make none",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say how much is stored")
     options = parser.parse_args(arguments)
     try:
         study = Study(options.folder, options.results, options.steps_factor)
-        if options.dry_run:
+        if options.add:
+            for file in options.add:
+                study.add(file)
+        elif options.dry_run:
             for piece in options.piece:
                 print(f"{piece}: {study.num_stored(piece)} trainings are stored")
         else:
@@ -244,9 +251,12 @@ class Study:
         self.steps_factor = steps_factor
         self.measured: dict[Training, Measured] = {}
         if results_file.is_file():
-            stored = json.loads(results_file.read_text(encoding="utf-8"))["trainings"]
-            results = [Measured.from_dict(values) for values in stored]
-            self.measured = {result.training: result for result in results}
+            self.measured = read_results(results_file)
+
+    def add(self, file: Path) -> None:
+        """Take over the trainings of another results file that this one lacks."""
+        self.measured = read_results(file) | self.measured
+        self._write()
 
     def num_stored(self, piece: str) -> int:
         """Count the stored trainings of a piece."""
@@ -268,12 +278,15 @@ class Study:
     def store(self, result: Measured) -> None:
         """Write a finished training to the results file."""
         self.measured[result.training] = result
-        trainings = [stored.to_dict() for stored in self.measured.values()]
-        write_text(self.results_file, json.dumps({"trainings": trainings}, indent=1) + "\n")
+        self._write()
         quality = f"loss {result.loss:.4f}"
         if result.accuracy is not None:
             quality = f"accuracy {result.accuracy:.1%}, {quality}"
         print(f"{result.training.name}: {quality}, {result.seconds:.0f} s", flush=True)
+
+    def _write(self) -> None:
+        trainings = [stored.to_dict() for stored in self.measured.values()]
+        write_text(self.results_file, json.dumps({"trainings": trainings}, indent=1) + "\n")
 
     # Which trainings there are
 
@@ -499,6 +512,13 @@ class Study:
             bits_per_byte=bits_per_byte,
             seconds=seconds,
         )
+
+
+def read_results(file: Path) -> dict[Training, Measured]:
+    """Return what a results file holds."""
+    stored = json.loads(file.read_text(encoding="utf-8"))["trainings"]
+    results = [Measured.from_dict(values) for values in stored]
+    return {result.training: result for result in results}
 
 
 def piece_of(training: Training) -> str:

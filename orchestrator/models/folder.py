@@ -36,6 +36,8 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 """Name of the file that says which tensor is in which file, of weights in several files."""
 TRAINING_STATE = "training_state.pt"
+MOMENTS_PREFIX = "moments"
+"""Begins the names of the files with the moments of a sharded training, one for each worker."""
 METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
@@ -356,7 +358,7 @@ def check_checkpoint(
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
     Args:
-        with_training_state: Verify also the file that only a resumed training reads, which holds
+        with_training_state: Verify also the files that only a resumed training reads, which hold
             most of the bytes.
         remember: As in `files.damaged_file`.
 
@@ -371,12 +373,18 @@ def check_checkpoint(
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
         raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
     # Without a checksum for the configuration or the weights, that file counts as damaged.
-    other_names = [name for name in checksums if name not in (CONFIG, WEIGHTS, TRAINING_STATE)]
-    names = [CONFIG, WEIGHTS, *other_names]
+    names = {CONFIG, WEIGHTS, *checksums}
     if with_training_state:
-        names.append(TRAINING_STATE)
-    if damage := damaged_file(folder, checksums, names=names, remember=remember):
+        names.add(TRAINING_STATE)
+    else:
+        names = {name for name in names if not _is_training_state(name)}
+    if damage := damaged_file(folder, checksums, names=sorted(names), remember=remember):
         raise DamagedFile(f"the checkpoint {folder} is damaged: {damage}")
+
+
+def _is_training_state(name: str) -> bool:
+    """Return whether only a resumed training reads a file."""
+    return name == TRAINING_STATE or name.startswith(MOMENTS_PREFIX)
 
 
 def newest_checkpoint(

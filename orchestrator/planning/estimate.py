@@ -215,7 +215,10 @@ class Estimate:
             trained=self.recipe.trained_layers,
             forms=self.forms,
         )
-        if not devices.on_gpus:
+        if not devices.on_gpus and devices.num_shards > 1:
+            # Each worker copies its rows, and makes a file of them before it is written.
+            parts["a copy for the checkpoint"] = 2 * (self.checkpoint_bytes // devices.num_shards)
+        elif not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
             parts["a copy for the checkpoint"] = self.checkpoint_bytes // devices.num_workers
         kept_free = int(parts["activations"] * (ALLOCATOR_FACTOR - 1))

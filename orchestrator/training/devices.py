@@ -195,8 +195,8 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     unit stays float32, which the fused norms need.
 
     Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are
-    averaged over all of them. Checkpoints hold full tensors, so a run can resume with another
-    number of workers or shards.
+    averaged over all of them. Any number of workers or shards reads the same checkpoints
+    (`shards.py`).
     """
     # Importing FSDP takes a second.
     from torch.distributed.device_mesh import init_device_mesh
@@ -304,40 +304,19 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return cast("Tensor", gather()) if gather else tensor
 
 
-def own_rows(full: Tensor, parameter: Any) -> Tensor:
-    """Return this worker's rows of a full tensor if the parameter is sharded, else all."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
-        return full
-    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
-    num_rows = -(-len(full) // mesh.size(shards))
-    first = num_rows * mesh.get_local_rank(shards)
-    return full[first : first + num_rows]
+def copy_rows(whole: Tensor, target: Any) -> None:
+    """Copy a whole tensor into another one: into a sharded one, this worker's rows.
 
-
-def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the full state of an optimizer from tensors that are mapped from a file.
-
-    Of a sharded parameter, this worker's rows are read.
+    Of a tensor that is mapped from a file, only these rows are read.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def own(name: str, value: Tensor, parameter: Any) -> Tensor:
-        if name == "step":
-            return value.clone()
-        rows = own_rows(value, parameter).to(parameter.device, copy=True)
-        if not hasattr(parameter, "device_mesh"):
-            return rows
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
-        return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
-
-    moments = {
-        number: {name: own(name, value, parameters[number]) for name, value in of_one.items()}
-        for number, of_one in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": moments})
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        target.copy_(whole)
+        return
+    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
+    num_rows = -(-len(whole) // mesh.size(shards))
+    first = num_rows * mesh.get_local_rank(shards)
+    target.to_local().copy_(whole[first : first + num_rows])
 
 
 # The model to train
@@ -385,8 +364,7 @@ def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in weights:
         parameter: Any = missing.pop(name, None)
         if parameter is not None:
-            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            own.copy_(own_rows(tensor, parameter))
+            copy_rows(tensor, parameter)
         if not missing:  # Nothing is drawn that is not needed.
             break
     assert not missing, f"no weights for {sorted(missing)}"

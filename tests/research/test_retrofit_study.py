@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +26,10 @@ from retrofit_study import (
     source_of,
 )
 
+from iiet import IterationSchedule, ModelConfig
 from iiet.cost import training_flops_per_token
+from iiet.facts import ImplicitEulerOptions
+from orchestrator import read_settings
 
 CELL = Cell(task="phop_4", num_layers=2, seed=0)
 
@@ -85,6 +90,10 @@ def test_the_rate_with_the_lower_loss_over_the_seeds_that_have_both_counts(study
     study.store(result(arm("mean", 2e-3, seed=1), 0.8))
     assert study.chosen_rate(CELL, "mean") == 2e-3
     assert Study(study.folder, study.results_file).measured == study.measured
+    other = study.folder / "other.json"
+    arguments = ["--folder", str(study.folder), "--results", str(other), "--add"]
+    assert retrofit_study.main([*arguments, str(study.results_file)]) == 0
+    assert Study(study.folder, other).measured == study.measured
 
 
 def test_tables_show_what_is_stored_and_which_student_fits_a_share(study):
@@ -110,6 +119,26 @@ def test_the_page_is_made_from_the_stored_results():
     assert filled(text, Study(Path("unused"), RESULTS)) == text, (
         "python research/retrofit_results.py"
     )
+
+
+def test_the_pilot_trains_as_many_flops_in_both_arms():
+    settings = read_settings(PAGE.with_name("retrofit_pilot.yaml"))
+    (task,) = settings.data.tasks.tasks
+    assert settings.data.has_words
+    assert task == "lookup_4"
+    plain = ModelConfig(
+        method="vanilla", vocab_size=49_152, dim=576, num_layers=30, num_heads=9, num_kv_heads=3,
+        ffn_dim=1536, context_length=8192,
+    )  # fmt: skip
+    options = ImplicitEulerOptions(**settings.model.method_options)
+    schedule = IterationSchedule.parse("0*12,2*6,0*12", num_layers=30)
+    corrected = replace(plain, method="iiet", schedule=schedule, method_options=options)
+    length = settings.training.sequence_length
+    layers = tuple(range(13, 19))
+    per_token = training_flops_per_token(plain, context_length=length, trained=layers)
+    in_arm = training_flops_per_token(corrected, context_length=length, trained="corrected")
+    steps = settings.training.num_steps * in_arm / per_token
+    assert f"--name plain --steps {math.ceil(steps)} " in PAGE.read_text("utf-8")
 
 
 @pytest.mark.long
