@@ -57,8 +57,8 @@ class WorkPlace:
     num_cpus: int = 1
     """CPUs of that task."""
     cluster: ClusterSettings | None = None
-    """The Ray that is started or joined, and whose GPUs are used if it has any; None: none, or the
-    one that this process belongs to."""
+    """The Ray that is started or joined, and whose GPUs are used if it has any; None for work in
+    this process, and for that of a trial, whose process is part of a Ray."""
     folder: Path | None = None
     """The workspace, or a folder in it, which all nodes of that Ray must see."""
 
