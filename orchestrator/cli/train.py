@@ -92,11 +92,12 @@ def quickstart(call: Call) -> Result:
 @Command(
     "prepare",
     group="Train",
+    options=HERE,
     config="option",
     unread=dict.fromkeys(
         (
             "model", "training", "source_training", "distillation", "influence", "evaluation",
-            "sweep", "search", "cluster",
+            "sweep", "search",
         ),
         "the section data alone says what is prepared",
     ),

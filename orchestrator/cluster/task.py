@@ -1,4 +1,4 @@
-"""Where training jobs run: under Ray, or in this process.
+"""Where training jobs run, and shards of text are tokenized: under Ray, or in this process.
 
 Jobs in this process, for debuggers and profilers, have bitwise the losses that they have under Ray
 with one worker.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from orchestrator.cluster.places import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
+from orchestrator.data.tokenize import OpenRunner, Report, ShardRunner
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -25,7 +29,12 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
+
+T = TypeVar("T")
+
+END_SECONDS = 3.0
+"""Longest wait for the end of tasks that are cancelled."""
 
 
 @contextmanager
@@ -50,6 +59,81 @@ def joined_cluster(
     with ray_cluster(cluster, folder=folder, say=progress.start) as resources:
         check(resources)
         yield
+
+
+# Shards of text
+
+
+def shard_runner(cluster: ClusterSettings) -> OpenRunner | None:
+    """Return what tokenizes shards on all nodes of the cluster that the settings name, which must
+    be joined while it runs; None on one machine, whose threads need no Ray."""
+    return None if cluster.ray_address == LOCAL else _shard_tasks
+
+
+@contextmanager
+def _shard_tasks() -> Iterator[ShardRunner]:
+    tasks = _ShardTasks(sum(node.cpus for node in alive_nodes()))
+    try:
+        yield tasks
+    finally:
+        tasks.end()
+
+
+class _ShardTasks:
+    """Runs work on shards as Ray tasks of one CPU each. What they report comes when they end."""
+
+    def __init__(self, num_cpus: int) -> None:
+        import ray
+
+        self.num_at_once = num_cpus
+        # A task has one CPU, and the tokenizer would start threads for all of its node's.
+        environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(_with_reported)
+        self._at_work: set[Any] = set()
+
+    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        """Start a task; Ray starts it again on another node if its own is lost."""
+        import ray.exceptions
+
+        reference = self._task.remote(work)
+        self._at_work.add(reference)
+        answer: Future[T] = Future()
+
+        def take_result(ended: Future[Any]) -> None:
+            self._at_work.discard(reference)
+            try:
+                result, num_tokens, num_bytes = ended.result()
+                report(num_tokens, num_bytes)
+                answer.set_result(result)
+            except ray.exceptions.RayTaskError as error:
+                answer.set_exception(error.cause)
+            except ray.exceptions.RayError as error:
+                reason = first_line(error, with_type=True)
+                answer.set_exception(
+                    RunFailed(f"a task on a node failed ({reason}); run the same command again")
+                )
+            except Exception as error:  # The work is over: `report` says so.
+                answer.set_exception(error)
+
+        reference.future().add_done_callback(take_result)
+        return answer
+
+    def end(self) -> None:
+        """End what still runs, after an error or Ctrl-C; a shard at work is written again."""
+        import ray
+
+        running = list(self._at_work)
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
+
+
+def _with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
+    """Return what work returns, and the sums of the tokens and bytes that it reports."""
+    reports: list[tuple[int, int]] = []
+    result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))
+    return result, sum(tokens for tokens, _ in reports), sum(size for _, size in reports)
 
 
 # Training jobs

@@ -150,8 +150,15 @@ class OpenedModel:
         """
         return ModelTokenizer(self.text_folder, trust_remote_code=trust_remote_code)
 
-    def decoder(self, dtype: torch.dtype | None = None, *, device: str = "cpu") -> Decoder:
-        """Load the model with weights of this dtype, float32 when unset.
+    def decoder(
+        self, dtype: torch.dtype | None = None, *, device: str = "cpu", frozen: bool = False
+    ) -> Decoder:
+        """Load the model.
+
+        Args:
+            dtype: Of the weights; float32 when unset.
+            device: Device of the weights.
+            frozen: As in `load_model`: without gradients, perhaps mapped from its file.
 
         Raises:
             UserError: If only transformers can run it, or its weights are missing or damaged.
@@ -165,6 +172,7 @@ class OpenedModel:
             device=device,
             dtype=dtype or DTYPES["fp32"],
             schedule=self.config.corrections,
+            frozen=frozen,
         )
 
 

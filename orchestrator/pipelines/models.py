@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from iiet.config import ModelConfig
 from iiet.cost import num_parameters
 from iiet.plain_models import MODEL_TYPES, is_plain, plain_form
 from iiet.pruning import InfluenceTable
-from iiet.weights import CONFIG
+from iiet.weights import CONFIG, LazyTensor
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
@@ -55,8 +55,12 @@ from orchestrator.workspace.layout import Workspace, find_checkpoints, find_work
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from iiet.decoder import Decoder
 
+EXPORTED_FILE_BYTES = 5 * 10**9
+"""Larger weights are exported to several files, each of this size at most."""
 CARD = "README.md"
 
 
@@ -125,7 +129,7 @@ def import_model(
     given = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
         found = _read_source(path, Path(scratch), with_tokenizer=given is None)
-        config, own = found.decoder.config, found.texts / folders.TOKENIZER
+        config, own = found.config, found.texts / folders.TOKENIZER
         file = given or (own if own.is_file() else None)
         if file is None:
             progress.note(
@@ -155,7 +159,7 @@ def import_model(
                 run,
                 0,
                 config=config,
-                weights=found.decoder.state_dict(),
+                weights=found.weights,
                 training_state={},
                 tokenizer_path=file,
                 text_files=tokenizers.text_files_of(
@@ -184,7 +188,9 @@ def import_model(
 class _Source(NamedTuple):
     """A model that is imported."""
 
-    decoder: Decoder
+    config: ModelConfig
+    weights: Mapping[str, Tensor | LazyTensor]
+    """Its weights in float32; those of a folder are read when they are written."""
     name: str
     run_name: str
     """Name of its run, unless another is given."""
@@ -200,18 +206,29 @@ class _Source(NamedTuple):
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
     from orchestrator.models.gguf import read_gguf  # Both import PyTorch.
-    from orchestrator.models.load import load_model
+    from orchestrator.models.stored_weights import open_weights
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
-        return _Source(decoder, path.name, path.stem, file_key(path), scratch, "llama", "fp32")
+        return _Source(
+            config=decoder.config,
+            weights=decoder.state_dict(),
+            name=path.name,
+            run_name=path.stem,
+            key=file_key(path),
+            texts=scratch,
+            model_type="llama",
+            dtype="fp32",
+        )
     if find_checkpoints(path):
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
     model_type = folders.read_config(path).get("model_type")
+    config, weights = open_weights(path)
     return _Source(
-        decoder=load_model(path),
+        config=config,
+        weights=weights,
         name=name_with_owner(path),
         run_name=model_name(path),
         key=folders.model_files_key(path),
@@ -262,7 +279,7 @@ def export(
     name = imported_model(model, context.workspace, context.progress)
     opened = open_model(name, context.workspace, schedule, folders="none", note=note)
     checkpoint = opened.path
-    decoder = opened.decoder()
+    decoder = opened.decoder(frozen=True)  # Mapped from its file.
     default_name = model_name(checkpoint)
     if opened.under:
         default_name += f"-r{decoder.config.corrections}".replace(",", "")
@@ -320,7 +337,8 @@ def export_checkpoint(
         checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
         folder: Created if missing; replaced if it is an earlier export of this model and nothing
             else. It gets its name when it is complete.
-        decoder: The model; its own schedule becomes the default. It gets the type `dtype`.
+        decoder: The model; its own schedule becomes the default. Its weights are written one after
+            the other, so they may be mapped from the checkpoint.
         card: Text of `README.md`.
         dtype: Type of the weights; when unset, that of the files that the checkpoint was imported
             from.
@@ -348,12 +366,6 @@ def export_checkpoint(
         imported = folders.load_provenance(checkpoint).get("imported", {})
     source_dtype = imported.get("dtype", "fp32")
     dtype = dtype or source_dtype
-    decoder = decoder.to(STORED_DTYPES[dtype])
-    if not all(weights.isfinite().all() for weights in decoder.parameters()):
-        raise UserError(
-            f"--dtype {dtype} cannot hold some weights of this model, which are too large for it; "
-            "take bf16 or fp32"
-        )
     card = replace(card, dtype=dtype, is_rounded=dtype not in ("fp32", source_dtype))
     if folders.GENERATION_CONFIG in text_files:
         values = json.loads(text_files[folders.GENERATION_CONFIG])
@@ -369,6 +381,8 @@ def export_checkpoint(
                 token_ids=token_ids,
                 text_files=text_files or None,
                 model_type=imported.get("model_type"),
+                dtype=STORED_DTYPES[dtype],
+                max_file_bytes=EXPORTED_FILE_BYTES,
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
@@ -376,6 +390,10 @@ def export_checkpoint(
             check_target(folder, model)  # Again: another process may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
+    except OverflowError as error:
+        raise UserError(
+            f"--dtype {dtype} cannot hold some weights of this model ({error}); take bf16 or fp32"
+        ) from None
     except ValueError as error:  # The source of another package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -642,7 +660,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name} to export")
     opened = open_model(result.checkpoint, schedule=result.schedule)
     checkpoint = opened.path
-    decoder = opened.decoder()
+    decoder = opened.decoder(frozen=True)  # Mapped from its file.
     evaluation = results.load_item_values(workspace, [result]).get(result.key)
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
-from orchestrator.cluster.task import joined_cluster
+from orchestrator.cluster.task import joined_cluster, shard_runner
 from orchestrator.cluster.work import sweep_place
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
@@ -739,7 +739,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         # The data. What follows from it is planned now, if it did not exist before.
         check_sweep(settings, progress)
         if plan.teacher is None:
-            tokens = prepare_tokens(settings.data, workspace, progress)
+            tokens = prepare_tokens(
+                settings.data, workspace, progress, open_runner=shard_runner(settings.cluster)
+            )
             if str(tokens) != plan.trials.tokens_folder:
                 with offline(DRY_RUN):
                     plan = _plan_from_tokens(plan, tokens)

@@ -20,7 +20,7 @@ from pydantic import Field, field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
-from orchestrator.cluster.task import job_runner, joined_cluster
+from orchestrator.cluster.task import job_runner, joined_cluster, shard_runner
 from orchestrator.data.preparation import (
     ExpectedTokens,
     expected_tokens,
@@ -83,13 +83,23 @@ def prepare(
     """Return the folder of prepared tokens; tokens that exist are verified by their checksums.
 
     Args:
-        settings: Section `data`.
+        settings: Section `data`; `cluster.address` names a cluster whose nodes share the work.
 
     Raises:
-        UserError: If the source is missing, empty or unreadable, or stored tokens are damaged.
+        UserError: If the source is missing, empty or unreadable, stored tokens are damaged, or the
+            cluster cannot be joined.
     """
     context = open_context(workspace, progress)
-    return prepare_tokens(settings.data, context.workspace, context.progress, verify=True)
+    space = context.workspace
+    cluster = settings.cluster
+    with joined_cluster(cluster, space.root, lambda _: None, context.progress):
+        return prepare_tokens(
+            settings.data,
+            space,
+            context.progress,
+            verify=True,
+            open_runner=shard_runner(cluster),
+        )
 
 
 class TrainingPlan(Result):
@@ -502,7 +512,12 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
         if not plan.is_continued:
-            tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+            tokens = prepare_tokens(
+                settings.data,
+                context.workspace,
+                context.progress,
+                open_runner=None if plan.local else shard_runner(cluster),
+            )
             if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
                 plan = plan_models(
                     plan.models,

@@ -242,11 +242,13 @@ class Estimate:
 
     @property
     def bytes_in_writing(self) -> int:
-        """Bytes of one more checkpoint, which is written before an old one is deleted.
+        """Bytes on the disk while a checkpoint is written, beside those that are kept.
 
-        0 if the training writes no more checkpoints than it keeps.
+        It is complete before an old one is deleted, if the training writes more than it keeps. The
+        rows of a sharded model are deleted when its whole weights are written.
         """
-        return self.checkpoint_bytes if self._most_checkpoints > self._num_kept else 0
+        rows = WEIGHT_BYTES * cost.num_parameters(self.config) * (self.devices.num_shards > 1)
+        return rows + (self.checkpoint_bytes if self._most_checkpoints > self._num_kept else 0)
 
     @property
     def _has_stable_part(self) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.facts import METHODS
-from iiet.weights import WEIGHTS, config_to_json, write_config, write_folder
+from iiet.weights import WEIGHTS, LazyTensor, config_to_json, write_config, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,
@@ -121,7 +121,7 @@ def save_checkpoint(
     step: int,
     *,
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | LazyTensor],
     training_state: Mapping[str, Any],
     tokenizer_path: Path | None,
     provenance: Mapping[str, Any],

@@ -79,7 +79,7 @@ class RemoteCopy:
             upload.result()
 
     def close(self) -> None:
-        """End the thread after the file that it copies."""
+        """Wait until the thread has copied what it has begun with."""
         self._pool.shutdown(cancel_futures=True)
 
     @contextmanager

@@ -176,6 +176,9 @@ def follow_source(
     has_corrections = facts_of(settings.model.method).has_corrections
     if has_corrections and "iterate_from_fraction" not in recipe.model_fields_set:
         defaults["training.iterate_from_fraction"] = 0.0
+    # Published models have contexts of many thousand tokens, a step on a CPU has fewer.
+    if recipe.sequence_length is None and recipe.num_tokens_per_step < source.config.context_length:
+        defaults["training.sequence_length"] = recipe.num_tokens_per_step
     changes = {name.removeprefix("training."): value for name, value in defaults.items()}
     has_text = data.source in TEXT_SOURCES or any(name in TEXT_SOURCES for name in data.shares)
     reads_text = has_text or data.has_words

@@ -2,9 +2,9 @@
 
 `run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
 intact checkpoint, with the same result as without interruption. All state is in the model, the
-optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. Only the
-first worker accesses files, and sends what it finds to the others. Nothing here knows Ray or
-MLflow.
+optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. The first
+worker looks for files, and sends what it finds to the others; of a sharded model each worker reads
+and writes its own rows. Nothing here knows Ray or MLflow.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_each_command_with_set_names_what_it_reads():
         "config show", "quickstart", "sweep",  # The latter two read what their kind reads.
     }  # fmt: skip
     training = {"data", "model", "training"}
-    assert READ_BY["prepare"] == {"data"}
+    assert READ_BY["prepare"] == {"data", "cluster"}
     assert READ_BY["pretrain"] == {*training, "cluster"}
     assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
     assert READ_BY["influence"] == {"influence", "cluster"}
@@ -162,7 +162,7 @@ def test_each_command_with_set_names_what_it_reads():
         ("evaluate run", ["model={corrections: 1}"], "--schedule"),
         ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
         ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
-        ("prepare", ["cluster.num_gpus=1"], "data alone"),
+        ("prepare", ["training.seed=1"], "data alone"),
         ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
         ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
         ("sweep-threshold run", ["training.seed=1"], "distillation.training"),

@@ -183,6 +183,19 @@ def test_sizes_tokenizer_and_defaults_follow_the_source(plain_run, settings, wor
     assert plan.source_defaults == {}
 
 
+def test_a_step_of_fewer_tokens_than_the_context_of_the_source_has_one_sequence(
+    plain_run, settings, workspace
+):
+    context = load_config(plain_run).context_length
+    small = settings(f"training.num_tokens_per_step={context // 2}")
+    plan = plan_pretrain(small, workspace=workspace, source="plain", local=True)
+    assert plan.source_defaults["training.sequence_length"] == context // 2
+    assert job_from(plan).sequence_length == context // 2
+    given = settings(f"training.num_tokens_per_step={context}")
+    plan = plan_pretrain(given, workspace=workspace, source="plain", local=True)
+    assert "training.sequence_length" not in plan.source_defaults
+
+
 def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, workspace, context):
     plan = plan_pretrain(settings(), workspace=workspace, source=model_folder, local=True)
     assert "imported" in plan.state("iiet")
