@@ -219,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--add", type=Path, nargs="+", default=[], metavar="FILE",
         help="take over the trainings of these results files, and make none",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="say how much is stored")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what is stored, and what is next"
+    )
     options = parser.parse_args(arguments)
     try:
         study = Study(options.folder, options.results, options.steps_factor)
@@ -228,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 study.add(file)
         elif options.dry_run:
             for piece in options.piece:
-                print(f"{piece}: {study.num_stored(piece)} trainings are stored")
+                print(f"{piece}: {study.progress_of(piece)}")
         else:
             study.run(options.piece, options.seconds)
     except BaseException as error:
@@ -258,9 +260,23 @@ class Study:
         self.measured = read_results(file) | self.measured
         self._write()
 
-    def num_stored(self, piece: str) -> int:
-        """Count the stored trainings of a piece."""
-        return sum(piece_of(training) == piece for training in self.measured)
+    def progress_of(self, piece: str) -> str:
+        """Return how many trainings of a piece are stored, and which is next."""
+        if piece.startswith("students"):
+            # Which these are is known once influence is measured on their retrofits.
+            layers = int(piece.partition("-")[2])
+            students = [
+                training
+                for training in self.measured
+                if training.arm.startswith(STUDENT_OF) and training.num_layers == layers
+            ]
+            return f"{len(students)} stored"
+        num_stored = 0
+        for training in self.trainings(piece):
+            if training not in self.measured:
+                return f"{num_stored} stored, next: {training.name}"
+            num_stored += 1
+        return f"{num_stored} stored, complete"
 
     def run(self, pieces: Sequence[str], seconds: float) -> None:
         """Make the trainings of some pieces that are not stored, until the time is over."""
@@ -369,7 +385,9 @@ class Study:
     def model(self, training: Training) -> Decoder:
         """Return the model of a training; one whose folder is gone is trained again."""
         if not (self.folder_of(training) / "config.json").is_file():
-            self.store(self.make(training))
+            result = self.make(training)
+            if training not in self.measured:  # What is stored stays as it was measured.
+                self.store(result)
         return Decoder.from_pretrained(self.folder_of(training))
 
     def folder_of(self, training: Training) -> Path:
@@ -519,14 +537,6 @@ def read_results(file: Path) -> dict[Training, Measured]:
     stored = json.loads(file.read_text(encoding="utf-8"))["trainings"]
     results = [Measured.from_dict(values) for values in stored]
     return {result.training: result for result in results}
-
-
-def piece_of(training: Training) -> str:
-    """Return the piece of a stored training; of a rate that was added later, that of the cell."""
-    if training.task == TEXT:
-        return "text"
-    kind = "students" if training.arm.startswith(STUDENT_OF) else "depth"
-    return f"{kind}-{training.num_layers}"
 
 
 def length_of(task: str) -> int:

@@ -87,7 +87,9 @@ def find_model(
     if workspace is not None and (trial := _find_trial(workspace, Path(name))):
         return trial
     folder = _find_folder(workspace, Path(name), folders)
-    return folder if _is_accepted(folder, folders) else resolve_checkpoint(folder), None
+    if not _is_accepted(folder, folders):
+        folder = resolve_checkpoint(folder)
+    return folder, None
 
 
 def _newest_model(

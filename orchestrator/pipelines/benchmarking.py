@@ -18,7 +18,7 @@ from rich.console import RenderableType
 
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
@@ -128,7 +128,7 @@ def plan_benchmark(
             schedules from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
-        cluster: Where they are measured; see `command_device`.
+        cluster: Where they are measured; see `command_place`.
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
@@ -161,12 +161,12 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
 
     Those with the same weights share them.
     """
-    on_device = command_device(plan.cluster, context.workspace.root)
+    place = command_place(plan.cluster, context.workspace.root)
     started_ms = now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
     measure = partial(_measure, plan)
-    costs, device, dtype = on_device(measure, context.progress)
+    costs, device, dtype = place.run(measure, context.progress)
     keys = [list(model.key) for model in plan.opened.values()]
     machine = timing_environment()
     key = content_key("benchmark", keys, asdict(conditions), device, machine)

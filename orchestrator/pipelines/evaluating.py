@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import CPU, command_place
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
@@ -41,7 +41,6 @@ from orchestrator.reporting.comparison import Difference, differences_from_first
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.watching import tracked_model
@@ -166,7 +165,6 @@ class EvaluatePlan(Result):
 
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
         settings = self.settings.evaluation
-        cluster = self.settings.cluster
         tokens = tokens_of_tasks(model, settings, self.workspace)
         suite = make_suite(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
@@ -182,13 +180,11 @@ class EvaluatePlan(Result):
                 loaded = load_suite(suite)
         except RunFailed:
             return states | dict.fromkeys(suite.tasks, NEEDS_HUB)
-        command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
-        device = cluster.device
-        is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
-        if suite.precision is None and device in (None, "cuda") and is_elsewhere:
+        place = command_place(self.settings.cluster, self.workspace.root)
+        if suite.precision is None and place.needs_gpu:
             suite = suite.model_copy(update={"precision": "bf16"})
         store = EvaluationStore(self.workspace.evaluations)
-        measurer = ModelMeasurer(model, store, suite, device=device or best_device())
+        measurer = ModelMeasurer(model, store, suite, device=place.device or best_device())
         for name, num_answers in measurer.stored_answers(loaded).items():
             items = format_count(loaded.num_items(name), "item")
             if num_answers is None:
@@ -309,10 +305,10 @@ def _evaluate_model(
     measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
-    if suite.precision and ModelMeasurer(model, store, suite).has_stored(loaded):
-        measured = measure("cpu", progress)
-    else:
-        measured = command_device(plan.settings.cluster, workspace.root)(measure, progress)
+    place = CPU
+    if not suite.precision or not ModelMeasurer(model, store, suite).has_stored(loaded):
+        place = command_place(plan.settings.cluster, workspace.root)
+    measured = place.run(measure, progress)
     evaluation = measured.evaluation
     config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))

@@ -20,7 +20,7 @@ from rich.console import RenderableType
 
 from iiet.facts import facts_of, metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_over_cost
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import WorkPlace, command_place
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
@@ -36,7 +36,6 @@ from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -227,20 +226,20 @@ def plan_influence(
 
 
 def run_influence(
-    plan: InfluencePlan, context: Context, *, on_device: OnDevice | None = None
+    plan: InfluencePlan, context: Context, *, place: WorkPlace | None = None
 ) -> InfluenceResult:
     """Measure how much each correction of each layer matters; a stored table is read again.
 
     Args:
-        on_device: Runs the measurement (default: as the settings say).
+        place: Where it is measured; as the settings say when unset.
     """
     progress = context.progress
     started_ms = now_ms()
     table = plan.table
-    on_device = on_device or command_device(plan.cluster, context.workspace.root)
+    place = place or command_place(plan.cluster, context.workspace.root)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
     if table is None:
-        table = on_device(partial(_measure, plan), progress)
+        table = place.run(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"

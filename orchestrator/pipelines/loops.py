@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import newest_tokens
 from orchestrator.data.store import TokenStore
@@ -169,7 +169,7 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     costs = StoredTimes.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.evaluation.trust_remote_code)
-        by_name = command_device(cluster, workspace.root)(measure, context.progress)
+        by_name = command_place(cluster, workspace.root).run(measure, context.progress)
         costs = StoredTimes(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
@@ -286,8 +286,8 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
     model = plan.opened
     _, depth = model.looped()
     context.progress.start("influence of loops", depth[0])
-    on_device = command_device(plan.cluster, context.workspace.root)
-    rows, num_tokens = on_device(partial(_measure_loops, plan), context.progress)
+    place = command_place(plan.cluster, context.workspace.root)
+    rows, num_tokens = place.run(partial(_measure_loops, plan), context.progress)
     notes: tuple[str, ...] = ()
     growing = [row["loop"] for before, row in pairwise(rows) if row["step"] >= before["step"]]
     if growing:

@@ -21,7 +21,7 @@ from rich.console import RenderableType
 
 from iiet.cost import inference_cost
 from iiet.plain_models import MODEL_TYPES
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.evaluation.serving import (
     check_server_installed,
     measure_served,
@@ -157,7 +157,7 @@ def plan_serving(
         new_tokens: Tokens of an answer; 32, or fewer if no more fit, when unset.
         num_threads: Threads of the server on a CPU.
         port: Where the server listens; a free port when unset.
-        cluster: Where they are measured; see `command_device`.
+        cluster: Where they are measured; see `command_place`.
         trust_remote_code: Whether code in a folder from elsewhere may run.
 
     Raises:
@@ -214,12 +214,12 @@ def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
 
 def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
     """Measure models in transformers' server: tokens per second, latency, keys and values."""
-    on_device = command_device(plan.cluster, context.workspace.root)
+    place = command_place(plan.cluster, context.workspace.root)
     started_ms = now_ms()
     log = context.workspace.logs / LOG_NAME
     context.progress.start("serve")  # Models take their time to load.
     try:
-        costs, device, dtype = on_device(partial(_measure, plan, log), context.progress)
+        costs, device, dtype = place.run(partial(_measure, plan, log), context.progress)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the server has ended, and nothing was stored") from None
     server = f"transformers {installed_version('transformers')}"

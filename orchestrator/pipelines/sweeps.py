@@ -23,7 +23,8 @@ from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
-from orchestrator.cluster.task import joined_cluster, shard_runner, trial_device
+from orchestrator.cluster.task import joined_cluster, shard_runner
+from orchestrator.cluster.work import sweep_place
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -782,9 +783,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             # Stage 2: the influence of the teachers.
             if not plan.influence:
                 plan = plan.changed(influence=_plan_measurements(plan, teachers))
-            on_device = trial_device(settings, workspace.root)
+            place = sweep_place(settings, workspace.root)
             tables = {
-                label: run_influence(measurement, context, on_device=on_device).table
+                label: run_influence(measurement, context, place=place).table
                 for label, measurement in plan.influence.items()
             }
 

@@ -142,11 +142,13 @@ def test_the_pilot_trains_as_many_flops_in_both_arms():
 
 
 @pytest.mark.long
-def test_the_study_resumes_and_makes_students(tmp_path):
+def test_the_study_resumes_and_makes_students(tmp_path, capsys):
     file = tmp_path / "results.json"
     arguments = ["--folder", str(tmp_path), "--results", str(file), "--steps-factor", "0.002"]
     assert retrofit_study.main([*arguments, "--piece", "depth-2", "--seconds", "0"]) == 0
     assert not file.exists()
+    assert retrofit_study.main([*arguments, "--dry-run"]) == 0
+    assert "depth-2: 0 stored, next: phop_5, 2 layers, seed 0, source" in capsys.readouterr().out
     study = Study(tmp_path, file, 0.002)
     for training in islice(study.trainings("depth-2"), 4):
         study.store(study.make(training))

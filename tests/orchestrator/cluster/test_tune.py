@@ -205,7 +205,7 @@ def trains_only() -> TrialFunction:
     def train(trial: Trial, place: TrialPlace) -> Trial | None:
         from orchestrator.sweeping import trial as module
 
-        module.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
+        module.measure_trial = lambda trial, *_: trial.with_numbers("quality", {"accuracy": 0.5})
         return module.run_trial(trial, place)
 
     return train

@@ -11,6 +11,7 @@ import pytest
 from fake_tracking import untracked
 
 from iiet.schedule import IterationSchedule
+from orchestrator.cluster.work import CPU
 from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.models.open import by_label, open_model, open_models
 from orchestrator.pipelines.benchmarking import (
@@ -22,7 +23,6 @@ from orchestrator.pipelines.benchmarking import (
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
-from orchestrator.training.world import on_cpu
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
@@ -48,7 +48,7 @@ def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(
     settings = Settings(influence=InfluenceSettings(num_tokens=64))
     shutil.copytree(tiny_tokens, tmp_path / "workspace" / "tokens" / tiny_tokens.name)
     plan = plan_influence(settings, workspace=tmp_path / "workspace", model=checkpoint)
-    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), on_device=on_cpu)
+    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), place=CPU)
     labels = family(checkpoint)
     assert (labels[0], labels[-1]) == ("r=2,1", "r=0")
     assert len(labels) == 4, "three corrections: each is dropped by a threshold of its own"

@@ -32,6 +32,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -211,7 +212,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(checkpoint),
         folder=str(workspace.trials / "k"),
     )  # fmt: skip
-    quality = measure_trial(trial, "cpu").numbers
+    quality = measure_trial(trial, "cpu", Progress()).numbers
     assert quality["quality/accuracy"] == pytest.approx(ours.accuracy)
     expected = pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
     assert quality["quality/bits_per_byte"] == expected

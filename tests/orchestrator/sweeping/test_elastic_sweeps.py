@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def plan_of(students, table) -> Callable[..., SweepTrials]:
 
 
 def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, monkeypatch):
-    def measure(trial: Trial, _: str) -> Trial:
+    def measure(trial: Trial, *_: Any) -> Trial:
         decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
         loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
         return trial.with_numbers("quality", {"validation_loss": loss})
