@@ -44,6 +44,7 @@ CPU_SECTIONS = _by_name(
     Section(decoding.schedules, 30, "Is the time of a token linear in its evaluations?"),
     Section(speculation.speculation, 30, "What do drafts gain?"),
     Section(training.training, 30, "What does the training loop add to a bare PyTorch loop?"),
+    Section(training.saving, 30, "How long do steps wait for checkpoints of a sharded model?"),
     Section(sweep.sweep, 30, "What does a sweep add to its trials?"),
 )
 """The ratios of `make bench`, in the order in which they run; the limits only end what hangs."""

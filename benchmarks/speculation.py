@@ -68,7 +68,7 @@ def speculation(setup: Setup) -> Iterator[Row]:
     data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
     store = open_tokens(setup.tokens(data))
     train, held_out = (
-        torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
+        torch.from_numpy(part[:].astype("int64")) for part in (store.train, store.validation)
     )
     # Both ends of a step of fixed length fit.
     shape = size.vocab_size, size.prompt_tokens + size.new_tokens + MAX_DRAFT_TOKENS

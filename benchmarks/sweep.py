@@ -91,7 +91,8 @@ def sweep(setup: Setup) -> Iterator[Row]:
     for trial in looped:
         assert trial.job
         outcome = run_job(trial.job)
-        measure_trial(trial.model_copy(update={"checkpoint": outcome.checkpoint}), "cpu")
+        trained = trial.model_copy(update={"checkpoint": outcome.checkpoint})
+        measure_trial(trained, "cpu", Progress())
         loop_ends.append(time.time())
 
     pairs = zip(_losses(swept), _losses(looped), strict=True)

@@ -1,9 +1,12 @@
-"""The overhead of the orchestrator's training loop.
+"""The overhead of the orchestrator's training loop, and of checkpoints of a sharded model.
 
 Three questions, at steps of about half a second: how much longer is a step than that of a plain
 PyTorch loop on the same weights and batches; what does a checkpoint cost at a given interval; what
 share of a step waits for its batch. The losses of both loops must be bitwise equal before anything
 is timed.
+
+Then four workers share a model (gloo) and train the same steps with and without a checkpoint
+halfway, in turns: each writes its own rows while training goes on.
 
 A step's time is from one report of the loss to the next, so everything between two steps counts,
 but nothing before the first or after the last.
@@ -11,15 +14,20 @@ but nothing before the first or after the last.
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from benchmarks.report import RATIO, Goal, Row, checked, milliseconds
@@ -39,6 +47,8 @@ from orchestrator.training.job import sequences_per_step
 from orchestrator.training.objective import make_optimizer, set_learning_rate
 from orchestrator.training.schedules import learning_rate_at
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
+from orchestrator.workspace.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +65,11 @@ class _Size:
 
 _FULL = _Size()
 _QUICK = _Size(dim=32, num_layers=2, vocab_size=512, context_length=16, num_steps=5)
+_SHARED = _Size(num_sequences=8, num_steps=17)
+"""Steps that four workers share."""
 _CHECKPOINT_EVERY = 2
 """Steps between checkpoints in the measured runs."""
+_NUM_WORKERS = 4
 _INTERVAL = 200
 """Steps between checkpoints for which the share is computed; the recipe's default."""
 
@@ -100,6 +113,73 @@ def training(setup: Setup) -> Iterator[Row]:
     )  # fmt: skip
     step["batch"] = [runs.loading() for _ in range(repetitions)]
     yield Row.paired("a step's batch from the tokens, the step", step, "batch", "whole", batch)
+
+
+def saving(setup: Setup) -> Iterator[Row]:
+    """Measure what a checkpoint costs the steps of workers that share a model."""
+    size, repetitions = (_QUICK, 1) if setup.is_toy else (_SHARED, 5)
+    runs = _Runs(size, setup.folder)
+    jobs = {"plain": runs.job(), "saving": runs.job(checkpoint_every_steps=-(-size.num_steps // 2))}
+    answer = setup.folder / "saving.json"
+    stored = {name: job.model_dump_json() for name, job in jobs.items()}
+    meeting = setup.folder / "saving-meeting"
+    arguments = (str(meeting), stored, repetitions, str(answer))
+    multiprocessing: Any = torch.multiprocessing
+    multiprocessing.spawn(_save_in_turns, arguments, nprocs=_NUM_WORKERS)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    yield checked("losses with and without checkpoints", found["difference"], 0.0)
+    what = f"{size.num_steps - 1} steps of {_NUM_WORKERS} workers"
+    goal = None if setup.is_toy else Goal("at most", 1.05)
+    yield Row.paired(f"{what} with a checkpoint, without", found, "saving", "plain", goal)
+    share = paired_ratio(found["waited"], found["plain"])
+    goal = None if setup.is_toy else Goal("at most", 0.05)
+    waited = milliseconds(found["waited"])
+    yield Row(
+        what=f"the wait for its copy, {what}",
+        figures={"wait (ms)": waited, RATIO: share},
+        goal=goal,
+    )
+
+
+def _save_in_turns(
+    rank: int, meeting: str, stored: Mapping[str, str], repetitions: int, answer: str
+) -> None:
+    """Train both jobs in turns, as one of the workers; the first one writes seconds by job."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=_NUM_WORKERS
+    )
+    world = World(rank=rank, size=_NUM_WORKERS, parallel="fsdp")
+    losses: dict[str, list[float]] = {}
+    waited: list[float] = []
+    number = count()
+
+    def run(name: str) -> float:
+        job = TrainingJob.model_validate_json(stored[name])
+        job = job.model_copy(update={"run_folder": f"{job.run_folder}-{next(number)}"})
+        times: list[float] = []
+        losses[name] = []
+
+        def report(_: int, numbers: Mapping[str, float]) -> None:
+            if "train/loss" in numbers:
+                times.append(time.perf_counter())
+                losses[name].append(numbers["train/loss"])
+
+        run_job(job, world=world, report=report)
+        if rank == 0 and name == "saving":
+            records, _ = read_journal(job.folder)
+            saved = [record for record in records if record.get("name") == "checkpoint"]
+            waited.append(saved[0]["waited_seconds"])  # The last one comes after the last report.
+        return times[-1] - times[0] if times else 0.0
+
+    seconds = take_turns({name: partial(run, name) for name in stored}, repetitions=repetitions)
+    if rank == 0:
+        pairs = zip(losses["plain"], losses["saving"], strict=True)
+        difference = max(abs(plain - saving) for plain, saving in pairs)
+        found = {**seconds, "waited": waited[-repetitions:], "difference": difference}
+        Path(answer).write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

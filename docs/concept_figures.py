@@ -2,7 +2,8 @@
 
 Everything shown is computed by the functions that the program itself uses: the fixed-point solver,
 the parser of schedules, the threshold family, the front with its knee. Influences and accuracies
-are those of one run of the demo, whose table is in the README.
+are those of one run of the demo, whose table is in
+research/results.md.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def draw_correction() -> Spec:
         arrows.append(((left + 0.9, height), (left + 1.17, height)))
         texts.append(text(left + 1.25, height, "output", align="left"))
     layers = diagram((4.9, 2.2), (112, 112), boxes=boxes, arrows=arrows, texts=texts)
-    whole = (layers | _iteration()).resolve_scale(color="independent")
+    whole = (layers & _iteration()).resolve_scale(color="independent")
     return drawing(whole)
 
 
@@ -109,7 +110,7 @@ def _iteration() -> altair.LayerChart:
         steps.mark_point(filled=True, size=90, opacity=1).encode(
             x, y, altair.Color("kind:N", scale=colors, legend=legend)
         ),
-    ).properties(title="an implicit step in one dimension", width=300, height=210)
+    ).properties(title="an implicit step in one dimension", width=480, height=190)
 
 
 def draw_schedules() -> Spec:

@@ -14,14 +14,16 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from iiet.plain_models import plain_config_json
-from iiet.weights import config_to_json, write_files
+from iiet.weights import LazyTensor, config_to_json, write_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -63,6 +65,8 @@ def export(
     token_ids: TokenIds | None = None,
     text_files: Mapping[str, bytes] | None = None,
     model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int | None = None,
 ) -> Path:
     """Write everything that `AutoModelForCausalLM.from_pretrained(folder)` needs.
 
@@ -76,8 +80,12 @@ def export(
             transformers writes them; made from `end_of_text` when not given.
         model_type: of the model that a vanilla decoder comes from; the folder has this type where
             it can, else the first of `iiet.plain_models.MODEL_TYPES` that computes the same.
+        dtype: of the stored weights, except those that a method keeps in float32; the decoder's
+            when not given. Each weight is converted when it is written.
+        max_file_bytes: more weights are written to several files.
 
     Raises:
+        OverflowError: a weight is too large for the dtype.
         ValueError: the tokenizer has no such token, or the method is of another package and brings
             no code for transformers.
     """
@@ -93,14 +101,19 @@ def export(
         )
         end = tokenizer.eos_token_id
         token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
-    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    weights: Mapping[str, Tensor | LazyTensor] = decoder.state_dict()
+    if dtype is not None:
+        weights = _converted(decoder, dtype)
+    stored_dtype = dtype or decoder.model.embed_tokens.weight.dtype
+    further_values = {"dtype": str(stored_dtype).removeprefix("torch."), **(token_ids or {})}
     if plain_values is not None:
-        values = {**plain_values, "dtype": dtype, **(token_ids or {})}
-        write_files(folder, values, decoder.state_dict())
+        values = {**plain_values, **further_values}
     else:
         assert code is not None, "a decoder that is not plain has code"
-        decoder.save_pretrained(folder, dtype=dtype, auto_map=_AUTO_MAP, **(token_ids or {}))
+        values = {**config_to_json(decoder.config), "auto_map": _AUTO_MAP, **further_values}
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(code, folder / CODE)
+    write_files(folder, values, weights, max_file_bytes=max_file_bytes)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif tokenizer_file is not None:
@@ -108,6 +121,23 @@ def export(
     for name, content in (text_files or {}).items():
         (folder / name).write_bytes(content)
     return folder
+
+
+def _converted(decoder: Decoder, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """Return the weights as they are in a decoder of this dtype, converted when they are read."""
+    with torch.device("meta"):
+        pattern = Decoder(decoder.config).to(dtype).state_dict()
+
+    def convert(name: str, tensor: Tensor) -> LazyTensor:
+        def read(rows: slice | EllipsisType) -> Tensor:
+            converted = tensor[rows].to(pattern[name].dtype)
+            if not converted.isfinite().all():
+                raise OverflowError(f"{name} has values that are too large for {dtype}")
+            return converted
+
+        return LazyTensor(tuple(tensor.shape), pattern[name].dtype, read)
+
+    return {name: convert(name, tensor) for name, tensor in decoder.state_dict().items()}
 
 
 def modeling_file(method: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,17 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.plain_models import config_from_plain
 from iiet.schedule import IterationSchedule
-from iiet.weights import non_finite
+from iiet.weights import LazyTensor, non_finite
 
-__all__ = ["config_from_published", "decoder_from_published", "renamed_from_published"]
+__all__ = [
+    "config_from_published",
+    "decoder_from_published",
+    "misfits",
+    "renamed_from_published",
+    "weights_from_published",
+]
+
+WeightT = TypeVar("WeightT", Tensor, LazyTensor)
 
 # Field of ModelConfig -> published keys; the first one that exists counts.
 _KEYS = {
@@ -145,49 +153,78 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
         ValueError: the config cannot be read, or weights are missing, left over, of the wrong
         shape, or not finite; all named at once.
     """
-    model_config = config_from_published(config, weights)
+    model_config, renamed = weights_from_published(config, weights)
     with torch.device("meta"):
         decoder = Decoder(model_config)
-    expected = decoder.state_dict()
+    decoder.load_state_dict(renamed, assign=True)
+    return decoder
+
+
+def weights_from_published(
+    config: Mapping[str, Any], weights: Mapping[str, WeightT]
+) -> tuple[ModelConfig, dict[str, WeightT]]:
+    """Return the configuration of a decoder, and its weights by its names.
+
+    Arguments and errors are those of `decoder_from_published`. Weights that are not read yet are
+    not read here, except a head that is said to be that of the embedding; so their values may still
+    not be finite.
+    """
+    model_config = config_from_published(config, weights)
     renamed = renamed_from_published(weights, model_config.num_layers)
     problems: list[str] = []
     if model_config.tie_embeddings and "lm_head.weight" in renamed:
         # Some programs store a tied head a second time.
         head = renamed.pop("lm_head.weight")
-        if not torch.equal(head, renamed.get("model.embed_tokens.weight", head)):
+        if not torch.equal(head[...], renamed.get("model.embed_tokens.weight", head)[...]):
             problems.append(
                 "lm_head.weight differs from model.embed_tokens.weight, though the config says "
                 "tie_word_embeddings=true; set it to false in config.json to keep both, or remove "
                 "lm_head.weight"
             )
-    problems += [f"missing {name}" for name in sorted(expected.keys() - renamed)]
-    problems += [f"unexpected {name}" for name in sorted(renamed.keys() - expected)]
-    problems += non_finite(renamed)
-    problems += [
-        f"{name} has shape {tuple(renamed[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in renamed and renamed[name].shape != tensor.shape
-    ]
+    problems += misfits(model_config, renamed)
     if problems:
         raise ValueError("the published weights do not fit: " + "; ".join(problems))
-    decoder.load_state_dict(renamed, assign=True)
-    return decoder
+    return model_config, renamed
 
 
-def renamed_from_published(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+def misfits(config: ModelConfig, weights: Mapping[str, Tensor | LazyTensor]) -> list[str]:
+    """Describe how weights, by a decoder's names, are not those of a decoder: missing, left over,
+    not finite, or of another shape."""
+    with torch.device("meta"):
+        wanted = Decoder(config).state_dict()
+    read = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    return [
+        *(f"missing {name}" for name in sorted(wanted.keys() - weights)),
+        *(f"unexpected {name}" for name in sorted(weights.keys() - wanted)),
+        *non_finite(read),
+        *(
+            f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ),
+    ]
+
+
+def renamed_from_published(tensors: Mapping[str, WeightT], num_layers: int) -> dict[str, WeightT]:
     """Return tensors by a decoder's names, which differ for what a method adds to a Llama.
 
     Row 0 of the matrices A and C, and what lies right of their diagonal, belong to no layer.
     """
-    renamed: dict[str, Tensor] = {}
+    renamed: dict[str, WeightT] = {}
     for name, tensor in tensors.items():
         if row_name := _MATRICES.get(name):
             for layer in range(num_layers):
-                row = tensor[layer + 1 : layer + 2, : layer + 2].flatten()
-                renamed[f"model.layers.{layer}.{row_name}"] = row.clone()
+                renamed[f"model.layers.{layer}.{row_name}"] = _row(tensor, layer)
         elif not name.endswith("rotary_emb.inv_freq"):  # Older versions of transformers stored it.
             new_name = name
             for pattern, replacement in _NAMES.items():
                 new_name = re.sub(rf"^{pattern}(?=\.|$)", replacement, new_name)
-            renamed[new_name] = tensor.detach()
+            renamed[new_name] = tensor if isinstance(tensor, LazyTensor) else tensor.detach()
     return renamed
+
+
+def _row(matrix: WeightT, layer: int) -> WeightT:
+    """Return what a layer reads of a lower-triangular matrix."""
+    if isinstance(matrix, Tensor):
+        return matrix[layer + 1 : layer + 2, : layer + 2].flatten().clone()
+    return LazyTensor((layer + 2,), matrix.dtype, lambda part: _row(matrix[...], layer)[part])

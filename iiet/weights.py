@@ -1,24 +1,32 @@
 """A model folder: `config.json` and `model.safetensors`, with transformers' names.
 
-Checkpoints, exports and imported models are such folders with more files. Loading refuses
-non-finite values and names the tensor: one NaN makes every output NaN, which does not show where it
-came from.
+Checkpoints, exports and imported models are such folders with more files. Large weights may be in
+several files, which an index names. Loading refuses non-finite values and names the tensor: one NaN
+makes every output NaN, which does not show where it came from.
+
+A model need not be in memory as a whole: a `LazyTensor` is read when it is asked for, and weights
+are written one after the other.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 from iiet.config import ATTENTION_OPTIONS, ModelConfig
 from iiet.facts import facts_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -26,16 +34,22 @@ __all__ = [
     "CONFIG_NAMES",
     "MODEL_TYPE",
     "WEIGHTS",
+    "WEIGHTS_INDEX",
+    "LazyTensor",
     "config_from_json",
     "config_to_json",
+    "lazy_tensors",
     "non_finite",
     "read_folder",
+    "write_config",
     "write_files",
     "write_folder",
 ]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+"""Name of the file that says which tensor is in which file, of weights in several files."""
 MODEL_TYPE = "iiet"
 CONFIG_NAMES = {
     "method": "method",
@@ -54,6 +68,19 @@ CONFIG_NAMES = {
     "initializer_range": "initializer_std",
 }
 """Names of transformers, and what `ModelConfig` calls them."""
+_TYPES = {
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Type in safetensors -> in PyTorch; in the order of the tensors in a file."""
 _OPTIONAL = ("head_dim", *(name for name in ATTENTION_OPTIONS if name != "rope_scaling"))
 """Options of attention, which have their names here in a file, too, if it says them."""
 
@@ -137,6 +164,66 @@ def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+@final
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read each time it is asked for: `tensor[first:end]` reads these rows,
+    `tensor[...]` all."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[slice | EllipsisType], Tensor]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | EllipsisType) -> Tensor:
+        return self.read(rows)
+
+
+def lazy_tensors(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """Return the tensors in some safetensors by name; only the heads of the files are read.
+
+    A later read of values that are not finite, or of a damaged file, is a ValueError.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: a file cannot be read, or holds values of a type that PyTorch has not.
+    """
+    import torch
+
+    safetensors = _safetensors()
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as stored:
+                for name in list(stored.keys()):
+                    head = stored.get_slice(name)
+                    kind = head.get_dtype()
+                    if kind not in _TYPES:
+                        raise ValueError(f"{file} has {name} in the type {kind}")
+                    dtype = getattr(torch, _TYPES[kind])
+                    read = partial(_read_tensor, file, name)
+                    tensors[name] = LazyTensor(tuple(head.get_shape()), dtype, read)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"cannot read {file}: {error}") from None
+    return tensors
+
+
+def _read_tensor(file: Path, name: str, rows: slice | EllipsisType) -> Tensor:
+    safetensors = _safetensors()
+    try:
+        # Opened for each tensor: what was read of a file stays in memory until it is closed.
+        with safetensors.safe_open(file, framework="pt") as stored:
+            is_whole = isinstance(rows, EllipsisType)
+            tensor: Tensor = stored.get_tensor(name) if is_whole else stored.get_slice(name)[rows]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+    if problems := non_finite({name: tensor}):
+        raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
+    return tensor
+
+
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
     """Describe each tensor that holds NaN or infinite values, and how many."""
     return [
@@ -150,38 +237,114 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
 def write_folder(
     folder: str | PathLike[str],
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | LazyTensor],
     **further_values: Any,
 ) -> None:
     """Write both files; makes the folder, replaces files of these names.
 
     `further_values` are those of `config.json` that transformers reads.
-
-    Raises:
-        ImportError: safetensors is not installed.
     """
     write_files(folder, {**config_to_json(config), **further_values}, weights)
 
 
 def write_files(
-    folder: str | PathLike[str], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+    folder: str | PathLike[str],
+    values: Mapping[str, Any],
+    weights: Mapping[str, Tensor | LazyTensor],
+    *,
+    max_file_bytes: int | None = None,
 ) -> None:
-    """Write `config.json` with these values, and the weights.
+    """Write `config.json` with these values, and the weights; of these, one is in memory at a time.
 
-    Raises:
-        ImportError: safetensors is not installed.
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        values: of `config.json`.
+        weights: by name.
+        max_file_bytes: more are written to several files with an index, as transformers reads it.
     """
-    save_file = _safetensors().torch.save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # Write and rename: the weights may be memory-mapped from the file that is replaced.
-    temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
-    save_file(whole, temporary)
-    temporary.replace(folder / WEIGHTS)
+    parts = _parts(weights, max_file_bytes)
+    names = [WEIGHTS]
+    if len(parts) > 1:
+        stem = Path(WEIGHTS).stem
+        numbers = range(1, len(parts) + 1)
+        names = [f"{stem}-{number:05}-of-{len(parts):05}.safetensors" for number in numbers]
+    for name, part in zip(names, parts, strict=True):
+        # Write and rename: the weights may be memory-mapped from the file that is replaced.
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as file:
+            _write_tensors(file, part)
+        temporary.replace(folder / name)
+    if len(parts) > 1:
+        (folder / WEIGHTS).unlink(missing_ok=True)  # Readers would take it for the weights.
+        index = {
+            "metadata": {"total_size": sum(map(_num_bytes, weights.values()))},
+            "weight_map": {
+                weight: name for name, part in zip(names, parts, strict=True) for weight in part
+            },
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
+    write_config(folder, values)
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write `config.json` with these values."""
     text = json.dumps(dict(values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
+
+
+def _parts(
+    weights: Mapping[str, Tensor | LazyTensor], max_file_bytes: int | None
+) -> list[dict[str, Tensor | LazyTensor]]:
+    """Return the weights of each file, in their order."""
+    parts: list[dict[str, Tensor | LazyTensor]] = [{}]
+    part_bytes = 0
+    for name, tensor in weights.items():
+        num_bytes = _num_bytes(tensor)
+        if max_file_bytes is not None and parts[-1] and part_bytes + num_bytes > max_file_bytes:
+            parts.append({})
+            part_bytes = 0
+        parts[-1][name] = tensor
+        part_bytes += num_bytes
+    return parts
+
+
+def _num_bytes(tensor: Tensor | LazyTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+    """Write safetensors one after the other: the bytes of the library's `save_file`, which takes
+    all at once."""
+    import torch
+
+    kinds = {getattr(torch, name): kind for kind, name in _TYPES.items()}
+    ranks = {kind: rank for rank, kind in enumerate(_TYPES)}
+
+    def place(name: str) -> tuple[int, str]:
+        return ranks[kinds[tensors[name].dtype]], name
+
+    head: dict[str, Any] = {}
+    start = 0
+    for name in sorted(tensors, key=place):
+        tensor = tensors[name]
+        end = start + _num_bytes(tensor)
+        shape = list(tensor.shape)
+        head[name] = {
+            "dtype": kinds[tensor.dtype], "shape": shape, "data_offsets": [start, end]
+        }  # fmt: skip
+        start = end
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in head:
+        values = tensors[name][...].detach().cpu().contiguous()
+        if values.nbytes:
+            # A view of its memory, for which PyTorch would need NumPy.
+            file.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
 
 
 def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -192,19 +355,33 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
         ValueError: a file is missing or damaged, or has values that are not finite.
     """
     safetensors = _safetensors()
-    file = Path(folder) / CONFIG
+    folder = Path(folder)
+    file = folder / CONFIG
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
         config = config_from_json(values)
-        file = Path(folder) / WEIGHTS
-        weights = safetensors.torch.load_file(file)
+        weights: dict[str, Tensor] = {}
+        for file in _weight_files(folder):
+            weights |= safetensors.torch.load_file(file)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot load {file}: {error}") from None
     if problems := non_finite(weights):
         raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
     return config, weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the file of the weights, or those that the index names."""
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    places = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{WEIGHTS_INDEX} names no files")
+    return [folder / name for name in names]
 
 
 def _safetensors() -> Any:
@@ -213,7 +390,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ImportError(
-            "Decoder.save_pretrained and Decoder.from_pretrained need safetensors, which is not "
-            "installed; type pip install safetensors"
+            "Decoder.from_pretrained needs safetensors, which is not installed; type pip install "
+            "safetensors"
         ) from error
     return safetensors

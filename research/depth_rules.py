@@ -15,12 +15,11 @@ from itertools import product
 from typing import Any
 
 from orchestrator import Settings, UserError
+from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ElasticSettings
 from orchestrator.sweeping.models import (
     ModelVariant,
     learning_rates,
-    model_label,
-    seed_label,
     settings_of,
 )
 
@@ -78,17 +77,17 @@ class Arm:
 
 def vanilla_name(num_layers: int) -> str:
     """Return the name of a vanilla model."""
-    return model_label(BASELINE_METHOD, None, num_layers)
+    return trained_label(BASELINE_METHOD, None, num_layers)
 
 
 def iiet_name(corrections: int, num_layers: int) -> str:
     """Return the name of an IIET without options."""
-    return model_label(DEFAULT_METHOD, corrections, num_layers)
+    return trained_label(DEFAULT_METHOD, corrections, num_layers)
 
 
 def looped_name(corrections: int, num_layers: int) -> str:
     """Return the name of a model whose stack of layers is repeated."""
-    return model_label(LOOPED, corrections, num_layers)
+    return trained_label(LOOPED, corrections, num_layers)
 
 
 def study_arms(settings: Settings, choices: Choices) -> list[Arm]:

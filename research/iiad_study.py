@@ -43,6 +43,7 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
+from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.reporting.result import show
@@ -54,8 +55,6 @@ from orchestrator.sweeping.models import (
     check_sweep,
     has_counts,
     learning_rates,
-    model_label,
-    seed_label,
     settings_of,
     swept_variants,
 )
@@ -148,7 +147,7 @@ class IiadStudy:
                 "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
                 "above 0 into sweep.iterations"
             )
-        self.fullest = model_label(correcting[0], max(counts))
+        self.fullest = trained_label(correcting[0], max(counts))
         self.variants = {variant.name: variant for variant in swept_variants(settings)}
         self.failures: dict[str, str] = {}
 
@@ -210,7 +209,7 @@ class IiadStudy:
         teacher = best[self.fullest]
         baselines = tuple(
             str(best[name].checkpoint)
-            for name in (BASELINE_METHOD, model_label(teacher.method, 0))
+            for name in (BASELINE_METHOD, trained_label(teacher.method, 0))
             if name in best
         )
         return {
@@ -351,7 +350,7 @@ def _cost(result: Trial) -> float:
 def _claims(phases: Phases, ways: Mapping[str, Sequence[Trial]]) -> Iterator[str]:
     against = [(name, BASELINE_METHOD) for name in phases.tokens]
     against += [
-        (name, model_label(result.method, 0))
+        (name, trained_label(result.method, 0))
         for name, result in phases.tokens.items()
         if has_counts(result.method)
     ]

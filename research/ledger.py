@@ -1,13 +1,17 @@
-"""The measured numbers of README and research/results.md, each with its command and its JSON file.
+"""The measured numbers of README and research/results.md, each with its command and its JSON file,
+and the README's picture of two fronts.
 
 A page holds them in blocks alone. A block stands between two comments; the first names a table, the
-`front.json` of a report that was copied into `research/fronts/`, and the command that made it:
+`front.json` of a report that was copied into `research/fronts/`, and the command that made it. A
+table of several files has a command in each row:
 
     <!-- front, bits: research/fronts/text.json by `iiet-orch sweep toy` -->
     <!-- end -->
+    <!-- holds: research/fronts/claims.json, research/fronts/text.json -->
+    <!-- end -->
 
-`python research/ledger.py` fills all blocks from their files. A test compares, and looks for
-measured numbers outside of blocks.
+`python research/ledger.py` fills all blocks from their files, and draws the picture from two of
+them. A test compares, and looks for measured numbers outside of blocks.
 """
 
 from __future__ import annotations
@@ -18,15 +22,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import vl_convert
+
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.charts import LEGEND, PIXELS_PER_UNIT, Spec, front_chart
+from orchestrator.reporting.front import find_front
+from orchestrator.reporting.results import result_table
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "research/results.md")
 BLOCK = re.compile(
-    r"<!-- (?P<table>[\w, ]+): (?P<file>research/[\w./-]+\.json) by (?P<commands>`[^\n>]+`) -->\n"
+    r"<!-- (?P<table>[\w, ]+): (?P<files>research/[\w./, -]+\.json)"
+    r"( by (?P<commands>`[^\n>]+`))? -->\n"
     r".*?<!-- end -->",
     re.DOTALL,
 )
 MEASURED = re.compile(r"[0-9] ?%|[0-9] ?ms\b|± ?[0-9]")
 """What a number looks like that was measured."""
+PICTURE = ROOT / "docs" / "images" / "fronts.png"
+PICTURED = {
+    "demo": "From random weights: three hops, iiet-orch quickstart",
+    "retrofit": "From a plain Llama: five hops, iiet-orch sweep retrofit",
+}
+"""Name of a report in `research/fronts/` -> title of its front, from top to bottom."""
+NOT_PICTURED = ("source_continued, equal tokens", "scratch")
+"""Controls that had fewer steps than those of the same kind, whose names would cover theirs."""
+PANEL = (500, 215)
+"""Width and height of a front in pixels: small, so that its letters can be read on a phone."""
 Report = Mapping[str, Any]
 
 
@@ -68,34 +91,78 @@ def claims_table(report: Report) -> list[str]:
         "| claim (3 to 5: of students) | paper | here | verdict |",
         "| --- | ---: | --- | --- |",
     ]
-    for claim in report["claims"]:
-        unit = " % less overhead" if claim["number"] == 3 else " points"
-        paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
-        here = claim["about"] if claim["here"] is None else f"{claim['here']:.1f}{unit}"
-        if claim["here"] is not None:
-            what = " % kept" if claim["number"] == 3 else ""
-            here += f" ({claim['low']:.1f} to {claim['high']:.1f}{what})"
-        lines.append(
-            f"| {claim['number']} {claim['text']} | {paper} | {here} | {claim['verdict']} |"
-        )
-    return lines
+    return [*lines, *(f"| {' | '.join(_claim_cells(claim))} |" for claim in report["claims"])]
 
 
-TABLES: dict[str, Callable[[Report], list[str]]] = {
+def _claim_cells(claim: Report) -> list[str]:
+    unit = " % less overhead" if claim["number"] == 3 else " points"
+    paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
+    here = claim["about"] if claim["here"] is None else f"{claim['here']:.1f}{unit}"
+    if claim["here"] is not None:
+        what = " % kept" if claim["number"] == 3 else ""
+        here += f" ({claim['low']:.1f} to {claim['high']:.1f}{what})"
+    return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
+
+
+def holds_table(claims: Report, text: Report, retrofit: Report) -> list[str]:
+    """Return the lines of what holds and what does not, each with its command."""
+    rows = [[*_claim_cells(claim), "`iiet-orch sweep claims`"] for claim in claims["claims"]]
+    plain = ("the source", "vs_source"), ("the source trained on", "vs_source_continued")
+    for question, report, name, against, command in (
+        ("text: IIET beats vanilla", text, "teacher", "vs_vanilla", "toy"),
+        ("text: it beats the same without corrections", text, "teacher", "vs_r_0", "toy"),
+        *(
+            (f"retrofit: {model} beats {other}", retrofit, name, against, "retrofit")
+            for model, name in (("it", "teacher"), ("its student 0,0", "0,0"))
+            for other, against in plain
+        ),
+    ):
+        cells = _difference_cells(report, name, against)
+        rows.append([question, "", *cells, f"`iiet-orch sweep {command}`"])
+    study = "`python research/retrofit_study.py`"
+    rows += [
+        [question, "", "", "not measured yet", study]
+        for question in ("retrofit: over seeds, tasks and methods", "retrofit: on text")
+    ]
+    return [
+        "| claim (3 to 5: of students) | paper | here | verdict | command |",
+        "| --- | ---: | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _difference_cells(report: Report, name: str, against: str) -> list[str]:
+    """Return how much better a model is than another, with the 95 % interval, and what follows."""
+    [row] = [row for row in report["results"] if row["name"] == name]
+    is_accuracy = report["axes"]["quality"] == "quality/accuracy"
+    factor, unit, digits = (100, "points", 1) if is_accuracy else (-1, "bits per byte", 3)
+    better = factor * row[f"paired/{against}"]
+    low, high = sorted(factor * row[f"paired/{against}_{end}"] for end in ("low", "high"))
+    verdict = "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
+    interval = f"{low:.{digits}f} to {high:.{digits}f}"
+    return [f"{better:.{digits}f} {unit} ({interval})", verdict]
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
     "front": accuracy_table,
     "front, bits": bits_table,
     "claims": claims_table,
+    "holds": holds_table,
 }
+"""Name of a table -> the function that makes it of its reports."""
 
 
 def filled(text: str) -> str:
     """Return a page with all its blocks made from their files."""
 
     def block(found: re.Match[str]) -> str:
-        report = json.loads((ROOT / found["file"]).read_text("utf-8"))
+        files = found["files"].split(", ")
+        reports = [json.loads((ROOT / file).read_text("utf-8")) for file in files]
         head = found[0].partition("\n")[0]
-        source = f"By {found['commands']}; all numbers are in `{found['file']}`."
-        return "\n".join([head, "", *TABLES[found["table"]](report), "", source, "<!-- end -->"])
+        command = f"By {found['commands']}; all" if found["commands"] else "All"
+        source = f"{command} numbers are in {', '.join(f'`{file}`' for file in files)}."
+        lines = TABLES[found["table"]](*reports)
+        return "\n".join([head, "", *lines, "", source, "<!-- end -->"])
 
     return BLOCK.sub(block, text)
 
@@ -105,7 +172,43 @@ def measured_outside(text: str) -> list[str]:
     return [line for line in BLOCK.sub("", text).splitlines() if MEASURED.search(line)]
 
 
+def panels() -> list[Spec]:
+    """Return the charts of the picture, from top to bottom; the last one has the legend of all."""
+    charts = []
+    for name, title in PICTURED.items():
+        report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))
+        # The details of a model lack its suite, which no chart shows.
+        rows = [{**row["details"], "suite": Suite()} for row in report["results"]]
+        trials = [Trial.model_validate(row) for row in rows if row["label"] not in NOT_PICTURED]
+        width, height = PANEL
+        chart = front_chart(find_front(result_table(trials)), height=height)
+        charts.append({**chart, "width": width, "title": {"text": title}})
+    charts[0]["title"]["subtitle"] = LEGEND
+    for chart in charts[:-1]:
+        for layer in chart["layer"]:
+            for channel in {"color", "shape"} & layer["encoding"].keys():
+                layer["encoding"][channel] = {**layer["encoding"][channel], "legend": None}
+    return charts
+
+
+def draw_picture(path: Path) -> None:
+    """Draw the fronts of `panels` below each other."""
+    width, height = 0.0, 0.0
+    parts = []
+    for chart in panels():
+        svg: str = vl_convert.vegalite_to_svg(chart)
+        size = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+        assert size
+        parts.append(svg.replace("<svg ", f'<svg y="{height:g}" ', 1))
+        width = max(width, float(size[1]))
+        height += float(size[2])
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}">'
+    whole = "\n".join([head, *parts, "</svg>"])
+    path.write_bytes(vl_convert.svg_to_png(whole, scale=PIXELS_PER_UNIT))
+
+
 if __name__ == "__main__":
     for name in PAGES:
         page = ROOT / name
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
+    draw_picture(PICTURE)

@@ -3,7 +3,7 @@
 A plain Llama is trained, the source. From its weights IIETs, a looped model and a PCformer are
 trained, and beside them the source itself and IIETs from random weights, all for as many FLOPs.
 Students of the retrofits follow. `retrofit.md` states questions, rules and the order of the pieces,
-which were written before the first run.
+which were written before the first run; `retrofit_results.py` makes its tables.
 
 Each training is stored as soon as it is measured, and none is made twice: the same command resumes
 after an interruption, which costs at most the training in progress. All pieces take about eleven
@@ -215,13 +215,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps-factor", type=float, default=1.0, metavar="X",
         help="trainings have this many times the steps; for tries, with another --results",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="say how much is stored")
+    parser.add_argument(
+        "--add", type=Path, nargs="+", default=[], metavar="FILE",
+        help="take over the trainings of these results files, and make none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what is stored, and what is next"
+    )
     options = parser.parse_args(arguments)
     try:
         study = Study(options.folder, options.results, options.steps_factor)
-        if options.dry_run:
+        if options.add:
+            for file in options.add:
+                study.add(file)
+        elif options.dry_run:
             for piece in options.piece:
-                print(f"{piece}: {study.num_stored(piece)} trainings are stored")
+                print(f"{piece}: {study.progress_of(piece)}")
         else:
             study.run(options.piece, options.seconds)
     except BaseException as error:
@@ -244,13 +253,30 @@ class Study:
         self.steps_factor = steps_factor
         self.measured: dict[Training, Measured] = {}
         if results_file.is_file():
-            stored = json.loads(results_file.read_text(encoding="utf-8"))["trainings"]
-            results = [Measured.from_dict(values) for values in stored]
-            self.measured = {result.training: result for result in results}
+            self.measured = read_results(results_file)
 
-    def num_stored(self, piece: str) -> int:
-        """Count the stored trainings of a piece."""
-        return sum(piece_of(training) == piece for training in self.measured)
+    def add(self, file: Path) -> None:
+        """Take over the trainings of another results file that this one lacks."""
+        self.measured = read_results(file) | self.measured
+        self._write()
+
+    def progress_of(self, piece: str) -> str:
+        """Return how many trainings of a piece are stored, and which is next."""
+        if piece.startswith("students"):
+            # Which these are is known once influence is measured on their retrofits.
+            layers = int(piece.partition("-")[2])
+            students = [
+                training
+                for training in self.measured
+                if training.arm.startswith(STUDENT_OF) and training.num_layers == layers
+            ]
+            return f"{len(students)} stored"
+        num_stored = 0
+        for training in self.trainings(piece):
+            if training not in self.measured:
+                return f"{num_stored} stored, next: {training.name}"
+            num_stored += 1
+        return f"{num_stored} stored, complete"
 
     def run(self, pieces: Sequence[str], seconds: float) -> None:
         """Make the trainings of some pieces that are not stored, until the time is over."""
@@ -268,12 +294,15 @@ class Study:
     def store(self, result: Measured) -> None:
         """Write a finished training to the results file."""
         self.measured[result.training] = result
-        trainings = [stored.to_dict() for stored in self.measured.values()]
-        write_text(self.results_file, json.dumps({"trainings": trainings}, indent=1) + "\n")
+        self._write()
         quality = f"loss {result.loss:.4f}"
         if result.accuracy is not None:
             quality = f"accuracy {result.accuracy:.1%}, {quality}"
         print(f"{result.training.name}: {quality}, {result.seconds:.0f} s", flush=True)
+
+    def _write(self) -> None:
+        trainings = [stored.to_dict() for stored in self.measured.values()]
+        write_text(self.results_file, json.dumps({"trainings": trainings}, indent=1) + "\n")
 
     # Which trainings there are
 
@@ -356,7 +385,9 @@ class Study:
     def model(self, training: Training) -> Decoder:
         """Return the model of a training; one whose folder is gone is trained again."""
         if not (self.folder_of(training) / "config.json").is_file():
-            self.store(self.make(training))
+            result = self.make(training)
+            if training not in self.measured:  # What is stored stays as it was measured.
+                self.store(result)
         return Decoder.from_pretrained(self.folder_of(training))
 
     def folder_of(self, training: Training) -> Path:
@@ -501,12 +532,11 @@ class Study:
         )
 
 
-def piece_of(training: Training) -> str:
-    """Return the piece of a stored training; of a rate that was added later, that of the cell."""
-    if training.task == TEXT:
-        return "text"
-    kind = "students" if training.arm.startswith(STUDENT_OF) else "depth"
-    return f"{kind}-{training.num_layers}"
+def read_results(file: Path) -> dict[Training, Measured]:
+    """Return what a results file holds."""
+    stored = json.loads(file.read_text(encoding="utf-8"))["trainings"]
+    results = [Measured.from_dict(values) for values in stored]
+    return {result.training: result for result in results}
 
 
 def length_of(task: str) -> int:

@@ -27,7 +27,8 @@ CONTEXT.set_forkserver_preload(
     [
         *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
         *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair"),
-        *("torch._dynamo", "torch.distributed.fsdp"),  # PyTorch imports them at the first step.
+        # PyTorch imports the first two at the first step.
+        *("torch._dynamo", "torch.distributed.fsdp", "orchestrator.training.shards"),
     ]
 )
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}

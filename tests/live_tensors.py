@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import EllipsisType
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from iiet.weights import LazyTensor
 
 
 class _SeesOperations(TorchDispatchMode):
@@ -57,7 +62,8 @@ class LiveTensors(_SeesOperations):
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors(result):
-            self._add(tensor.untyped_storage())
+            if not tensor.is_meta:  # It has no memory.
+                self._add(tensor.untyped_storage())
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -96,3 +102,43 @@ class LargestTensor(_SeesOperations):
         for tensor in _tensors(result):
             held = tensor.untyped_storage().nbytes() // tensor.itemsize
             self.num_values = max(self.num_values, held)
+
+
+class Reads:
+    """What lazy tensors have read: the bytes that live now, those at the peak, and all together."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+        self.total = 0
+        self._live: dict[int, int] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._live[key] = tensor.nbytes
+        self.now += tensor.nbytes
+        self.peak = max(self.peak, self.now)
+        self.total += tensor.nbytes
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._live.pop(key)
+
+
+@contextmanager
+def counted_reads() -> Iterator[Reads]:
+    """Count what is read in a block."""
+    reads = Reads()
+    read = LazyTensor.__getitem__
+
+    def counting(tensor: LazyTensor, rows: slice | EllipsisType) -> torch.Tensor:
+        values = read(tensor, rows)
+        reads.add(values)
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LazyTensor, "__getitem__", counting)
+        yield reads

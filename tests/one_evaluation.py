@@ -28,10 +28,11 @@ def evaluate_model(
 ) -> EvaluationResult:
     """Return the evaluation of a model under these settings; a workspace alone tracks nothing."""
     context = place if isinstance(place, Context) else untracked(place, progress)
+    opened = open_model(model, schedule=schedule) if isinstance(model, Path) else model
     plan = EvaluatePlan(
         settings=Settings(evaluation=settings),
         workspace=context.workspace,
-        opened=(open_model(model, schedule) if isinstance(model, Path) else model,),
+        opened={opened.label: opened},
         **options,
     )
     (found,) = run_evaluate(plan, context).evaluations.values()

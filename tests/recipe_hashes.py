@@ -169,7 +169,7 @@ def _evaluation_keys() -> dict[str, str]:
     changes = {"tasks": ("a", "b"), "limit": 3, "num_fewshot": 2, "precision": "bf16"}
     templates = {"prompts": Prompts(chat_template=True), "sequence_length": 8}
     other = usual.model_copy(update={**changes, **templates, "fingerprints": {"a": "89ab"}})
-    result = {"model_key": ["weights", "text"], "what": "89ab", "context_length": 16}
+    result = {"model_key": ["weights", "text"], "fingerprint": "89ab", "context_length": 16}
     return {
         "a suite": usual.key,
         "another suite": other.key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 from iiet.weights import WEIGHTS
 from orchestrator.data.store import TokenStore
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training.checkpoint import load_training_state
+from orchestrator.training.checkpoint import load_optimizer, load_training_state
+from orchestrator.training.devices import decoder_to_train
+from orchestrator.training.objective import make_optimizer
 from orchestrator.training.trainer import run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -96,10 +100,22 @@ def state_of(outcome: TrainingOutcome) -> tuple[bytes, str]:
 def tensors_of(outcome: TrainingOutcome) -> dict[str, torch.Tensor]:
     """Return the weights and the moments of the last checkpoint, by name."""
     folder = Path(str(outcome.checkpoint))
-    moments = load_training_state(folder)["optimizer"]["state"]
-    found = {f"{key} {n}": tensor for key, each in moments.items() for n, tensor in each.items()}
+    found: dict[str, torch.Tensor] = {}
+    for key, moments in optimizer_state(folder)["state"].items():
+        found |= {f"{key} {name}": tensor for name, tensor in moments.items()}
     assert all(type(tensor) is torch.Tensor for tensor in found.values())
     return found | load_file(folder / WEIGHTS)
+
+
+def optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what one worker loads of an optimizer's state, which several may have saved."""
+    job = TrainingJob.of_folder(checkpoint.parent)
+    assert job is not None
+    decoder = decoder_to_train(job, World(), checkpoint)
+    optimizer = make_optimizer(decoder, job.recipe)
+    stored = load_training_state(checkpoint)["optimizer"]
+    load_optimizer(optimizer, decoder, checkpoint, stored)
+    return optimizer.state_dict()
 
 
 def stop_at(step: int) -> Callable[[], bool]:
@@ -237,9 +253,57 @@ def workers(
     """
 
     def disturb(job: TrainingJob) -> None:
-        job.folder.parent.mkdir(exist_ok=True)
-        meeting = f"{job.folder}-{number}-{parallel}-{shards}"
-        arguments = (number, parallel, shards, until, meeting, job.model_dump_json())
-        run_workers(WORKER.replace("# BEFORE", before), number, *map(str, arguments))
+        arguments = worker_arguments(job, number, parallel, shards, until)
+        run_workers(WORKER.replace("# BEFORE", before), number, *arguments)
+
+    return disturb
+
+
+MEETINGS = count()
+
+
+def worker_arguments(
+    job: TrainingJob, number: int, parallel: str, shards: int = 0, until: int = -1
+) -> list[str]:
+    """Return the arguments of `WORKER` after the rank; each call has another place to meet."""
+    job.folder.parent.mkdir(exist_ok=True)
+    meeting = f"{job.folder}-meeting-{next(MEETINGS)}"
+    return [*map(str, (number, parallel, shards, until, meeting)), job.model_dump_json()]
+
+
+KILLED_TOGETHER = """
+import importlib, signal, threading
+from pathlib import Path
+
+Path(f"{meeting}-pid-{rank}").write_text(str(os.getpid()))
+owner = importlib.import_module("MODULE")
+plain = getattr(owner, "NAME")
+
+def dying(*args, **options):
+    if "WORD" in repr(args):
+        others = {int(Path(f"{meeting}-pid-{n}").read_text()) for n in range(int(number))}
+        for pid in [*others - {os.getpid()}, os.getpid()]:
+            os.kill(pid, signal.SIGKILL)
+    return plain(*args, **options)
+
+owner.NAME = dying
+"""
+
+
+def kill_workers(number: int, module: str, name: str, word: str) -> Disturbance:
+    """Kill all workers of a sharded model, where one calls a function with this word in its
+    arguments."""
+    changes = {"MODULE": f"orchestrator.{module}", "NAME": name, "WORD": word}
+    before = KILLED_TOGETHER
+    for placeholder, value in changes.items():
+        before = before.replace(placeholder, value)
+
+    def disturb(job: TrainingJob) -> None:
+        code = WORKER.replace("# BEFORE", before)
+        arguments = worker_arguments(job, number, "fsdp")
+        started = [Started(str(rank), *arguments, code=code) for rank in range(number)]
+        for process in started:
+            printed, _ = process.communicate()
+            assert process.returncode == -signal.SIGKILL, printed
 
     return disturb

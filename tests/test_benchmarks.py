@@ -24,7 +24,7 @@ from benchmarks.report import RATIO, Goal, Row, SectionResult, checked, to_dict,
 from benchmarks.runner import Section, Setup, Skipped, run_in_process, run_section
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 
-LONG = ("cpu training", "cpu sweep", "gpu evaluation")
+LONG = ("cpu training", "cpu saving", "cpu sweep", "gpu evaluation")
 LONG += ("gpu resume", "gpu node", "gpu sweep", "gpu recipes", "gpu retrofit", "gpu network")
 """Sections that train much, or start processes."""
 SLOW = ("gpu speed", "cpu mix", "gpu tokenizing")

@@ -52,9 +52,12 @@ def test_the_reference_has_every_command_option_and_setting():
     check_settings(Settings())
 
 
-def test_the_figures_are_of_the_sweep_in_the_readme():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| (\d,\d) \| (\d+) \|", readme, re.MULTILINE)
+def test_the_figures_are_of_the_demo_in_the_results():
+    results = (ROOT / "research" / "results.md").read_text("utf-8")
+    demo = results.partition("<!-- front: research/fronts/demo.json")[2].partition("<!-- end -->")[
+        0
+    ]
+    rows = re.findall(r"^\| (\d,\d) \| (\d+) \|", demo, re.MULTILINE)
     family = iiet.schedule_family(concept_figures.INFLUENCE)
     assert {str(m.schedule): str(m.schedule.num_evaluations) for m in family} == dict(rows)
 

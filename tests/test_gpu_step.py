@@ -255,7 +255,7 @@ def counted_checkpoints() -> dict[str, Any]:
         decoder = decoder_on_gpu(preset("tiny"))
         buffers = HostBuffers(is_pinned=True)
         with Kernels() as kernels, patch.object(torch, "empty", pretend_pinned):
-            first, second = (buffers.copy(decoder.state_dict(), keep=True) for _ in range(2))
+            first, second = (buffers.copy(decoder.state_dict()) for _ in range(2))
     num_tensors = len(list(decoder.parameters()))
     return {
         "num_waits": kernels.num_waits,

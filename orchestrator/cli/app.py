@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Exit functions run in reverse order, so this one runs after those of the libraries.
         atexit.register(_end_interrupted_process)
     try:
-        # SIGTERM is Ctrl-C also where nothing has to be saved: the exit code says that the same
-        # command resumes.
+        # SIGTERM is Ctrl-C also where nothing has to be saved.
         with signal_handlers([signal.SIGTERM], signal.default_int_handler):
             # A shell that completes a word asks for the options of any command.
             app = build_app() if completes else build_app(next(iter(words), ""))
@@ -81,7 +80,7 @@ def exit_code_of(error: BaseException) -> int:
     sentence = str(error)
     if isinstance(error, Interrupted | KeyboardInterrupt):
         code = INTERRUPTED
-        sentence = sentence or "interrupted; run the same command again to resume"
+        sentence = sentence or "interrupted"  # What has state to resume from says so itself.
     elif isinstance(error, UserError | RunFailed):
         is_mistake = isinstance(error, UserError) and not isinstance(error, DamagedFile)
         code = 2 if is_mistake else 1

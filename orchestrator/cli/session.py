@@ -172,11 +172,14 @@ class Call:
         """Return a plan for a dry run, else what it gives."""
         return plan if self.dry_run else run(plan, self.context)
 
-    def imported(self, model: Path | None) -> Path | None:
-        """Return a model as it is named in the workspace; one of the hub is imported first."""
-        from orchestrator.pipelines.models import local_model
+    def imported(self, model: Path | None, *, also_folders: bool = False) -> Path | None:
+        """Return a model as it is named in the workspace; one of the hub is imported first, and
+        with `also_folders` any model folder."""
+        if self.dry_run:
+            return model
+        from orchestrator.pipelines.models import imported_model
 
-        return model if self.dry_run else local_model(model, **self.common)
+        return imported_model(model, also_folders=also_folders, **self.common)
 
     def show(self, result: Result) -> None:
         """Print what a terminal shows of a result."""

@@ -92,11 +92,12 @@ def quickstart(call: Call) -> Result:
 @Command(
     "prepare",
     group="Train",
+    options=HERE,
     config="option",
     unread=dict.fromkeys(
         (
             "model", "training", "source_training", "distillation", "influence", "evaluation",
-            "sweep", "search", "cluster",
+            "sweep", "search",
         ),
         "the section data alone says what is prepared",
     ),
@@ -221,14 +222,10 @@ def pretrain(
     source = from_
     if source is None and continue_ is None and call.settings.training.source is not None:
         source = Path(call.settings.training.source)
-    if not call.dry_run:
-        from orchestrator.pipelines.models import local_checkpoint
-
-        source = local_checkpoint(source, **call.common)
     plan = plan_pretrain(
         call.settings,
         workspace=call.session.workspace,
-        source=source,
+        source=call.imported(source, also_folders=True),
         continued=continue_,
         name=name,
         local=local,

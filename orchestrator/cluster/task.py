@@ -1,31 +1,25 @@
-"""Where jobs and measurements run: under Ray, or in this process.
+"""Where training jobs run, and shards of text are tokenized: under Ray, or in this process.
 
-A measurement on a GPU is a Ray task, on whatever node has a GPU free: the process that starts it
-opens no CUDA context. Jobs in this process, for debuggers and profilers, have bitwise the losses
-that they have under Ray with one worker.
+Jobs in this process, for debuggers and profilers, have bitwise the losses that they have under Ray
+with one worker.
 """
 
 from __future__ import annotations
 
-import logging
-import logging.handlers
-import os
-import queue
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.places import worker_device
+from orchestrator.cluster.places import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
-from orchestrator.planning.machine import Resources, check_available, check_device, local_resources
+from orchestrator.data.tokenize import OpenRunner, Report, ShardRunner
+from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import (
@@ -35,16 +29,12 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.world import DeviceWork, OnDevice, on_cpu
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 T = TypeVar("T")
 
-MAX_DEATHS = 2
-"""How often a task is started again after its process or node died."""
-WAITING = "waiting for a free GPU"
-
-logger = logging.getLogger(__name__)
+END_SECONDS = 3.0
+"""Longest wait for the end of tasks that are cancelled."""
 
 
 @contextmanager
@@ -71,158 +61,79 @@ def joined_cluster(
         yield
 
 
-# Work that needs one device
+# Shards of text
 
 
-def trial_device(settings: Settings, folder: Path) -> OnDevice:
-    """Return a function that runs work as the trials of a sweep: on a GPU if they have some.
-
-    Args:
-        folder: The workspace, or a folder in it; the GPU may be on another node.
-    """
-    if not settings.trials_use_gpus:
-        return on_cpu
-    return partial(_run_on_best, cluster=settings.cluster, folder=folder, needs_gpu=True)
+def shard_runner(cluster: ClusterSettings) -> OpenRunner | None:
+    """Return what tokenizes shards on all nodes of the cluster that the settings name, which must
+    be joined while it runs; None on one machine, whose threads need no Ray."""
+    return None if cluster.ray_address == LOCAL else _shard_tasks
 
 
-def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
-    """Return a function that runs the work of a command that starts no jobs.
-
-    The settings may name GPUs, or a cluster that has some: then the work is a Ray
-    task with a GPU. Otherwise it runs in this process, on a GPU if this machine has one.
-    `cluster.device` may name the CPU or a GPU instead.
-
-    Raises:
-        UserError: If this machine does not have that device.
-    """
-    device = cluster.device
-    needs_gpu = cluster.num_gpus > 0
-    if device == "cuda" and (needs_gpu or cluster.ray_address != LOCAL):
-        device = None
-        needs_gpu = True
-    if device is None:
-        return partial(_run_on_best, cluster=cluster, folder=folder, needs_gpu=needs_gpu)
-    check_device(device)
-
-    def run_here(work: DeviceWork[T], progress: Progress) -> T:
-        if device != "cpu":
-            import torch
-
-            torch.cuda.set_device(device)
-        return work(device, progress)
-
-    return run_here
+@contextmanager
+def _shard_tasks() -> Iterator[ShardRunner]:
+    tasks = _ShardTasks(sum(node.cpus for node in alive_nodes()))
+    try:
+        yield tasks
+    finally:
+        tasks.end()
 
 
-def _run_on_best(
-    work: DeviceWork[T],
-    progress: Progress,
-    *,
-    cluster: ClusterSettings,
-    folder: Path,
-    needs_gpu: bool,
-) -> T:
-    if needs_gpu or cluster.ray_address != LOCAL:
-        with ray_cluster(cluster, folder=folder, say=partial(progress.advance, 0)) as resources:
-            if needs_gpu or resources.gpus:
-                check_available(1, 1, resources)
-                return run_gpu_task(work, progress)
-    from orchestrator.models.open import best_device
+class _ShardTasks:
+    """Runs work on shards as Ray tasks of one CPU each. What they report comes when they end."""
 
-    return work(str(best_device()), progress)
+    def __init__(self, num_cpus: int) -> None:
+        import ray
 
+        self.num_at_once = num_cpus
+        # A task has one CPU, and the tokenizer would start threads for all of its node's.
+        environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(_with_reported)
+        self._at_work: set[Any] = set()
 
-def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
-    """Run a function on one GPU of the Ray that runs.
+    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        """Start a task; Ray starts it again on another node if its own is lost."""
+        import ray.exceptions
 
-    Its progress and log lines come back while it runs: the task is a generator. After Ctrl-C the
-    task's process is killed, so functions store what they have made in whole steps.
+        reference = self._task.remote(work)
+        self._at_work.add(reference)
+        answer: Future[T] = Future()
 
-    Raises:
-        RunFailed: If the task's process died too often.
-        Interrupted: After Ctrl-C or SIGTERM.
-        Exception: What the function raised.
-    """
-    import ray
-    import ray.exceptions
+        def take_result(ended: Future[Any]) -> None:
+            self._at_work.discard(reference)
+            try:
+                result, num_tokens, num_bytes = ended.result()
+                report(num_tokens, num_bytes)
+                answer.set_result(result)
+            except ray.exceptions.RayTaskError as error:
+                answer.set_exception(error.cause)
+            except ray.exceptions.RayError as error:
+                reason = first_line(error, with_type=True)
+                answer.set_exception(
+                    RunFailed(f"a task on a node failed ({reason}); run the same command again")
+                )
+            except Exception as error:  # The work is over: `report` says so.
+                answer.set_exception(error)
 
-    # Ray's own retry would expect the same events again, and a task that resumes sends fewer.
-    options: dict[str, Any] = {"num_gpus": 1, "num_returns": "streaming", "max_retries": 0}
-    task: Any = ray.remote(num_cpus=1, **options)(_stream)
-    function: Any = getattr(work, "func", work)
-    for num_deaths in range(1, MAX_DEATHS + 2):
-        try:
-            with stop_on_signals():
-                events = task.remote(work)
-                progress.advance(0, WAITING)
-                while True:
-                    ready, _ = ray.wait([events], timeout=POLL_SECONDS)
-                    if stop_requested():
-                        ray.cancel(events, force=True)
-                        raise Interrupted(interruption_text("what was stored is kept"))
-                    event = ray.get(next(events)) if ready else None
-                    if isinstance(event, tuple):
-                        result: T = event[0]
-                        return result
-                    if isinstance(event, logging.LogRecord):
-                        logging.getLogger(event.name).handle(event)
-                    elif isinstance(event, str):
-                        logger.info("%s.%s %s", function.__module__, function.__name__, event)
-                        progress.advance(0)  # It waits no longer.
-                    elif event:
-                        event(progress)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # Its text is the traceback, for the log.
-        except ray.exceptions.RayError as error:
-            reason = first_line(error, with_type=True)
-            logger.warning("the task's process died (%s times): %s", num_deaths, reason)
-    raise RunFailed(
-        f"a task on a GPU failed {MAX_DEATHS + 1} times, at last with {reason}; run the same "
-        "command again to resume"
-    )
+        reference.future().add_done_callback(take_result)
+        return answer
+
+    def end(self) -> None:
+        """End what still runs, after an error or Ctrl-C; a shard at work is written again."""
+        import ray
+
+        running = list(self._at_work)
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
 
 
-def _stream(work: DeviceWork[Any]) -> Iterator[Any]:
-    """Run a function in a thread of a task; yield all that the caller has to know.
-
-    That is where it runs, as a text; its log records; its calls of `Progress`, as functions of the
-    caller's display; and its result, as a tuple.
-    """
-    import ray
-
-    gpus = ", ".join(map(str, ray.get_gpu_ids()))
-    yield f"runs on GPU {gpus} of {socket.gethostname()}, process {os.getpid()}"
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # Ray ends this process after one task with a GPU, so nothing has to be undone.
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(events))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(work, worker_device(use_gpu=True), _SendingProgress(events.put))
-        running.add_done_callback(events.put)
-        while (event := events.get()) is not running:
-            yield event
-    yield (running.result(),)
-
-
-class _SendingProgress(Progress):
-    """Sends each call to the process that started the task; of frequent `advance`, a few."""
-
-    def __init__(self, send: Callable[[Callable[[Progress], None]], None]) -> None:
-        self._send = send
-        self._sent_at = 0.0
-
-    def start(self, title: str, total: float | None = None) -> None:
-        self._send(methodcaller("start", title, total))
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        if time.monotonic() - self._sent_at >= POLL_SECONDS:
-            self._sent_at = time.monotonic()
-            self._send(methodcaller("advance", done, text, seconds_left=seconds_left))
-
-    def note(self, text: str) -> None:
-        self._send(methodcaller("note", text))
-
-    def finish(self, summary: str) -> None:
-        self._send(methodcaller("finish", summary))
+def _with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
+    """Return what work returns, and the sums of the tokens and bytes that it reports."""
+    reports: list[tuple[int, int]] = []
+    result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))
+    return result, sum(tokens for tokens, _ in reports), sum(size for _, size in reports)
 
 
 # Training jobs

@@ -25,13 +25,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from orchestrator.cluster.places import Placement, Signal, job_placement, worker_device
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
+from orchestrator.cluster.work import WorkPlace
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
@@ -60,7 +61,6 @@ tune: Any = ray.tune
 schedulers: Any = ray.tune.schedulers
 search: Any = ray.tune.search
 
-T = TypeVar("T")
 STEP = "step"
 LOSS = "validation_loss"
 """What a trial reports to Tune after each validation."""
@@ -163,6 +163,10 @@ class TrialPlace:
         self.num_workers = placement.workers
         self.device = worker_device(use_gpu=placement.use_gpu and placement.workers == 1)
         """Device of the trial's own process."""
+        self.measured_at = WorkPlace(device=self.device)
+        if placement.use_gpu and placement.workers > 1:
+            # The trial's own process has no GPU: its workers had them, and have ended.
+            self.measured_at = WorkPlace(needs_gpu=True, num_cpus=placement.cpus)
         self._key = trial.key
         self._cluster = cluster
         self._stops = stops
@@ -203,19 +207,6 @@ class TrialPlace:
         training.result()
         unfinished = TrainingOutcome(checkpoint=None, step=journal.step, finished=False)
         return finished_outcome(job) or unfinished
-
-    def on_device(self, work: Callable[[str], T]) -> T:
-        """Call a function with the name of one of the trial's devices, where that device is."""
-        if self.num_workers == 1 or not self.placement.use_gpu:
-            return work(self.device)
-        # The trial's own process has no GPU: its workers had them, and have ended.
-        cpus = self.placement.cpus
-        remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
-        try:
-            answer: T = ray.get(remote(lambda: work(worker_device(use_gpu=True))).remote())
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # Ray's own error has the traceback as its text.
-        return answer
 
 
 TrialFunction = Callable[[Trial, TrialPlace], Trial | None]

@@ -33,7 +33,13 @@ from orchestrator.data.store import (
     verify_data,
 )
 from orchestrator.data.text import find_files, source_state, text_source
-from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
+from orchestrator.data.tokenize import (
+    TOKENIZER_CHARACTERS,
+    OpenRunner,
+    can_resume,
+    sample_texts,
+    write_text,
+)
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
@@ -57,12 +63,14 @@ def prepare(
     progress: Progress | None = None,
     *,
     verify: bool = False,
+    open_runner: OpenRunner | None = None,
 ) -> Path:
     """Return the token folder for these settings; create it if it is missing.
 
     Args:
         verify: Compare the hashes of existing tokens even if size and time of the files are
             unchanged since the last time.
+        open_runner: Where the shards of a text are tokenized; in this process when unset.
 
     Raises:
         UserError: If the source is missing, empty or unreadable, or existing tokens are damaged.
@@ -76,7 +84,7 @@ def prepare(
             # Another process may have prepared it while this one waited.
             folder = find_prepared(settings, parent)
             if folder is None:
-                folder = _write(settings, parent, progress)
+                folder = _write(settings, parent, progress, open_runner)
                 progress.finish(_summary(folder, settings))
                 return folder
     progress.start("corpus")
@@ -85,7 +93,9 @@ def prepare(
     return folder
 
 
-def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
+def _write(
+    settings: DataSettings, parent: Path, progress: Progress, open_runner: OpenRunner | None
+) -> Path:
     """Write the folder of prepared data and the file that names it; the lock is held."""
     key = source_key(settings)
     if settings.source == "depth":
@@ -109,12 +119,12 @@ def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
             # A text has the mixture's tokenizer, so its tokens are not those that it has alone.
             text_key = source_key(text_settings, "mixture", tokenizer.to_str())
             texts[name] = find_folder(text_key, parent) or write_text(
-                text_settings, parent, text_key, progress, tokenizer
+                text_settings, parent, text_key, progress, tokenizer, open_runner=open_runner
             )
             _store_folder(text_key, texts[name])
         folder = write_mixture(settings, parent, texts, tokenizer)
     else:
-        folder = write_text(settings, parent, key, progress)
+        folder = write_text(settings, parent, key, progress, open_runner=open_runner)
     _store_folder(key, folder)
     verify_data(folder, remember=True)
     return folder
@@ -361,5 +371,5 @@ def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
     num_tokens = text_bytes // ASSUMED_TEXT_BYTES_PER_TOKEN
     token_bytes = 2 if vocab_size <= 1 << 16 else 4
     held_out_bytes = int(text_bytes * settings.validation_fraction)  # Stored as text, too.
-    # Twice: the files of the shards are deleted only when all are joined.
+    # Twice: a shard with copies of earlier documents is written again, and deleted at the end.
     return 2 * (num_tokens * token_bytes + held_out_bytes)

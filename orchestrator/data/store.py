@@ -1,16 +1,18 @@
 """A folder of prepared data: what training, validation and evaluation read.
 
-It holds a tokenizer, a manifest, and for text two flat files of integers, training and held-out,
-with the held-out documents. Its name is its fingerprint, a hash of everything that determines the
-sequences, which identifies the data in all keys.
+It holds a tokenizer, a manifest, and for text flat files of integers: one with the held-out tokens,
+and one or more that hold the training tokens one after the other, with the held-out documents. Its
+name is its fingerprint, a hash of everything that determines the sequences, which identifies the
+data in all keys. How many files there are does not matter to it.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,14 +34,26 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
 TRAIN_NAME = "train.bin"
+"""File of the training tokens, if they are in one file."""
 VALIDATION_NAME = "validation.bin"
 TEXTS_NAME = "validation.jsonl"
 """The held-out documents."""
-TRAIN_TARGETS_NAME = "train_targets.bin"
-"""File of text with prompts: a byte for each training token, 1 where it is a target."""
 VALIDATION_TARGETS_NAME = "validation_targets.bin"
-"""The same for validation tokens."""
+"""File of text with prompts: a byte for each validation token, 1 where it is a target."""
 FORMAT_VERSION = 1
+MAPS_KEPT = 256
+"""Files of one side of the split that are mapped at the same time; each takes a file descriptor."""
+
+
+def train_name(shard: int, num_shards: int) -> str:
+    """Return the name of a file of training tokens."""
+    return TRAIN_NAME if num_shards == 1 else f"train_{shard:06}.bin"
+
+
+def targets_name(train_name: str) -> str:
+    """Return the name of the file that tells of each token in a training file whether it is a
+    target, of text with prompts; as `VALIDATION_TARGETS_NAME`."""
+    return train_name.replace("train", "train_targets")
 
 
 class SplitCounts(BaseModel):
@@ -76,6 +90,9 @@ class Manifest(Record):
     """Bytes of each file."""
     sha256: dict[str, str]
     """Hash of each file."""
+    train_files: tuple[str, ...] = (TRAIN_NAME,)
+    """Names of the files of training tokens, in their order; of data without text there are no such
+    files."""
     texts: dict[str, str] = Field(default_factory=dict)
     """The texts of a mixture: source -> name of its folder, which lies beside this one."""
 
@@ -165,17 +182,62 @@ class PreparedData(ABC):
         return self.sequences(positions, context_length=context_length, seed=seed)
 
 
+class FileArray:
+    """A flat array whose values are in several files, one after the other; the files are mapped."""
+
+    def __init__(self, files: Sequence[Path], dtype: np.dtype) -> None:
+        """Take the sizes of the files; a file is opened when it is first read."""
+        self._files = files
+        self._dtype = dtype
+        sizes = [file.stat().st_size // dtype.itemsize for file in files]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._starts = self._ends - sizes
+        self._map = lru_cache(MAPS_KEPT)(self._open)
+
+    def _open(self, number: int) -> np.ndarray:
+        return np.memmap(self._files[number], self._dtype, "r")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return the values of a range without steps."""
+        first, end, _ = part.indices(len(self))
+        values = np.empty(max(0, end - first), self._dtype)
+        has_values = np.minimum(self._ends, end) > np.maximum(self._starts, first)
+        for number in np.flatnonzero(has_values).tolist():
+            start = int(self._starts[number])
+            begin = max(first, start)
+            stop = min(end, int(self._ends[number]))
+            values[begin - first : stop - first] = self._map(number)[begin - start : stop - start]
+        return values
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the windows that start at `starts`, int64, (starts, length)."""
+        values = np.empty((len(starts), length), self._dtype)
+        first_files = np.searchsorted(self._ends, starts, side="right")
+        last_files = np.searchsorted(self._ends, starts + length - 1, side="right")
+        is_inside = first_files == last_files
+        for number in np.unique(first_files[is_inside]).tolist():
+            is_here = is_inside & (first_files == number)
+            places = starts[is_here] - self._starts[number]
+            values[is_here] = self._map(number)[places[:, None] + np.arange(length)]
+        for row in np.flatnonzero(~is_inside).tolist():  # It crosses the end of a file.
+            values[row] = self[int(starts[row]) : int(starts[row]) + length]
+        return values
+
+
 @dataclass(frozen=True)
 class TokenStore(PreparedData):
-    """Prepared text; the arrays are memory maps."""
+    """Prepared text."""
 
-    train: np.ndarray
+    train: FileArray
     """Flat training tokens, each document ends with the end-of-text token."""
-    validation: np.ndarray
+    validation: FileArray
     """Flat validation tokens, in the same form."""
-    train_targets: np.ndarray | None = None
+    train_targets: FileArray | None = None
     """Whether each training token is a target; None: all are."""
-    validation_targets: np.ndarray | None = None
+    validation_targets: FileArray | None = None
     """Whether each validation token is a target; None: all are."""
 
     def validation_texts(self) -> Iterator[str]:
@@ -240,12 +302,11 @@ class TokenStore(PreparedData):
             yield Batch.of_text(gather(self.validation, batch_starts, context_length), mask)
 
 
-def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+def gather(tokens: FileArray, starts: np.ndarray, length: int) -> Tensor:
     """Return the sequences of a flat array that start at `starts`, int64, (starts, length)."""
     import torch
 
-    rows = starts[:, None] + np.arange(length, dtype=np.int64)
-    return torch.from_numpy(tokens[rows].astype(np.int64))
+    return torch.from_numpy(tokens.windows(starts, length).astype(np.int64))
 
 
 # Folders
@@ -260,12 +321,15 @@ def open_tokens(folder: Path | str) -> TokenStore:
     folder = Path(folder)
     manifest = checked_manifest(folder)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    train = np.memmap(folder / TRAIN_NAME, dtype=dtype, mode="r")
-    validation = np.memmap(folder / VALIDATION_NAME, dtype=dtype, mode="r")
-    if TRAIN_TARGETS_NAME not in manifest.sizes:
+    train = FileArray([folder / name for name in manifest.train_files], dtype)
+    validation = FileArray([folder / VALIDATION_NAME], dtype)
+    if VALIDATION_TARGETS_NAME not in manifest.sizes:
         return TokenStore(folder, manifest, train, validation)
-    train_targets = np.memmap(folder / TRAIN_TARGETS_NAME, dtype=np.bool_, mode="r")
-    validation_targets = np.memmap(folder / VALIDATION_TARGETS_NAME, dtype=np.bool_, mode="r")
+    is_target = np.dtype(np.bool_)
+    train_targets = FileArray(
+        [folder / targets_name(name) for name in manifest.train_files], is_target
+    )
+    validation_targets = FileArray([folder / VALIDATION_TARGETS_NAME], is_target)
     return TokenStore(folder, manifest, train, validation, train_targets, validation_targets)
 
 
@@ -277,23 +341,28 @@ def finish_folder(
     *,
     train: SplitCounts | None = None,
     validation: SplitCounts | None = None,
+    train_files: Sequence[str] = (TRAIN_NAME,),
+    known_checksums: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write the tokenizer and, last, the manifest of a folder whose tokens, if any, are written.
 
     Args:
+        train_files: Names of the files of training tokens, in their order.
+        known_checksums: Name -> SHA-256 of files that need not be read for it.
         texts: Of a mixture: text source -> name of its folder.
     """
     tokenizer.save(str(folder / TOKENIZER_NAME))
     names = (
-        TRAIN_NAME,
+        *train_files,
+        *map(targets_name, train_files),
         VALIDATION_NAME,
-        TRAIN_TARGETS_NAME,
         VALIDATION_TARGETS_NAME,
         TEXTS_NAME,
         TOKENIZER_NAME,
     )
-    sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
+    stored_names = [name for name in names if (folder / name).exists()]
+    sha256 = checksums_of(folder, stored_names, known=known_checksums)
     manifest = Manifest(
         fingerprint=fingerprint,
         settings=dict(settings),
@@ -304,6 +373,7 @@ def finish_folder(
         validation=validation or SplitCounts(),
         sizes={name: (folder / name).stat().st_size for name in sha256},
         sha256=sha256,
+        train_files=tuple(train_files),
         texts=dict(texts or {}),
     )
     manifest.write(folder / MANIFEST_NAME)

@@ -1,12 +1,16 @@
-"""Tokenize a text source into a token folder: shard by shard, in several threads.
+"""Tokenize a text source into a token folder: shard by shard, several at once.
 
 Each shard becomes a folder of its own, whole or absent, so an interrupted command continues with
-the shards that are missing. It holds the tokens of its documents in their order, the held-out ones
-as text, and a record of a few bytes for each document. When all are there, the records say which
-documents are the first of their kind; the tokens of those are appended to two files. So neither
-the number of threads nor that of shards changes a byte, and no more than the records' hashes and
-the documents at work are in memory. The tokenizer works outside of Python's lock, so threads use
-all CPUs.
+the shards that are missing. It holds the tokens of its training documents in their order, those of
+the held-out ones, these also as text, and a record of a few bytes for each document. When all are
+there, the records say which documents are the first of their kind. Training reads the shards' files
+one after the other: they get a second name in the final folder, and only of shards with copies of
+earlier documents the tokens are written again, without them. The few held-out documents are
+appended to one file. So neither the number of shards nor how many are at work at once changes the
+order of a token, and no more than the records' hashes and the documents at work are in memory.
+
+Shards are written by threads, which use all CPUs of this machine since the tokenizer works outside
+of Python's lock; or by whatever else runs functions (`ShardRunner`), such as Ray on all nodes.
 """
 
 from __future__ import annotations
@@ -19,24 +23,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import chain, compress, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from orchestrator.data.store import (
     TEXTS_NAME,
-    TRAIN_NAME,
-    TRAIN_TARGETS_NAME,
     VALIDATION_NAME,
     VALIDATION_TARGETS_NAME,
     SplitCounts,
     finish_folder,
     is_complete,
+    targets_name,
     token_dtype,
+    train_name,
 )
 from orchestrator.data.text import Document, TextSource, read_documents, text_source
 from orchestrator.models.tokenizer import (
@@ -65,23 +72,46 @@ HASHES_SORTED_TOGETHER = 50_000_000
 """Sorting them takes one to two gigabytes."""
 DOCUMENTS_COPIED_TOGETHER = 20_000
 """Their tokens are in memory at once: a shard of short documents has more."""
+SEEN_SECONDS = 60.0
+"""Longest wait for a shard of another node; NFS may answer from its memory for so long."""
+SECONDS_BETWEEN_LOOKS = 0.2
 RECORD = np.dtype(
     [("key", "<u8"), ("check", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")]
 )
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
-# Files of a preparation.
+# Files of a preparation, and the folder of its shards.
 _PLAN = "plan.json"
 _TOKENIZER = "tokenizer.json"
+_SHARDS = "tokenized"
 # Files of each shard.
-_TOKENS = "tokens.bin"
+_TRAIN = "train.bin"
+_VALIDATION = "validation.bin"
 _TEXTS = "held_out.jsonl"
 _RECORDS = "records.npy"
 _PROMPTS = "prompts.npy"
 """Of a shard with prompts: the number of tokens that each document begins with as its prompt."""
 _SUMS = "sha256.json"
 
+T = TypeVar("T")
 Report = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
+
+
+class ShardRunner(Protocol):
+    """Runs work on shards, several at once."""
+
+    @property
+    def num_at_once(self) -> int:
+        """How many."""
+        ...
+
+    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        """Run work, which can be pickled, somewhere; `report` is called in this process."""
+        ...
+
+
+OpenRunner = Callable[[], AbstractContextManager[ShardRunner]]
+"""Opens a runner for a block, at whose end nothing of it runs any more."""
 
 
 class Plan(Record):
@@ -101,7 +131,7 @@ def write_text(
     progress: Progress,
     tokenizer: Tokenizer | None = None,
     *,
-    num_threads: int | None = None,
+    open_runner: OpenRunner | None = None,
 ) -> Path:
     """Tokenize a text source into `parent`/<fingerprint>; keep a folder that has the same content.
 
@@ -111,7 +141,8 @@ def write_text(
         key: Identifies documents and tokenizer, so that a later call can resume this one.
         progress: Shows shards, tokens and rates.
         tokenizer: Used instead of the one that the settings name.
-        num_threads: Default: as many as there are CPUs.
+        open_runner: Where shards are tokenized if there are several; in as many threads as there
+            are CPUs when unset.
 
     Raises:
         UserError: If the source cannot be read, or there is too little text to hold some out.
@@ -122,8 +153,12 @@ def write_text(
     source = text_source(settings)
     try:
         plan = _make_plan(folder, settings, source, tokenizer, progress)
-        shards = _tokenize_shards(ShardWriter(folder, source), progress, num_threads)
-        final = _join(folder, shards, plan, parent)
+        writer = ShardWriter(folder, source)
+        if open_runner is None or len(writer.shards) == 1:
+            open_runner = partial(threads, num_cpus())
+        with open_runner() as runner:
+            shards = _tokenize_shards(writer, progress, runner)
+            final = _join(folder, shards, plan, parent, runner)
     except BaseException:  # Also of Ctrl-C, after which whole shards stay.
         if not can_resume(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +169,7 @@ def write_text(
 
 def can_resume(folder: Path) -> bool:
     """Return whether a temporary folder holds work that a later call can resume."""
-    return any(folder.glob("shards/[0-9]*"))
+    return any(folder.glob(f"{_SHARDS}/[0-9]*"))
 
 
 def _make_plan(
@@ -235,6 +270,25 @@ def _place_in_split(text: str) -> float:
 # Shards
 
 
+@contextmanager
+def threads(number: int) -> Iterator[ShardRunner]:
+    """Open the runner of this process, with this many threads."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield _Threads(number, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Threads:
+    num_at_once: int
+    pool: ThreadPoolExecutor
+
+    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        return self.pool.submit(work, report)
+
+
 class ShardWriter:
     """Tokenizes any shard of a plan; a process has one, which its threads share."""
 
@@ -248,10 +302,15 @@ class ShardWriter:
         plan = Plan.read(folder / _PLAN)
         assert plan is not None, "a shard is written after its plan"
         self.plan = plan
-        self.shards = [folder / "shards" / f"{number:06}" for number in range(len(plan.shards))]
+        self.shards = [folder / _SHARDS / f"{number:06}" for number in range(len(plan.shards))]
         """The folder of each shard; it exists when the shard is whole."""
+        self._folder = folder
         self._source = source or text_source(plan.settings)
         self._tokenizer = load_tokenizer(folder / _TOKENIZER)
+
+    def __reduce__(self) -> tuple[Callable[[Path], ShardWriter], tuple[Path]]:
+        """Let another process open source and tokenizer itself, once for all of its shards."""
+        return _writer_of_process, (self._folder,)
 
     def write(self, number: int, report: Report) -> None:
         """Tokenize a shard; its folder appears when it is whole."""
@@ -264,7 +323,8 @@ class ShardWriter:
         prompt_lengths: list[int] = []
         with new_folder(self.shards[number]) as filling:
             with (
-                (filling / _TOKENS).open("wb") as tokens,
+                (filling / _TRAIN).open("wb") as train_tokens,
+                (filling / _VALIDATION).open("wb") as validation_tokens,
                 (filling / _TEXTS).open("w", encoding="utf-8") as texts,
             ):
                 while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
@@ -285,8 +345,9 @@ class ShardWriter:
                         ids = [*start, *completion.ids, end]
                         is_pair = document.prompt_characters is not None
                         prompt_lengths.append(len(start) if is_pair else 0)
-                        tokens.write(np.array(ids, dtype).tobytes())
                         is_held_out = is_validation(document.deciding_text, self.plan.fraction)
+                        tokens = validation_tokens if is_held_out else train_tokens
+                        tokens.write(np.array(ids, dtype).tobytes())
                         if is_held_out:
                             row = {"text": document.text, "source": document.source}
                             texts.write(json.dumps(row) + "\n")
@@ -297,7 +358,7 @@ class ShardWriter:
                         num_bytes += size
                     report(num_tokens, num_bytes)
             np.save(filling / _RECORDS, np.array(records, RECORD))
-            names = [_TOKENS, _TEXTS, _RECORDS]
+            names = [_TRAIN, _VALIDATION, _TEXTS, _RECORDS]
             if any(prompt_lengths):
                 np.save(filling / _PROMPTS, np.array(prompt_lengths, "<u4"))
                 names.append(_PROMPTS)
@@ -308,23 +369,24 @@ class ShardWriter:
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
 
+@lru_cache(maxsize=1)
+def _writer_of_process(folder: Path) -> ShardWriter:
+    return ShardWriter(folder)
+
+
 def _dtype_of(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
 
 
-def _tokenize_shards(
-    writer: ShardWriter, progress: Progress, num_threads: int | None
-) -> list[Path]:
+def _tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunner) -> list[Path]:
     """Tokenize the shards that are missing; return the first ones that hold enough documents."""
     missing = _missing_shards(writer.shards, progress)
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
     rates = _Rates(progress)
     documents = _DocumentCount(writer.plan.settings.max_documents)
-    num_threads = num_threads or num_cpus()
     waiting = deque(missing)
     at_work: dict[Future[None], int] = {}
     num_counted = 0  # The shards before this one are whole and counted.
-    pool = ThreadPoolExecutor(num_threads)
     try:
         while True:
             unfinished = {*waiting, *at_work.values()}
@@ -336,20 +398,28 @@ def _tokenize_shards(
                     return writer.shards[:num_counted]
             if not unfinished:
                 return writer.shards
-            while waiting and len(at_work) < num_threads:
+            while waiting and len(at_work) < runner.num_at_once:
                 if not documents.need_shard(waiting[0], num_counted):
                     break
                 number = waiting.popleft()
-                at_work[pool.submit(writer.write, number, rates)] = number
+                at_work[runner.submit(partial(writer.write, number), rates)] = number
             ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
             for future in ended:
-                del at_work[future]
+                number = at_work.pop(future)
                 future.result()
+                _wait_until_seen(writer.shards[number])
                 rates.end_shard()
     finally:
         # Threads cannot be stopped; those at work end at their next report.
         rates.is_over = True
-        pool.shutdown(cancel_futures=True)
+
+
+def _wait_until_seen(shard: Path) -> None:
+    """Wait for a folder that another node may have made: network file systems show it late."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not shard.is_dir() and time.monotonic() < deadline:
+        list(shard.parent.iterdir())  # Asks the server again.
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:
@@ -440,58 +510,64 @@ class _Rates:
 # Join
 
 
-class ShardDocuments(NamedTuple):
-    """A shard's documents as they are joined; each array has one entry per document."""
+@dataclass(frozen=True)
+class ShardDocuments:
+    """A shard's documents as they are joined; arrays have one entry per document."""
 
     folder: Path
-    records: np.ndarray
-    """What is known of the documents, as values of `RECORD`."""
     is_kept: np.ndarray
     """Whether a document is the first of its kind, and one of `data.max_documents`."""
-    prompt_lengths: np.ndarray
-    """Tokens that a document begins with that are no targets."""
 
-    def on_side(self, *, held_out: bool) -> np.ndarray:
-        """Return whether each document is kept, and is on this side of the split."""
-        is_on_side: np.ndarray = self.is_kept & (self.records["held_out"] == held_out)
-        return is_on_side
+    def records(self) -> np.ndarray:
+        """Read what is known of the documents, as values of `RECORD`."""
+        records: np.ndarray = np.load(self.folder / _RECORDS)
+        return records
+
+    def prompt_lengths(self) -> np.ndarray:
+        """Read the number of tokens that a document begins with that are no targets."""
+        if (self.folder / _PROMPTS).exists():
+            lengths: np.ndarray = np.load(self.folder / _PROMPTS)
+            return lengths
+        return np.zeros(len(self.is_kept), "<u4")
 
 
 def _read_shards(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
-    """Read the records of all shards, and choose which documents are kept."""
-    records = [np.load(folder / _RECORDS, mmap_mode="r") for folder in folders]
-    keys = np.concatenate([shard_records["key"] for shard_records in records])
-    is_kept = first_occurrences(keys)
+    """Choose from the records of all shards which documents are kept."""
+    # Files are read and closed: there may be more shards than a process may have open.
+    keys_of_shards = [np.load(folder / _RECORDS)["key"] for folder in folders]
+    is_kept = first_occurrences(np.concatenate(keys_of_shards))
     if max_documents is not None:
         is_kept &= np.cumsum(is_kept) <= max_documents
-    shards: list[ShardDocuments] = []
-    first = 0
-    for folder, shard_records in zip(folders, records, strict=True):
-        end = first + len(shard_records)
-        prompt_lengths = np.zeros(len(shard_records), "<u4")
-        if (folder / _PROMPTS).exists():
-            prompt_lengths = np.load(folder / _PROMPTS)
-        shards.append(ShardDocuments(folder, shard_records, is_kept[first:end], prompt_lengths))
-        first = end
-    return shards
+    ends = np.cumsum([len(keys) for keys in keys_of_shards])
+    return [
+        ShardDocuments(folder, kept)
+        for folder, kept in zip(folders, np.split(is_kept, ends[:-1]), strict=True)
+    ]
 
 
-def _join(folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path) -> Path:
-    """Append the tokens of all documents that are kept; return the folder, named by the content."""
+def _join(
+    folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path, runner: ShardRunner
+) -> Path:
+    """Make the folder of all documents that are kept, named by the content, and return it."""
     shards = _read_shards(shard_folders, plan.settings.max_documents)
-    has_prompts = any(shard.prompt_lengths[shard.is_kept].any() for shard in shards)
+    has_prompts = any(shard.prompt_lengths()[shard.is_kept].any() for shard in shards)
 
     # What is kept: its size on each side, and a hash of it.
     train = SplitCounts()
     validation = SplitCounts()
+    shards_to_train_on: list[ShardDocuments] = []
     content = hashlib.sha256()
     for shard in shards:
-        content.update(shard.records[shard.is_kept].tobytes())
-        train += _counts(shard.records[shard.on_side(held_out=False)])
-        validation += _counts(shard.records[shard.on_side(held_out=True)])
+        records = shard.records()[shard.is_kept]
+        content.update(records.tobytes())
+        is_held_out = records["held_out"]
+        train += _counts(records[~is_held_out])
+        validation += _counts(records[is_held_out])
+        if not is_held_out.all():
+            shards_to_train_on.append(shard)
     if has_prompts:
         for shard in shards:
-            content.update(shard.prompt_lengths[shard.is_kept].tobytes())
+            content.update(shard.prompt_lengths()[shard.is_kept].tobytes())
     num_documents = train.documents + validation.documents
     if num_documents == 1:
         raise UserError(
@@ -512,39 +588,110 @@ def _join(folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path)
         return final
     tokenizer = load_tokenizer(folder / _TOKENIZER)
     dtype = _dtype_of(tokenizer)
+    num_files = len(shards_to_train_on)
+    names = [train_name(number, num_files) for number in range(num_files)]
     with new_folder(final) as filling:
+        works = (
+            partial(_write_training_tokens, shard, filling / name, dtype, has_prompts=has_prompts)
+            for shard, name in zip(shards_to_train_on, names, strict=True)
+        )
+        checksums: dict[str, str] = {}
+        for of_shard in _results(runner, works):
+            checksums |= of_shard
         with (
-            (filling / TRAIN_NAME).open("wb") as train_file,
             (filling / VALIDATION_NAME).open("wb") as validation_file,
             (filling / TEXTS_NAME).open("wb") as texts,
         ):
             for shard in shards:
+                records = shard.records()
+                is_held_out = records["held_out"]
+                is_kept = shard.is_kept[is_held_out]
                 with (shard.folder / _TEXTS).open("rb") as rows:
-                    # The file has a row for each held-out document, kept or not.
-                    texts.writelines(compress(rows, shard.is_kept[shard.records["held_out"]]))
-                num_tokens = shard.records["tokens"]
-                sides = (
-                    (train_file, shard.on_side(held_out=False)),
-                    (validation_file, shard.on_side(held_out=True)),
+                    texts.writelines(compress(rows, is_kept))
+                _copy_tokens(
+                    shard.folder / _VALIDATION,
+                    validation_file,
+                    records["tokens"][is_held_out],
+                    is_kept,
+                    dtype,
                 )
-                with (shard.folder / _TOKENS).open("rb") as tokens_file:
-                    for first in range(0, len(num_tokens), DOCUMENTS_COPIED_TOGETHER):
-                        part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)
-                        tokens = np.fromfile(tokens_file, dtype, int(num_tokens[part].sum()))
-                        for file, is_on_side in sides:
-                            is_copied = np.repeat(is_on_side[part], num_tokens[part])
-                            file.write(tokens[is_copied].tobytes())
         if has_prompts:
-            for name, held_out in ((TRAIN_TARGETS_NAME, False), (VALIDATION_TARGETS_NAME, True)):
-                with (filling / name).open("wb") as file:
-                    for shard in shards:
-                        is_on_side = shard.on_side(held_out=held_out)
-                        num_tokens = shard.records["tokens"][is_on_side]
-                        is_target = _is_target(num_tokens, shard.prompt_lengths[is_on_side])
-                        file.write(is_target.tobytes())
-        settings = plan.settings.read_by_source()
-        finish_folder(filling, fingerprint, settings, tokenizer, train=train, validation=validation)
+            with (filling / VALIDATION_TARGETS_NAME).open("wb") as targets:
+                for shard in shards:
+                    is_on_side = shard.is_kept & shard.records()["held_out"]
+                    targets.write(_targets_of(shard, is_on_side))
+        finish_folder(
+            filling,
+            fingerprint,
+            plan.settings.read_by_source(),
+            tokenizer,
+            train=train,
+            validation=validation,
+            train_files=names,
+            known_checksums=checksums,
+        )
     return final
+
+
+def _results(runner: ShardRunner, works: Iterator[Callable[[Report], T]]) -> Iterator[T]:
+    """Yield the results of some works in their order; as many run as the runner takes at once."""
+    at_work: deque[Future[T]] = deque()
+    for work in works:
+        if len(at_work) >= runner.num_at_once:
+            yield at_work.popleft().result()
+        at_work.append(runner.submit(work, lambda *_: None))
+    while at_work:
+        yield at_work.popleft().result()
+
+
+def _write_training_tokens(
+    shard: ShardDocuments,
+    file: Path,
+    dtype: np.dtype,
+    report: Report,  # noqa: ARG001 - tokens are counted when they are made
+    *,
+    has_prompts: bool,
+) -> dict[str, str]:
+    """Write the training tokens of a shard's kept documents; return name -> SHA-256.
+
+    Where all are kept, the shard's own file gets a second name.
+    """
+    records = shard.records()
+    is_on_side = ~records["held_out"]
+    is_kept = shard.is_kept[is_on_side]
+    stored = shard.folder / _TRAIN
+    if is_kept.all():
+        try:
+            file.hardlink_to(stored)
+        except OSError:  # Some file systems have no second names.
+            shutil.copyfile(stored, file)
+        checksums = {file.name: (read_json(shard.folder / _SUMS) or {})[_TRAIN]}
+    else:
+        with file.open("wb") as kept_tokens:
+            _copy_tokens(stored, kept_tokens, records["tokens"][is_on_side], is_kept, dtype)
+        checksums = {file.name: file_digest(file)}
+    if has_prompts:
+        targets = file.with_name(targets_name(file.name))
+        targets.write_bytes(_targets_of(shard, shard.is_kept & is_on_side))
+        checksums[targets.name] = file_digest(targets)
+    return checksums
+
+
+def _copy_tokens(
+    stored: Path, file: BinaryIO, num_tokens: np.ndarray, is_kept: np.ndarray, dtype: np.dtype
+) -> None:
+    """Append the tokens of the kept ones of the documents of a file."""
+    with stored.open("rb") as tokens_file:
+        for first in range(0, len(num_tokens), DOCUMENTS_COPIED_TOGETHER):
+            part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)
+            tokens = np.fromfile(tokens_file, dtype, int(num_tokens[part].sum()))
+            file.write(tokens[np.repeat(is_kept[part], num_tokens[part])].tobytes())
+
+
+def _targets_of(shard: ShardDocuments, is_chosen: np.ndarray) -> bytes:
+    """Return for each token of the chosen documents whether it is a target, a byte each."""
+    num_tokens = shard.records()["tokens"][is_chosen]
+    return _is_target(num_tokens, shard.prompt_lengths()[is_chosen]).tobytes()
 
 
 def _counts(records: np.ndarray) -> SplitCounts:

@@ -28,7 +28,8 @@ from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
-from orchestrator.models.open import DTYPES, OpenedModel, device_precision, use_tf32
+from orchestrator.models.load import DTYPES, device_precision, use_tf32
+from orchestrator.models.open import OpenedModel
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

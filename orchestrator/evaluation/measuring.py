@@ -16,7 +16,8 @@ from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, LoadedSuite
-from orchestrator.models.open import DTYPES, OpenedModel, device_precision
+from orchestrator.models.load import DTYPES, device_precision
+from orchestrator.models.open import OpenedModel
 from orchestrator.models.tokenizer import check_template, trained_opening
 from orchestrator.records.evaluation import (
     NO_FILTER,

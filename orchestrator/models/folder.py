@@ -36,6 +36,8 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 """Name of the file that says which tensor is in which file, of weights in several files."""
 TRAINING_STATE = "training_state.pt"
+MOMENTS_PREFIX = "moments"
+"""Begins the names of the files with the moments of a sharded training, one for each worker."""
 METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
@@ -49,6 +51,8 @@ JOB_KEY = "job"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MANIFEST = "MANIFEST.sha256"
+"""File of an export: the checksums of its files, for `sha256sum --check`."""
 StoredPrecision = Literal["fp32", "bf16", "fp16"]
 """Types that weights are stored in."""
 _SAFETENSORS_NAMES: dict[str, StoredPrecision] = {"BF16": "bf16", "F16": "fp16"}
@@ -134,6 +138,11 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
             "looped model of a known kind; everything else needs its import, which is refused: "
             f"{error}"
         ) from None
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a model folder is an export: of a plain model, its list of checksums tells."""
+    return read_config(folder).get("model_type") == MODEL_TYPE or (folder / MANIFEST).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -312,6 +321,16 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
         return (config.corrections, *map(parse, family))
 
 
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe of a checkpoint's training; empty if it was trained elsewhere.
+
+    Raises:
+        UserError: If the folder is not a checkpoint, or its provenance is damaged.
+    """
+    with damage_named(folder / PROVENANCE):
+        return dict(load_provenance(folder).get("recipe") or {})
+
+
 def trained_sequence_length(folder: Path) -> int | None:
     """Return the tokens of a sequence that a checkpoint was trained on; None if it was trained on
     as many as its context has, or elsewhere.
@@ -319,8 +338,8 @@ def trained_sequence_length(folder: Path) -> int | None:
     Raises:
         UserError: If the folder is not a checkpoint, or its provenance is damaged.
     """
+    length = stored_recipe(folder).get("sequence_length")
     with damage_named(folder / PROVENANCE):
-        length = (load_provenance(folder).get("recipe") or {}).get("sequence_length")
         return None if length is None else int(length)
 
 
@@ -339,7 +358,7 @@ def check_checkpoint(
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
     Args:
-        with_training_state: Verify also the file that only a resumed training reads, which holds
+        with_training_state: Verify also the files that only a resumed training reads, which hold
             most of the bytes.
         remember: As in `files.damaged_file`.
 
@@ -354,12 +373,18 @@ def check_checkpoint(
     if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
         raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
     # Without a checksum for the configuration or the weights, that file counts as damaged.
-    other_names = [name for name in checksums if name not in (CONFIG, WEIGHTS, TRAINING_STATE)]
-    names = [CONFIG, WEIGHTS, *other_names]
+    names = {CONFIG, WEIGHTS, *checksums}
     if with_training_state:
-        names.append(TRAINING_STATE)
-    if damage := damaged_file(folder, checksums, names=names, remember=remember):
+        names.add(TRAINING_STATE)
+    else:
+        names = {name for name in names if not _is_training_state(name)}
+    if damage := damaged_file(folder, checksums, names=sorted(names), remember=remember):
         raise DamagedFile(f"the checkpoint {folder} is damaged: {damage}")
+
+
+def _is_training_state(name: str) -> bool:
+    """Return whether only a resumed training reads a file."""
+    return name == TRAINING_STATE or name.startswith(MOMENTS_PREFIX)
 
 
 def newest_checkpoint(

@@ -23,6 +23,7 @@ from iiet.decoder import Decoder
 from iiet.published import decoder_from_published
 from iiet.weights import CONFIG
 from orchestrator.models.hub import offline
+from orchestrator.models.labels import model_name
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
@@ -208,7 +209,7 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
     # A looped model has the same number of corrections in all layers.
     num_loops = 1 + config.schedule[0] if config.schedule else 1
     writer = gguf.GGUFWriter(path, "llama" if num_loops == 1 else "nanbeige")
-    writer.add_name(folder.parent.name)
+    writer.add_name(model_name(folder))
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.dim)

@@ -141,14 +141,6 @@ def download(name: Path | str, *, weights: bool = True) -> Path:
             ) from None
 
 
-def model_folder_name(folder: Path) -> str:
-    """Return a folder's name; `OWNER/NAME` for one in the hub's cache, whose own name is a hash."""
-    repository = folder.parent.parent.name  # models--OWNER--NAME/snapshots/HASH
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return "/".join(repository.split("--")[1:])
-    return folder.name
-
-
 def check_upload(repository: str, token: str | None = None) -> None:
     """Check that a model can be uploaded, before it is exported.
 

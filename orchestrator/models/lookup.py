@@ -1,24 +1,25 @@
-"""Find the model that a command names: a run or a folder, or the newest of finished runs and picks.
+"""Find the files of the model that a command names, and what is stored beside a model.
 
-A model that nobody named is announced, and it is never replaced by another one: damage is an error.
+A name is that of a run, a trial or a folder; without one, it is the newest of finished runs and
+picks. A model that nobody named is announced, and it is never replaced by another one: damage is an
+error. `models.open` makes a model of what is found here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.models.folder import (
     is_checkpoint,
+    is_export,
     load_config,
     load_provenance,
-    read_config,
     resolve_checkpoint,
     weights_key,
 )
@@ -28,11 +29,13 @@ from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME, InfluenceSettings
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.files import expand_user, resolve_path
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
 Note = Callable[[str], None]
+AcceptedFolders = Literal["any", "exports", "none"]
+"""Which model folders a command takes beside checkpoints: any, exports of this program, or none."""
 
 
 class Picked(Record):
@@ -44,12 +47,6 @@ class Picked(Record):
     """Iteration schedule; None for a method without corrections."""
     time: float
     """When the model was picked, in seconds since 1970."""
-
-    @property
-    def model(self) -> tuple[Path, IterationSchedule | None]:
-        """The checkpoint and its schedule."""
-        schedule = None if self.schedule is None else IterationSchedule(self.schedule)
-        return Path(self.checkpoint), schedule
 
 
 def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | None:
@@ -64,37 +61,41 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
     return pick if sweep in (None, pick.sweep) else None
 
 
-def resolve_model(
-    workspace: Workspace,
-    path: Path | str | None = None,
-    note: Note | None = None,
+def find_model(
+    name: Path | str | None,
+    workspace: Workspace | None,
     *,
+    folders: AcceptedFolders = "any",
     with_corrections: bool = False,
-) -> tuple[Path, IterationSchedule | None]:
-    """Return the checkpoint that the user means, and the schedule of a pick or trial; None for the
-    checkpoint's own.
+    note: Note | None = None,
+) -> tuple[Path, tuple[int, ...] | None]:
+    """Return the checkpoint or model folder that a user means, and the schedule of a pick or trial.
 
-    Args:
-        path: A checkpoint, or a run: its newest checkpoint is used; see `find_model_folder`. Or a
-            trial. If None, the newest of the finished runs and the last pick.
-        note: Called with a sentence that says which checkpoint is used if none is named.
-        with_corrections: If none is named, only runs of an IIET with corrections count.
-
-    Raises:
-        UserError: If there is no checkpoint, it is damaged, or it is a model of the hub, which is
-            imported first.
+    Arguments and errors are those of `models.open.open_model`. The schedule is None where the
+    model's own is meant.
     """
-    if path is not None:
-        if is_hub_name(path):
-            raise UserError(
-                f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
-                f" `iiet-orch import {path}` imports it"
-            )
-        if trial := find_trial(workspace, Path(path)):
-            return trial
-        return resolve_checkpoint(find_model_folder(workspace, Path(path))), None
+    if name is None:
+        assert workspace is not None, "the newest model is that of a workspace"
+        return _newest_model(workspace, note, with_corrections=with_corrections)
+    if is_hub_name(name):
+        if folders == "any":
+            return download(name), None
+        raise UserError(
+            f"{name} becomes a run of the workspace at first use, and a dry run writes nothing;"
+            f" `iiet-orch import {name}` imports it"
+        )
+    if workspace is not None and (trial := _find_trial(workspace, Path(name))):
+        return trial
+    folder = _find_folder(workspace, Path(name), folders)
+    if not _is_accepted(folder, folders):
+        folder = resolve_checkpoint(folder)
+    return folder, None
 
-    # Nobody named a model: it is that of the newest finished run, or of a later pick.
+
+def _newest_model(
+    workspace: Workspace, note: Note | None, *, with_corrections: bool
+) -> tuple[Path, tuple[int, ...] | None]:
+    """Return the model of the newest finished run, or of a later pick, and the pick's schedule."""
     runs = sorted(_finished_runs(workspace), key=last_recorded, reverse=True)
     picked = None if with_corrections else picked_model(workspace)
     skipped_runs: list[str] = []
@@ -108,7 +109,8 @@ def resolve_model(
 
     schedule = None
     if picked and (not runs or picked.time > last_recorded(runs[0])):
-        folder, schedule = picked.model
+        folder = Path(picked.checkpoint)
+        schedule = picked.schedule
         origin = f"that `pick` chose from the sweep {picked.sweep}"
     elif runs:
         folder = runs[0]
@@ -130,18 +132,13 @@ def _finished_runs(workspace: Workspace) -> list[Path]:
     """Return the runs with a checkpoint whose training, if they have one, is finished."""
     return [
         run
-        for run in run_folders(workspace)
+        for run in _run_folders(workspace)
         # An imported run has no training.
         if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
     ]
 
 
-def resolve_teacher(workspace: Workspace, path: Path | str | None, note: Note | None) -> Path:
-    """Return the checkpoint that the user means, or that of the newest IIET with corrections."""
-    return resolve_model(workspace, path, note, with_corrections=True)[0]
-
-
-def find_trial(workspace: Workspace, path: Path) -> tuple[Path, IterationSchedule | None] | None:
+def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, tuple[int, ...] | None] | None:
     """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
 
     The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
@@ -163,51 +160,52 @@ def find_trial(workspace: Workspace, path: Path) -> tuple[Path, IterationSchedul
     schedules = {trial.schedule for trial in trials}
     # Elastic weights are measured under several schedules: then the checkpoint's own is used.
     schedule = schedules.pop() if len(schedules) == 1 else None
-    return checkpoint, None if schedule is None else IterationSchedule(schedule)
+    return checkpoint, schedule
 
 
-def find_model_folder(
-    workspace: Workspace, path: Path, *, model_types: Container[Any] | None = ()
-) -> Path:
-    """Return the folder that a user names.
-
-    Args:
-        workspace: Where relative paths are looked up after the working folder.
-        path: As typed: a path, or a name in the workspace such as `NAME` of a run or trial,
-            `runs/NAME` or `runs/NAME/step_00000100`; or `hub:OWNER/NAME`, which is downloaded.
-        model_types: Types of the model folders that are accepted beside checkpoints; None: all.
+def _find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolders) -> Path:
+    """Return the folder that a user names by a path, or by a name such as `NAME` of a run or trial,
+    `runs/NAME` or `runs/NAME/step_00000100`, which is looked up in the workspace.
 
     Raises:
-        UserError: If there is no such folder; names the runs of the workspace. Or if the hub does
-            not give the model.
+        UserError: If there is no such folder; names the runs of the workspace.
     """
-    if is_hub_name(path):
-        return download(path)
     path = expand_user(path)
-    parents = (workspace.root, workspace.runs, workspace.trials)
-    candidates = (path, *(parent / path for parent in parents))
+    candidates = [path]
+    if workspace is not None:
+        candidates += [place / path for place in (workspace.root, workspace.runs, workspace.trials)]
     places = [place for place in candidates if place.exists()]
     for place in places:
         # A folder of no use must not hide a run: an imported run has the name of its source.
-        if is_checkpoint(place) or find_checkpoints(place):
-            return place.resolve()
-        if (place / CONFIG).is_file() and (
-            model_types is None or read_config(place).get("model_type") in model_types
-        ):
-            return place.resolve()
+        if is_checkpoint(place) or find_checkpoints(place) or _is_accepted(place, folders):
+            return resolve_path(place)
+    if places and places[0].is_file():
+        raise UserError(
+            f"{path} is a file; if it is a GGUF file, `iiet-orch import {path}` makes a "
+            "checkpoint of it"
+        )
     if places:
-        if places[0].is_file():
-            raise UserError(
-                f"{path} is a file; if it is a GGUF file, `iiet-orch import {path}` makes a "
-                "checkpoint of it"
-            )
-        return places[0].resolve()
-    names = shortened(", ".join(sorted(run.name for run in run_folders(workspace))))
+        return resolve_path(places[0])
+    if workspace is None:
+        raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
+    names = shortened(", ".join(sorted(run.name for run in _run_folders(workspace))))
     runs = f"its runs are {names}" if names else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
         f"{runs}{hub_hint(path)}"
     )
+
+
+def _is_accepted(folder: Path, folders: AcceptedFolders) -> bool:
+    """Return whether a folder is one of the model folders that are accepted beside checkpoints."""
+    if folders == "none" or is_checkpoint(folder) or not (folder / CONFIG).is_file():
+        return False
+    return folders == "any" or is_export(folder)
+
+
+def _run_folders(workspace: Workspace) -> list[Path]:
+    """Return the folders of the workspace's runs."""
+    return [path for path in workspace.runs.glob("*") if path.is_dir()]
 
 
 def hub_hint(path: Path) -> str:
@@ -217,23 +215,18 @@ def hub_hint(path: Path) -> str:
     return f". For a model of the Hugging Face hub write {HUB_PREFIX}{path}"
 
 
-def find_run_folder(workspace: Workspace, path: Path) -> Path:
-    """Return the folder of the run that a user names, also by one of its checkpoints.
-
-    Raises:
-        UserError: If there is no such folder; names the runs of the workspace.
-    """
-    folder = find_model_folder(workspace, path)
-    return folder.parent if is_checkpoint(folder) else folder
+# Beside models
 
 
-def find_pretraining(workspace: Workspace, path: Path) -> Path:
-    """Return the folder of the pretraining that a user names to continue it.
+def find_pretraining(workspace: Workspace, name: Path) -> Path:
+    """Return the folder of the pretraining that a user names, also by a checkpoint, to continue it.
 
     Raises:
         UserError: If there is no such folder, or `pretrain` did not make it.
     """
-    folder = find_run_folder(workspace, path)
+    folder = _find_folder(workspace, name, "none")
+    if is_checkpoint(folder):
+        folder = folder.parent
     if (folder / JOB_NAME).is_file() and (folder / SETTINGS_NAME).is_file():
         return folder
     saved = find_checkpoints(folder)
@@ -245,14 +238,9 @@ def find_pretraining(workspace: Workspace, path: Path) -> Path:
     raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
 
 
-def run_folders(workspace: Workspace) -> list[Path]:
-    """Return the folders of the workspace's runs."""
-    return [path for path in workspace.runs.glob("*") if path.is_dir()]
-
-
 def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
     """Return the checkpoint of the workspace's runs with this weights key, if any."""
-    for run in run_folders(workspace):
+    for run in _run_folders(workspace):
         for checkpoint in find_checkpoints(run):
             with suppress(UserError):  # Skip checkpoints with a damaged provenance.
                 if key and weights_key(checkpoint) == key:
@@ -282,23 +270,3 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
     if table := tables.get(metric or InfluenceSettings().metric):
         return table
     return next(iter(tables.values())) if len(tables) == 1 else None
-
-
-def parse_schedule(
-    text: str | None, folder: Path, option: str = "--schedule"
-) -> IterationSchedule | None:
-    """Parse the value of an option for a checkpoint or an export; None stays None.
-
-    Raises:
-        UserError: If it is not valid for the model's method and number of layers.
-    """
-    if text is None:
-        return None
-    config = load_config(folder)
-    try:
-        schedule = IterationSchedule.parse(text, num_layers=config.num_layers)
-        config.evaluations_per_layer(schedule)  # Raises where the method makes no corrections.
-    except ValueError as error:
-        problem = str(error).removeprefix("invalid model config: ")
-        raise UserError(f"{option}: {problem}") from None
-    return schedule

@@ -18,11 +18,11 @@ from rich.console import RenderableType
 
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import OpenedModel, model_labels, open_model, open_models
+from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
@@ -48,7 +48,7 @@ class BenchmarkPlan(Result):
     """Models, each under its schedule, and the conditions that they are measured under."""
 
     opened: dict[str, OpenedModel] = Field(exclude=True)
-    """By the names of the result."""
+    """By the labels of the result."""
     cluster: ClusterSettings = Field(exclude=True)
     conditions: decode_timing.MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
@@ -128,7 +128,7 @@ def plan_benchmark(
             schedules from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
-        cluster: Where they are measured; see `command_device`.
+        cluster: Where they are measured; see `command_place`.
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
@@ -136,7 +136,7 @@ def plan_benchmark(
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, note=note)
+    opened = open_models(models, space, schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
     conditions = conditions or decode_timing.MeasurementSettings(contexts=(), new_tokens=0)
@@ -146,10 +146,10 @@ def plan_benchmark(
     if not conditions.new_tokens:
         room = min(model.context_length for model in opened) - max(conditions.contexts)
         conditions = replace(conditions, new_tokens=max(2, min(USUAL_NEW_TOKENS, room)))
-    by_name = dict(zip(model_labels(opened), opened, strict=True))
-    conditions.check({name: model.context_length for name, model in by_name.items()})
+    labelled = by_label(opened)
+    conditions.check({label: model.context_length for label, model in labelled.items()})
     return BenchmarkPlan(
-        opened=by_name,
+        opened=labelled,
         conditions=conditions,
         cluster=cluster or ClusterSettings(),
         trust_remote_code=trust_remote_code,
@@ -161,12 +161,12 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
 
     Those with the same weights share them.
     """
-    on_device = command_device(plan.cluster, context.workspace.root)
+    place = command_place(plan.cluster, context.workspace.root)
     started_ms = now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
     measure = partial(_measure, plan)
-    costs, device, dtype = on_device(measure, context.progress)
+    costs, device, dtype = place.run(measure, context.progress)
     keys = [list(model.key) for model in plan.opened.values()]
     machine = timing_environment()
     key = content_key("benchmark", keys, asdict(conditions), device, machine)
@@ -189,7 +189,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
         context.log_measurement(
             TrackedRun.of(
                 key=content_key("benchmark", list(model.key), asdict(conditions), device),
-                name=f"benchmark {model.name}"[:80],
+                name=f"benchmark {model.label}"[:80],
                 kind="benchmark",
                 params={
                     **model.parameters(),
@@ -229,7 +229,7 @@ def family_of(model: OpenedModel) -> list[OpenedModel]:
         most = config.corrections.max_corrections
         lower = [IterationSchedule.uniform(config.num_layers, r) for r in range(most - 1, -1, -1)]
         schedules = [config.corrections, *lower]
-    return [open_model(model.path, schedule) for schedule in schedules]
+    return [model.with_schedule(schedule) for schedule in schedules]
 
 
 def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int, ...]:

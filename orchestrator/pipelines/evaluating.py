@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import CPU, command_place
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
@@ -25,12 +25,8 @@ from orchestrator.evaluation.tasks import (
     needs_heldout,
 )
 from orchestrator.models.hub import offline
-from orchestrator.models.open import (
-    OpenedModel,
-    best_device,
-    model_labels,
-    open_models,
-)
+from orchestrator.models.load import best_device
+from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.records.evaluation import (
@@ -45,7 +41,6 @@ from orchestrator.reporting.comparison import Difference, differences_from_first
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.watching import tracked_model
@@ -149,8 +144,8 @@ class EvaluatePlan(Result):
 
     settings: Settings = Field(exclude=True)
     workspace: Any = Field(exclude=True)
-    opened: tuple[OpenedModel, ...] = Field(exclude=True)
-    """The models, each under its schedule."""
+    opened: dict[str, OpenedModel] = Field(exclude=True)
+    """The models, each under its schedule, by the labels of the result."""
     log_samples: Path | None = Field(default=None, exclude=True)
     """Folder that gets results and samples in lm-eval's files."""
     trust_remote_code: bool = Field(default=False, exclude=True)
@@ -164,13 +159,12 @@ class EvaluatePlan(Result):
         """
         return [
             {"model": label, "task": task, "state": state}
-            for label, model in zip(model_labels(self.opened), self.opened, strict=True)
+            for label, model in self.opened.items()
             for task, state in self._states_of(model).items()
         ]
 
     def _states_of(self, model: OpenedModel) -> dict[str, str]:
         settings = self.settings.evaluation
-        cluster = self.settings.cluster
         tokens = tokens_of_tasks(model, settings, self.workspace)
         suite = make_suite(settings, tokens, context_length=model.context_length)
         states: dict[str, str] = {}
@@ -186,13 +180,11 @@ class EvaluatePlan(Result):
                 loaded = load_suite(suite)
         except RunFailed:
             return states | dict.fromkeys(suite.tasks, NEEDS_HUB)
-        command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
-        device = cluster.device
-        is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
-        if suite.precision is None and device in (None, "cuda") and is_elsewhere:
+        place = command_place(self.settings.cluster, self.workspace.root)
+        if suite.precision is None and place.needs_gpu:
             suite = suite.model_copy(update={"precision": "bf16"})
         store = EvaluationStore(self.workspace.evaluations)
-        measurer = ModelMeasurer(model, store, suite, device=device or str(best_device()))
+        measurer = ModelMeasurer(model, store, suite, device=place.device or best_device())
         for name, num_answers in measurer.stored_answers(loaded).items():
             items = format_count(loaded.num_items(name), "item")
             if num_answers is None:
@@ -238,11 +230,13 @@ def plan_evaluate(
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, note=note)
+    opened = open_models(models, space, schedules, note=note)
+    for model in opened:
+        model.check_reads_text()
     return EvaluatePlan(
         settings=settings,
         workspace=space,
-        opened=tuple(opened),
+        opened=by_label(opened),
         log_samples=expand_user(log_samples).absolute() if log_samples else None,
         trust_remote_code=trust_remote_code,
     )
@@ -250,7 +244,6 @@ def plan_evaluate(
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names = model_labels(plan.opened)
     folder = plan.log_samples
     if folder is not None:
         try:
@@ -259,16 +252,16 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
             text = f"--log-samples: cannot make the folder {folder}: {error.strerror}"
             raise UserError(text) from None
     if prompts := plan.settings.evaluation.prompts:
-        for model in plan.opened:
+        for model in plan.opened.values():
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
     evaluations: dict[str, EvaluationResult] = {}
     keys: dict[str, EvaluationKeys] = {}
     shown_notes: set[str] = set()
-    for model, name in zip(plan.opened, names, strict=True):
-        output = folder and folder / name.replace("/", "__")
+    for label, model in plan.opened.items():
+        output = folder and folder / label.replace("/", "__")
         measured = _evaluate_model(model, plan, context, output, shown_notes)
-        evaluations[name] = measured.evaluation
-        keys[name] = measured.keys
+        evaluations[label] = measured.evaluation
+        keys[label] = measured.keys
     if tasks := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(tasks)} had other items for some of the models, "
@@ -312,10 +305,10 @@ def _evaluate_model(
     measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
-    if suite.precision and ModelMeasurer(model, store, suite).has_stored(loaded):
-        measured = measure("cpu", progress)
-    else:
-        measured = command_device(plan.settings.cluster, workspace.root)(measure, progress)
+    place = CPU
+    if not suite.precision or not ModelMeasurer(model, store, suite).has_stored(loaded):
+        place = command_place(plan.settings.cluster, workspace.root)
+    measured = place.run(measure, progress)
     evaluation = measured.evaluation
     config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
@@ -332,7 +325,7 @@ def _evaluate_model(
     context.log_measurement(
         TrackedRun.of(
             key=content_key("evaluation", measured.keys.tasks),
-            name=f"evaluate {model.name}: {', '.join(measured.keys.tasks)}"[:80],
+            name=f"evaluate {model.label}: {', '.join(measured.keys.tasks)}"[:80],
             kind="evaluation",
             params={**params, "num_items": evaluation.num_items},
             dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
@@ -380,7 +373,7 @@ def tokens_of_tasks(
     if not model.is_external:
         return tokens_folder_of(model.path, workspace)
     folder = newest_tokens(workspace)
-    note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
+    note(f"held-out tasks for {model.label} are made from the tokens {folder.name}")
     return folder
 
 

@@ -21,17 +21,17 @@ from iiet.decoder import Decoder
 from iiet.facts import facts_of
 from iiet.generation import does_not_fit
 from iiet.sampling import LogitsNotFinite
-from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
-from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
-from orchestrator.models import folder as model_folders
-from orchestrator.models import lookup
-from orchestrator.models.open import DTYPES, best_device, device_precision, load_model
-from orchestrator.models.tokenizer import Message, ModelTokenizer
+from orchestrator.models.folder import served_schedules
+from orchestrator.models.load import DTYPES, best_device, device_precision
+from orchestrator.models.lookup import Picked, picked_model
+from orchestrator.models.open import OpenedModel, open_model
+from orchestrator.models.tokenizer import Message
 from orchestrator.pipelines.context import open_context
-from orchestrator.pipelines.models import MANIFEST, local_model, plan_pick
+from orchestrator.pipelines.models import imported_model, plan_pick
 from orchestrator.planning.machine import check_device
+from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
@@ -116,57 +116,46 @@ def open_generator(
     context = open_context(workspace, progress)
     space = context.workspace
     note = context.progress.note
-    path = local_model(model, space, context.progress)
-    own = None
-    folder = None
-    if path is None:
-        folder, own = lookup.resolve_model(space, note=note)
-    elif measured := lookup.find_trial(space, path):
-        folder, own = measured
-    elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
-        if picked := lookup.picked_model(space, path.name):
-            folder, own = picked.model
-        elif (trial := plan_pick(path.name, workspace=space, allow_loss=True).model).checkpoint:
-            folder = Path(trial.checkpoint)
-            own = None if trial.schedule is None else IterationSchedule(trial.schedule)
-    if folder is None:
-        folder = lookup.find_model_folder(space, Path(str(path)), model_types={MODEL_TYPE})
-        if not _is_exported(folder):
-            folder = model_folders.resolve_checkpoint(folder)
-    wanted = lookup.parse_schedule(schedule, folder) or own
-    return TextGenerator(folder, wanted, drafting, device=device, note=note)
+    name = imported_model(model, space, context.progress)
+    chosen_schedule = None
+    if name is not None and _is_sweep(space, name):
+        chosen: Picked | Trial | None = picked_model(space, name.name)
+        if chosen is None:  # It was not picked from yet.
+            chosen = plan_pick(name.name, workspace=space, allow_loss=True).model
+        name = Path(str(chosen.checkpoint))
+        chosen_schedule = chosen.schedule
+    opened = open_model(name, space, schedule or chosen_schedule, folders="exports", note=note)
+    return TextGenerator(opened, drafting, device=device, note=note)
 
 
-def _is_exported(folder: Path) -> bool:
-    """Whether a folder is an export: of a plain model, its list of checksums tells."""
-    if model_folders.is_checkpoint(folder) or not (folder / CONFIG).is_file():
-        return False
-    is_ours = model_folders.read_config(folder).get("model_type") == MODEL_TYPE
-    return is_ours or (folder / MANIFEST).is_file()
+def _is_sweep(workspace: Workspace, name: Path) -> bool:
+    """Return whether a name is that of a sweep, and of no folder or run, which come first."""
+    is_other = name.exists() or (workspace.runs / name).exists()
+    return (workspace.sweeps / name).is_dir() and not is_other
 
 
 class TextGenerator:
-    """A model folder, under its own iteration schedule or another, with its tokenizer.
+    """A model that generates text, under its own iteration schedule or another.
 
     Raises:
-        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule.
+        UserError: If the model is damaged, or has no tokenizer, or the draft's schedule does not
+            fit it.
     """
 
     def __init__(
         self,
-        checkpoint: Path,
-        schedule: IterationSchedule | None = None,
+        model: OpenedModel,
         drafting: Drafting | None = None,
         *,
         device: str | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint = model.path
         self._note = note
-        self.text = ModelTokenizer(checkpoint)
+        self.text = model.tokenizer()
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
-        self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
+        self.decoder: Decoder = model.decoder(dtype, device=where)
         has_corrections = facts_of(self.decoder.config.method).has_corrections
         self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
         """Its iteration schedule, if it has one."""
@@ -175,14 +164,14 @@ class TextGenerator:
         """What drafts did, in all generations together; None: nothing is drafted."""
         if drafting is not None:
             self.record = DraftRecord()
-            text = drafting.draft
+            draft: Any = drafting.draft
+            if draft != "auto":
+                draft = model.with_schedule(draft, "--draft").schedule
             self._stream = partial(
                 Decoder.stream,
-                draft=text
-                if text == "auto"
-                else lookup.parse_schedule(text, checkpoint, "--draft"),
+                draft=draft,
                 draft_tokens=drafting.num_tokens,
-                family=model_folders.served_schedules(checkpoint),
+                family=served_schedules(model.path),
                 record=self.record,
             )
 

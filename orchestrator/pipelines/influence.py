@@ -20,13 +20,14 @@ from rich.console import RenderableType
 
 from iiet.facts import facts_of, metric_facts_of
 from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_over_cost
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import WorkPlace, command_place
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.labels import model_name
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.pipelines.models import local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
@@ -35,7 +36,6 @@ from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.world import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -176,7 +176,9 @@ def plan_influence(
             together.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, model, (progress or Progress()).note)
+    note = (progress or Progress()).note
+    opened = open_model(model, space, folders="none", with_corrections=True, note=note)
+    checkpoint = opened.path
     config = load_config(checkpoint)
     if facts_of(config.method).repeats_stack:
         raise UserError(
@@ -224,20 +226,20 @@ def plan_influence(
 
 
 def run_influence(
-    plan: InfluencePlan, context: Context, *, on_device: OnDevice | None = None
+    plan: InfluencePlan, context: Context, *, place: WorkPlace | None = None
 ) -> InfluenceResult:
     """Measure how much each correction of each layer matters; a stored table is read again.
 
     Args:
-        on_device: Runs the measurement (default: as the settings say).
+        place: Where it is measured; as the settings say when unset.
     """
     progress = context.progress
     started_ms = now_ms()
     table = plan.table
-    on_device = on_device or command_device(plan.cluster, context.workspace.root)
+    place = place or command_place(plan.cluster, context.workspace.root)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
     if table is None:
-        table = on_device(partial(_measure, plan), progress)
+        table = place.run(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"
@@ -256,7 +258,7 @@ def run_influence(
     context.log_measurement(
         TrackedRun.of(
             key=plan.key,
-            name=f"influence {table.metric} of {plan.checkpoint.parent.name}",
+            name=f"influence {table.metric} of {model_name(plan.checkpoint)}",
             kind="influence",
             params={
                 "metric": table.metric,
@@ -273,12 +275,12 @@ def run_influence(
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 
 
-measure_influence = in_one_call(plan_influence, run_influence, model=local_model)
+measure_influence = in_one_call(plan_influence, run_influence, model=imported_model)
 
 
 def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceTable:
     from iiet.influence import influence_table  # Both import PyTorch.
-    from orchestrator.models.open import load_model
+    from orchestrator.models.load import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
     batches = open_data(plan.tokens_folder).validation_batches(

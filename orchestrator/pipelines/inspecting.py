@@ -26,7 +26,7 @@ from orchestrator.models.folder import (
     weight_files,
 )
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import OpenedModel, open_models
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.price import Price
 from orchestrator.reporting.command_tables import price_rows
@@ -227,14 +227,12 @@ def inspect_model(
         UserError: If there is no such model, it is damaged, or the schedule does not fit it.
     """
     space = find_workspace(workspace)
-    paths = [Path(model)] if model is not None else []
-    schedules = [schedule] if schedule is not None else []
-    [opened] = open_models(space, paths, schedules, note=(progress or Progress()).note)
+    opened = open_model(model, space, schedule, note=(progress or Progress()).note)
     tensors = stored_tensors(opened.path)
     precision = precision_of(tensors)
     facts: dict[str, Any] = {
         "path": opened.path,
-        "name": opened.name,
+        "name": opened.label,
         "kind": opened.architecture,
         "is_native": opened.config is not None,
         "reason": opened.why_no_decoder,

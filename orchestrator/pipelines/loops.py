@@ -21,13 +21,12 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import newest_tokens
 from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
 from orchestrator.evaluation.looped import load_transformers, watched
-from orchestrator.models.lookup import find_model_folder
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
@@ -106,7 +105,7 @@ def plan_depths(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    for model in evaluation.opened:
+    for model in evaluation.opened.values():
         if model.config is None and model.loops is None:
             raise UserError(
                 f"{model.path} is a {model.architecture} model, whose cost is not known; a front "
@@ -115,7 +114,7 @@ def plan_depths(
     suite_values = settings.evaluation.model_dump(mode="json")
     if settings.evaluation.sequence_length is None:
         del suite_values["sequence_length"]  # What is off is absent, so that names are as before.
-    key = content_key([list(model.key) for model in evaluation.opened], suite_values)
+    key = content_key([list(model.key) for model in evaluation.opened.values()], suite_values)
     return DepthPlan(name=f"depth-{key[:8]}", evaluation=evaluation)
 
 
@@ -123,11 +122,10 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     """Evaluate models at each depth, and write a report with all of them on one front."""
     from orchestrator.reporting.report import write_sweep_report  # Imports vl-convert.
 
-    models = plan.evaluation.opened
     measured = run_evaluate(plan.evaluation, context)
     workspace = context.workspace
     trials = []
-    for model, label in zip(models, measured.evaluations, strict=True):
+    for label, model in plan.evaluation.opened.items():
         keys = measured.keys[label]
         key = content_key("loops", list(model.key), keys.tasks)
         architecture = None
@@ -164,14 +162,14 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     """Add what each model costs: exact counts, and milliseconds, which are measured once."""
     workspace = context.workspace
     cluster = plan.evaluation.settings.cluster
-    opened = plan.evaluation.opened
+    opened = plan.evaluation.opened.values()
     models = {trial.key: model for trial, model in zip(trials, opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
     costs = StoredTimes.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.evaluation.trust_remote_code)
-        by_name = command_device(cluster, workspace.root)(measure, context.progress)
+        by_name = command_place(cluster, workspace.root).run(measure, context.progress)
         costs = StoredTimes(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
@@ -266,7 +264,7 @@ def plan_loop_influence(
         UserError: If it is not such a model, or the workspace has no text.
     """
     space = find_workspace(workspace)
-    opened = open_model(find_model_folder(space, Path(model), model_types=None), schedule)
+    opened = open_model(model, space, schedule)
     if opened.loops is None:
         raise UserError(
             f"{opened.path} ({opened.architecture}) is no looped model of another project, and "
@@ -274,7 +272,7 @@ def plan_loop_influence(
         )
     return LoopInfluencePlan(
         opened=opened,
-        model=opened.name,
+        model=opened.label,
         tokens_folder=newest_tokens(space),
         num_tokens=settings.influence.num_tokens,
         trust_remote_code=trust_remote_code,
@@ -288,8 +286,8 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
     model = plan.opened
     _, depth = model.looped()
     context.progress.start("influence of loops", depth[0])
-    on_device = command_device(plan.cluster, context.workspace.root)
-    rows, num_tokens = on_device(partial(_measure_loops, plan), context.progress)
+    place = command_place(plan.cluster, context.workspace.root)
+    rows, num_tokens = place.run(partial(_measure_loops, plan), context.progress)
     notes: tuple[str, ...] = ()
     growing = [row["loop"] for before, row in pairwise(rows) if row["step"] >= before["step"]]
     if growing:
@@ -300,7 +298,7 @@ def run_loop_influence(plan: LoopInfluencePlan, context: Context) -> LoopInfluen
     context.progress.finish(f"{len(rows)} loops over {num_tokens:,} tokens")
     measured = TrackedRun.of(
         key=content_key("loops", list(model.key), num_tokens, plan.tokens_folder.name),
-        name=f"influence of the loops of {model.name}"[:80],
+        name=f"influence of the loops of {model.label}"[:80],
         kind="influence",
         params={**model.parameters(), "checkpoint": model.path},
         points=[(f"loops/{name}", row[name], row["loop"]) for row in rows for name in LOOP_NUMBERS],

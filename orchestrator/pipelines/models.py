@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +26,14 @@ from iiet.config import ModelConfig
 from iiet.cost import num_parameters
 from iiet.plain_models import MODEL_TYPES, is_plain, plain_form
 from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG
+from iiet.weights import CONFIG, LazyTensor
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.folder import StoredPrecision
-from orchestrator.models.hub import download, is_hub_name, model_folder_name
+from orchestrator.models.hub import download, is_hub_name
+from orchestrator.models.labels import model_name, name_with_owner
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
@@ -54,53 +55,45 @@ from orchestrator.workspace.layout import Workspace, find_checkpoints, find_work
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from iiet.decoder import Decoder
 
+EXPORTED_FILE_BYTES = 5 * 10**9
+"""Larger weights are exported to several files, each of this size at most."""
 CARD = "README.md"
-MANIFEST = "MANIFEST.sha256"
 
 
 # Import
 
 
-def local_model(
+def imported_model(
     model: Path | str | None,
     workspace: Workspace | Path | str | None,
     progress: Progress | None = None,
+    *,
+    also_folders: bool = False,
 ) -> Path | None:
-    """Return a model as the functions of `models.lookup` take it; None stays None.
+    """Return a model as `open_model` takes it, after its import if it has to be imported first.
 
-    `hub:OWNER/NAME` is downloaded and imported as the run `NAME`; the same import is found again.
+    `hub:OWNER/NAME` is imported as the run `NAME`; the same import is found again.
 
-    Raises:
-        UserError: As `import_model`.
-    """
-    if model and is_hub_name(model):
-        return import_model(model, workspace=workspace, progress=progress)
-    return Path(model) if model else None
-
-
-def local_checkpoint(
-    model: Path | str | None,
-    workspace: Workspace | Path | str | None,
-    progress: Progress | None = None,
-) -> Path | None:
-    """Return a model whose weights a training can start from; None stays None.
-
-    A model folder, or `hub:OWNER/NAME`, is imported; the same import is found again.
+    Args:
+        model: As a user names it; None stays None.
+        also_folders: Import also a model folder from elsewhere, to train from its weights.
 
     Raises:
         UserError: If there is no such model; and as `import_model`.
     """
-    if model is None or is_hub_name(model):
-        return local_model(model, workspace, progress)
-    space = find_workspace(workspace)
-    if lookup.find_trial(space, Path(model)):
-        return Path(model)
-    folder = lookup.find_model_folder(space, Path(model), model_types=None)
-    if folders.is_checkpoint(folder) or find_checkpoints(folder):
-        return Path(model)
-    return import_model(folder, workspace=workspace, progress=progress)
+    if model is None:
+        return None
+    if is_hub_name(model):
+        return import_model(model, workspace=workspace, progress=progress)
+    if also_folders:
+        opened = open_model(model, find_workspace(workspace), needs_weights=False)
+        if opened.is_external:
+            return import_model(opened.path, workspace=workspace, progress=progress)
+    return Path(model)
 
 
 def import_model(
@@ -136,7 +129,7 @@ def import_model(
     given = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
         found = _read_source(path, Path(scratch), with_tokenizer=given is None)
-        config, own = found.decoder.config, found.texts / folders.TOKENIZER
+        config, own = found.config, found.texts / folders.TOKENIZER
         file = given or (own if own.is_file() else None)
         if file is None:
             progress.note(
@@ -166,7 +159,7 @@ def import_model(
                 run,
                 0,
                 config=config,
-                weights=found.decoder.state_dict(),
+                weights=found.weights,
                 training_state={},
                 tokenizer_path=file,
                 text_files=tokenizers.text_files_of(
@@ -195,7 +188,9 @@ def import_model(
 class _Source(NamedTuple):
     """A model that is imported."""
 
-    decoder: Decoder
+    config: ModelConfig
+    weights: Mapping[str, Tensor | LazyTensor]
+    """Its weights in float32; those of a folder are read when they are written."""
     name: str
     run_name: str
     """Name of its run, unless another is given."""
@@ -211,22 +206,36 @@ class _Source(NamedTuple):
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
     from orchestrator.models.gguf import read_gguf  # Both import PyTorch.
-    from orchestrator.models.open import load_model
+    from orchestrator.models.stored_weights import open_weights
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)
-        return _Source(decoder, path.name, path.stem, file_key(path), scratch, "llama", "fp32")
+        return _Source(
+            config=decoder.config,
+            weights=decoder.state_dict(),
+            name=path.name,
+            run_name=path.stem,
+            key=file_key(path),
+            texts=scratch,
+            model_type="llama",
+            dtype="fp32",
+        )
     if find_checkpoints(path):
         path = folders.resolve_checkpoint(path)
     elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise UserError(f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}")
-    name = model_folder_name(path)
-    run_name = path.parent.name if path in find_checkpoints(path.parent) else Path(name).name
     model_type = folders.read_config(path).get("model_type")
+    config, weights = open_weights(path)
     return _Source(
-        load_model(path), name, run_name, folders.model_files_key(path), path,
-        model_type if model_type in MODEL_TYPES else None, folders.weights_precision(path),
-    )  # fmt: skip
+        config=config,
+        weights=weights,
+        name=name_with_owner(path),
+        run_name=model_name(path),
+        key=folders.model_files_key(path),
+        texts=path,
+        model_type=model_type if model_type in MODEL_TYPES else None,
+        dtype=folders.weights_precision(path),
+    )
 
 
 # Export
@@ -262,20 +271,21 @@ def export(
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
-    from orchestrator.models.gguf import write_gguf  # These import PyTorch.
-    from orchestrator.models.open import load_model, open_model
+    from orchestrator.models.gguf import write_gguf  # Imports PyTorch.
 
-    settings, context = settings or Settings(), open_context(workspace, progress)
+    settings = settings or Settings()
+    context = open_context(workspace, progress)
     note = context.progress.note
-    checkpoint, picked = lookup.resolve_model(
-        context.workspace, local_model(model, context.workspace, context.progress), note
-    )
-    wanted = lookup.parse_schedule(schedule, checkpoint) or picked
-    name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
-    decoder = load_model(checkpoint, schedule=wanted)
+    name = imported_model(model, context.workspace, context.progress)
+    opened = open_model(name, context.workspace, schedule, folders="none", note=note)
+    checkpoint = opened.path
+    decoder = opened.decoder(frozen=True)  # Mapped from its file.
+    default_name = model_name(checkpoint)
+    if opened.under:
+        default_name += f"-r{decoder.config.corrections}".replace(",", "")
     replaces = force or to is None  # The workspace's own folder is that of the run.
     if file_format == "gguf":
-        file = resolve_path(to) if to else context.workspace.exports / f"{name}.gguf"
+        file = resolve_path(to) if to else context.workspace.exports / f"{default_name}.gguf"
         if file.exists() and (file.is_dir() or not replaces):
             raise UserError(
                 f"{file} exists; name another file with --to, or replace a file with --force"
@@ -285,14 +295,15 @@ def export(
             write_gguf(temporary, decoder, checkpoint)
         context.progress.finish(f"{format_bytes(file.stat().st_size)} for llama.cpp")
         return file
-    folder = resolve_path(to) if to else context.workspace.exports / name
+    folder = resolve_path(to) if to else context.workspace.exports / default_name
     check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None
     if measure:
         from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate  # lm-eval's.
 
-        opened = (open_model(checkpoint, wanted),)
-        plan = EvaluatePlan(settings=settings, workspace=context.workspace, opened=opened)
+        plan = EvaluatePlan(
+            settings=settings, workspace=context.workspace, opened={opened.label: opened}
+        )
         try:
             (evaluation,) = run_evaluate(plan, context).evaluations.values()
         except (UserError, RunFailed) as error:
@@ -326,7 +337,8 @@ def export_checkpoint(
         checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
         folder: Created if missing; replaced if it is an earlier export of this model and nothing
             else. It gets its name when it is complete.
-        decoder: The model; its own schedule becomes the default. It gets the type `dtype`.
+        decoder: The model; its own schedule becomes the default. Its weights are written one after
+            the other, so they may be mapped from the checkpoint.
         card: Text of `README.md`.
         dtype: Type of the weights; when unset, that of the files that the checkpoint was imported
             from.
@@ -338,7 +350,7 @@ def export_checkpoint(
             method cannot be copied.
     """
     from iiet.exporting import export
-    from orchestrator.models.open import STORED_DTYPES
+    from orchestrator.models.load import STORED_DTYPES
 
     progress = progress or Progress()
     model = None if replaces else (checkpoint, decoder.config)
@@ -354,12 +366,6 @@ def export_checkpoint(
         imported = folders.load_provenance(checkpoint).get("imported", {})
     source_dtype = imported.get("dtype", "fp32")
     dtype = dtype or source_dtype
-    decoder = decoder.to(STORED_DTYPES[dtype])
-    if not all(weights.isfinite().all() for weights in decoder.parameters()):
-        raise UserError(
-            f"--dtype {dtype} cannot hold some weights of this model, which are too large for it; "
-            "take bf16 or fp32"
-        )
     card = replace(card, dtype=dtype, is_rounded=dtype not in ("fp32", source_dtype))
     if folders.GENERATION_CONFIG in text_files:
         values = json.loads(text_files[folders.GENERATION_CONFIG])
@@ -375,13 +381,19 @@ def export_checkpoint(
                 token_ids=token_ids,
                 text_files=text_files or None,
                 model_type=imported.get("model_type"),
+                dtype=STORED_DTYPES[dtype],
+                max_file_bytes=EXPORTED_FILE_BYTES,
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
-            write_text(temporary / MANIFEST, "".join(lines))
+            write_text(temporary / folders.MANIFEST, "".join(lines))
             check_target(folder, model)  # Again: another process may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
+    except OverflowError as error:
+        raise UserError(
+            f"--dtype {dtype} cannot hold some weights of this model ({error}); take bf16 or fp32"
+        ) from None
     except ValueError as error:  # The source of another package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -408,7 +420,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
         ) from None
     digests = {}
     with suppress(OSError, UnicodeDecodeError):
-        for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines():
+        for line in (folder / folders.MANIFEST).read_text(encoding="utf-8").splitlines():
             digest, _, name = line.partition("  ")
             digests[name] = digest
     if CONFIG not in digests:
@@ -416,7 +428,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     others = [
         path.name
         for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        if path.name != folders.MANIFEST
         and not (path.is_file() and file_digest(path) == digests.get(path.name))
     ]
     if others:
@@ -474,7 +486,7 @@ def model_card(
         except UserError:  # It reads symbols alone.
             prompt = "".join(tokenizer.symbols[:2])
     return ModelCard(
-        name=f"{config.method} {checkpoint.parent.name}",
+        name=f"{config.method} {model_name(checkpoint)}",
         config=config,
         provenance={**provenance, "weights": folders.weights_key(checkpoint)},
         evaluation=evaluation,
@@ -640,17 +652,15 @@ def _refuse_loss(label: str, losses: Sequence[Loss]) -> None:
 
 def run_pick(plan: PickResult, context: Context) -> PickResult:
     """Choose a model from a sweep's front; export and register it."""
-    from orchestrator.models.open import load_model  # Imports PyTorch.
-    from orchestrator.reporting.mlflow_report import run_name  # Imports vl-convert.
     from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace
     model = trial_model(result)
     if result.checkpoint is None or model is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name} to export")
-    checkpoint = folders.resolve_checkpoint(Path(result.checkpoint))
-    schedule = None if result.schedule is None else IterationSchedule(result.schedule)
-    decoder = load_model(checkpoint, schedule=schedule)
+    opened = open_model(result.checkpoint, schedule=result.schedule)
+    checkpoint = opened.path
+    decoder = opened.decoder(frozen=True)  # Mapped from its file.
     evaluation = results.load_item_values(workspace, [result]).get(result.key)
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."
@@ -669,7 +679,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     axes = (plan.axes.cost, plan.axes.quality)
     tags |= {axis: f"{result.value(axis):.6g}" for axis in axes}
     run = context.tracking.stored(result.role, result.key, sweep.key) or TrackedRun(
-        key=result.key, kind=result.role, name=run_name(result), parent=sweep.key
+        key=result.key, kind=result.role, name=result.run_name, parent=sweep.key
     )
     context.tracking.publish(run)
     registered = RegisteredModel(

@@ -21,20 +21,15 @@ from rich.console import RenderableType
 
 from iiet.cost import inference_cost
 from iiet.plain_models import MODEL_TYPES
-from orchestrator.cluster.task import command_device
+from orchestrator.cluster.work import command_place
 from orchestrator.evaluation.serving import (
     check_server_installed,
     measure_served,
     transformers_server,
 )
 from orchestrator.models.folder import read_config
-from orchestrator.models.open import (
-    DTYPES,
-    OpenedModel,
-    device_precision,
-    model_labels,
-    open_models,
-)
+from orchestrator.models.load import DTYPES, device_precision
+from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.pipelines.benchmarking import USUAL_NEW_TOKENS, family_of
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import export_checkpoint
@@ -67,7 +62,7 @@ class ServingPlan(Result):
     """Models, each under its schedule, and the requests that they are measured with."""
 
     opened: dict[str, OpenedModel] = Field(exclude=True)
-    """By the names of the result."""
+    """By the labels of the result."""
     cluster: ClusterSettings = Field(exclude=True)
     conditions: ServingConditions
     """The requests."""
@@ -162,7 +157,7 @@ def plan_serving(
         new_tokens: Tokens of an answer; 32, or fewer if no more fit, when unset.
         num_threads: Threads of the server on a CPU.
         port: Where the server listens; a free port when unset.
-        cluster: Where they are measured; see `command_device`.
+        cluster: Where they are measured; see `command_place`.
         trust_remote_code: Whether code in a folder from elsewhere may run.
 
     Raises:
@@ -174,7 +169,7 @@ def plan_serving(
         check_port(port)
     space = find_workspace(workspace)
     note = (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, note=note)
+    opened = open_models(models, space, schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
     for model in opened:
@@ -185,11 +180,11 @@ def plan_serving(
     new_tokens = new_tokens or max(1, min(USUAL_NEW_TOKENS, length - prompt_tokens))
     if prompt_tokens + new_tokens > length:
         raise UserError(
-            f"benchmark: {shortest.name} reads {length} tokens, not the {prompt_tokens} + "
+            f"benchmark: {shortest.label} reads {length} tokens, not the {prompt_tokens} + "
             f"{new_tokens} of prompt and new tokens; lower --contexts or --new-tokens"
         )
     return ServingPlan(
-        opened=dict(zip(model_labels(opened), opened, strict=True)),
+        opened=by_label(opened),
         cluster=cluster or ClusterSettings(),
         conditions=ServingConditions(
             at_once=tuple(at_once) or USUAL_AT_ONCE,
@@ -206,8 +201,8 @@ def plan_serving(
 def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
     if model.loops and model.depth != model.loops.default_depth:
         raise UserError(
-            f"--schedule: transformers' server runs {model.name} at the depth of its folder alone; "
-            "leave --schedule out"
+            f"--schedule: transformers' server runs {model.label} at the depth of its folder "
+            "alone; leave --schedule out"
         )
     if model.config is None and "auto_map" in read_config(model.path) and not trust_remote_code:
         raise UserError(
@@ -219,12 +214,12 @@ def _check_is_served(model: OpenedModel, *, trust_remote_code: bool) -> None:
 
 def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
     """Measure models in transformers' server: tokens per second, latency, keys and values."""
-    on_device = command_device(plan.cluster, context.workspace.root)
+    place = command_place(plan.cluster, context.workspace.root)
     started_ms = now_ms()
     log = context.workspace.logs / LOG_NAME
     context.progress.start("serve")  # Models take their time to load.
     try:
-        costs, device, dtype = on_device(partial(_measure, plan, log), context.progress)
+        costs, device, dtype = place.run(partial(_measure, plan, log), context.progress)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the server has ended, and nothing was stored") from None
     server = f"transformers {installed_version('transformers')}"
@@ -255,7 +250,7 @@ def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
         context.log_measurement(
             TrackedRun.of(
                 key=content_key("served", list(model.key), key),
-                name=f"served {model.name}"[:80],
+                name=f"served {model.label}"[:80],
                 kind="benchmark",
                 params={
                     **model.parameters(),
@@ -353,7 +348,7 @@ def _served_folder(model: OpenedModel, folder: Path, precision: Precision) -> Pa
     if model.is_external and (model.config is None or is_plain):
         return model.path
     decoder = model.decoder()
-    card = ModelCard(name=model.name, config=decoder.config)
+    card = ModelCard(name=model.label, config=decoder.config)
     return export_checkpoint(model.path, folder, decoder=decoder, card=card, dtype=precision)
 
 

@@ -23,7 +23,8 @@ from pydantic import Field
 
 from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
-from orchestrator.cluster.task import joined_cluster, trial_device
+from orchestrator.cluster.task import joined_cluster, shard_runner
+from orchestrator.cluster.work import sweep_place
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -31,10 +32,10 @@ from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_checkpoint, local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.pipelines.training import (
     UNPREPARED,
     TrainingPlan,
@@ -431,7 +432,9 @@ def plan_sweep(
     source = None
     if teacher is not None:
         name_or_path = None if str(teacher) == NEWEST else teacher
-        checkpoint = resolve_teacher(space, name_or_path, (progress or Progress()).note)
+        note = (progress or Progress()).note
+        model = open_model(name_or_path, space, folders="none", with_corrections=True, note=note)
+        checkpoint = model.path
     elif settings.training.source is not None:
         source = find_source(space, settings.training.source)
         prepared = find_prepared(settings.data, space.tokens)
@@ -716,7 +719,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     workspace = plan.workspace
     progress = context.progress
     if plan.source is not None and not plan.source.is_checkpoint:
-        imported = local_checkpoint(plan.settings.training.source, workspace, progress)
+        imported = imported_model(
+            plan.settings.training.source, workspace, progress, also_folders=True
+        )
         plan = plan_sweep(with_source(plan.settings, imported), workspace=workspace, name=plan.name)
         plan.check()
     settings = plan.settings
@@ -734,7 +739,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         # The data. What follows from it is planned now, if it did not exist before.
         check_sweep(settings, progress)
         if plan.teacher is None:
-            tokens = prepare_tokens(settings.data, workspace, progress)
+            tokens = prepare_tokens(
+                settings.data, workspace, progress, open_runner=shard_runner(settings.cluster)
+            )
             if str(tokens) != plan.trials.tokens_folder:
                 with offline(DRY_RUN):
                     plan = _plan_from_tokens(plan, tokens)
@@ -776,9 +783,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             # Stage 2: the influence of the teachers.
             if not plan.influence:
                 plan = plan.changed(influence=_plan_measurements(plan, teachers))
-            on_device = trial_device(settings, workspace.root)
+            place = sweep_place(settings, workspace.root)
             tables = {
-                label: run_influence(measurement, context, on_device=on_device).table
+                label: run_influence(measurement, context, place=place).table
                 for label, measurement in plan.influence.items()
             }
 
@@ -807,7 +814,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                 return _report_of(plan, sweep_results, context, failures)
 
 
-sweep = in_one_call(plan_sweep, run_sweep, teacher=local_model)
+sweep = in_one_call(plan_sweep, run_sweep, teacher=imported_model)
 
 
 def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:

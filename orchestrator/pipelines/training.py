@@ -20,7 +20,7 @@ from pydantic import Field, field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
-from orchestrator.cluster.task import job_runner, joined_cluster
+from orchestrator.cluster.task import job_runner, joined_cluster, shard_runner
 from orchestrator.data.preparation import (
     ExpectedTokens,
     expected_tokens,
@@ -30,10 +30,10 @@ from orchestrator.data.preparation import (
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
-from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
-from orchestrator.pipelines.models import local_checkpoint, local_model
+from orchestrator.pipelines.models import imported_model
 from orchestrator.planning.devices import run_devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
@@ -83,13 +83,23 @@ def prepare(
     """Return the folder of prepared tokens; tokens that exist are verified by their checksums.
 
     Args:
-        settings: Section `data`.
+        settings: Section `data`; `cluster.address` names a cluster whose nodes share the work.
 
     Raises:
-        UserError: If the source is missing, empty or unreadable, or stored tokens are damaged.
+        UserError: If the source is missing, empty or unreadable, stored tokens are damaged, or the
+            cluster cannot be joined.
     """
     context = open_context(workspace, progress)
-    return prepare_tokens(settings.data, context.workspace, context.progress, verify=True)
+    space = context.workspace
+    cluster = settings.cluster
+    with joined_cluster(cluster, space.root, lambda _: None, context.progress):
+        return prepare_tokens(
+            settings.data,
+            space,
+            context.progress,
+            verify=True,
+            open_runner=shard_runner(cluster),
+        )
 
 
 class TrainingPlan(Result):
@@ -502,7 +512,12 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
         if not plan.is_continued:
-            tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+            tokens = prepare_tokens(
+                settings.data,
+                context.workspace,
+                context.progress,
+                open_runner=None if plan.local else shard_runner(cluster),
+            )
             if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
                 plan = plan_models(
                     plan.models,
@@ -519,7 +534,7 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
 
 # Typed loosely, because it takes `progress` beside what the plan takes.
 pretrain: Callable[..., PretrainResult] = in_one_call(
-    plan_pretrain, run_pretrain, source=local_checkpoint
+    plan_pretrain, run_pretrain, source=partial(imported_model, also_folders=True)
 )
 
 
@@ -568,7 +583,9 @@ def plan_distill(
             "or --schedule 2,1,1,0,0,0; or --drop-layers N leaves out whole layers"
         )
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, teacher, (progress or Progress()).note)
+    note = (progress or Progress()).note
+    model = open_model(teacher, space, folders="none", with_corrections=True, note=note)
+    checkpoint = model.path
     if drop_layers is not None:
         num_layers = load_config(checkpoint).num_layers
         if not 1 <= drop_layers < num_layers:
@@ -686,7 +703,7 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     return StudentsResult(students=students)
 
 
-distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
+distill_all = in_one_call(plan_distill, run_distill, teacher=imported_model)
 
 
 def distill(

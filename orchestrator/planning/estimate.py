@@ -215,7 +215,10 @@ class Estimate:
             trained=self.recipe.trained_layers,
             forms=self.forms,
         )
-        if not devices.on_gpus:
+        if not devices.on_gpus and devices.num_shards > 1:
+            # Each worker copies its rows, and makes a file of them before it is written.
+            parts["a copy for the checkpoint"] = 2 * (self.checkpoint_bytes // devices.num_shards)
+        elif not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
             parts["a copy for the checkpoint"] = self.checkpoint_bytes // devices.num_workers
         kept_free = int(parts["activations"] * (ALLOCATOR_FACTOR - 1))
@@ -239,11 +242,13 @@ class Estimate:
 
     @property
     def bytes_in_writing(self) -> int:
-        """Bytes of one more checkpoint, which is written before an old one is deleted.
+        """Bytes on the disk while a checkpoint is written, beside those that are kept.
 
-        0 if the training writes no more checkpoints than it keeps.
+        It is complete before an old one is deleted, if the training writes more than it keeps. The
+        rows of a sharded model are deleted when its whole weights are written.
         """
-        return self.checkpoint_bytes if self._most_checkpoints > self._num_kept else 0
+        rows = WEIGHT_BYTES * cost.num_parameters(self.config) * (self.devices.num_shards > 1)
+        return rows + (self.checkpoint_bytes if self._most_checkpoints > self._num_kept else 0)
 
     @property
     def _has_stable_part(self) -> bool:

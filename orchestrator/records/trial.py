@@ -146,6 +146,12 @@ class Trial(Record):
         return self.label or " ".join(part for part in (self.method, self.schedule_text) if part)
 
     @property
+    def run_name(self) -> str:
+        """Name of its MLflow run, which tells several teachers apart by their schedules."""
+        is_teacher = self.role == "teacher" and self.schedule
+        return f"{self.name} {self.schedule_text}" if is_teacher else self.name
+
+    @property
     def threshold_text(self) -> str:
         """Thresholds that give this schedule: `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
         above = self.threshold_above

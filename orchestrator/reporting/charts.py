@@ -198,6 +198,7 @@ def front_chart(
     fronts: Sequence[Front] = (),
     title: str = "",
     mark_paper: bool = False,
+    height: int = HEIGHT,
 ) -> Spec:
     """Return the chart of a front; the trials of each sweep have a color and a shape.
 
@@ -209,6 +210,7 @@ def front_chart(
         title: Title of the picture.
         mark_paper: Mark the paper's headline, scaled to the full model, if the quality is an
             accuracy; on costs that vanilla of the same shape is known to have.
+        height: In pixels; names are placed for it.
 
     Raises:
         ValueError: If the front has no point.
@@ -322,7 +324,7 @@ def front_chart(
         "place": place,
     }
     chart = {
-        "data": {"values": _front_data(front, fronts, rows, paper)},
+        "data": {"values": _front_data(front, fronts, rows, paper, height)},
         "transform": [
             {"calculate": "datum[cost]", "as": "x"},
             {"calculate": "datum[quality]", "as": "y"},
@@ -334,7 +336,7 @@ def front_chart(
         "layer": layers,
         "resolve": {"axis": {"x": "independent", "y": "independent"}},
         "width": WIDTH,
-        "height": HEIGHT,
+        "height": height,
     }
     return chart_spec(chart, title={"text": title, "subtitle": LEGEND} if title else "")
 
@@ -422,6 +424,7 @@ def _front_data(
     fronts: Sequence[Front],
     rows: Sequence[Row],
     paper: Sequence[tuple[float, float] | None],
+    height: int,
 ) -> list[Row]:
     """Return the rows that are drawn.
 
@@ -451,7 +454,7 @@ def _front_data(
         for row in sorted(beside_front, key=lambda row: row["role"] != "teacher"):
             names[row["key"]] = labels[row["key"]]
         for width in NAME_WIDTHS:
-            places = place_names(placed, names, width, paper[pair])
+            places = place_names(placed, names, (width, height), paper[pair])
             for key, marks_of_model in marks.items():
                 marks_of_model["places"].append(places.get(key, -1))
     groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
@@ -471,7 +474,10 @@ def _front_data(
 
 
 def place_names(
-    placed: Front, names: Mapping[str, str], width: float, mark: tuple[float, float] | None = None
+    placed: Front,
+    names: Mapping[str, str],
+    size: tuple[float, float],
+    mark: tuple[float, float] | None = None,
 ) -> dict[str, int]:
     """Return key of a model -> the place of its name in `NAME_PLACES`, where nothing is covered.
 
@@ -480,7 +486,7 @@ def place_names(
     Args:
         placed: The models on their axes.
         names: Key -> name, of those that have one.
-        width: Of the chart, in pixels.
+        size: Width and height of the chart, in pixels.
         mark: A point that is no model.
     """
     rows = [row for row in placed.rows if math.isfinite(row["cost"] + row["quality"])]
@@ -489,10 +495,11 @@ def place_names(
     points = [(row["cost"], row["quality"], known(row, "error") or 0.0) for row in rows]
     costs, qualities, errors = np.array([*points, *([(*mark, 0.0)] if mark else [])]).T
 
-    # What a name must not cover: the marks of models, their bars, and what lies outside.
+    # What a name must not cover: models, their bars, the line of the front, and what lies outside.
     ends = np.stack([qualities - errors, qualities + errors])
     # Pixels count from the top, and a better quality stands higher.
-    lowest = HEIGHT - PADDING_Y
+    width, height = size
+    lowest = height - PADDING_Y
     highest = PADDING_Y
     edges = (lowest, highest) if placed.axes.higher_is_better else (highest, lowest)
     x = _pixels(costs, costs, (PADDING_X, width - PADDING_X))
@@ -500,26 +507,28 @@ def place_names(
     ends_of_bars = np.sort([_pixels(values, ends, edges) for values in ends], axis=0)
     circles = _boxes(x - 7, y - 7, x + 7, y + 7)
     bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(rows)]
-    inside = _boxes(2, 2, width - 2, HEIGHT - 2)
+    inside = _boxes(2, 2, width - 2, height - 2)
+    number_of = {row["key"]: number for number, row in enumerate(rows)}
+    corners = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
+    line = _step_boxes(x[corners], y[corners], x[: len(rows)].max())
 
     # The boxes of a name at all places, relative to its model: left of it stands a share of it.
     share_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
     shares = np.array([share_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
     right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
-    number_of = {row["key"]: number for number, row in enumerate(rows)}
     taken = np.empty((0, 4))
     place_by_key: dict[str, int] = {}
     for key, name in names.items():
         if key not in number_of:
             continue
         number = number_of[key]
-        size = LETTER_WIDTH * len(name)
-        left = x[number] + right - shares * size
+        length = LETTER_WIDTH * len(name)
+        left = x[number] + right - shares * length
         middle = y[number] + down
-        boxes = _boxes(left, middle - LINE_HEIGHT / 2, left + size, middle + LINE_HEIGHT / 2)
+        boxes = _boxes(left, middle - LINE_HEIGHT / 2, left + length, middle + LINE_HEIGHT / 2)
         # Pixels of each place that another name has, or that lie outside.
-        lost = _covered(boxes, taken) + size * LINE_HEIGHT - _covered(boxes, inside)
-        covered = 10 * _covered(boxes, circles) + _covered(boxes, bars)
+        lost = _covered(boxes, taken) + length * LINE_HEIGHT - _covered(boxes, inside)
+        covered = 10 * _covered(boxes, circles) + _covered(boxes, bars) + _covered(boxes, line)
         best = int(np.argmin(np.where(lost < 1, covered, np.inf)))
         if lost[best] < 1:
             place_by_key[key] = best
@@ -533,6 +542,16 @@ def _pixels(values: Any, range_of: Any, edges: tuple[float, float]) -> Any:
     most = range_of.max()
     share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
     return edges[0] + (edges[1] - edges[0]) * share
+
+
+def _step_boxes(x: Any, y: Any, end: float) -> Any:
+    """Return the boxes of a line of steps: each height lasts until the next point, or the end."""
+    ends = np.append(x[1:], end)
+    flat = _boxes(x, y - 1, ends, y + 1)
+    steep = _boxes(
+        ends[:-1] - 1, np.minimum(y[:-1], y[1:]), ends[:-1] + 1, np.maximum(y[:-1], y[1:])
+    )
+    return np.concatenate([flat, steep])
 
 
 def _boxes(left: Any, top: Any, right: Any, bottom: Any) -> Any:

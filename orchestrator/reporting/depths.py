@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestrator.models.labels import unique_labels
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import DepthPoint, depth_chart
 from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.tables import cost_text, quality_text
 from orchestrator.terminal.render import shortest_schedule
-from orchestrator.workspace.layout import CHECKPOINT_NAME
 
 DEPTHS_TITLE = "Quality by depth"
 DEPTH_CURVE = "depth-curve"
@@ -31,7 +31,8 @@ def depth_section(front: Front) -> Section | None:
         return None
     points: list[DepthPoint] = []
     cells: list[TableRow] = []
-    for name, rows in zip(_names([*rows_of]), rows_of.values(), strict=True):
+    names = unique_labels([(Path(checkpoint), "") for checkpoint in rows_of])
+    for name, rows in zip(names, rows_of.values(), strict=True):
         for row in rows:
             depth = _depth_text(row["trial"])
             points.append(
@@ -62,18 +63,6 @@ def depth_section(front: Front) -> Section | None:
         picture=DEPTH_CURVE,
         tables=[Table(columns, cells)],
     )
-
-
-def _names(checkpoints: list[str]) -> list[str]:
-    """Return a name for each model: that of its run or folder, where it is unique."""
-    names = []
-    for checkpoint in map(Path, checkpoints):
-        is_in_run = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-        names.append(checkpoint.parent.name if is_in_run else checkpoint.name)
-    return [
-        name if names.count(name) == 1 else "/".join(Path(checkpoint).parts[-2:])
-        for name, checkpoint in zip(names, checkpoints, strict=True)
-    ]
 
 
 def _depth_text(trial: Trial) -> str:

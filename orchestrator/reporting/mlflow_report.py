@@ -191,7 +191,7 @@ def trial_run(
     return TrackedRun(
         key=result.key,
         kind=result.role,
-        name=run_name(result),
+        name=result.run_name,
         parent=sweep_key,
         folder=result.folder,
         journal=str(journal) if journal else None,
@@ -214,12 +214,6 @@ def trial_run(
         started_ms=started_ms,
         ended_ms=ended_ms,
     )
-
-
-def run_name(result: Trial) -> str:
-    """Return the name of a trial's run, which tells several teachers apart by their schedules."""
-    is_teacher = result.role == "teacher" and result.schedule
-    return f"{result.name} {result.schedule_text}" if is_teacher else result.name
 
 
 def report_changes(report: ReportResult, time_ms: int) -> dict[str, Any]:

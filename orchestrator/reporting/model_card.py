@@ -25,7 +25,7 @@ OMITTED_PROVENANCE = (
     "checksums", "environment", "recipe", "distillation", "imported", "elastic",
 )  # fmt: skip
 """Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
-REQUIREMENTS = ("torch>=2.8", "transformers>=5.24,<6")
+REQUIREMENTS = ("torch>=2.9", "transformers>=5.24,<6")
 """Packages that the code of an exported folder needs."""
 
 

@@ -221,7 +221,7 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
                 "trial": trial,
                 "seeds": tuple(seeds),
                 "name": trial.name,
-                "label": shown_name(trial),
+                "label": trial.name,
                 "role": trial.role,
                 "method": trial.method,
                 "num_layers": trial.facts.num_layers,
@@ -306,13 +306,6 @@ def teachers_of(table: DataFrame) -> dict[str, str]:
         if teacher:
             teachers[key] = teacher
     return teachers
-
-
-def shown_name(trial: Trial) -> str:
-    """Return a model's label, or its schedule where the label says no more."""
-    if trial.label and trial.label != trial.schedule_text:
-        return trial.label
-    return trial.schedule_text or trial.name
 
 
 def lowest_seed(seeds: Sequence[Trial]) -> Trial:

@@ -26,7 +26,7 @@ class ClusterSettings(Section):
     address: str | None = None
     """Ray cluster to join: `HOST:PORT` of its head node, `auto` for one that this machine is part
     of, or `local` to start a Ray for this command only (default: `RAY_ADDRESS`, else `local`)."""
-    env: tuple[str, ...] = ("NCCL_*", "HF_TOKEN", "AWS_*")
+    env: tuple[str, ...] = ("NCCL_*", "GLOO_*", "HF_TOKEN", "AWS_*")
     """Environment variables that all processes of a joined cluster get from the command's own:
     names, or patterns such as `AWS_*`. `NAME=value` sets a value, and on this machine, too. Keys
     and tokens are given by name only: settings are stored with every run, their values are not."""

@@ -117,8 +117,14 @@ def changed_values(section: Section, default: Any = DEFAULTS) -> dict[str, Any]:
         usual = getattr(default, name, None)
         if part == usual:
             continue
-        changed[name] = changed_values(part, usual) if isinstance(part, Section) else value
+        is_section = isinstance(part, Section)
+        changed[name] = changed_values(part, _inner_defaults(part, usual)) if is_section else value
     return changed
+
+
+def _inner_defaults(section: Section, usual: Section | None) -> Section:
+    """Return the defaults of a section's settings: its own if the section is off by default."""
+    return type(section).model_construct() if usual is None else usual
 
 
 def _lines(
@@ -141,14 +147,19 @@ def _lines(
         value = getattr(section, name)
         usual = getattr(default, name, None)
         key = prefix + name
-        is_marked = not (explain or value == usual or isinstance(usual, Section))
+        is_usual = value == usual
+        has_default = hasattr(default, name)
+        is_marked = has_default and not (explain or is_usual or isinstance(usual, Section))
         mark = f"  # default: {_flow(usual)}" if is_marked else ""
         if isinstance(value, Section):
-            if inner := [*_lines(value, usual, choose, f"{key}.", explain=explain)]:
+            usual_inside = _inner_defaults(value, usual)
+            if inner := [*_lines(value, usual_inside, choose, f"{key}.", explain=explain)]:
                 yield f"{indent}{name}:{mark}\n"
                 yield from inner
                 yield "\n" if explain and not depth else ""
-        elif choose(key, value == usual):
+            elif not is_usual and choose(key, is_usual):
+                yield f"{indent}{name}: {{}}{mark}\n"
+        elif choose(key, is_usual):
             words = " ".join((field.description or "").split()) if explain else ""
             lines = textwrap.wrap(words, COMMENT_WIDTH - len(indent))
             yield from (f"{indent}# {line}\n" for line in lines)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from iiet.config import ModelConfig
-from orchestrator.cluster.task import trial_device
+from orchestrator.cluster.work import sweep_place
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.record import Record
@@ -58,7 +58,7 @@ def with_costs(
     if again or times is None or times.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
-        by_shape = trial_device(settings, folder)(partial(_time, models), progress)
+        by_shape = sweep_place(settings, folder).run(partial(_time, models), progress)
         times = StoredTimes(state=state, by_name=by_shape)
         times.write(path)
     return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]

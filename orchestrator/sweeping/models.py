@@ -22,7 +22,8 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import reads_tokens, sequence_length
 from orchestrator.evaluation.tasks import check_task_names, lm_eval_task_fingerprints
 from orchestrator.models.folder import load_config
-from orchestrator.models.lookup import resolve_model
+from orchestrator.models.labels import model_name, seed_label, trained_label
+from orchestrator.models.open import open_model
 from orchestrator.planning.machine import Resources, check_available, check_run_resources
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import (
@@ -38,7 +39,7 @@ from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
 from orchestrator.terminal.metrics import COSTS, METRICS
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_count, join_names
+from orchestrator.terminal.render import join_names
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
@@ -54,35 +55,6 @@ def has_counts(method: str) -> bool:
     """Return whether a sweep trains models of a method with several counts of corrections; one that
     has levels is trained at its full level."""
     return facts_of(method).has_corrections and facts_of(method).full_level is None
-
-
-def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
-    """Return the name of a model in tables: `vanilla`, `r = 3` for the default method, else
-    `other, r = 3`, below its full level `pcformer, level 0`; with a number of layers `vanilla, 8
-    layers`.
-    """
-    parts = [method] if method != DEFAULT_METHOD else []
-    if isinstance(corrections, tuple):
-        corrections = ",".join(map(str, corrections))
-    full = facts_of(method).full_level
-    if has_counts(method):
-        parts.append(f"r = {corrections}")
-    elif full is not None and corrections not in (None, full):
-        parts.append(f"level {corrections}")
-    if num_layers is not None:
-        parts.append(format_count(num_layers, "layer"))
-    return ", ".join(parts)
-
-
-def seed_label(group: str, seed: int) -> str:
-    """Return the label of one seed of a model."""
-    return f"{group}, seed {seed}"
-
-
-def group_of(label: str, seed: int) -> str | None:
-    """Return the label of a model without its seed; None if the label does not name the seed."""
-    ending = seed_label("", seed)
-    return label.removesuffix(ending) if label.endswith(ending) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +74,12 @@ class ModelVariant:
     @property
     def name(self) -> str:
         """Name of the model: `vanilla`, `r = 3`, `vanilla, 8 layers`."""
-        return model_label(self.method, self.corrections, self.num_layers)
+        return trained_label(self.method, self.corrections, self.num_layers)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Names by which the settings may mean this model, the most specific one first."""
-        return self.name, model_label(self.method, self.corrections), self.method
+        return self.name, trained_label(self.method, self.corrections), self.method
 
     @property
     def group(self) -> str:
@@ -296,7 +268,7 @@ def named_baselines(
     baselines: dict[str, Path] = {}
     for name in settings.sweep.baseline_runs:
         try:
-            checkpoint, _ = resolve_model(workspace, name)
+            checkpoint = open_model(name, workspace, folders="none").path
             config = load_config(checkpoint)
         except UserError as error:
             raise type(error)(f"sweep.baseline_runs: {error}") from None
@@ -310,9 +282,9 @@ def named_baselines(
         counts = tuple(config.corrections)
         is_uniform = len(set(counts)) == 1
         num_layers = None if config.num_layers == usual_layers else config.num_layers
-        label = model_label(config.method, counts[0] if is_uniform else counts, num_layers)
+        label = trained_label(config.method, counts[0] if is_uniform else counts, num_layers)
         if label in taken:
-            label = f"{label} ({checkpoint.parent.name})"
+            label = f"{label} ({model_name(checkpoint)})"
         taken.add(label)
         baselines[label] = checkpoint
     return baselines

@@ -28,6 +28,7 @@ from orchestrator.evaluation.tasks import (
     tasks_beside,
 )
 from orchestrator.models.folder import load_config, text_files_key
+from orchestrator.models.labels import group_of
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
@@ -45,7 +46,6 @@ from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
     baseline_models,
     check_teacher,
-    group_of,
     has_counts,
     settings_of,
     swept_variants,

@@ -27,6 +27,7 @@ from iiet.pruning import (
 )
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
+from orchestrator.models.labels import seed_label
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
@@ -38,7 +39,7 @@ from orchestrator.settings import (
     SweepSettings,
     TrainingSettings,
 )
-from orchestrator.sweeping.models import STUDENTS_SECTION, schedule_cost, seed_label
+from orchestrator.sweeping.models import STUDENTS_SECTION, schedule_cost
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family

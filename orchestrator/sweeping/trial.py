@@ -10,12 +10,14 @@ no result, so a sweep without ASHA, or with another rule, trains it to its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.cluster.work import CPU, WorkPlace
 from orchestrator.evaluation.measuring import ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite
@@ -24,11 +26,12 @@ from orchestrator.models.open import open_model
 from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
+from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import stop_requested, stop_when
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
@@ -43,6 +46,10 @@ class Place(Protocol):
     def device(self) -> str:
         """Device of this process."""
 
+    @property
+    def measured_at(self) -> WorkPlace:
+        """Where the trial is measured: on one of its devices."""
+
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Report a validation loss; returns when it is decided whether the trial goes on."""
 
@@ -52,15 +59,13 @@ class Place(Protocol):
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
         """Train a job on several workers, with reports as above."""
 
-    def on_device(self, work: Callable[[str], Trial]) -> Trial:
-        """Call a function with the name of one of the trial's devices, where that device is."""
-
 
 class ThisProcess:
     """A place without Ray: this process, on the CPU; nothing competes with the trial."""
 
     num_workers = 1
     device = "cpu"
+    measured_at = CPU
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell nobody."""
@@ -72,10 +77,6 @@ class ThisProcess:
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
         """Raise an error: one worker is no case for it."""
         raise NotImplementedError
-
-    def on_device(self, work: Callable[[str], Trial]) -> Trial:
-        """Call the function here."""
-        return work(self.device)
 
 
 def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
@@ -122,24 +123,26 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
 
         # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
-        measured = place.on_device(partial(measure_trial, trained))
+        try:
+            measured = place.measured_at.run(partial(measure_trial, trained), Progress())
+        except Interrupted:
+            return None
         measured.write(trial.result_path)
         return measured
 
 
-def measure_trial(trial: Trial, device: str) -> Trial:
+def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
     """Return a trial with its quality, measured on a device; its checkpoint is known.
 
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
-    # Students of an imported model read text as it does.
-    text_folder = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
-    checkpoint = Path(str(trial.checkpoint))
-    model = open_model(checkpoint, trial.model.corrections, text_folder=text_folder)
+    model = open_model(str(trial.checkpoint), schedule=trial.model.corrections)
+    if suite.vocabulary_folder:  # Students of an imported model read text as it does.
+        model = replace(model, text_folder=Path(suite.vocabulary_folder))
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
-    measurer = ModelMeasurer(model, store, suite, device=device)
+    measurer = ModelMeasurer(model, store, suite, device=device, progress=progress)
     measured = measurer.tasks(load_suite(suite))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}

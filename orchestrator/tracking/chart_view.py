@@ -81,6 +81,15 @@ class ChartView:
                 "cardHeight": CARD_HEIGHT_PIXELS,
             }
         }
+        if self.parallel_params:
+            # As wide as the page, or the titles of the axes cover each other at six layers.
+            sections["corrections"] = {
+                "name": "Corrections of each layer",
+                "display": True,
+                "isGenerated": False,
+                "columns": 1,
+                "cardHeight": CARD_HEIGHT_PIXELS,
+            }
         # MLflow adds a section for each group of metrics; listing it here keeps it folded.
         for group in self.folded_groups:
             sections[group] = {"name": group, "display": False, "isGenerated": True}
@@ -131,6 +140,7 @@ class ChartView:
             yield {
                 "type": "PARALLEL",
                 "displayName": "Corrections per layer",
+                "metricSectionId": self._id("corrections"),
                 "selectedParams": list(self.parallel_params),
                 "selectedMetrics": list(self.parallel_metrics),
                 "showAllRuns": True,

@@ -2,10 +2,11 @@
 
 A background thread writes. On a CPU training waits for a copy of the state in the host's memory; on
 a GPU the copy is one more work in its stream, before the next step changes the state, and the
-thread waits for it. One checkpoint is written at a time: the next one, a stop and the end of the
-run wait for it, and raise its error (full disk) on all workers. A killed process loses at most
-that checkpoint. `provenance.json` holds the SHA-256 of every other file, which finds later damage.
-Nothing is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+thread waits for it. Of a sharded model each worker copies and writes its own rows (`shards.py`).
+One checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and
+raise its error (full disk) on all workers. A killed process loses at most that checkpoint.
+`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
+unpickled: weights and shards are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +31,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.facts import METHODS
-from iiet.weights import WEIGHTS, write_folder
+from iiet.weights import WEIGHTS, LazyTensor, config_to_json, write_config, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,
@@ -41,7 +44,7 @@ from orchestrator.models.folder import (
     weights_key,
 )
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.devices import full_tensor, run_on_first
+from orchestrator.training.devices import copy_rows, run_on_first
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
@@ -49,6 +52,7 @@ from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
+    UnfinishedFolder,
     checksums_of,
     delete_folder,
     new_folder,
@@ -60,6 +64,11 @@ from orchestrator.workspace.layout import (
 )
 from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
 
+if TYPE_CHECKING:
+    from orchestrator.training.shards import ShardSaver
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, in the parameter's shape."""
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise if the disk is full."""
 
@@ -112,7 +121,7 @@ def save_checkpoint(
     step: int,
     *,
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | LazyTensor],
     training_state: Mapping[str, Any],
     tokenizer_path: Path | None,
     provenance: Mapping[str, Any],
@@ -126,19 +135,44 @@ def save_checkpoint(
     folder = run_folder / checkpoint_name(step)
     with new_folder(folder) as temporary:
         write_folder(temporary, config, weights)
-        if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
-        for name, content in (text_files or {}).items():
-            (temporary / name).write_bytes(content)
-        torch.save(dict(training_state), temporary / TRAINING_STATE)
-        checksums = checksums_of(temporary)
-        key = checksums[WEIGHTS][:KEY_LENGTH]
-        record = {**provenance, "step": step, "weights": key, "checksums": checksums}
-        if package := METHODS.package(config.method):
-            record[METHOD_PACKAGE] = package
-        text = json.dumps(record, indent=2) + "\n"
-        (temporary / PROVENANCE).write_text(text, encoding="utf-8")
+        write_beside_weights(
+            temporary,
+            config,
+            training_state=training_state,
+            tokenizer_path=tokenizer_path,
+            provenance={**provenance, "step": step},
+            text_files=text_files,
+        )
     return folder
+
+
+def write_beside_weights(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    training_state: Mapping[str, Any],
+    tokenizer_path: Path | None,
+    provenance: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> None:
+    """Write the other files of a checkpoint into a folder that has its configuration and weights.
+
+    Args:
+        checksums: Name -> SHA-256 of the files in it whose digest is known.
+    """
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, folder / TOKENIZER)
+    for name, content in (text_files or {}).items():
+        (folder / name).write_bytes(content)
+    torch.save(dict(training_state), folder / TRAINING_STATE)
+    all_checksums = checksums_of(folder, known=checksums)
+    key = all_checksums[WEIGHTS][:KEY_LENGTH]
+    record = {**provenance, "weights": key, "checksums": all_checksums}
+    if package := METHODS.package(config.method):
+        record[METHOD_PACKAGE] = package
+    text = json.dumps(record, indent=2) + "\n"
+    (folder / PROVENANCE).write_text(text, encoding="utf-8")
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
@@ -160,6 +194,43 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, decoder: Decoder, checkpoint: Path, state: dict[str, Any]
+) -> None:
+    """Load the state of an optimizer from a checkpoint of any number of workers.
+
+    Args:
+        optimizer: That of the decoder's parameters.
+        decoder: Whole or sharded: of a sharded parameter, this worker's rows are read.
+        checkpoint: Its folder, which holds the moments of a sharded training in their own files.
+        state: The entry `optimizer` of its training state.
+    """
+    names = parameter_names(optimizer, decoder)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    restored: dict[int, dict[str, Tensor]] = {}
+    in_shards: dict[str, Tensor] = {}
+    for number, stored in state["state"].items():
+        restored[number] = {"step": stored["step"].clone()}
+        for moment in MOMENTS:
+            tensor = torch.empty_like(parameters[number], requires_grad=False)
+            restored[number][moment] = tensor
+            if moment in stored:
+                copy_rows(stored[moment], tensor)
+            else:
+                in_shards[f"{names[number]}.{moment}"] = tensor
+    if in_shards:
+        from orchestrator.training.shards import read_shards  # Its imports take a second.
+
+        read_shards(checkpoint, in_shards)
+    optimizer.load_state_dict({**state, "state": restored})
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, decoder: Decoder) -> list[str]:
+    """Return the names of an optimizer's parameters in the order in which it counts them."""
+    names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
 def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Collection[Path] = ()) -> None:
     """Delete all checkpoints but the newest and those to keep."""
     for folder in find_checkpoints(run_folder)[:-num_kept]:
@@ -168,7 +239,8 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Collection[Path]
 
 
 class CheckpointWriter:
-    """Saves one run. Every worker calls it at the same steps; the first worker writes."""
+    """Saves one run. Every worker calls it at the same steps; the first worker writes, and of a
+    sharded model each worker its own rows."""
 
     def __init__(
         self, job: TrainingJob, world: World, data: PreparedData, event: Callable[..., None]
@@ -186,6 +258,11 @@ class CheckpointWriter:
         self._key = job_key(job)
         if job.storage and world.is_first:
             self.remote = RemoteCopy(job.storage, job.folder, self._key)
+        self._shards: ShardSaver | None = None
+        if world.is_sharded:
+            from orchestrator.training.shards import ShardSaver  # Its imports take a second.
+
+            self._shards = ShardSaver(world)
         self._buffers = HostBuffers(is_pinned=world.is_gpu)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -199,6 +276,8 @@ class CheckpointWriter:
         """Continue after a checkpoint that is already written."""
         self.checkpoint = checkpoint
         self._saved_step = step
+        if self.remote:  # A kill may have ended an upload.
+            self.remote.start(self._event)
 
     def is_due(self, step: int) -> bool:
         """Return whether a first stage or the stable part ends, or the minutes have passed."""
@@ -218,41 +297,62 @@ class CheckpointWriter:
         if position.step in (0, self._saved_step):
             return
         started = time.perf_counter()
-        run_on_first(self.finish, world)
+        self.finish()
         self._saved_step = position.step
         self._saved_at = time.monotonic()
-        if not (world.is_first or world.is_sharded):
+        if not (world.is_first or self._shards):
             return
-        parts = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-        copied = self._buffers.copy(parts, keep=world.is_first)
+        weights = decoder.state_dict()
+        optimizer_state = optimizer.state_dict()
+        state: dict[str, Any] = {"position": asdict(position)}
         if world.is_first:
             # No step draws random numbers yet; saving their state allows dropout to be added.
-            random = {"cpu": torch.get_rng_state()}
+            state["random"] = {"cpu": torch.get_rng_state()}
+            if world.is_gpu:
+                state["random"]["cuda"] = torch.cuda.get_rng_state(world.device)
+        position = replace(position)  # It counts on while the thread writes.
+        if self._shards:
+            names = parameter_names(optimizer, decoder)
+            moments: dict[str, Tensor] = {}
+            steps: dict[int, dict[str, Tensor]] = {}
+            for number, values in optimizer_state["state"].items():
+                steps[number] = {"step": values["step"].to("cpu", copy=True)}
+                moments |= {f"{names[number]}.{moment}": values[moment] for moment in MOMENTS}
+            state["optimizer"] = {**optimizer_state, "state": steps}
+            folder = self._job.folder / checkpoint_name(position.step)
+            complete = partial(self._complete_shards, position, state, started)
+            self._writing = self._shards.start(folder, weights, moments, complete)
+        else:
+            copied = self._buffers.copy({"weights": weights, "optimizer": optimizer_state})
             is_copied = None
             if world.is_gpu:
-                random["cuda"] = torch.cuda.get_rng_state(world.device)
                 is_copied = torch.cuda.current_stream(world.device).record_event()
-            state = {
-                "optimizer": copied["optimizer"],
-                "position": asdict(position),
-                "random": random,
-            }
+            state["optimizer"] = copied["optimizer"]
             waited = time.perf_counter() - started
             self._writing = self._pool.submit(
-                self._write, replace(position), copied["weights"], state, is_copied, waited
+                self._write, position, copied["weights"], state, is_copied, waited
             )
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written.
+        """Wait, on all workers, for the checkpoint that is being written.
 
         Raises:
             CheckpointWriteFailed: If it could not be written; earlier ones are unchanged.
         """
+        if self._shards:  # The workers have all written then, or all get the error of one.
+            self.wait()
+        else:
+            run_on_first(self.wait, self._world)
+
+    def wait(self) -> None:
+        """Wait for what this worker writes; errors are those of `finish`."""
         writing = self._writing
         self._writing = None
         try:
             if writing:
                 writing.result()
+        except RunFailed:  # A worker was lost, which is no fault of the disk.
+            raise
         except WRITE_ERRORS as error:
             raise CheckpointWriteFailed(
                 f"the checkpoint after step {self._saved_step} could not be written to "
@@ -260,9 +360,29 @@ class CheckpointWriter:
                 f"from {self.checkpoint or 'the start'}"
             ) from error
 
+    def end(self) -> None:
+        """Wait, on all workers, for the last checkpoint and its copy; errors are as of `finish`."""
+        self.finish()
+        if self._job.storage:
+            run_on_first(self._end_uploads, self._world)
+
+    def _end_uploads(self) -> None:
+        """Wait for the copies, and then delete what was kept for them, here and there."""
+        assert self.remote is not None, "the first worker has it if the job has a storage"
+        self.remote.wait()
+        self._prune()
+        self.remote.start(self._event)
+        self.remote.wait()
+
     def close(self) -> None:
-        """Wait for the thread to end, whether its work succeeded or not."""
+        """Wait for the threads to end, whether their work succeeded or not."""
         self._pool.shutdown()
+        if self.remote:
+            self.remote.close()
+        if self._shards:
+            if self._writing:
+                self._writing.exception()
+            self._shards.close()
 
     def _write(
         self,
@@ -276,9 +396,47 @@ class CheckpointWriter:
         started = time.perf_counter()
         if is_copied is not None:
             is_copied.synchronize()
+        save_checkpoint(
+            self._job.folder,
+            position.step,
+            config=self._job.model,
+            weights=weights,
+            training_state=training_state,
+            tokenizer_path=self._data.tokenizer_path,
+            provenance=self._provenance(position.step),
+            text_files=self._text_files,
+        )
+        self._after_writing(position.step, started, waited_seconds)
+
+    def _complete_shards(
+        self,
+        position: Position,
+        training_state: dict[str, Any],
+        began: float,
+        unfinished: UnfinishedFolder,
+        checksums: Mapping[str, str],
+        copied_at: float,
+    ) -> None:
+        """Write what one worker writes when all have written their shards; see `shards.Complete`.
+
+        Training has waited from `began` until `copied_at`.
+        """
+        write_config(unfinished.path, config_to_json(self._job.model))
+        write_beside_weights(
+            unfinished.path,
+            self._job.model,
+            training_state=training_state,
+            tokenizer_path=self._data.tokenizer_path,
+            provenance={**self._provenance(position.step), "step": position.step},
+            text_files=self._text_files,
+            checksums=checksums,
+        )
+        unfinished.finish()
+        self._after_writing(position.step, copied_at, copied_at - began)
+
+    def _provenance(self, step: int) -> dict[str, Any]:
+        """Return what the provenance says of this run's checkpoint, beside its files."""
         job = self._job
-        step = position.step
-        folder = job.folder
         recipe = job.recipe
         teacher = job.teacher_folder
         provenance = {
@@ -293,22 +451,14 @@ class CheckpointWriter:
             **job.provenance,
             JOB_KEY: self._key,
         }
-        kept = {folder / checkpoint_name(stable_steps(recipe))}
-        if stage := self.first_stage:
-            kept.add(folder / checkpoint_name(stage.num_steps))
-            if step == stage.num_steps:
-                provenance[FIRST_STAGE] = stage.key
-        self.checkpoint = save_checkpoint(
-            folder,
-            step,
-            config=job.model,
-            weights=weights,
-            training_state=training_state,
-            tokenizer_path=self._data.tokenizer_path,
-            provenance=provenance,
-            text_files=self._text_files,
-        )
-        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept)
+        if self.first_stage and step == self.first_stage.num_steps:
+            provenance[FIRST_STAGE] = self.first_stage.key
+        return provenance
+
+    def _after_writing(self, step: int, started: float, waited_seconds: float) -> None:
+        """Delete old checkpoints, say that a new one is complete, and let it be copied."""
+        self.checkpoint = self._job.folder / checkpoint_name(step)
+        self._prune()
         self._event(
             "checkpoint",
             step=step,
@@ -317,7 +467,18 @@ class CheckpointWriter:
             waited_seconds=round(waited_seconds, 3),
         )
         if self.remote:
-            self.remote.upload(step, self._event)
+            self.remote.start(self._event)
+
+    def _prune(self) -> None:
+        """Delete all checkpoints but the newest, those that others start from, and one that is
+        being copied."""
+        folder = self._job.folder
+        recipe = self._job.recipe
+        kept = {folder / checkpoint_name(stable_steps(recipe))}
+        if self.first_stage:
+            kept.add(folder / checkpoint_name(self.first_stage.num_steps))
+        with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:
+            prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept | uploading)
 
 
 def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
@@ -335,29 +496,22 @@ class HostBuffers:
         self._is_pinned = is_pinned
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
-    def copy(self, value: Any, *, keep: bool, path: tuple[object, ...] = ()) -> Any:
-        """Copy nested dictionaries and lists of tensors, gathered from shards.
+    def copy(self, value: Any, path: tuple[object, ...] = ()) -> Any:
+        """Copy nested dictionaries and lists of tensors.
 
-        All workers that hold shards take part. Those that do not `keep` the result get None in
-        place of each tensor. From a GPU the copies are complete when its stream has come so far.
+        From a GPU the copies are complete when its stream has come so far.
         """
         if isinstance(value, dict):
-            return {
-                name: self.copy(part, keep=keep, path=(*path, name)) for name, part in value.items()
-            }
+            return {name: self.copy(part, (*path, name)) for name, part in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(
-                self.copy(part, keep=keep, path=(*path, number))
-                for number, part in enumerate(value)
+                self.copy(part, (*path, number)) for number, part in enumerate(value)
             )
         if not isinstance(value, Tensor):
             return value
-        whole = full_tensor(value.detach())
-        if not keep:
-            return None
         buffer = self._buffers.get(path)
         if buffer is None:
             pinned = self._is_pinned
-            buffer = torch.empty(whole.shape, dtype=whole.dtype, device="cpu", pin_memory=pinned)
+            buffer = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
             self._buffers[path] = buffer
-        return buffer.copy_(whole, non_blocking=self._is_pinned)
+        return buffer.copy_(value.detach(), non_blocking=self._is_pinned)

@@ -31,7 +31,9 @@ from iiet.layers import initial_weights
 from iiet.losses import next_token_loss
 from iiet.methods.implicit_euler import MixedLayer
 from iiet.schedule import IterationSchedule
-from orchestrator.models.open import has_bf16, load_model, use_tf32
+from iiet.weights import LazyTensor
+from orchestrator.models.load import has_bf16, load_model, use_tf32
+from orchestrator.models.stored_weights import open_weights
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.dropping import drop_layers
 from orchestrator.training.world import World
@@ -195,8 +197,8 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     unit stays float32, which the fused norms need.
 
     Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are
-    averaged over all of them. Checkpoints hold full tensors, so a run can resume with another
-    number of workers or shards.
+    averaged over all of them. Any number of workers or shards reads the same checkpoints
+    (`shards.py`).
     """
     # Importing FSDP takes a second.
     from torch.distributed.device_mesh import init_device_mesh
@@ -295,49 +297,25 @@ def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm`; return the norm before as a scalar."""
-    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    # That of a sharded model is gathered from all workers.
+    gathered_norm: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return gathered_norm
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor on every worker; return any other as it is. All workers call it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return cast("Tensor", gather()) if gather else tensor
+def copy_rows(whole: Tensor | LazyTensor, target: Any) -> None:
+    """Copy a whole tensor into another one: into a sharded one, this worker's rows.
 
-
-def own_rows(full: Tensor, parameter: Any) -> Tensor:
-    """Return this worker's rows of a full tensor if the parameter is sharded, else all."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
-        return full
-    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
-    num_rows = -(-len(full) // mesh.size(shards))
-    first = num_rows * mesh.get_local_rank(shards)
-    return full[first : first + num_rows]
-
-
-def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the full state of an optimizer from tensors that are mapped from a file.
-
-    Of a sharded parameter, this worker's rows are read.
+    Of a tensor that is mapped from a file, only these rows are read.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def own(name: str, value: Tensor, parameter: Any) -> Tensor:
-        if name == "step":
-            return value.clone()
-        rows = own_rows(value, parameter).to(parameter.device, copy=True)
-        if not hasattr(parameter, "device_mesh"):
-            return rows
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
-        return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
-
-    moments = {
-        number: {name: own(name, value, parameters[number]) for name, value in of_one.items()}
-        for number, of_one in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": moments})
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        target.copy_(whole[...])
+        return
+    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
+    num_rows = -(-len(whole) // mesh.size(shards))
+    first = num_rows * mesh.get_local_rank(shards)
+    target.to_local().copy_(whole[first : first + num_rows])
 
 
 # The model to train
@@ -355,15 +333,19 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     torch.manual_seed(job.recipe.seed)
     use_tf32(world.device)
     config = job.model
-    weights: dict[str, Tensor] = {}
+    weights: Mapping[str, Tensor | LazyTensor] = {}
     if folder := checkpoint or job.initial_folder:
-        origin = load_model(Path(folder), check=False, frozen=True)
         if checkpoint is None and job.kept_layers is not None:
-            origin = drop_layers(origin, job.kept_layers)
-        weights = origin.state_dict()
-        if origin.config.method != config.method:
-            for name in origin.method_parameters():
-                del weights[name]
+            origin = load_model(Path(folder), check=False, frozen=True)
+            smaller = drop_layers(origin, job.kept_layers)
+            origin_config = smaller.config
+            weights = smaller.state_dict()
+        else:
+            origin_config, weights = open_weights(Path(folder), check=False)
+        if origin_config.method != config.method:
+            with torch.device("meta"):
+                added = Decoder(origin_config).method_parameters()
+            weights = {name: tensor for name, tensor in weights.items() if name not in added}
     with torch.device("meta"):
         decoder, pattern = Decoder(config), Decoder(config)
     part = trained_part(config.corrections, job.recipe.trained_layers)
@@ -378,15 +360,14 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor]]) -> None:
+def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor | LazyTensor]]) -> None:
     """Copy whole weights by name into a decoder, of a sharded one this worker's rows; of two
-    weights of one name the first counts."""
+    weights of one name the first counts. What is not needed is not read."""
     missing = dict(decoder.named_parameters())
     for name, tensor in weights:
         parameter: Any = missing.pop(name, None)
         if parameter is not None:
-            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            own.copy_(own_rows(tensor, parameter))
+            copy_rows(tensor, parameter)
         if not missing:  # Nothing is drawn that is not needed.
             break
     assert not missing, f"no weights for {sorted(missing)}"
@@ -432,13 +413,13 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
     folder = Path(job.frozen_teacher)
     if not world.is_sharded:
         return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
-    stored = load_model(folder, check=False, frozen=True)
+    config, weights = open_weights(folder, check=False)
     with torch.device("meta"):
-        teacher = Decoder(stored.config).to(dtype)
+        teacher = Decoder(config).to(dtype)
     teacher.requires_grad_(False).eval()
     shard(teacher, world, precision="fp32")
     teacher.to_empty(device=world.device)
-    _fill(teacher, stored.state_dict().items())
+    _fill(teacher, weights.items())
     return teacher
 
 

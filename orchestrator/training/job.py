@@ -165,10 +165,12 @@ def sequences_per_step(
         )
     sequences, rest = divmod(recipe.num_tokens_per_step, length)
     if rest or not sequences:
-        what = f"{section}.sequence_length" if recipe.sequence_length else "the context length"
+        name = f"{section}.sequence_length"
+        what = name if recipe.sequence_length else "the context length"
+        shorter = "" if recipe.sequence_length else f"; {name} makes sequences shorter"
         raise UserError(
             f"{section}.num_tokens_per_step must be a multiple of {what} {length}, such as "
-            f"{max(1, sequences) * length}; got {recipe.num_tokens_per_step}"
+            f"{max(1, sequences) * length}; got {recipe.num_tokens_per_step}{shorter}"
         )
     return sequences
 

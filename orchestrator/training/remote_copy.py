@@ -1,22 +1,34 @@
 """Copies of a run's checkpoints on a remote file system, as `URI/RUN-KEY/step_...`.
 
-The key is that of the training: runs of the same name may share a storage. `provenance.json` is
-copied last, so that an interrupted copy is recognized. A machine without the run folder downloads
-the newest intact copy. If the storage does not answer, training continues, and the next checkpoint
-is copied with the missing ones.
+The key is that of the training: runs of the same name may share a storage. A thread copies while
+the run trains on and writes further checkpoints, the newest one first. `provenance.json` is copied
+last, so that an interrupted copy is recognized; what was sent before a kill is not sent again. A
+machine without the run folder downloads the newest intact copy. If the storage does not answer,
+training continues, and the next checkpoint is copied with the missing ones.
+
+Ray Train's own upload is not used: it starts anew after a kill, has a state file of its own that
+may be damaged then, and is not there where one worker trains without Ray. DCP's writer for remote
+file systems is private, and its checkpoints would be in the storage only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any
 
 from orchestrator.models.folder import JOB_KEY, check_checkpoint, load_provenance
 from orchestrator.settings import storage_problem
 from orchestrator.workspace.errors import RunFailed, UserError, mask_secrets
 from orchestrator.workspace.files import VERIFIED_NAME, new_folder
-from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
+from orchestrator.workspace.layout import PROVENANCE, find_checkpoints, step_of
+
+BEGUN = "uploading.json"
+"""File of a copy that is not complete: the provenance of the checkpoint that is copied."""
 
 
 class RemoteCopy:
@@ -46,37 +58,98 @@ class RemoteCopy:
         self._run_folder = run_folder
         self._key = key
         self._root = PurePosixPath(root) / f"{run_folder.name}-{key}"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._uploads: list[Future[None]] = []
+        self._choosing = Lock()
+        self._uploading: Path | None = None
 
-    def upload(self, step: int, event: Callable[..., None]) -> None:
-        """Copy the checkpoints that are missing there; delete the copies of deleted checkpoints.
+    def start(self, event: Callable[..., None]) -> None:
+        """Let the thread copy the checkpoints that are missing there, and delete the copies of
+        deleted ones.
 
-        A storage that fails is the event `not copied`; otherwise `uploaded` says after which step.
+        `event` is called there with `uploaded` and the step for each copy, or with `not copied` and
+        a sentence if the storage fails.
         """
-        started = time.perf_counter()
+        self._uploads = [upload for upload in self._uploads if not upload.done()]
+        self._uploads.append(self._pool.submit(self._upload_missing, event))
+
+    def wait(self) -> None:
+        """Wait until everything is copied, or the storage has failed."""
+        for upload in self._uploads:
+            upload.result()
+
+    def close(self) -> None:
+        """Wait until the thread has copied what it has begun with."""
+        self._pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def kept(self) -> Iterator[set[Path]]:
+        """Yield what must not be deleted now: the checkpoint that is copied; no other begins."""
+        with self._choosing:
+            yield {self._uploading} if self._uploading else set()
+
+    def _upload_missing(self, event: Callable[..., None]) -> None:
         try:
-            checkpoints = find_checkpoints(self._run_folder)
-            copied = self._complete_copies()
-            for checkpoint in checkpoints:
-                if checkpoint.name not in copied:
-                    self._upload_one(checkpoint)
-            for name in set(copied) - {checkpoint.name for checkpoint in checkpoints}:
+            copied = {name for name, files in self._copies().items() if is_complete(files)}
+            while checkpoint := self._choose(copied):
+                started = time.perf_counter()
+                self._upload_one(checkpoint)
+                copied.add(checkpoint.name)
+                seconds = round(time.perf_counter() - started, 3)
+                event("uploaded", step=step_of(checkpoint), seconds=seconds)
+            present = {checkpoint.name for checkpoint in find_checkpoints(self._run_folder)}
+            for name, files in self._copies().items():
+                if name in present:
+                    continue
                 # The last file first: a deletion that is interrupted leaves no complete copy.
-                self._store.delete_file(str(self._root / name / PROVENANCE))
+                if PROVENANCE in files:
+                    self._store.delete_file(str(self._root / name / PROVENANCE))
                 self._store.delete_dir(str(self._root / name))
         except self._errors as error:
             text = f"no copy in {self._uri}: {_one_line(error)}"
             event("not copied", text=f"{text}; training continues and tries again later")
-        else:
-            event("uploaded", step=step, seconds=round(time.perf_counter() - started, 3))
+        finally:
+            self._uploading = None
+
+    def _choose(self, copied: set[str]) -> Path | None:
+        """Return the newest checkpoint that is not copied; None if there is none."""
+        with self._choosing:
+            checkpoints = find_checkpoints(self._run_folder)
+            missing = [each for each in checkpoints if each.name not in copied]
+            self._uploading = missing[-1] if missing else None
+            return self._uploading
 
     def _upload_one(self, checkpoint: Path) -> None:
         target = self._root / checkpoint.name
+        provenance = (checkpoint / PROVENANCE).read_bytes()
+        sent = self._sent_files(target, provenance)
+        for path in sorted(checkpoint.iterdir()):
+            # The times in the file of verified ones differ there.
+            if not path.is_file() or path.name in (PROVENANCE, VERIFIED_NAME):
+                continue
+            if sent.get(path.name) != path.stat().st_size:
+                send(path, self._store, str(target / path.name))
+        send(checkpoint / PROVENANCE, self._store, str(target / PROVENANCE))
+        self._store.delete_file(str(target / BEGUN))
+
+    def _sent_files(self, target: PurePosixPath, provenance: bytes) -> dict[str, int]:
+        """Return name -> size of the files that an interrupted upload of the same checkpoint has
+        sent. Before the first one, begin the copy."""
+        selector = self._fs.FileSelector(str(target), allow_not_found=True)
+        sent = {
+            Path(info.path).name: int(info.size or 0)
+            for info in self._store.get_file_info(selector)
+        }
+        if sent.get(BEGUN) == len(provenance):
+            with self._store.open_input_stream(str(target / BEGUN)) as begun:
+                if begun.read() == provenance:
+                    return sent
+        if sent:  # Of a checkpoint that was written again since.
+            self._store.delete_dir(str(target))
         self._store.create_dir(str(target), recursive=True)
-        for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == PROVENANCE):
-            if path.is_file() and path.name != VERIFIED_NAME:  # Times differ there.
-                self._fs.copy_files(
-                    str(path), str(target / path.name), destination_filesystem=self._store
-                )
+        with self._store.open_output_stream(str(target / BEGUN)) as begun:
+            begun.write(provenance)
+        return {}
 
     def download(self, warn: Callable[[str], None]) -> Path | None:
         """Download the newest intact copy of this training; None if there is none.
@@ -87,7 +160,8 @@ class RemoteCopy:
             RunFailed: If the storage fails.
         """
         try:
-            for name in sorted(self._complete_copies(), reverse=True):
+            copies = [name for name, files in self._copies().items() if is_complete(files)]
+            for name in sorted(copies, reverse=True):
                 folder = self._run_folder / name
                 source = str(self._root / name)
                 try:
@@ -107,10 +181,27 @@ class RemoteCopy:
             ) from None
         return None
 
-    def _complete_copies(self) -> list[str]:
+    def _copies(self) -> dict[str, set[str]]:
+        """Return the name of each copy, and the names of its files."""
         selector = self._fs.FileSelector(str(self._root), recursive=True, allow_not_found=True)
-        paths = [PurePosixPath(info.path) for info in self._store.get_file_info(selector)]
-        return [path.parent.name for path in paths if path.name == PROVENANCE]
+        copies: dict[str, set[str]] = {}
+        for info in self._store.get_file_info(selector):
+            path = PurePosixPath(info.path)
+            if path.parent != self._root:
+                copies.setdefault(path.parent.name, set()).add(path.name)
+        return copies
+
+
+def send(file: Path, store: Any, target: str) -> None:
+    """Copy a file to a path on a file system of pyarrow."""
+    from pyarrow import fs
+
+    fs.copy_files(str(file), target, destination_filesystem=store)
+
+
+def is_complete(files: Collection[str]) -> bool:
+    """Return whether a copy with these files has all of them."""
+    return PROVENANCE in files and BEGUN not in files
 
 
 def _one_line(error: Exception) -> str:

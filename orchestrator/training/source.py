@@ -15,21 +15,15 @@ from iiet.config import PRESETS, ModelConfig
 from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import TOKENIZER_NAME
-from orchestrator.models.folder import (
-    decoder_config,
-    is_checkpoint,
-    load_config,
-    load_provenance,
-    resolve_checkpoint,
-)
+from orchestrator.models.folder import is_checkpoint, load_config, stored_recipe
 from orchestrator.models.hub import is_hub_name
-from orchestrator.models.lookup import find_model_folder, find_trial
+from orchestrator.models.open import open_model
 from orchestrator.models.tokenizer import load_tokenizer, tokenizer_path
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ModelSettings, Settings
 from orchestrator.settings.data import TEXT_SOURCES
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, checkpoint_name, find_checkpoints
+from orchestrator.workspace.layout import Workspace, checkpoint_name
 
 IMPORTED_LEARNING_RATE: Final = 5e-5
 """Peak learning rate for a source whose own recipe is not known."""
@@ -128,16 +122,17 @@ def find_source(workspace: Workspace, name: str) -> Source:
     Raises:
         UserError: If there is none, it is damaged, or a decoder cannot run it.
     """
-    found = find_trial(workspace, Path(name))
-    folder = found[0] if found else find_model_folder(workspace, Path(name), model_types=None)
-    if not is_checkpoint(folder) and not find_checkpoints(folder):
-        # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
-        config = decoder_config(folder, needs_weights=False)
-        return Source(folder=folder, config=config, learning_rate=None)
-    checkpoint = resolve_checkpoint(folder)
-    recipe = load_provenance(checkpoint).get("recipe") or {}
+    # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
+    model = open_model(name, workspace, needs_weights=False)
+    if model.config is None:
+        raise UserError(model.why_no_decoder)
+    if model.is_external:
+        return Source(folder=model.path, config=model.config, learning_rate=None)
     return Source(
-        folder=checkpoint, config=load_config(checkpoint), learning_rate=recipe.get("learning_rate")
+        folder=model.path,
+        # A trial may be measured under another schedule than its checkpoint's own.
+        config=load_config(model.path),
+        learning_rate=stored_recipe(model.path).get("learning_rate"),
     )
 
 
@@ -181,6 +176,9 @@ def follow_source(
     has_corrections = facts_of(settings.model.method).has_corrections
     if has_corrections and "iterate_from_fraction" not in recipe.model_fields_set:
         defaults["training.iterate_from_fraction"] = 0.0
+    # Published models have contexts of many thousand tokens, a step on a CPU has fewer.
+    if recipe.sequence_length is None and recipe.num_tokens_per_step < source.config.context_length:
+        defaults["training.sequence_length"] = recipe.num_tokens_per_step
     changes = {name.removeprefix("training."): value for name, value in defaults.items()}
     has_text = data.source in TEXT_SOURCES or any(name in TEXT_SOURCES for name in data.shares)
     reads_text = has_text or data.has_words

@@ -2,9 +2,9 @@
 
 `run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
 intact checkpoint, with the same result as without interruption. All state is in the model, the
-optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. Only the
-first worker accesses files, and sends what it finds to the others. Nothing here knows Ray or
-MLflow.
+optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. The first
+worker looks for files, and sends what it finds to the others; of a sharded model each worker reads
+and writes its own rows. Nothing here knows Ray or MLflow.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import (
     CheckpointWriter,
     Position,
+    load_optimizer,
     load_training_state,
     set_random_state,
 )
@@ -48,7 +49,6 @@ from orchestrator.training.devices import (
     compile_layers,
     decoder_to_train,
     free_gathered,
-    load_moments,
     load_teacher,
     mean_over_workers,
     pass_of_several,
@@ -158,7 +158,7 @@ def run_job(
         trainer.prepare()
         try:
             finished = trainer.train()
-            run_on_first(trainer.writer.finish, world)
+            trainer.writer.end()
         except Diverged as error:
             raise run_on_first(partial(trainer.with_advice, error), world) from None
         return trainer.end(finished)
@@ -249,7 +249,7 @@ class Trainer:
             self.event("started", **hardware)
         else:
             state = load_training_state(checkpoint)
-            load_moments(self.optimizer, state["optimizer"])
+            load_optimizer(self.optimizer, self.decoder, checkpoint, state["optimizer"])
             self.position = Position(**state["position"])
             if checkpoint.parent != job.folder:
                 self.position.shared_flops = self.position.flops
@@ -484,7 +484,7 @@ class Trainer:
     def with_advice(self, error: Diverged) -> Diverged:
         """Record a divergence; return it with the last good checkpoint and what to change."""
         with suppress(RunFailed):  # The divergence is the error to report.
-            self.writer.finish()
+            self.writer.wait()
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
         section = self.job.section
         # Models from scratch may have a rate of their own.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
 from orchestrator.models.folder import JOB_KEY, decoder_config, load_provenance, weights_key
+from orchestrator.models.labels import model_name
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
     Status,
@@ -339,7 +340,7 @@ def training_run(
     return TrackedRun(
         key=job_key(job),
         kind=kind,
-        name=f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name,
+        name=f"{label} of {model_name(Path(teacher))}" if teacher else job.folder.name,
         folder=str(job.folder),
         journal=str(job.folder),
         params=job_parameters(job),
@@ -375,6 +376,8 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
 def trial_model(trial: Trial) -> TrackedModel | None:
     """Describe the model of a measured trial, with its costs and qualities; None if its folder is
     gone, or transformers runs it.
+
+    Its name tells a student from a baseline, or the teacher, of the same schedule.
     """
     if trial.config is None:
         return None
@@ -386,7 +389,11 @@ def trial_model(trial: Trial) -> TrackedModel | None:
         is_loss = name in (VALIDATION_LOSS, PERPLEXITY)
         datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
     seed = trial.job.recipe.seed if trial.job else trial.seed
-    return tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
+    model = tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
+    if model is None or trial.role == "trial" or trial.label.startswith(trial.method):
+        return model
+    names = (model.name, trial.label)
+    return model.model_copy(update={"name": ", ".join(name for name in names if name)})
 
 
 def tracked_model(

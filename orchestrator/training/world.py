@@ -1,4 +1,4 @@
-"""A worker: its rank and device, what runs work on a device, and the peak speeds of GPUs.
+"""A worker: its rank and device, and the peak speeds of GPUs.
 
 Without torch, so that plans can name them.
 """
@@ -6,26 +6,7 @@ Without torch, so that plans can name them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from orchestrator.terminal.progress import Progress
-
-T = TypeVar("T")
-DeviceWork = Callable[[str, Progress], T]
-"""Work that needs one device: gets its name and a progress display. Function and result can be
-pickled."""
-
-
-OnDevice = Callable[[DeviceWork[Any], Progress], Any]
-"""Runs work on some device, returns what it returns, and raises what it raises; also a `UserError`
-if there is no GPU although some are named; see `orchestrator.cluster.task`."""
-
-
-def on_cpu(work: DeviceWork[T], progress: Progress) -> T:
-    """Run work in this process, on the CPU."""
-    return work("cpu", progress)
 
 
 @dataclass(frozen=True, kw_only=True)

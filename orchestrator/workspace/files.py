@@ -166,20 +166,42 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     An existing folder of that name is replaced at the end; after an error, it is unchanged.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    delete_leftovers(folder.parent)
-    temporary, lock = _make_locked(folder)
+    unfinished = UnfinishedFolder(folder)
     try:
-        filling = temporary / folder.name
-        filling.mkdir()
-        yield filling
-        for path in (*filling.rglob("*"), filling):
-            flush_to_disk(path)
-        replace_folder(filling, folder)
+        yield unfinished.path
+        unfinished.finish()
     finally:
+        unfinished.close()
+
+
+class UnfinishedFolder:
+    """What `new_folder` yields, for those who begin and finish it in different functions."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make an empty folder that is to become `folder`."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(folder.parent)
+        self._folder = folder
+        self._temporary, self._lock = _make_locked(folder)
+        self.path = self._temporary / folder.name
+        """Where to write."""
+        try:
+            self.path.mkdir()
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Flush what was written, and give the folder its name; it replaces an existing one."""
+        for path in (*self.path.rglob("*"), self.path):
+            flush_to_disk(path)
+        replace_folder(self.path, self._folder)
+
+    def close(self) -> None:
+        """Release the lock, and delete what is not finished; call it once, and last."""
         # Closed before it is deleted: NFS keeps an open file, and with it the folder.
-        os.close(lock)
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(self._lock)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _make_locked(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
@@ -303,14 +325,23 @@ def abandoned_folders() -> Iterator[Path]:
 # stored, so the next process does not read it again.
 
 
-def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+def checksums_of(
+    folder: Path,
+    names: Iterable[str] | None = None,
+    *,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Return name -> SHA-256 of a folder's files, all of them when no names are given.
 
     The files count as verified, so that the next reader need not read them.
+
+    Args:
+        known: Name -> SHA-256 of files that whoever wrote them has hashed already.
     """
     if names is None:
         names = sorted(path.name for path in folder.iterdir())
-    checksums = {name: file_digest(folder / name) for name in names}
+    hashed = known or {}
+    checksums = {name: hashed.get(name) or file_digest(folder / name) for name in names}
     _mark_verified(folder, checksums)
     return checksums
 

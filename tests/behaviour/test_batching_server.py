@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers_server import PAGED, served
 
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.pipelines.models import export
 from orchestrator.workspace.layout import open_workspace

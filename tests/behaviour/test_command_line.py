@@ -153,6 +153,7 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
     found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert found == code
     assert (str(error) or "interrupted") in printed
+    assert "resume" not in printed, "a command without state to resume from promises none"
     assert "Traceback" not in printed
     [log] = (tmp_path / "logs").glob("*.log")
     assert ("Traceback" in log.read_text()) == isinstance(error, ZeroDivisionError)

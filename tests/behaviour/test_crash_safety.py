@@ -14,7 +14,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +22,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sample_texts import tokens_of
 from tokenizers import Tokenizer
 
 from iiet.config import ModelConfig
+from iiet.weights import config_to_json, write_config
 from orchestrator.data.store import is_complete, verify_data
 from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
-from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
-from orchestrator.workspace.files import new_folder, read_json, write_json
+from orchestrator.training.checkpoint import (
+    load_training_state,
+    prune_checkpoints,
+    save_checkpoint,
+    write_beside_weights,
+)
+from orchestrator.training.shards import ShardSaver
+from orchestrator.training.world import World
+from orchestrator.workspace.files import UnfinishedFolder, new_folder, read_json, write_json
 from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
-from orchestrator.workspace.layout import find_checkpoints
+from orchestrator.workspace.layout import checkpoint_name, find_checkpoints
 
 RECORDED = ("fsync", "link", "mkdir", "rename", "replace", "rmdir", "truncate", "unlink")
 NEED_SPACE = ("fsync", "link", "mkdir", "rename", "replace")
@@ -165,20 +174,49 @@ def nothing(folder: Path) -> None:
     """Prepare nothing."""
 
 
+CONFIG = ModelConfig(
+    vocab_size=8, dim=4, num_layers=1, num_heads=1, num_kv_heads=1, ffn_dim=4, context_length=4,
+    method="vanilla",
+)  # fmt: skip
+
+
 def a_checkpoint(step: int, value: float) -> Callable[[Path], Path]:
-    config = ModelConfig(
-        vocab_size=8, dim=4, num_layers=1, num_heads=1, num_kv_heads=1, ffn_dim=4,
-        context_length=4, method="vanilla",
-    )  # fmt: skip
     return lambda folder: save_checkpoint(
         folder,
         step,
-        config=config,
+        config=CONFIG,
         weights={"weight": torch.full((64,), value)},
         training_state={"value": value},
         tokenizer_path=None,
         provenance={},
     )
+
+
+def shards_of_one_worker(step: int, value: float) -> Callable[[Path], None]:
+    def complete(unfinished: UnfinishedFolder, checksums: Mapping[str, str], _: float) -> None:
+        write_config(unfinished.path, config_to_json(CONFIG))
+        write_beside_weights(
+            unfinished.path,
+            CONFIG,
+            training_state={"value": value},
+            tokenizer_path=None,
+            provenance={},
+            checksums=checksums,
+        )
+        unfinished.finish()
+
+    def write(folder: Path) -> None:
+        weight = torch.full((64,), value)
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        saver = ShardSaver(World())
+        path = folder / checkpoint_name(step)
+        try:
+            saver.start(path, {"weight": weight}, {"weight.exp_avg": -weight}, complete).result()
+        finally:
+            saver.close()
+            dist.destroy_process_group()
+
+    return write
 
 
 def checkpoints(folder: Path) -> Answer:
@@ -235,6 +273,7 @@ CASES = {
     "replaced-checkpoint": Case(
         a_checkpoint(1, 1.0), a_checkpoint(1, 2.0), checkpoints, is_replaced=True
     ),
+    "shards": Case(a_checkpoint(1, 1.0), shards_of_one_worker(2, 2.0), checkpoints),
     "deleted-checkpoint": Case(
         lambda folder: [a_checkpoint(step, 1.0)(folder) for step in (1, 2)],
         lambda folder: prune_checkpoints(folder, 1),

@@ -17,7 +17,7 @@ from terminal import run_in_terminal
 
 import orchestrator
 from iiet import Decoder, preset
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.pipelines.models import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings, read_settings

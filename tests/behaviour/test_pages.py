@@ -163,8 +163,13 @@ def check_prices(tmp_path, capsys, monkeypatch) -> Callable[..., None]:
     return check
 
 
-def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(check_prices):
-    check_prices("scaling.md", 10, "parameters", "memory", "training time", "a checkpoint")
+def test_the_tables_of_scaling_are_what_their_commands_print_and_every_row_fits(
+    check_prices, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    [settings] = [b for b in blocks(ROOT / "docs" / "scaling.md", "yaml") if "dim: 4096" in b]
+    (tmp_path / "7b.yaml").write_text(settings)
+    check_prices("scaling.md", 13, "parameters", "memory", "training time", "a checkpoint")
 
 
 def test_the_tables_of_a_retrofit_are_what_its_commands_print(check_prices, tmp_path, monkeypatch):

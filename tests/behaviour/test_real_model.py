@@ -22,7 +22,8 @@ from transformers_server import served
 
 from orchestrator.data.text import DOCUMENT_MARK
 from orchestrator.evaluation.answers import Sampling
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.records.training import TrainingJob
 
@@ -153,7 +154,8 @@ def write_texts(folder: Path) -> None:
 
 def test_the_model_is_that_of_transformers(walk, stock):
     tokenizer = AutoTokenizer.from_pretrained(walk.file.parent, gguf_file=walk.file.name)
-    writer, exported = TextGenerator(walk.checkpoint), load_model(walk.folder / "smollm2-exported")
+    writer = TextGenerator(open_model(walk.checkpoint))
+    exported = load_model(walk.folder / "smollm2-exported")
     for text in PROMPTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
         assert list(writer.text.encode_document(text)) == ids[0].tolist()
@@ -184,7 +186,7 @@ def test_the_model_is_that_of_transformers(walk, stock):
 
 def test_transformers_serves_the_export(walk, tmp_path):
     question = {"role": "user", "content": "What is the capital of France?"}
-    writer = TextGenerator(walk.checkpoint)
+    writer = TextGenerator(open_model(walk.checkpoint))
     asked = writer.as_asked([question["content"]], chat=True)
     expected = "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
     with served(walk.folder / "smollm2-exported", tmp_path) as ask:
@@ -262,13 +264,13 @@ def test_it_becomes_iterative_and_still_answers(walk):
     ).eval()
     full = load_model(checkpoint)
     none = full.with_schedule(0)
-    ids = torch.tensor([TextGenerator(checkpoint).text.encode_document(PROMPTS[0])])
+    ids = torch.tensor([TextGenerator(open_model(checkpoint)).text.encode_document(PROMPTS[0])])
     with torch.no_grad():
         logits = full(ids)
         assert (theirs(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
         assert not torch.equal(logits, none(ids))
     for schedule in (full.schedule, none.schedule):
-        writer = TextGenerator(checkpoint, schedule)
+        writer = TextGenerator(open_model(checkpoint, schedule=schedule))
         asked = writer.as_asked(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
 

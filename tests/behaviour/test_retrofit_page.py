@@ -20,26 +20,33 @@ from orchestrator.workspace.layout import Workspace, find_checkpoints
 pytestmark = pytest.mark.long
 
 PAGE = ROOT / "docs" / "retrofit.md"
+README = ROOT / "README.md"
 COMMANDS = {
-    "the page": [line.words for line in shell_lines() if line.page == PAGE.name],
-    "the README": [
+    PAGE: [line.words for line in shell_lines() if line.page == PAGE.name],
+    README: [
         tuple(shlex.split(line, comments=True))
-        for block in blocks(ROOT / "README.md", "bash")
+        for block in blocks(README, "bash")
         for line in block.splitlines()
         if "--from smollm2" in block
     ],
 }
-SMALLER = {"1024": "32", "65536": "64", "num_steps: 1000": "num_steps: 2"}
-"""In the page's files."""
-REPLACED = {"hub:HuggingFaceTB/SmolLM2-135M": "published", "300": "4", "7000": "4"}
+SMALLER = {
+    **{"1024": "32", "65536": "64", "num_steps: 1000": "num_steps: 2"},
+    **{"256": "32", "num_steps: 20": "num_steps: 4"},
+}
+"""In the files of both pages."""
+REPLACED = {
+    **{"hub:HuggingFaceTB/SmolLM2-135M": "published", "300": "4", "7000": "4"},
+    "0*14,2*4,0*12": "2",
+}
 RULES = {"where:knee": "where:2,2,2", "--keep": "--best", "0.99": "--allow-loss"}
 """Models this small have no knee, and keep nothing."""
 FEW = ("--set", "evaluation.num_items=20", "--set", "influence.num_tokens=256")
 ONLY_INFLUENCE = FEW[2:]
 
 
-def write_files(folder: Path) -> None:
-    """Write a plain model as transformers stores it, texts, and the settings files of the page."""
+def write_files(folder: Path, page: Path) -> None:
+    """Write a plain model as transformers stores it, texts, and the settings files of a page."""
     tokens = tokens_of(help_texts(79), folder / "tokens", vocab_size=400)
     sizes = {"vocab_size": 400, "num_hidden_layers": 3, "eos_token_id": 0}
     random_model("llama", **sizes).save_pretrained(folder / "published")
@@ -48,7 +55,7 @@ def write_files(folder: Path) -> None:
     (folder / "published" / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "all.jsonl").write_text(lines_of(help_texts(79)), encoding="utf-8")
-    for block in blocks(PAGE, "yaml"):
+    for block in blocks(page, "yaml"):
         if block.startswith("# "):
             text = block
             for number, small in SMALLER.items():
@@ -72,16 +79,20 @@ def small(words: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "run", "num_runs"), [("the page", "retrofit", 2), ("the README", "iterative", 1)]
+    ("page", "run", "num_runs"),
+    [
+        pytest.param(PAGE, "retrofit", 2, id="the page"),
+        pytest.param(README, "iterative", 1, id="the README"),
+    ],
 )
 def test_the_commands_of_the_page_run(
-    place, run, num_runs, tmp_path, monkeypatch, ray_session, capfd
+    page, run, num_runs, tmp_path, monkeypatch, ray_session, capfd
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IIET_WORKSPACE", raising=False)
-    write_files(tmp_path)
+    write_files(tmp_path, page)
     ran = []
-    for program, *words in COMMANDS[place]:
+    for program, *words in COMMANDS[page]:
         # A server is another test's, and so is what benchmark starts.
         if program != "iiet-orch" or "--serve" in words:
             continue

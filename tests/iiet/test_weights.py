@@ -1,14 +1,16 @@
 """A decoder in a folder: loading returns what was saved, and errors name what does not fit."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from model_cases import make_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from iiet import Decoder, next_token_loss
+from iiet.weights import lazy_tensors, write_files
 
 IDS = tokens(2, 8)
 
@@ -67,3 +69,58 @@ def test_loading_and_generating_import_few_libraries(tmp_path):
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "set()"
+
+
+def test_a_file_has_the_bytes_that_the_library_writes(tmp_path):
+    """The library needs all tensors at once, and this program writes one after the other."""
+    decoder = decoder_of()
+    weights = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
+    weights |= {
+        "a.half": torch.randn(3, 5).bfloat16(),
+        "z.half": torch.randn(7).half(),
+        "a number": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "places": torch.arange(3),
+        "double": torch.randn(2, dtype=torch.float64),
+        "größe": torch.ones(1),
+    }
+    write_files(tmp_path, {}, weights)
+    save_file(weights, tmp_path / "expected")
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_large_weights_are_in_several_files_with_an_index(tmp_path):
+    decoder = decoder_of()
+    decoder.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    limit = max(tensor.nbytes for tensor in decoder.state_dict().values()) + 100
+    write_files(tmp_path, values, decoder.state_dict(), max_file_bytes=limit)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < limit + 5000 for file in files)  # A head has some kilobytes.
+    stored = {name: file.name for file in files for name in load_file(file)}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == stored
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in decoder.state_dict().values())
+    again = Decoder.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS), decoder(IDS))
+    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names no files"):
+        Decoder.from_pretrained(tmp_path)
+
+
+def test_a_lazy_tensor_reads_what_is_asked_for(tmp_path):
+    weights = {"a": torch.randn(6, 3), "bad": torch.tensor([1.0, float("nan")])}
+    save_file(weights, tmp_path / "file.safetensors")
+    tensors = lazy_tensors([tmp_path / "file.safetensors"])
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        name: (tuple(t.shape), t.dtype) for name, t in weights.items()
+    }
+    assert torch.equal(tensors["a"][...], weights["a"])
+    assert torch.equal(tensors["a"][2:4], weights["a"][2:4])
+    assert tensors["a"][6:8].shape == (0, 3)
+    with pytest.raises(ValueError, match="bad has 1 values that are NaN"):
+        tensors["bad"][...]

@@ -305,7 +305,7 @@ def _fill(workspace: Workspace) -> None:
     teacher = newest_checkpoint(workspace.runs / "full")
     with suppress(KeyboardInterrupt):
         schedule, stopped = IterationSchedule((0, 0)), Context(workspace, Notes(3))
-        evaluate_model(open_model(teacher, schedule), settings.evaluation, stopped)
+        evaluate_model(open_model(teacher, schedule=schedule), settings.evaluation, stopped)
     os.utime(next(workspace.evaluations.glob("*.answers")), (0, 0))  # Else it runs.
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"

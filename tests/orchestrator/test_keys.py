@@ -166,8 +166,8 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
     (same / "tokenizer.json").write_text((same / "tokenizer.json").read_text() + " ")
     others = [
         open_model(other),
-        open_model(checkpoint, "1,1"),
-        open_model(model.path, text_folder=same),
+        open_model(checkpoint, schedule="1,1"),
+        replace(model, text_folder=same),
     ]
     assert not any(ModelMeasurer(one, store, base).has_stored(loaded) for one in others)
 

@@ -1,10 +1,11 @@
 """Every measured number of README and research/results.md comes from a JSON file of the ledger."""
 
+import json
 import re
 
 import ledger
 import pytest
-from ledger import BLOCK, PAGES, ROOT, filled, measured_outside
+from ledger import BLOCK, NOT_PICTURED, PAGES, PICTURED, ROOT, filled, measured_outside, panels
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -16,7 +17,7 @@ def test_the_tables_of_a_page_are_those_of_its_files(name):
 
 
 def test_a_changed_number_and_one_without_a_source_are_noticed():
-    text = (ROOT / PAGES[0]).read_text("utf-8")
+    text = (ROOT / PAGES[1]).read_text("utf-8")
     number = re.search(r"[0-9.]+ ± ", text)
     assert number
     assert filled(text.replace(number[0], "12.3 ± ")) == text
@@ -25,8 +26,29 @@ def test_a_changed_number_and_one_without_a_source_are_noticed():
 
 def test_each_file_is_on_a_page():
     files = {f"research/fronts/{path.name}" for path in (ROOT / "research/fronts").iterdir()}
-    named = {each["file"] for name in PAGES for each in BLOCK.finditer((ROOT / name).read_text())}
-    assert named == files
-    assert set(ledger.TABLES) == {
-        each["table"] for name in PAGES for each in BLOCK.finditer((ROOT / name).read_text())
-    }
+    blocks = [each for name in PAGES for each in BLOCK.finditer((ROOT / name).read_text("utf-8"))]
+    assert {file for block in blocks for file in block["files"].split(", ")} == files
+    assert set(ledger.TABLES) == {block["table"] for block in blocks}
+
+
+def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer_bits():
+    row = {"name": "a", "paired/vs_b": -0.2, "paired/vs_b_low": -0.3, "paired/vs_b_high": -0.1}
+    cells = {}
+    for axis in ("quality/accuracy", "quality/bits_per_byte"):
+        report = {"axes": {"quality": axis}, "results": [row]}
+        cells[axis] = ledger._difference_cells(report, "a", "vs_b")
+    assert cells["quality/accuracy"] == ["-20.0 points (-30.0 to -10.0)", "does not hold"]
+    assert cells["quality/bits_per_byte"] == ["0.200 bits per byte (0.100 to 0.300)", "holds"]
+
+
+def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
+    for name, chart in zip(PICTURED, panels(), strict=True):
+        report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))
+        beside = {row["name"] for row in report["results"] if row["role"] != "trial"}
+        shown = {row["label"]: row["places"] for row in chart["data"]["values"]}
+        assert beside - set(NOT_PICTURED) <= set(shown)
+        assert not set(NOT_PICTURED) & set(shown)
+        # The first width is that of screens.
+        assert all(min(shown[label][::2]) >= 0 for label in beside - set(NOT_PICTURED))
+    ledger.draw_picture(tmp_path / "fronts.png")
+    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")

@@ -37,8 +37,15 @@ def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(
     (tmp_path / "shown.yaml").write_text(printed)
     assert read_settings(tmp_path / "shown.yaml") == read_settings("demo", ["training.seed=7"])
     assert "default:" not in _printed(capsys, "config", "show")
-    changed = _printed(capsys, "config", "show", "--set", "training.elastic.num_drawn=2")
-    assert "  elastic:  # default: null\n" in changed
+    options = ("--changed", "--set", "training.elastic.num_drawn=2")
+    changed = _printed(capsys, "config", "show", *options)
+    assert "  elastic:  # default: null\n    num_drawn: 2  # default: 1\n" in changed
+    assert "weight" not in changed, "a section that is off has the defaults of its own settings"
+    changed = _printed(capsys, "config", "show", "--changed", "--set", "training.elastic={}")
+    assert changed == "training:\n  elastic: {}  # default: null\n"
+    options = ("--changed", "--json", "--set", "source_training.num_steps=9")
+    changed = _printed(capsys, "config", "show", *options)
+    assert json.loads(changed)["settings"] == {"source_training": {"num_steps": 9}}
     schema = json.loads(_printed(capsys, "config", "schema"))
     assert set(schema["properties"]) == set(Settings.model_fields)
     assert schema["$defs"]["InfluenceSettings"]["properties"]["metric"]["description"]
@@ -133,7 +140,7 @@ def test_each_command_with_set_names_what_it_reads():
         "config show", "quickstart", "sweep",  # The latter two read what their kind reads.
     }  # fmt: skip
     training = {"data", "model", "training"}
-    assert READ_BY["prepare"] == {"data"}
+    assert READ_BY["prepare"] == {"data", "cluster"}
     assert READ_BY["pretrain"] == {*training, "cluster"}
     assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
     assert READ_BY["influence"] == {"influence", "cluster"}
@@ -155,7 +162,7 @@ def test_each_command_with_set_names_what_it_reads():
         ("evaluate run", ["model={corrections: 1}"], "--schedule"),
         ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
         ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
-        ("prepare", ["cluster.num_gpus=1"], "data alone"),
+        ("prepare", ["training.seed=1"], "data alone"),
         ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
         ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
         ("sweep-threshold run", ["training.seed=1"], "distillation.training"),

@@ -70,10 +70,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     def train_until_killed(config: dict[str, Any]) -> None:
         from orchestrator.training import checkpoint
 
-        save = checkpoint.save_checkpoint
+        prune = checkpoint.prune_checkpoints
 
-        def save_and_die(*args: Any, **named: Any) -> Any:
-            written = save(*args, **named)
+        def die_once_it_is_written(*args: Any, **named: Any) -> None:
             if not saved.exists():
                 saved.write_text(str(os.getpid()))
                 give_up = time.monotonic() + 60
@@ -81,9 +80,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
                     assert time.monotonic() < give_up, "nobody looked while it trained"
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return written
+            prune(*args, **named)
 
-        checkpoint.save_checkpoint = save_and_die
+        checkpoint.prune_checkpoints = die_once_it_is_written
         train_worker(config)
 
     def watch() -> None:

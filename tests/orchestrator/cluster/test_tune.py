@@ -28,7 +28,7 @@ from orchestrator.cluster.tune import (
     TrialPlace,
     run_trials,
 )
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.trial import EarlyStop, SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
@@ -202,7 +202,7 @@ def trains_only() -> TrialFunction:
     def train(trial: Trial, place: TrialPlace) -> Trial | None:
         from orchestrator.sweeping import trial as module
 
-        module.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
+        module.measure_trial = lambda trial, *_: trial.with_numbers("quality", {"accuracy": 0.5})
         return module.run_trial(trial, place)
 
     return train

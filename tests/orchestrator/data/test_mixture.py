@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_text_never_becomes_a_symbol(mixture):
     first_symbol = texts.vocab_size
     assert tokenizer.encode(SYMBOL).ids == [first_symbol]
     assert SYMBOL in tokenizer.decode(texts.train[:200].tolist())
-    assert max(texts.train.max(), texts.validation.max()) < first_symbol
+    assert max(texts.train[:].max(), texts.validation[:].max()) < first_symbol
     batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=0)
     is_task = batch.sources > 0
     has_target = batch.targets != NO_TARGET
@@ -192,19 +193,22 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     write_text = preparation.write_text
     written: list[str] = []
 
-    def stop_after_first(alone: DataSettings, *others: object) -> Path:
+    def stop_after_first(alone: DataSettings, *others: Any, **options: Any) -> Path:
         if written:
             raise KeyboardInterrupt
         written.append(alone.source)
-        return write_text(alone, *others)
+        return write_text(alone, *others, **options)
 
     monkeypatch.setattr(preparation, "write_text", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, workspace)
     assert written == ["files"]
-    monkeypatch.setattr(
-        preparation, "write_text", lambda s, *o: (written.append(s.source), write_text(s, *o))[1]
-    )
+
+    def note(alone: DataSettings, *others: Any, **options: Any) -> Path:
+        written.append(alone.source)
+        return write_text(alone, *others, **options)
+
+    monkeypatch.setattr(preparation, "write_text", note)
     folder = prepare(settings, workspace)
     assert written == ["files", "hub"]
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.data import store
 from orchestrator.data.order import WindowOrder, check_even_split, permute, positions_of_step
-from orchestrator.data.store import TokenStore, gather
+from orchestrator.data.store import FileArray, TokenStore, gather
 from orchestrator.workspace.errors import UserError
 
 
@@ -54,8 +57,8 @@ def test_epochs_and_seeds_differ_in_order_and_offset():
     assert (other != epochs[0][:50]).mean() > 0.9
 
 
-def test_sequences_are_slices_of_the_tokens():
-    tokens = np.arange(2000, dtype=np.uint16)
+def test_sequences_are_slices_of_the_tokens(tmp_path):
+    tokens = in_files(tmp_path / "tokens", np.arange(2000, dtype=np.uint16), 900)
     rows = gather(tokens, WindowOrder(2000, 16).starts(np.arange(15, 20)), 16)
     assert rows.shape == (5, 16)
     assert rows.dtype == torch.int64
@@ -77,25 +80,59 @@ def test_workers_share_a_step_as_evenly_as_possible(batch, workers, step):
             check_even_split(batch, workers)
 
 
-def test_training_and_validation_read_their_own_tokens():
+def in_files(folder: Path, values: np.ndarray, *ends: int) -> FileArray:
+    """Write values to files that end where `ends` say, and at the end."""
+    folder.mkdir()
+    files = [folder / str(number) for number in range(len(ends) + 1)]
+    for file, part in zip(files, np.split(values, ends), strict=True):
+        file.write_bytes(part.tobytes())
+    return FileArray(files, values.dtype)
+
+
+@given(st.lists(st.integers(0, 60)), st.integers(1, 60), st.integers(1, 60))
+def test_an_array_in_any_files_is_one_array(ends, length, size):
+    values = np.random.default_rng(size).integers(0, 999, size, dtype=np.uint16)
+    length = min(length, size)
+    starts = np.random.default_rng(length).integers(0, size - length + 1, 9)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "MAPS_KEPT", 2)
+        array = in_files(Path(folder) / "files", values, *sorted(min(end, size) for end in ends))
+        assert len(array) == size
+        assert array[:].tolist() == values.tolist()
+        assert array[3:-2].tolist() == values[3:-2].tolist()
+        expected = values[starts[:, None] + np.arange(length)]
+        assert array.windows(starts, length).tolist() == expected.tolist()
+
+
+def test_files_that_are_not_read_are_not_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MAPS_KEPT", 3)
+    array = in_files(tmp_path / "files", np.arange(100, dtype=np.uint16), *range(5, 100, 5))
+    before = psutil.Process().num_fds()
+    array.windows(np.arange(0, 100, 5), 5)
+    assert psutil.Process().num_fds() - before <= 3
+
+
+def test_training_and_validation_read_their_own_tokens(tmp_path):
     manifest: Any = None
-    train = np.arange(600, dtype=np.uint16)
-    validation = np.arange(600, 1000, dtype=np.uint16)
-    store = TokenStore(Path(), manifest, train, validation)
+    train = in_files(tmp_path / "train", np.arange(600, dtype=np.uint16), 200)
+    validation = in_files(tmp_path / "validation", np.arange(600, 1000, dtype=np.uint16))
+    tokens = TokenStore(Path(), manifest, train, validation)
     held_out = torch.cat(
         [
             batch.input_ids
-            for batch in store.validation_batches(context_length=10, num_tokens=400, batch_size=8)
+            for batch in tokens.validation_batches(context_length=10, num_tokens=400, batch_size=8)
         ]
     )
-    assert held_out.flatten().tolist() == validation.tolist()
-    trained = store.sequences(np.arange(300), context_length=10, seed=0).input_ids
+    assert held_out.flatten().tolist() == list(range(600, 1000))
+    trained = tokens.sequences(np.arange(300), context_length=10, seed=0).input_ids
     assert int(trained.max()) < 600
 
 
-def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error():
-    def batches(tokens: np.ndarray, **options: int) -> list[Any]:
+def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error(tmp_path):
+    def batches(values: np.ndarray, **options: int) -> list[Any]:
         manifest: Any = None
+        number = len([*tmp_path.iterdir()])
+        tokens = in_files(tmp_path / str(number), values)
         return list(TokenStore(Path(), manifest, tokens, tokens).validation_batches(**options))
 
     tokens = np.arange(1000, dtype=np.uint16)

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 
 from iiet.batch import NO_TARGET
+from orchestrator.data import text
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import find_prepared, prepare
-from orchestrator.data.store import TRAIN_TARGETS_NAME, TokenStore
+from orchestrator.data.store import TRAIN_NAME, TokenStore, targets_name
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -54,9 +55,9 @@ def prepared(settings: DataSettings, workspace: Workspace) -> TokenStore:
 def documents(store: TokenStore) -> list[tuple[list[int], list[int]]]:
     """Return what each training document has before its targets, and its targets, as tokens."""
     assert store.train_targets is not None
-    ends = np.flatnonzero(store.train == store.manifest.end_of_text_id) + 1
-    parts = np.split(store.train, ends)[:-1]
-    flags = np.split(store.train_targets, ends)[:-1]
+    ends = np.flatnonzero(store.train[:] == store.manifest.end_of_text_id) + 1
+    parts = np.split(store.train[:], ends)[:-1]
+    flags = np.split(store.train_targets[:], ends)[:-1]
     return [
         (part[~chosen].tolist(), part[chosen].tolist())
         for part, chosen in zip(parts, flags, strict=True)
@@ -84,7 +85,7 @@ def test_targets_are_the_completion_and_the_end_of_the_text(tmp_path, workspace)
 def test_windows_and_validation_count_the_targets_of_their_tokens(tmp_path, workspace):
     store = prepared(settings_of(write_lines(tmp_path / "a.jsonl", PAIRS)), workspace)
     batch = store.sequences(np.arange(20), context_length=24, seed=0)
-    is_target = dict(enumerate(store.train_targets))
+    is_target = dict(enumerate(store.train_targets[:]))
     starts = [
         next(
             place
@@ -106,7 +107,26 @@ def test_plain_text_beside_prompts_is_learned_whole(tmp_path, workspace):
     assert {bool(prompt) for prompt, _ in found} == {True, False}
     alone = prepared(settings_of(files[1]), workspace)
     assert alone.train_targets is None
-    assert not (alone.folder / TRAIN_TARGETS_NAME).exists()
+    assert not (alone.folder / targets_name(TRAIN_NAME)).exists()
+
+
+def test_the_targets_of_many_shards_are_those_of_one(tmp_path, monkeypatch):
+    plain = [{"text": f"Number {i} is a story of its own."} for i in range(40)]
+    pairs = [*PAIRS, *PAIRS[:20]]  # Copies, which shards of their own drop at the end.
+    settings = settings_of(*(
+        write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", plain), ("b", pairs))
+    ))  # fmt: skip
+    whole = prepared(settings, Workspace(tmp_path / "whole"))
+    monkeypatch.setattr(text, "SHARD_BYTES", 900)
+    in_shards = prepared(settings, Workspace(tmp_path / "in shards"))
+    assert len(in_shards.manifest.train_files) > 5
+    assert in_shards.fingerprint == whole.fingerprint
+    assert documents(in_shards) == documents(whole)
+    batches = [
+        store.sequences(np.arange(60), context_length=24, seed=1).counted.tolist()
+        for store in (whole, in_shards)
+    ]
+    assert batches[0] == batches[1]
 
 
 def test_completions_of_a_prompt_stay_together_and_copies_count_once(tmp_path, workspace):
@@ -164,7 +184,7 @@ def test_a_chat_template_writes_question_and_answer(tmp_path, workspace, chat_mo
     store = prepared(settings, workspace)
     tokenizer = load_tokenizer(store.tokenizer_path)
     train = tokenizer.decode(store.train[:60].tolist(), skip_special_tokens=False)
-    targets = store.train[np.asarray(store.train_targets)]
+    targets = store.train[:][store.train_targets[:]]
     assert train.startswith("<|endoftext|>[user] How many birds")
     answers = tokenizer.decode(targets.tolist(), skip_special_tokens=True)
     assert "[" not in answers

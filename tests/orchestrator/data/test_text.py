@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import zstandard
 from sample_texts import lines_of
 
 from orchestrator.data import text
+from orchestrator.data.store import open_tokens
 from orchestrator.data.text import (
     find_files,
     read_documents,
@@ -22,7 +24,7 @@ from orchestrator.data.text import (
     split_text_file,
     text_source,
 )
-from orchestrator.data.tokenize import write_text
+from orchestrator.data.tokenize import threads, write_text
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -166,14 +168,15 @@ def test_a_data_set_is_opened_once_however_many_shards_it_has(tmp_path, monkeypa
 
     monkeypatch.setattr(datasets, "load_dataset", counting)
     settings = hub(tmp_path / "set", vocab_size=300, validation_fraction=0.3)
-    folder = write_text(settings, tmp_path / "tokens", "key", Progress(), num_threads=3)
+    in_threads = {"open_runner": partial(threads, 3)}
+    folder = write_text(settings, tmp_path / "tokens", "key", Progress(), **in_threads)
     of_files = settings.model_copy(
         update={"source": "files", "files": (str(tmp_path / "set"),), "hub_name": ""}
     )
     assert len(openings) == 1
-    expected = write_text(of_files, tmp_path / "of files", "key", Progress(), num_threads=1)
-    for name in ("train.bin", "validation.bin"):
-        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    expected = write_text(of_files, tmp_path / "of files", "key", Progress(), **in_threads)
+    assert open_tokens(folder).train[:].tolist() == open_tokens(expected).train[:].tolist()
+    assert (folder / "validation.bin").read_bytes() == (expected / "validation.bin").read_bytes()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 from sample_texts import lines_of, tokens_of
 from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data import text, tokenize
 from orchestrator.data.store import (
     MANIFEST_NAME,
+    FileArray,
     Manifest,
     TokenStore,
     open_tokens,
     verify_data,
 )
-from orchestrator.data.tokenize import ShardWriter, first_occurrences, is_validation, write_text
+from orchestrator.data.tokenize import (
+    ShardWriter,
+    first_occurrences,
+    is_validation,
+    threads,
+    write_text,
+)
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
@@ -37,8 +46,9 @@ TEXTS = [f"Document {i} tells that {i * 7} birds flew over the sea." for i in ra
 OPTIONS: dict[str, Any] = {"vocab_size": 300, "validation_fraction": 0.2}
 
 
-def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
+def split_documents(store: TokenStore, tokens: FileArray) -> list[str]:
     tokenizer = load_tokenizer(store.tokenizer_path)
+    array = tokens[:]
     ends = np.flatnonzero(array == store.manifest.end_of_text_id)
     starts = [0, *(ends[:-1] + 1)]
     return [
@@ -49,6 +59,13 @@ def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != VERIFIED_NAME}
+
+
+def in_one_shard(folder: Path) -> Path:
+    """Return the token folder of the different texts of `several`, which are in one file there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "SHARD_BYTES", 10**9)
+        return tokens_of(TEXTS[:280], folder, **OPTIONS)
 
 
 @pytest.fixture
@@ -78,12 +95,12 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
         folders[name] = open_tokens(tokens_of(texts, tmp_path / name, **options))
     # What a tokenizer puts after a text does not count: each document ends once.
     for name in ("one", "two"):
-        array = folders[name].train
-        bare = plain.train
+        array = folders[name].train[:]
+        bare = plain.train[:]
         ends = np.flatnonzero(bare == plain.manifest.end_of_text_id)
         starts = [0, *(ends[:-1] + 1)]
         assert array.tolist() == np.insert(bare.astype(array.dtype), starts, first).tolist()
-    assert folders["none"].train.tolist() == plain.train.tolist()
+    assert folders["none"].train[:].tolist() == plain.train[:].tolist()
     assert len({store.fingerprint for store in folders.values()}) == 3
 
 
@@ -106,7 +123,7 @@ def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     assert list(map(json.loads, lines)) == [
         {"text": each, "source": "texts.jsonl"} for each in validation
     ]
-    assert store.train.dtype == np.uint16
+    assert store.train[:].dtype == np.uint16
     assert store.vocab_size == 300
     assert store.manifest.train.tokens == len(store.train)
 
@@ -170,17 +187,95 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
 
 
 def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
-    whole = tokens_of(TEXTS[:280], tmp_path / "whole", **OPTIONS)
+    whole = in_one_shard(tmp_path / "whole")
     for number in (1, 3):
         parent = tmp_path / f"by {number}"
-        folder = write_text(several, parent, "key", Progress(), num_threads=number)
+        folder = write_text(
+            several, parent, "key", Progress(), open_runner=partial(threads, number)
+        )
         assert folder.name == whole.name
-        for name in ("train.bin", "validation.bin", "tokenizer.json"):
+        assert open_tokens(folder).train[:].tolist() == open_tokens(whole).train[:].tolist()
+        for name in ("validation.bin", "tokenizer.json"):
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
     with pytest.raises(UserError, match=r"2\.jsonl, line 51: the field 'text' holds 5"):
-        write_text(several, tmp_path / "bad", "key", Progress(), num_threads=3)
+        write_text(several, tmp_path / "bad", "key", Progress(), open_runner=partial(threads, 3))
+
+
+def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
+    several, tmp_path, monkeypatch
+):
+    copied = []
+    copy = tokenize._copy_tokens
+
+    def noting(stored: Path, *arguments: Any) -> None:
+        if stored.name == "train.bin":
+            copied.append(int(stored.parent.name))
+        copy(stored, *arguments)
+
+    monkeypatch.setattr(tokenize, "_copy_tokens", noting)
+    files = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+    files[0].write_text(lines_of(TEXTS[:100]))
+    files[1].write_text(lines_of([*TEXTS[100:280], TEXTS[9]]))
+    settings = several.model_copy(update={"files": tuple(map(str, files))})
+    folder = write_text(settings, tmp_path / "tokens", "key", Progress())
+    store = open_tokens(folder)
+    verify_data(folder, always=True)
+    assert copied == [len(store.manifest.train_files) - 1], "the last shard has a copy"
+    whole = open_tokens(in_one_shard(tmp_path / "whole"))
+    assert whole.manifest.train_files == ("train.bin",)
+    assert whole.fingerprint == store.fingerprint
+    for length in (16, 333):  # A shard has some 400 tokens.
+        windows = [
+            tokens.sequences(np.arange(90), context_length=length, seed=3).input_ids.tolist()
+            for tokens in (store, whole)
+        ]
+        assert windows[0] == windows[1]
+
+
+def test_shards_of_another_node_may_be_seen_late(several, tmp_path, monkeypatch):
+    expected = write_text(several, tmp_path / "at once", "key", Progress())
+    hidden: list[Path] = []
+    write = ShardWriter.write
+
+    def write_unseen(writer: ShardWriter, number: int, report: Any) -> None:
+        write(writer, number, report)
+        shard = writer.shards[number]
+        shard.rename(tmp_path / shard.name)
+        hidden.append(shard)
+
+    def show(_: float) -> None:
+        while hidden:
+            shard = hidden.pop()
+            (tmp_path / shard.name).rename(shard)
+
+    monkeypatch.setattr(ShardWriter, "write", write_unseen)
+    monkeypatch.setattr(tokenize.time, "sleep", show)
+    folder = write_text(several, tmp_path / "late", "key", Progress())
+    assert contents(folder) == contents(expected)
+
+
+def test_a_file_system_without_second_names_gets_copies(several, tmp_path, monkeypatch):
+    folder = write_text(several, tmp_path / "linked", "key", Progress())
+
+    def refuse(*_: Any) -> None:
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    copies = write_text(several, tmp_path / "copied", "key", Progress())
+    assert contents(copies) == contents(folder)
+
+
+def test_tokens_of_an_earlier_version_are_read(tmp_path):
+    class EarlierManifest(Manifest):
+        train_files: tuple[str, ...] = Field(default=(), exclude=True)
+
+    folder = tokens_of(TEXTS, tmp_path, **OPTIONS)
+    store = open_tokens(folder)
+    EarlierManifest(**store.manifest.model_dump()).write(folder / MANIFEST_NAME)
+    assert "train_files" not in (folder / MANIFEST_NAME).read_text()
+    assert open_tokens(folder).train[:].tolist() == store.train[:].tolist()
 
 
 def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path, monkeypatch):
@@ -206,8 +301,10 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
             started.clear()
             counts.clear()
             parent = tmp_path / f"{num_documents} by {num_threads}"
-            folder = write_text(settings, parent, "key", Progress(), num_threads=num_threads)
-            tokens.append((folder / "train.bin").read_bytes())
+            folder = write_text(
+                settings, parent, "key", Progress(), open_runner=partial(threads, num_threads)
+            )
+            tokens.append(open_tokens(folder).train[:].tolist())
             if num_threads == 1:
                 num_needed = len(started)
             assert len(started) <= num_needed + 1, "threads begin shards that nobody needs"
@@ -222,6 +319,7 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
 
 KILLED = """
 import os, signal, sys
+from functools import partial
 from pathlib import Path
 from orchestrator.data import text, tokenize
 from orchestrator.settings import DataSettings
@@ -237,7 +335,8 @@ class Killed(Progress):
         if done == 3 and "tokens" in text and reports > 20:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 settings = DataSettings.model_validate_json(sys.argv[2])
-tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), num_threads=1)
+one_thread = partial(tokenize.threads, 1)
+tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), open_runner=one_thread)
 """
 
 
@@ -253,10 +352,10 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     )
     assert done.returncode == -getattr(signal, name), done.stderr
     (left,) = parent.glob(f"{TEMPORARY_PREFIX}*")
-    kept = sorted(left.glob("shards/[0-9]*"))
+    kept = sorted(left.glob("tokenized/[0-9]*"))
     # After Ctrl-C, the thread at work may still finish its shard.
     assert len(kept) >= 3
-    damaged = kept[1] / "tokens.bin"
+    damaged = kept[1] / "train.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
     written = []
@@ -273,14 +372,16 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
 
     monkeypatch.setattr(ShardWriter, "write", counting)
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
-    folder = write_text(several, parent, "key", Notes(), num_threads=1)
+    folder = write_text(several, parent, "key", Notes(), open_runner=partial(threads, 1))
     verify_data(folder, always=True)
     missing = range(len(kept), max(written) + 1)
     assert written == [1, *missing], "whole shards are not tokenized again"
-    assert re.search(r"000001 is damaged: tokens\.bin was changed.*written again", notes[0])
+    assert re.search(r"000001 is damaged: train\.bin was changed.*written again", notes[0])
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
-    whole = write_text(several, tmp_path / "whole", "key", Progress(), num_threads=1)
+    whole = write_text(
+        several, tmp_path / "whole", "key", Progress(), open_runner=partial(threads, 1)
+    )
     assert contents(folder) == contents(whole)
 
 

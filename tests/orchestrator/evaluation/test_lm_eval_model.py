@@ -155,7 +155,7 @@ def test_a_model_reads_texts_as_documents_began_in_its_training(
 ):
     texts = [f"a bag had gone a bag {number}" for number in range(60)]
     data = tokens_of(texts, tmp_path / "data", tokenizer=str(opening_path))
-    trained = open_tokens(data).train.tolist()
+    trained = open_tokens(data).train[:].tolist()
     tokenizer = ModelTokenizer(opening_path)
     model = DecoderModel(with_opening(decoder, tokenizer), tokenizer)
     inputs: list[list[int]] = []

@@ -53,7 +53,7 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
     )
     tokens = torch.arange(12)[None]
     for depth, costs in COSTS[kind].items():
-        model = open_model(folder, depth)
+        model = open_model(folder, schedule=depth)
         assert model.loops is not None
         assert model.depth is not None
         # Loading compares the class with what runs.
@@ -79,7 +79,7 @@ def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
     kind, tokenizer, found = "inkling2_loop_text", tiny_tokens / TOKENIZER, []
     for number in (1, 2):
         folder = write_looped(tmp_path / f"{number}", kind, tokenizer, num_experts_per_tok=number)
-        decoder = LoopedDecoder(open_model(folder, "1"))
+        decoder = LoopedDecoder(open_model(folder, schedule="1"))
         layers = sum(name.endswith(".experts") for name, _ in decoder.model.named_modules())
         found.append(decoder.cost().decode_flops_per_token)
     assert found[1] - found[0] == layers * 2 * 3 * 32 * 16
@@ -92,7 +92,7 @@ def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(tmp_path, tiny_to
     vision = {"model_type": "inkling2_vision", "text_hidden_size": 32, **sizes}
     config = AutoConfig.for_model("inkling2_loop", text_config=text, vision_config=vision)
     Inkling2LoopForConditionalGeneration(config).save_pretrained(folder)
-    model = open_model(folder, "3")
+    model = open_model(folder, schedule="3")
     assert (model.architecture, model.depth, model.context_length) == ("inkling2_loop", (3,), 64)
     assert load_transformers(model).config.loop_num_passes == 3
 
@@ -107,8 +107,8 @@ class Wrong(Ouro):
 def test_a_model_that_does_not_run_as_its_class_says_is_refused(tmp_path, tiny_tokens):
     folder = write_looped(tmp_path / "model", "ouro", tiny_tokens / TOKENIZER)
     model: OpenedModel = open_model(folder)
-    assert (model.depth, model.key) == ((4,), open_model(folder, "4").key)
-    assert model.key != open_model(folder, "3").key
+    assert (model.depth, model.key) == ((4,), open_model(folder, schedule="4").key)
+    assert model.key != open_model(folder, schedule="3").key
     loops = model.loops
     assert loops is not None
     loaded = load_transformers(replace(model, depth=(2,)), trust_remote_code=True)

@@ -23,7 +23,7 @@ from iiet import Decoder, preset
 from orchestrator import cli
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.gguf import read_gguf, write_gguf
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.pipelines import generating
 from orchestrator.pipelines.models import export_checkpoint, import_model

@@ -25,8 +25,10 @@ from huggingface_hub import constants
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance
-from orchestrator.models.hub import DRY_RUN, download, hub_problem, model_folder_name, offline
-from orchestrator.models.open import load_model, model_labels, open_model, open_models
+from orchestrator.models.hub import DRY_RUN, download, hub_problem, offline
+from orchestrator.models.labels import name_with_owner
+from orchestrator.models.load import load_model
+from orchestrator.models.open import by_label, open_model, open_models
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -236,18 +238,18 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     assert "has no tokens of this model's tokenizer" in printed(capfd)
     # Models of one name are told apart by their owners.
     hub.add("you/tiny", folder)
-    models = open_models(space, [Path(NAME), Path("hub:you/tiny")], ["1"])
-    assert model_labels(models) == ["me/tiny r=1", "you/tiny r=1"]
+    models = open_models([NAME, "hub:you/tiny"], space, ["1"])
+    assert [*by_label(models)] == ["me/tiny r=1", "you/tiny r=1"]
 
 
 def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
     folder = download(NAME)
-    assert model_folder_name(folder) == "me/tiny"
+    assert name_with_owner(folder) == "me/tiny"
     monkeypatch.setenv("HF_ENDPOINT", _closed_address())
     assert download(NAME) == folder
     assert load_tokenizer(NAME).get_vocab_size() == 300
-    model = open_model(folder, "1")
-    assert (model.name, model.is_external) == ("tiny r=1", True)
+    model = open_model(folder, schedule="1")
+    assert (model.label, model.is_external) == ("tiny r=1", True)
     with offline(DRY_RUN):
         assert download(NAME) == folder
         with pytest.raises(UserError, match="a dry run downloads nothing"):

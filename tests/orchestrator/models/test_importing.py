@@ -19,9 +19,8 @@ from iiet.exporting import export
 from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.answers import Sampling
-from orchestrator.models.folder import tokenizer_file
-from orchestrator.models.lookup import resolve_model
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import open_model
 from orchestrator.models.tokenizer import token_ids
 from orchestrator.pipelines.generating import TextGenerator, open_generator
 from orchestrator.pipelines.models import export_checkpoint, import_model
@@ -47,9 +46,9 @@ def test_an_imported_model_is_the_same_model_and_found_again(
     with torch.no_grad():
         torch.testing.assert_close(load_model(first)(tokens), decoder(tokens))
     second = import_model(folder, workspace=workspace, name="second")
-    assert resolve_model(workspace) == (second, None)
+    assert open_model(None, workspace).path == second
     assert import_model(folder, workspace=workspace) == first
-    assert resolve_model(workspace) == (first, None), "also if it is found again"
+    assert open_model(None, workspace).path == first, "also if it is found again"
     with torch.no_grad():
         decoder.model.norm.weight.mul_(2)
     export(decoder, folder, tokenizer)
@@ -75,9 +74,11 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_named(
     checkpoint = import_model(folder, workspace=workspace, progress=progress)
     assert "--tokenizer FILE" in progress.notes[0]
     assert load_model(checkpoint).config == small.config
-    for reads_text in (tokenizer_file, TextGenerator):
+    model = open_model(checkpoint)
+    for read_text in (model.check_reads_text, lambda: TextGenerator(model)):
         with pytest.raises(UserError, match=r"has no tokenizer\.json, and text needs one; `"):
-            reads_text(checkpoint)
+            read_text()
+    assert len(model.key) == 2, "the weights and the configuration"
 
 
 @pytest.mark.parametrize("of_run", [True, False])
@@ -161,13 +162,14 @@ def test_generation_begins_and_ends_as_in_transformers(place, llama, workspace):
         change(llama / f"{name}.json", eos_token_id=[319, end] if name == place else 319)
     if place == "tokenizer":
         change(llama / "tokenizer_config.json", eos_token=tokenizer.convert_ids_to_tokens(end))
-    written = "".join(TextGenerator(import_model(llama, workspace=workspace)).stream("a bag", FEW))
+    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
+    written = "".join(writer.stream("a bag", FEW))
     expected = tokenizer.decode(greedy[: greedy.index(end)], skip_special_tokens=True)
     assert written == expected.rstrip("\ufffd")
 
 
 def test_a_chat_is_written_by_the_models_template(llama, workspace):
-    writer = TextGenerator(import_model(llama, workspace=workspace))
+    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     asked = writer.as_asked(["a bag"], chat=True)[0]
     assert asked == "<s>user: a bag\n"
     ids = list(writer.text.encode_document(asked))
@@ -176,16 +178,16 @@ def test_a_chat_is_written_by_the_models_template(llama, workspace):
     assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
     template = llama / "chat_template.jinja"
     template.write_text("{{ raise_exception('only in French') }}")
-    french = TextGenerator(import_model(llama, workspace=workspace, name="french"))
+    french = TextGenerator(open_model(import_model(llama, workspace=workspace, name="french")))
     with pytest.raises(UserError, match="only in French"):
         french.as_asked(["a bag"], chat=True)
     template.unlink()
-    plain = TextGenerator(import_model(llama, workspace=workspace, name="plain"))
+    plain = TextGenerator(open_model(import_model(llama, workspace=workspace, name="plain")))
     with pytest.raises(UserError, match="no chat template"):
         plain.as_asked(["a bag"], chat=True)
     templates = [{"name": name, "template": name} for name in ("default", "rag")]
     change(llama / "tokenizer_config.json", chat_template=templates)
-    named = TextGenerator(import_model(llama, workspace=workspace, name="named")).text
+    named = TextGenerator(open_model(import_model(llama, workspace=workspace, name="named"))).text
     question = [{"role": "user", "content": "?"}]
     assert named.chat(question, "rag") == "rag"
     with pytest.raises(UserError, match="no chat template named tools; it has default, rag"):
@@ -229,14 +231,15 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(llama / "tokenizer.json"))
     change(llama / "tokenizer_config.json", bos_token=tokenizer.id_to_token(0))
-    assert TextGenerator(import_model(llama, workspace=workspace)).text.encode_document("") == (0,)
+    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
+    assert writer.text.encode_document("") == (0,)
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     change(llama / "tokenizer_config.json", **own)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
-    writer = TextGenerator(import_model(llama, workspace=workspace))
+    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.text.encode_document("a bag")[0] == 300
     # Beside the folder, its name means the run, as `generate` cannot use the folder.
     monkeypatch.chdir(llama.parent)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from iiet.plain_models import MODEL_TYPES
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
-from orchestrator.models.open import load_model, open_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError

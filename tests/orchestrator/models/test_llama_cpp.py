@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.models.gguf import read_gguf, write_gguf
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import UserError
 

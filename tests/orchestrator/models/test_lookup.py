@@ -13,15 +13,8 @@ from sample_trials import sample_trial
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.models.lookup import (
-    Picked,
-    find_model_folder,
-    find_pretraining,
-    parse_schedule,
-    resolve_model,
-    resolve_teacher,
-)
-from orchestrator.models.open import open_models
+from orchestrator.models.lookup import Picked, find_pretraining
+from orchestrator.models.open import OpenedModel, open_model, open_models
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME
@@ -47,27 +40,26 @@ def test_a_name_means_a_run_or_a_path_inside_the_workspace(
     workspace, save_run, tmp_path, monkeypatch
 ):
     with pytest.raises(UserError, match="has no runs yet"):
-        find_model_folder(workspace, Path("teacher"))
+        open_model("teacher", workspace)
     checkpoint = save_run("teacher")
     for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
-        assert resolve_model(workspace, typed) == (checkpoint, None)
-        assert resolve_teacher(workspace, typed, None) == checkpoint
-        assert [model.path for model in open_models(workspace, [Path(typed)], None)] == [checkpoint]
+        for folders in ("any", "exports", "none"):
+            model = open_model(typed, workspace, folders=folders)
+            assert (model.path, model.label) == (checkpoint, "teacher")
     # The source of an imported model does not hide its run; what can read both takes the nearer.
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text('{"model_type": "llama"}')
+    source = tmp_path / "teacher"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.chdir(tmp_path)
-    assert resolve_teacher(workspace, "teacher", None) == checkpoint
-    found = find_model_folder(workspace, Path("teacher"), model_types={"iiet"})
-    assert found == checkpoint.parent
-    nearer = find_model_folder(workspace, Path("teacher"), model_types={"llama"})
-    assert nearer == tmp_path / "teacher"
-    with pytest.raises(UserError, match="has no weights"):
-        resolve_teacher(workspace, nearer, None)
+    for folders in ("exports", "none"):
+        assert open_model("teacher", workspace, folders=folders).path == checkpoint
+    for folders in ("any", "exports", "none"):
+        with pytest.raises(UserError, match=rf"{source} has no weights"):
+            open_model("teacher" if folders == "any" else source, workspace, folders=folders)
     for number in range(3):
         save_run(f"run{number:02}")
     with pytest.raises(UserError, match=r"no folder other.* its runs are run00, .*, teacher$"):
-        resolve_model(workspace, "other")
+        open_model("other", workspace)
 
 
 def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announced(
@@ -75,45 +67,43 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
 ):
     said: list[str] = []
 
-    def newest() -> tuple[Path, IterationSchedule | None]:
-        found = resolve_model(workspace, None, said.append)
-        assert str(found[0]) in said.pop()
-        (model,) = open_models(workspace, None, None, note=said.append)
-        assert model.path == found[0]
-        assert str(found[0]) in said.pop()
-        if found[1] is not None:
-            assert model.config.corrections == found[1]
-        return found
+    def newest(*, with_corrections: bool = False) -> OpenedModel:
+        model = open_model(None, workspace, with_corrections=with_corrections, note=said.append)
+        assert str(model.path) in said.pop()
+        return model
 
     with pytest.raises(UserError, match="has no finished run; `iiet-orch pretrain` makes one"):
-        resolve_model(workspace)
+        open_model(None, workspace)
     teacher = save_run("teacher")
     write_json(teacher.parent / JOB_NAME, {})
     with pytest.raises(UserError, match="has no finished run"):
-        resolve_model(workspace)  # It is still being trained.
+        open_model(None, workspace)  # It is still being trained.
     write_json(teacher.parent / DONE_NAME, {})
     os.utime(teacher.parent, (1, 1))
-    assert newest() == (teacher, None)
+    assert newest().path == teacher
     plain = save_run("plain", method="vanilla")
-    assert newest() == (plain, None)
+    assert newest().path == plain
     # What needs an IIET with corrections passes over other models, which can be named.
     levels = save_run("levels", method="pcformer")
-    assert resolve_teacher(workspace, "levels", None) == levels
-    assert resolve_teacher(workspace, None, said.append) == teacher
-    assert str(teacher) in said.pop()
-    assert newest() == (levels, None)
+    assert open_model("levels", workspace, with_corrections=True).path == levels
+    assert newest(with_corrections=True).path == teacher
+    assert newest().path == levels
     picked = Picked(sweep="s", checkpoint=str(teacher), schedule=(1, 0), time=50.0)
     picked.write(workspace.picked)
-    assert newest() == (teacher, IterationSchedule((1, 0)))
+    assert (newest().path, newest().schedule) == (teacher, IterationSchedule((1, 0)))
+    models = open_models([], workspace, ["1", "2"], note=said.append)
+    assert [model.path for model in models] == [teacher] * 2
+    assert len(said) == 1, "it is announced once, under how many schedules it is opened"
+    said.clear()
     later = save_run("later")
     os.utime(later.parent, (60, 60))
-    assert newest() == (later, None)
+    assert newest().path == later
 
 
 def test_a_workspace_without_corrections_lists_its_other_models(workspace, save_run):
     save_run("plain", method="vanilla")
     with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
-        resolve_teacher(workspace, None, None)
+        open_model(None, workspace, with_corrections=True)
 
 
 @pytest.mark.parametrize("with_path", [True, False])
@@ -138,15 +128,14 @@ def test_no_command_replaces_a_damaged_model_by_an_older_one(workspace, save_run
         assert f"{newest} is damaged: model.safetensors" in printed
         assert f"name an older model: {older}" in printed
     assert sorted(workspace.root.glob("[!l]*/**")) == before, "nothing was written"
-    (model,) = open_models(workspace, [older], None)
-    assert model.path == older
+    assert open_model(older, workspace).path == older
 
 
 def test_a_schedule_for_a_model_without_corrections_is_refused(save_run):
-    plain = save_run("plain", method="vanilla")
-    with pytest.raises(UserError, match=r"^--schedule: method 'vanilla' makes no corrections, got"):
-        parse_schedule("2", plain)
-    assert parse_schedule("0", plain) == IterationSchedule((0, 0))
+    plain = open_model(save_run("plain", method="vanilla"))
+    with pytest.raises(UserError, match=r"^--draft: method 'vanilla' makes no corrections, got"):
+        plain.with_schedule("2", "--draft")
+    assert plain.with_schedule("0").schedule == IterationSchedule((0, 0))
 
 
 def test_a_model_without_corrections_has_no_schedule_where_models_are_shown(
@@ -178,11 +167,11 @@ def test_a_trial_is_named_as_the_list_shows_it(workspace, save_run, save_tiny, c
         student.parent.name: (student, IterationSchedule((1, 0))),
     }
     for typed, expected in named.items():
-        assert resolve_model(workspace, typed) == expected
-        (model,) = open_models(workspace, [Path(typed)], None)
-        assert (model.path, model.config.corrections) == expected
+        for folders in ("any", "exports", "none"):
+            model = open_model(typed, workspace, folders=folders)
+            assert (model.path, model.schedule) == expected
     unmeasured = save_tiny(workspace.trials / "00000000ffffffff")
-    assert resolve_model(workspace, unmeasured.parent.name) == (unmeasured, None)
+    assert open_model(unmeasured.parent.name, workspace).path == unmeasured
     where = ["--workspace", str(workspace.root)]
     assert cli.main(["list", "trials", "--json", *where]) == 0
     listed = [entry["name"] for entry in json.loads(capsys.readouterr().out)["trials"]]

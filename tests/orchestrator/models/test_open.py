@@ -19,7 +19,8 @@ from iiet.exporting import export
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.models.folder import resolve_checkpoint
-from orchestrator.models.open import load_model, open_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import open_model
 from orchestrator.workspace.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -123,7 +124,7 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path):
     moved = tmp_path / "moved"
     llama_folder(folder)
     with pytest.raises(UserError, match="makes no corrections"):
-        open_model(folder, "1")
+        open_model(folder, schedule="1")
     before = open_model(folder).key
     shutil.copytree(folder, moved)
     (moved / "README.md").write_text("no part of the model")

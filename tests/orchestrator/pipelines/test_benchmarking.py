@@ -11,8 +11,9 @@ import pytest
 from fake_tracking import untracked
 
 from iiet.schedule import IterationSchedule
+from orchestrator.cluster.work import CPU
 from orchestrator.evaluation.decode_timing import MeasurementSettings
-from orchestrator.models.open import model_labels, open_model, open_models
+from orchestrator.models.open import by_label, open_model, open_models
 from orchestrator.pipelines.benchmarking import (
     family_of,
     plan_benchmark,
@@ -22,7 +23,6 @@ from orchestrator.pipelines.benchmarking import (
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
-from orchestrator.training.world import on_cpu
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
@@ -37,18 +37,18 @@ def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(
     tmp_path, tiny_tokens, save_tiny
 ):
     def family(checkpoint: Path) -> list[str]:
-        return model_labels(family_of(open_model(checkpoint)))
+        return [*by_label(family_of(open_model(checkpoint)))]
 
     checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3)
     assert family(checkpoint) == ["r=2,1", "r=1", "r=0"]
     vanilla = save_tiny(tmp_path / "plain", method="vanilla", schedule=None)
     assert family_of(open_model(vanilla)) == [open_model(vanilla)]
-    assert model_labels([open_model(checkpoint), open_model(vanilla)]) == ["run", "plain"]
+    assert [*by_label([open_model(checkpoint), open_model(vanilla)])] == ["run", "plain"]
 
     settings = Settings(influence=InfluenceSettings(num_tokens=64))
     shutil.copytree(tiny_tokens, tmp_path / "workspace" / "tokens" / tiny_tokens.name)
     plan = plan_influence(settings, workspace=tmp_path / "workspace", model=checkpoint)
-    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), on_device=on_cpu)
+    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), place=CPU)
     labels = family(checkpoint)
     assert (labels[0], labels[-1]) == ("r=2,1", "r=0")
     assert len(labels) == 4, "three corrections: each is dropped by a threshold of its own"
@@ -61,7 +61,7 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     tmp_path, save_tiny, workspace
 ):
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
-        return model_labels(open_models(workspace, paths, schedules))
+        return [*by_label(open_models(paths, workspace, schedules))]
 
     first, other, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
     second = save_tiny(tmp_path / "a/run", step=2)

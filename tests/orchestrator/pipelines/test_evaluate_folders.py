@@ -24,13 +24,15 @@ from sample_texts import add_opening
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import load_suite, suppress_output
-from orchestrator.models.open import OpenedModel, load_model, open_model
+from orchestrator.models.load import load_model
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -210,7 +212,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(checkpoint),
         folder=str(workspace.trials / "k"),
     )  # fmt: skip
-    quality = measure_trial(trial, "cpu").numbers
+    quality = measure_trial(trial, "cpu", Progress()).numbers
     assert quality["quality/accuracy"] == pytest.approx(ours.accuracy)
     expected = pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
     assert quality["quality/bits_per_byte"] == expected
@@ -223,10 +225,10 @@ def test_an_exported_folder_scores_as_its_checkpoint(settings, workspace, save_t
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     first = scored(checkpoint, settings, workspace)
     assert_alike(first, scored(exported, settings, workspace), 1e-5)
-    cheaper = open_model(exported, "1,0")
+    cheaper = open_model(exported, schedule="1,0")
     assert cheaper.config is not None
     assert tuple(cheaper.config.corrections) == (1, 0)
-    assert cheaper.name == "exported r=1,0"
+    assert cheaper.label == "exported r=1,0"
     assert cheaper.key != open_model(exported).key
 
 

@@ -24,11 +24,10 @@ from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import weights_key, weights_precision
-from orchestrator.models.open import load_model
+from orchestrator.models.folder import MANIFEST, weights_key, weights_precision
+from orchestrator.models.load import load_model
 from orchestrator.pipelines.models import (
     CARD,
-    MANIFEST,
     export,
     export_checkpoint,
     import_model,

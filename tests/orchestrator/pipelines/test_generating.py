@@ -16,6 +16,7 @@ from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling
+from orchestrator.models.open import open_model
 from orchestrator.pipelines import generating
 from orchestrator.pipelines.generating import Drafting, TextGenerator
 from orchestrator.training.checkpoint import save_checkpoint
@@ -47,7 +48,7 @@ def writer(tmp_path_factory, tiny_tokens) -> TextGenerator:
         tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
         provenance={},
     )
-    return TextGenerator(checkpoint)
+    return TextGenerator(open_model(checkpoint))
 
 
 def test_the_pieces_are_the_decoded_tokens(writer):
@@ -84,7 +85,7 @@ def test_drafts_change_no_text(writer, draft):
     """Neither of one prompt nor of a batch, greedy or sampled, with a stop text."""
     notes: list[str] = []
     drafting = TextGenerator(
-        writer.checkpoint, drafting=Drafting(draft=draft, num_tokens=3), note=notes.append
+        open_model(writer.checkpoint), Drafting(draft=draft, num_tokens=3), note=notes.append
     )
     assert drafting.record is not None
     stop = ("".join(writer.stream("abc def", FEW))[2:4],)
@@ -100,7 +101,7 @@ def test_drafts_change_no_text(writer, draft):
 
 def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, tmp_path):
     folder = save_tiny(tmp_path, context_length=32, provenance={"elastic": ["1,1", "1,0"]})
-    drafting = TextGenerator(folder, drafting=Drafting(draft="auto", num_tokens=2))
+    drafting = TextGenerator(open_model(folder), Drafting(draft="auto", num_tokens=2))
     assert "".join(drafting.stream("abc", FEW)) is not None
     assert drafting.record is not None
     assert drafting.record.rounds_by_draft
@@ -156,7 +157,8 @@ def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
     long = "xq " * writer.decoder.config.context_length
-    last = TextGenerator(writer.checkpoint, drafting=Drafting(draft="0"))
+    model = open_model(writer.checkpoint)
+    last = TextGenerator(model, Drafting(draft="0"))
     for do, words in (
         (lambda: writer.continue_all([], FEW), "nothing to continue"),
         (lambda: writer.stream(long, Sampling()), "do not fit the context_length of 32"),
@@ -168,10 +170,9 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
             "kv_strategy must be 'exact' with a draft",
         ),
         (
-            lambda: TextGenerator(writer.checkpoint, drafting=Drafting(draft="1,2,3")),
+            lambda: TextGenerator(model, Drafting(draft="1,2,3")),
             "^--draft: the iteration schedule 1,2,3 is for 3 layers",
         ),
-        (lambda: TextGenerator(writer.checkpoint, IterationSchedule((0, 0, 0))), "layers"),
     ):
         with pytest.raises(UserError, match=words):
             do()
@@ -179,10 +180,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
 
 @pytest.mark.slow
 def test_the_function_takes_a_schedule_and_loads_neither_mlflow_nor_lm_eval(writer, tmp_path):
-    none = IterationSchedule((0, 0))
     options: dict[str, Any] = {"workspace": tmp_path, "model": writer.checkpoint}
     options["max_new_tokens"] = FEW.max_new_tokens
-    pruned = TextGenerator(writer.checkpoint, none).continue_all(["abc", "a"], FEW)
+    without = TextGenerator(open_model(writer.checkpoint, schedule="0"))
+    pruned = without.continue_all(["abc", "a"], FEW)
     assert generating.generate(["abc", "a"], schedule="0", **options) == pruned
     assert generating.generate("abc", schedule="0", **options) == pruned[0]
     assert "".join(generating.generate_stream("abc", schedule="0", **options)) == pruned[0]

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
+from orchestrator.models.load import load_model
 from orchestrator.models.loops import LoopedModel
-from orchestrator.models.open import OpenedModel, load_model, open_model
+from orchestrator.models.open import OpenedModel, by_label, open_model
 from orchestrator.pipelines.evaluating import EvaluatePlan
 from orchestrator.pipelines.loops import (
     DepthPlan,
@@ -93,7 +94,7 @@ def front_of(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> li
     evaluation = EvaluatePlan(
         settings=Settings(evaluation=settings),
         workspace=workspace,
-        opened=tuple(models),
+        opened=by_label(models),
         trust_remote_code=True,
     )
     plan = DepthPlan(name="front", evaluation=evaluation)
@@ -105,10 +106,10 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
     workspace, tasks, tokenizer, tmp_path, save_tiny
 ):
     ours = save_tiny(workspace.runs / "ours", method="looped", schedule=[0, 0], context_length=64)
-    models = [open_model(ours, "1")]
+    models = [open_model(ours, schedule="1")]
     for kind in MODELS:
         folder = write_looped(tmp_path / kind, kind, tokenizer)
-        models += [open_model(folder, depth) for depth in ("1", "2")]
+        models += [open_model(folder, schedule=depth) for depth in ("1", "2")]
     rows = front_of(models, tasks, workspace)
     assert [row["cost/evaluations"] for row in rows] == [3, 3, 4, 4, 6, 6, 6, 6, 8, 8, 16]
     assert {row["method"] for row in rows} == {"looped", *MODELS}
@@ -133,7 +134,7 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
             device="cpu",
             bootstrap_iters=0,
         )["results"]
-        row = by_name[model.name]
+        row = by_name[model.label]
         for task, metric in (("choices", "acc_norm"), ("rolling", "bits_per_byte")):
             expected = found[task][f"{metric},none"]
             assert row[f"quality/{task}/{metric}"] == pytest.approx(expected, rel=1e-6)
@@ -155,12 +156,11 @@ def test_an_exported_model_has_the_same_front_through_its_class(
     assert loops.default_depth == (2,)
     exported = [
         replace(
-            open_model(folder), name=f"depth={depth}", key=("exported", depth), config=None,
-            loops=loops, depth=(depth,),
+            open_model(folder), config=None, loops=loops, depth=(depth,), under=f"depth={depth}"
         )
         for depth in (1, 2, 3)
     ]  # fmt: skip
-    native = front_of([open_model(run, str(r)) for r in (0, 1, 2)], tasks, workspace)
+    native = front_of([open_model(run, schedule=str(r)) for r in (0, 1, 2)], tasks, workspace)
     through_class = front_of(exported, tasks, workspace)
     shared = {"on_front", *(name for name in native[0] if name.startswith("cost/"))}
     shared -= {"cost/weight_bytes_per_token"}  # Of models of other projects they are unknown.

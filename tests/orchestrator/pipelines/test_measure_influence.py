@@ -14,15 +14,15 @@ from fake_tracking import untracked
 
 from iiet.influence import influence_table
 from iiet.pruning import InfluenceTable
+from orchestrator.cluster.work import CPU
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
 from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
-from orchestrator.training.world import on_cpu
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -48,7 +48,7 @@ def measured_or_stored(
     plan = plan_influence(
         Settings(influence=settings), workspace=context.workspace, model=checkpoint
     )
-    return run_influence(plan, context, on_device=on_cpu).table
+    return run_influence(plan, context, place=CPU).table
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from iiet.modeling_iiet import IIETForCausalLM
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
+from orchestrator.models.load import load_model
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick

@@ -17,11 +17,12 @@ from sample_trials import sample_trial
 from terminal import run_in_terminal
 
 from orchestrator.evaluation.answers import Sampling
-from orchestrator.models.folder import TOKENIZER
-from orchestrator.models.open import load_model
+from orchestrator.models.folder import MANIFEST, TOKENIZER
+from orchestrator.models.load import load_model
+from orchestrator.models.open import open_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.generating import TextGenerator
-from orchestrator.pipelines.models import MANIFEST, pick
+from orchestrator.pipelines.models import pick
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
 from orchestrator.workspace.provenance import file_digest
@@ -100,7 +101,9 @@ def test_a_clean_process_loads_registered_models_with_transformers(
             expected = load_model(checkpoint)(torch.tensor([ids])).flatten()
         torch.testing.assert_close(torch.tensor(read[name]["logits"]), expected)
         sampling = Sampling(max_new_tokens=5, temperature=0.0)
-        assert read[name]["text"] == "".join(TextGenerator(checkpoint).stream(PROMPT, sampling))
+        assert read[name]["text"] == "".join(
+            TextGenerator(open_model(checkpoint)).stream(PROMPT, sampling)
+        )
         folder = Path(read[name]["folder"])
         digests = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
         assert digests

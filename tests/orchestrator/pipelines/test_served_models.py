@@ -130,7 +130,7 @@ def test_reports_get_the_newest_times_under_the_same_conditions(
 ):
     assert newest_served_times(workspace) is None
     tiny = save_tiny(tmp_path / "tiny", context_length=32)
-    full, cheap = (open_model(tiny, schedule).config for schedule in (None, "0"))
+    full, cheap = (open_model(tiny, schedule=schedule).config for schedule in (None, "0"))
     assert full is not None
     assert cheap is not None
     options: dict[str, Any] = {"workspace": workspace, "models": [tiny], **CONDITIONS}

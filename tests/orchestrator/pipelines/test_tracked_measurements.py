@@ -10,12 +10,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from one_evaluation import evaluate_model
 
+from orchestrator.cluster.work import CPU
 from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import EvaluationSettings, InfluenceSettings, Settings
-from orchestrator.training.world import on_cpu
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import open_workspace
 
@@ -34,7 +34,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
     for _ in range(2):
         evaluation = evaluate_model(model, suite, context)
         plan = plan_influence(settings, model=model, **place)
-        table = run_influence(plan, context, on_device=on_cpu).table
+        table = run_influence(plan, context, place=CPU).table
         ends.append(now_ms())
     costs = run_benchmark(plan_benchmark(models=[model], conditions=conditions, **place), context)
 

@@ -61,6 +61,41 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, caps
     assert re.search(r"\n  parameters {2,24}341", capsys.readouterr().out), "room for the texts"
 
 
+SEVEN_BILLION = (
+    "model.num_layers=32", "model.dim=4096", "model.ffn_dim=11008", "model.num_heads=32",
+    "model.tie_embeddings=false", "model.context_length=4096", "training.num_steps=238000",
+    "training.num_tokens_per_step=4194304",
+)  # fmt: skip
+LEAN = ("training.activation_checkpointing=true", "training.num_sequences_per_pass=2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"), [((), False), (LEAN, False), ((*LEAN, "cluster.parallel=fsdp"), True)]
+)
+def test_a_dry_run_of_seven_billion_parameters_on_256_gpus_says_what_does_not_fit(
+    changes, fits, tmp_path, capsys, monkeypatch
+):
+    # A machine with a GPU would plan for that one.
+    monkeypatch.setattr("orchestrator.planning.machine.installed_gpus", list)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = [part for value in (*SEVEN_BILLION, *changes) for part in ("--set", value)]
+    words = ["pretrain", "--dry-run", "--json", "--config", "paper-340m", "--gpus", "256"]
+    assert cli.main([*words, *options, "-w", str(tmp_path)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    price = plan["price"]
+    assert price["num_devices"] == 256
+    assert price["num_tokens"] == 238_000 * 4_194_304
+    memory = price["memory"]
+    assert (sum(memory.values()) < 79 * 2**30) is fits
+    problem = plan["problems"]["an H100"]
+    assert (problem is None) is fits
+    if problem:
+        missing = set(LEAN) - set(changes)
+        asked = {name.partition("=")[0] for name in missing} | {"cluster.parallel=fsdp"}
+        assert all(name in problem for name in asked)
+    assert "cluster.num_gpus=256" in plan["problems"]["this machine"], "there are none here"
+
+
 def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     rows = [

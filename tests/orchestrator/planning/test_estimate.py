@@ -37,6 +37,11 @@ def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot():
     )
     name = "a copy for the checkpoint"
     assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
+    sharded = replace(alone, devices=Devices(num_workers=4, parallel="fsdp"))
+    assert sharded.worker_memory[name] == 2 * (alone.checkpoint_bytes // 4)
+    # Beside the whole weights, which are a third of a checkpoint, their rows are on the disk.
+    rows = sharded.bytes_in_writing - alone.bytes_in_writing
+    assert rows == alone.checkpoint_bytes // 3
     assert sum(alone.worker_memory.values()) == alone.worker_bytes
     assert name not in on_gpus.worker_memory
     with pytest.raises(UserError, match=r"8 sequences.*3 workers.*num_tokens_per_step=1152"):

@@ -99,6 +99,20 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
         front_chart(sample_front([]))
 
 
+def test_no_name_stands_on_the_line_of_the_front():
+    """In a low chart, where the place above the full model's star would be on it."""
+    points = {"source": (2, 0.766), "0,2": (4, 0.888), "1,3": (6, 0.992), "3,3": (8, 0.992)}
+    trials = [
+        sample_trial(key=name, label=name, cost={"evaluations": x}, quality={"accuracy": y})
+        for name, (x, y) in points.items()
+    ]
+    teacher = {"key": "full", "label": "teacher", "role": "teacher"}
+    trials.append(sample_trial(**teacher, cost={"evaluations": 8}, quality={"accuracy": 0.97}))
+    names = names_in(drawn({**front_chart(sample_front(trials), height=215), "width": 500}))
+    line = names["1,3"][0][1] + 10  # This name stands above the end of a step.
+    assert abs(names["teacher"][0][1] - line) > LETTER_SIZE
+
+
 def test_every_pair_of_axes_has_its_front(sample_results):
     results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
     chart = front_chart(sample_front(results))

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sample_trials import with_items
 
 from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.report import write_sweep_report
@@ -40,7 +41,7 @@ def plan_of(students, table) -> Callable[..., SweepTrials]:
 
 
 def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, monkeypatch):
-    def measure(trial: Trial, _: str) -> Trial:
+    def measure(trial: Trial, *_: Any) -> Trial:
         decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
         loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
         return trial.with_numbers("quality", {"validation_loss": loss})

@@ -16,7 +16,7 @@ import torch
 
 from iiet import ModelConfig
 from orchestrator.data.store import TokenStore
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import TrainingSettings, resolve_settings

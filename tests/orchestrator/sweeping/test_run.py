@@ -162,7 +162,7 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
         def quick(trial: Trial, place: tune.TrialPlace) -> Trial | None:
             from orchestrator.sweeping import trial as module
 
-            module.measure_trial = lambda one, _: one.with_numbers("quality", {"accuracy": 0.5})
+            module.measure_trial = lambda one, *_: one.with_numbers("quality", {"accuracy": 0.5})
             found: Trial | None = function(trial, place)
             if fails and not found:
                 raise OSError("no room")
@@ -171,7 +171,7 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
         run_trials(quick, *given, **named)
 
     monkeypatch.setattr(tune, "run_trials", run)
-    monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda one, _: one)
+    monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda one, *_: one)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 

@@ -17,6 +17,7 @@ from changed_trials import in_folder, with_accuracy, with_job
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
+from orchestrator.cluster.work import WorkPlace
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.tasks import LoadedSuite
 from orchestrator.records.trial import AshaRule, Trial
@@ -31,6 +32,7 @@ from orchestrator.sweeping.states import (
 from orchestrator.sweeping.trial import ThisProcess, run_trial
 from orchestrator.terminal.stop import stop_when
 from orchestrator.training.watching import is_run_locked
+from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
@@ -116,6 +118,18 @@ def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
     assert not is_run_locked(Path(trial.folder))
     assert run_trial(trial) is not None
     assert starts(trial) == 1, "it continued from its checkpoint"
+
+
+def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured):
+    class Stopped(WorkPlace):
+        def run(self, *_: Any) -> Any:
+            raise Interrupted("what was stored is kept")
+
+    place = ThisProcess()
+    place.measured_at = Stopped()
+    assert run_trial(trials[0], place) is None
+    assert trials[0].result() is None
+    assert run_trial(trials[0]) is not None
 
 
 def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkeypatch):

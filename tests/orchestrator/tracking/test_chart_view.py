@@ -28,7 +28,7 @@ def test_a_view_holds_filter_axes_and_every_layer():
     assert state["searchFilter"] == view.run_filter
     # Our charts come first; otherwise MLflow sorts its own between them.
     assert state["isAccordionReordered"]
-    assert [s["display"] for s in state["compareRunSections"]] == [True, False, False]
+    assert [s["display"] for s in state["compareRunSections"]] == [True, True, False, False]
     scatter, parallel, line = state["compareRunCharts"]
     assert [c["type"] for c in (scatter, parallel, line)] == ["SCATTER", "PARALLEL", "LINE"]
     axes = (scatter["xaxis"]["key"], scatter["yaxis"]["key"])
@@ -38,7 +38,9 @@ def test_a_view_holds_filter_axes_and_every_layer():
     assert (line["lineSmoothness"], line["useGlobalLineSmoothing"]) == (0, False)
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`cost/evaluations`", True)
     assert view.state() == state, "saving a view again gives the same charts"
-    section = state["compareRunSections"][0]["uuid"]
-    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {section}
+    front, corrections, *_ = state["compareRunSections"]
+    assert scatter["metricSectionId"] == line["metricSectionId"] == front["uuid"]
+    # Alone and wide, or the titles of six layers cover each other.
+    assert (parallel["metricSectionId"], corrections["columns"]) == (corrections["uuid"], 1)
     with pytest.raises(ValueError, match="20000 characters"):
         _ = replace(view, parallel_params=[f"r_{n:05d}" for n in range(5000)]).tag

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from same_run import events, state_of, steps_of, stop_at, workers
+from same_run import events, kill, state_of, steps_of, stop_at, workers
 
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
+from orchestrator.training import remote_copy
 from orchestrator.training.checkpoint import HostBuffers
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
@@ -68,15 +69,14 @@ def test_a_copy_holds_the_state_of_its_time_in_memory_that_the_next_one_uses_aga
     buffers = HostBuffers(is_pinned=False)
     weight = torch.ones(3, requires_grad=True)
     state = {"weights": {"a": weight}, "groups": [{"rate": 0.1, "step": torch.tensor(1.0)}]}
-    copied = buffers.copy(state, keep=True)
+    copied = buffers.copy(state)
     with torch.no_grad():
         weight.zero_()
     assert copied["weights"]["a"].tolist() == [1.0, 1.0, 1.0]
     assert copied["groups"][0] == {"rate": 0.1, "step": torch.tensor(1.0)}
-    again = buffers.copy(state, keep=True)
+    again = buffers.copy(state)
     assert again["weights"]["a"] is copied["weights"]["a"]
     assert copied["weights"]["a"].tolist() == [0.0, 0.0, 0.0]
-    assert buffers.copy(state, keep=False)["weights"] == {"a": None}
 
 
 def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):
@@ -141,7 +141,7 @@ def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_jo
     assert "belongs to another training" in events(again, "damaged")[0]["text"]
 
 
-def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from(
+def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on_where_it_was(
     make_job, tmp_path, monkeypatch
 ):
     from pyarrow import fs
@@ -151,6 +151,11 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from(
     [checkpoint] = find_checkpoints(job.folder)
     files = {path.name for path in checkpoint.iterdir() if path.name != VERIFIED_NAME}
     copy_files = fs.copy_files
+    said = list[str]()
+
+    def note(name: str, **_: object) -> None:
+        said.append(name)
+
     for number in range(len(files)):  # It ends before this file.
         copied = list[str]()
 
@@ -159,23 +164,95 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from(
         ) -> None:
             if len(copied) == last:
                 raise OSError("the connection is lost")
-            copied.append(target)
+            copied.append(Path(target).name)
             copy_files(source, target, **more)
 
         store = tmp_path / f"store {number}"
         remote = RemoteCopy(str(store), job.folder, job_key(job))
         new = RemoteCopy(str(store), tmp_path / "new" / job.folder.name, job_key(job))
-        said = list[str]()
+        said.clear()
         with monkeypatch.context() as patched:
             patched.setattr(fs, "copy_files", copy)
-            remote.upload(2, lambda name, said=said, **_: said.append(name))
-        assert said == ["not copied"]
-        assert len(copied) == number
-        assert new.download(pytest.fail) is None
-        remote.upload(2, lambda name, said=said, **_: said.append(name))
+            remote.start(note)
+            remote.wait()
+            assert said == ["not copied"]
+            assert len(copied) == number
+            assert new.download(pytest.fail) is None
+            # The next one sends the rest, each file once.
+            patched.setattr(copy, "__kwdefaults__", {"copied": copied, "last": -1})
+            remote.start(note)
+            remote.wait()
         assert said == ["not copied", "uploaded"]
+        assert sorted(copied) == sorted(files)
         [copy_of_it] = find_checkpoints(store / store_of(job).name)
         assert {path.name for path in copy_of_it.iterdir()} == files
+        remote.close()
+
+
+def test_what_was_sent_of_another_checkpoint_of_that_step_is_sent_again(make_job, tmp_path):
+    job = make_job(num_steps=2)
+    run_job(job)
+    [checkpoint] = find_checkpoints(job.folder)
+    remote = RemoteCopy(str(tmp_path / "store"), job.folder, job_key(job))
+    copy_of_it = tmp_path / "store" / store_of(job).name / checkpoint.name
+    copy_of_it.mkdir(parents=True)
+    for path in checkpoint.iterdir():  # Of the same sizes.
+        if path.name != PROVENANCE:
+            (copy_of_it / path.name).write_bytes(bytes(path.stat().st_size))
+    other = bytes((checkpoint / PROVENANCE).stat().st_size)
+    (copy_of_it / remote_copy.BEGUN).write_bytes(other)
+    remote.start(lambda *_, **__: None)
+    remote.wait()
+    remote.close()
+    check_checkpoint(copy_of_it, with_training_state=True)
+
+
+def test_uploads_hold_neither_steps_nor_checkpoints_and_keep_what_they_send(
+    make_job, tmp_path, monkeypatch
+):
+    from pyarrow import fs
+
+    job = on_machine(make_job(num_checkpoints_kept=1), "one", tmp_path / "store")
+    copy_files, began, may_go_on = fs.copy_files, threading.Event(), threading.Event()
+
+    def copy(source: str, target: str, **more: Any) -> None:
+        began.set()
+        assert may_go_on.wait(60)
+        copy_files(source, target, **more)
+
+    def report(step: int, numbers: Any) -> None:
+        if "train/loss" not in numbers:
+            return
+        if step == 3:
+            assert began.wait(60), "the copy of step 2 has begun"
+        if step == 7:  # The checkpoint of step 4 was complete before that of step 6 was begun.
+            assert steps_of(job)[0] == 2
+            assert steps_of(job)[-1] in (4, 6)
+            assert not events(job, "uploaded")
+            may_go_on.set()
+
+    monkeypatch.setattr(fs, "copy_files", copy)
+    assert run_job(job, report=report).finished
+    assert [event["step"] for event in events(job, "checkpoint")] == [2, 4, 6, 8]
+    uploaded = [event["step"] for event in events(job, "uploaded")]
+    assert (uploaded[0], uploaded[-1]) == (2, 8)
+    assert steps_of(job) == [8]
+    assert [path.name[-1] for path in find_checkpoints(store_of(job))] == ["8"]
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_killed_is_finished_by_the_next_run(make_job, tmp_path):
+    job = on_machine(make_job(num_steps=4), "one", tmp_path / "store")
+    last = store_of(job) / "step_00000004"
+    # The last checkpoint of all, after one of its files.
+    kill("training.remote_copy", "send", str(last / "model.safetensors"))(job)
+    assert not (last / "model.safetensors").exists()
+    assert (last / "config.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in last.iterdir()}
+    assert run_job(job).finished
+    assert [event["step"] for event in events(job, "resumed")] == [4]
+    check_checkpoint(last, with_training_state=True)
+    assert (last / "config.json").stat().st_mtime_ns == times[last / "config.json"]
 
 
 def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):
@@ -199,10 +276,9 @@ UPLOAD_THAT_WAITS = """
 import time
 from datetime import timedelta
 from types import SimpleNamespace
-from orchestrator.training import devices
-from orchestrator.training.remote_copy import RemoteCopy
+from orchestrator.training import devices, remote_copy
 
-upload = RemoteCopy.upload
+send = remote_copy.send
 
 def shared():
     return torch.distributed.distributed_c10d._get_default_store()
@@ -212,12 +288,12 @@ def look_again(seconds):  # The other worker, between two looks for the end of t
         shared().set("the other worker looks for its end", "")
     time.sleep(seconds)
 
-def upload_slowly(*arguments):
+def send_slowly(*arguments):
     shared().set("the upload has begun", "")
     shared().wait(["the other worker looks for its end"], timedelta(seconds=60))
-    upload(*arguments)
+    send(*arguments)
 
-RemoteCopy.upload = upload_slowly
+remote_copy.send = send_slowly
 devices.time = SimpleNamespace(sleep=look_again)
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from live_tensors import LiveStorages
+from live_tensors import LiveStorages, counted_reads
 from same_run import events, in_folder, recipe, run_job, same_run
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -28,7 +28,7 @@ from iiet.distillation import student_loss
 from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from iiet.schedule import IterationSchedule
-from orchestrator.models.open import DTYPES, device_precision, use_tf32
+from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
@@ -509,8 +509,12 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):
         whole = decoder_to_train(job, World(), None).state_dict()
         random_state = torch.get_rng_state()
         for rank in range(num_shards):
-            with fake_workers(num_shards, rank=rank) as world:
+            with fake_workers(num_shards, rank=rank) as world, counted_reads() as reads:
                 decoder = decoder_to_train(job, world, None)
+                own_bytes = [p.to_local().nbytes for p in decoder.parameters()]
+                is_loaded = job.initial_folder is not None
+                assert reads.total == sum(own_bytes) * is_loaded, "no row of another worker"
+                assert reads.peak <= max(own_bytes)
                 assert torch.equal(torch.get_rng_state(), random_state)
                 for name, parameter in decoder.named_parameters():
                     assert isinstance(parameter, DTensor)

@@ -14,7 +14,7 @@ from same_run import curve
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.models.folder import load_config, read_text_files
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.students import student_job

@@ -25,7 +25,7 @@ from iiet.facts import facts_of
 from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
@@ -181,6 +181,19 @@ def test_sizes_tokenizer_and_defaults_follow_the_source(plain_run, settings, wor
     assert job_from(plan).recipe.learning_rate == 1e-3
     assert job_from(plan).recipe.iterate_from_fraction == 0.5
     assert plan.source_defaults == {}
+
+
+def test_a_step_of_fewer_tokens_than_the_context_of_the_source_has_one_sequence(
+    plain_run, settings, workspace
+):
+    context = load_config(plain_run).context_length
+    small = settings(f"training.num_tokens_per_step={context // 2}")
+    plan = plan_pretrain(small, workspace=workspace, source="plain", local=True)
+    assert plan.source_defaults["training.sequence_length"] == context // 2
+    assert job_from(plan).sequence_length == context // 2
+    given = settings(f"training.num_tokens_per_step={context}")
+    plan = plan_pretrain(given, workspace=workspace, source="plain", local=True)
+    assert "training.sequence_length" not in plan.source_defaults
 
 
 def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, workspace, context):

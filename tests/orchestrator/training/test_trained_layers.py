@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iiet import ModelConfig
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.settings import ElasticSettings, resolve_settings

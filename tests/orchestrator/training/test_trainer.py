@@ -16,7 +16,7 @@ from same_run import curve, events, same_run, state_of, steps_of, stop
 from iiet.batch import Batch
 from orchestrator.data.order import WindowOrder
 from orchestrator.data.store import TokenStore, gather, open_tokens
-from orchestrator.models.open import load_model
+from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import load_training_state

@@ -164,6 +164,19 @@ def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
         "quality/perplexity": (name, digest),
         "quality/copy/acc": ("copy, sort", suite.key),
     }
+    names = []
+    for role, label in (("trial", "0,0"), ("baseline", "r = 0"), ("teacher", "teacher")):
+        alike = sample_trial(schedule=(0, 0), checkpoint=checkpoint, role=role, label=label)
+        model = trial_model(alike)
+        assert model is not None
+        names.append(model.name)
+    family, _, _ = other.name.partition(" ")
+    expected = (f"{family} 0,0", f"{family} 0,0, r = 0", f"{family} 0,0, teacher")
+    assert tuple(names) == expected
+    vanilla = {"method": "vanilla", "schedule": (0, 0), "checkpoint": checkpoint}
+    model = trial_model(sample_trial(**vanilla, role="baseline", label="vanilla"))
+    assert model is not None
+    assert model.name == f"vanilla{family.removeprefix('iiet')}"
     shutil.rmtree(checkpoint)
     assert trial_model(teacher) is None
     assert trial_model(sample_trial(checkpoint=None)) is None

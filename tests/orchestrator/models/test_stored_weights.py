@@ -1,0 +1,106 @@
+"""Weights are read and written tensor by tensor: no process holds those of a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_tensors import LiveTensors, counted_reads
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.weights import WEIGHTS
+from orchestrator.models.load import load_model
+from orchestrator.models.stored_weights import open_weights
+from orchestrator.pipelines import models
+from orchestrator.pipelines.models import export, import_model
+from orchestrator.workspace.errors import UserError
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A published model of many layers, in bfloat16 and several files."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=12,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def largest(folder: Path) -> int:
+    """Return the bytes of the largest weight of a model as float32."""
+    return max(tensor.nbytes for tensor in load_model(folder).state_dict().values())
+
+
+def test_a_published_model_is_imported_and_exported_tensor_by_tensor(
+    llama, workspace, tmp_path, monkeypatch
+):
+    total = sum(tensor.nbytes for tensor in load_model(llama).state_dict().values())
+    bound = 3 * largest(llama)  # As it is stored, and converted.
+    assert 4 * bound < total
+    with counted_reads() as reads:
+        checkpoint = import_model(llama, workspace=workspace)
+    assert reads.peak <= bound
+    assert reads.total >= total
+
+    monkeypatch.setattr(models, "EXPORTED_FILE_BYTES", 40_000)
+    loaded = load_model(checkpoint, frozen=True)
+    monkeypatch.setattr("orchestrator.models.load.load_model", lambda *_, **__: loaded)
+    with LiveTensors(loaded) as live, counted_reads() as reads:
+        folder = export(checkpoint, workspace=workspace, measure=False, to=tmp_path / "out")
+    assert live.peak <= bound
+    assert reads.peak <= bound
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    theirs = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["iiet_schedule_201", "pcformer_rk2"])
+def test_weights_of_the_published_naming_are_those_of_a_whole_model(name, tmp_path):
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    shutil.copy(FIXTURES / f"{name}.json", tmp_path / "config.json")
+    weights = {n.partition(".")[2]: w for n, w in tensors.items() if n.startswith("weight.")}
+    save_file(weights, tmp_path / WEIGHTS)
+    whole = load_model(tmp_path)
+    config, lazy = open_weights(tmp_path)
+    assert config == whole.config
+    expected = whole.state_dict()
+    assert lazy.keys() == expected.keys()
+    for weight, tensor in lazy.items():
+        assert tensor.shape == expected[weight].shape
+        assert torch.equal(tensor[...], expected[weight]), weight
+        if tensor.shape:
+            assert torch.equal(tensor[1:3], expected[weight][1:3]), weight
+
+
+def test_weights_that_do_not_fit_or_are_not_finite_are_named(
+    llama, workspace, tiny_model, tmp_path
+):
+    Decoder(ModelConfig.from_dict(tiny_model)).save_pretrained(tmp_path)
+    weights: dict[str, Any] = load_file(tmp_path / WEIGHTS)
+    weights["other"] = weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=r"missing model\.norm\.weight; unexpected other"):
+        open_weights(tmp_path)
+    (file,) = (
+        each for each in llama.glob("*.safetensors") if "model.norm.weight" in load_file(each)
+    )
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"model\.norm\.weight has 1 values that are NaN"):
+        import_model(llama, workspace=workspace)
+    assert not list(workspace.runs.glob("*/step_*"))
