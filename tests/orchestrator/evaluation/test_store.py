@@ -147,6 +147,27 @@ def test_what_is_damaged_is_named_and_never_copied(suite, decoder, tokenizer, tm
     assert notes == ["cannot store the result of choices: File exists"]
 
 
+def test_what_is_loaded_knows_its_groups_and_which_tasks_are_in_no_average(
+    suite, decoder, tokenizer, tmp_path
+):
+    store = EvaluationStore(tmp_path)
+    model = DecoderModel(decoder, tokenizer)
+    for name, task in suite.tasks.items():
+        store.write(f"key-{name}", run_task(name, task, model), ABOUT)
+    keys = EvaluationKeys(
+        tasks={name: f"key-{name}" for name in suite.tasks},
+        groups={"both": ("choices", "texts")},
+        skipped={"piqa": "it is not on this machine"},
+        beside=("texts",),
+    )
+    loaded = store.load(keys)
+    assert loaded
+    assert loaded.averaged.keys() == {"choices", "answers"}
+    assert (loaded.groups, loaded.skipped) == (keys.groups, keys.skipped)
+    keys.tasks["texts"] = "never measured"
+    assert store.load(keys) is None
+
+
 def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     run = {"results": {"loss": {"loss,none": 0.5}}, "versions": {"loss": 1}, "n-shot": {"loss": 0}}
     store = EvaluationStore(tmp_path)

@@ -278,6 +278,8 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
             teacher = f"{str(trial.group).partition(': ')[0]}, seed {trial.seed}"
             assert trial.job.teacher_folder == str(teachers[teacher])
             assert trial.job.recipe.seed == trial.seed
+    for label, checkpoint in baselines.items():
+        assert found[label].checkpoint == str(checkpoint)
     # Trained alike, but for the seed and the method.
     teachers_in_table = teachers_of(result_table(plan.trials))
     assert len(teachers_in_table) == 4
