@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import vl_convert
+from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, all_readings
+from retrofit_study import CONTINUED, Study, results_in
 
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
@@ -105,8 +107,15 @@ def _claim_cells(claim: Report) -> list[str]:
     return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
 
 
-def holds_table(claims: Report, text: Report, retrofit: Report) -> list[str]:
-    """Return the lines of what holds and what does not, each with its command."""
+def holds_table(claims: Report, text: Report, retrofit: Report, study: Report) -> list[str]:
+    """Return the lines of what holds and what does not, each with its command.
+
+    Args:
+        claims: Front of `sweep claims`.
+        text: Front of `sweep toy`.
+        retrofit: Front of `sweep retrofit`.
+        study: Stored trainings of `research/retrofit_study.py`.
+    """
     rows = [[*_claim_cells(claim), "`iiet-orch sweep claims`"] for claim in claims["claims"]]
     plain = ("the source", "vs_source"), ("the source trained on", "vs_source_continued")
     for question, report, name, against, command in (
@@ -120,16 +129,40 @@ def holds_table(claims: Report, text: Report, retrofit: Report) -> list[str]:
     ):
         cells = _difference_cells(report, name, against)
         rows.append([question, "", *cells, f"`iiet-orch sweep {command}`"])
-    study = "`python research/retrofit_study.py`"
-    rows += [
-        [question, "", "", "not measured yet", study]
-        for question in ("retrofit: over seeds, tasks and methods", "retrofit: on text")
-    ]
+    rows += _rows_of_study(study)
     return [
         "| claim (3 to 5: of students) | paper | here | verdict | command |",
         "| --- | ---: | --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
+
+
+def _rows_of_study(stored: Report) -> list[list[str]]:
+    """Return a row for each kind of cell and start that the study of retrofits has decided."""
+    study = Study(Path("unused"), Path("unused"))
+    study.measured = results_in(stored)
+    words = {PAYS: "holds", DOES_NOT_PAY: "does not hold", NOT_DECIDED: "not decided"}
+    command = "`python research/retrofit_study.py`"
+    rows = []
+    is_open = False
+    for reading in all_readings(study):
+        unit = "bits per byte" if reading.is_text else "points"
+        for start in ("mean", "identity"):
+            continued = reading.of_arm(CONTINUED)
+            difference = reading.difference(reading.of_arm(start), continued)
+            if not difference.is_complete:
+                is_open = True
+                continue
+            low = difference.mean - difference.half_width
+            high = difference.mean + difference.half_width
+            digits = 3 if reading.is_text else 1
+            here = f"{difference.mean:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+            verdict = words[difference.verdict(reading.least)]
+            question = f"retrofit, 3 seeds, {reading.name}: `{start}` beats the source trained on"
+            rows.append([question, "", here, verdict, command])
+    if is_open:
+        rows.append(["retrofit: other tasks and depths", "", "", "not measured yet", command])
+    return rows
 
 
 def _difference_cells(report: Report, name: str, against: str) -> list[str]:

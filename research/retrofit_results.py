@@ -179,12 +179,17 @@ class Readings:
         )
 
 
+def all_readings(study: Study) -> list[Readings]:
+    """Return the readings of all kinds of cells: those of depth tasks, and at last the text's."""
+    depth = [Readings(study, f"phop_{hops}", layers) for layers in (2, 4) for hops in HOPS]
+    return [*depth, Readings(study, TEXT, 6)]
+
+
 def results_markdown(study: Study) -> str:
     """Return all tables, and what has not run."""
     if not study.measured:
         return "No training has run yet."
-    depth = [Readings(study, f"phop_{hops}", layers) for layers in (2, 4) for hops in HOPS]
-    text = Readings(study, TEXT, 6)
+    *depth, text = all_readings(study)
     parts = [
         f"{len(study.measured)} trainings are stored. After the qualities by seed stands their "
         "mean.",

@@ -534,8 +534,12 @@ class Study:
 
 def read_results(file: Path) -> dict[Training, Measured]:
     """Return what a results file holds."""
-    stored = json.loads(file.read_text(encoding="utf-8"))["trainings"]
-    results = [Measured.from_dict(values) for values in stored]
+    return results_in(json.loads(file.read_text(encoding="utf-8")))
+
+
+def results_in(stored: Mapping[str, Any]) -> dict[Training, Measured]:
+    """Return what the object of a results file holds."""
+    results = [Measured.from_dict(values) for values in stored["trainings"]]
     return {result.training: result for result in results}
 
 
