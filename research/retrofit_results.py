@@ -335,5 +335,8 @@ def filled(page: str, study: Study) -> str:
 
 
 if __name__ == "__main__":
-    stored = Study(Path("unused"), Path(sys.argv[1]) if sys.argv[1:] else RESULTS)
+    results_file = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
+    if not results_file.is_file():
+        sys.exit(f"there is no results file {results_file}")
+    stored = Study(Path("unused"), results_file)
     write_text(PAGE, filled(PAGE.read_text("utf-8"), stored))

@@ -171,7 +171,7 @@ class OpenedModel:
             self.path,
             device=device,
             dtype=dtype or DTYPES["fp32"],
-            schedule=self.config.corrections,
+            schedule=self.config.schedule,
             frozen=frozen,
         )
 

@@ -1,8 +1,8 @@
 """List what a workspace holds, show what runs in it, and delete what it no longer needs.
 
 PyTorch is imported only to look into checkpoints. Finished weights, what evaluations refer to, and
-what a process holds are never found. Before something is deleted its lock is taken, and it is
-looked for again.
+what a process holds are never found. Before something is deleted it is looked for again, and its
+lock is taken.
 """
 
 from __future__ import annotations

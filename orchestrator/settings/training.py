@@ -171,7 +171,8 @@ class TrainingSettings(Section):
         default=None, gt=1
     )
     """Tokens of a training sequence, and of one of the validation loss during the training; at most
-    the model's context (default: its context)."""
+    the model's context (default: its context; with a source whose context is longer than a step,
+    the tokens of a step)."""
     num_sequences_per_pass: Annotated[StrictInt | None, Effect.JOURNAL] = Field(default=None, gt=0)
     """At most this many sequences in one forward pass of one worker (gradient accumulation;
     default: all at once)."""

@@ -225,6 +225,13 @@ def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
     assert "The weights are stored as bf16." in (rounded / CARD).read_text()
 
 
+def test_a_plain_model_is_exported_without_a_schedule(save_tiny, workspace, tmp_path):
+    plain = save_tiny(tmp_path / "plain", method="vanilla", schedule=None)
+    folder = export(to=tmp_path / "own", model=plain, workspace=workspace, measure=False)
+    assert "This method makes no corrections." in (folder / CARD).read_text()
+    assert load_model(folder).config.schedule is None
+
+
 def test_an_import_is_exported_in_the_type_of_its_files(save_llama, workspace, tmp_path):
     source = save_llama(dtype="bfloat16")
     checkpoint = import_model(source, workspace=workspace)
