@@ -661,6 +661,7 @@ def _write_training_tokens(
     is_kept = shard.is_kept[is_on_side]
     stored = shard.folder / _TRAIN
     if is_kept.all():
+        file.unlink(missing_ok=True)  # Of a task whose worker was lost, and which is done again.
         try:
             file.hardlink_to(stored)
         except OSError:  # Some file systems have no second names.

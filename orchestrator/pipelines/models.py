@@ -148,11 +148,13 @@ def import_model(
             texts_key = [file_key(other_tokenizer), folders.text_files_key(other_tokenizer.parent)]
         key = content_key(source.key, texts_key)
         run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", source.run_name))
-        if run.exists() and _imported_key(run) != key:
+        # An import that has failed or was killed leaves a folder without files, or with hidden ones.
+        is_made = run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir())
+        if is_made and _imported_key(run) != key:
             raise UserError(
                 f"the workspace has another run named {run.name}; choose one with --name"
             )
-        if run.exists():
+        if is_made:
             checkpoint = folders.resolve_checkpoint(run)
         else:
             checkpoint = save_checkpoint(

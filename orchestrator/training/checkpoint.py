@@ -277,7 +277,7 @@ class CheckpointWriter:
         self.checkpoint = checkpoint
         self._saved_step = step
         if self.remote:  # A kill may have ended an upload.
-            self.remote.start(self._event)
+            self._start_uploads(self.remote)
 
     def is_due(self, step: int) -> bool:
         """Return whether a first stage or the stable part ends, or the minutes have passed."""
@@ -371,18 +371,18 @@ class CheckpointWriter:
         assert self.remote is not None, "the first worker has it if the job has a storage"
         self.remote.wait()
         self._prune()
-        self.remote.start(self._event)
+        self._start_uploads(self.remote)
         self.remote.wait()
 
     def close(self) -> None:
         """Wait for the threads to end, whether their work succeeded or not."""
         self._pool.shutdown()
-        if self.remote:
-            self.remote.close()
         if self._shards:
             if self._writing:
                 self._writing.exception()
             self._shards.close()
+        if self.remote:  # A checkpoint that was still being written has had its copy begun.
+            self.remote.close()
 
     def _write(
         self,
@@ -467,18 +467,31 @@ class CheckpointWriter:
             waited_seconds=round(waited_seconds, 3),
         )
         if self.remote:
-            self.remote.start(self._event)
+            self._start_uploads(self.remote)
+
+    def _start_uploads(self, remote: RemoteCopy) -> None:
+        names_kept = {path.name for path in self._started_from()}
+        remote.start(
+            self._event, num_kept=self._job.recipe.num_checkpoints_kept, names_kept=names_kept
+        )
+
+    def _started_from(self) -> set[Path]:
+        """Return the checkpoints that other trainings start from, whether they exist or not."""
+        steps = [stable_steps(self._job.recipe)]
+        if self.first_stage:
+            steps.append(self.first_stage.num_steps)
+        return {self._job.folder / checkpoint_name(step) for step in steps}
 
     def _prune(self) -> None:
-        """Delete all checkpoints but the newest, those that others start from, and one that is
-        being copied."""
-        folder = self._job.folder
-        recipe = self._job.recipe
-        kept = {folder / checkpoint_name(stable_steps(recipe))}
-        if self.first_stage:
-            kept.add(folder / checkpoint_name(self.first_stage.num_steps))
+        """Delete all checkpoints but the newest, the last one written, those that others start
+        from, and one that is being copied."""
+        kept = self._started_from()
+        if self.checkpoint:  # A later one may be there that is damaged.
+            kept.add(self.checkpoint)
         with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:
-            prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=kept | uploading)
+            prune_checkpoints(
+                self._job.folder, self._job.recipe.num_checkpoints_kept, keep=kept | uploading
+            )
 
 
 def set_random_state(state: Mapping[str, Tensor], world: World) -> None:

@@ -62,17 +62,25 @@ class RemoteCopy:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._uploads: list[Future[None]] = []
         self._choosing = Lock()
+        self._is_closing = False
         self._uploading: Path | None = None
 
-    def start(self, event: Callable[..., None]) -> None:
-        """Let the thread copy the checkpoints that are missing there, and delete the copies of
-        deleted ones.
+    def start(
+        self, event: Callable[..., None], *, num_kept: int, names_kept: Collection[str] = ()
+    ) -> None:
+        """Let the thread copy the checkpoints that are missing there, and delete old copies.
 
-        `event` is called there with `uploaded` and the step for each copy, or with `not copied` and
-        a sentence if the storage fails.
+        Args:
+            event: Called by the thread with `uploaded` and the step for each copy, or with
+                `not copied` and a sentence if the storage fails or a checkpoint is damaged.
+            num_kept: The newest copies that stay; another machine may have made them, so the run
+                folder does not say which. What is in the run folder stays, too.
+            names_kept: Checkpoints whose copies stay.
         """
         self._uploads = [upload for upload in self._uploads if not upload.done()]
-        self._uploads.append(self._pool.submit(self._upload_missing, event))
+        self._uploads.append(
+            self._pool.submit(self._upload_missing, event, num_kept, frozenset(names_kept))
+        )
 
     def wait(self) -> None:
         """Wait until everything is copied, or the storage has failed."""
@@ -80,7 +88,9 @@ class RemoteCopy:
             upload.result()
 
     def close(self) -> None:
-        """Wait until the thread has copied what it has begun with."""
+        """Wait until the thread has copied the checkpoint that it has begun with; the next run
+        copies the others."""
+        self._is_closing = True
         self._pool.shutdown(cancel_futures=True)
 
     @contextmanager
@@ -89,36 +99,51 @@ class RemoteCopy:
         with self._choosing:
             yield {self._uploading} if self._uploading else set()
 
-    def _upload_missing(self, event: Callable[..., None]) -> None:
+    def _upload_missing(
+        self, event: Callable[..., None], num_kept: int, names_kept: frozenset[str]
+    ) -> None:
         try:
             copied = {name for name, files in self._copies().items() if is_complete(files)}
-            while checkpoint := self._choose(copied):
+            tried = set(copied)
+            while checkpoint := self._choose(tried):
                 started = time.perf_counter()
+                tried.add(checkpoint.name)
+                try:
+                    check_checkpoint(checkpoint, with_training_state=True)
+                except UserError as error:  # It may come from before a loss of power.
+                    event("not copied", text=f"{error}; it is not copied")
+                    continue
                 self._upload_one(checkpoint)
                 copied.add(checkpoint.name)
                 seconds = round(time.perf_counter() - started, 3)
                 event("uploaded", step=step_of(checkpoint), seconds=seconds)
-            present = {checkpoint.name for checkpoint in find_checkpoints(self._run_folder)}
-            for name, files in self._copies().items():
-                if name in present:
-                    continue
-                # The last file first: a deletion that is interrupted leaves no complete copy.
-                if PROVENANCE in files:
-                    self._store.delete_file(str(self._root / name / PROVENANCE))
-                self._store.delete_dir(str(self._root / name))
+            self._delete_old(copied, num_kept, names_kept)
         except self._errors as error:
             text = f"no copy in {self._uri}: {_one_line(error)}"
             event("not copied", text=f"{text}; training continues and tries again later")
         finally:
             self._uploading = None
 
-    def _choose(self, copied: set[str]) -> Path | None:
-        """Return the newest checkpoint that is not copied; None if there is none."""
+    def _choose(self, tried: set[str]) -> Path | None:
+        """Return the newest checkpoint whose name is not among those; None if there is none, or
+        the run ends."""
         with self._choosing:
             checkpoints = find_checkpoints(self._run_folder)
-            missing = [each for each in checkpoints if each.name not in copied]
-            self._uploading = missing[-1] if missing else None
+            missing = [path for path in checkpoints if path.name not in tried]
+            self._uploading = missing[-1] if missing and not self._is_closing else None
             return self._uploading
+
+    def _delete_old(self, complete: set[str], num_kept: int, names_kept: frozenset[str]) -> None:
+        """Delete all copies but the newest complete ones and those to keep."""
+        present = {checkpoint.name for checkpoint in find_checkpoints(self._run_folder)}
+        kept = present | names_kept | set(sorted(complete)[-num_kept:])
+        for name, files in self._copies().items():
+            if name in kept:
+                continue
+            # The last file first: a deletion that is interrupted leaves no complete copy.
+            if PROVENANCE in files:
+                self._store.delete_file(str(self._root / name / PROVENANCE))
+            self._store.delete_dir(str(self._root / name))
 
     def _upload_one(self, checkpoint: Path) -> None:
         target = self._root / checkpoint.name

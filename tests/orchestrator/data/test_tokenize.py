@@ -267,6 +267,19 @@ def test_a_file_system_without_second_names_gets_copies(several, tmp_path, monke
     assert contents(copies) == contents(folder)
 
 
+def test_a_shard_that_a_lost_worker_had_written_is_written_again(several, tmp_path, monkeypatch):
+    expected = write_text(several, tmp_path / "once", "key", Progress())
+    write = tokenize._write_training_tokens
+
+    def write_twice(*arguments: Any, **options: Any) -> dict[str, str]:
+        write(*arguments, **options)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(tokenize, "_write_training_tokens", write_twice)
+    again = write_text(several, tmp_path / "twice", "key", Progress())
+    assert contents(again) == contents(expected)
+
+
 def test_tokens_of_an_earlier_version_are_read(tmp_path):
     class EarlierManifest(Manifest):
         train_files: tuple[str, ...] = Field(default=(), exclude=True)

@@ -104,3 +104,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_named(
     with pytest.raises(UserError, match=r"model\.norm\.weight has 1 values that are NaN"):
         import_model(llama, workspace=workspace)
     assert not list(workspace.runs.glob("*/step_*"))
+    # Repaired, it is imported under the same name.
+    weights["model.norm.weight"][3] = 1.0
+    save_file(weights, file)
+    assert import_model(llama, workspace=workspace).parent.parent == workspace.runs

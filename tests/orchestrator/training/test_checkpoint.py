@@ -23,7 +23,7 @@ from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import VERIFIED_NAME
-from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
+from orchestrator.workspace.layout import PROVENANCE, checkpoint_name, find_checkpoints, step_of
 
 RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 2}
 
@@ -175,14 +175,14 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on
         said.clear()
         with monkeypatch.context() as patched:
             patched.setattr(fs, "copy_files", copy)
-            remote.start(note)
+            remote.start(note, num_kept=2)
             remote.wait()
             assert said == ["not copied"]
             assert len(copied) == number
             assert new.download(pytest.fail) is None
             # The next one sends the rest, each file once.
             patched.setattr(copy, "__kwdefaults__", {"copied": copied, "last": -1})
-            remote.start(note)
+            remote.start(note, num_kept=2)
             remote.wait()
         assert said == ["not copied", "uploaded"]
         assert sorted(copied) == sorted(files)
@@ -203,10 +203,43 @@ def test_what_was_sent_of_another_checkpoint_of_that_step_is_sent_again(make_job
             (copy_of_it / path.name).write_bytes(bytes(path.stat().st_size))
     other = bytes((checkpoint / PROVENANCE).stat().st_size)
     (copy_of_it / remote_copy.BEGUN).write_bytes(other)
-    remote.start(lambda *_, **__: None)
+    remote.start(lambda *_, **__: None, num_kept=2)
     remote.wait()
     remote.close()
     check_checkpoint(copy_of_it, with_training_state=True)
+
+
+def test_copies_of_another_machine_stay_and_a_damaged_checkpoint_is_not_copied(make_job, tmp_path):
+    plain = make_job(num_checkpoints_kept=2)
+    newer = on_machine(plain, "newer", tmp_path / "store")
+    run_job(newer)
+    older = on_machine(plain, "older", tmp_path / "elsewhere")
+    run_job(older, should_stop=stop_at(4))
+    said = list[str]()
+
+    def note(name: str, **_: object) -> None:
+        said.append(name)
+
+    def send(folder: Path, **kept: Any) -> list[int]:
+        """Let a machine with this run folder send what is missing; return the steps of copies."""
+        remote = RemoteCopy(str(tmp_path / "store"), folder, job_key(plain))
+        remote.start(note, **kept)
+        remote.wait()
+        remote.close()
+        return [step_of(path) for path in find_checkpoints(store_of(newer))]
+
+    assert send(older.folder, num_kept=2) == [2, 4, 6, 8], "it was behind: those of the other stay"
+    fresh = tmp_path / "fresh" / "run"
+    last = find_checkpoints(store_of(newer))[-1]
+    shutil.copytree(last, fresh / last.name)
+    assert send(fresh, num_kept=2, names_kept=[checkpoint_name(2)]) == [2, 6, 8]
+    assert said == ["uploaded", "uploaded"]
+
+    damaged = fresh / checkpoint_name(9)
+    shutil.copytree(last, damaged)
+    (damaged / "model.safetensors").write_bytes(b"spoilt")
+    assert send(fresh, num_kept=2, names_kept=[checkpoint_name(2)]) == [2, 6, 8]
+    assert said[2:] == ["not copied"]
 
 
 def test_uploads_hold_neither_steps_nor_checkpoints_and_keep_what_they_send(
