@@ -24,7 +24,7 @@ from orchestrator.data.depth import (
     symbol_tokenizer,
     write_depth,
 )
-from orchestrator.data.mixture import MIXTURE_VERSION, open_data, write_mixture
+from orchestrator.data.mixture import MIXTURE_VERSION, mixture_tokenizer, open_data, write_mixture
 from orchestrator.data.store import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -114,6 +114,7 @@ def _write(
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
+        mixture_tokenizer(settings, tokenizer)  # What does not fit it is said before hours of text.
         for name, text_settings in settings.texts.items():
             assert tokenizer is not None
             # A text has the mixture's tokenizer, so its tokens are not those that it has alone.

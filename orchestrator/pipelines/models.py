@@ -148,7 +148,7 @@ def import_model(
             texts_key = [file_key(other_tokenizer), folders.text_files_key(other_tokenizer.parent)]
         key = content_key(source.key, texts_key)
         run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", source.run_name))
-        # An import that has failed or was killed leaves a folder without files, or with hidden ones.
+        # An import that failed or was killed leaves a folder with nothing, or with hidden files.
         is_made = run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir())
         if is_made and _imported_key(run) != key:
             raise UserError(
