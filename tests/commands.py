@@ -197,6 +197,8 @@ def _run(
     printing.close()
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.argv = ["iiet-orch" if code is None else "-c", *words]
+    # Tests that were started in the background of a shell inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ending = 0
     try:
         if code is None:
