@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from training_loop import train_decoder
 
 from iiet import Decoder, ModelConfig, preset
 from iiet.facts import ImplicitEulerOptions
@@ -30,13 +31,7 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.settings.data import DepthSettings
-from orchestrator.training.objective import (
-    make_objective,
-    make_optimizer,
-    set_learning_rate,
-    validation_metrics,
-)
-from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import ACCURACY_METRIC
@@ -109,7 +104,16 @@ def run_study(options: argparse.Namespace) -> None:
         else:
             decoder = retrofit(Decoder.from_pretrained(source), kind)
             recipe = recipe_of(options.steps, seed, gate_rate_factor=factor)
-        train(decoder, data, recipe)
+        # A source sees other sequences than a retrofit.
+        data_seed = seed + (1000 if kind == "plain" else 0)
+        train_decoder(
+            decoder,
+            data,
+            recipe,
+            context_length=LENGTH,
+            num_sequences=NUM_SEQUENCES,
+            data_seed=data_seed,
+        )
         if kind == "plain":
             decoder.save_pretrained(source)
         accuracy = accuracy_of(decoder, data)
@@ -146,21 +150,6 @@ def retrofit(plain: Decoder, kind: str) -> Decoder:
     decoder = Decoder(config)
     decoder.load_state_dict(plain.state_dict(), strict=False)
     return decoder
-
-
-def train(decoder: Decoder, data: PreparedData, recipe: TrainingSettings) -> None:
-    """Train a decoder under its own schedule; a source sees other sequences than a retrofit."""
-    optimizer = make_optimizer(decoder, recipe)
-    objective = make_objective(lambda _: decoder.schedule)
-    data_seed = recipe.seed + (1000 if decoder.config.method == "vanilla" else 0)
-    for step in range(recipe.num_steps):
-        batch = data.batch(step, context_length=LENGTH, seed=data_seed, global_batch=NUM_SEQUENCES)
-        set_learning_rate(optimizer, learning_rate_at(step, recipe))
-        loss, _ = objective(decoder, batch, step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def accuracy_of(decoder: Decoder, data: PreparedData) -> float:

@@ -155,8 +155,7 @@ def _rows_of_study(stored: Report) -> list[list[str]]:
                 continue
             low = difference.mean - difference.half_width
             high = difference.mean + difference.half_width
-            digits = 3 if reading.is_text else 1
-            here = f"{difference.mean:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+            here = _with_interval(difference.mean, low, high, unit)
             verdict = words[difference.verdict(reading.least)]
             question = f"retrofit, 3 seeds, {reading.name}: `{start}` beats the source trained on"
             rows.append([question, "", here, verdict, command])
@@ -169,12 +168,16 @@ def _difference_cells(report: Report, name: str, against: str) -> list[str]:
     """Return how much better a model is than another, with the 95 % interval, and what follows."""
     [row] = [row for row in report["results"] if row["name"] == name]
     is_accuracy = report["axes"]["quality"] == "quality/accuracy"
-    factor, unit, digits = (100, "points", 1) if is_accuracy else (-1, "bits per byte", 3)
+    factor, unit = (100, "points") if is_accuracy else (-1, "bits per byte")
     better = factor * row[f"paired/{against}"]
     low, high = sorted(factor * row[f"paired/{against}_{end}"] for end in ("low", "high"))
     verdict = "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
-    interval = f"{low:.{digits}f} to {high:.{digits}f}"
-    return [f"{better:.{digits}f} {unit} ({interval})", verdict]
+    return [_with_interval(better, low, high, unit), verdict]
+
+
+def _with_interval(difference: float, low: float, high: float, unit: str) -> str:
+    digits = 1 if unit == "points" else 3
+    return f"{difference:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {

@@ -28,6 +28,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from training_loop import train_decoder
 
 from iiet import Decoder, ModelConfig, influence_table, preset, schedule_family
 from iiet.batch import Batch
@@ -41,13 +42,7 @@ from orchestrator.data.preparation import prepare
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.settings import DataSettings, TrainingSettings, read_settings
 from orchestrator.settings.data import DepthSettings, parse_task_name
-from orchestrator.training.objective import (
-    make_objective,
-    make_optimizer,
-    set_learning_rate,
-    validation_metrics,
-)
-from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
@@ -378,7 +373,15 @@ class Study:
         started = time.perf_counter()
         decoder, recipe, teacher = self.prepared(training)
         data = self.data(training.task)
-        train(decoder, data, recipe, training, teacher)
+        train_decoder(
+            decoder.train(),
+            data,
+            recipe,
+            context_length=training.cell.length,
+            num_sequences=training.cell.recipe.num_sequences,
+            data_seed=data_seed(training),
+            teacher=teacher,
+        )
         decoder.save_pretrained(self.folder_of(training))
         return self.measure(training, decoder, recipe, time.perf_counter() - started)
 
@@ -587,31 +590,6 @@ def with_weights(config: ModelConfig, other: Decoder, seed: int) -> Decoder:
     missing = decoder.load_state_dict(other.state_dict(), strict=False)
     assert not missing.unexpected_keys
     return decoder
-
-
-def train(
-    decoder: Decoder,
-    data: PreparedData,
-    settings: TrainingSettings,
-    training: Training,
-    teacher: Decoder | None,
-) -> None:
-    """Train a decoder under its own schedule, by cross-entropy or also from a teacher."""
-    num_sequences = training.cell.recipe.num_sequences
-    seed = data_seed(training)
-    decoder.train()
-    optimizer = make_optimizer(decoder, settings)
-    objective = make_objective(lambda _: decoder.schedule, teacher)
-    for step in range(settings.num_steps):
-        batch = data.batch(
-            step, context_length=training.cell.length, seed=seed, global_batch=num_sequences
-        )
-        set_learning_rate(optimizer, learning_rate_at(step, settings))
-        loss, _ = objective(decoder, batch, step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def metrics_of(decoder: Decoder, batches: Sequence[Batch]) -> dict[str, float]:
