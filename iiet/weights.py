@@ -14,7 +14,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -41,6 +41,7 @@ __all__ = [
     "lazy_tensors",
     "non_finite",
     "read_folder",
+    "safetensors_head",
     "write_config",
     "write_files",
     "write_folder",
@@ -315,32 +316,46 @@ def _num_bytes(tensor: Tensor | LazyTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
-    """Write safetensors one after the other: the bytes of the library's `save_file`, which takes
-    all at once."""
+def safetensors_head(
+    forms: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+) -> tuple[list[str], bytes]:
+    """Return what a file of safetensors needs before its values, as the library's `save_file` does.
+
+    Args:
+        forms: name -> dtype and shape of each tensor.
+
+    Returns:
+        The names in the order of the tensors' values, and the bytes before the first value.
+    """
     import torch
 
     kinds = {getattr(torch, name): kind for kind, name in _TYPES.items()}
     ranks = {kind: rank for rank, kind in enumerate(_TYPES)}
 
     def place(name: str) -> tuple[int, str]:
-        return ranks[kinds[tensors[name].dtype]], name
+        dtype, _ = forms[name]
+        return ranks[kinds[dtype]], name
 
-    head: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     start = 0
-    for name in sorted(tensors, key=place):
-        tensor = tensors[name]
-        end = start + _num_bytes(tensor)
-        shape = list(tensor.shape)
-        head[name] = {
-            "dtype": kinds[tensor.dtype], "shape": shape, "data_offsets": [start, end]
+    for name in sorted(forms, key=place):
+        dtype, shape = forms[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": kinds[dtype], "shape": [*shape], "data_offsets": [start, end]
         }  # fmt: skip
         start = end
-    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for name in head:
+    return [*entries], len(text).to_bytes(8, "little") + text
+
+
+def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -> None:
+    """Write safetensors one after the other: the bytes of the library's `save_file`, which takes
+    all at once."""
+    names, head = safetensors_head({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    file.write(head)
+    for name in names:
         values = tensors[name][...].detach().cpu().contiguous()
         if values.nbytes:
             # A view of its memory, for which PyTorch would need NumPy.

@@ -200,15 +200,14 @@ def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokeniz
 
 
 def write_mixture(
-    settings: DataSettings, parent: Path, texts: Mapping[str, Path], tokenizer: Tokenizer | None
+    settings: DataSettings, parent: Path, texts: Mapping[str, Path], tokenizer: Tokenizer
 ) -> Path:
     """Write the folder of a mixture, unless it exists; its texts are written.
 
     Args:
         texts: Text source -> its folder.
-        tokenizer: The tokenizer of the texts; None if there are none.
+        tokenizer: The mixture's, of `mixture_tokenizer`.
     """
-    whole_tokenizer = mixture_tokenizer(settings, tokenizer)
     names = {name: path.name for name, path in texts.items()}
     fingerprint = content_key(
         "mixture",
@@ -217,7 +216,7 @@ def write_mixture(
         dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
         names,
         settings.tasks.to_key(),
-        whole_tokenizer.to_str(),
+        tokenizer.to_str(),
     )
     folder = parent / fingerprint
     if not is_complete(folder):
@@ -231,7 +230,7 @@ def write_mixture(
                 filling,
                 fingerprint,
                 settings.read_by_source(),
-                whole_tokenizer,
+                tokenizer,
                 train=train,
                 validation=validation,
                 texts=names,

@@ -114,7 +114,8 @@ def _write(
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
-        mixture_tokenizer(settings, tokenizer)  # What does not fit it is said before hours of text.
+        # Made first: words that are no tokens are said before hours of text.
+        whole_tokenizer = mixture_tokenizer(settings, tokenizer)
         for name, text_settings in settings.texts.items():
             assert tokenizer is not None
             # A text has the mixture's tokenizer, so its tokens are not those that it has alone.
@@ -123,7 +124,7 @@ def _write(
                 text_settings, parent, text_key, progress, tokenizer, open_runner=open_runner
             )
             _store_folder(text_key, texts[name])
-        folder = write_mixture(settings, parent, texts, tokenizer)
+        folder = write_mixture(settings, parent, texts, whole_tokenizer)
     else:
         folder = write_text(settings, parent, key, progress, open_runner=open_runner)
     _store_folder(key, folder)

@@ -20,7 +20,7 @@ from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
 from iiet.facts import METHODS, facts_of
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
+from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, WEIGHTS_INDEX, config_from_json
 from orchestrator.workspace.errors import DamagedFile, UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
@@ -33,8 +33,6 @@ from orchestrator.workspace.layout import CHECKPOINT_NAME, PROVENANCE, find_chec
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 
 TOKENIZER = "tokenizer.json"
-WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
-"""Name of the file that says which tensor is in which file, of weights in several files."""
 TRAINING_STATE = "training_state.pt"
 MOMENTS_PREFIX = "moments"
 """Begins the names of the files with the moments of a sharded training, one for each worker."""
@@ -350,6 +348,12 @@ def weights_key(folder: Path) -> str:
         UserError: If the folder is not a checkpoint, or the file is damaged.
     """
     return str(load_provenance(folder).get("weights", ""))
+
+
+def check_if_checkpoint(folder: Path) -> None:
+    """Verify the checksums of a model folder that is a checkpoint; errors are its own."""
+    if any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
+        check_checkpoint(folder, remember=True)
 
 
 def check_checkpoint(

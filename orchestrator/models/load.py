@@ -19,15 +19,13 @@ from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import MODEL_TYPE
 from orchestrator.models.folder import (
-    TRAINING_STATE,
-    check_checkpoint,
+    check_if_checkpoint,
     load_config,
     read_config,
     weight_files,
 )
 from orchestrator.settings.training import Precision, default_precision
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import PROVENANCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in the settings -> dtype."""
@@ -83,8 +81,8 @@ def load_model(
         UserError: If the folder is not a model folder, is damaged, needs what a decoder does not
             support, has missing, unknown or not finite weights, or the schedule does not fit it.
     """
-    if check and any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
-        check_checkpoint(folder, remember=True)
+    if check:
+        check_if_checkpoint(folder)
     is_ours = read_config(folder).get("model_type") == MODEL_TYPE
     try:
         if is_ours:

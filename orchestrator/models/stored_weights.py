@@ -15,14 +15,12 @@ from iiet.config import ModelConfig
 from iiet.published import misfits, weights_from_published
 from iiet.weights import MODEL_TYPE, LazyTensor, lazy_tensors
 from orchestrator.models.folder import (
-    TRAINING_STATE,
-    check_checkpoint,
+    check_if_checkpoint,
     load_config,
     read_config,
     weight_files,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import PROVENANCE
 
 
 def open_weights(folder: Path, *, check: bool = True) -> tuple[ModelConfig, dict[str, LazyTensor]]:
@@ -37,8 +35,8 @@ def open_weights(folder: Path, *, check: bool = True) -> tuple[ModelConfig, dict
             support, or has missing or unknown weights; later, when a weight is read that is damaged
             or not finite.
     """
-    if check and any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
-        check_checkpoint(folder, remember=True)
+    if check:
+        check_if_checkpoint(folder)
     values = read_config(folder)
     try:
         stored = lazy_tensors(weight_files(folder))

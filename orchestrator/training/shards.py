@@ -12,7 +12,6 @@ module is imported where shards are written or read; its own imports take a seco
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 import warnings
@@ -43,7 +42,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from iiet.weights import WEIGHTS
+from iiet.weights import WEIGHTS, safetensors_head
 from orchestrator.models.folder import MOMENTS_PREFIX
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
@@ -235,17 +234,7 @@ def write_whole(
     Returns:
         The SHA-256 of the file.
     """
-    # The library sorts tensors by name, and pads the head with spaces to a multiple of 8 bytes.
-    names = sorted(shapes)
-    head: dict[str, Any] = {}
-    start = 0
-    for name in names:
-        end = start + 4 * math.prod(shapes[name])
-        head[name] = {"dtype": "F32", "shape": [*shapes[name]], "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
+    names, head = safetensors_head({name: (torch.float32, shapes[name]) for name in shapes})
     digest = hashlib.sha256()
     with path.open("wb") as whole:
 
@@ -253,8 +242,7 @@ def write_whole(
             digest.update(data)
             whole.write(data)
 
-        write(len(text).to_bytes(8, "little"))
-        write(text)
+        write(head)
         for name in names:
             for piece in pieces[name]:
                 # Opened for each tensor: what was read stays in memory until a file is closed.

@@ -226,33 +226,40 @@ def test_a_config_alone_has_a_plan_and_no_run(model_folder, settings, workspace)
         pretrain(settings(), workspace=workspace, source=model_folder, local=True)
 
 
-def test_a_mixture_with_symbols_keeps_the_tokenizer_of_its_kind(settings, workspace, context):
+@pytest.fixture
+def train_plain(settings, workspace, context) -> Callable[..., None]:
+    """A function that trains a plain model of the usual sizes: its name, and settings of its
+    data."""
+
+    def train(name: str, *data: str) -> None:
+        sizes = [f"model.{size}={value}" for size, value in SIZES.items()]
+        chosen = settings("model.method=vanilla", *sizes, *data)
+        run_pretrain(plan_pretrain(chosen, workspace=workspace, name=name, local=True), context)
+
+    return train
+
+
+def test_a_mixture_with_symbols_keeps_the_tokenizer_of_its_kind(
+    settings, workspace, context, train_plain
+):
     mixed = (
         "data.source=mixture", "data.shares={files: 0.5, phop_2: 0.5}", "data.depth.length=16",
     )  # fmt: skip
-    sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
-    plan = plan_pretrain(
-        settings("model.method=vanilla", *sizes, *mixed), workspace=workspace, name="mixed",
-        local=True,
-    )  # fmt: skip
-    run_pretrain(plan, context)
+    train_plain("mixed", *mixed)
     plan = plan_pretrain(settings(*mixed), workspace=workspace, source="mixed", local=True)
     assert job_from(plan).tokens_folder
     run_pretrain(plan, context)
 
 
-def test_a_task_in_words_has_the_tokenizer_of_the_source(settings, workspace, context, tmp_path):
+def test_a_task_in_words_has_the_tokenizer_of_the_source(
+    settings, workspace, context, train_plain, tmp_path
+):
     tokenizer_file = save_word_tokenizer(tmp_path)
     task = (
         "data.source=depth", "data.depth.tasks=[lookup_2]", "data.depth.symbols=words",
         "data.files=[]", f"data.tokenizer={tokenizer_file}",
     )  # fmt: skip
-    sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
-    plan = plan_pretrain(
-        settings("model.method=vanilla", *sizes, *task), workspace=workspace, name="words",
-        local=True,
-    )  # fmt: skip
-    run_pretrain(plan, context)
+    train_plain("words", *task)
     plan = plan_pretrain(settings(*task[:-1]), workspace=workspace, source="words", local=True)
     (taken,) = {each.data.tokenizer for each in plan.models.values()}
     assert load_tokenizer(taken).to_str() == load_tokenizer(tokenizer_file).to_str()
