@@ -654,6 +654,6 @@ def write_depth(settings: DataSettings, parent: Path) -> Path:
     folder = depth_folder(settings, parent)
     if not is_complete(folder):
         tokenizer = depth_tokenizer(settings)
-        with new_folder(folder) as filling:
-            finish_folder(filling, folder.name, settings.read_by_source(), tokenizer)
+        with new_folder(folder) as temporary:
+            finish_folder(temporary, folder.name, settings.read_by_source(), tokenizer)
     return folder

@@ -225,9 +225,9 @@ def write_mixture(
         for manifest in map(checked_manifest, texts.values()):
             train += manifest.train
             validation += manifest.validation
-        with new_folder(folder) as filling:
+        with new_folder(folder) as temporary:
             finish_folder(
-                filling,
+                temporary,
                 fingerprint,
                 settings.read_by_source(),
                 tokenizer,
