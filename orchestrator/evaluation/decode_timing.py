@@ -30,6 +30,7 @@ from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.models.open import OpenedModel
+from orchestrator.terminal.metrics import timed_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -339,16 +340,20 @@ class MeasuredCost:
 
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the condition."""
-        prefix = f"cost/batch_{self.batch_size}_context_{self.context}"
+        relative_time = self.shares[DECODING]
+        measured = {
+            "first_token_ms": self.first_token_ms,
+            "decode_ms": self.decode_ms,
+            "tokens_per_second": self.tokens_per_second,
+            "kv_bytes": float(self.kv_bytes),
+            "peak_bytes": float(self.peak_bytes),
+            "decode_spread": self.decode_spread,
+            "decode_share": relative_time.measured,
+            "decode_share_predicted": relative_time.predicted[PREDICTION],
+        }
         return {
-            f"{prefix}/first_token_ms": self.first_token_ms,
-            f"{prefix}/decode_ms": self.decode_ms,
-            f"{prefix}/tokens_per_second": self.tokens_per_second,
-            f"{prefix}/kv_bytes": float(self.kv_bytes),
-            f"{prefix}/peak_bytes": float(self.peak_bytes),
-            f"{prefix}/decode_spread": self.decode_spread,
-            f"{prefix}/decode_share": self.shares[DECODING].measured,
-            f"{prefix}/decode_share_predicted": self.shares[DECODING].predicted[PREDICTION],
+            timed_name(name, batch_size=self.batch_size, context=self.context): value
+            for name, value in measured.items()
         }
 
 

@@ -41,8 +41,9 @@ from orchestrator.evaluation.store import AnswerJournal, MeasuredTask, item_valu
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.tokenizer import ModelTokenizer
-from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
+from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, standard_error
 from orchestrator.settings.evaluation import Prompts
+from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text
 from orchestrator.workspace.provenance import content_key

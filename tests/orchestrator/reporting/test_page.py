@@ -22,10 +22,10 @@ from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.terminal.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
     DECODE_MS,
-    KEEPS_99,
     NFE,
-    ON_FRONT,
 )
 
 
@@ -122,8 +122,8 @@ def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, samp
     # The draws of a quality hold for every cost, but who is on the front does not.
     on_time = front.on(FrontAxes(DECODE_MS, ACCURACY))
     assert on_time.intervals == front.intervals
-    assert KEEPS_99 in on_time.table
-    assert ON_FRONT not in on_time.table
+    assert CONFIDENCE_KEEPS_99 in on_time.table
+    assert CONFIDENCE_ON_FRONT not in on_time.table
     other = front.on(FrontAxes(NFE, BITS_PER_BYTE))
     assert not other.intervals
     assert not any(name.startswith("paired/") for name in other.table)
