@@ -104,7 +104,7 @@ class _ShardTasks:
             report(num_tokens, num_bytes)
             return result
 
-        return self._start(partial(_with_reported, work), report_sums)
+        return self._start(partial(with_reported, work), report_sums)
 
     def _start(self, work: Callable[[], AnswerT], to_result: Callable[[AnswerT], T]) -> Future[T]:
         import ray.exceptions
@@ -145,7 +145,7 @@ def _call(work: Callable[[], T]) -> T:
     return work()
 
 
-def _with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
+def with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
     """Return what work returns, and the sums of the tokens and bytes that it reports."""
     reports: list[tuple[int, int]] = []
     result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))
