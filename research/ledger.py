@@ -127,7 +127,7 @@ def holds_table(claims: Report, text: Report, retrofit: Report, study: Report) -
             for other, against in plain
         ),
     ):
-        cells = _difference_cells(report, name, against)
+        cells = difference_cells(report, name, against)
         rows.append([question, "", *cells, f"`iiet-orch sweep {command}`"])
     rows += _rows_of_study(study)
     return [
@@ -164,7 +164,7 @@ def _rows_of_study(stored: Report) -> list[list[str]]:
     return rows
 
 
-def _difference_cells(report: Report, name: str, against: str) -> list[str]:
+def difference_cells(report: Report, name: str, against: str) -> list[str]:
     """Return how much better a model is than another, with the 95 % interval, and what follows."""
     [row] = [row for row in report["results"] if row["name"] == name]
     is_accuracy = report["axes"]["quality"] == "quality/accuracy"

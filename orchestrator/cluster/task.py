@@ -88,7 +88,7 @@ class _ShardTasks:
         self.num_at_once = num_cpus
         # A task has one CPU, and the tokenizer would start threads for all of its node's.
         environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(_with_reported)
+        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(with_reported)
         self._at_work: set[Any] = set()
 
     def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
@@ -129,7 +129,7 @@ class _ShardTasks:
             ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
 
 
-def _with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
+def with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
     """Return what work returns, and the sums of the tokens and bytes that it reports."""
     reports: list[tuple[int, int]] = []
     result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))

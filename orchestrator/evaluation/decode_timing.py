@@ -93,7 +93,9 @@ def decode_milliseconds(
         uses_graphs: Whether a GPU repeats the kernels of a step by CUDA graphs.
         on_done: Called with the number of measurements done.
     """
-    graphs = {name: _graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()}
+    graphs = {
+        name: step_graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()
+    }
 
     def timed(name: str, tokens: int) -> tuple[float, float]:
         decoder = decoders[name]
@@ -219,13 +221,13 @@ def time_stream(
         start: Begins the generation; it yields once per token.
         new_tokens: At least 2.
     """
-    started = _now(device)
+    started = seconds_now(device)
     steps = start()
     next(steps)
-    first_token_done = _now(device)
+    first_token_done = seconds_now(device)
     for _ in steps:
         pass
-    ended = _now(device)
+    ended = seconds_now(device)
     first_token_seconds = first_token_done - started
     seconds_per_token = (ended - first_token_done) / (new_tokens - 1)
     return 1e3 * first_token_seconds, 1e3 * seconds_per_token
@@ -239,7 +241,8 @@ def half_quartile_distance(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
+def step_graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
+    """Return what decodes a model's steps on a GPU; None for other models and devices."""
     if not isinstance(decoder, Decoder) or decoder.device.type != "cuda":
         return None
     # Without graphs each step starts its kernels, of the same shapes.
@@ -254,7 +257,8 @@ def _stream(
     return decoder.stream(prompt, new_tokens)
 
 
-def _now(device: torch.device) -> float:
+def seconds_now(device: torch.device) -> float:
+    """Return the time once the device has done all that it was given, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -277,11 +277,11 @@ class DecoderModel(LmEvalModel):
         stand_in = SimpleNamespace(device=decoder.device, config=SimpleNamespace(model_type="iiet"))
         length = max_length or decoder.config.context_length
         super().__init__(stand_in, text, *args, max_length=length, **options)
-        self._decoder = decoder.eval()
+        self.decoder = decoder.eval()
 
     def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self._decoder(inps)
+            logits: Tensor = self.decoder(inps)
         return logits
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
@@ -291,7 +291,7 @@ class DecoderModel(LmEvalModel):
             (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-num_read:]
             for request in requests
         ]
-        return generate_answers(self._decoder, self.text, contexts, settings, seeds)
+        return generate_answers(self.decoder, self.text, contexts, settings, seeds)
 
 
 def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:

@@ -17,7 +17,7 @@ from iiet.pruning import InfluenceTable
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sections import _scripts, render_page, sort_value
+from orchestrator.reporting.sections import chart_scripts, render_page, sort_value
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.terminal.metrics import (
     ACCURACY,
@@ -60,7 +60,7 @@ def charts_in(page: str) -> list[dict[str, Any]]:
 def test_the_page_needs_no_network(front):
     page = page_of(front)
     assert len(page) < 1_500_000
-    own = page.replace(_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
+    own = page.replace(chart_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
     assert not re.search(r"https?://|src=|@import|url\(", own)
     assert page.count("<tr class=") == len(front.rows)
     assert page == page_of(front), "the same results give the same bytes"
@@ -79,7 +79,7 @@ def test_text_from_outside_cannot_become_markup(sample_results):
         curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
         facts={bad: {bad: bad}},
     )
-    page = page.replace(_scripts(), "")
+    page = page.replace(chart_scripts(), "")
     assert "<script>alert" not in page
     assert page.count("</script>") == 3
     assert bad in json.dumps(charts_in(page))
