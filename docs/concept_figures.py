@@ -137,7 +137,9 @@ def draw_schedules() -> Spec:
 
 def draw_demo_influence() -> Spec:
     """Draw the demo's influence, and what the schedule 1,1 keeps of the corrections."""
-    return influence_chart(INFLUENCE, metric="cosine", kept=(1, 1), kept_name="schedule 1,1")
+    return influence_chart(
+        INFLUENCE, metric="cosine", marked_schedule=(1, 1), marked_name="schedule 1,1"
+    )
 
 
 def draw_family() -> Spec:

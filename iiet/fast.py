@@ -46,6 +46,7 @@ __all__ = [
     "few_rows_products",
     "gated_product",
     "is_bare",
+    "is_intel_processor",
     "may_read_weights",
     "needs_all_derivatives",
     "normalize_few_rows",
@@ -57,6 +58,10 @@ __all__ = [
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
 """Whether the forms of this file are used. It is read at each call, and decides nothing else."""
 MAX_ROWS: Final = 8  # Of a decoding step; for more tokens `F.linear` is as fast.
+FEW_NUMBERS: Final = 2**15
+"""Numbers of a weight that is so small that more operations take longer than reading it."""
+NUMBERS_IN_SECOND_CACHE: Final = 2**19
+"""Numbers of a weight that the second cache of a processor holds: 2 MiB of float32."""
 _GLOBAL_HOOKS = (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -299,22 +304,19 @@ def _is_faster_on_the_right(weight: Tensor, rows: int) -> bool:
     the time on the left. The choice is made by the processor, not by timing, so that a machine
     always computes the same.
     """
-    if weight.numel() <= _FEW_NUMBERS:
+    if weight.numel() <= FEW_NUMBERS:
         return True
-    if _is_intel():
-        return rows <= MAX_ROWS // 2 or weight.numel() <= _NUMBERS_IN_SECOND_CACHE
+    if is_intel_processor():
+        return rows <= MAX_ROWS // 2 or weight.numel() <= NUMBERS_IN_SECOND_CACHE
     return rows > MAX_ROWS // 2 and weight.size(0) < weight.size(1)
 
 
-_FEW_NUMBERS: Final = 2**15
-_NUMBERS_IN_SECOND_CACHE: Final = 2**19  # 2 MiB of float32.
-
-
 @cache
-def _is_intel() -> bool:
+def is_intel_processor() -> bool:
+    """Return whether the processor is one of Intel's; False where the system is not Linux."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # Not Linux.
+    except OSError:
         return False
 
 

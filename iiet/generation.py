@@ -26,7 +26,7 @@ from iiet.sampling import LogitsNotFinite, not_finite
 from iiet.speculative import DraftRecord, draft_models, drafted_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
-__all__ = ["STOP_INTERVAL", "does_not_fit", "stream"]
+__all__ = ["STOP_INTERVAL", "does_not_fit", "stream", "until_all_end"]
 
 STOP_INTERVAL: Final = 8
 """Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
@@ -59,7 +59,7 @@ def stream(
     if keeps:
         steps = kept_steps(decoder)
     plain = _plain_steps(decoder, request, steps, record)
-    tokens = _until_all_end(plain, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
+    tokens = until_all_end(plain, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
     return keep_steps(decoder, steps, tokens) if keeps and steps is not None else tokens
 
 
@@ -105,11 +105,19 @@ def _plain_steps(
         yield following.clone(), state
 
 
-def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Iterator[Tensor]:
+def until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Iterator[Tensor]:
     """Yield tokens until all rows have ended.
 
     The first step is looked at alone, so that it is yielded at once, then `interval` steps
     together; of these, those after the end are dropped.
+
+    Args:
+        steps: The tokens of a step, (batch,), and whether all rows have ended and whether logits
+            are not finite, (2,).
+        interval: Steps between two looks at these facts.
+
+    Raises:
+        LogitsNotFinite: a step before the end has such logits.
     """
     num_steps = 1
     while waiting := list(islice(steps, num_steps)):

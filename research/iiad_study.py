@@ -45,7 +45,6 @@ from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
@@ -58,6 +57,7 @@ from orchestrator.sweeping.models import (
     settings_of,
     swept_variants,
 )
+from orchestrator.terminal.metrics import stderr_name
 from orchestrator.terminal.render import format_with_error, print_line
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step
@@ -393,7 +393,7 @@ def _difference(phases: Phases, name: str, other: str) -> str:
         error = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
         loss = f"{statistics.mean(by_seed):+.3f} ± {error:.3f}"
     accuracy = f"{100 * (mine.numbers[ACCURACY] - theirs.numbers[ACCURACY]):+.2f}"
-    errors = [each.numbers.get(ACCURACY + STDERR_SUFFIX) for each in (mine, theirs)]
+    errors = [each.numbers.get(stderr_name(ACCURACY)) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]
     if len(known) == len(errors):  # Assumed independent.
         accuracy += f" ± {100 * math.hypot(*known):.2f}"
@@ -454,7 +454,7 @@ def _number(trial: Trial, quality: str, *, with_errors: bool = True) -> str:
     value = trial.value(quality)
     if value is None:
         return ""
-    error = trial.value(quality + STDERR_SUFFIX) if with_errors else None
+    error = trial.value(stderr_name(quality)) if with_errors else None
     return format_with_error(value, error, is_percent=quality == ACCURACY)
 
 

@@ -29,7 +29,7 @@ from retrofit_study import CONTINUED, Study, results_in
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import LEGEND, PIXELS_PER_UNIT, Spec, front_chart
-from orchestrator.reporting.claims import PAPER_KEPT_SHARE
+from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL
 from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
 
@@ -193,14 +193,14 @@ def _kept_cell(report: Report, name: str) -> str:
     [row] = [row for row in report["results"] if row["name"] == name]
     low = row["paired/share_of_full_low"]
     high = row["paired/share_of_full_high"]
-    verdict = "holds" if low >= PAPER_KEPT_SHARE else "not decided"
+    verdict = "holds" if low >= PAPER_SHARE_OF_FULL else "not decided"
     saved = 100 * (1 - row["cost/overhead_share"])
     kept = f"{100 * low:.1f} to {100 * high:.1f} % kept"
     return f"**{verdict}**: {saved:.1f} % less overhead ({kept})"
 
 
 def _difference_cell(report: Report, name: str, against: str) -> str:
-    difference, verdict = _difference_cells(report, name, against)
+    difference, verdict = difference_cells(report, name, against)
     return f"**{verdict}**: {difference}"
 
 
@@ -233,7 +233,7 @@ def _verdicts_cell(readings: Sequence[Readings]) -> str:
     )
 
 
-def _difference_cells(report: Report, name: str, against: str) -> list[str]:
+def difference_cells(report: Report, name: str, against: str) -> list[str]:
     """Return how much better a model is than another, with the 95 % interval, and what follows."""
     [row] = [row for row in report["results"] if row["name"] == name]
     is_accuracy = report["axes"]["quality"] == "quality/accuracy"

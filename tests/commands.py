@@ -165,12 +165,14 @@ def settings_options(settings: Iterable[str], command: str, kind: str = "") -> l
         kind: Kind of the sweep, if the command runs one of a file.
     """
     from orchestrator.cli.command import COMMANDS
-    from orchestrator.cli.train import UNREAD_BY_KIND
+    from orchestrator.cli.session import unread_part
+    from orchestrator.cli.train import UNREAD_BY_KIND, UNREAD_WITHOUT_DROPPING
 
-    unread = {*COMMANDS[command].unread, *UNREAD_BY_KIND.get(kind, ())}
+    unread = {**COMMANDS[command].unread, **UNREAD_BY_KIND.get(kind, {})}
     if command == "distill":
-        unread.add("influence")  # Only --drop-layers reads it.
-    return [f"--set={value}" for value in settings if value.partition(".")[0] not in unread]
+        unread |= UNREAD_WITHOUT_DROPPING
+    keys = {value: value.partition("=")[0] for value in settings}
+    return [f"--set={value}" for value in settings if unread_part(keys[value], unread) is None]
 
 
 def _run(

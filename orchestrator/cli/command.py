@@ -62,8 +62,8 @@ class Command:
     config: Literal["option", "argument"] | None = None
     """Whether it reads a settings file, which `--config` or an argument of its own names."""
     unread: Mapping[str, str] = field(default_factory=dict)
-    """Sections of the settings that it does not read -> what decides instead; see
-    `Call.refuse_unread`."""
+    """Sections of the settings, and single settings of other sections, that it does not read ->
+    what decides instead; see `Call.refuse_unread`."""
     workspace: Place | None = "made"
     """How the workspace is opened, see `open_session`; None if the command has none."""
     trains: bool = False

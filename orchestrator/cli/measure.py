@@ -11,7 +11,10 @@ from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
     NOTHING_IS_TRAINED,
+    ONLY_BOUNDED_LOSSES,
+    ONLY_MEASUREMENTS,
     ONLY_SWEEPS,
+    STORED_INFLUENCE,
     CostOption,
     ModelsArgument,
     QualityOption,
@@ -51,6 +54,8 @@ SweepsArgument = Annotated[
         "evaluation": "`iiet-orch evaluate` reads it",
         "distillation": "nothing is distilled",
         **ONLY_SWEEPS,
+        **ONLY_MEASUREMENTS,
+        **STORED_INFLUENCE,
     },
     workspace="read",
 )
@@ -141,6 +146,7 @@ def influence(
         "data": "held-out tasks come from the data that a model was trained on",
         "influence": "`iiet-orch influence` reads it",
         **NOTHING_IS_TRAINED,
+        **ONLY_BOUNDED_LOSSES,
     },
     workspace="read",
     plans=True,

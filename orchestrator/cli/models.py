@@ -12,6 +12,8 @@ from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
     NOTHING_IS_TRAINED,
+    ONLY_BOUNDED_LOSSES,
+    STORED_INFLUENCE,
     CostOption,
     NameOption,
     QualityOption,
@@ -175,6 +177,8 @@ def import_folder(
     unread={
         "data": "held-out tasks come from the data that the model was trained on",
         **NOTHING_IS_TRAINED,
+        **ONLY_BOUNDED_LOSSES,
+        **STORED_INFLUENCE,
     },
 )
 def export(

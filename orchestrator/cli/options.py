@@ -65,13 +65,36 @@ ModelsArgument = Annotated[
 ]
 ONLY_SWEEPS = dict.fromkeys(("source_training", "sweep", "search"), "only sweeps read it")
 """What decides instead of these sections in commands that run no sweep."""
+ONLY_TRAININGS = dict.fromkeys(
+    (
+        "cluster.num_workers",
+        "cluster.min_gpus",
+        "cluster.storage",
+        "cluster.parallel",
+        "cluster.num_shards",
+        "cluster.max_failures",
+        "cluster.collective_timeout_seconds",
+        "cluster.node_wait_minutes",
+    ),
+    "only trainings read it",
+)
+"""The same of settings of a training's workers, in commands that train nothing."""
+ONLY_MEASUREMENTS = {
+    "cluster.device": "only commands that measure read it; cluster.num_gpus says where to train"
+}
+"""The same in commands that only train, and in sweeps, which measure where they train."""
 NOTHING_IS_TRAINED = {
     "model": "the checkpoint says what the model is, and --schedule gives another schedule",
     "training": "nothing is trained",
     "distillation": "nothing is trained",
     **ONLY_SWEEPS,
+    **ONLY_TRAININGS,
 }
 """The same of commands that only measure."""
+ONLY_BOUNDED_LOSSES = {"evaluation.retention": "only a sweep bounds what its models may lose"}
+"""The same of commands that evaluate models, and know no source to compare them with."""
+STORED_INFLUENCE = {"influence.num_tokens": "`iiet-orch influence` measures, and reads it"}
+"""The same of commands that show an influence that is stored."""
 SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
     CostName | None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -84,19 +85,22 @@ class Call:
         something. A file may have such sections, because several commands share it.
 
         Args:
-            unread: Section of the settings -> what decides instead.
+            unread: Section of the settings, or key of a single setting -> what decides instead.
 
         Raises:
             UserError: Names each such setting, and what decides instead.
         """
+        if not self.changes:
+            return
+        from orchestrator.settings.resolve import changed_keys
+
         problems = []
-        for change in self.changes:
-            key = change.partition("=")[0].strip()
-            section = key.partition(".")[0]
-            if section in unread:
+        for key in chain.from_iterable(map(changed_keys, self.changes)):
+            part = unread_part(key, unread)
+            if part is not None:
+                what = "it" if part == key else f"the section {part}"
                 problems.append(
-                    f"--set {shortened(key)}: {self.name} does not read the section {section}; "
-                    f"{unread[section]}"
+                    f"--set {shortened(key)}: {self.name} does not read {what}; {unread[part]}"
                 )
         if problems:
             raise UserError("\n".join(problems))
@@ -192,6 +196,14 @@ class Call:
         from orchestrator.reporting.result import Answer
 
         return Answer(values=values, lines=lines)
+
+
+def unread_part(key: str, unread: Mapping[str, str]) -> str | None:
+    """Return the key itself if `unread` has it, else the section around it that `unread` has, or
+    None."""
+    names = key.split(".")
+    parts = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
+    return next((part for part in parts if part in unread), None)
 
 
 class Warnings(Progress):

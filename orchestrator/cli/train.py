@@ -10,7 +10,10 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
+    ONLY_BOUNDED_LOSSES,
+    ONLY_MEASUREMENTS,
     ONLY_SWEEPS,
+    ONLY_TRAININGS,
     BaselinesOption,
     LocalOption,
     NameOption,
@@ -41,15 +44,19 @@ OF_THE_TEACHER = {
     "training": "the teacher is trained already; distillation.training is the students' recipe",
     "source_training": "the teacher is trained already",
 }
+UNREAD_WITHOUT_DROPPING = {"influence": "only --drop-layers reads it", **ONLY_MEASUREMENTS}
+"""What `distill` does not read without `--drop-layers`: it measures nothing then."""
 ONLY_SEARCHES = {"search": "only a sweep of kind search reads it"}
 FROM_SCRATCH = dict.fromkeys(
     ("source_training", "distillation", "influence"), "all models are trained from scratch"
 )
-UNREAD_BY_KIND = {
-    "threshold": ONLY_SEARCHES,
-    "search": {},
-    "iterations": FROM_SCRATCH | ONLY_SEARCHES,
-    "depth": dict.fromkeys(
+UNREAD_BY_KIND: dict[str, dict[str, str]] = {
+    "threshold": ONLY_SEARCHES | ONLY_MEASUREMENTS,
+    "search": ONLY_MEASUREMENTS,
+    "iterations": FROM_SCRATCH | ONLY_SEARCHES | ONLY_MEASUREMENTS,
+    "depth": ONLY_TRAININGS
+    | ONLY_BOUNDED_LOSSES
+    | dict.fromkeys(
         (
             "data",
             "model",
@@ -62,7 +69,7 @@ UNREAD_BY_KIND = {
         "a sweep of kind depth measures models that exist",
     ),
 }
-"""Kind of a sweep -> sections that it does not read, and what decides instead."""
+"""Kind of a sweep -> sections and settings that it does not read, and what decides instead."""
 AFTER_QUICKSTART = (
     "next, with a model: iiet-orch import MODEL, then iiet-orch pretrain --from NAME --dry-run",
     "next, with a text: iiet-orch config init my-sweep.yaml --data my-texts/",
@@ -100,6 +107,11 @@ def quickstart(call: Call) -> Result:
             "sweep", "search",
         ),
         "the section data alone says what is prepared",
+    )
+    | ONLY_TRAININGS
+    | dict.fromkeys(
+        ("cluster.num_gpus", "cluster.device"),
+        "data are prepared on the CPUs of this machine, or of the nodes of cluster.address",
     ),
 )  # fmt: skip
 def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
@@ -160,6 +172,7 @@ def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = N
         "distillation": "`iiet-orch distill` trains students of the trained model",
         **MEASURED_LATER,
         **ONLY_SWEEPS,
+        **ONLY_MEASUREMENTS,
     },
     trains=True,
     plans=True,
@@ -273,7 +286,7 @@ def distill(
             a sweep, which then finds it).
     """
     if drop_layers is None:
-        call.refuse_unread({"influence": "only --drop-layers reads it"})
+        call.refuse_unread(UNREAD_WITHOUT_DROPPING)
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
@@ -330,7 +343,7 @@ def sweep_file(
         **HERE,
     },
     config="option",
-    unread=OF_THE_TEACHER,
+    unread=OF_THE_TEACHER | ONLY_MEASUREMENTS,
     trains=True,
     plans=True,
 )

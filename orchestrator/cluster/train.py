@@ -288,7 +288,7 @@ class JobRun:
         # Before Ray 2.59, a loss that was announced is a failure like others.
         announced = {"max_preemption_failures": 0} if hasattr(train, "PreemptionError") else {}
         return train.torch.TorchTrainer(
-            _train_worker,
+            train_worker,
             train_loop_config={
                 "job": self.job.model_dump(mode="json"),
                 "stop": self.stop,
@@ -334,7 +334,7 @@ def keep_stacks(folder: Path) -> None:
         shutil.move(stored, folder / HANG_FOLDER)
 
 
-def _train_worker(config: dict[str, Any]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
     """Run in each worker of a job."""
     import ray.train
 

@@ -256,7 +256,7 @@ def run_trials(
         stops = StopRequests() if competitors else None
         scheduler = AshaByModel(AshaRule.of(sweep), competitors, queue, stops)
         trainable = tune.with_parameters(
-            _run_in_tune,
+            run_in_tune,
             function=function,
             placement=placement,
             cluster=cluster,
@@ -268,8 +268,8 @@ def run_trials(
 
         def run_queue() -> None:
             for pause in (*RESTART_PAUSES_SECONDS, None):
-                suggester = _Suggester(queue, placement, sweep.trials_at_once)
-                listener = _Listener(queue, suggester)
+                suggester = Suggester(queue, placement, sweep.trials_at_once)
+                listener = Listener(queue, suggester)
                 tuner = tune.Tuner(
                     tune.with_resources(trainable, placement.trial_resources),
                     tune_config=tune.TuneConfig(
@@ -326,7 +326,7 @@ def run_trials(
             shutil.rmtree(storage, ignore_errors=True)
 
 
-def _run_in_tune(
+def run_in_tune(
     config: dict[str, Any],
     *,
     function: TrialFunction,
@@ -352,7 +352,7 @@ def _run_in_tune(
     tune.report({ANSWER: json.dumps([result and result.model_dump(mode="json"), reason])})
 
 
-class _Suggester(search.Searcher):  # type: ignore[misc]
+class Suggester(search.Searcher):  # type: ignore[misc]
     """Gives Tune the trials of a queue, as many at the same time as the nodes hold now."""
 
     def __init__(self, queue: TrialQueue, placement: Placement, most: int | None) -> None:
@@ -377,7 +377,7 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
         return {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
-        pass  # `_Listener` hears more of it.
+        pass  # `Listener` hears more of it.
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -386,10 +386,10 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
         pass
 
 
-class _Listener(tune.Callback):  # type: ignore[misc]
+class Listener(tune.Callback):  # type: ignore[misc]
     """Tells a queue how its trials start and end. Tune calls it with keyword arguments."""
 
-    def __init__(self, queue: TrialQueue, suggester: _Suggester) -> None:
+    def __init__(self, queue: TrialQueue, suggester: Suggester) -> None:
         self._queue = queue
         self._suggester = suggester
         self._short_of_memory: set[str] = set()

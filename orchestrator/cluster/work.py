@@ -76,9 +76,9 @@ class WorkPlace:
             with ray_cluster(self.cluster, folder=self.folder, say=say) as resources:
                 if self.needs_gpu or resources.gpus:
                     check_available(1, 1, resources)
-                    return _run_gpu_task(work, progress, self.num_cpus)
+                    return run_gpu_task(work, progress, self.num_cpus)
         elif self.needs_gpu:
-            return _run_gpu_task(work, progress, self.num_cpus)
+            return run_gpu_task(work, progress, self.num_cpus)
         from orchestrator.models.load import best_device
 
         device = self.device or best_device()
@@ -126,7 +126,7 @@ def sweep_place(settings: Settings, folder: Path) -> WorkPlace:
     return WorkPlace(needs_gpu=True, cluster=settings.cluster, folder=folder)
 
 
-def _run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
+def run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
     """Do work as a task on one GPU of the Ray that runs.
 
     Its progress and log lines come back while it runs: the task is a generator. After Ctrl-C the

@@ -30,6 +30,7 @@ from iiet.static_steps import StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.models.open import OpenedModel
+from orchestrator.terminal.metrics import timed_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
@@ -89,7 +90,9 @@ def decode_milliseconds(
         uses_graphs: Whether a GPU repeats the kernels of a step by CUDA graphs.
         on_done: Called with the number of measurements done.
     """
-    graphs = {name: _graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()}
+    graphs = {
+        name: step_graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()
+    }
 
     def timed(name: str, tokens: int) -> tuple[float, float]:
         decoder = decoders[name]
@@ -215,13 +218,13 @@ def time_stream(
         start: Begins the generation; it yields once per token.
         new_tokens: At least 2.
     """
-    started = _now(device)
+    started = seconds_now(device)
     steps = start()
     next(steps)
-    first = _now(device)
+    first = seconds_now(device)
     for _ in steps:
         pass
-    ended = _now(device)
+    ended = seconds_now(device)
     return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
 
 
@@ -233,7 +236,8 @@ def half_quartile_distance(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
+def step_graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
+    """Return what decodes a model's steps on a GPU; None for other models and devices."""
     if not isinstance(decoder, Decoder) or decoder.device.type != "cuda":
         return None
     # Without graphs each step starts its kernels, of the same shapes.
@@ -248,7 +252,8 @@ def _stream(
     return decoder.stream(prompt, new_tokens)
 
 
-def _now(device: torch.device) -> float:
+def seconds_now(device: torch.device) -> float:
+    """Return the time once the device has done all that it was given, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -335,16 +340,20 @@ class MeasuredCost:
 
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the condition."""
-        prefix = f"cost/batch_{self.batch_size}_context_{self.context}"
+        relative_time = self.shares[DECODING]
+        measured = {
+            "first_token_ms": self.first_token_ms,
+            "decode_ms": self.decode_ms,
+            "tokens_per_second": self.tokens_per_second,
+            "kv_bytes": float(self.kv_bytes),
+            "peak_bytes": float(self.peak_bytes),
+            "decode_spread": self.decode_spread,
+            "decode_share": relative_time.measured,
+            "decode_share_predicted": relative_time.predicted[PREDICTION],
+        }
         return {
-            f"{prefix}/first_token_ms": self.first_token_ms,
-            f"{prefix}/decode_ms": self.decode_ms,
-            f"{prefix}/tokens_per_second": self.tokens_per_second,
-            f"{prefix}/kv_bytes": float(self.kv_bytes),
-            f"{prefix}/peak_bytes": float(self.peak_bytes),
-            f"{prefix}/decode_spread": self.decode_spread,
-            f"{prefix}/decode_share": self.shares[DECODING].measured,
-            f"{prefix}/decode_share_predicted": self.shares[DECODING].predicted[PREDICTION],
+            timed_name(name, batch_size=self.batch_size, context=self.context): value
+            for name, value in measured.items()
         }
 
 

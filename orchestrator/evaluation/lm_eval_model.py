@@ -41,8 +41,9 @@ from orchestrator.evaluation.store import AnswerJournal, MeasuredTask, item_valu
 from orchestrator.evaluation.tasks import FEWSHOT_SEED, suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.tokenizer import ModelTokenizer
-from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
+from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, standard_error
 from orchestrator.settings.evaluation import Prompts
+from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text
 from orchestrator.workspace.provenance import content_key
@@ -269,11 +270,11 @@ class DecoderModel(LmEvalModel):
         stand_in = SimpleNamespace(device=decoder.device, config=SimpleNamespace(model_type="iiet"))
         length = max_length or decoder.config.context_length
         super().__init__(stand_in, text, *args, max_length=length, **options)
-        self._decoder = decoder.eval()
+        self.decoder = decoder.eval()
 
     def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self._decoder(inps)
+            logits: Tensor = self.decoder(inps)
         return logits
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
@@ -283,7 +284,7 @@ class DecoderModel(LmEvalModel):
             (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-num_read:]
             for request in requests
         ]
-        return generate_answers(self._decoder, self.text, contexts, settings, seeds)
+        return generate_answers(self.decoder, self.text, contexts, settings, seeds)
 
 
 def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:

@@ -93,13 +93,13 @@ class ModelMeasurer:
 
     def has_stored(self, loaded: LoadedSuite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
-        return all(map(self._store.read, self._keys(loaded).values()))
+        return all(map(self._store.read, self.keys(loaded).values()))
 
     def stored_answers(self, loaded: LoadedSuite) -> dict[str, int | None]:
         """Return for each task how many answers are stored; None if its result is."""
         return {
             name: None if self._store.read(key) else self._store.journal(key, name).num_answers
-            for name, key in self._keys(loaded).items()
+            for name, key in self.keys(loaded).items()
         }
 
     def tasks(self, loaded: LoadedSuite) -> MeasuredSuite:
@@ -109,7 +109,7 @@ class ModelMeasurer:
             UserError: If the weights or the tokenizer are missing or damaged, or a task wants
                 answers that the decoder cannot generate.
         """
-        keys = self._keys(loaded)
+        keys = self.keys(loaded)
         results: dict[str, TaskResult] = {}
         for name, key in keys.items():
             if stored_result := self._store.read(key):
@@ -175,7 +175,8 @@ class ModelMeasurer:
             result = measured.result
         return result.metrics[VALIDATION_LOSS]
 
-    def _keys(self, loaded: LoadedSuite) -> dict[str, str]:
+    def keys(self, loaded: LoadedSuite) -> dict[str, str]:
+        """Return the name of each task -> the key under which its result is stored."""
         opening = trained_opening(self._model.text_folder)
         limit = self._suite.limit
         return {

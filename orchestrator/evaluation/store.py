@@ -25,7 +25,6 @@ from typing import Any
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
     MAX_PERPLEXITY,
-    STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
     TaskResult,
@@ -33,6 +32,7 @@ from orchestrator.records.evaluation import (
     plain_value,
 )
 from orchestrator.records.record import Record
+from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.workspace.errors import DamagedFile, RunFailed
 from orchestrator.workspace.files import (
     checksums_of,

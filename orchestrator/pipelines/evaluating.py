@@ -30,7 +30,6 @@ from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.records.evaluation import (
-    STDERR_SUFFIX,
     EvaluationKeys,
     EvaluationResult,
     Suite,
@@ -41,6 +40,7 @@ from orchestrator.reporting.comparison import Difference, differences_from_first
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.terminal.metrics import STDERR_SUFFIX, quality_name, stderr_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.watching import tracked_model
@@ -123,7 +123,7 @@ class ModelEvaluations(Result):
                             "task": task,
                             "metric": metric,
                             "value": value,
-                            "stderr": result.metrics.get(metric + STDERR_SUFFIX, math.nan),
+                            "stderr": result.metrics.get(stderr_name(metric), math.nan),
                             "num_items": result.num_items,
                             **{name: difference.get(name, math.nan) for name in ends},
                         }
@@ -317,7 +317,7 @@ def _evaluate_model(
     params: dict[str, Any] = {**model.parameters(), "checkpoint": model.path}
     tasks = {name: loaded.fingerprint(name) for name in loaded.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
-    metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
+    metrics = {quality_name(name): value for name, value in evaluation.quality().items()}
     tracked = None
     params["precision"] = measured.precision
     if config is not None and not model.is_external:
@@ -381,7 +381,7 @@ def _summary(evaluation: EvaluationResult) -> str:
     numbers = evaluation.quality()
     parts = []
     if "accuracy" in numbers:
-        error = numbers.get("accuracy_stderr")
+        error = numbers.get(stderr_name("accuracy"))
         accuracy = format_with_error(numbers["accuracy"], error, is_percent=True)
         parts.append(f"accuracy {accuracy}%")
     if "bits_per_byte" in numbers:

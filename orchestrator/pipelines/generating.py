@@ -207,7 +207,7 @@ class TextGenerator:
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))
-        return self._pieces(tokens, [stop for stop in sampling.stop if stop])
+        return self.pieces(tokens, [stop for stop in sampling.stop if stop])
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
@@ -230,7 +230,7 @@ class TextGenerator:
         self._note_drafts()
         return [text.rstrip(INCOMPLETE) for text in texts]
 
-    def _pieces(self, tokens: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
+    def pieces(self, tokens: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
         """Yield the text of tokens; what may be the beginning of a stop text is held back."""
         decoding = DecodeStream(skip_special_tokens=True)
         held = ""

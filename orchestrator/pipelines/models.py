@@ -616,7 +616,7 @@ def plan_pick(
     stored = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
     reason = reason_against_accuracy(workspace, stored.results)
     axes = parse_axes(cost, quality, against_accuracy=reason)
-    front, notes = sweep_front(workspace, [stored], axes, kept_share=rule.share)
+    front, notes = sweep_front(workspace, [stored], axes, demanded_share=rule.demanded_share)
     if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         notes = [*notes, problem]
     for line in notes:
@@ -628,7 +628,7 @@ def plan_pick(
     point = picked["trial"]
     seeds = picked["seeds"]
     sentence = findings.describe_model(front, picked)
-    if any(not loss.is_kept for loss in losses):
+    if any(not loss.is_within_bound for loss in losses):
         sentence += f"; it {loss_text(losses)} against the source"
     result = results.lowest_seed(seeds)
     if len(seeds) > 1:
@@ -658,8 +658,8 @@ def _refuse_loss(label: str, losses: Sequence[Loss]) -> None:
             f"what {label} has lost against the source is not known, and evaluation.retention "
             "bounds it; run the sweep again, which measures what is missing, or add --allow-loss"
         )
-    if any(not loss.is_kept for loss in losses):
-        bounds = ", ".join(f"{loss.bound:g}" for loss in losses if not loss.is_kept)
+    if any(not loss.is_within_bound for loss in losses):
+        bounds = ", ".join(f"{loss.bound:g}" for loss in losses if not loss.is_within_bound)
         raise UserError(
             f"{label} {loss_text(losses)} against the source, and evaluation.retention allows "
             f"{bounds}; choose another model by another rule, or add --allow-loss"

@@ -25,6 +25,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
+from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.workspace.provenance import content_key
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
@@ -43,7 +44,6 @@ BITS_METRIC = "bits_per_byte"
 MAX_PERPLEXITY = 1e6
 """A larger one says only that a model guesses: it is stored with lm-eval's results, and left out of
 tables and MLflow."""
-STDERR_SUFFIX = "_stderr"
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
 
@@ -194,7 +194,7 @@ class TaskResult(Record):
         """Return a metric and its standard error (NaN if unknown); None if it is not reported."""
         if metric is None or metric not in self.metrics:
             return None
-        return self.metrics[metric], self.metrics.get(metric + STDERR_SUFFIX, math.nan)
+        return self.metrics[metric], self.metrics.get(stderr_name(metric), math.nan)
 
 
 class EvaluationKeys(Record):
@@ -270,7 +270,7 @@ class EvaluationResult(Record):
         }
         numbers = {}
         for name, pairs in averages.items():
-            numbers[name], numbers[name + STDERR_SUFFIX] = mean_and_error(pairs)
+            numbers[name], numbers[stderr_name(name)] = mean_and_error(pairs)
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}

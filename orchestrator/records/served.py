@@ -11,6 +11,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from orchestrator.records.record import Record
+from orchestrator.terminal.metrics import KV_BYTES, served_name
 from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -55,14 +56,17 @@ class ServedCost(Record):
 
     def metrics(self) -> dict[str, float]:
         """Return the tracked numbers; each name contains the number of requests at a time."""
-        prefix = f"cost/served_{self.at_once}"
+        measured = {
+            "tokens_per_second": self.tokens_per_second,
+            "latency_ms": self.latency_ms,
+            "latency_95_ms": self.latency_95_ms,
+        }
         numbers = {
-            f"{prefix}/tokens_per_second": float(self.tokens_per_second),
-            f"{prefix}/latency_ms": float(self.latency_ms),
-            f"{prefix}/latency_95_ms": float(self.latency_95_ms),
+            served_name(name, at_once=self.at_once): float(value)
+            for name, value in measured.items()
         }
         if self.kv_bytes_per_token is not None:
-            numbers["cost/kv_bytes_per_token"] = float(self.kv_bytes_per_token)
+            numbers[KV_BYTES] = float(self.kv_bytes_per_token)
         return numbers
 
 

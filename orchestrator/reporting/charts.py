@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.records.trial import BESIDE_ROLES
-from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
+from orchestrator.reporting.claims import PAPER_OVERHEAD_SHARE, PAPER_SHARE_OF_FULL
 from orchestrator.reporting.colors import (
     BLUE,
     FRAME,
@@ -39,17 +39,21 @@ from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.terminal.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
+    COST,
     COSTS,
     DECODE_MS,
-    KEEPS_99,
     KV_BYTES,
     NFE,
     NUM_PARAMETERS,
-    ON_FRONT,
     OVERHEADS,
+    QUALITY,
     RELATIVE_FLOPS,
+    STDERR_SUFFIX,
     VALIDATION_LOSS,
     metric_of,
+    stderr_name,
 )
 from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
@@ -311,7 +315,7 @@ def front_chart(
     layers.append(marks("text", text, where=is_named, **name_look))
     place = f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]"
     calculated = {
-        "error": "datum[quality + '_stderr'] || 0",
+        "error": f"datum[quality + '{STDERR_SUFFIX}'] || 0",
         "low": "datum.y - datum.error",
         "high": "datum.y + datum.error",
         "is_member": "indexof(datum.members, pair) >= 0",
@@ -351,7 +355,7 @@ def menu_fronts(front: Front) -> list[Front]:
     offered = (front.axes.cost, *COSTS.values(), *(overhead for overhead, _ in OVERHEADS.values()))
     costs = [name for name in dict.fromkeys(offered) if name in measured]
     qualities = [
-        name for name in measured if name.startswith("quality/") and not name.endswith("_stderr")
+        name for name in measured if name.startswith(QUALITY) and not name.endswith(STDERR_SUFFIX)
     ]
     fronts = []
     for cost, quality in product(costs, qualities):
@@ -416,7 +420,7 @@ def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
     if least is None:
         return None
     place = least + PAPER_OVERHEAD_SHARE * (full["cost"] - least)
-    return place, PAPER_KEPT_SHARE * full["quality"]
+    return place, PAPER_SHARE_OF_FULL * full["quality"]
 
 
 def _front_data(
@@ -463,7 +467,7 @@ def _front_data(
         key = row["key"]
         sweep = row.get("sweep")
         color = SERIES_COLORS[(front.sweeps.index(sweep) if sweep else 0) % len(SERIES_COLORS)]
-        measured = {name: row[name] for name in row if name.startswith(("cost/", "quality/"))}
+        measured = {name: row[name] for name in row if name.startswith((COST, QUALITY))}
         drawn_rows.append(
             {name: value for name, value in measured.items() if value is not None}
             | {"label": labels[key], "group": groups.get(row["role"], sweep or TRIAL)}
@@ -573,11 +577,11 @@ def _tooltip(row: Row) -> dict[str, str]:
         if (value := row.get(name)) is not None:
             metric = metric_of(name)
             if metric.is_percent:
-                error = row.get(f"{name}_stderr")
+                error = row.get(stderr_name(name))
                 texts[metric.title] = format_with_error(value, error, is_percent=True) + "%"
             else:
                 texts[metric.title] = f"{value:,.4g}"
-    for name in (KEEPS_99, ON_FRONT):
+    for name in (CONFIDENCE_KEEPS_99, CONFIDENCE_ON_FRONT):
         if row.get(name) is not None:
             texts[metric_of(name).title] = confidence_text(row[name])
     return texts
@@ -604,8 +608,8 @@ def influence_chart(
     *,
     metric: str,
     title: str = "",
-    kept: Sequence[int] | None = None,
-    kept_name: str = "",
+    marked_schedule: Sequence[int] | None = None,
+    marked_name: str = "",
 ) -> Spec:
     """Return the heat map of the influence of every correction.
 
@@ -616,8 +620,8 @@ def influence_chart(
             correction that the layer does not have.
         metric: Name of the measure.
         title: Title of the picture.
-        kept: An iteration schedule; a line is drawn after the last correction that it keeps.
-        kept_name: Name of that schedule in the legend.
+        marked_schedule: A line is drawn after the last correction that it keeps of each layer.
+        marked_name: Name of that schedule in the legend.
 
     Raises:
         ValueError: If there is no correction to draw.
@@ -674,11 +678,11 @@ def influence_chart(
         marks("rect", area, where=with_edges),
         marks("text", text, where=with_edges, fontSize=12),
     ]
-    if kept is not None:
-        name = f"kept: {kept_name}" if kept_name else "kept"
+    if marked_schedule is not None:
+        name = f"kept: {marked_name}" if marked_name else "kept"
         corners = [
             {"from": r + 0.5, "top": layer + edge, "order": 2 * layer + edge, "name": name}
-            for layer, r in enumerate(kept, start=1)
+            for layer, r in enumerate(marked_schedule, start=1)
             for edge in (-0.5, 0.5)
         ]
         legend = {**BELOW, "symbolType": "stroke", "labelLimit": 300}

@@ -39,13 +39,22 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import difference_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
-from orchestrator.terminal.metrics import ACCURACY, DECODE_MS, METRICS, NFE, OVERHEAD_NFE, OVERHEADS
+from orchestrator.terminal.metrics import (
+    ACCURACY,
+    DECODE_MS,
+    METRICS,
+    NFE,
+    OVERHEAD_NFE,
+    OVERHEADS,
+    claim_name,
+    interval_end_names,
+)
 
 PAPER_OVERHEAD_SHARE = 0.45
-PAPER_KEPT_SHARE = 0.994
+PAPER_SHARE_OF_FULL = 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
 CONFIDENCE = 0.95
-"""How sure a student must be to keep `PAPER_KEPT_SHARE` of the teacher's accuracy."""
+"""How sure a student must be to keep `PAPER_SHARE_OF_FULL` of the teacher's accuracy."""
 COMPARABLE = 1.1
 """A student of comparable speed costs at most this many times vanilla's cost."""
 TOO_SMALL = 1.2
@@ -64,7 +73,7 @@ EXPLANATION = (
     "over seeds where models have several. A claim holds if the interval lies wholly above zero, "
     "and does not hold if it lies wholly below. Overhead is cost beyond vanilla of the same shape; "
     "beside what is saved of it stands the interval of the share of the teacher's accuracy that "
-    f"is kept; the claim holds if a student keeps {PAPER_KEPT_SHARE:.1%} with a confidence of "
+    f"is kept; the claim holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with a confidence of "
     f"{CONFIDENCE}, however much it saves."
 )
 
@@ -117,11 +126,14 @@ CLAIMS = (
     Claim(
         number=3,
         key="saved_overhead_nfe",
-        text=f"keeps {PAPER_KEPT_SHARE:.1%} at less NFE",
+        text=f"keeps {PAPER_SHARE_OF_FULL:.1%} at less NFE",
         paper=55,
     ),
     Claim(
-        number=3, key="saved_overhead_ms", text=f"keeps {PAPER_KEPT_SHARE:.1%} at less ms", paper=55
+        number=3,
+        key="saved_overhead_ms",
+        text=f"keeps {PAPER_SHARE_OF_FULL:.1%} at less ms",
+        paper=55,
     ),
     Claim(number=4, key="student_over_vanilla_nfe", text="beats vanilla at its NFE", paper=1.6),
     Claim(number=4, key="student_over_vanilla_ms", text="beats vanilla at its ms", paper=1.6),
@@ -234,7 +246,7 @@ class _Evidence:
             halves.append(pair_scores(evaluations, num_resamples=basis.num_resamples))
         return halves
 
-    def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
+    def _shares_of_teacher(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
         """Return the share that each student keeps of its teacher's accuracy, and its draws.
 
         Args:
@@ -245,7 +257,7 @@ class _Evidence:
         shares = []
         for student, teacher in pairs:
             scores, (student_place, teacher_place) = self._scores(student, teacher)
-            share = scores.kept(student_place, teacher_place, num_items=num_items)
+            share = scores.cautious_ratio(student_place, teacher_place, num_items=num_items)
             if share is None:
                 raise _Missing(
                     f"{teacher['label']} answers so few items right that in some draws of the "
@@ -265,21 +277,23 @@ class _Evidence:
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
         full = self._model(DEFAULT_METHOD)
-        overhead, share = OVERHEADS[cost]
+        overhead, overhead_share = OVERHEADS[cost]
         self._check_times(cost)
         if (known(full, overhead) or 0) <= 0:
             raise _Missing("no time of vanilla on this front that is below its IIET's")
-        cheaper = [row for row in self._students(full) if row.get(share, math.nan) < 1]
+        cheaper = [row for row in self._students(full) if row.get(overhead_share, math.nan) < 1]
         if not cheaper:
             raise _Missing(f"no student costs less than {full['label']}")
-        shares = self._kept([(row, full) for row in cheaper])
+        shares = self._shares_of_teacher([(row, full) for row in cheaper])
         candidates = [
-            (row, interval, float((draws >= PAPER_KEPT_SHARE).mean()))
+            (row, interval, float((draws >= PAPER_SHARE_OF_FULL).mean()))
             for row, (interval, draws) in zip(cheaper, shares, strict=True)
         ]
         sure = [candidate for candidate in candidates if candidate[2] >= CONFIDENCE]
         if sure:
-            row, interval, confidence = min(sure, key=lambda candidate: candidate[0][share])
+            row, interval, confidence = min(
+                sure, key=lambda candidate: candidate[0][overhead_share]
+            )
         else:  # The likeliest is shown.
             row, interval, confidence = max(candidates, key=lambda candidate: candidate[2])
         verdict: Verdict = "not decided"
@@ -290,13 +304,13 @@ class _Evidence:
         return replace(
             claim,
             verdict=verdict,
-            here=100 * (1 - row[share]),
+            here=100 * (1 - row[overhead_share]),
             low=100 * interval.low,
             high=100 * interval.high,
             about=(
                 f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} "
-                f"{METRICS[overhead].unit} beyond vanilla; it keeps {PAPER_KEPT_SHARE:.1%} of the "
-                f"accuracy of {_described(full)} in {confidence:.1%} of the draws"
+                f"{METRICS[overhead].unit} beyond vanilla; it keeps {PAPER_SHARE_OF_FULL:.1%} of "
+                f"the accuracy of {_described(full)} in {confidence:.1%} of the draws"
             ),
         )
 
@@ -343,29 +357,31 @@ class _Evidence:
     def kept_over_pcformer(self, claim: Claim) -> Claim:
         """Judge whether IIET's students keep more than PCformer's students that cost as much."""
         self._model(DEFAULT_METHOD)  # No shape without it.
-        pcformers = self._by_share(self._model(PCFORMER))
+        pcformers = self._students_by_nfe_share(self._model(PCFORMER))
         # The IIET that can be compared most often; of equal ones the costliest.
-        families = [self._by_share(teacher) for teacher in self._trained(DEFAULT_METHOD)]
+        families = [
+            self._students_by_nfe_share(teacher) for teacher in self._trained(DEFAULT_METHOD)
+        ]
         iiets = max(families[::-1], key=lambda students: len(students.keys() & pcformers.keys()))
-        shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
-        if not shares:
+        nfe_shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
+        if not nfe_shares:
             raise _Missing("no students of both at equal shares of their teachers' evaluations")
-        iiet_pairs = [iiets[share] for share in shares]
-        pcformer_pairs = [pcformers[share] for share in shares]
+        iiet_pairs = [iiets[share] for share in nfe_shares]
+        pcformer_pairs = [pcformers[share] for share in nfe_shares]
         recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
         if len(recipes) > 1:
             raise _Missing("the students of IIET and of PCformer were not distilled alike")
-        kept_by_iiet, iiet_draws = _mean_share(self._kept(iiet_pairs))
-        kept_by_pcformer, pcformer_draws = _mean_share(self._kept(pcformer_pairs))
-        percents = ", ".join(f"{share:.0%}" for share in shares)
+        iiet_share, iiet_draws = _mean_share(self._shares_of_teacher(iiet_pairs))
+        pcformer_share, pcformer_draws = _mean_share(self._shares_of_teacher(pcformer_pairs))
+        percents = ", ".join(f"{share:.0%}" for share in nfe_shares)
         return claim.judged(
-            interval_of(kept_by_iiet - kept_by_pcformer, iiet_draws - pcformer_draws),
-            f"students of {iiet_pairs[0][1]['label']} keep {kept_by_iiet:.1%}, of "
-            f"{pcformer_pairs[0][1]['label']} {kept_by_pcformer:.1%}, at {percents} of their "
+            interval_of(iiet_share - pcformer_share, iiet_draws - pcformer_draws),
+            f"students of {iiet_pairs[0][1]['label']} keep {iiet_share:.1%}, of "
+            f"{pcformer_pairs[0][1]['label']} {pcformer_share:.1%}, at {percents} of their "
             "teachers' evaluations",
         )
 
-    def _by_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
+    def _students_by_nfe_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
         """Return share of the teacher's evaluations -> the first student that costs it, and the
         teacher."""
         pairs: dict[float, tuple[Row, Row]] = {}
@@ -376,7 +392,7 @@ class _Evidence:
 
 
 def _mean_share(shares: Sequence[tuple[Interval, Floats]]) -> tuple[float, Floats]:
-    """Return the mean of kept shares, as measured and in each draw."""
+    """Return the mean of shares of teachers' accuracies, as measured and in each draw."""
     observed = sum(interval.value for interval, _ in shares) / len(shares)
     drawn = sum(draws for _, draws in shares) / len(shares)
     return observed, np.asarray(drawn)
@@ -449,7 +465,10 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
     not decided, -1 does not hold."""
     metrics: dict[str, float | None] = {}
     for claim in claims:
-        numbers = {"": claim.here, "_low": claim.low, "_high": claim.high}
-        numbers["_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
-        metrics |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
+        name = claim_name(claim.key)
+        low_name, high_name = interval_end_names(name)
+        metrics[name] = claim.here
+        metrics[low_name] = claim.low
+        metrics[high_name] = claim.high
+        metrics[f"{name}_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
     return {name: value for name, value in metrics.items() if value is not None}

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import num_parameters
 from iiet.pruning import FamilyMember, InfluenceTable
-from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.served import ServedCost
 from orchestrator.reporting.comparison import AVERAGE, Difference
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval
+from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
@@ -124,7 +125,7 @@ def _value_and_error(metrics: Mapping[str, float], name: str) -> str:
 
     if name not in metrics:
         return ""
-    error = metrics.get(name + STDERR_SUFFIX)
+    error = metrics.get(stderr_name(name))
     return text(metrics[name]) + ("" if error is None else f" ± {text(error)}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult
 from orchestrator.reporting.statistics import Interval, Scores, pair_scores
+from orchestrator.terminal.metrics import quality_name
 
 AVERAGE = "average"
 """Stands for a task where a score is the mean over the tasks."""
@@ -50,7 +51,7 @@ def differences_from_first(evaluations: Mapping[str, EvaluationResult]) -> list[
     for task, items in paired.items.items():
         measured.append((task, items.metric, len(items.weights), paired.scores[task]))
     for metric in AVERAGED_METRICS:
-        quality = f"quality/{metric}"
+        quality = quality_name(metric)
         scores = paired.quality(quality)
         if scores is not None:
             measured.append((AVERAGE, metric, paired.num_items(quality), scores))

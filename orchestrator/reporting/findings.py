@@ -16,12 +16,18 @@ from typing import Any
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.front import Front, Row, busy_machine, known
 from orchestrator.reporting.statistics import (
+    DEMANDED_SHARE,
     INTERVAL_LEVEL,
-    KEPT_SHARE,
     Interval,
 )
 from orchestrator.reporting.tables import confidence_text, cost_text, quality_text
-from orchestrator.terminal.metrics import DECODE_MS, ON_FRONT, QUALITIES
+from orchestrator.terminal.metrics import (
+    CONFIDENCE_ON_FRONT,
+    DECODE_MS,
+    PAIRED_SHARE_OF_FULL,
+    QUALITIES,
+    interval_end_names,
+)
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 
@@ -37,20 +43,19 @@ def findings(front: Front) -> list[str]:
         return [f"{text[0].upper()}{text[1:]}."]
     if front.axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         return [f"Not measured: {problem}."]
-    kept = front.cheapest_keeping(KEPT_SHARE)
-    if kept is full:
-        kept = None
-    sentences = [_headline(front, full, kept)]
+    cheapest = front.cheapest_keeping(DEMANDED_SHARE)
+    cheaper = None if cheapest is full else cheapest
+    sentences = [_headline(front, full, cheaper)]
     controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
     if full["role"] == "teacher" and controls:
         sentences.append(_teacher_and_controls(front, full, controls))
-    if kept is not None and (sure := front.keeps(kept)) is not None:
-        sentences.append(_how_sure(front, full, kept, sure))
+    if cheaper is not None and (confidence := front.confidence_keeps(cheaper)) is not None:
+        sentences.append(_how_sure(front, full, cheaper, confidence))
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
         row = front.picks.get(pick)
-        if row is not None and row is not kept and row is not full:
+        if row is not None and row is not cheaper and row is not full:
             sentences.append(f"The {name} is {describe_model(front, row)}.")
-    choice = kept or full
+    choice = cheaper or full
     for row in front.rows:
         if row["role"] not in BESIDE_ROLES or row is choice:
             continue
@@ -63,23 +68,29 @@ def findings(front: Front) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
-def _headline(front: Front, full: Row, kept: Row | None) -> str:
-    """Return what a reader should take from the front, in one sentence."""
+def _headline(front: Front, full: Row, cheaper: Row | None) -> str:
+    """Return what a reader should take from the front, in one sentence.
+
+    Args:
+        cheaper: The cheapest model that keeps the demanded share, if it is not the full one.
+    """
     name = front.axes.quality_metric.title.lower()
     quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
-    if kept is not None:
-        keeps = f"{kept['label']} keeps {_share(front, kept)} of {_of(full)} {quality}"
-        sentence = f"{keeps} {_at_cost(front, kept)}"
-        sure = front.keeps(kept)
-        if front.basis and sure is not None and sure < HIGH_CONFIDENCE:
+    if cheaper is not None:
+        share = _share_text(front, cheaper)
+        sentence = (
+            f"{cheaper['label']} keeps {share} of {_of(full)} {quality} {_at_cost(front, cheaper)}"
+        )
+        confidence = front.confidence_keeps(cheaper)
+        if front.basis and confidence is not None and confidence < HIGH_CONFIDENCE:
             sentence += f", as far as {front.basis.num_items:,} items can tell"
         return f"{sentence}."
-    cheaper = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
-    sentence = f"No cheaper model keeps {KEPT_SHARE:.0%} of {_of(full)} {quality}"
-    if not cheaper:
+    candidates = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
+    sentence = f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_of(full)} {quality}"
+    if not candidates:
         return f"{sentence}."
-    nearest = max(cheaper, key=lambda row: front.share(row) or 0.0)
-    share = f"with {_share(front, nearest)} {_at_cost(front, nearest)}"
+    nearest = max(candidates, key=lambda row: front.share_of_full(row) or 0.0)
+    share = f"with {_share_text(front, nearest)} {_at_cost(front, nearest)}"
     return f"{sentence}; {nearest['label']} comes nearest, {share}."
 
 
@@ -91,54 +102,72 @@ def _of(full: Row) -> str:
     return f"{_name(full)}'s"
 
 
-def _share(front: Front, row: Row) -> str:
+def _share_text(front: Front, row: Row) -> str:
     """Return how much of the full model's quality a model keeps, as the table of models says it."""
-    return f"{front.share(row) or 0.0:.1%}".replace("100.0%", "100%")
+    return f"{front.share_of_full(row) or 0.0:.1%}".replace("100.0%", "100%")
 
 
 def _at_cost(front: Front, row: Row) -> str:
     """Return a cost beside the full model's: `at half of its evaluations (4 of 8 NFE)`."""
     assert front.full is not None
     metric = front.axes.cost_metric
-    part = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
-    share = "half" if f"{part:.0%}" == "50%" else f"{part:.0%}"
+    cost_share = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
+    share = "half" if f"{cost_share:.0%}" == "50%" else f"{cost_share:.0%}"
     costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])} {metric.unit}".rstrip()
     return f"at {share} of its {metric.noun or metric.title} ({costs})"
 
 
-def _how_sure(front: Front, full: Row, kept: Row, sure: float) -> str:
-    """Return how sure it is that a model keeps its share, and which model surely does."""
+def _how_sure(front: Front, full: Row, row: Row, confidence: float) -> str:
+    """Return how sure it is that a model keeps the demanded share, and which model surely does."""
     sentence = (
-        f"That {kept['label']} keeps {KEPT_SHARE:.0%} has a confidence of {confidence_text(sure)}"
+        f"That {row['label']} keeps {DEMANDED_SHARE:.0%} has a confidence of "
+        f"{confidence_text(confidence)}"
     )
-    if (on_front := known(kept, ON_FRONT)) is not None:
+    if (on_front := known(row, CONFIDENCE_ON_FRONT)) is not None:
         sentence += f", that it is on the front one of {confidence_text(on_front)}"
-    if sure >= HIGH_CONFIDENCE:
+    if confidence >= HIGH_CONFIDENCE:
         return f"{sentence}."
-    surely = [
+    confident = [
         row
         for row in front.rows
         if row["is_candidate"]
         and row["cost"] < full["cost"]
-        and (front.keeps(row) or 0.0) >= HIGH_CONFIDENCE
+        and (front.confidence_keeps(row) or 0.0) >= HIGH_CONFIDENCE
     ]
     at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
-    if not surely:
+    if not confident:
         return f"{sentence}; no cheaper model than {full['label']} keeps it {at_least}."
-    cheapest = describe_model(front, min(surely, key=lambda row: row["cost"]))
+    cheapest = describe_model(front, min(confident, key=lambda row: row["cost"]))
     return f"{sentence}; the cheapest that keeps it {at_least} is {cheapest}."
 
 
 def describe_model(front: Front, row: Row) -> str:
     """Return one clause on a model: its name, quality, cost and confidence."""
     full = front.full
-    share = front.share(row)
+    share = front.share_of_full(row)
     text = f"{row['label']} with {_quality(front, row)}"
     if full is not None and share is not None and full["cost"]:
-        text += f", {share:.1%} of {_of(full)}, {_at_cost(front, row)}"
-    if row is full or (sure := front.keeps(row)) is None:
+        interval = "" if row is full else _share_interval_text(front, row)
+        text += f", {share:.1%} of {_of(full)}{interval}, {_at_cost(front, row)}"
+    if row is full or (confidence := front.confidence_keeps(row)) is None:
         return text
-    return f"{text}; it keeps {100 * front.kept_share:.4g}% with confidence {confidence_text(sure)}"
+    demanded = f"{100 * front.demanded_share:.4g}%"
+    return f"{text}; it keeps {demanded} with confidence {confidence_text(confidence)}"
+
+
+def _share_interval_text(front: Front, row: Row) -> str:
+    """Return the interval of the share of the full model's quality, in parentheses; empty if it is
+    not known."""
+    low_name, high_name = interval_end_names(PAIRED_SHARE_OF_FULL)
+    low = known(row, low_name)
+    high = known(row, high_name)
+    if low is None or high is None:
+        return ""
+    # The share itself is over all items of the model, which then are others.
+    left_out = (
+        " over the items that all answered" if front.basis and front.basis.num_left_out else ""
+    )
+    return f" ({INTERVAL_LEVEL:.0%} interval {100 * low:.1f} to {100 * high:.1f}%{left_out})"
 
 
 def confidence_note(front: Front) -> list[str]:
@@ -237,7 +266,7 @@ class PickRule:
 
     name: str
     """`keep`, `budget`, `knee`, `best` or `cheapest`."""
-    share: float = KEPT_SHARE
+    demanded_share: float = DEMANDED_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
     confidence: float = 0.0
     """For `keep`: smallest share of the draws in which the quality is kept."""
@@ -245,9 +274,10 @@ class PickRule:
     """For `budget`: highest cost, in the unit of the front's cost axis."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 2.0:
+        if not 0.0 < self.demanded_share <= 2.0:
             raise UserError(
-                f"--keep takes a share of the full model's quality, such as 0.99; got {self.share}"
+                "--keep takes a share of the full model's quality, such as 0.99; got "
+                f"{self.demanded_share}"
             )
         if not 0.0 <= self.confidence < 1.0:
             raise UserError(f"--confidence takes a share of draws below 1; got {self.confidence}")
@@ -257,7 +287,7 @@ class PickRule:
         """Alias in the model registry of the version that this rule picks."""
         if self.name == "keep":
             confidence = f"-sure-{100 * self.confidence:.4g}" if self.confidence else ""
-            return f"keep-{100 * self.share:.4g}{confidence}".replace(".", "_")
+            return f"keep-{100 * self.demanded_share:.4g}{confidence}".replace(".", "_")
         if self.name == "budget":
             return f"budget-{self.budget:.6g}".replace(".", "_").replace("+", "")
         return self.name
@@ -288,9 +318,9 @@ def pick_rule(
     if len(rules) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in rules)
         raise UserError(f"pick takes one rule; got {options}")
-    name, value = next(iter(rules.items()), ("keep", KEPT_SHARE))
+    name, value = next(iter(rules.items()), ("keep", DEMANDED_SHARE))
     if name == "keep":
-        return PickRule(name=name, share=value, confidence=confidence)
+        return PickRule(name=name, demanded_share=value, confidence=confidence)
     if confidence:
         raise UserError("--confidence can be used with --keep only")
     return PickRule(name=name, budget=float(value) if name == "budget" else 0.0)
@@ -328,16 +358,16 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
             row
             for row in front.rows
             if row["is_candidate"]
-            and (row is front.full or (front.keeps(row) or 0.0) >= rule.confidence)
+            and (row is front.full or (front.confidence_keeps(row) or 0.0) >= rule.confidence)
         ]
         return min(confident, key=lambda row: (row["cost"], -row["goodness"]))
     problem = "this front has no knee: no model lies above the line from the cheapest to the best"
     picked = front.picks.get(rule.name)
     if rule.name == "keep":
-        picked = front.cheapest_keeping(rule.share)
-        best = front.share(front.picks["best"]) or 0.0
+        picked = front.cheapest_keeping(rule.demanded_share)
+        best = front.share_of_full(front.picks["best"]) or 0.0
         problem = (
-            f"no model keeps {rule.share:.4g} of the full model's quality; "
+            f"no model keeps {rule.demanded_share:.4g} of the full model's quality; "
             f"the best keeps {best:.4g}"
         )
     if picked is None:

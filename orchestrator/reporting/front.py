@@ -32,28 +32,31 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.retention import Loss, bounds_sentence, find_losses
 from orchestrator.reporting.statistics import (
-    KEPT_SHARE,
+    DEMANDED_SHARE,
     NUM_RESAMPLES,
-    SHARE_METRIC,
     Interval,
     PairedScores,
-    difference_metric,
-    front_shares,
-    keeps_metric,
+    confidences_on_front,
     pair_scores,
 )
 from orchestrator.terminal.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
+    CONFIDENCE_ON_FRONT,
     COSTS,
     DECODE_MS,
     DECODE_MS_SPREAD,
     NFE,
-    ON_FRONT,
+    PAIRED,
+    PAIRED_SHARE_OF_FULL,
     QUALITIES,
     SERVED_MS,
     Metric,
+    confidence_keeps_name,
+    difference_name,
+    interval_end_names,
     metric_of,
+    stderr_name,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -200,8 +203,8 @@ class Front:
     paired: PairedScores | None = None
     """The scores in each draw, of the placed models with values of single items; None if there are
     not two."""
-    kept_share: float = KEPT_SHARE
-    """Share of the full model's quality that the confidence of keeping it is about."""
+    demanded_share: float = DEMANDED_SHARE
+    """Share of the full model's quality that `confidence_keeps` is about."""
     losses: Mapping[str, tuple[Loss, ...]] = field(default_factory=dict)
     """Key -> what the model has lost against the teacher's source, of the tasks that the settings
     bound."""
@@ -301,10 +304,11 @@ class Front:
         area = float(moocore.hypervolume(points, ref=[cost, sign * worst]))
         return area / float(cost * abs(full - worst))
 
-    def share(self, row: Row) -> float | None:
-        """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
+    def share_of_full(self, row: Row) -> float | None:
+        """Return a model's quality as a share of the full model's, 1.0 for all of it.
 
-        For a loss: the full model's loss over this model's.
+        For a loss: the full model's loss over this model's. This is over all items of each model;
+        `paired/share_of_full` is over those that all models answered, and has an interval.
         """
         if self.full is None:
             return None
@@ -316,14 +320,16 @@ class Front:
             whole = row["quality"]
         return float(part / whole) if whole else None
 
-    def keeps(self, row: Row) -> float | None:
-        """Return the confidence that a model keeps `kept_share`; None if it is not known."""
-        return known(row, keeps_metric(self.kept_share))
+    def confidence_keeps(self, row: Row) -> float | None:
+        """Return the confidence that a model keeps `demanded_share`; None if it is not known."""
+        return known(row, confidence_keeps_name(self.demanded_share))
 
-    def cheapest_keeping(self, share: float) -> Row | None:
+    def cheapest_keeping(self, demanded_share: float) -> Row | None:
         """Return the cheapest member that keeps this share of the full model's quality."""
-        kept = [row for row in self.members if (self.share(row) or 0.0) >= share]
-        return min(kept, key=lambda row: row["cost"], default=None)
+        members = [
+            row for row in self.members if (self.share_of_full(row) or 0.0) >= demanded_share
+        ]
+        return min(members, key=lambda row: row["cost"], default=None)
 
     def members_beaten_by(self, baseline: Row) -> list[Row]:
         """Return the members that are no better and no cheaper than a baseline, and worse in one.
@@ -356,9 +362,10 @@ class Front:
         the cost as well.
         """
         is_same_quality = axes.quality == self.axes.quality
-        kept = (SHARE_METRIC, keeps_metric(self.kept_share)) if is_same_quality else ()
+        of_quality = (PAIRED_SHARE_OF_FULL, confidence_keeps_name(self.demanded_share))
+        still_true = of_quality if is_same_quality else ()
         of_old_axes = [
-            name for name in self.table if name.startswith("paired/") and name not in kept
+            name for name in self.table if name.startswith(PAIRED) and name not in still_true
         ]
         front = find_front(self.table.drop(columns=of_old_axes), axes)
         front = replace(front, losses=self.losses)
@@ -369,7 +376,7 @@ class Front:
             intervals=self.intervals,
             basis=self.basis,
             paired=self.paired,
-            kept_share=self.kept_share,
+            demanded_share=self.demanded_share,
         )
 
     def with_runs(self, trials: Sequence[Trial]) -> Front:
@@ -381,17 +388,18 @@ class Front:
 
 def busy_machine(rows: Iterable[Row]) -> str | None:
     """Return that times per token decide nothing, because a model's vary too much; None if not."""
-    shares = {}
+    relative_spreads = {}
     for row in rows:
         time = known(row, DECODE_MS)
         spread = known(row, DECODE_MS_SPREAD)
         if time and spread is not None:
-            shares[row["label"]] = spread / time
-    label = max(shares, key=lambda name: shares[name], default="")
-    if not label or shares[label] <= MAX_TIME_SPREAD:
+            relative_spreads[row["label"]] = spread / time
+    label = max(relative_spreads, key=lambda name: relative_spreads[name], default="")
+    if not label or relative_spreads[label] <= MAX_TIME_SPREAD:
         return None
     return (
-        f"the machine was busy: the time per token of {label} varies by {shares[label]:.0%}; "
+        f"the machine was busy: the time per token of {label} varies by "
+        f"{relative_spreads[label]:.0%}; "
         "`iiet-orch report --time-again` measures once more"
     )
 
@@ -412,7 +420,7 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     import pandas
 
     axes = axes or FrontAxes()
-    names = {"cost": axes.cost, "quality": axes.quality, "error": f"{axes.quality}_stderr"}
+    names = {"cost": axes.cost, "quality": axes.quality, "error": stderr_name(axes.quality)}
     numbers = {n: table[m].astype(float) if m in table else math.nan for n, m in names.items()}
     table = table.assign(**numbers)
     has_teacher = (table["role"] == "teacher").any()
@@ -437,22 +445,22 @@ def with_confidence(
     front: Front,
     items: Mapping[str, EvaluationResult],
     *,
-    kept_share: float = KEPT_SHARE,
+    demanded_share: float = DEMANDED_SHARE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Front:
     """Return the front with the confidence of each place.
 
     It has `paired`, `intervals`, and columns `paired/...`: the share of the full model's quality,
     and the differences to the full model and to each baseline, on the front's quality and on each
-    task, each with its `_low` and `_high`; and the shares of the draws in which the model keeps
-    `kept_share`, and in which it is on the front. Without two models that answered the same items,
-    the front stays as it is.
+    task, each with the ends of its interval; and the confidences (shares of the draws) that the
+    model keeps `demanded_share`, and that it is on the front. Without two models that answered the
+    same items, the front stays as it is.
 
     Args:
         front: Placed results.
         items: Key of a trial -> its values of single items. Models that lack those of a seed get no
             confidence.
-        kept_share: Share of the full model's quality.
+        demanded_share: Share of the full model's quality.
         num_resamples: Number of draws.
     """
     from pandas import DataFrame
@@ -467,7 +475,7 @@ def with_confidence(
     }
     paired = pair_scores(runs, num_resamples=num_resamples) if full and len(runs) > 1 else None
     if full is None or paired is None:
-        return replace(front, kept_share=kept_share)
+        return replace(front, demanded_share=demanded_share)
     scores = paired.quality(axes.quality)
     number_of = paired.places
     num_items = paired.num_items(axes.quality)
@@ -483,41 +491,44 @@ def with_confidence(
     columns: dict[str, dict[str, float]] = {key: {} for key in number_of}
 
     def add_columns(key: str, name: str, interval: Interval) -> None:
+        low_name, high_name = interval_end_names(name)
         columns[key][name] = interval.value
-        columns[key][f"{name}_low"] = interval.low
-        columns[key][f"{name}_high"] = interval.high
+        columns[key][low_name] = interval.low
+        columns[key][high_name] = interval.high
 
     measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
     for (key, number), (name, drawn) in product(number_of.items(), measured.items()):
         intervals[key, name, ""] = drawn.interval(number)
-        prefix = "" if name == axes.quality else f"{name}/"
+        task = "" if name == axes.quality else name
         for label, number_of_label in compared_with.items():
             if number_of_label != number:
                 difference = drawn.difference(number, number_of_label)
                 intervals[key, name, label] = difference
-                add_columns(key, difference_metric(label, prefix), difference)
+                add_columns(key, difference_name(label, task), difference)
 
-    # The share of the full model's quality, and how sure a model keeps the wanted share.
+    # The share of the full model's quality, and how sure a model keeps the demanded share.
     if scores is not None and full["key"] in number_of:
         number_of_full = number_of[full["key"]]
         for key, number in number_of.items():
             if axes.higher_is_better:
-                kept = scores.kept(number, number_of_full, num_items=num_items)
-            else:  # For a loss, the full model's over this one's, as in `Front.share`.
-                kept = scores.ratio(number_of_full, number)
-            if kept is not None:
-                interval, draws = kept
-                add_columns(key, SHARE_METRIC, interval)
-                columns[key][keeps_metric(kept_share)] = float((draws >= kept_share).mean())
+                share = scores.cautious_ratio(number, number_of_full, num_items=num_items)
+            else:  # For a loss, the full model's over this one's, as in `Front.share_of_full`.
+                share = scores.ratio(number_of_full, number)
+            if share is not None:
+                interval, draws = share
+                add_columns(key, PAIRED_SHARE_OF_FULL, interval)
+                columns[key][confidence_keeps_name(demanded_share)] = float(
+                    (draws >= demanded_share).mean()
+                )
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
     if scores is not None and costs and costs.keys() <= runs.keys():
         goodness = scores.drawn[:, [number_of[key] for key in costs]]
         goodness = goodness if axes.higher_is_better else -goodness
-        shares = front_shares(np.array(list(costs.values())), goodness)
-        for key, share in zip(costs, shares, strict=True):
-            columns[key][ON_FRONT] = float(share)
+        confidences = confidences_on_front(np.array(list(costs.values())), goodness)
+        for key, confidence in zip(costs, confidences, strict=True):
+            columns[key][CONFIDENCE_ON_FRONT] = float(confidence)
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
@@ -532,7 +543,7 @@ def with_confidence(
         intervals=intervals,
         basis=basis,
         paired=paired,
-        kept_share=kept_share,
+        demanded_share=demanded_share,
     )
 
 
@@ -541,12 +552,12 @@ def sweep_front(
     sweeps: Sequence[StoredSweep],
     axes: FrontAxes,
     *,
-    kept_share: float = KEPT_SHARE,
+    demanded_share: float = DEMANDED_SHARE,
 ) -> tuple[Front, list[str]]:
     """Return the front of the results with the confidence of each place, and its notes.
 
     The notes are sentences on the default quality, if it is not the accuracy, and on models that
-    are not shown or have no confidence. `kept_share` is that of `with_confidence`. Models of
+    are not shown or have no confidence. `demanded_share` is that of `with_confidence`. Models of
     several sweeps that share a name are named with their sweep.
     """
     import pandas
@@ -575,7 +586,7 @@ def sweep_front(
             if served is None
             else served.sentence
         )
-    front = with_confidence(front, items, kept_share=kept_share)
+    front = with_confidence(front, items, demanded_share=demanded_share)
     if len(sweeps) == 1 and (bounds := sweeps[0].retention):
         front = _with_losses(front, bounds)
         notes.append(bounds_sentence(bounds, front.losses.values()))

@@ -40,20 +40,23 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.sections import bullets
 from orchestrator.reporting.statistics import (
-    KEPT_SHARE,
+    DEMANDED_SHARE,
     SUMMARY_METRICS,
 )
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.reporting.tables import interval_rows, models_table
 from orchestrator.terminal.metrics import (
     BITS_PER_BYTE,
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
     DECODE_MS,
-    KEEPS_99,
     KV_BYTES,
-    ON_FRONT,
     OVERHEADS,
     RELATIVE_FLOPS,
     RELATIVE_NFE,
+    STDERR_SUFFIX,
+    pick_name,
+    stderr_name,
 )
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.watching import trial_model
@@ -106,13 +109,15 @@ def front_metrics(front: Front) -> dict[str, float]:
     if box is not None:
         values["front/reference_cost"] = box["cost"]
         values["front/reference_quality"] = box["quality"][0]
-    kept = front.cheapest_keeping(KEPT_SHARE)
-    for name, row in {**front.picks, **({"keeping_99": kept} if kept else {})}.items():
-        values[f"front/{name}_cost"] = row["cost"]
-        values[f"front/{name}_quality"] = row["quality"]
-        values[f"front/{name}_share_of_full"] = front.share(row)
-        values[f"front/{name}_confidence_on_front"] = known(row, ON_FRONT)
-        values[f"front/{name}_confidence_keeps_99"] = known(row, KEEPS_99)
+    named_models = dict(front.picks)
+    if cheapest_keeping := front.cheapest_keeping(DEMANDED_SHARE):
+        named_models["keeping_99"] = cheapest_keeping
+    for name, row in named_models.items():
+        values[pick_name(name, "cost")] = row["cost"]
+        values[pick_name(name, "quality")] = row["quality"]
+        values[pick_name(name, "share_of_full")] = front.share_of_full(row)
+        values[pick_name(name, "confidence_on_front")] = known(row, CONFIDENCE_ON_FRONT)
+        values[pick_name(name, "confidence_keeps_99")] = known(row, CONFIDENCE_KEEPS_99)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -186,7 +191,7 @@ def trial_run(
     metrics = {
         name: value
         for name, value in result.metrics().items()
-        if not (name.endswith("_stderr") and name.count("/") > 1)
+        if not (name.endswith(STDERR_SUFFIX) and name.count("/") > 1)
     }
     return TrackedRun(
         key=result.key,
@@ -309,7 +314,7 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
     columns = [
         cost,
         quality,
-        f"{quality}_stderr",
+        stderr_name(quality),
         BITS_PER_BYTE,
         RELATIVE_FLOPS,
         DECODE_MS,

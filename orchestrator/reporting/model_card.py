@@ -16,9 +16,10 @@ from iiet.plain_models import is_plain
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
-from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.sections import bullets, markdown_table
+from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.terminal.render import format_parameters, join_names
 
 OMITTED_PROVENANCE = (
@@ -134,7 +135,7 @@ class ModelCard:
         for name, result in evaluation.results.items():
             for metric, value in result.metrics.items():
                 if not metric.endswith(STDERR_SUFFIX):
-                    error = result.metrics.get(metric + STDERR_SUFFIX)
+                    error = result.metrics.get(stderr_name(metric))
                     spread = "" if error is None else f"{error:.4f}"
                     rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
         heads = ("task", "metric", "value", "standard error", "items")

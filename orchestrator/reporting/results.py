@@ -17,12 +17,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
 from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, Trial
 from orchestrator.settings import BASELINE_METHOD
-from orchestrator.terminal.metrics import NFE, OVERHEADS, SERVED_MS
+from orchestrator.terminal.metrics import (
+    COST,
+    NFE,
+    OVERHEADS,
+    QUALITY,
+    SERVED_MS,
+    STDERR_SUFFIX,
+    stderr_name,
+)
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,
@@ -177,7 +185,7 @@ def with_served_times(trials: Iterable[Trial], served: ServedTimes | None) -> li
     timed = []
     for trial in trials:
         time = None if trial.config is None else served.ms_per_token(trial.config)
-        timed.append(trial.with_numbers("cost", {SERVED_MS.removeprefix("cost/"): time}))
+        timed.append(trial.with_numbers("cost", {SERVED_MS.removeprefix(COST): time}))
     return timed
 
 
@@ -249,7 +257,7 @@ def with_overhead(table: DataFrame) -> DataFrame:
     vanilla = keys.map(vanilla_of(table))
     teacher = keys.map(teachers_of(table))
     table = table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore")
-    for cost, (overhead, share) in OVERHEADS.items():
+    for cost, (overhead, overhead_share) in OVERHEADS.items():
         if cost not in table:
             continue
         plain = vanilla.map(table[cost])
@@ -257,7 +265,7 @@ def with_overhead(table: DataFrame) -> DataFrame:
             plain = table["num_layers"]
         beyond = table[cost] - plain
         of_teacher = teacher.map(beyond)
-        columns = {overhead: beyond, share: beyond / of_teacher.where(of_teacher > 0)}
+        columns = {overhead: beyond, overhead_share: beyond / of_teacher.where(of_teacher > 0)}
         measured = {name: column for name, column in columns.items() if column.notna().any()}
         table = table.assign(**measured)
     return table
@@ -323,12 +331,12 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
             # With the digits that files have, so that a table and a page round alike.
             means[name] = float(f"{total / num_seeds:.12g}")
     averages = {name: mean for name, mean in means.items() if not name.endswith(STDERR_SUFFIX)}
-    for name in [name for name in averages if name.startswith("quality/")]:
+    for name in [name for name in averages if name.startswith(QUALITY)]:
         deviations = [numbers[name] - means[name] for numbers in numbers_of_seeds]
         variance = math.fsum(deviation**2 for deviation in deviations) / (num_seeds - 1)
-        error_over_items = means.get(name + STDERR_SUFFIX, 0.0)
+        error_over_items = means.get(stderr_name(name), 0.0)
         error = math.sqrt(variance / num_seeds + error_over_items**2)
-        averages[name + STDERR_SUFFIX] = error
+        averages[stderr_name(name)] = error
     averages["train/seeds"] = len(seeds)
     first = lowest_seed(seeds)
     return first.model_copy(

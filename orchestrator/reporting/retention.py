@@ -34,7 +34,7 @@ class Loss:
     """Whether these are bits per byte, and not points of accuracy."""
 
     @property
-    def is_kept(self) -> bool:
+    def is_within_bound(self) -> bool:
         """Whether the loss is within its bound."""
         return self.lost.value <= self.bound + ROUNDING
 
@@ -60,7 +60,7 @@ class Loss:
             "low": self.lost.low,
             "high": self.lost.high,
             "bound": self.bound,
-            "kept": self.is_kept,
+            "kept": self.is_within_bound,
         }
 
 
@@ -95,7 +95,7 @@ def retention_verdict(losses: Sequence[Loss]) -> str:
     """Return what a table says of a model: `kept`, `loses`, or nothing if that is not known."""
     if not losses:
         return ""
-    return "kept" if all(loss.is_kept for loss in losses) else "loses"
+    return "kept" if all(loss.is_within_bound for loss in losses) else "loses"
 
 
 def lost_words(losses: Sequence[Loss]) -> str:
@@ -105,7 +105,7 @@ def lost_words(losses: Sequence[Loss]) -> str:
     its bound.
     """
     ordered = sorted(losses, key=lambda loss: loss.share_of_bound, reverse=True)
-    broken = [loss for loss in ordered if not loss.is_kept]
+    broken = [loss for loss in ordered if not loss.is_within_bound]
     return " and ".join(loss.in_words for loss in broken or ordered[:1])
 
 

@@ -206,7 +206,7 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
     charts = [_on_page(section.chart) for section in sections if section.chart]
     # `<` is escaped so that no text in the data can end the script element.
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
-    scripts = _scripts() if charts else ""
+    scripts = chart_scripts() if charts else ""
     return str(
         _template().render(
             title=title,
@@ -238,7 +238,7 @@ def _template() -> Any:
 
 
 @cache
-def _scripts() -> str:
+def chart_scripts() -> str:
     """Return the programs that draw charts, of which bundling takes two CPU seconds."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iiet-orch"
     path = folder / f"vega-{installed_version('vl-convert-python')}.js"

@@ -10,13 +10,13 @@ same batches, and a student comes from its seed's teacher. A draw is a count for
 score is a ratio of sums, so one matrix product scores all models.
 
 The intervals do not cover other trainings of models with one seed, nor other texts to take items
-from. They are too short where few items differ; where none does, `Scores.kept` is cautious.
+from. They are too short where few items differ; where none does, `Scores.cautious_ratio` is not as
+certain.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,17 +30,21 @@ from orchestrator.records.evaluation import (
     TaskResult,
     accuracy_among,
 )
-from orchestrator.terminal.metrics import KEEPS_99, ON_FRONT
+from orchestrator.terminal.metrics import (
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
+    PAIRED_SHARE_OF_FULL,
+)
 
 NUM_RESAMPLES = 10_000
 INTERVAL_LEVEL = 0.95
 """Share of the draws inside an interval; the rest lies outside in equal parts."""
 MAX_COUNTS_PER_BLOCK = 2_000_000
 """Bounds the memory of `draw_item_counts`."""
-KEPT_SHARE = 0.99
-"""A model keeps the full model's quality if it reaches this share of it."""
-SHARE_METRIC = "paired/share_of_full"
-SUMMARY_METRICS = (SHARE_METRIC, KEEPS_99, ON_FRONT)
+DEMANDED_SHARE = 0.99
+"""A model keeps the full model's quality if it reaches this share of it, unless a user demands
+another one."""
+SUMMARY_METRICS = (PAIRED_SHARE_OF_FULL, CONFIDENCE_KEEPS_99, CONFIDENCE_ON_FRONT)
 """Numbers that a model's run has as metrics; its differences to others are rows of a table."""
 
 Floats = NDArray[np.float64]
@@ -88,12 +92,14 @@ class Scores:
         drawn = self.drawn[:, model] / self.drawn[:, other]
         return interval_of(self.observed[model] / self.observed[other], drawn), drawn
 
-    def kept(self, model: int, other: int, *, num_items: int) -> tuple[Interval, Floats] | None:
-        """Return the share that a model keeps of another one's accuracy, and all its draws.
+    def cautious_ratio(
+        self, model: int, other: int, *, num_items: int
+    ) -> tuple[Interval, Floats] | None:
+        """Return `ratio` of two accuracies, but not as certain where no item tells the two apart.
 
-        Where no item tells the two apart, draws of these items cannot either, and say nothing of
-        items that would. Then the share of items on which the model fails the other is drawn from
-        its posterior, after `num_items` on which it did not, and counts against the model.
+        Draws of these items then cannot either, and say nothing of items that would. So the share
+        of items on which the model fails where the other does not is drawn from its posterior,
+        after `num_items` on which that did not happen, and counts against the model.
 
         None if the other one's accuracy is zero in a draw.
         """
@@ -101,7 +107,7 @@ class Scores:
         if model == other or ratio is None or np.ptp(ratio[1]) > 0:
             return ratio
         interval, drawn = ratio
-        # Each pair has its own draws: equal ones would cancel in differences of kept shares.
+        # Each pair has its own draws: equal ones would cancel in differences of two ratios.
         random = np.random.default_rng((0, model, other))
         failed = random.beta(1, num_items + 1, len(drawn))
         drawn = drawn - failed / self.observed[other]
@@ -326,33 +332,20 @@ def draw_seed_weights(
     return weights
 
 
-def front_shares(costs: Floats, goodness: Floats) -> Floats:
-    """Return the share of the draws in which each model is on the front.
+def confidences_on_front(costs: Floats, goodness: Floats) -> Floats:
+    """Return the confidence that each model is on the front: the share of the draws in which it is.
 
     Args:
         costs: (models,), exact.
         goodness: (resamples, models), higher is better.
     """
-    shares = np.zeros(len(costs))
+    confidences = np.zeros(len(costs))
     best_of_cheaper = np.full(len(goodness), -np.inf)
     for cost in np.unique(costs):
         models = np.flatnonzero(costs == cost)
         best = goodness[:, models].max(axis=1)
         beats_cheaper = best > best_of_cheaper
         for model in models:
-            shares[model] = (beats_cheaper & (goodness[:, model] == best)).mean()
+            confidences[model] = (beats_cheaper & (goodness[:, model] == best)).mean()
         best_of_cheaper = np.maximum(best, best_of_cheaper)
-    return shares
-
-
-# Names of what is drawn
-
-
-def difference_metric(other: str, prefix: str = "") -> str:
-    """Return the tracked name of the difference to a model; MLflow takes no spaces or signs."""
-    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
-
-
-def keeps_metric(share: float) -> str:
-    """Return the tracked name of the confidence that a model keeps a share of a quality."""
-    return f"paired/confidence_keeps_{100 * share:.4g}"
+    return confidences

@@ -23,8 +23,8 @@ from orchestrator.reporting.charts import (
 )
 from orchestrator.reporting.claims import (
     CLAIMS_TITLE,
-    PAPER_KEPT_SHARE,
     PAPER_OVERHEAD_SHARE,
+    PAPER_SHARE_OF_FULL,
     Claim,
     claims_section,
 )
@@ -52,7 +52,7 @@ LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget."
     f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
-    f"vanilla of the same shape) at {PAPER_KEPT_SHARE:.1%} of the accuracy, on this full model."
+    f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
 )
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
@@ -209,8 +209,8 @@ class ReportResult(Result):
             influence.rows(),
             metric=influence.metric,
             title="Influence of each correction",
-            kept=knee["trial"].schedule if knee else None,
-            kept_name=f"{knee['label']} (knee)" if knee else "",
+            marked_schedule=knee["trial"].schedule if knee else None,
+            marked_name=f"{knee['label']} (knee)" if knee else "",
         )
         return Section(
             title=f"Influence of each correction ({influence.metric})",

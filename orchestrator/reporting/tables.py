@@ -14,21 +14,22 @@ from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.retention import loss_text, lost_words, retention_verdict
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
+    DEMANDED_SHARE,
     INTERVAL_LEVEL,
-    KEPT_SHARE,
     Interval,
 )
 from orchestrator.terminal.metrics import (
     BITS_PER_BYTE,
+    CONFIDENCE_ON_FRONT,
     DECODE_MS,
     DECODE_MS_SPREAD,
     KV_BYTES,
     NFE,
     NUM_PARAMETERS,
-    ON_FRONT,
     OVERHEAD_MS,
     OVERHEAD_NFE,
     OVERHEAD_NFE_SHARE,
+    PAIRED,
     RELATIVE_FLOPS,
     SERVED_MS,
     metric_of,
@@ -129,7 +130,7 @@ def models_table(front: Front, title: str = "") -> Table:
         return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
 
     def share_of_full(row: Row) -> str | None:
-        share = front.share(row)
+        share = front.share_of_full(row)
         return None if share is None else f"{share:.1%}"
 
     def difference(row: Row) -> str | None:
@@ -143,10 +144,10 @@ def models_table(front: Front, title: str = "") -> Table:
         return lost_words(front.losses.get(row["key"], ()))
 
     def keeps(row: Row) -> str | None:
-        return None if row is front.full else confidence_text(front.keeps(row))
+        return None if row is front.full else confidence_text(front.confidence_keeps(row))
 
     def is_on_front(row: Row) -> str:
-        return confidence_text(known(row, ON_FRONT))
+        return confidence_text(known(row, CONFIDENCE_ON_FRONT))
 
     columns.append((Column("schedule", is_text=True), lambda row: row["label"]))
     if front.sweeps:
@@ -168,7 +169,7 @@ def models_table(front: Front, title: str = "") -> Table:
     columns.append((Column(f"vs {full}", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
     columns.append((Column("lost against source", 7, is_text=True), lost))
-    columns.append((Column(f"P({KEPT_SHARE:.0%})", 8), keeps))
+    columns.append((Column(f"P({DEMANDED_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))
 
@@ -234,12 +235,12 @@ def model_table(front: Front, folder: Path | None = None) -> DataFrame:
     fractions. For files in a `folder`, paths in its workspace are relative.
     """
     rows = [*front.rows, *front.unmeasured]
-    shares = [front.share(row) if row["is_placed"] else None for row in rows]
+    shares = [front.share_of_full(row) if row["is_placed"] else None for row in rows]
     table = front.table.assign(
         verdict=[front.verdict(row) for row in rows],
         share_of_full=[math.nan if share is None else share for share in shares],
     )
-    paired = sorted(name for name in table.columns if name.startswith("paired/"))
+    paired = sorted(name for name in table.columns if name.startswith(PAIRED))
     measured = sorted(name for name in table.columns if "/" in name and name not in paired)
     numbers = ["share_of_full", *measured, *paired]
     table[numbers] = table[numbers].astype(float).map(_rounded)

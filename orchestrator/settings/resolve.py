@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -87,6 +87,24 @@ def flatten(settings: Section, prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + name] = "" if value is None else str(value)
     return flat
+
+
+def changed_keys(assignment: str) -> list[str]:
+    """Return the keys of the settings that a text `section.key=value` changes; of a mapping, those
+    of its values. A text that is no assignment changes none; `resolve_settings` refuses it."""
+    try:
+        name, value = _parse_assignment(assignment)
+    except UserError:
+        return []
+    return list(_keys_in(name, value))
+
+
+def _keys_in(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for inner_name, inner_value in value.items():
+            yield from _keys_in(f"{name}.{inner_name}", inner_value)
+    else:
+        yield name
 
 
 def _parse_assignment(assignment: str) -> tuple[str, Any]:

@@ -53,7 +53,7 @@ from orchestrator.sweeping.models import (
 )
 from orchestrator.sweeping.states import TrialState
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
-from orchestrator.terminal.metrics import METRICS
+from orchestrator.terminal.metrics import COST, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import job_key, pretraining_job
@@ -405,7 +405,7 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
 def cost_numbers(cost: InferenceCost) -> dict[str, float]:
     """Return the numbers of a cost that are tracked, by name."""
     return {
-        name.removeprefix("cost/"): getattr(cost, metric.counted_as)
+        name.removeprefix(COST): getattr(cost, metric.counted_as)
         for name, metric in METRICS.items()
         if metric.counted_as
     }

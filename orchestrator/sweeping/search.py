@@ -25,6 +25,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
+from orchestrator.terminal.metrics import QUALITY, quality_name
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_named, damaged
 
@@ -121,10 +122,10 @@ class ScheduleSearch:
         """
         keys = {trial.key for trial in self._trials.values()}
         qualities = {
-            name.removeprefix("quality/")
+            name.removeprefix(QUALITY)
             for key, result in results.items()
             for name in result.numbers
-            if key in keys and name.startswith("quality/")
+            if key in keys and name.startswith(QUALITY)
         }
         if qualities and self._settings.objective not in qualities:
             raise UserError(
@@ -207,7 +208,7 @@ class ScheduleSearch:
 
     def _values(self, result: Trial) -> list[float] | None:
         """Return quality and cost; None if the quality is not known, as it is not finite."""
-        quality = result.value(f"quality/{self._settings.objective}")
+        quality = result.value(quality_name(self._settings.objective))
         cost = float(result.model.corrections.num_evaluations)
         return None if quality is None else [quality, cost]
 

@@ -2,10 +2,13 @@
 
 Options, tables, charts, sentences and MLflow's pages all read `METRICS`. A metric of a single task,
 such as `quality/lastword/acc`, is not in it: `metric_of` tells what it is from the end of its name.
+Names that are put together from others, such as that of a standard error, are made by the functions
+at the end of this file; each kind by one function.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +21,14 @@ QualityName = Literal["accuracy", "bits", "perplexity", "loss"]
 """Values of the option `--quality`."""
 BudgetUnit = Literal["nfe", "evaluations", "flops", "kv"]
 """The costs that follow from a model's shape and schedule."""
+
+COST = "cost/"
+QUALITY = "quality/"
+PAIRED = "paired/"
+"""How the names of a group begin: costs, qualities, and what is drawn over the items that all
+models of a front answered."""
+STDERR_SUFFIX = "_stderr"
+"""End of the name of a standard error, as lm-eval has it."""
 
 NFE = "cost/evaluations"
 RELATIVE_NFE = "cost/relative_evaluations"
@@ -36,8 +47,9 @@ ACCURACY = "quality/accuracy"
 BITS_PER_BYTE = "quality/bits_per_byte"
 VALIDATION_LOSS = "quality/validation_loss"
 PERPLEXITY = "quality/perplexity"
-KEEPS_99 = "paired/confidence_keeps_99"
-ON_FRONT = "paired/confidence_on_front"
+PAIRED_SHARE_OF_FULL = "paired/share_of_full"
+CONFIDENCE_KEEPS_99 = "paired/confidence_keeps_99"
+CONFIDENCE_ON_FRONT = "paired/confidence_on_front"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +206,8 @@ METRICS: dict[str, Metric] = {
             title="Validation loss, nats per token",
             column="loss",
         ),
-        Metric(name=KEEPS_99, title="Confidence: keeps 99%", higher_is_better=True),
-        Metric(name=ON_FRONT, title="Confidence: on the front", higher_is_better=True),
+        Metric(name=CONFIDENCE_KEEPS_99, title="Confidence: keeps 99%", higher_is_better=True),
+        Metric(name=CONFIDENCE_ON_FRONT, title="Confidence: on the front", higher_is_better=True),
     )
 }
 """Tracked name -> metric."""
@@ -210,9 +222,9 @@ def _by_option(group: str) -> dict[str, str]:
     }
 
 
-COSTS = _by_option("cost/")
+COSTS = _by_option(COST)
 """Value of the option `--cost` -> tracked name."""
-QUALITIES = _by_option("quality/")
+QUALITIES = _by_option(QUALITY)
 """Value of the option `--quality` -> tracked name."""
 OVERHEADS = {
     NFE: (OVERHEAD_NFE, OVERHEAD_NFE_SHARE),
@@ -235,3 +247,60 @@ def metric_of(name: str) -> Metric:
         is_percent=name.endswith(_ENDS_OF_SHARES),
         higher_is_better=not name.endswith(_ENDS_OF_LOSSES),
     )
+
+
+# Names that are put together
+
+
+def quality_name(measured: str) -> str:
+    """Return the tracked name of a quality: `quality/accuracy`, `quality/TASK/METRIC`."""
+    return QUALITY + measured
+
+
+def stderr_name(metric: str) -> str:
+    """Return the name of a metric's standard error: `quality/accuracy_stderr`."""
+    return metric + STDERR_SUFFIX
+
+
+def interval_end_names(metric: str) -> tuple[str, str]:
+    """Return the names of both ends of an interval: `paired/share_of_full_low` and `..._high`."""
+    return f"{metric}_low", f"{metric}_high"
+
+
+def difference_name(other: str, task: str = "") -> str:
+    """Return the tracked name of the difference to another model: `paired/vs_vanilla`.
+
+    Args:
+        other: Label of the other model. MLflow takes no spaces or signs.
+        task: Task that is compared, as in `paired/lastword/vs_vanilla`; the front's quality if it
+            is empty.
+    """
+    prefix = f"{PAIRED}{task}/" if task else PAIRED
+    return f"{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
+
+
+def confidence_keeps_name(demanded_share: float) -> str:
+    """Return the tracked name of the confidence that a model keeps a share of the full model's
+    quality: `paired/confidence_keeps_99`."""
+    return f"{PAIRED}confidence_keeps_{100 * demanded_share:.4g}"
+
+
+def timed_name(number: str, *, batch_size: int, context: int) -> str:
+    """Return the tracked name of what `benchmark` measured: `cost/batch_1_context_64/decode_ms`."""
+    return f"{COST}batch_{batch_size}_context_{context}/{number}"
+
+
+def served_name(number: str, *, at_once: int) -> str:
+    """Return the tracked name of what a server was measured to do with so many requests at a time:
+    `cost/served_8/latency_ms`."""
+    return f"{COST}served_{at_once}/{number}"
+
+
+def pick_name(pick: str, number: str) -> str:
+    """Return the name of a number of a picked model in a sweep's run: `front/knee_cost`."""
+    return f"front/{pick}_{number}"
+
+
+def claim_name(claim: str) -> str:
+    """Return the name of a claim of the paper in a sweep's run: `claims/iiet_over_vanilla`."""
+    return f"claims/{claim}"

@@ -121,19 +121,19 @@ class JournalReader:
         """The last step that was read."""
         self.offset = offset
         """Bytes that were read."""
-        self._folder = folder
+        self.folder = folder
         self._seen_size = 0
 
     def read(self) -> list[Record]:
         """Return the records since the last call."""
         try:
-            size = (self._folder / JOURNAL_NAME).stat().st_size
+            size = (self.folder / JOURNAL_NAME).stat().st_size
         except FileNotFoundError:
             return []
         if size == self._seen_size:
             return []
         self._seen_size = size
-        records, self.offset = read_journal(self._folder, self.offset)
+        records, self.offset = read_journal(self.folder, self.offset)
         for record in records:
             if record["kind"] == "metrics":
                 self.step = record["step"]

@@ -112,8 +112,13 @@ class CountingCache(KeyValueCache):
 
     num_read = 0
 
-    def _write(self, slot, *pairs):
-        held = super()._write(slot, *pairs)
+    def update(self, *heads_and_slot):
+        return self.counted(super().update(*heads_and_slot))
+
+    def append(self, *heads_and_slot):
+        return self.counted(super().append(*heads_and_slot))
+
+    def counted(self, held):
         self.num_read += sum(tensor.nbytes for tensor in held)
         return held
 

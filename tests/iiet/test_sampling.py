@@ -12,6 +12,14 @@ PROBABILITIES = torch.tensor([0.1, 0.5, 0.15, 0.25])
 LOGITS = PROBABILITIES.log()
 
 
+def splitmix64(seed, count):
+    """Return a number of the published sequence of a seed; `count` is 0 for the first."""
+    state = (seed + (count + 1) * 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+    return state ^ state >> 31
+
+
 def sampler_of(seed=0, batch=1, **settings):
     return Sampler(**{"temperature": 1.0, **settings}, row_keys=row_keys(seed, batch))
 
@@ -96,12 +104,18 @@ def test_two_models_mostly_choose_alike():
 
 def test_the_noise_is_that_of_the_published_generator():
     """SplitMix64 with seed 1234567 begins with these numbers (Rosetta Code)."""
-    from iiet.sampling import _counted, _mix, _mixed, _signed
-
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    states = torch.tensor(1234567) + _counted(torch.arange(3))
-    assert _mixed(states).tolist() == [_signed(number) for number in expected]
-    assert [_mix(int(state)) for state in states] == expected
+    numbers = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [splitmix64(1234567, count) for count in range(3)] == numbers
+    # The key of a row is the first number of its seed's sequence, minus one step; each position
+    # of the row, and each token of the position, is a number of the sequence of what is before.
+    seed, vocab = 1234567, 5
+    logits = torch.randn(1, 40, vocab, generator=torch.Generator().manual_seed(0))
+    for position, chosen in enumerate(sampler_of(seed)(logits, torch.arange(40)[None])[0]):
+        key = splitmix64(splitmix64(seed, -1), position)
+        uniform = [((splitmix64(key, token) >> 1) + 0.5) / 2**63 for token in range(vocab)]
+        probabilities = logits[0, position].softmax(-1).tolist()
+        scores = [p / -math.log1p(-u) for p, u in zip(probabilities, uniform, strict=True)]
+        assert int(chosen) == max(range(vocab), key=scores.__getitem__)
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-42, 1e-9])

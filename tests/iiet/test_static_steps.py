@@ -9,7 +9,8 @@ from live_tensors import SeenOperations
 from model_cases import VOCAB, left_padding, make_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from iiet import fast, generation, static_steps
+from iiet import fast, static_steps
+from iiet.generation import until_all_end
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 PROMPTS = tokens(3, 6)
@@ -72,27 +73,30 @@ def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_w
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": [4, 5], "top_k": 9}, {"top_p": 0.8}])
-def test_sampling_and_end_tokens_are_the_same(options, monkeypatch, small_windows):
-    """Also where the end is looked for every few steps, as on a GPU."""
+def test_sampling_and_end_tokens_are_the_same(options, small_windows):
     decoder = decoder_of()
-    looks = []
     options = {"temperature": 1.0, "seed": 7, **options}
     free, _ = both(decoder, **options)
-    until_all_end = generation._until_all_end
-
-    def rarely(steps, _):
-        return until_all_end((looks.append(1) or step for step in steps), 5)
-
     for stops in ([int(free[0, 6])], [int(free[0, 6]), int(free[1, 9])], range(8), range(VOCAB)):
         expected, found = both(decoder, eos_token_id=stops, **options)
         assert torch.equal(expected, found)
-        with monkeypatch.context() as patch:
-            patch.setattr(generation, "_until_all_end", rarely)
-            looks.clear()
-            own = {"eos_token_id": stops, "steps": StaticSteps(decoder), **options}
-            found = decoder.generate(PROMPTS[:2], max_new_tokens=24, **own)
-        assert torch.equal(expected, found)
-        assert len(looks) <= expected.size(1) - 6 + 5
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("num_until_end", [1, 2, 6, 7, 20])
+def test_steps_after_the_end_are_dropped_and_few_where_the_end_is_looked_for_rarely(
+    interval, num_until_end
+):
+    computed = []
+
+    def steps():
+        for number in range(1, 13):
+            computed.append(number)
+            yield torch.tensor([number]), torch.tensor([number >= num_until_end, number == 99])
+
+    tokens = torch.cat(list(until_all_end(steps(), interval))).tolist()
+    assert tokens == list(range(1, min(num_until_end, 12) + 1))
+    assert len(computed) < len(tokens) + interval
 
 
 class Recorder:
@@ -151,7 +155,8 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     monkeypatch.setattr(static_steps, "MAX_GRAPHS", 2)
     decoder = decoder_of()
     capture = Recorder()
-    static_steps._kept[decoder] = kept = StaticSteps(decoder, capture=capture)
+    kept = StaticSteps(decoder, capture=capture)
+    list(keep_steps(decoder, kept, iter(())))
 
     def run(decoder, max_new_tokens=24):
         steps = kept_steps(decoder)
@@ -167,16 +172,18 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     found = torch.stack(list(unfinished), 1)
     assert torch.equal(found, expected[:, 7:])
     # Windows of 16, 32, 48 and 64 tokens; the last two remain.
-    assert (capture.num_captured, list(kept._buffers.steps)) == (4, [48, 64])
+    assert capture.num_captured == 4
     assert len(list(run(decoder, 60)[0])) == 60
-    assert (capture.num_captured, list(kept._buffers.steps)) == (8, [48, 64])
+    assert capture.num_captured == 8
     assert len(list(run(decoder)[0])) == 24
-    assert (capture.num_captured, list(kept._buffers.steps)) == (10, [16, 32])
+    assert capture.num_captured == 10
     assert len(list(run(decoder)[0])) == 24
     assert capture.num_captured == 10
     with decoder.model.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
         list(run(decoder)[0])
-        assert not kept._buffers.steps
+        assert capture.num_captured == 10
+    list(run(decoder)[0])
+    assert capture.num_captured == 12, "the graphs are gone"
     gone = weakref.ref(kept)
     del unfinished, steps, kept, decoder
     gc.collect()

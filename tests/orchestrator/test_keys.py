@@ -182,6 +182,6 @@ def test_opening_tokens_are_in_the_keys_of_tasks_and_keys_without_them_are_as_be
     model = open_model(save_tiny(tmp_path / "run"))
     measurer = ModelMeasurer(model, EvaluationStore(tmp_path / "store"), suite)
     plain_key = content_key("evaluation", [*model.key, "fp32"], loaded.fingerprint("words"), None)
-    assert measurer._keys(loaded) == {"words": plain_key}
+    assert measurer.keys(loaded) == {"words": plain_key}
     add_opening(model.text_folder / "tokenizer.json")
-    assert measurer._keys(loaded) != {"words": plain_key}, "although the model's key is the old one"
+    assert measurer.keys(loaded) != {"words": plain_key}, "although the model's key is the old one"

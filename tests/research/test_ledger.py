@@ -37,7 +37,7 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     cells = {}
     for axis in ("quality/accuracy", "quality/bits_per_byte"):
         report = {"axes": {"quality": axis}, "results": [row]}
-        cells[axis] = ledger._difference_cells(report, "a", "vs_b")
+        cells[axis] = ledger.difference_cells(report, "a", "vs_b")
     assert cells["quality/accuracy"] == ["-20.0 points (-30.0 to -10.0)", "does not hold"]
     assert cells["quality/bits_per_byte"] == ["0.200 bits per byte (0.100 to 0.300)", "holds"]
 

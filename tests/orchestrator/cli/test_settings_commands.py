@@ -12,7 +12,8 @@ from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS
-from orchestrator.settings import Settings, read_settings
+from orchestrator.cli.train import UNREAD_BY_KIND, UNREAD_WITHOUT_DROPPING
+from orchestrator.settings import ClusterSettings, Settings, find_field, read_settings
 from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
 
 
@@ -150,7 +151,29 @@ def test_each_command_with_set_names_what_it_reads():
     students = {"distillation", "influence", "evaluation", "sweep", "search", "cluster"}
     assert READ_BY["sweep-threshold"] == students
     for command in COMMANDS.values():
-        assert {*command.unread} <= set(Settings.model_fields)
+        for key in command.unread:
+            assert key in Settings.model_fields or find_field(key)
+
+
+def test_each_command_names_what_it_reads_of_the_cluster():
+    anywhere = {"address", "env"}
+    measuring = {*anywhere, "num_gpus", "device"}
+    fields = set(ClusterSettings.model_fields)
+    training = fields - {"device"}  # That of commands that measure.
+    unread = {name: {*command.unread} for name, command in COMMANDS.items()}
+    unread["distill"] |= {*UNREAD_WITHOUT_DROPPING}
+    unread |= {f"sweep of kind {kind}": {*parts} for kind, parts in UNREAD_BY_KIND.items()}
+    read = {
+        name: {field for field in fields if f"cluster.{field}" not in parts}
+        for name, parts in unread.items()
+    }
+    assert read["prepare"] == anywhere
+    for name in ("influence", "evaluate", "export", "sweep of kind depth"):
+        assert read[name] == measuring, name
+    trainings = ["pretrain", "distill", "inspect", "sweep-threshold", "sweep-iterations"]
+    trainings += [f"sweep of kind {kind}" for kind in ("threshold", "search", "iterations")]
+    for name in trainings:
+        assert read[name] == training, name
 
 
 @pytest.mark.parametrize(
@@ -162,7 +185,12 @@ def test_each_command_with_set_names_what_it_reads():
         ("evaluate run", ["model={corrections: 1}"], "--schedule"),
         ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
         ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
+        ("distill run -r 1", ["cluster.device=cpu"], "only commands that measure"),
+        ("evaluate run", ["evaluation.retention={}"], "only a sweep"),
+        ("export run", ["influence.num_tokens=64"], "iiet-orch influence"),
+        ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"], "only trainings"),
         ("prepare", ["training.seed=1"], "data alone"),
+        ("prepare", ["cluster.num_gpus=8", "cluster.parallel=fsdp"], "CPUs of this machine"),
         ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
         ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
         ("sweep-threshold run", ["training.seed=1"], "distillation.training"),

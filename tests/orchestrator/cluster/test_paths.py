@@ -63,7 +63,7 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
         config = {"key": trial.key, "trial": trial.model_dump_json()}
         placement = tune.job_placement(1, 1, 0, resources)
         stop = SimpleNamespace(is_sent=lambda: False)
-        tune._run_in_tune(
+        tune.run_in_tune(
             config,
             function=function,
             placement=placement,
@@ -85,7 +85,7 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     options = ["-r", "1", "--methods", "iiet"]
     assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130
     driver, inside = stacks
-    worker = inside[inside.index("cluster/tune._run_in_tune") :]
+    worker = inside[inside.index("cluster/tune.run_in_tune") :]
     assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
     assert len(driver) + len(worker) <= 11

@@ -38,7 +38,7 @@ os.environ["RAY_ADDRESS"] = nodes.address
 text.SHARD_BYTES = 2000
 joining.ANSWER_SECONDS = 200.0  # A busy machine starts the nodes' processes slowly.
 
-plain = task._with_reported
+plain = task.with_reported
 
 def on_three_nodes(work):
     # The first shards wait for each other: each node has one CPU, so they are on three nodes.
@@ -60,7 +60,7 @@ class Notes(Progress):
         notes.append(text)
 
 notes = []
-task._with_reported = on_three_nodes
+task.with_reported = on_three_nodes
 for name in ("nodes", "shards"):
     (folder / name).mkdir()
 data = {"source": "files", "files": [files], "vocab_size": 300, "validation_fraction": 0.2}

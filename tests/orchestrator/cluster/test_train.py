@@ -21,7 +21,7 @@ from pretended_cluster import LOOPBACK, environment_without_ray, listening_addre
 from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import train
-from orchestrator.cluster.places import Placement, Signal
+from orchestrator.cluster.places import Placement
 from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.records.training import TrainingJob
@@ -67,7 +67,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     listening = dict[int, set[str]]()
     saved = tmp_path / "saved"
     looked = tmp_path / "looked"
-    train_worker = train._train_worker
+    train_worker = train.train_worker
 
     def train_until_killed(config: dict[str, Any]) -> None:
         from orchestrator.training import checkpoint
@@ -92,7 +92,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
             listening.update(listening_addresses())
             looked.touch()
 
-    monkeypatch.setattr(train, "_train_worker", train_until_killed)
+    monkeypatch.setattr(train, "train_worker", train_until_killed)
     cluster = ClusterSettings(num_workers=2, parallel="fsdp", max_failures=1)
     (outcome,) = run_train_jobs([job], cluster, watch=watch)
     assert int(saved.read_text()) in listening
@@ -109,6 +109,25 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     assert state_of(outcome) == state_of(run_job(whole))
 
 
+@pytest.fixture
+def attempts(monkeypatch) -> Callable[[Callable[[], None]], None]:
+    """A function that sets what an attempt of Ray Train does; its workers find a place at once."""
+
+    def install(fit: Callable[[], None]) -> None:
+        import ray.train.torch
+
+        places = SimpleNamespace(wait=lambda _: True)
+        monkeypatch.setattr(train, "asked_places", lambda *_: nullcontext(places))
+        trainer = SimpleNamespace(fit=fit)
+        monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: trainer)
+
+    return install
+
+
+NOT_STOPPED: Any = SimpleNamespace(is_sent=lambda: False)
+"""In the place of a signal, which only a Ray that runs can send."""
+
+
 @pytest.mark.parametrize(
     ("ends", "num_starts"),
     [
@@ -121,7 +140,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
         ("controller", 1),
     ],
 )
-def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
+def test_when_a_job_is_started_again(ends, num_starts, make_job, attempts):
     import ray.exceptions
     import ray.train
 
@@ -150,9 +169,7 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
             elif word != "done":
                 raise errors[word]
 
-    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=fit))
-    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
-    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
+    attempts(fit)
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
     pattern = {
         "mistake": "^type x$",
@@ -162,11 +179,13 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, monkeypatch):
     is_done = ends.endswith("done")
     expected = nullcontext() if is_done else pytest.raises((UserError, RunFailed), match=pattern)
     with expected:
-        JobRun(job, placement, ClusterSettings(max_failures=1), Signal()).fit()
+        JobRun(job, placement, ClusterSettings(max_failures=1), NOT_STOPPED).fit()
     assert len(starts) == num_starts
 
 
-def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make_job, monkeypatch):
+def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
+    make_job, attempts, monkeypatch
+):
     import ray.train
     from ray.train.v2._internal import constants
 
@@ -189,13 +208,11 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make
         (stacks / "rank_0.log").write_text(f"attempt {len(seen)}")
         raise api.WorkerGroupError("", {0: RuntimeError("collective timed out")})
 
-    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=hang))
-    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
-    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
+    attempts(hang)
     placement = Placement(jobs_at_once=1, workers=8, cpus=8, gpus=1.0)
     cluster = ClusterSettings(max_failures=1, collective_timeout_seconds=500)
     with pytest.raises(RunFailed, match="timed out"):
-        JobRun(job, placement, cluster, Signal()).fit()
+        JobRun(job, placement, cluster, NOT_STOPPED).fit()
     assert seen == [("1", "250.0")] * 2
     assert not (job.folder / "ray").exists()
     kept = job.folder / train.HANG_FOLDER / "stack_traces" / "rank_0.log"
@@ -203,7 +220,7 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(make
 
 
 def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_as_set(
-    make_job, monkeypatch
+    make_job, attempts, monkeypatch
 ):
     import ray.train
     import ray.train.collective
@@ -230,17 +247,17 @@ def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_
     ranks = {"rank": 0, "size": 2}
     context = {f"get_world_{name}": lambda value=value: value for name, value in ranks.items()}
     context["get_local_world_size"] = lambda: 2
+    attempts(pytest.fail)
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", TrainerOfTheFirst)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
     monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda address: address)
     monkeypatch.setattr(torch.distributed, "init_process_group", meet)
-    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
     for variable in train.INTERFACE_VARIABLES:
         monkeypatch.setenv(variable, "lo")  # So that nothing stays set.
     placement = Placement(jobs_at_once=1, workers=2, cpus=1)
     cluster = ClusterSettings(num_workers=2, collective_timeout_seconds=77)
     with pytest.raises(UserError, match="met"):
-        JobRun(job, placement, cluster, Signal()).fit()
+        JobRun(job, placement, cluster, NOT_STOPPED).fit()
     [group] = met
     assert group["mode"] == 0o700, "who reads the file could join"
     assert group["timeout"].total_seconds() == 77
@@ -257,7 +274,7 @@ def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_
     ],
 )
 def test_a_place_is_waited_for_as_long_as_the_setting_says(
-    has_begun, minutes, waited, make_job, monkeypatch
+    has_begun, minutes, waited, make_job, attempts, monkeypatch
 ):
     job = make_job("run")
     clock = [0.0]
@@ -269,18 +286,17 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
         clock[0] += seconds
         return clock[0] > 24 * 3600
 
+    attempts(lambda: None)
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(train, "asked_places", lambda *_: nullcontext(SimpleNamespace(wait=wait)))
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=lambda: None))
-    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
     placement = Placement(jobs_at_once=1, workers=2, cpus=1)
     cluster = ClusterSettings(node_wait_minutes=minutes)
     expected = (
         nullcontext() if waited == math.inf else pytest.raises(RunFailed, match="node_wait_minutes")
     )
     with expected:
-        JobRun(job, placement, cluster, Signal()).fit()
+        JobRun(job, placement, cluster, NOT_STOPPED).fit()
     longest = 24 * 3600 if waited == math.inf else waited
     assert longest <= clock[0] <= longest + 2 * train.PLACEMENT_SECONDS
 
@@ -297,7 +313,7 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
 def test_a_worker_that_fails_alone_ends_the_job(
     fault, retries, error, sentence, ray_session, make_job, monkeypatch
 ):
-    train_worker = train._train_worker
+    train_worker = train.train_worker
 
     def train_with_fault(config: dict[str, Any]) -> Any:
         import ray.train
@@ -316,7 +332,7 @@ def test_a_worker_that_fails_alone_ends_the_job(
         return train_worker(config)
 
     job = make_job("failing", num_tokens_per_step=2**12)
-    monkeypatch.setattr(train, "_train_worker", train_with_fault)
+    monkeypatch.setattr(train, "train_worker", train_with_fault)
     cluster = ClusterSettings(num_workers=2, max_failures=retries, collective_timeout_seconds=10)
     with pytest.raises(error, match=sentence):
         run_train_jobs([job], cluster)
@@ -326,7 +342,7 @@ def test_a_worker_that_fails_alone_ends_the_job(
 
 @pytest.mark.slow
 def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
-    train_worker = train._train_worker
+    train_worker = train.train_worker
     gate = tmp_path / "gate"
 
     def train_and_save_slowly(config: dict[str, Any]) -> None:
@@ -343,7 +359,7 @@ def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkey
         train_worker(config)
 
     job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
-    monkeypatch.setattr(train, "_train_worker", train_and_save_slowly)
+    monkeypatch.setattr(train, "train_worker", train_and_save_slowly)
     notes: list[str] = []
     looks: list[int] = []
 

@@ -367,8 +367,8 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
     while queue.take():
         pass
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
-    suggester = module._Suggester(queue, placement, None)
-    listener = module._Listener(queue, suggester)
+    suggester = module.Suggester(queue, placement, None)
+    listener = module.Listener(queue, suggester)
 
     def tune_trial(key: str, *texts: str, pickled: Exception | None = None) -> SimpleNamespace:
         """Return a trial of Tune with the files that Tune writes for its errors."""

@@ -177,7 +177,7 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
 
     one_gpu = Resources((Node(1, 1),))
     monkeypatch.setattr(work, "ray_cluster", lambda *_, **__: nullcontext(one_gpu))
-    monkeypatch.setattr(work, "_run_gpu_task", lambda *_: "a task")
+    monkeypatch.setattr(work, "run_gpu_task", lambda *_: "a task")
     assert _device_of(tmp_path, device="cuda", num_gpus=1) == "a task"
     assert _device_of(tmp_path, device="cuda", address="10.0.0.1:6379") == "a task"
 

@@ -7,6 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,15 +209,14 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
 def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
     several, tmp_path, monkeypatch
 ):
-    copied = []
-    copy = tokenize._copy_tokens
+    linked: list[Path] = []
+    hardlink_to = Path.hardlink_to
 
-    def noting(stored: Path, *arguments: Any) -> None:
-        if stored.name == "train.bin":
-            copied.append(int(stored.parent.name))
-        copy(stored, *arguments)
+    def noting(new: Path, stored: Path) -> None:
+        linked.append(new)
+        hardlink_to(new, stored)
 
-    monkeypatch.setattr(tokenize, "_copy_tokens", noting)
+    monkeypatch.setattr(Path, "hardlink_to", noting)
     files = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
     files[0].write_text(lines_of(TEXTS[:100]))
     files[1].write_text(lines_of([*TEXTS[100:280], TEXTS[9]]))
@@ -222,7 +224,7 @@ def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
     folder = write_text(settings, tmp_path / "tokens", "key", Progress())
     store = open_tokens(folder)
     verify_data(folder, always=True)
-    assert copied == [len(store.manifest.train_files) - 1], "the last shard has a copy"
+    assert sorted(file.name for file in linked) == list(store.manifest.train_files[:-1])
     whole = open_tokens(in_one_shard(tmp_path / "whole"))
     assert whole.manifest.train_files == ("train.bin",)
     assert whole.fingerprint == store.fingerprint
@@ -267,16 +269,23 @@ def test_a_file_system_without_second_names_gets_copies(several, tmp_path, monke
     assert contents(copies) == contents(folder)
 
 
-def test_a_shard_that_a_lost_worker_had_written_is_written_again(several, tmp_path, monkeypatch):
+def test_work_that_a_lost_worker_had_done_is_done_again(several, tmp_path):
     expected = write_text(several, tmp_path / "once", "key", Progress())
-    write = tokenize._write_training_tokens
 
-    def write_twice(*arguments: Any, **options: Any) -> dict[str, str]:
-        write(*arguments, **options)
-        return write(*arguments, **options)
+    class Repeating:
+        """Does all work twice, as for a worker that is lost once its work is done."""
 
-    monkeypatch.setattr(tokenize, "_write_training_tokens", write_twice)
-    again = write_text(several, tmp_path / "twice", "key", Progress())
+        num_at_once = 1
+
+        def submit(self, work: Callable[..., Any], report: Any) -> Future[Any]:
+            work(report)
+            done: Future[Any] = Future()
+            done.set_result(work(report))
+            return done
+
+    again = write_text(
+        several, tmp_path / "twice", "key", Progress(), open_runner=lambda: nullcontext(Repeating())
+    )
     assert contents(again) == contents(expected)
 
 
@@ -332,6 +341,9 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
 
 KILLED = """
 import os, signal, sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from orchestrator.data import text, tokenize

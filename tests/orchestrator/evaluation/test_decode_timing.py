@@ -63,7 +63,7 @@ def test_every_step_of_decoding_is_timed_and_reported(decoder, monkeypatch):
     passes: list[int] = []
     done: list[int] = []
     decoder.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(decode_timing, "_now", lambda _: float(len(passes)))
+    monkeypatch.setattr(decode_timing, "seconds_now", lambda _: float(len(passes)))
     timing = decode_milliseconds(
         {"model": decoder},
         prompt_tokens=3,
@@ -89,7 +89,7 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
     def graphs(timed: Decoder, *, uses_graphs: bool) -> StaticSteps:
         return StaticSteps(timed, capture=capture if uses_graphs else None)
 
-    monkeypatch.setattr(decode_timing, "_graphs", graphs)
+    monkeypatch.setattr(decode_timing, "step_graphs", graphs)
     decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
     assert captured == [0]
     assert len(replayed) == 3 * 19

@@ -151,19 +151,14 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
     assert [task.result.num_items for task in limited.values()] == [2, 2, 2]
 
 
-def test_a_model_reads_texts_as_documents_began_in_its_training(
-    decoder, opening_path, tmp_path, monkeypatch
-):
+def test_a_model_reads_texts_as_documents_began_in_its_training(decoder, opening_path, tmp_path):
     texts = [f"a bag had gone a bag {number}" for number in range(60)]
     data = tokens_of(texts, tmp_path / "data", tokenizer=str(opening_path))
     trained = open_tokens(data).train[:].tolist()
     tokenizer = ModelTokenizer(opening_path)
     model = DecoderModel(with_opening(decoder, tokenizer), tokenizer)
     inputs: list[list[int]] = []
-    call = model._model_call
-    monkeypatch.setattr(
-        model, "_model_call", lambda ids: inputs.append(ids[0].tolist()) or call(ids)
-    )
+    model.decoder.register_forward_pre_hook(lambda _, ids: inputs.append(ids[0][0].tolist()))
     for number, context in enumerate(["a bag had", ""]):
         request = Instance("loglikelihood", {}, (context, " gone a bag"), number)
         model.loglikelihood([request], disable_tqdm=True)
@@ -256,33 +251,41 @@ def limit_tokens(decoder: Decoder, most: int = 10**9) -> list[tuple[int, ...]]:
     return shapes
 
 
+def token_scores(
+    model: DecoderModel, pairs: list[tuple[Any, list[int], list[int]]]
+) -> list[tuple[float, bool]]:
+    """Return log-likelihoods as lm-eval asks for them; the underscore is in its interface."""
+    return model._loglikelihood_tokens(pairs)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_equal_plain_passes(method, make_model):
     schedule = schedule_for(method, (2, 1))
     model = make_model(method=method, schedule=schedule)
     pairs = mixed_pairs()
-    expected = [directly(model._decoder, *pair[1:]) for pair in pairs]
-    for score, right in zip(model._loglikelihood_tokens(pairs), expected, strict=True):
+    expected = [directly(model.decoder, *pair[1:]) for pair in pairs]
+    for score, right in zip(token_scores(model, pairs), expected, strict=True):
         assert score == (pytest.approx(right[0], abs=1e-4), right[1])
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     make_model, tmp_path
 ):
-    usual = make_model(2, method="iiet")._loglikelihood_tokens(pairs := mixed_pairs())
+    pairs = mixed_pairs()
+    usual = token_scores(make_model(2, method="iiet"), pairs)
     for most in (500, 120, CONTEXT):
         model = make_model(method="iiet")
-        shapes = limit_tokens(model._decoder, most)
-        found = model._loglikelihood_tokens(pairs)
+        shapes = limit_tokens(model.decoder, most)
+        found = token_scores(model, pairs)
         assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
         notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
         assert "from here on, it has at most" in notes[0]
-    limit_tokens(model._decoder, 10)
+    limit_tokens(model.decoder, 10)
     with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
-        model._loglikelihood_tokens(pairs)
+        token_scores(model, pairs)
     with pytest.raises(UserError, match="49 tokens to score, and the model"):
-        model._loglikelihood_tokens([(None, [1], [2] * 49)])
+        token_scores(model, [(None, [1], [2] * 49)])
 
     # Interrupted: ends with the same bits, and each pass runs once.
     path = tmp_path / "answers"
@@ -290,24 +293,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     model.journal = AnswerJournal(path)
     model.progress = KeptProgress(3)
     with pytest.raises(KeyboardInterrupt):
-        model._loglikelihood_tokens(pairs)
+        token_scores(model, pairs)
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
     counts = []
     for place in (path, path, None):
         model = make_model(2, method="iiet")
         model.journal = AnswerJournal(place)
-        shapes = limit_tokens(model._decoder)
-        assert model._loglikelihood_tokens(pairs) == usual
+        shapes = limit_tokens(model.decoder)
+        assert token_scores(model, pairs) == usual
         counts.append(len(shapes))
     assert counts[:2] == [counts[2] - 3, 0], "the batch whose line was cut off runs again"
 
 
 def test_choices_of_one_token_are_evaluated_once(make_model):
     model = make_model()
-    shapes = limit_tokens(model._decoder)
+    shapes = limit_tokens(model.decoder)
     choices = [(None, [*range(16), n], [choice]) for n in range(3) for choice in range(30)]
-    model._loglikelihood_tokens(choices)
+    token_scores(model, choices)
     assert shapes == [(3, 17)]
 
 

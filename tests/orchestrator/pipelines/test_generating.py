@@ -134,10 +134,10 @@ def test_a_stop_text_may_span_tokens(writer):
 def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(writer):
     ids = writer.tokenizer.tokenizer.encode("a b c").ids
     text = [writer.tokenizer.decode([token]) for token in ids]
-    assert list(writer._pieces(ids, [f"{text[-1]}d"])) == [*text[:-1], text[-1]]
-    held = list(writer._pieces(ids, [f"{text[-2]}{text[-1]}d"]))
+    assert list(writer.pieces(ids, [f"{text[-1]}d"])) == [*text[:-1], text[-1]]
+    held = list(writer.pieces(ids, [f"{text[-2]}{text[-1]}d"]))
     assert held == [*text[:-2], text[-2] + text[-1]]
-    pieces = list(writer._pieces(writer.tokenizer.tokenizer.encode("é 好 你").ids, ()))
+    pieces = list(writer.pieces(writer.tokenizer.tokenizer.encode("é 好 你").ids, ()))
     assert "".join(pieces) == "é 好 你"
     assert "\ufffd" not in "".join(pieces)
 

@@ -188,7 +188,9 @@ def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations)
 
 def test_the_heat_map_has_every_number_and_the_cut(sample_influence):
     kept = (0, 1, 1, 1, 1, 1)
-    chart = influence_chart(sample_influence, metric="cosine", kept=kept, kept_name="knee")
+    chart = influence_chart(
+        sample_influence, metric="cosine", marked_schedule=kept, marked_name="knee"
+    )
     texts = {f"{value:.2g}" for row in sample_influence for value in row}
     assert texts | {"kept: knee"} <= texts_in(drawn(chart))
     cut: list[dict[str, Any]] = chart["layer"][-1]["data"]["values"]

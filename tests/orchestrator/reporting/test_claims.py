@@ -16,7 +16,7 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.claims import (
     CONFIDENCE,
-    PAPER_KEPT_SHARE,
+    PAPER_SHARE_OF_FULL,
     Claim,
     claim_metrics,
     claims_section,
@@ -124,13 +124,13 @@ def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
         changes = {"num_items": num_items, "items": task.items[:num_items], "values": values}
         items[trial.key] = EvaluationResult(results={"hops": task.model_copy(update=changes)})
     front = with_confidence(
-        sample_front(trials), items, kept_share=PAPER_KEPT_SHARE, num_resamples=400
+        sample_front(trials), items, demanded_share=PAPER_SHARE_OF_FULL, num_resamples=400
     )
     found = find_claims(front)
     saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
     # `pick` goes by the same confidence.
     [student] = [row for row in front.rows if row["key"] == "0,0"]
-    confidence = front.keeps(student)
+    confidence = front.confidence_keeps(student)
     assert confidence is not None
     assert f"in {confidence:.1%} of the draws" in saved.about
     assert (confidence >= CONFIDENCE) == (verdict == "holds")

@@ -12,13 +12,19 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
     confidence_note,
+    describe_model,
     findings,
     pick_from_front,
 )
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.tables import models_table
-from orchestrator.terminal.metrics import DECODE_MS, KEEPS_99
+from orchestrator.terminal.metrics import (
+    CONFIDENCE_KEEPS_99,
+    DECODE_MS,
+    PAIRED_SHARE_OF_FULL,
+    interval_end_names,
+)
 from orchestrator.workspace.errors import UserError
 
 
@@ -34,7 +40,7 @@ def with_accuracy(result: Trial, accuracy: float) -> Trial:
 def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
     sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
-    return replace(front, table=front.table.assign(**{KEEPS_99: sure}))
+    return replace(front, table=front.table.assign(**{CONFIDENCE_KEEPS_99: sure}))
 
 
 def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
@@ -101,7 +107,7 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     said = findings(front)
     kept = front.cheapest_keeping(0.99)
     assert kept is not None
-    keeps = front.keeps(kept)
+    keeps = front.confidence_keeps(kept)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
     few = ", as far as 2,000 items can tell."
@@ -111,6 +117,11 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
     assert sure in said[1]
     assert "with confidence >0.99" in said[1]
+    # A model is described with the interval of its share; the full model has all of its own.
+    ends = [kept[name] for name in interval_end_names(PAIRED_SHARE_OF_FULL)]
+    interval = "(95% interval {:.1f} to {:.1f}%)".format(*(100 * end for end in ends))
+    assert interval in describe_model(front, kept)
+    assert "interval" not in describe_model(front, front.full)
     vanilla = next(s for s in said if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
     assert "is worse than 0,1,1,1,1,1 by 2.6 points, 95% interval 2.0 to 3.3" in vanilla
@@ -144,9 +155,9 @@ def test_rules_pick_the_model_they_say(front):
         assert pick_from_front(front, PickRule(name=name)) is front.picks[name]
     costs = []
     for share in (0.9, 0.93, 0.97, 0.985, 0.99, 1.0):
-        chosen = pick_from_front(front, PickRule(name="keep", share=share))
+        chosen = pick_from_front(front, PickRule(name="keep", demanded_share=share))
         costs.append(chosen["cost"])
-        kept = [row for row in front.members if (front.share(row) or 0) >= share]
+        kept = [row for row in front.members if (front.share_of_full(row) or 0) >= share]
         assert chosen["cost"] == min(row["cost"] for row in kept)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
@@ -155,7 +166,7 @@ def test_rules_pick_the_model_they_say(front):
 
     aliases = {  # Names that MLflow takes.
         "keep-99": PickRule(name="keep"),
-        "keep-98_5-sure-90": PickRule(name="keep", share=0.985, confidence=0.9),
+        "keep-98_5-sure-90": PickRule(name="keep", demanded_share=0.985, confidence=0.9),
         "budget-1_5e09": PickRule(name="budget", budget=1.5e9),
         "knee": PickRule(name="knee"),
     }
@@ -172,7 +183,7 @@ def test_rules_pick_the_model_they_say(front):
 
 def test_a_rule_that_no_model_meets_names_the_nearest(front):
     for rule, message in (
-        (PickRule(name="keep", share=1.5), r"the best keeps 1\.00"),
+        (PickRule(name="keep", demanded_share=1.5), r"the best keeps 1\.00"),
         (PickRule(name="budget", budget=1), "the cheapest costs"),
     ):
         with pytest.raises(UserError, match=message):
@@ -180,7 +191,8 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front):
     with pytest.raises(UserError, match="no trial of this sweep has accuracy"):
         pick_from_front(sample_front([]), PickRule(name="best"))
     wrong: list[dict[str, Any]] = [
-        {"share": 0.0}, {"share": 99.0}, {"confidence": 1.0}, {"confidence": -0.1},
+        {"demanded_share": 0.0}, {"demanded_share": 99.0},
+        {"confidence": 1.0}, {"confidence": -0.1},
     ]  # fmt: skip
     for numbers in wrong:
         with pytest.raises(UserError, match=r"got -?\d"):

@@ -108,7 +108,7 @@ def test_picks():
         "knee": 8, "best": 24, "cheapest": 6,
     }  # fmt: skip
     assert front.full
-    assert (front.full["role"], front.share(front.full)) == ("teacher", 1.0)
+    assert (front.full["role"], front.share_of_full(front.full)) == ("teacher", 1.0)
     kept = front.cheapest_keeping(0.98)
     assert kept
     assert kept["cost"] == 12
@@ -141,7 +141,7 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets():
     assert front.hypervolume_box
     assert front.hypervolume_box["quality"][0] == pytest.approx(0.7)
     assert front.hypervolume == pytest.approx(0.5)
-    assert front.share(front.members[0]) == pytest.approx(0.5 / 0.7)
+    assert front.share_of_full(front.members[0]) == pytest.approx(0.5 / 0.7)
 
 
 def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
@@ -245,7 +245,7 @@ def sure_front(points: Points, axes: FrontAxes | None = None, share: float = 0.9
     ]
     runs = {name: found for name, (_, _, found) in points.items()}
     front = sample_front(results, axes)
-    return with_confidence(front, runs, kept_share=share, num_resamples=2000)
+    return with_confidence(front, runs, demanded_share=share, num_resamples=2000)
 
 
 def at(front: Front, key: str, name: str) -> float | None:

@@ -17,15 +17,15 @@ from iiet.pruning import InfluenceTable
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sections import _scripts, render_page, sort_value
+from orchestrator.reporting.sections import chart_scripts, render_page, sort_value
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.terminal.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
     DECODE_MS,
-    KEEPS_99,
     NFE,
-    ON_FRONT,
 )
 
 
@@ -60,7 +60,7 @@ def charts_in(page: str) -> list[dict[str, Any]]:
 def test_the_page_needs_no_network(front):
     page = page_of(front)
     assert len(page) < 1_500_000
-    own = page.replace(_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
+    own = page.replace(chart_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
     assert not re.search(r"https?://|src=|@import|url\(", own)
     assert page.count("<tr class=") == len(front.rows)
     assert page == page_of(front), "the same results give the same bytes"
@@ -79,7 +79,7 @@ def test_text_from_outside_cannot_become_markup(sample_results):
         curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
         facts={bad: {bad: bad}},
     )
-    page = page.replace(_scripts(), "")
+    page = page.replace(chart_scripts(), "")
     assert "<script>alert" not in page
     assert page.count("</script>") == 3
     assert bad in json.dumps(charts_in(page))
@@ -122,8 +122,8 @@ def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, samp
     # The draws of a quality hold for every cost, but who is on the front does not.
     on_time = front.on(FrontAxes(DECODE_MS, ACCURACY))
     assert on_time.intervals == front.intervals
-    assert KEEPS_99 in on_time.table
-    assert ON_FRONT not in on_time.table
+    assert CONFIDENCE_KEEPS_99 in on_time.table
+    assert CONFIDENCE_ON_FRONT not in on_time.table
     other = front.on(FrontAxes(NFE, BITS_PER_BYTE))
     assert not other.intervals
     assert not any(name.startswith("paired/") for name in other.table)

@@ -129,7 +129,7 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
         assert (points.lost.value, bits.lost.value) == pytest.approx(expected), label
         for loss in (points, bits):
             assert loss.lost.low <= loss.lost.value <= loss.lost.high
-    kept = {label: all(loss.is_kept for loss in of.values()) for label, of in lost.items()}
+    kept = {label: all(loss.is_within_bound for loss in of.values()) for label, of in lost.items()}
     assert kept == {"source": True, "teacher": False, "2,1": False, "1,1": True, "0,1": False}
 
 
@@ -204,7 +204,7 @@ def test_a_loss_that_is_the_bound_is_kept():
         lost = Interval(value, value - 1, value + 1)
         return Loss(task="questions", lost=lost, bound=bound, is_bits=False)
 
-    assert loss(100 * (0.80 - 0.79), 1.0).is_kept
-    assert not loss(1.01, 1.0).is_kept
+    assert loss(100 * (0.80 - 0.79), 1.0).is_within_bound
+    assert not loss(1.01, 1.0).is_within_bound
     assert loss_text([]) == ""
     assert loss_text([loss(0.0, 1.0), loss(0.9, 1.0)]).startswith("kept: 0.9 ")

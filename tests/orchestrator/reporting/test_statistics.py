@@ -11,9 +11,9 @@ from orchestrator.reporting.statistics import (
     Floats,
     ItemValues,
     Scores,
+    confidences_on_front,
     draw_item_counts,
     draw_seed_weights,
-    front_shares,
     interval_of,
     mean_scores,
     resample,
@@ -142,7 +142,7 @@ def test_front_shares_follow_the_definition_of_a_front():
         )
 
     expected = [np.mean([is_member(row, j) for row in goodness]) for j in range(5)]
-    assert front_shares(costs, goodness) == pytest.approx(expected)
+    assert confidences_on_front(costs, goodness) == pytest.approx(expected)
 
 
 def test_an_interval_contains_its_share_of_the_draws():

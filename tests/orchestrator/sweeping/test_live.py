@@ -85,7 +85,7 @@ def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_pat
     read = JournalReader.read
 
     def counted_read(reader: JournalReader) -> list[dict[str, Any]]:
-        looks.append(reader._folder)
+        looks.append(reader.folder)
         return read(reader)
 
     monkeypatch.setattr(JournalReader, "read", counted_read)

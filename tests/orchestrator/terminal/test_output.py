@@ -138,16 +138,17 @@ def test_progress_is_printed_while_library_output_is_suppressed(tmp_path, monkey
 
 
 def test_the_bar_shows_no_share_before_the_first_unit():
+    """A bar is drawn once more when it is closed."""
     console = terminal(100)
     with Progress(console) as bar:
         bar.start("pretrain", 100)
         bar.advance(0, "starting Ray")
-        bar._bar.refresh()
-        assert "starting Ray" in printed(console)
-        assert "%" not in printed(console)
+    assert "starting Ray" in printed(console)
+    assert "%" not in printed(console)
+    with Progress(console) as bar:
+        bar.start("pretrain", 100)
         bar.advance(25)
-        bar._bar.refresh()
-        assert "25%" in printed(console)
+    assert "25%" in printed(console)
 
 
 def test_texts_of_numbers():

@@ -134,13 +134,12 @@ def test_an_error_is_that_of_its_place_and_leaves_nothing(saver, tmp_path, place
     assert load_file(folder / WEIGHTS)[WEIGHT].eq(1.0).all()
 
 
-def test_a_lost_worker_is_no_fault_of_the_disk(tmp_path):
+def test_a_lost_worker_is_no_fault_of_the_disk(saver, tmp_path, monkeypatch):
     # A full disk ends a job, and a lost worker starts it again.
-    saved = Future[None]()
-    saving = Future[Any]()
-    saving.set_exception(RuntimeError("connection closed by peer"))
-    writer = shards._Writer(tmp_path / checkpoint_name(1), {}, {}, lambda *_: None)
-    shards._end(saved, writer, saving)
+    lost = Future[Any]()
+    lost.set_exception(RuntimeError("connection closed by peer"))
+    monkeypatch.setattr(shards, "async_save", lambda *_, **__: lost)
+    saved = saver.start(tmp_path / checkpoint_name(1), *state(1.0), lambda *_: None)
     assert isinstance(saved.exception(), RunFailed)
 
 
@@ -148,6 +147,7 @@ def test_a_lost_worker_is_no_fault_of_the_disk(tmp_path):
 
 SCENES = """
 import errno, threading
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from orchestrator.training import shards, trainer
 from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.workspace.layout import find_checkpoints
@@ -159,7 +159,8 @@ def train(name):
 assert train("plain").finished
 
 # The files of the first checkpoint are not whole before one more step is done.
-write_data, clear_gradients = shards._Writer.write_data, trainer.clear_gradients
+write_data = HuggingFaceStorageWriter.write_data
+clear_gradients = trainer.clear_gradients
 may_write = threading.Event()
 num_steps = 0
 
@@ -176,9 +177,11 @@ def count_steps(*arguments):
         assert not find_checkpoints(job.folder.with_name(f"{job.folder.name}-late"))
         may_write.set()
 
-shards._Writer.write_data, trainer.clear_gradients = write_late, count_steps
+HuggingFaceStorageWriter.write_data = write_late
+trainer.clear_gradients = count_steps
 assert train("late").finished
-shards._Writer.write_data, trainer.clear_gradients = write_data, clear_gradients
+HuggingFaceStorageWriter.write_data = write_data
+trainer.clear_gradients = clear_gradients
 
 # The disk of the third worker is full at the second checkpoint; all of them hear of it.
 digest = shards.file_digest
