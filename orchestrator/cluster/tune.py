@@ -143,7 +143,7 @@ class _Keys:
         return key in self._keys
 
 
-class TrialPlace:
+class TuneHost:
     """Where a trial runs under Tune, and what ASHA has decided about it."""
 
     def __init__(
@@ -153,7 +153,7 @@ class TrialPlace:
         cluster: ClusterSettings,
         stops: StopRequests | None = None,
     ) -> None:
-        """Name the place.
+        """Take what follows from the plan.
 
         Args:
             cluster: How the trial's workers share a model.
@@ -209,7 +209,7 @@ class TrialPlace:
         return finished_outcome(job) or unfinished
 
 
-TrialFunction = Callable[[Trial, TrialPlace], Trial | None]
+TrialFunction = Callable[[Trial, TuneHost], Trial | None]
 """Importable function that returns a trial with its result; None if it is not finished."""
 
 
@@ -343,7 +343,7 @@ def run_in_tune(
         if not stop_requested():
             trial = Trial.model_validate_json(config["trial"])
             try:
-                result = function(trial, TrialPlace(trial, placement, cluster, stops))
+                result = function(trial, TuneHost(trial, placement, cluster, stops))
             except Exception as error:
                 if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
                     raise  # Tune tries it again.

@@ -35,8 +35,11 @@ from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
-class Place(Protocol):
-    """Where a trial runs, and who hears of it; `TrialPlace` is the one under Ray Tune."""
+class TrialHost(Protocol):
+    """What a trial has around it: devices to train and measure on, and a listener to its losses.
+
+    Under Ray Tune this is `TuneHost`, and without Ray `ThisProcess`.
+    """
 
     @property
     def num_workers(self) -> int:
@@ -57,11 +60,11 @@ class Place(Protocol):
         """Return whether the last report has ended the trial early."""
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
-        """Train a job on several workers, with reports as above."""
+        """Train a job on several workers, which call `report` and `is_beaten`."""
 
 
 class ThisProcess:
-    """A place without Ray: this process, on the CPU; nothing competes with the trial."""
+    """The host of a trial without Ray: this process, on the CPU, where nothing competes with it."""
 
     num_workers = 1
     device = "cpu"
@@ -75,11 +78,11 @@ class ThisProcess:
         return False
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
-        """Raise an error: one worker is no case for it."""
+        """Raise an error: this host has one worker."""
         raise NotImplementedError
 
 
-def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
+def run_trial(trial: Trial, host: TrialHost | None = None) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
     The folder is locked until the result is written: a trial of another sweep that is the same
@@ -87,12 +90,12 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
 
     Args:
         trial: What is trained and measured.
-        place: Where; in this process, on the CPU, when unset.
+        host: Where; in this process, on the CPU, when unset.
 
     Returns:
         The trial with what was measured; None after a request to stop, or if it was stopped early.
     """
-    place = place or ThisProcess()
+    host = host or ThisProcess()
     folder = Path(trial.folder)
     with lock_run_folder(folder, wait=True) as is_ours:
         if not is_ours:
@@ -105,16 +108,16 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
         # Train it, if it is more than a checkpoint.
         outcome = None
         if trial.job:
-            with stop_when(place.is_beaten):
-                if place.num_workers > 1:
-                    outcome = place.train_on_workers(trial.job)
+            with stop_when(host.is_beaten):
+                if host.num_workers > 1:
+                    outcome = host.train_on_workers(trial.job)
                 else:
-                    world = World(device=place.device)
+                    world = World(device=host.device)
                     with out_of_memory_explained(trial.job, world):
                         outcome = run_job(
                             trial.job,
                             world=world,
-                            report=place.report,
+                            report=host.report,
                             sequences_if_uncompiled=sequences_if_uncompiled(trial.job, world),
                         )
             if not outcome.finished or stop_requested():
@@ -124,7 +127,7 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
         # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
         try:
-            measured = place.measured_at.run(partial(measure_trial, trained), Progress())
+            measured = host.measured_at.run(partial(measure_trial, trained), Progress())
         except Interrupted:
             return None
         measured.write(trial.result_path)

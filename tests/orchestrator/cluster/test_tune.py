@@ -25,7 +25,7 @@ from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.tune import (
     RESTART_PAUSES_SECONDS,
     TrialFunction,
-    TrialPlace,
+    TuneHost,
     run_trials,
 )
 from orchestrator.models.load import load_model
@@ -124,7 +124,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
 ):
     folder = str(tmp_path)
 
-    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+    def function(trial: Trial, place: TuneHost) -> Trial | None:
         import torch
 
         name = trial.label
@@ -164,7 +164,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
 def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_plan, tmp_path):
     folder = str(tmp_path)
 
-    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+    def function(trial: Trial, place: TuneHost) -> Trial | None:
         import time
 
         from orchestrator.terminal.stop import stop_requested
@@ -202,7 +202,7 @@ def shared(trial: Trial, folder: Path, *, num_steps: int = 12) -> Trial:
 def trains_only() -> TrialFunction:
     """Return a function that trains a trial; it travels to workers, which cannot import tests."""
 
-    def train(trial: Trial, place: TrialPlace) -> Trial | None:
+    def train(trial: Trial, place: TuneHost) -> Trial | None:
         from orchestrator.sweeping import trial as module
 
         module.measure_trial = lambda trial, *_: trial.with_numbers("quality", {"accuracy": 0.5})
