@@ -26,13 +26,14 @@ TIMES_NAME = "times.json"
 
 
 class StoredCosts(Record):
-    """Costs that were measured on one machine; those of other projects' models with the counts."""
+    """Costs that were measured on one machine: milliseconds, and those numbers of a looped model of
+    another project that are known only once it is loaded."""
 
     state: str
     """Hash of what the numbers depend on: models or shapes, the kind of device, this machine and
     its libraries."""
     by_name: dict[str, dict[str, float]]
-    """Key of a model or shape -> its costs by name, without the group."""
+    """Key of a model, or of a shape that several models share -> its costs."""
 
 
 def with_costs(
@@ -55,14 +56,14 @@ def with_costs(
     shapes = sorted(set(shape_of.values()))
     state = content_key(shapes, timing_environment(), SWEEP_NEW_TOKENS, *gpus)
     path = folder / TIMES_NAME
-    times = StoredCosts.read(path)
-    if again or times is None or times.state != state:
+    costs = StoredCosts.read(path)
+    if again or costs is None or costs.state != state:
         models = {shape_of[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = sweep_place(settings, folder).run(partial(_time, models), progress)
-        times = StoredCosts(state=state, by_name=by_shape)
-        times.write(path)
-    return [trial.with_numbers("cost", times.by_name[shape_of[trial.key]]) for trial in counted]
+        costs = StoredCosts(state=state, by_name=by_shape)
+        costs.write(path)
+    return [trial.with_numbers("cost", costs.by_name[shape_of[trial.key]]) for trial in counted]
 
 
 def _time(

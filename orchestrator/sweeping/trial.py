@@ -35,11 +35,9 @@ from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
-class TrialHost(Protocol):
-    """What a trial has around it: devices to train and measure on, and a listener to its losses.
-
-    Under Ray Tune this is `TuneHost`, and without Ray `ThisProcess`.
-    """
+class TrialProcess(Protocol):
+    """The process in which a trial runs, and who hears of it: `ThisProcess`, or under Ray Tune
+    `TuneProcess`."""
 
     @property
     def num_workers(self) -> int:
@@ -64,7 +62,7 @@ class TrialHost(Protocol):
 
 
 class ThisProcess:
-    """The host of a trial without Ray: this process, on the CPU, where nothing competes with it."""
+    """Runs a trial without Ray, on the CPU; nothing competes with the trial."""
 
     num_workers = 1
     device = "cpu"
@@ -82,7 +80,7 @@ class ThisProcess:
         raise NotImplementedError
 
 
-def run_trial(trial: Trial, host: TrialHost | None = None) -> Trial | None:
+def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
     The folder is locked until the result is written: a trial of another sweep that is the same
@@ -90,12 +88,12 @@ def run_trial(trial: Trial, host: TrialHost | None = None) -> Trial | None:
 
     Args:
         trial: What is trained and measured.
-        host: Where; in this process, on the CPU, when unset.
+        process: Where it runs; in this process, on the CPU, when unset.
 
     Returns:
         The trial with what was measured; None after a request to stop, or if it was stopped early.
     """
-    host = host or ThisProcess()
+    process = process or ThisProcess()
     folder = Path(trial.folder)
     with lock_run_folder(folder, wait=True) as is_ours:
         if not is_ours:
@@ -108,16 +106,16 @@ def run_trial(trial: Trial, host: TrialHost | None = None) -> Trial | None:
         # Train it, if it is more than a checkpoint.
         outcome = None
         if trial.job:
-            with stop_when(host.is_beaten):
-                if host.num_workers > 1:
-                    outcome = host.train_on_workers(trial.job)
+            with stop_when(process.is_beaten):
+                if process.num_workers > 1:
+                    outcome = process.train_on_workers(trial.job)
                 else:
-                    world = World(device=host.device)
+                    world = World(device=process.device)
                     with out_of_memory_explained(trial.job, world):
                         outcome = run_job(
                             trial.job,
                             world=world,
-                            report=host.report,
+                            report=process.report,
                             sequences_if_uncompiled=sequences_if_uncompiled(trial.job, world),
                         )
             if not outcome.finished or stop_requested():
@@ -127,7 +125,7 @@ def run_trial(trial: Trial, host: TrialHost | None = None) -> Trial | None:
         # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
         try:
-            measured = host.measured_at.run(partial(measure_trial, trained), Progress())
+            measured = process.measured_at.run(partial(measure_trial, trained), Progress())
         except Interrupted:
             return None
         measured.write(trial.result_path)
