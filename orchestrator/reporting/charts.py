@@ -236,6 +236,9 @@ def front_chart(
         colors.append(INK)
         shapes.append(CROSS)
     key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
+    if mark_paper:
+        # A phone has room for its long name, and for no other beside it.
+        key["columns"] = {"expr": f"width < {PHONE_WIDTH} ? 1 : 6"}
     color = word("group", legend=key, scale={"domain": groups, "range": colors})
     shape = word("group", legend=key, scale={"domain": groups, "range": shapes})
 
@@ -593,14 +596,11 @@ def _tooltip(row: Row) -> dict[str, str]:
 def layer_chart(values: Sequence[float]) -> Spec:
     """Return a bar for the block influence of each layer, the first on top."""
     rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
-    return {
-        "data": {"values": rows},
-        "mark": {"type": "bar", "tooltip": True},
-        "encoding": {
-            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
-            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
-        },
+    encoding = {
+        "y": {"field": "layer", "type": "ordinal", "title": "Layer"},
+        "x": number("influence", title="Block influence", axis={"gridColor": GRID}),
     }
+    return chart_spec(marks("bar", encoding, values=rows, color=BLUE, tooltip=True))
 
 
 def influence_chart(
