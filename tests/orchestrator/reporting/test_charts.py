@@ -24,7 +24,7 @@ from orchestrator.reporting.charts import (
     layer_chart,
     save_chart,
 )
-from orchestrator.reporting.colors import INK, run_color
+from orchestrator.reporting.colors import GRID, INK, run_color
 from orchestrator.reporting.front import FrontAxes, with_confidence
 
 pytestmark = pytest.mark.slow  # Most of a second draws a chart.
@@ -71,6 +71,8 @@ def test_bars_of_layers_have_the_colors_that_a_dark_page_replaces():
     svg = drawn(layer_chart([0.2, 0.8]))
     assert {"Layer", "1", "2", "Block influence"} <= texts_in(svg)
     assert set(re.findall(r'<text [^>]*fill="([^"]+)"', svg)) == {INK}
+    assert GRID in svg
+    assert "#ddd" not in svg  # The grid that charts have without a style.
 
 
 def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
