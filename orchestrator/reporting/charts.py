@@ -248,7 +248,7 @@ def front_chart(
     low = number("low", axis=None, scale=upward)
     x_axis = {"title": {"signal": "titles[cost]"}, "tickCount": 8}
     x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
-    y_axis = {"title": {"signal": "titles[quality]"}}
+    y_axis: Spec = {"title": {"signal": "titles[quality]"}}
     y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
 
     members = {"filter": "datum.is_member"}
