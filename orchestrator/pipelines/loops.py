@@ -40,7 +40,7 @@ from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, Sto
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.costs import TIMES_NAME, StoredTimes
+from orchestrator.sweeping.costs import TIMES_NAME, StoredCosts
 from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
@@ -146,7 +146,7 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
-        results=tuple(_with_costs(trials, plan, context)),
+        results=tuple(_with_depth_costs(trials, plan, context)),
         facts={
             SETTINGS_TITLE: flatten(plan.evaluation.settings),
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
@@ -158,19 +158,22 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     return report
 
 
-def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
-    """Add what each model costs: exact counts, and milliseconds, which are measured once."""
+def _with_depth_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
+    """Add what each model costs: exact counts, and milliseconds.
+
+    Counts of a model that transformers runs need its weights, so they are stored with the times.
+    """
     workspace = context.workspace
     cluster = plan.evaluation.settings.cluster
     opened = plan.evaluation.opened.values()
     models = {trial.key: model for trial, model in zip(trials, opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
-    costs = StoredTimes.read(path)
+    costs = StoredCosts.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.evaluation.trust_remote_code)
         by_name = command_place(cluster, workspace.root).run(measure, context.progress)
-        costs = StoredTimes(state=state, by_name=by_name)
+        costs = StoredCosts(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
 

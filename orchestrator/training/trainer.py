@@ -125,7 +125,7 @@ def run_job(
 
     Args:
         job: What to train.
-        world: This worker's place; a single worker on the CPU when unset.
+        world: This worker's rank and device; a single worker on the CPU when unset.
         should_stop: Called after each step on the first worker, and before the first step.
         should_save: Called likewise; True if the workers may soon be lost, so that a checkpoint is
             written that the recipe does not ask for.
@@ -610,7 +610,7 @@ def _counts(batch: Batch) -> dict[str, float]:
 def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
     """Collect garbage in a `with` block only by the function that this yields.
 
-    A worker that pauses for it at a time of its own keeps all others waiting.
+    A worker that pauses for garbage at a time of its own keeps all others waiting.
     """
     was_enabled = gc.isenabled()
     gc.collect(1)

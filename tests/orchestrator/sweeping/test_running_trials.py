@@ -24,7 +24,7 @@ from orchestrator.records.trial import AshaRule, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.states import (
-    SweepRun,
+    RunningSweep,
     competing_trials,
     early_stops,
     trial_states,
@@ -125,9 +125,9 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
         def run(self, *_: Any) -> Any:
             raise Interrupted("what was stored is kept")
 
-    place = ThisProcess()
-    place.measured_at = Stopped()
-    assert run_trial(trials[0], place) is None
+    process = ThisProcess()
+    process.measured_at = Stopped()
+    assert run_trial(trials[0], process) is None
     assert trials[0].result() is None
     assert run_trial(trials[0]) is not None
 
@@ -169,7 +169,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
     competitors = competing_trials(plan, sweep)
-    sweep_run = SweepRun(plan, trial_states(plan, sweep))
+    sweep_run = RunningSweep(plan, trial_states(plan, sweep))
     requests = Requests()
     scheduler = AshaByModel(AshaRule.of(sweep), competitors, sweep_run, requests)
 
