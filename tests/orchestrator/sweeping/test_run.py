@@ -216,7 +216,7 @@ def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
 
 
 def test_the_teacher_starts_first_and_then_the_costliest(tiny_plan):
-    queue = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     first, *others = [trial for _ in tiny_plan.trials if (trial := queue.take())]
     assert first.role == "teacher"
     evaluations = [inference_cost(trial.model).evaluations_per_token for trial in others]
@@ -225,7 +225,7 @@ def test_the_teacher_starts_first_and_then_the_costliest(tiny_plan):
 
 
 def test_a_sweep_counts_its_trials_and_says_what_those_that_run_save(tiny_plan):
-    queue = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     assert queue.num_all == len(tiny_plan.trials)
     assert not queue.begin_saving(), "none runs"
     assert queue.notes == []
