@@ -30,8 +30,7 @@ from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.stop import stop_when
-from orchestrator.workspace.errors import Interrupted
-from orchestrator.workspace.errors import DeviceError, UserError
+from orchestrator.workspace.errors import DeviceError, Interrupted, UserError
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lastword": [

@@ -26,7 +26,7 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import run_plan
-from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
@@ -44,7 +44,7 @@ class Sweep:
 
     def run(
         self, plan: SweepTrials, *assignments: str, progress: Progress | None = None
-    ) -> SweepRun:
+    ) -> RunningSweep:
         return run_plan(
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
             progress=progress, tracking=self.tracking,
@@ -217,7 +217,7 @@ def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, swee
         def advance(self, done: float, text: str = "", **more: Any) -> None:
             texts.append(text)
 
-    run = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     teacher, student, *_ = tiny_plan.trials
     workspace = open_workspace(sweep.folder)
     with SweepView(run, resolve_settings({}), workspace, sweep.tracking, Texts()) as view:
@@ -231,11 +231,14 @@ def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, swee
         journal.close()
         view.update()
     assert texts[0] == f"measuring {teacher.label}"
-    assert set(texts[-1].split("; ")) == {f"measuring {teacher.label}", f"measuring {student.label}"}
+    assert set(texts[-1].split("; ")) == {
+        f"measuring {teacher.label}",
+        f"measuring {student.label}",
+    }
 
 
 def test_a_stop_waits_for_trials_that_train_and_not_for_those_that_are_measured(tiny_plan):
-    run = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     teacher, student, *_ = tiny_plan.trials
     assert teacher.job is None, "it is measured as it is"
     run.on_start(teacher.key)
@@ -247,7 +250,7 @@ def test_a_stop_waits_for_trials_that_train_and_not_for_those_that_are_measured(
 
 
 def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
-    queue = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     taken = [queue.take(), queue.take()]
     queue.start_again("memory ran low")
     assert queue.notes == ["memory ran low"]
