@@ -69,8 +69,10 @@ LOW_HEIGHT = HEIGHT * 3 // 4
 PIXELS_PER_UNIT = 2
 BELOW: dict[str, Any] = {"title": None, "orient": "bottom"}
 """A legend below the chart."""
-COLUMNS = {"expr": "width < 500 ? 2 : 6"}
-"""Columns of a legend; a phone has room for two."""
+PHONE_WIDTH = 500
+"""A chart of fewer pixels is on a phone."""
+COLUMNS = {"expr": f"width < {PHONE_WIDTH} ? 1 : 6"}
+"""Columns of a legend; a phone has room for one, as names may be long."""
 CONFIG = {
     "aria": False,  # Else each mark of the SVG repeats all of its values.
     "font": "sans-serif",
@@ -82,6 +84,7 @@ CONFIG = {
         "titleColor": INK,
         "domainColor": GRAY,
         "tickColor": GRAY,
+        "gridColor": GRID,
     },
     "legend": {"labelFontSize": 12, "labelColor": INK, "titleColor": INK},
     "title": {"anchor": "start", "fontSize": 14, "color": INK, "subtitleColor": GRAY},
@@ -106,8 +109,6 @@ NAME_PLACES = (
 )
 """Where a name may stand, the best first: how it is aligned, and its distance from the model. Above
 and left of a member no other member is in the way."""
-PHONE_WIDTH = 500
-"""A chart of fewer pixels is on a phone."""
 NAME_WIDTHS = (620, 250)
 """Names are placed in charts of these widths: on other devices, and on a phone."""
 LETTER_WIDTH = 6.9
@@ -246,9 +247,9 @@ def front_chart(
     x = number("x", axis=None, scale={**scale, "padding": PADDING_X})
     y = number("y", axis=None, scale=y_scale)
     low = number("low", axis=None, scale=y_scale)
-    x_axis = {"title": {"signal": "titles[cost]"}, "gridColor": GRID, "tickCount": 8}
+    x_axis = {"title": {"signal": "titles[cost]"}, "tickCount": 8}
     x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
-    y_axis = {"title": {"signal": "titles[quality]"}, "gridColor": GRID}
+    y_axis: Spec = {"title": {"signal": "titles[quality]"}}
     y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
 
     members = {"filter": "datum.is_member"}
@@ -594,14 +595,11 @@ def _tooltip(row: Row) -> dict[str, str]:
 def layer_chart(values: Sequence[float]) -> Spec:
     """Return a bar for the block influence of each layer, the first on top."""
     rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
-    return {
-        "data": {"values": rows},
-        "mark": {"type": "bar", "tooltip": True},
-        "encoding": {
-            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
-            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
-        },
+    encoding = {
+        "y": {"field": "layer", "type": "ordinal", "title": "Layer"},
+        "x": number("influence", title="Block influence"),
     }
+    return chart_spec(marks("bar", encoding, values=rows, color=BLUE, tooltip=True))
 
 
 def influence_chart(
