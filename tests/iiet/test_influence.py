@@ -13,6 +13,7 @@ import pytest
 import torch
 from live_tensors import LiveTensors
 from model_cases import make_model, tokens
+from refusals import refused
 from safetensors.torch import load_file
 
 from iiet import INFLUENCE_METRICS
@@ -187,7 +188,7 @@ def test_only_positions_that_count_are_measured(metric):
     joined = influence_table(decoder, [uneven], metric=metric)
     for row, expected in zip(split.value_rows, joined.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    with pytest.raises(ValueError, match="'looped' repeats the whole stack"):
+    with refused(ValueError, "'looped'"):
         influence_table(Decoder(preset("tiny", method="looped")), tokens(2, 8))
     with pytest.raises(ValueError, match="nothing to measure"):
         influence_table(decoder, [Batch(ids, ids, mask=mask & False)], metric=metric)
@@ -344,7 +345,7 @@ def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_r
     del INFLUENCE_METRICS.own_classes["constant"]
     table = InfluenceTable.from_dict(stored)
     assert table.value_rows == Constant.rows
-    with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):
+    with refused(ExtensionError, "'constant'", "cosine"):
         table.worths()
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with refused(ValueError, "metric"):
         influence_table(decoder, ids, metric="constant")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from model_cases import make_model, tokens
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from iiet import Decoder, next_token_loss
@@ -123,5 +124,5 @@ def test_a_lazy_tensor_reads_what_is_asked_for(tmp_path):
     assert torch.equal(tensors["a"][...], weights["a"])
     assert torch.equal(tensors["a"][2:4], weights["a"][2:4])
     assert tensors["a"][6:8].shape == (0, 3)
-    with pytest.raises(ValueError, match="bad has 1 values that are NaN"):
+    with refused(ValueError, "bad", "NaN"):
         tensors["bad"][...]

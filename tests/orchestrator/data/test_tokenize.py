@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
+from refusals import refused
 from sample_texts import lines_of, tokens_of
 from tokenizers.processors import TemplateProcessing
 
@@ -159,7 +160,7 @@ def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path):
     folder = tokens_of(TEXTS, tmp_path, **OPTIONS)
     (folder / VERIFIED_NAME).write_text("{")
     (folder / "train.bin").unlink()
-    with pytest.raises(DamagedFile, match=r"train\.bin is missing"):
+    with refused(DamagedFile, "train.bin", "missing"):
         verify_data(folder)
     manifest = Manifest.read(folder / MANIFEST_NAME)
     assert manifest
@@ -202,7 +203,7 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
-    with pytest.raises(UserError, match=r"2\.jsonl, line 51: the field 'text' holds 5"):
+    with refused(UserError, "2.jsonl, line 51", "'text'"):
         write_text(several, tmp_path / "bad", "key", Progress(), open_runner=partial(threads, 3))
 
 

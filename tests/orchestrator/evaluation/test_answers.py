@@ -6,8 +6,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+from refusals import refused
 
 from iiet.decoder import Decoder
 from iiet.sampling import Sampler, row_keys
@@ -110,13 +110,13 @@ def test_settings_of_a_task_become_those_of_the_generator():
     sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
     assert sampled == Sampling(max_new_tokens=7, temperature=1.0, top_p=0.9)
     assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
-    for options, words in (
-        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
+    for options, named in (
+        ({"num_beams": 4}, "num_beams=4"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"max_gen_toks": 64}, r"up to 64 tokens \(max_gen_toks\), and the model reads"),
+        ({"max_gen_toks": 64}, "64 tokens (max_gen_toks)"),
     ):
         task: Any = SimpleNamespace(
             OUTPUT_TYPE="generate_until", get_config={"generation_kwargs": options}.get
         )
-        with pytest.raises(UserError, match=rf"cannot generate answers for asked: its .*{words}"):
+        with refused(UserError, "asked", named):
             check_answer_settings({"asked": task}, 64)

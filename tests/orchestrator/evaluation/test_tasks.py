@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from lm_eval_tasks import write_task
+from refusals import refused
 
 from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import (
@@ -136,9 +137,9 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
         with pytest.raises(UserError, match=reason):
             load(folder=folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no lm-eval task files"):
+    with refused(UserError, "lm-eval"):
         load(folder=tmp_path / "empty")
-    with pytest.raises(UserError, match="no task was named"):
+    with refused(UserError, "task"):
         load_suite(Suite())
 
 
@@ -159,9 +160,9 @@ def test_exactly_the_planned_tasks_are_run(folder):
     found = load(*names, folder=folder, planned=["lastword"])
     assert list(found.tasks) == ["lastword"]
     assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
-    with pytest.raises(RunFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
+    with refused(RunFailed, "piqa", "huggingface.co"):
         load(*names, folder=folder, planned=list(names))
-    with pytest.raises(RunFailed, match=r"piqa could be loaded when "):
+    with refused(RunFailed, "piqa"):
         load("piqa", folder=folder, planned=["piqa"])
 
 
@@ -182,7 +183,7 @@ def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, asked):
     for suite, task in (("choices", "both"), ("choices", "chioces"), ("choices", "phop_2")):
         with pytest.raises(UserError, match=r"evaluation\.retention"):
             names(suite, {task: 1.0})
-    with pytest.raises(UserError, match=r"evaluation\.suite names no task"):
+    with refused(UserError, "evaluation.suite"):
         names("", {"choices": 1.0})
     # Tasks beside say nothing of the accuracy that a front needs.
     settings = EvaluationSettings(suite="bits_per_byte", include_path=str(folder))

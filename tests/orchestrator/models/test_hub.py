@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers.utils.logging  # noqa: F401 - Its handler keeps the stderr of its import.
 from huggingface_hub import constants
+from refusals import refused
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance
@@ -252,9 +253,9 @@ def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
     assert (model.label, model.is_external) == ("tiny r=1", True)
     with offline(DRY_RUN):
         assert download(NAME) == folder
-        with pytest.raises(UserError, match="a dry run downloads nothing"):
+        with refused(UserError, "dry run"):
             download("hub:me/other")
-    with pytest.raises(UserError, match=r"hub:me/other is not in the hub's cache .* be reached"):
+    with refused(UserError, "hub:me/other"):
         download("hub:me/other")
 
 

@@ -14,6 +14,7 @@ import torch
 from commands import run_here
 from lm_eval_tasks import write_choices
 from plain_models import CASES, random_model, random_values
+from refusals import refused
 from sample_texts import lines_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -136,11 +137,11 @@ def test_a_file_of_several_that_is_missing_or_damaged_is_named(make_folder, work
     with pytest.raises(UserError, match=f"cannot read .*{file.name}"):
         import_model(source, workspace=workspace)
     file.unlink()
-    with pytest.raises(UserError, match=rf"lacks {file.name}, which model\.safetensors\.index"):
+    with refused(UserError, file.name, "model.safetensors.index"):
         import_model(source, workspace=workspace)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
-    with pytest.raises(UserError, match="weight_map names no files"):
+    with refused(UserError, "weight_map"):
         import_model(source, workspace=workspace)
     assert not workspace.runs.exists()
 

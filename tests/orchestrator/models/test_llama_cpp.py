@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from refusals import refused
 from tokenizers import Tokenizer, models
 
 from iiet.decoder import Decoder
@@ -85,7 +86,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(tmp_path, save_tiny, capfd):
     assert cli.main([*command, "--workspace", str(tmp_path)]) == 2
     sentence = "no counterpart of what a method computes beside the layers"
     assert sentence in " ".join(capfd.readouterr().err.split())
-    with pytest.raises(UserError, match="not the words of a depth task"):
+    with refused(UserError, "depth task"):
         write_gguf(file, load_model(words), folder)
     assert not file.exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from sample_texts import tokens_of
 
 from iiet.methods import METHODS
@@ -157,7 +158,7 @@ def test_the_models_of_a_sweep_and_their_names(other):
     )
     assert one == "of the paper's five claims, its models answer 1, 3, 4"
     assert "answer all five claims" in several
-    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla"):
+    with refused(UserError, "model.method=vanilla"):
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
 
@@ -207,7 +208,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, m
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
             sweep(resolve_settings({}, [f"sweep.kind={kind}", setting]), workspace=tmp_path / "w")
-    with pytest.raises(UserError, match="hellaswagg: there is no such task; did you mean hellas"):
+    with refused(UserError, "hellaswagg", "hellaswag"):
         plan_sweep(resolve_settings({}, ["evaluation.suite=hellaswagg,piqa"]))
 
 
@@ -363,7 +364,7 @@ def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
 def test_a_teacher_without_corrections_is_refused(space, pretrain, tiny_tokens):
     tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
     vanilla = pretrain("vanilla", VANILLA, tokens)
-    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla .* has none"):
+    with refused(UserError, "model.method=vanilla"):
         plan_sweep(resolve_settings({}), workspace=space, teacher=vanilla)
 
 

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from refusals import refused
 
 from orchestrator.records.tracked_run import (
     NOTE_TAG,
@@ -320,7 +321,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
             lambda: database.symlink_to(database),
         ):
             make()
-            with pytest.raises(UserError, match=r"cannot open .*mlflow\.db.* move the file away"):
+            with refused(UserError, "mlflow.db"):
                 open_tracking(workspace)
             _ = database.rmdir() if database.is_dir() else database.unlink()
     for uri, said in (

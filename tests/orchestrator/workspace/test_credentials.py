@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from orchestrator import cli
 from orchestrator.records.training import TrainingJob
@@ -124,7 +125,7 @@ def test_storage_with_a_secret_is_refused_and_nothing_is_written(tmp_path, monke
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
     file = tmp_path / "settings.yaml"
     for uri in filter(has_secret, ADDRESSES):
-        with pytest.raises(ValueError, match="the address holds a password or a key") as caught:
+        with refused(ValueError, "address", "key") as caught:
             ClusterSettings(storage=uri)
         assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(caught.value)
     file.write_text(f"cluster: {{storage: '{uri}'}}\n")
