@@ -83,7 +83,7 @@ def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
     for text in (report, said):
         assert "2 layers, weights of tiny.gguf" in text
     assert main(["parity", "--gpu", "--quick", "--to", str(tmp_path)]) == 0
-    assert "tiny: the figures mean nothing" in (tmp_path / "gpu-report.md").read_text()
+    assert "mean nothing" in (tmp_path / "gpu-report.md").read_text()
 
 
 def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
@@ -199,14 +199,15 @@ def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(t
     assert result.reasons == ["RuntimeError: an illegal memory access"]
     assert "Traceback" in result.details
     result = run_section(section(skipping), toy)
-    assert (result.status, result.reasons) == ("skipped", ["needs 2 GPUs, and this machine has 1"])
+    assert result.status == "skipped"
+    assert "2 GPUs" in result.reasons[0]
 
 
 @pytest.mark.slow
 def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy):
     result = run_in_process(section(killed), toy)
     assert [row.what for row in result.rows] == ["first"]
-    assert result.reasons == ["its process ended with exit code -9"]
+    assert result.reasons[0].endswith("exit code -9")
     assert "a last word" in result.details
     result = run_in_process(GPU_SECTIONS["parity"], toy, limit_seconds=0.2)
     assert result.status == "failed"

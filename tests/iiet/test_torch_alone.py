@@ -54,4 +54,4 @@ def test_the_core_works_with_pytorch_alone_and_names_the_library_that_loading_ne
     assert found["distillation"] > 0
     assert found["generated"] == [1, 7]
     assert found["version"] == iiet.__version__ == metadata.version("iiet-orch")
-    assert "safetensors, which is not installed; type pip install safetensors" in found["load"]
+    assert "pip install safetensors" in found["load"]

@@ -149,7 +149,7 @@ def test_an_address_where_nothing_answers_is_refused_before_anything_is_prepared
         settings = ClusterSettings(address=address)
         with pytest.raises(UserError, match=f"{address}.*cluster.address=local"):
             ray_cluster(settings).__enter__()
-    assert f"iiet-orch: no Ray cluster answers at {address}" in capsys.readouterr().err
+    assert address in capsys.readouterr().err
     assert not (tmp_path / "tokens").exists()
     with refused(UserError, "no-such-host.invalid:6379"):
         check_ray_can_run("no-such-host.invalid:6379")

@@ -279,7 +279,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     assert ended["bad"] == (None, "")
     stop = early_stops(plan, sweep)["bad"]
     assert stop.step == 100
-    assert stop.text.startswith(f"stopped early at step {stop.step} of 400: its validation loss is")
+    assert f"step {stop.step} of 400" in stop.text
     assert "good had" in stop.text
     [saved] = Path(bad.folder).glob("step_*")
     assert stop.step <= int(saved.name.removeprefix("step_")) < 400

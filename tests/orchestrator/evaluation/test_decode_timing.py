@@ -178,7 +178,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypat
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
     lines = command_tables.benchmark_sentences(costs)[1:]
-    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
+    assert "within 0.0%" in lines[0]
 
     metrics = costs[0].metrics()
     assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms

@@ -145,7 +145,7 @@ def test_what_is_damaged_is_named_and_never_copied(suite, decoder, tokenizer, tm
     with refused(RunFailed, "a file"):
         store.copy(keys, plain, pretrained="")
     EvaluationStore(plain, notes.append).write("key", task, ABOUT)
-    assert notes == ["cannot store the result of choices: File exists"]
+    assert ["choices" in note for note in notes] == [True]
 
 
 def test_what_is_loaded_knows_its_groups_and_which_tasks_are_in_no_average(

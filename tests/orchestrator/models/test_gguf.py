@@ -108,7 +108,7 @@ def test_what_is_not_a_whole_file_is_refused(file, tmp_path, monkeypatch):
         read_gguf(bad)
     for other in (b"", b"GG", b"PK\x03\x04 a zip archive"):
         bad.write_bytes(other)
-        with pytest.raises(UserError, match=r"cannot read .*: it is not a GGUF file, is damaged"):
+        with refused(UserError, "GGUF"):
             read_gguf(bad)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with refused(UserError, "iiet-orch[gguf]"):
@@ -226,7 +226,7 @@ def test_it_becomes_a_run_that_is_found_again(file, workspace, capfd):
     with pytest.raises(UserError, match="--name"):
         import_model(file, workspace=workspace, tokenizer=checkpoint / "tokenizer.json")
     assert cli.main(["import", str(file.parent), *where]) == 2
-    assert f"name the GGUF file in it: {file}" in " ".join(capfd.readouterr().err.split())
+    assert str(file) in " ".join(capfd.readouterr().err.split())
     assert [run.name for run in workspace.runs.iterdir()] == ["Tiny-Chat.Q8_0"]
 
 

@@ -69,7 +69,7 @@ def test_the_file_of_a_looped_model_says_how_often_its_layers_run(tmp_path, save
     where = ["--workspace", str(tmp_path)]
     options = ["--format", "gguf", *where]
     assert cli.main(["export", str(checkpoint), *options, "--to", str(file)]) == 2
-    assert "replace a file with --force" in capfd.readouterr().err
+    assert "--force" in capfd.readouterr().err
     assert cli.main(["export", str(checkpoint), *options, "--push-to-hub", "a/b"]) == 2
     assert "not a GGUF file" in capfd.readouterr().err
 

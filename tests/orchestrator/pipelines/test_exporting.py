@@ -17,7 +17,7 @@ import pytest
 import torch
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
-from refusals import refused
+from refusals import assert_names, refused
 from safetensors.torch import load_file
 
 from iiet.config import ModelConfig
@@ -223,13 +223,13 @@ def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
     assert weights_precision(rounded) == "bf16"
     assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_model(rounded).config.corrections == (1, 0)
-    assert "The weights are stored as bf16." in (rounded / CARD).read_text()
+    assert "bf16" in (rounded / CARD).read_text()
 
 
 def test_a_plain_model_is_exported_without_a_schedule(save_tiny, workspace, tmp_path):
     plain = save_tiny(tmp_path / "plain", method="vanilla", schedule=None)
     folder = export(to=tmp_path / "own", model=plain, workspace=workspace, measure=False)
-    assert "This method makes no corrections." in (folder / CARD).read_text()
+    assert "no corrections" in (folder / CARD).read_text()
     assert load_model(folder).config.schedule is None
 
 
@@ -269,7 +269,7 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
     text = ModelCard(name="tiny", config=config, served=family).to_markdown()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "`2,1`" in text
-    assert "The weights also learned `1,0`; `0,0`." in text
+    assert "`1,0`; `0,0`" in text
     assert "| field evaluations (NFE) per token | 5 |" in text
     # Each evaluation reads keys and values of all tokens that it sees.
     read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
@@ -289,7 +289,7 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
         influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
         provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
     ).to_markdown()
-    assert "3 field evaluations per token, 60% of the 5 of the full model" in text
+    assert_names(text, "3 field evaluations", "60% of the 5")
     assert "| 1 | 0.3 | 0.1 |" in text
     assert "num_steps 7" in text
     assert "checksums" not in text

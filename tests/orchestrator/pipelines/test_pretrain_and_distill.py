@@ -215,7 +215,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tra
     result = run_pretrain(
         plan_pretrain(longer, workspace=context.workspace, continued="short", name="long"), context
     )
-    assert "long continues short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
+    assert "short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
     scratch = read_settings(result.checkpoint.parent / SETTINGS_NAME)
     assert round(12 * scratch.training.iterate_from_fraction) == round(6 * 0.6)
     expected = train({"a": scratch}, context, tokens, name="scratch")["a"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from refusals import refused
+from refusals import assert_names, refused
 from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
@@ -58,7 +58,7 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
     assert "decoding time" in findings(sample_front(sample_results, axes))[0]
     busy = [*sample_results[:-1], sample_results[-1].with_numbers("cost", {"decode_ms_spread": 1})]
     [sentence] = findings(sample_front(busy, axes))
-    assert sentence.startswith("Not measured: the machine was busy")
+    assert sentence.startswith("Not measured")
     assert "report --time-again" in sentence
     assert findings(sample_front(busy)) == findings(sample_front(sample_results))
 
@@ -94,9 +94,9 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
 
     # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
     said = about_vanilla(0.4437 - 0.034)
-    assert "is worse than 0,1,1,1,1,1 by 3.4 points, 95% interval 0.0 to 6.8" in said
+    assert_names(said, "worse than 0,1,1,1,1,1", "3.4 points", "0.0 to 6.8")
     for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
-        assert "differ by less than these items can resolve" in about_vanilla(accuracy)
+        assert "differ by less" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
@@ -113,7 +113,8 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     assert 0.8 < keeps < 0.95
     few = ", as far as 2,000 items can tell."
     assert said[0].endswith(few)
-    assert said[1].startswith(f"That {kept['label']} keeps 99% has a confidence of {keeps:.2f}")
+    assert said[1].startswith(f"That {kept['label']} keeps 99%")
+    assert f"{keeps:.2f}" in said[1]
     # The cheapest is not certain enough; a costlier one is.
     sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
     assert sure in said[1]
@@ -125,9 +126,9 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     assert "interval" not in describe_model(front, front.full)
     vanilla = next(s for s in said if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
-    assert "is worse than 0,1,1,1,1,1 by 2.6 points, 95% interval 2.0 to 3.3" in vanilla
+    assert_names(vanilla, "worse than 0,1,1,1,1,1", "2.6 points", "2.0 to 3.3")
     [note] = confidence_note(front)
-    assert "the share of 1,000 draws in which the claim holds. Each draw samples 2,000 of" in note
+    assert_names(note, "1,000 draws", "2,000")
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == keeps
 
     # A confidence of exactly 0.95 is enough.
@@ -219,5 +220,4 @@ def test_a_teacher_with_a_source_beats_its_controls_or_is_called_worse(sample_re
         "source_continued (5.0 points, 95% interval 1.6 to 8.4)."
     )
     worse = about_controls(0.43, 0.4965)
-    assert "differs from source by less than these items can resolve (1.7 points" in worse
-    assert "and is worse than source_continued (5.0 points" in worse
+    assert_names(worse, "source by less", "(1.7 points", "worse than source_continued (5.0 points")

@@ -156,8 +156,8 @@ def test_the_models_of_a_sweep_and_their_names(other):
         claims_answered(resolve_settings({}, ["model.corrections=3", teachers]))
         for teachers in ("sweep.teachers=[]", "sweep.teachers=[r = 2, pcformer]")
     )
-    assert one == "of the paper's five claims, its models answer 1, 3, 4"
-    assert "answer all five claims" in several
+    assert one.endswith("1, 3, 4")
+    assert "all five claims" in several
     with refused(UserError, "model.method=vanilla"):
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 

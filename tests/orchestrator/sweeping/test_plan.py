@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early, with_job
-from refusals import refused
+from refusals import assert_names, refused
 from rich.console import Console
 
 from iiet.config import ModelConfig
@@ -114,7 +114,7 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
     assert [name for name in words if "time" in name] == ["training time"]
-    assert words["disk"].startswith("at most 475 KiB: checkpoints 475 KiB; ")
+    assert words["disk"].count("475 KiB") == 2
     resumed = dict(price_rows(price.model_copy(update={"disk": {}}), {}))
     assert resumed["disk"].startswith("nothing more; ")
     assert words["on this machine"] == "it fits"
@@ -139,7 +139,7 @@ def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
-    assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
+    assert_names(told(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
     begin(student, 40)
     assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
 
@@ -160,7 +160,8 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    assert told(plan, chosen)[1:] == ["5 of 5 trials are finished and reused"]
+    [line] = told(plan, chosen)[1:]
+    assert "5 of 5 trials" in line
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 

@@ -198,7 +198,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     stop = early_stops(plan, sweep)[low.key]
     assert sweep_run.stopped == {low.label: stop}
     assert stop.step == 10
-    assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")
+    assert "step 10 of 40" in stop.text
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
     assert low.result() is None, "what was not trained to its end is not finished"
     records = read_journal(Path(low.folder))[0]

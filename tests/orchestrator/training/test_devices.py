@@ -146,7 +146,7 @@ def test_a_broken_compiler_is_one_warning_and_changes_nothing(job, monkeypatch):
 
     monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
     (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
-    assert event["text"].endswith("OSError: no space left for the compiler")
+    assert "OSError" in event["text"]
 
 
 def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):

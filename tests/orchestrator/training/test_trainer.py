@@ -158,7 +158,7 @@ def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, na
         with pytest.raises(Diverged, match="step 7: loss") as caught:
             run_job(job)
         text = str(caught.value)
-        assert f"last good checkpoint is {job.folder / 'step_00000004'}; lower" in text
+        assert str(job.folder / "step_00000004") in text
         for setting in ("learning_rate=0.01", "warmup_steps", "skip_bad_steps"):
             assert f" {section}.{setting}" in text
         assert steps_of(job) == [4]

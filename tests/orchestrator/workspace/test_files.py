@@ -162,7 +162,7 @@ def test_a_file_of_another_folder_is_refused_whatever_its_content(tmp_path, name
     name = name.format(parent=tmp_path)
     assert (folder / name).read_text() == "v"
     damage = damaged_file(folder, {name: other["weights"]})
-    assert damage == f"{name} is not what was written"
+    assert str(damage).startswith(name)
 
 
 @pytest.fixture
