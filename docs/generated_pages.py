@@ -32,6 +32,7 @@ from orchestrator.pipelines import (
     models,
     reports,
     serving,
+    sweep_plan,
     sweeps,
     syncing,
     training,
@@ -52,7 +53,7 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
-SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweeps.SweepPlan}
+SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweep_plan.SweepPlan}
 RESULTS: dict[str, dict[str, type[Result]]] = {
     **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "sweep": {

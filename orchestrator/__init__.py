@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.reports import ClaimsResult, claims, report
     from orchestrator.pipelines.serving import ServingResult, measure_serving
-    from orchestrator.pipelines.sweeps import SweepPlan, SweepResult, plan_sweep, sweep
+    from orchestrator.pipelines.sweep_plan import SweepPlan
+    from orchestrator.pipelines.sweep_stages import plan_sweep
+    from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.pipelines.training import (
         DistillResult,
@@ -62,7 +64,9 @@ _MODULES = {
     "pipelines.models": "PickResult export import_model pick plan_pick",
     "pipelines.reports": "ClaimsResult claims report",
     "pipelines.serving": "ServingResult measure_serving",
-    "pipelines.sweeps": "SweepPlan SweepResult plan_sweep sweep",
+    "pipelines.sweep_plan": "SweepPlan",
+    "pipelines.sweep_stages": "plan_sweep",
+    "pipelines.sweeps": "SweepResult sweep",
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import vl_convert
-from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, all_readings
+from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, Readings, all_readings
 from retrofit_study import CONTINUED, Study, results_in
 
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import LEGEND, PIXELS_PER_UNIT, Spec, front_chart
+from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL
 from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
 
@@ -52,6 +53,11 @@ NOT_PICTURED = ("source_continued, equal tokens", "scratch")
 """Controls that had fewer steps than those of the same kind, whose names would cover theirs."""
 PANEL = (500, 215)
 """Width and height of a front in pixels: small, so that its letters can be read on a phone."""
+UNKNOWN = "nobody knows"
+WORDS = {PAYS: "holds", DOES_NOT_PAY: "does not hold", NOT_DECIDED: "not decided", "": UNKNOWN}
+"""Verdict of the study of retrofits, empty if it has not run -> the word for it here."""
+STARTS = ("mean", "identity")
+"""Kinds of start of a retrofit."""
 Report = Mapping[str, Any]
 
 
@@ -107,8 +113,8 @@ def _claim_cells(claim: Report) -> list[str]:
     return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
 
 
-def holds_table(claims: Report, text: Report, retrofit: Report, study: Report) -> list[str]:
-    """Return the lines of what holds and what does not, each with its command.
+def places_table(claims: Report, text: Report, retrofit: Report, study: Report) -> list[str]:
+    """Return the lines of what was asked, and where the answer was found, each with its commands.
 
     Args:
         claims: Front of `sweep claims`.
@@ -116,52 +122,115 @@ def holds_table(claims: Report, text: Report, retrofit: Report, study: Report) -
         retrofit: Front of `sweep retrofit`.
         study: Stored trainings of `research/retrofit_study.py`.
     """
-    rows = [[*_claim_cells(claim), "`iiet-orch sweep claims`"] for claim in claims["claims"]]
-    plain = ("the source", "vs_source"), ("the source trained on", "vs_source_continued")
-    for question, report, name, against, command in (
-        ("text: IIET beats vanilla", text, "teacher", "vs_vanilla", "toy"),
-        ("text: it beats the same without corrections", text, "teacher", "vs_r_0", "toy"),
-        *(
-            (f"retrofit: {model} beats {other}", retrofit, name, against, "retrofit")
-            for model, name in (("it", "teacher"), ("its student 0,0", "0,0"))
-            for other, against in plain
+    by_key = {claim["key"]: claim for claim in claims["claims"]}
+    cheapest = text["picks"]["cheapest"]
+    [student] = [row["name"] for row in text["results"] if row["key"] == cheapest]
+    paper = "`iiet-orch sweep claims`, `iiet-orch sweep toy`"
+    shipped = "`iiet-orch sweep retrofit`"
+    studied = "`python research/retrofit_study.py`"
+    *tasks, on_text = all_readings(_stored_study(study))
+    rows = [
+        (
+            "IIET beats a plain Llama of its size (vanilla)",
+            _claim_cell(by_key["iiet_over_vanilla"]),
+            _difference_cell(text, "teacher", "vs_vanilla"),
+            paper,
         ),
-    ):
-        cells = difference_cells(report, name, against)
-        rows.append([question, "", *cells, f"`iiet-orch sweep {command}`"])
-    rows += _rows_of_study(study)
+        (
+            "it beats an IIET that was trained without corrections (r = 0)",
+            _difference_cell(claims, "r = 3", "vs_r_0"),
+            _difference_cell(text, "teacher", "vs_r_0"),
+            paper,
+        ),
+        (
+            "a student with fewer corrections keeps 99.4 % of its quality",
+            _claim_cell(by_key["saved_overhead_nfe"]),
+            _kept_cell(text, student),
+            paper,
+        ),
+        (
+            "at vanilla's cost, a student beats vanilla",
+            _claim_cell(by_key["student_over_vanilla_nfe"]),
+            _difference_cell(text, student, "vs_vanilla"),
+            paper,
+        ),
+        (
+            "a plain model that gets corrections beats itself, trained on with as many FLOPs",
+            _difference_cell(retrofit, "teacher", "vs_source_continued"),
+            _reading_cell(on_text),
+            f"{shipped}, {studied}",
+        ),
+        (
+            "the same under three seeds, at other depths, and with both kinds of start",
+            _verdicts_cell(tasks),
+            _verdicts_cell([on_text]),
+            studied,
+        ),
+        (
+            "at the plain model's cost, a student beats it, trained on",
+            _difference_cell(retrofit, "0,0", "vs_source_continued"),
+            UNKNOWN,
+            shipped,
+        ),
+    ]
     return [
-        "| claim (3 to 5: of students) | paper | here | verdict | command |",
-        "| --- | ---: | --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        "| does it hold that | on tasks of serial steps | on text | for a model of the hub | by |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {question} | {tasks} | {texts} | {UNKNOWN} | {by} |"
+            for question, tasks, texts, by in rows
+        ),
     ]
 
 
-def _rows_of_study(stored: Report) -> list[list[str]]:
-    """Return a row for each kind of cell and start that the study of retrofits has decided."""
+def _claim_cell(claim: Report) -> str:
+    _, _, here, verdict = _claim_cells(claim)
+    return f"**{verdict}**: {here}"
+
+
+def _kept_cell(report: Report, name: str) -> str:
+    """Return the third claim for a student, by the quality of the report's front."""
+    [row] = [row for row in report["results"] if row["name"] == name]
+    low = row["paired/share_of_full_low"]
+    high = row["paired/share_of_full_high"]
+    verdict = "holds" if low >= PAPER_SHARE_OF_FULL else "not decided"
+    saved = 100 * (1 - row["cost/overhead_share"])
+    kept = f"{100 * low:.1f} to {100 * high:.1f} % kept"
+    return f"**{verdict}**: {saved:.1f} % less overhead ({kept})"
+
+
+def _difference_cell(report: Report, name: str, against: str) -> str:
+    difference, verdict = difference_cells(report, name, against)
+    return f"**{verdict}**: {difference}"
+
+
+def _stored_study(stored: Report) -> Study:
     study = Study(Path("unused"), Path("unused"))
     study.measured = results_in(stored)
-    words = {PAYS: "holds", DOES_NOT_PAY: "does not hold", NOT_DECIDED: "not decided"}
-    command = "`python research/retrofit_study.py`"
-    rows = []
-    is_open = False
-    for reading in all_readings(study):
-        unit = "bits per byte" if reading.is_text else "points"
-        for start in ("mean", "identity"):
-            continued = reading.of_arm(CONTINUED)
-            difference = reading.difference(reading.of_arm(start), continued)
-            if not difference.is_complete:
-                is_open = True
-                continue
-            low = difference.mean - difference.half_width
-            high = difference.mean + difference.half_width
-            here = _with_interval(difference.mean, low, high, unit)
-            verdict = words[difference.verdict(reading.least)]
-            question = f"retrofit, 3 seeds, {reading.name}: `{start}` beats the source trained on"
-            rows.append([question, "", here, verdict, command])
-    if is_open:
-        rows.append(["retrofit: other tasks and depths", "", "", "not measured yet", command])
-    return rows
+    return study
+
+
+def _reading_cell(reading: Readings) -> str:
+    difference = reading.difference(reading.of_arm(STARTS[0]), reading.of_arm(CONTINUED))
+    low = difference.mean - difference.half_width
+    high = difference.mean + difference.half_width
+    unit = "bits per byte" if reading.is_text else "points"
+    here = _with_interval(difference.mean, low, high, unit)
+    return f"**{WORDS[difference.verdict(reading.least)]}**: {here}"
+
+
+def _verdicts_cell(readings: Sequence[Readings]) -> str:
+    """Return how often a retrofit beats its source, trained on, as "**holds** in 1 of 12"."""
+    verdicts = [
+        reading.difference(reading.of_arm(start), reading.of_arm(CONTINUED)).verdict(reading.least)
+        for reading in readings
+        for start in STARTS
+    ]
+    return ", ".join(
+        f"**{word}** in {verdicts.count(verdict)} of {len(verdicts)}"
+        for verdict, word in WORDS.items()
+        if verdict in verdicts
+    )
 
 
 def difference_cells(report: Report, name: str, against: str) -> list[str]:
@@ -184,7 +253,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "front": accuracy_table,
     "front, bits": bits_table,
     "claims": claims_table,
-    "holds": holds_table,
+    "holds": places_table,
 }
 """Name of a table -> the function that makes it of its reports."""
 

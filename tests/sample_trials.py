@@ -66,7 +66,7 @@ def with_items(
             }
             run = {"results": {name: numbers}, "versions": {name: result.version}, "n-shot": {}}
             items = result.items or [str(number) for number in range(result.num_items)]
-            task = MeasuredTask(name=name, run=run, items=items, values=result.values)
+            task = MeasuredTask(name=name, output=run, items=items, values=result.values)
             store.write(keys[name], task, {})
         stored = EvaluationKeys(tasks=keys, groups=evaluation.groups, skipped=evaluation.skipped)
         found.append(trial.model_copy(update={"evaluation": stored}))

@@ -13,7 +13,7 @@ import concept_figures
 import generated_pages
 import pytest
 import typer
-from documented import ROOT
+from documented import FENCE, PAGES, ROOT
 
 import iiet
 import orchestrator
@@ -60,6 +60,15 @@ def test_the_figures_are_of_the_demo_in_the_results():
     rows = re.findall(r"^\| (\d,\d) \| (\d+) \|", demo, re.MULTILINE)
     family = iiet.schedule_family(concept_figures.INFLUENCE)
     assert {str(m.schedule): str(m.schedule.num_evaluations) for m in family} == dict(rows)
+
+
+def test_code_fits_the_column_of_the_site():
+    blocks = [
+        (page.name, block) for page in PAGES for *_, block in FENCE.findall(page.read_text("utf-8"))
+    ]
+    assert len(blocks) > 60
+    wide = [(page, line) for page, block in blocks for line in block.splitlines() if len(line) > 90]
+    assert not wide, "a screen of 1,280 pixels shows 90 characters"
 
 
 @pytest.mark.long

@@ -429,7 +429,8 @@ def _check_schedule(
 
 
 def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> Result:
-    from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
+    from orchestrator.pipelines.sweep_stages import plan_sweep
+    from orchestrator.pipelines.sweeps import run_sweep
 
     plan = plan_sweep(call.settings, teacher=call.imported(teacher), name=name, **call.common)
     return plan if call.dry_run else run_sweep(plan, call.context)

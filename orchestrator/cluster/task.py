@@ -32,6 +32,7 @@ from orchestrator.terminal.stop import (
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 T = TypeVar("T")
+AnswerT = TypeVar("AnswerT")
 
 END_SECONDS = 3.0
 """Longest wait for the end of tasks that are cancelled."""
@@ -80,7 +81,7 @@ def _shard_tasks() -> Iterator[ShardRunner]:
 
 
 class _ShardTasks:
-    """Runs work on shards as Ray tasks of one CPU each. What they report comes when they end."""
+    """Runs work on shards as Ray tasks of one CPU each. A task's reports come when it ends."""
 
     def __init__(self, num_cpus: int) -> None:
         import ray
@@ -88,35 +89,46 @@ class _ShardTasks:
         self.num_at_once = num_cpus
         # A task has one CPU, and the tokenizer would start threads for all of its node's.
         environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(with_reported)
+        self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(_call)
         self._at_work: set[Any] = set()
 
-    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
         """Start a task; Ray starts it again on another node if its own is lost."""
+        return self._start(work, lambda result: result)
+
+    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        """Start a task; at its end, call `report` once with the sums of what it has reported."""
+
+        def report_sums(answer: tuple[T, int, int]) -> T:
+            result, num_tokens, num_bytes = answer
+            report(num_tokens, num_bytes)
+            return result
+
+        return self._start(partial(with_reported, work), report_sums)
+
+    def _start(self, work: Callable[[], AnswerT], to_result: Callable[[AnswerT], T]) -> Future[T]:
         import ray.exceptions
 
         reference = self._task.remote(work)
         self._at_work.add(reference)
-        answer: Future[T] = Future()
+        result: Future[T] = Future()
 
-        def take_result(ended: Future[Any]) -> None:
+        def take_result(task: Future[AnswerT]) -> None:
             self._at_work.discard(reference)
             try:
-                result, num_tokens, num_bytes = ended.result()
-                report(num_tokens, num_bytes)
-                answer.set_result(result)
+                result.set_result(to_result(task.result()))
             except ray.exceptions.RayTaskError as error:
-                answer.set_exception(error.cause)
+                result.set_exception(error.cause)
             except ray.exceptions.RayError as error:
                 reason = first_line(error, with_type=True)
-                answer.set_exception(
+                result.set_exception(
                     RunFailed(f"a task on a node failed ({reason}); run the same command again")
                 )
-            except Exception as error:  # The work is over: `report` says so.
-                answer.set_exception(error)
+            except Exception as error:  # `report` raises after an error of another shard.
+                result.set_exception(error)
 
         reference.future().add_done_callback(take_result)
-        return answer
+        return result
 
     def end(self) -> None:
         """End what still runs, after an error or Ctrl-C; a shard at work is written again."""
@@ -127,6 +139,10 @@ class _ShardTasks:
             ray.cancel(reference, force=True)
         if running:
             ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
 
 
 def with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:

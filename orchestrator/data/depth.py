@@ -272,13 +272,13 @@ class IteratedLookup(DepthTask):
                 f"{self.name} with data.depth.num_symbols={num_symbols} has sequences of "
                 f"{self.length:,} symbols, more than {MAX_SEQUENCE_LENGTH:,}"
             )
-        self._things = symbol_texts(num_symbols, in_words=in_words)
-        self.symbols = (*self._things, *_number_texts(depth, in_words=in_words))
+        self._table_symbols = symbol_texts(num_symbols, in_words=in_words)
+        self.symbols = (*self._table_symbols, *_number_texts(depth, in_words=in_words))
         self.chance = 1 / (num_symbols - 1)  # Any symbol but that of the question.
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return self._things
+        return self._table_symbols
 
     def generate(self, bits: np.ndarray) -> Sequences:
         num = self.num_symbols
@@ -435,11 +435,11 @@ class DepthTasks(NamedTuple):
         """Check that each word is one token.
 
         Args:
-            tokenizer: Of a text.
-            shown: What `data.tokenizer` says.
+            tokenizer: The tokenizer of a text.
+            shown: The value of `data.tokenizer`, for the message.
 
         Raises:
-            UserError: If one is not.
+            UserError: If a word has several tokens.
         """
         for word in self.vocabulary:
             ids = tokenizer.encode(word, add_special_tokens=False).ids
@@ -455,7 +455,7 @@ def symbol_texts(num: int, *, in_words: bool) -> tuple[str, ...]:
     """Return the texts of some symbols.
 
     Raises:
-        UserError: If there are fewer words.
+        UserError: If the symbols are words, and there are too few words.
     """
     if not in_words:
         return numbered_symbols(num)
@@ -468,7 +468,7 @@ def symbol_texts(num: int, *, in_words: bool) -> tuple[str, ...]:
 
 
 def _number_texts(most: int, *, in_words: bool) -> tuple[str, ...]:
-    """Return the texts of the numbers from 1."""
+    """Return the texts of the numbers from 1 to `most`; errors are those of `symbol_texts`."""
     if not in_words:
         return tuple(f"<|{number} steps|>" for number in range(1, most + 1))
     if most > len(NUMBER_WORDS):
@@ -536,7 +536,8 @@ class DepthItem(NamedTuple):
 
 @dataclass(frozen=True)
 class DepthStore(PreparedData):
-    """Prepared depth tasks, or those of a mixture: a tokenizer; sequences are generated."""
+    """Prepared depth tasks, alone or of a mixture. Their folder holds a tokenizer; sequences are
+    generated."""
 
     depth_tasks: DepthTasks
 
@@ -574,7 +575,7 @@ class DepthStore(PreparedData):
             yield self._sequences(numbers, context_length, "validation", 0)
 
     def items(self, task: DepthTask, num_items: int) -> Iterator[DepthItem]:
-        """Return questions of a task; no stream of training or validation holds their sequences."""
+        """Yield questions of a task; no training or validation has their sequences."""
         rounds = (self._round_of_items(task, first) for first in count(step=_SEQUENCES_PER_ROUND))
         return islice(chain.from_iterable(rounds), num_items)
 
@@ -596,7 +597,7 @@ class DepthStore(PreparedData):
 
         from iiet.batch import NO_TARGET, Batch
 
-        # A sequence is padded by ends of text, which are no targets.
+        # A sequence is padded with the end-of-text token, which is no target.
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
         # Each task has the same share.
@@ -654,6 +655,6 @@ def write_depth(settings: DataSettings, parent: Path) -> Path:
     folder = depth_folder(settings, parent)
     if not is_complete(folder):
         tokenizer = depth_tokenizer(settings)
-        with new_folder(folder) as filling:
-            finish_folder(filling, folder.name, settings.read_by_source(), tokenizer)
+        with new_folder(folder) as temporary:
+            finish_folder(temporary, folder.name, settings.read_by_source(), tokenizer)
     return folder

@@ -99,7 +99,8 @@ class MixtureStore(PreparedData):
 
     @property
     def num_validation_tokens(self) -> int | None:
-        # The text of which least is held out, measured by its share, limits all.
+        # All sources are held out at their shares. So the text that has held out least for its
+        # share limits the whole.
         limits = [
             int(data.num_validation_tokens / self.shares[name])
             for name, data in self.sources.items()
@@ -170,25 +171,26 @@ class MixtureStore(PreparedData):
                 yield replace(batch, sources=torch.full_like(batch.input_ids, source))
 
 
-def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokenizer:
+def mixture_tokenizer(settings: DataSettings, text_tokenizer: Tokenizer | None) -> Tokenizer:
     """Return the tokenizer of all sources of a mixture.
 
     Args:
-        text: The tokenizer of its texts; None if it has none.
+        text_tokenizer: The tokenizer of its texts; None if it has no texts.
 
     Raises:
         UserError: If the tokenizer of the texts has the symbols of the tasks, or a word of them is
             not one token.
     """
-    if text is None:
+    if text_tokenizer is None:
         return depth_tokenizer(settings)
     tasks = DepthTasks.of(settings)
     if tasks.in_words:
-        tasks.check_words(text, settings.tokenizer)
+        tasks.check_words(text_tokenizer, settings.tokenizer)
     symbols = tasks.added_tokens
-    tokenizer = Tokenizer.from_str(text.to_str())  # A copy: texts are read without the symbols.
+    # A copy: texts are tokenized without the symbols.
+    tokenizer = Tokenizer.from_str(text_tokenizer.to_str())
     add_symbols(tokenizer, symbols)
-    first_new_id = num_token_ids(text)
+    first_new_id = num_token_ids(text_tokenizer)
     for symbol in symbols:
         if (tokenizer.token_to_id(symbol) or 0) < first_new_id:
             raise UserError(
@@ -206,15 +208,15 @@ def write_mixture(
 
     Args:
         texts: Text source -> its folder.
-        tokenizer: The mixture's, of `mixture_tokenizer`.
+        tokenizer: The tokenizer of all sources, from `mixture_tokenizer`.
     """
-    names = {name: path.name for name, path in texts.items()}
+    folder_names = {source: path.name for source, path in texts.items()}
     fingerprint = content_key(
         "mixture",
         MIXTURE_VERSION,
         GENERATOR_VERSION,
         dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
-        names,
+        folder_names,
         settings.tasks.to_key(),
         tokenizer.to_str(),
     )
@@ -225,15 +227,15 @@ def write_mixture(
         for manifest in map(checked_manifest, texts.values()):
             train += manifest.train
             validation += manifest.validation
-        with new_folder(folder) as filling:
+        with new_folder(folder) as temporary:
             finish_folder(
-                filling,
+                temporary,
                 fingerprint,
                 settings.read_by_source(),
                 tokenizer,
                 train=train,
                 validation=validation,
-                texts=names,
+                texts=folder_names,
             )
     return folder
 

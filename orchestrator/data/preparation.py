@@ -107,14 +107,14 @@ def _write(
     index = _index_file(key, parent)
     if index.exists():
         progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
-    # Nobody else writes under the lock, so these are of killed processes.
+    # Nobody else writes under the lock, so these folders are left from killed processes.
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
-        # Made first: words that are no tokens are said before hours of text.
+        # Made before the texts are tokenized for hours, as it may refuse words of the tasks.
         whole_tokenizer = mixture_tokenizer(settings, tokenizer)
         for name, text_settings in settings.texts.items():
             assert tokenizer is not None
@@ -165,7 +165,8 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
-    # Words need their tokenizer, which a plan may not have yet; the key holds its name alone.
+    # The folder of symbols follows from the settings. That of words is named after their
+    # tokenizer, which a plan may not have yet; a source's key holds the tokenizer's name alone.
     if settings.source == "depth" and not settings.depth.in_words:
         folder = depth_folder(settings, parent)
         return folder if is_complete(folder) else None
@@ -200,7 +201,7 @@ def find_folder(key: str, parent: Path) -> Path | None:
     """Return the complete folder in `parent` of a source's data, or None.
 
     Raises:
-        UserError: If the file that names it is damaged.
+        UserError: If the file that names the folder is damaged.
     """
     path = _index_file(key, parent)
     index = read_json(path)
@@ -227,7 +228,7 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     For an imported checkpoint: the newest tokens made with its tokenizer.
 
     Raises:
-        UserError: If they are not in this workspace, or damaged.
+        UserError: If the tokens are not in this workspace, or damaged.
     """
     provenance = load_provenance(checkpoint)
     if "imported" in provenance:
@@ -254,16 +255,16 @@ def reads_tokens(checkpoint: Path, folder: Path) -> bool:
 
 
 def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
-    """Return the workspace's newest tokens, for models that were not trained on tokens of it.
+    """Return the workspace's newest tokens, for models that were not trained on its tokens.
 
     Args:
-        tokenizer: The `tokenizer.json` that they were made with, if that matters.
+        tokenizer: The `tokenizer.json` of the model, if the tokens must have been made with it.
 
     Raises:
-        UserError: If it has none.
+        UserError: If the workspace has no such tokens.
     """
     manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
-    missing = "prepared data"
+    wanted = "prepared data"
     option = ""
     if tokenizer:
         tokenizer_key = file_key(tokenizer)
@@ -272,12 +273,10 @@ def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
             for manifest in manifests
             if file_key(manifest.with_name(TOKENIZER_NAME)) == tokenizer_key
         ]
-        missing = "tokens of this model's tokenizer"
+        wanted = "tokens of this model's tokenizer"
         option = f" --set data.tokenizer={tokenizer}"
     if not manifests:
-        raise UserError(
-            f"{workspace.root} has no {missing}; `iiet-orch prepare{option}` makes them"
-        )
+        raise UserError(f"{workspace.root} has no {wanted}; `iiet-orch prepare{option}` makes them")
     folder = max(manifests, key=lambda manifest: manifest.stat().st_mtime).parent
     verify_data(folder)
     return folder
@@ -351,10 +350,10 @@ def sequence_length(settings: DataSettings) -> int | None:
 
 
 def check_sequence_length(settings: DataSettings, num_tokens: int) -> None:
-    """Check that a training sequence holds those of depth tasks, prepared or not.
+    """Check that a training sequence holds the sequences of depth tasks, prepared or not.
 
     Raises:
-        UserError: If it does not, or a sequence cannot hold its task.
+        UserError: If it is too short for them, or a sequence cannot hold its task.
     """
     if settings.source in ("depth", "mixture"):
         DepthTasks.of(settings).check_length(num_tokens)

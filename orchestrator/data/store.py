@@ -3,7 +3,7 @@
 It holds a tokenizer, a manifest, and for text flat files of integers: one with the held-out tokens,
 and one or more that hold the training tokens one after the other, with the held-out documents. Its
 name is its fingerprint, a hash of everything that determines the sequences, which identifies the
-data in all keys. How many files there are does not matter to it.
+data in all keys. The fingerprint does not depend on the number of files.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def train_name(shard: int, num_shards: int) -> str:
     return TRAIN_NAME if num_shards == 1 else f"train_{shard:06}.bin"
 
 
-def targets_name(train_name: str) -> str:
-    """Return the name of the file that tells of each token in a training file whether it is a
-    target, of text with prompts; as `VALIDATION_TARGETS_NAME`."""
-    return train_name.replace("train", "train_targets")
+def targets_name(train_file: str) -> str:
+    """Return the name of the file beside a training file that says of each of its tokens whether
+    it is a target, as `VALIDATION_TARGETS_NAME`; only text with prompts has such files."""
+    return train_file.replace("train", "train_targets")
 
 
 class SplitCounts(BaseModel):
@@ -130,7 +130,7 @@ class PreparedData(ABC):
 
     @property
     def parts(self) -> tuple[PreparedData, ...]:
-        """The data of each source, if several are mixed; otherwise this one."""
+        """The data of each source, if several are mixed; otherwise these data alone."""
         return (self,)
 
     @property
@@ -141,7 +141,7 @@ class PreparedData(ABC):
     @property
     @abstractmethod
     def num_validation_tokens(self) -> int | None:
-        """Tokens held out; None if there is no end of them."""
+        """Tokens held out; None where they are generated, as many as are asked for."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -206,10 +206,11 @@ class FileArray:
         values = np.empty(max(0, end - first), self._dtype)
         has_values = np.minimum(self._ends, end) > np.maximum(self._starts, first)
         for number in np.flatnonzero(has_values).tolist():
-            start = int(self._starts[number])
-            begin = max(first, start)
+            file_start = int(self._starts[number])
+            start = max(first, file_start)
             stop = min(end, int(self._ends[number]))
-            values[begin - first : stop - first] = self._map(number)[begin - start : stop - start]
+            part_of_file = self._map(number)[start - file_start : stop - file_start]
+            values[start - first : stop - first] = part_of_file
         return values
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -219,10 +220,10 @@ class FileArray:
         last_files = np.searchsorted(self._ends, starts + length - 1, side="right")
         is_inside = first_files == last_files
         for number in np.unique(first_files[is_inside]).tolist():
-            is_here = is_inside & (first_files == number)
-            places = starts[is_here] - self._starts[number]
-            values[is_here] = self._map(number)[places[:, None] + np.arange(length)]
-        for row in np.flatnonzero(~is_inside).tolist():  # It crosses the end of a file.
+            is_in_file = is_inside & (first_files == number)
+            starts_in_file = starts[is_in_file] - self._starts[number]
+            values[is_in_file] = self._map(number)[starts_in_file[:, None] + np.arange(length)]
+        for row in np.flatnonzero(~is_inside).tolist():  # The window crosses the end of a file.
             values[row] = self[int(starts[row]) : int(starts[row]) + length]
         return values
 
@@ -350,7 +351,7 @@ def finish_folder(
     Args:
         train_files: Names of the files of training tokens, in their order.
         known_checksums: Name -> SHA-256 of files that need not be read for it.
-        texts: Of a mixture: text source -> name of its folder.
+        texts: Text source of a mixture -> name of its folder.
     """
     tokenizer.save(str(folder / TOKENIZER_NAME))
     names = (
@@ -405,8 +406,8 @@ def checked_manifest(folder: Path) -> Manifest:
             raise damaged(folder, f"{name} is missing")
         if file.stat().st_size != size:
             raise damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {size}")
-    for text in manifest.text_folders(folder).values():
-        checked_manifest(text)
+    for text_folder in manifest.text_folders(folder).values():
+        checked_manifest(text_folder)
     return manifest
 
 
@@ -422,7 +423,7 @@ def is_complete(folder: Path) -> bool:
 def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> None:
     """Raise a `DamagedFile` if a file's content has changed; see `files.damaged_file`."""
     manifest = checked_manifest(folder)
-    for text in manifest.text_folders(folder).values():
-        verify_data(text, always=always, remember=remember)
+    for text_folder in manifest.text_folders(folder).values():
+        verify_data(text_folder, always=always, remember=remember)
     if damage := damaged_file(folder, manifest.sha256, always=always, remember=remember):
         raise damaged(folder, damage)

@@ -222,7 +222,7 @@ class HubDataset(TextSource):
             return datasets.load_dataset(
                 self._name, self.settings.hub_config, split="train", streaming=True
             )
-        except Exception as error:  # As above.
+        except Exception as error:  # The hub's client raises dozens of kinds.
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception, place: str = "") -> UserError:
@@ -357,14 +357,15 @@ def read_file(
     Args:
         path: A file of one of the `SUFFIXES`.
         text_field: The field of a record that holds the text.
-        first: Byte of a `.jsonl` file, or row group of a `.parquet` file.
-        end: Of the range; None: to the end of the file.
+        first: Byte of a `.jsonl` file, or row group of a `.parquet` file, with which the range
+            begins.
+        end: That after the range; None for the end of the file.
 
     Raises:
-        UserError: If it cannot be read, is not UTF-8 text, or a record has no `text_field`; names
-            the file, and the line or the row.
+        UserError: If the file cannot be read, is not UTF-8 text, or a record has no `text_field`;
+            names the file, and the line or the row.
     """
-    # The place of a problem, if it is in a line.
+    # Where a problem is, if it is in a line, and that line.
     position = first
     line = b""
     try:
@@ -499,7 +500,7 @@ def _template_files(tokenizer: str) -> dict[str, Path]:
     """Return the local files that may hold the chat template of `data.tokenizer`.
 
     Raises:
-        UserError: If the tokenizer is one that has no chat template.
+        UserError: If the tokenizer is to be trained, so that it has no chat template.
     """
     if tokenizer == "train":
         raise UserError(
@@ -518,7 +519,7 @@ def record_text(record: Any, text_field: str) -> str:
     """Return the text of a record.
 
     Raises:
-        RecordError: If it is not an object, or the field is missing or holds no text.
+        RecordError: If the record is not an object, or the field is missing or holds no text.
     """
     if not isinstance(record, dict):
         raise RecordError(
@@ -546,7 +547,8 @@ def split_text_file(text: str) -> list[str]:
         return text.split(DOCUMENT_MARK)
     blocks = [block.strip().split("\n") for block in text.split("\n\n") if block.strip()]
     titled = [block for block in blocks if len(block) > 1 and len(block[0]) <= TITLE_CHARACTERS]
-    # In hard-wrapped paragraphs, the first line is as long as the others; titles are shorter.
+    # A file is one of titled documents if nearly all blocks begin with a short line. In
+    # hard-wrapped paragraphs, the first line is as long as the others; titles are shorter.
     if len(blocks) > 2 and len(titled) >= 0.9 * len(blocks):
         title_length = median(len(block[0]) for block in titled)
         line_length = median(max(map(len, block[1:])) for block in titled)

@@ -69,9 +69,9 @@ DOCUMENTS_PER_BATCH = 1024
 FEW_DOCUMENTS = 100
 """In a corpus smaller than this, at least one document is held out whatever its hash."""
 HASHES_SORTED_TOGETHER = 50_000_000
-"""Sorting them takes one to two gigabytes."""
+"""Hashes that are sorted at once, in one to two gigabytes of memory."""
 DOCUMENTS_COPIED_TOGETHER = 20_000
-"""Their tokens are in memory at once: a shard of short documents has more."""
+"""Documents whose tokens are in memory at once when they are copied; a shard may have more."""
 SEEN_SECONDS = 60.0
 """Longest wait for a shard of another node; NFS may answer from its memory for so long."""
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -102,11 +102,15 @@ class ShardRunner(Protocol):
 
     @property
     def num_at_once(self) -> int:
-        """How many."""
+        """How many works run at once."""
         ...
 
-    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
-        """Run work, which can be pickled, somewhere; `report` is called in this process."""
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Run work, which can be pickled, somewhere."""
+        ...
+
+    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+        """Likewise; what the work reports arrives as calls of `report` in this process."""
         ...
 
 
@@ -136,8 +140,8 @@ def write_text(
     """Tokenize a text source into `parent`/<fingerprint>; keep a folder that has the same content.
 
     Args:
-        settings: Those of one text source.
-        parent: Also holds the temporary files.
+        settings: The settings of one text source.
+        parent: Folder of all prepared data; also holds the temporary files.
         key: Identifies documents and tokenizer, so that a later call can resume this one.
         progress: Shows shards, tokens and rates.
         tokenizer: Used instead of the one that the settings name.
@@ -149,7 +153,7 @@ def write_text(
     """
     folder = parent / f"{TEMPORARY_PREFIX}{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    # One for all shards: opening a data set of thousands of files takes seconds.
+    # One source for all shards: opening a data set of thousands of files takes seconds.
     source = text_source(settings)
     try:
         plan = _make_plan(folder, settings, source, tokenizer, progress)
@@ -159,7 +163,7 @@ def write_text(
         with open_runner() as runner:
             shards = _tokenize_shards(writer, progress, runner)
             final = _join(folder, shards, plan, parent, runner)
-    except BaseException:  # Also of Ctrl-C, after which whole shards stay.
+    except BaseException:  # Also Ctrl-C, after which whole shards stay.
         if not can_resume(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -217,7 +221,7 @@ def sample_texts(
     sample: list[Document] = []
     sample_characters = 0
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
-    for document, _ in islice(_first_of_their_kind(documents), settings.max_documents):
+    for document, _ in islice(_without_copies(documents), settings.max_documents):
         sample.append(document)
         sample_characters += len(document.text)
         if len(sample) >= FEW_DOCUMENTS and sample_characters >= num_characters:
@@ -237,7 +241,7 @@ def sample_texts(
     return training_texts, fraction
 
 
-def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
+def _without_copies(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
     """Yield documents with their hashes, without copies of earlier ones.
 
     A shard calls it for its own documents; `_join` compares those of all shards.
@@ -285,7 +289,10 @@ class _Threads:
     num_at_once: int
     pool: ThreadPoolExecutor
 
-    def submit(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        return self.pool.submit(work)
+
+    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
         return self.pool.submit(work, report)
 
 
@@ -317,18 +324,18 @@ class ShardWriter:
         opening = opening_ids(self._tokenizer)
         end = end_of_text_id(self._tokenizer)
         dtype = _dtype_of(self._tokenizer)
-        documents = _first_of_their_kind(read_documents(self._source, self.plan.shards[number]))
+        documents = _without_copies(read_documents(self._source, self.plan.shards[number]))
         documents = islice(documents, self.plan.settings.max_documents)
         records: list[tuple[int, int, int, int, bool]] = []
         prompt_lengths: list[int] = []
-        with new_folder(self.shards[number]) as filling:
+        with new_folder(self.shards[number]) as temporary:
             with (
-                (filling / _TRAIN).open("wb") as train_tokens,
-                (filling / _VALIDATION).open("wb") as validation_tokens,
-                (filling / _TEXTS).open("w", encoding="utf-8") as texts,
+                (temporary / _TRAIN).open("wb") as train_tokens,
+                (temporary / _VALIDATION).open("wb") as validation_tokens,
+                (temporary / _TEXTS).open("w", encoding="utf-8") as texts,
             ):
                 while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-                    # A prompt is encoded by itself: so the model reads it when it answers.
+                    # A prompt is encoded by itself, as the model reads it when it answers.
                     prompts = self._encode([document.prompt for document, _ in batch])
                     completions = self._encode([document.completion for document, _ in batch])
                     num_tokens = 0
@@ -336,18 +343,18 @@ class ShardWriter:
                     for (document, digest), prompt, completion in zip(
                         batch, prompts, completions, strict=True
                     ):
+                        is_pair = document.prompt_characters is not None
                         start = opening
-                        if document.prompt_characters is not None:
+                        if is_pair:
                             # A chat template may have written the opening tokens.
                             is_open = prompt.ids[: len(opening)] == opening
                             start = prompt.ids if is_open else [*opening, *prompt.ids]
-                        # Not what the tokenizer puts after a text: some put nothing, some two ends.
+                        # The end is ours: some tokenizers put none after a text, some put two.
                         ids = [*start, *completion.ids, end]
-                        is_pair = document.prompt_characters is not None
                         prompt_lengths.append(len(start) if is_pair else 0)
                         is_held_out = is_validation(document.deciding_text, self.plan.fraction)
-                        tokens = validation_tokens if is_held_out else train_tokens
-                        tokens.write(np.array(ids, dtype).tobytes())
+                        file = validation_tokens if is_held_out else train_tokens
+                        file.write(np.array(ids, dtype).tobytes())
                         if is_held_out:
                             row = {"text": document.text, "source": document.source}
                             texts.write(json.dumps(row) + "\n")
@@ -357,13 +364,13 @@ class ShardWriter:
                         num_tokens += len(ids)
                         num_bytes += size
                     report(num_tokens, num_bytes)
-            np.save(filling / _RECORDS, np.array(records, RECORD))
+            np.save(temporary / _RECORDS, np.array(records, RECORD))
             names = [_TRAIN, _VALIDATION, _TEXTS, _RECORDS]
             if any(prompt_lengths):
-                np.save(filling / _PROMPTS, np.array(prompt_lengths, "<u4"))
+                np.save(temporary / _PROMPTS, np.array(prompt_lengths, "<u4"))
                 names.append(_PROMPTS)
-            sums = {name: file_digest(filling / name) for name in names}
-            write_json(filling / _SUMS, sums)
+            sums = {name: file_digest(temporary / name) for name in names}
+            write_json(temporary / _SUMS, sums)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -402,7 +409,8 @@ def _tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunne
                 if not documents.need_shard(waiting[0], num_counted):
                     break
                 number = waiting.popleft()
-                at_work[runner.submit(partial(writer.write, number), rates)] = number
+                writing = runner.submit_reporting(partial(writer.write, number), rates)
+                at_work[writing] = number
             ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
             for future in ended:
                 number = at_work.pop(future)
@@ -590,17 +598,17 @@ def _join(
     dtype = _dtype_of(tokenizer)
     num_files = len(shards_to_train_on)
     names = [train_name(number, num_files) for number in range(num_files)]
-    with new_folder(final) as filling:
+    with new_folder(final) as temporary:
         works = (
-            partial(_write_training_tokens, shard, filling / name, dtype, has_prompts=has_prompts)
+            partial(_write_training_tokens, shard, temporary / name, dtype, has_prompts=has_prompts)
             for shard, name in zip(shards_to_train_on, names, strict=True)
         )
         checksums: dict[str, str] = {}
-        for of_shard in _results(runner, works):
-            checksums |= of_shard
+        for checksums_of_shard in _results(runner, works):
+            checksums |= checksums_of_shard
         with (
-            (filling / VALIDATION_NAME).open("wb") as validation_file,
-            (filling / TEXTS_NAME).open("wb") as texts,
+            (temporary / VALIDATION_NAME).open("wb") as validation_file,
+            (temporary / TEXTS_NAME).open("wb") as texts,
         ):
             for shard in shards:
                 records = shard.records()
@@ -616,12 +624,12 @@ def _join(
                     dtype,
                 )
         if has_prompts:
-            with (filling / VALIDATION_TARGETS_NAME).open("wb") as targets:
+            with (temporary / VALIDATION_TARGETS_NAME).open("wb") as targets:
                 for shard in shards:
-                    is_on_side = shard.is_kept & shard.records()["held_out"]
-                    targets.write(_targets_of(shard, is_on_side))
+                    is_chosen = shard.is_kept & shard.records()["held_out"]
+                    targets.write(_targets_of(shard, is_chosen))
         finish_folder(
-            filling,
+            temporary,
             fingerprint,
             plan.settings.read_by_source(),
             tokenizer,
@@ -633,32 +641,27 @@ def _join(
     return final
 
 
-def _results(runner: ShardRunner, works: Iterator[Callable[[Report], T]]) -> Iterator[T]:
+def _results(runner: ShardRunner, works: Iterator[Callable[[], T]]) -> Iterator[T]:
     """Yield the results of some works in their order; as many run as the runner takes at once."""
     at_work: deque[Future[T]] = deque()
     for work in works:
         if len(at_work) >= runner.num_at_once:
             yield at_work.popleft().result()
-        at_work.append(runner.submit(work, lambda *_: None))
+        at_work.append(runner.submit(work))
     while at_work:
         yield at_work.popleft().result()
 
 
 def _write_training_tokens(
-    shard: ShardDocuments,
-    file: Path,
-    dtype: np.dtype,
-    report: Report,  # noqa: ARG001 - tokens are counted when they are made
-    *,
-    has_prompts: bool,
+    shard: ShardDocuments, file: Path, dtype: np.dtype, *, has_prompts: bool
 ) -> dict[str, str]:
     """Write the training tokens of a shard's kept documents; return name -> SHA-256.
 
     Where all are kept, the shard's own file gets a second name.
     """
     records = shard.records()
-    is_on_side = ~records["held_out"]
-    is_kept = shard.is_kept[is_on_side]
+    is_training = ~records["held_out"]
+    is_kept = shard.is_kept[is_training]
     stored = shard.folder / _TRAIN
     if is_kept.all():
         file.unlink(missing_ok=True)  # Of a task whose worker was lost, and which is done again.
@@ -669,11 +672,11 @@ def _write_training_tokens(
         checksums = {file.name: (read_json(shard.folder / _SUMS) or {})[_TRAIN]}
     else:
         with file.open("wb") as kept_tokens:
-            _copy_tokens(stored, kept_tokens, records["tokens"][is_on_side], is_kept, dtype)
+            _copy_tokens(stored, kept_tokens, records["tokens"][is_training], is_kept, dtype)
         checksums = {file.name: file_digest(file)}
     if has_prompts:
         targets = file.with_name(targets_name(file.name))
-        targets.write_bytes(_targets_of(shard, shard.is_kept & is_on_side))
+        targets.write_bytes(_targets_of(shard, shard.is_kept & is_training))
         checksums[targets.name] = file_digest(targets)
     return checksums
 
@@ -681,7 +684,13 @@ def _write_training_tokens(
 def _copy_tokens(
     stored: Path, file: BinaryIO, num_tokens: np.ndarray, is_kept: np.ndarray, dtype: np.dtype
 ) -> None:
-    """Append the tokens of the kept ones of the documents of a file."""
+    """Append the tokens of the documents of a stored file that are kept.
+
+    Args:
+        num_tokens: Of each document in the stored file.
+        is_kept: Likewise.
+        dtype: Of a token in the files.
+    """
     with stored.open("rb") as tokens_file:
         for first in range(0, len(num_tokens), DOCUMENTS_COPIED_TOGETHER):
             part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)

@@ -52,13 +52,13 @@ class Sampling:
     """Random seed for sampling; random when unset."""
 
     def options(self, free_tokens: int) -> dict[str, Any]:
-        """Return options of `iiet.Decoder.stream`, where the context has so much place."""
-        chosen = asdict(self)
-        del chosen["stop"]
+        """Return options of `iiet.Decoder.stream` for contexts with room for so many tokens."""
+        options = asdict(self)
+        del options["stop"]
         if self.max_new_tokens is None:
-            # At least one: a prompt that leaves no place is an error, as with a given number.
-            chosen["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
-        return chosen
+            # At least one: a prompt that leaves no room is an error, as with a given number.
+            options["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
+        return options
 
 
 def generate_answers(
@@ -74,7 +74,7 @@ def generate_answers(
     Args:
         decoder: The model in evaluation mode, under its own schedule.
         tokenizer: Its tokenizer; its end tokens end an answer, too.
-        contexts: Tokens, at least one. A context that leaves no place for the answer loses its
+        contexts: Tokens, at least one. A context that leaves no room for the answer loses its
             beginning.
         seeds: Random seed of each context, if tokens are sampled.
         decode: Yields the tokens of a batch, step by step, as `iiet.Decoder.stream` does.
@@ -83,22 +83,23 @@ def generate_answers(
         ValueError: If a setting is out of range.
         RunFailed: If logits are not finite.
     """
-    longest = decoder.config.context_length
-    options = sampling.options(longest - max(map(len, contexts)))
-    rows = [list(context[-(longest - options["max_new_tokens"]) :]) for context in contexts]
+    context_length = decoder.config.context_length
+    options = sampling.options(context_length - max(map(len, contexts)))
+    num_read = context_length - options["max_new_tokens"]
+    rows = [list(context[-num_read:]) for context in contexts]
     length = max(map(len, rows))
-    missing = [length - len(row) for row in rows]
-    padded = [[0] * num + row for num, row in zip(missing, rows, strict=True)]
-    is_token = torch.arange(length) >= torch.tensor(missing)[:, None]
+    paddings = [length - len(row) for row in rows]
+    padded = [[0] * padding + row for padding, row in zip(paddings, rows, strict=True)]
+    is_token = torch.arange(length) >= torch.tensor(paddings)[:, None]
     steps = decode(
         decoder,
         torch.tensor(padded, device=decoder.device),
-        attention_mask=is_token.to(decoder.device) if any(missing) else None,
+        attention_mask=is_token.to(decoder.device) if any(paddings) else None,
         **{**options, "seed": seeds, "eos_token_id": tokenizer.end_ids},
     )
     stops = [text for text in sampling.stop if text]
     # A token stands for at least one byte.
-    tail = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
+    tail_length = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
     answers: list[list[int]] = [[] for _ in rows]
     unfinished = set(range(len(rows)))
     try:
@@ -111,8 +112,8 @@ def generate_answers(
                 answers[row].append(tokens[row])
                 if stops:
                     # A stop text may be a special token, and may begin inside of a token.
-                    end = tokenizer.decode(answers[row][-tail:], skip_special_tokens=False)
-                    if any(stop in end for stop in stops):
+                    tail = tokenizer.decode(answers[row][-tail_length:], skip_special_tokens=False)
+                    if any(stop in tail for stop in stops):
                         unfinished.remove(row)
             if not unfinished:
                 break

@@ -42,10 +42,13 @@ DECODING = "decoding"
 FIRST_TOKEN = "first token"
 HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
 STEPS_FOR_MEMORY = 3
+"""Tokens that are decoded to see the most memory that is needed."""
 WARM_UP_TOKENS = 4
+"""Tokens that each model decodes before it is timed on a CPU."""
 SWEEP_PROMPT_TOKENS = 16
 SWEEP_NEW_TOKENS = 32
 SWEEP_REPETITIONS = 5
+"""How a sweep times its models; `benchmark` has options for these."""
 Timed = Decoder | LoopedDecoder
 """What is timed: a decoder, or a looped model that transformers runs."""
 
@@ -108,10 +111,10 @@ def decode_milliseconds(
     for repetition in range(repetitions):
         # Each repetition begins with another model, so none always runs after the slowest.
         shift = repetition % len(names)
-        for place, name in enumerate(names[shift:] + names[:shift], 1):
+        for number, name in enumerate(names[shift:] + names[:shift], start=1):
             times[name].append(timed(name, new_tokens))
             if on_done:
-                on_done(repetition * len(names) + place)
+                on_done(repetition * len(names) + number)
     return {
         name: Timing(
             first_tokens=tuple(first for first, _ in pairs),
@@ -135,7 +138,7 @@ def load_side_by_side(
         same_weights = first_of_folder.get(model.path)
         if model.loops:
             decoders[name] = LoopedDecoder(
-                model, trust_remote_code=trust_remote_code, device=device, like=same_weights
+                model, trust_remote_code=trust_remote_code, device=device, shares_with=same_weights
             )
         else:
             if same_weights is None:
@@ -179,14 +182,14 @@ def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str,
     """Return a decoder of each config; those that differ only in their schedule share weights."""
     use_tf32(device)  # As for a model that is loaded.
     dtype = DTYPES[device_precision(device)]
-    made: dict[str, Decoder] = {}
+    decoder_of_shape: dict[str, Decoder] = {}
     decoders = {}
     for name, config in models.items():
         shape = repr({**config.to_dict(), "schedule": None})
-        if shape not in made:
+        if shape not in decoder_of_shape:
             with torch.device(device):  # Large weights need no copy in the machine's memory.
-                made[shape] = Decoder(config).to(dtype)
-        decoders[name] = made[shape].with_schedule(config.corrections)
+                decoder_of_shape[shape] = Decoder(config).to(dtype)
+        decoders[name] = decoder_of_shape[shape].with_schedule(config.corrections)
     return decoders
 
 
@@ -201,12 +204,12 @@ def random_prompt(decoder: Timed, batch_size: int, prompt_tokens: int) -> Tensor
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Set the number of PyTorch threads within the block."""
-    before = torch.get_num_threads()
+    count_before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(count_before)
 
 
 def time_stream(
@@ -221,11 +224,13 @@ def time_stream(
     started = seconds_now(device)
     steps = start()
     next(steps)
-    first = seconds_now(device)
+    first_token_done = seconds_now(device)
     for _ in steps:
         pass
     ended = seconds_now(device)
-    return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
+    first_token_seconds = first_token_done - started
+    seconds_per_token = (ended - first_token_done) / (new_tokens - 1)
+    return 1e3 * first_token_seconds, 1e3 * seconds_per_token
 
 
 def half_quartile_distance(values: Sequence[float]) -> float:
@@ -290,10 +295,10 @@ class MeasurementSettings:
         Raises:
             UserError: If they do not fit the model that reads least.
         """
-        length, short = min((length, name) for name, length in context_lengths.items())
+        length, name = min((length, name) for name, length in context_lengths.items())
         if max(self.contexts) + self.new_tokens > length:
             raise UserError(
-                f"benchmark: {short} reads {length} tokens, not the {max(self.contexts)} + "
+                f"benchmark: {name} reads {length} tokens, not the {max(self.contexts)} + "
                 f"{self.new_tokens} of prompt and new tokens; lower --contexts or --new-tokens"
             )
 
@@ -398,13 +403,13 @@ def measure_costs(
         # What the cost model predicts of both phases.
         predicted = {}
         for name, decoder in decoders.items():
-            first = cost_of(decoder)(context_length=context)
+            prefill = cost_of(decoder)(context_length=context)
             # Each step attends to one token more than the last; the middle one represents all.
             step = cost_of(decoder)(context_length=context + new_tokens // 2)
             evaluations = {SIMPLEST: float(step.evaluations_per_token)}
             predicted[name] = {
                 DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
-                FIRST_TOKEN: {PREDICTION: first.prefill_flops_per_token, **evaluations},
+                FIRST_TOKEN: {PREDICTION: prefill.prefill_flops_per_token, **evaluations},
             }
 
         # Both as shares of the full model's.
@@ -429,9 +434,9 @@ def measure_costs(
                         for prediction, value in predicted[name][phase].items()
                     },
                 )
-            weights = sum(parameter.nbytes for parameter in decoder.parameters())
-            size = next(decoder.parameters()).element_size()
-            cache = cost_of(decoder)(bytes_per_value=size).kv_bytes_per_token
+            weight_bytes = sum(parameter.nbytes for parameter in decoder.parameters())
+            bytes_per_value = next(decoder.parameters()).element_size()
+            cost = cost_of(decoder)(bytes_per_value=bytes_per_value)
             costs.append(
                 MeasuredCost(
                     model=name,
@@ -442,9 +447,9 @@ def measure_costs(
                     decode_ms=timing.median,
                     decode_spread=timing.spread,
                     tokens_per_second=1e3 * batch_size / timing.median,
-                    weight_bytes=weights,
-                    kv_bytes=cache * batch_size * (context + new_tokens),
-                    peak_bytes=weights + peaks[name],
+                    weight_bytes=weight_bytes,
+                    kv_bytes=cost.kv_bytes_per_token * batch_size * (context + new_tokens),
+                    peak_bytes=weight_bytes + peaks[name],
                     shares=shares,
                 )
             )
@@ -483,8 +488,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
         for event in results.events()
         if event.name() == "[memory]"
     ]
-    live = most = 0
+    num_allocated = 0
+    peak = 0
     for _, num_bytes in sorted(changes, key=lambda change: change[0]):
-        live += num_bytes
-        most = max(most, live)
-    return most
+        num_allocated += num_bytes
+        peak = max(peak, num_allocated)
+    return peak

@@ -46,17 +46,21 @@ SUITE_NAME = "suite.json"
 MAX_ITEM_TOKENS = 64
 """Longest passage with its last word: two or three sentences, for any context length."""
 MAX_ROLLING_BYTES = 80_000
+"""Held-out text whose bits per byte are measured."""
 SOURCE_BYTES_PER_ITEM = 2_000
 """Held-out text searched per item."""
 KNOWN_TEXT_TOKENS = 2_000_000
 """Training tokens that say which words a reader could expect."""
 MIN_WORDS_BEFORE = 8
+"""Words of a passage before its last one; fewer say too little of it."""
 MIN_SENTENCE_WORDS = 6
+"""Shorter sentences are mostly headings."""
 MIN_EXPECTATION = 0.05
 """Share of the words after the one before, in the training text."""
 MAX_WORD_TOKENS = 2
 ITEMS_PER_SENTENCE = 2
 MAX_SAME_WORD_SHARE = 0.02
+"""Share of the items that may ask for the same word."""
 EXCLUDED_WORDS = frozenset(["a", "an", "the"])
 
 Row = dict[str, Any]
@@ -124,15 +128,19 @@ def offered_tasks(data: PreparedData) -> tuple[str, ...]:
 
 
 def heldout_folder(
-    tokens: Path | str, *, num_items: int, context_length: int, make: Progress | None = None
+    tokens: Path | str,
+    *,
+    num_items: int,
+    context_length: int,
+    make_progress: Progress | None = None,
 ) -> Path:
-    """Return the folder with the held-out tasks of prepared data; make it if `make` is given.
+    """Return the folder with the held-out tasks of prepared data.
 
     Args:
         tokens: Folder of the data.
         num_items: Largest number of items of each accuracy task.
         context_length: Tokens that the model reads; every item fits into them.
-        make: Shows the progress of making a missing suite; without it, none is made.
+        make_progress: Makes a missing suite, and shows how far that is; None makes none.
 
     Raises:
         UserError: If the data or the suite are damaged, or the documents give no items.
@@ -142,10 +150,10 @@ def heldout_folder(
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
     key = content_key("heldout items", version, data.fingerprint, num_items, max_tokens)
     path = data.folder / f"heldout-{key}"
-    if make is None or HeldoutItems.read(path / SUITE_NAME):
+    if make_progress is None or HeldoutItems.read(path / SUITE_NAME):
         return path
 
-    make.start("held-out tasks")
+    make_progress.start("held-out tasks")
     rows: dict[str, list[Row]] = {}
     chances: dict[str, str] = {}
     if texts := [part for part in data.parts if isinstance(part, TokenStore)]:
@@ -164,7 +172,7 @@ def heldout_folder(
             ]
             chances[task.name] = _chance_in_words(task.chance, rows[task.name])
     HeldoutItems(tasks=rows, chances=chances).write(path / SUITE_NAME)
-    make.finish(", ".join(f"{len(items):,} {name}" for name, items in rows.items()))
+    make_progress.finish(", ".join(f"{len(items):,} {name}" for name, items in rows.items()))
     return path
 
 
@@ -342,15 +350,15 @@ def _sampled(texts: Iterable[str], size: int) -> list[str]:
 
     Together they have `size` bytes or a little more; few others are in memory at a time.
     """
-    kept: list[tuple[int, int, int, str]] = []
+    sample: list[tuple[int, int, int, str]] = []
     total = 0
     for number, text in enumerate(texts):
         num_bytes = len(text.encode("utf-8", "replace"))
-        heapq.heappush(kept, (-int.from_bytes(_hash(text)), -number, num_bytes, text))
+        heapq.heappush(sample, (-int.from_bytes(_hash(text)), -number, num_bytes, text))
         total += num_bytes
-        while total - kept[0][2] >= size:  # Without the one of the largest hash.
-            total -= heapq.heappop(kept)[2]
-    return [text for *_, text in sorted(kept, key=lambda document: -document[1])]
+        while total - sample[0][2] >= size:  # Without the one of the largest hash.
+            total -= heapq.heappop(sample)[2]
+    return [text for *_, text in sorted(sample, key=lambda document: -document[1])]
 
 
 def _hash(text: str) -> bytes:

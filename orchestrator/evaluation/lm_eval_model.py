@@ -1,11 +1,12 @@
-"""Any model as lm-eval asks it: its own class for transformers, `HFLM`, with batches of our own.
+"""A model in the form in which lm-eval asks its questions: a subclass of lm-eval's own `HFLM`.
 
-Prompts, log-likelihoods and metrics are lm-eval's. Added are what it lacks: requests that read the
-same tokens are evaluated once (the choices of a depth task are one token each), batches follow the
-number of tokens and are halved when a GPU runs out of memory, answers are stored so that an
-interrupted evaluation resumes, and progress is told. A decoder of ours computes by its own fast
-code, and transformers runs every other architecture. The import takes seconds; what is stored
-already is read without it (`measuring`).
+Prompts, log-likelihoods and metrics are lm-eval's. This class adds what `HFLM` lacks. Requests that
+read the same tokens are evaluated once (the choices of a depth task are one token each). Batches
+are formed by the number of tokens, and halved when a GPU runs out of memory. Answers are stored,
+so that an interrupted evaluation resumes. Progress is shown.
+
+`LmEvalModel` lets transformers run the model, and `DecoderModel` a decoder of this project.
+Importing this file takes seconds, so `measuring` imports it only if something is not stored yet.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ MAX_TOKENS_ON_CPU = 2048
 """Tokens of one pass on a CPU; more do not fit its caches and run a third slower."""
 _ANY_SIZE = 1 << 30
 """Batch size for lm-eval, which gets one batch at a time."""
-_AGGREGATIONS = {function: key for key, function in AGGREGATION_REGISTRY.items()}
+_AGGREGATIONS = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+"""lm-eval's function that makes a score of the items' values -> its name."""
 
 
-class Group(NamedTuple):
-    """Requests that one row of a batch answers."""
+class BatchRow(NamedTuple):
+    """One row of a batch, and the requests that it answers."""
 
-    sort: Any
-    """What the groups of one batch have in common, such as the options of their answers."""
+    batch_kind: Any
+    """What all rows of a batch have in common, such as the options of their answers."""
     size: int
-    """Tokens, or 1 where batches count rows."""
-    numbers: list[int]
-    """Places of the requests."""
+    """Tokens, or 1 where batches are limited by the number of rows."""
+    requests: list[int]
+    """Numbers of the requests."""
 
 
 class LmEvalModel(HFLM):  # type: ignore[misc]
@@ -111,7 +113,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             )
         self._num_rows = batch_size
         # The choices of a question follow each other, and each encodes the same context.
-        self._ids = lru_cache(maxsize=8)(text.encode)
+        self._encode_cached = lru_cache(maxsize=8)(text.encode)
 
     @property
     def max_gen_toks(self) -> int:
@@ -122,7 +124,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Encode text as the model's tokenizer does."""
-        return list(self._ids(string, add_special_tokens=add_special_tokens is not False))
+        return list(self._encode_cached(string, add_special_tokens=add_special_tokens is not False))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         symbol = self.text.symbol_id(continuation)
@@ -141,7 +143,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 (text, opening if text and not text[0] else context, continuation)
                 for text, context, continuation in requests
             ]
-        groups: defaultdict[tuple[bool, tuple[int, ...], int], list[int]] = defaultdict(list)
+        # Requests by what a row of a batch computes: those of one key are answered by one row.
+        by_row: defaultdict[tuple[bool, tuple[int, ...], int], list[int]] = defaultdict(list)
         for number, (_text, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
@@ -154,8 +157,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             # lm-eval shares the evaluation of equal inputs, but is right only where they are split
             # alike: https://github.com/EleutherAI/lm-evaluation-harness, `Collator.get_cache`.
             is_single = len(continuation) == 1
-            read = (*context, *continuation[:-1])[-self.max_length :]
-            groups[is_single, read, 0 if is_single else number].append(number)
+            input_ids = (*context, *continuation[:-1])[-self.max_length :]
+            by_row[is_single, input_ids, 0 if is_single else number].append(number)
 
         def score(is_single: bool, numbers: list[int]) -> list[tuple[float, bool]]:
             self.logits_cache = is_single
@@ -166,9 +169,10 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         if self.device.type == "cpu":
             max_tokens = min(max_tokens, MAX_TOKENS_ON_CPU)
         rows = [
-            Group(is_single, len(read), numbers) for (is_single, read, _), numbers in groups.items()
+            BatchRow(is_single, len(input_ids), numbers)
+            for (is_single, input_ids, _), numbers in by_row.items()
         ]
-        rows.sort(key=lambda row: (not row.sort, -row.size))
+        rows.sort(key=lambda row: (not row.batch_kind, -row.size))
         scores = self._in_batches([request[1:] for request in requests], rows, max_tokens, score)
         # The journal's are lists.
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
@@ -187,18 +191,19 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate the answer to each (context, generation_kwargs)."""
         prompts_and_options = [request.args[:2] for request in requests]
-        rows = []
+        ordered = []
         for number, (text, options) in enumerate(prompts_and_options):
-            size = len(self.tok_encode(text))
+            length = len(self.tok_encode(text))
             max_new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            self.num_cut += size + max_new_tokens > self.max_length
-            rows.append((json.dumps(options, sort_keys=True), -size, number))
-        groups = [Group(options, 1, [number]) for options, _, number in sorted(rows)]
+            self.num_cut += length + max_new_tokens > self.max_length
+            ordered.append((json.dumps(options, sort_keys=True), -length, number))
+        ordered.sort()  # By their options, the longest prompts first.
+        rows = [BatchRow(options, 1, [number]) for options, _, number in ordered]
 
         def answer(_: Any, numbers: list[int]) -> list[str]:
             return self._generate([requests[number] for number in numbers], numbers)
 
-        return self._in_batches(prompts_and_options, groups, self._num_rows, answer)
+        return self._in_batches(prompts_and_options, rows, self._num_rows, answer)
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         """Answer requests with the same options in one batch."""
@@ -215,44 +220,46 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def _in_batches(
         self,
         questions: Sequence[Any],
-        groups: list[Group],
-        limit: int,
+        rows: list[BatchRow],
+        max_size: int,
         answer: Callable[[Any, list[int]], list[Any]],
     ) -> list[Any]:
         """Return the answers to requests; batches that the journal has are not run again.
 
         Args:
             questions: What each request asks, as JSON values.
-            groups: All requests; of each sort the largest first, to which a batch is padded.
-            limit: Most rows of a batch times their size; one row may be larger.
-            answer: Answers a batch: the sort of its groups, and the places of its requests.
+            rows: Together they answer all requests. Those of a kind follow each other, the largest
+                first, to which a batch is padded.
+            max_size: Most rows of a batch times the size of its largest; one row may be larger.
+            answer: Answers a batch, given its kind and the numbers of its requests.
 
         Raises:
             DeviceError: If the memory is too small for one row.
         """
         answers: dict[int, Any] = {}
-        for sort, groups_of_sort in groupby(groups, key=lambda group: group.sort):
-            waiting = list(groups_of_sort)
+        for batch_kind, rows_of_kind in groupby(rows, key=lambda row: row.batch_kind):
+            waiting = list(rows_of_kind)
             while waiting:
-                batch = waiting[: max(1, limit // waiting[0].size)]
-                numbers = [number for group in batch for number in group.numbers]
+                batch = waiting[: max(1, max_size // waiting[0].size)]
+                numbers = [number for row in batch for number in row.requests]
                 key = content_key("answers", numbers, [questions[number] for number in numbers])
                 problem = ""
                 stored_answer = self.journal.get(key)
                 if stored_answer is None:
                     try:
-                        stored_answer = answer(sort, numbers)
+                        stored_answer = answer(batch_kind, numbers)
                         self.journal.add({key: stored_answer})
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
                 if problem:  # Not in the handler: there, the error still holds the batch's tensors.
                     num_rows = smaller_batch(len(batch), problem, self.progress.note)
-                    limit = num_rows * waiting[0].size
+                    max_size = num_rows * waiting[0].size
                     continue
                 answers |= zip(numbers, stored_answer or (), strict=True)
                 del waiting[: len(batch)]
-                done = self.num_items * len(answers) // len(questions)
-                self.progress.advance(self.num_items_before + done)
+                # An item may have several questions.
+                num_done = self.num_items * len(answers) // len(questions)
+                self.progress.advance(self.num_items_before + num_done)
         return [answers[number] for number in range(len(questions))]
 
 
@@ -310,14 +317,16 @@ def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None
     for config in output["configs"].values():
         config.pop("custom_dataset", None)  # A function, which says nothing in a file.
     items, values = item_values(samples)
-    aggregations = {k: _AGGREGATIONS.get(v, "") for k, v in task.aggregation().items()}
-    for label, of_items in values.items():
+    aggregations = {
+        metric: _AGGREGATIONS.get(function, "") for metric, function in task.aggregation().items()
+    }
+    for label, values_of_metric in values.items():
         metric, _, filter_name = label.partition(FILTER_MARK)
-        error = standard_error(aggregations.get(metric, ""), of_items)
+        error = standard_error(aggregations.get(metric, ""), values_of_metric)
         if error is not None:
             key = f"{metric}{STDERR_SUFFIX},{filter_name or NO_FILTER}"
             output["results"][name][key] = error
-    return MeasuredTask(name=name, run=output, samples=samples, items=items, values=values)
+    return MeasuredTask(name=name, output=output, samples=samples, items=items, values=values)
 
 
 @contextmanager

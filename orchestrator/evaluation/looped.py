@@ -1,5 +1,7 @@
-"""Load a model of transformers, a looped one at a depth; compare what runs with its class, count
-its FLOPs, and time its decoding.
+"""Run models with transformers: load one, decode with a looped one at a depth, and count FLOPs.
+
+Each looped model that is loaded runs once on a few tokens, and what ran is compared with what its
+class in `models.loops` says, since costs and plans follow from the class.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ SEED = 0
 
 
 @contextmanager
-def watched(model: nn.Module, loops: LoopedModel) -> Iterator[tuple[list[nn.Module], list[Tensor]]]:
+def watch_loops(
+    model: nn.Module, loops: LoopedModel
+) -> Iterator[tuple[list[nn.Module], list[Tensor]]]:
     """Yield lists that fill while a model runs: the layers that ran, the states after each loop.
 
     Raises:
@@ -41,8 +45,8 @@ def watched(model: nn.Module, loops: LoopedModel) -> Iterator[tuple[list[nn.Modu
     states: list[Tensor] = []
     hooks: list[Any] = []
 
-    def add_state(*call: Any) -> None:
-        states.append(call[2][0] if isinstance(call[2], tuple) else call[2])
+    def add_state(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
 
     try:
         stacks = [model.get_submodule(path) for path in loops.layers]
@@ -66,7 +70,7 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
             numbers in the cache differs; says both.
     """
     tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device=model.device)
-    with torch.no_grad(), watched(model, loops) as (ran, states):
+    with torch.no_grad(), watch_loops(model, loops) as (ran, states):
         output = model(tokens, use_cache=True)
     distinct_weights = {next(layer.parameters()).data_ptr() for layer in ran}
     # What is counted -> what the class says, and what ran.
@@ -76,8 +80,9 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
         "loops": (depth[0], len(states)),
     }
     if slots := getattr(_cache_of(output), "layers", None):
-        stored = sum(slot.keys.numel() + slot.values.numel() for slot in slots) // NUM_TOKENS
-        counts["numbers that a token adds to the cache"] = (loops.kv_numbers(depth), stored)
+        num_cached = sum(slot.keys.numel() + slot.values.numel() for slot in slots)
+        per_token = num_cached // NUM_TOKENS
+        counts["numbers that a token adds to the cache"] = (loops.kv_numbers(depth), per_token)
     differences = [
         f"{counted} {noun} instead of {expected}"
         for noun, (expected, counted) in counts.items()
@@ -130,12 +135,10 @@ def load_transformers(
                 options["config"] = config
             model, info = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-        line = first_line(error)
-        hint = ""
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
-            line = "it needs code in the folder"
-            hint = "; --trust-remote-code runs it"
-        raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
+            reason = "it needs code in the folder; --trust-remote-code runs it"
+        raise UserError(f"transformers cannot load {folder}: {reason}") from None
     if missing := sorted(info.get("missing_keys", ())):
         and_others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -168,7 +171,7 @@ class LoopedDecoder:
 
     Args:
         opened: The model.
-        like: The same model at another depth, whose weights it shares.
+        shares_with: The same model at another depth, whose weights this one uses.
 
     Raises:
         UserError: As `load_transformers`.
@@ -180,14 +183,15 @@ class LoopedDecoder:
         *,
         trust_remote_code: bool = False,
         device: str = "cpu",
-        like: LoopedDecoder | None = None,
+        shares_with: LoopedDecoder | None = None,
     ) -> None:
         self.loops, self.depth = opened.looped()
         self.model = load_transformers(opened, trust_remote_code=trust_remote_code, device=device)
         self.device = self.model.device
         self.parameters = self.model.parameters
-        if like is not None:
-            for parameter, shared in zip(self.parameters(), like.parameters(), strict=False):
+        if shares_with is not None:
+            others = shares_with.parameters()
+            for parameter, shared in zip(self.parameters(), others, strict=False):
                 parameter.data = shared.data
         self.config = SimpleNamespace(
             context_length=opened.context_length, vocab_size=self.loops.number("vocab_size")
@@ -211,20 +215,23 @@ class LoopedDecoder:
         return count_flops(self.model)
 
     def cost(self, *, context_length: int | None = None, bytes_per_value: int = 4) -> InferenceCost:
-        """Return its cost, as `iiet.cost.inference_cost` defines it; bytes of weights are unknown.
+        """Return the model's cost, as `iiet.cost.inference_cost` defines it.
+
+        How many bytes of weights are read is not known.
 
         A layer that attends to a window is counted as one that sees the whole context.
         """
         length = context_length or self.config.context_length
-        alone, per_token_seen = self._flops
+        flops_alone, flops_per_token_seen = self._flops
         head = 2 * self.loops.number("hidden_size", "n_embd") * self.config.vocab_size
-        forward = alone + per_token_seen * (length + 1) / 2
+        # On average, a token of a text sees half of the text.
+        forward = flops_alone + flops_per_token_seen * (length + 1) / 2
         kv_bytes = bytes_per_value * self.loops.kv_numbers(self.depth)
         return InferenceCost(
             evaluations_per_token=self.loops.layer_runs(self.depth),
             forward_flops_per_token=forward,
             prefill_flops_per_token=forward - head + head / length,
-            decode_flops_per_token=alone + per_token_seen * length,
+            decode_flops_per_token=flops_alone + flops_per_token_seen * length,
             kv_bytes_per_token=kv_bytes,
             kv_bytes_read_per_token=kv_bytes * length,
             weight_bytes_per_token=math.nan,
@@ -239,8 +246,8 @@ def count_flops(model: Any) -> tuple[float, float]:
     all: a text of n tokens takes `n a + n^2 b`, beside what does not depend on its length.
     """
     counts = []
-    for time in (2, 4, 6):
-        tokens = torch.zeros(1, time, dtype=torch.long, device=model.device)
+    for length in (2, 4, 6):
+        tokens = torch.zeros(1, length, dtype=torch.long, device=model.device)
         counter = FlopCounterMode(display=False, custom_mapping=_EXPERTS)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(tokens, use_cache=False)

@@ -42,7 +42,7 @@ VALIDATION_LOSS = "validation_loss"
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss in the tables."""
 LARGEST_VALIDATION_BATCH = 16
-"""Sequences in one forward pass of it."""
+"""Sequences in one forward pass of the validation loss."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class MeasuredSuite:
     evaluation: EvaluationResult
     keys: EvaluationKeys
     num_run: int
+    """Tasks that were run; the results of the others were in the store."""
     precision: Precision
 
 
@@ -68,7 +69,7 @@ class ModelMeasurer:
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Say what is measured, and where.
+        """Take what is measured, and where; nothing is loaded yet.
 
         Args:
             suite: What determines the numbers; without a precision, the device does, too.
@@ -96,13 +97,13 @@ class ModelMeasurer:
         return all(map(self._store.read, self.keys(loaded).values()))
 
     def stored_answers(self, loaded: LoadedSuite) -> dict[str, int | None]:
-        """Return for each task how many answers are stored; None if its result is."""
+        """Return for each task how many answers are stored; None if its whole result is."""
         return {
             name: None if self._store.read(key) else self._store.journal(key, name).num_answers
             for name, key in self.keys(loaded).items()
         }
 
-    def tasks(self, loaded: LoadedSuite) -> MeasuredSuite:
+    def measure_tasks(self, loaded: LoadedSuite) -> MeasuredSuite:
         """Measure the tasks of a suite, one after the other.
 
         Raises:
@@ -128,7 +129,7 @@ class ModelMeasurer:
                     progress.note(f"{name}: {count:,} answers were stored before an interruption")
                 measured = run_task(name, task, model, self._suite.limit)
                 # One by one: what is measured survives an interruption.
-                self._store.write(keys[name], measured, self._about())
+                self._store.write(keys[name], measured, self._run_description())
                 results[name] = measured.result
                 model.num_items_before += measured.result.num_items
                 progress.advance(model.num_items_before)
@@ -138,7 +139,7 @@ class ModelMeasurer:
                     f"{self.sequence_length} tokens that the model reads at once"
                 )
         beside = tuple(name for name in self._suite.beside or () if name in loaded.tasks)
-        stored = EvaluationKeys(
+        evaluation_keys = EvaluationKeys(
             tasks=keys, groups=loaded.groups, skipped=loaded.skipped, beside=beside
         )
         evaluation = EvaluationResult(
@@ -147,7 +148,7 @@ class ModelMeasurer:
             skipped=loaded.skipped,
             beside=beside,
         )
-        return MeasuredSuite(evaluation, stored, len(missing.tasks), self.precision)
+        return MeasuredSuite(evaluation, evaluation_keys, len(missing.tasks), self.precision)
 
     def validation_loss(self, tokens_folder: Path) -> float:
         """Measure the mean loss over held-out tokens, in nats.
@@ -165,12 +166,12 @@ class ModelMeasurer:
                 sequence_length=self.sequence_length,
                 note=self._progress.note,
             )
-            run = {
+            output = {
                 "results": {VALIDATION_LOSS: {f"{VALIDATION_LOSS},{NO_FILTER}": loss}},
                 "versions": {VALIDATION_LOSS: 1},
                 "n-shot": {VALIDATION_LOSS: 0},
             }
-            measured = MeasuredTask(name=VALIDATION_LOSS, run=run)
+            measured = MeasuredTask(name=VALIDATION_LOSS, output=output)
             self._store.write(key, measured, {})
             result = measured.result
         return result.metrics[VALIDATION_LOSS]
@@ -232,7 +233,7 @@ class ModelMeasurer:
             max_length=self._suite.sequence_length,
         )
 
-    def _about(self) -> dict[str, object]:
+    def _run_description(self) -> dict[str, object]:
         """Return what lm-eval's results say of a run beside its numbers."""
         model = self._model
         prompts = self._suite.prompts or Prompts()
@@ -267,7 +268,7 @@ def heldout_loss(
     Args:
         sequence_length: Tokens of a sequence; as many as the model's context has when unset.
         batch_size: Sequences in one forward pass; halved when a GPU runs out of memory.
-        note: Called with a sentence that says so.
+        note: Called with a sentence when the batch size is halved.
 
     Raises:
         DeviceError: If the memory is too small for one sequence.

@@ -168,12 +168,15 @@ def _separate_tokens(tokenizer: ModelTokenizer) -> list[int]:
     for token in vocabulary:
         text = tokenizer.decode([token, token])
         try:
-            is_kept = tokenizer.encode(text, add_special_tokens=False) == (token, token)
-        except UserError:  # It reads symbols alone.
-            is_kept = False
-        if text and is_kept:
+            is_separate = tokenizer.encode(text, add_special_tokens=False) == (token, token)
+        except UserError:  # The tokenizer reads symbols alone, and this token is none.
+            is_separate = False
+        if text and is_separate:
             is_word = len(text.split()) == 2  # Twice the same, with a space between.
-            (words if is_word else symbols).append(token)
+            if is_word:
+                words.append(token)
+            else:
+                symbols.append(token)
         if len(words) == NUM_WORDS:
             break
     return words or symbols

@@ -64,7 +64,7 @@ class MeasuredTask:
     """One task under one model: lm-eval's results and samples, and the values of the items."""
 
     name: str
-    run: dict[str, Any]
+    output: dict[str, Any]
     """What lm-eval writes as `results_DATE.json`."""
     samples: Sequence[dict[str, Any]] = ()
     items: list[str] = field(default_factory=list)
@@ -74,23 +74,24 @@ class MeasuredTask:
 
     @property
     def result(self) -> TaskResult:
-        """What tables and reports read of it."""
+        """What tables and reports read of the task."""
         metrics = {}
-        numbers = self.run["results"].get(self.name) or {}
+        numbers = self.output["results"].get(self.name) or {}
         for key, value in numbers.items():
             metric, comma, filter_name = key.partition(",")
             if comma and isinstance(value, int | float):
-                plain = metric.removesuffix(STDERR_SUFFIX)
-                is_perplexity = plain.endswith("perplexity")
-                if is_perplexity and numbers[f"{plain},{filter_name}"] > MAX_PERPLEXITY:
+                measured = metric.removesuffix(STDERR_SUFFIX)
+                is_perplexity = measured.endswith("perplexity")
+                if is_perplexity and numbers[f"{measured},{filter_name}"] > MAX_PERPLEXITY:
                     continue
-                label = metric_label(plain, filter_name)
-                metrics[label + metric.removeprefix(plain)] = float(value)
+                # The ending of a standard error comes after the filter's name.
+                label = metric_label(measured, filter_name)
+                metrics[label + metric.removeprefix(measured)] = float(value)
         return TaskResult(
             name=self.name,
-            version=str(self.run["versions"].get(self.name)),
+            version=str(self.output["versions"].get(self.name)),
             num_items=len(self.items),
-            num_fewshot=int(self.run["n-shot"].get(self.name) or 0),
+            num_fewshot=int(self.output["n-shot"].get(self.name) or 0),
             metrics=metrics,
             items=self.items,
             values=self.values,
@@ -108,11 +109,11 @@ def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[s
         by_filter.setdefault(sample["filter"], []).append(sample)
     hashes: list[str] = []
     values: dict[str, list[Any]] = {}
-    for filter_name, of_filter in by_filter.items():
-        of_filter.sort(key=lambda sample: int(sample["doc_id"]))
-        hashes = [sample["doc_hash"][:HASH_LENGTH] for sample in of_filter]
-        for metric in of_filter[0]["metrics"]:
-            by_item = [plain_value(sample.get(metric)) for sample in of_filter]
+    for filter_name, filtered_samples in by_filter.items():
+        filtered_samples.sort(key=lambda sample: int(sample["doc_id"]))
+        hashes = [sample["doc_hash"][:HASH_LENGTH] for sample in filtered_samples]
+        for metric in filtered_samples[0]["metrics"]:
+            by_item = [plain_value(sample.get(metric)) for sample in filtered_samples]
             if None not in by_item:
                 values[metric_label(metric, filter_name)] = by_item
     return hashes, values
@@ -135,10 +136,10 @@ class EvaluationStore:
         folder = self._folder / key
         if not folder.is_dir():
             return None
-        path, run, stored = open_result(folder)
+        path, output, stored = open_result(folder)
         with damage_named(path):
-            [name] = run["results"]
-            task = MeasuredTask(name=name, run=run, items=stored.items, values=stored.values)
+            [name] = output["results"]
+            task = MeasuredTask(name=name, output=output, items=stored.items, values=stored.values)
             return task.result
 
     def load(self, keys: EvaluationKeys) -> EvaluationResult | None:
@@ -153,14 +154,14 @@ class EvaluationStore:
 
     def journal(self, key: str, name: str) -> AnswerJournal:
         """Return the answers to a task that is not finished; `name` is the task's, for notes."""
-        failed = partial(self._fail, f"the answers to {name} while it runs")
-        return AnswerJournal(self._journal_path(key), failed=failed)
+        on_failure = partial(self._fail, f"the answers to {name} while it runs")
+        return AnswerJournal(self._journal_path(key), on_failure=on_failure)
 
-    def write(self, key: str, task: MeasuredTask, about: Mapping[str, Any]) -> None:
+    def write(self, key: str, task: MeasuredTask, run_description: Mapping[str, Any]) -> None:
         """Store a task and delete its journal; a note if that fails, as the result is not lost.
 
         Args:
-            about: Further keys of lm-eval's results, such as `config`.
+            run_description: Further keys of lm-eval's results, such as `config`.
 
         Raises:
             OSError: If the disk is full.
@@ -187,18 +188,18 @@ class EvaluationStore:
             )
             lines.append(line)
             hashes.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
-        run = {
-            **task.run,
+        output = {
+            **task.output,
             "task_hashes": {task.name: hash_string("".join(hashes))},
             "lm_eval_version": metadata.version("lm_eval"),
             "date": time.time(),
-            **about,
+            **run_description,
         }
         # As it will be read: a value of another type becomes a text.
-        run = json.loads(json.dumps(run, default=handle_non_serializable))
+        output = json.loads(json.dumps(output, default=handle_non_serializable))
         try:
             with new_folder(self._folder / key) as folder:
-                write_json(folder / f"results_{date}.json", run)
+                write_json(folder / f"results_{date}.json", output)
                 if lines:
                     samples = folder / f"samples_{task.name}_{date}.jsonl"
                     samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -225,17 +226,19 @@ class EvaluationStore:
             target.mkdir(parents=True, exist_ok=True)
             for name, key in keys.tasks.items():
                 folder = self._folder / key
-                path, run, stored = open_result(folder)
+                path, output, stored = open_result(folder)
                 if damage := damaged_file(folder, stored.checksums):
                     raise damaged(folder, damage)
-                for part, value in run.items():
-                    is_dict = isinstance(value, dict)
-                    merged[part] = merged.get(part, {}) | value if is_dict else value
+                for part, value in output.items():
+                    # What is said of each task is merged; of all else, the last task's is taken.
+                    is_by_task = isinstance(value, dict)
+                    merged[part] = merged.get(part, {}) | value if is_by_task else value
                 source = path.name.replace("results_", f"samples_{name}_") + "l"
                 shutil.copyfile(folder / source, target / f"samples_{name}_{date}.jsonl")
             merged["config"]["model_args"]["pretrained"] = pretrained
             merged["group_subtasks"] = {name: list(tasks) for name, tasks in keys.groups.items()}
-            merged["model_name"] = merged["model_name_sanitized"] = target.name
+            merged["model_name"] = target.name
+            merged["model_name_sanitized"] = target.name
             write_text(target / f"results_{date}.json", json.dumps(merged, indent=2) + "\n")
         except OSError as error:
             reason = f"cannot write lm-eval's files into {target}: {error.strerror}"
@@ -267,9 +270,9 @@ def open_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems]:
     if damage := damaged_file(folder, stored.checksums, names=names, always=True):
         raise damaged(folder, damage)
     path = folder / names[0]
-    run = read_json(path)
-    assert run is not None, "its checksum is right"
-    return path, run, stored
+    output = read_json(path)
+    assert output is not None, "its checksum is right"
+    return path, output, stored
 
 
 def _date_now() -> str:
@@ -289,11 +292,16 @@ class AnswerJournal:
     """
 
     def __init__(
-        self, path: Path | None = None, failed: Callable[[OSError], None] = lambda _: None
+        self, path: Path | None = None, on_failure: Callable[[OSError], None] = lambda _: None
     ) -> None:
-        """Read the file; `failed` is called if it cannot be written, and then nothing more is."""
+        """Read the file.
+
+        Args:
+            path: The file; None for answers in memory only.
+            on_failure: Called once if the file cannot be written; then nothing more is written.
+        """
         self._path = path
-        self._failed = failed
+        self._on_failure = on_failure
         self._stored: dict[str, Any] = {}
         try:
             lines = path.read_bytes().splitlines() if path else []
@@ -325,7 +333,7 @@ class AnswerJournal:
                 file.write(f"\n{_checksum(text)} {text}\n".encode())
         except OSError as error:
             self._path = None
-            self._failed(error)
+            self._on_failure(error)
 
 
 def _checksum(text: str) -> str:

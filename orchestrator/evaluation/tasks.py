@@ -55,8 +55,6 @@ HELDOUT = "heldout"
 """Stands for all tasks that the prepared data give."""
 FEWSHOT_SEED = 1234
 """lm-eval's default, so that prompts are the usual ones."""
-
-
 PAPER = "paper"
 """Stands for `PAPER_TASKS`."""
 PAPER_TASKS = (
@@ -73,14 +71,14 @@ def make_suite(
     tokens: Path | None,
     *,
     context_length: int,
-    make: Progress | None = None,
+    make_progress: Progress | None = None,
 ) -> Suite:
     """Return what the settings ask to measure; `heldout` means all held-out tasks of the data.
 
     Args:
         tokens: Folder of prepared tokens, which held-out tasks need; see `needs_heldout`.
         context_length: Most tokens that the model can read.
-        make: Shows the progress of making missing held-out tasks; without it, none are made.
+        make_progress: Makes missing held-out tasks, and shows how far that is; None makes none.
 
     Raises:
         UserError: If the model reads fewer tokens at once than the settings say, the tokens do not
@@ -95,11 +93,11 @@ def make_suite(
         check_offered(settings, offered)
         # Every held-out item fits into what the model reads at once.
         heldout = heldout_folder(
-            tokens, num_items=settings.num_items, context_length=length, make=make
+            tokens, num_items=settings.num_items, context_length=length, make_progress=make_progress
         )
         if HELDOUT in names:
-            place = names.index(HELDOUT)
-            names[place : place + 1] = offered
+            position = names.index(HELDOUT)
+            names[position : position + 1] = offered
     return Suite(
         tokens_folder=str(tokens or ""),
         tasks=tuple(dict.fromkeys(names)),
@@ -149,7 +147,7 @@ def tasks_beside(settings: EvaluationSettings) -> tuple[str, ...]:
     return tuple(beside)
 
 
-def _retention_of_lm_eval(settings: EvaluationSettings) -> list[str]:
+def _retention_tasks_of_lm_eval(settings: EvaluationSettings) -> list[str]:
     return [name for name in tasks_beside(settings) if name != PYTHON_BITS]
 
 
@@ -161,7 +159,7 @@ def needs_heldout(settings: EvaluationSettings) -> bool:
 def needs_lm_eval(settings: EvaluationSettings) -> bool:
     """Return whether a sweep measures tasks besides held-out ones."""
     measures_whole_folder = not named_tasks(settings) and bool(settings.include_path)
-    named = _lm_eval_names(settings) or _retention_of_lm_eval(settings)
+    named = _lm_eval_names(settings) or _retention_tasks_of_lm_eval(settings)
     return measures_whole_folder or bool(named)
 
 
@@ -197,11 +195,11 @@ def check_task_names(settings: EvaluationSettings) -> None:
 
     Which tasks a folder of the user has, only lm-eval can say.
     """
-    names = [*_lm_eval_names(settings), *_retention_of_lm_eval(settings)]
+    names = [*_lm_eval_names(settings), *_retention_tasks_of_lm_eval(settings)]
     unchecked = [name for name in names if name not in {PAPER, *PAPER_TASKS}]
     if unchecked and not user_task_folder(settings):
         known = _builtin_folders()
-        _refuse({name: _no_such_task(name, known) for name in unchecked if name not in known})
+        _refuse_tasks({name: _no_such_task(name, known) for name in unchecked if name not in known})
 
 
 def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
@@ -250,7 +248,7 @@ def lm_eval_task_fingerprints(
     """
     include_folder = user_task_folder(settings)
     names = named_tasks(settings)
-    beside = tuple(_retention_of_lm_eval(settings))
+    beside = tuple(_retention_tasks_of_lm_eval(settings))
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
@@ -362,7 +360,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
     """
     folders = [*suite.task_folders, *([suite.heldout] if suite.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    file_states = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
     # The other fields of the suite say how tasks are run, not which there are.
     loaded_part = Suite(
         tasks=suite.tasks,
@@ -372,9 +370,9 @@ def load_suite(suite: Suite) -> LoadedSuite:
         suite_folder=suite.suite_folder,
         num_fewshot=suite.num_fewshot,
     )
-    loaded = replace(_load(loaded_part.model_dump_json(), state), suite=suite)
+    loaded = replace(_load_tasks(loaded_part.model_dump_json(), file_states), suite=suite)
     if loaded.skipped:
-        _load.cache_clear()  # The hub may provide them later.
+        _load_tasks.cache_clear()  # The hub may provide them later.
     if suite.fingerprints is None:
         if not loaded.tasks:
             raise UserError(
@@ -401,10 +399,13 @@ def load_suite(suite: Suite) -> LoadedSuite:
 
 
 @lru_cache(maxsize=4)
-def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedSuite:
-    """Load the tasks of a suite, as JSON because a key of the cache must be hashable.
+def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]) -> LoadedSuite:
+    """Load the tasks of a suite.
 
-    `_state` is that of the files.
+    Args:
+        suite_json: The suite as JSON, because a key of the cache must be hashable.
+        _file_states: Path, time of change and size of each task file; another state of a file is
+            another key of the cache.
     """
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
@@ -440,7 +441,7 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
     groups: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    without_hub = cache(hub_problem)
+    hub_problem_once = cache(hub_problem)
     for name in names:
         if name not in configs and name not in manager.task_index:
             problems[name] = _no_such_task(name, [*manager.task_index, *builtin])
@@ -453,7 +454,7 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
                     loaded = manager.load([name])["tasks"]
         except ConnectionError:  # It is not in the hub's cache.
             try:
-                if problem := without_hub():
+                if problem := hub_problem_once():
                     raise RunFailed(f"it needs the hub, and {problem}") from None
                 with suppress_output():
                     loaded = manager.load([name])["tasks"]
@@ -464,8 +465,8 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
             file = name not in configs and manager.task_index[name].yaml_path
             problems[name] = first_line(error, with_type=True) + (f" ({file})" if file else "")
             continue
-        flags = ("UNSAFE_CODE", "MULTIMODAL")
-        if any(getattr(task, flag, False) for task in loaded.values() for flag in flags):
+        unsupported = ("UNSAFE_CODE", "MULTIMODAL")
+        if any(getattr(task, flag, False) for task in loaded.values() for flag in unsupported):
             problems[name] = "it runs code that a model wrote, or needs more than text"
             continue
         if name in beside and list(loaded) != [name]:
@@ -474,7 +475,7 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
         tasks |= loaded
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
-    _refuse(problems)
+    _refuse_tasks(problems)
     for task in tasks.values():
         if suite.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", suite.num_fewshot)
@@ -484,11 +485,12 @@ def _load(suite_json: str, _state: tuple[tuple[Path, int, int], ...]) -> LoadedS
 
 
 def _no_such_task(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.75)
-    return "there is no such task" + (f"; did you mean {near[0]}?" if near else "")
+    similar = difflib.get_close_matches(name, known, 1, 0.75)
+    return "there is no such task" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
-def _refuse(problems: dict[str, str]) -> None:
+def _refuse_tasks(problems: dict[str, str]) -> None:
+    """Raise `UserError` if there are problems: name of a task -> why it cannot be evaluated."""
     if problems:
         raise UserError(
             f"cannot evaluate {_as_text(problems)}; correct evaluation.suite or "
@@ -509,9 +511,9 @@ def _check_files(manager: TaskManager, folders: Collection[Path]) -> None:
     # A damaged task file is an error; lm-eval would ignore it silently.
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    read = {entry.yaml_path for entry in manager.task_index.values()}
+    indexed_files = {entry.yaml_path for entry in manager.task_index.values()}
     files = [file for folder in folders for file in sorted(folder.glob("**/*.yaml"))]
-    for file in (file for file in files if file not in read):
+    for file in (file for file in files if file not in indexed_files):
         try:
             config = load_yaml(file, resolve_func=False)
         except Exception as error:

@@ -126,10 +126,11 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
         return load_config(folder)
     from iiet.published import config_from_published  # Imports torch.
 
-    has_weights = needs_weights or any(folder.glob("*.safetensors"))
-    names = stored_tensors(folder) if has_weights else {}
+    # The names of the weights tell what the configuration does not say, such as biases.
+    reads_weights = needs_weights or any(folder.glob("*.safetensors"))
+    tensors = stored_tensors(folder) if reads_weights else {}
     try:
-        return config_from_published(config, dict.fromkeys(names))
+        return config_from_published(config, dict.fromkeys(tensors))
     except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
         raise NoDecoder(
             f"only transformers can run {folder}: `evaluate` takes it, and `benchmark` if it is a "
@@ -139,7 +140,11 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a model folder is an export: of a plain model, its list of checksums tells."""
+    """Return whether a model folder is an export of this program.
+
+    That of an iterative method has a model type of its own; that of a plain model is known by its
+    list of checksums.
+    """
     return read_config(folder).get("model_type") == MODEL_TYPE or (folder / MANIFEST).is_file()
 
 
@@ -161,8 +166,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(folder: Path) -> list[Path]:
-    places = read_config(folder, WEIGHTS_INDEX).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    file_by_tensor = read_config(folder, WEIGHTS_INDEX).get("weight_map")
+    names = sorted(set(file_by_tensor.values())) if isinstance(file_by_tensor, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise DamagedFile(f"{folder / WEIGHTS_INDEX} is damaged: weight_map names no files")
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -200,7 +205,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weights_precision(folder: Path) -> StoredPrecision:
-    """Return the type of the weights in a folder's files; errors are those of `stored_tensors`."""
+    """Return the type of the weights in a folder's files; raises what `stored_tensors` raises."""
     return precision_of(stored_tensors(folder))
 
 
@@ -262,8 +267,9 @@ def resolve_checkpoint(path: Path) -> Path:
     """Return a checkpoint, or the newest one of a run.
 
     Raises:
-        UserError: If there is none, or it is damaged; an older one would be another model. Of a
-            model folder, says how it becomes one, or why it cannot.
+        UserError: If there is none, or the newest one is damaged: an older one would be another
+            model. For a model folder from elsewhere, the message says how it becomes a checkpoint,
+            or why it cannot.
     """
     path = resolve_path(path)
     hint = ""
@@ -302,8 +308,8 @@ def load_provenance(folder: Path) -> dict[str, Any]:
 def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     """Return the schedules that a checkpoint's weights learned, costliest first.
 
-    The schedules are the model's own one and, of elastic weights, the others of the family. A
-    method without corrections has none, and of a model folder from elsewhere none are known.
+    These are the checkpoint's own schedule and, for elastic weights, the others of the family. A
+    method without corrections has no schedule, and those of a model from elsewhere are not known.
 
     Raises:
         UserError: If the checkpoint is damaged.
@@ -351,7 +357,7 @@ def weights_key(folder: Path) -> str:
 
 
 def check_if_checkpoint(folder: Path) -> None:
-    """Verify the checksums of a model folder that is a checkpoint; errors are its own."""
+    """Verify the checksums of a model folder if it is a checkpoint; see `check_checkpoint`."""
     if any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
         check_checkpoint(folder, remember=True)
 

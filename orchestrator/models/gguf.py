@@ -69,7 +69,7 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         UserError: If it is not a GGUF file, is damaged, holds another architecture or what the
             decoder does not do, or has no tokenizer of a known kind.
     """
-    gguf = _package(f"reading {path}")
+    gguf = _import_gguf(f"reading {path}")
     try:
         reader = gguf.GGUFReader(path)
         metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
@@ -134,15 +134,16 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         # transformers fills missing weights with random numbers.
         if missing := sorted(loading_info["missing_keys"]):
             raise ValueError(f"missing {', '.join(missing)}")
-        values = model.config.to_dict()
-        del values["quantization_config"]  # Says how the file is packed; these weights are not.
-        return decoder_from_published(values, model.state_dict())
+        model_values = model.config.to_dict()
+        # It says how the file is packed; these weights are unpacked.
+        del model_values["quantization_config"]
+        return decoder_from_published(model_values, model.state_dict())
     except Exception as error:  # Types that cannot be unpacked, shapes that do not fit.
-        line = first_line(error, with_type=not isinstance(error, ValueError))
-        raise UserError(f"cannot use {path}: {line}") from None
+        reason = first_line(error, with_type=not isinstance(error, ValueError))
+        raise UserError(f"cannot use {path}: {reason}") from None
 
 
-def _package(task: str) -> Any:
+def _import_gguf(task: str) -> Any:
     try:
         import gguf
     except ImportError:
@@ -199,13 +200,14 @@ def write_gguf(path: Path, decoder: Decoder, folder: Path) -> None:
             "of what a method computes beside the layers, such as mix and norms; only vanilla and "
             "looped models have a GGUF file"
         )
-    values = config.to_dict()
-    if options := [name for name in ("head_dim", *ATTENTION_OPTIONS) if name in values]:
+    # A configuration writes an option only if it is not that of a plain Llama.
+    config_values = config.to_dict()
+    if options := [name for name in ("head_dim", *ATTENTION_OPTIONS) if name in config_values]:
         raise UserError(
             f"a GGUF file is written of models with the attention of a plain Llama; this one has "
             f"{', '.join(options)}; export it for transformers instead"
         )
-    gguf = _package(f"writing {path}")
+    gguf = _import_gguf(f"writing {path}")
     # A looped model has the same number of corrections in all layers.
     num_loops = 1 + config.schedule[0] if config.schedule else 1
     writer = gguf.GGUFWriter(path, "llama" if num_loops == 1 else "nanbeige")

@@ -32,25 +32,32 @@ def name_with_owner(folder: Path) -> str:
     return folder.name
 
 
-def model_label(folder: Path, under: str = "") -> str:
-    """Return the label of a model; `under` says its schedule or depth, if that is not its own."""
-    return f"{model_name(folder)} {under}".rstrip()
+def model_label(folder: Path, schedule_label: str = "") -> str:
+    """Return the label of a model, such as `teacher` or `teacher r=2,1`.
+
+    Args:
+        schedule_label: Its schedule or depth as text, if that is not the model's own.
+    """
+    return f"{model_name(folder)} {schedule_label}".rstrip()
 
 
 def unique_labels(models: Sequence[tuple[Path, str]]) -> list[str]:
-    """Return the labels of models that are shown together; arguments as those of `model_label`.
+    """Return the labels of models that are shown together.
 
     Where different models have the same label, the checkpoint, the parent folder or the owner on
     the hub is added; a model that is listed several times gets a number.
+
+    Args:
+        models: The arguments of `model_label` for each model.
     """
     labels: list[str] = []
-    for folder, under in models:
-        label = model_label(folder, under)
+    for folder, schedule_label in models:
+        label = model_label(folder, schedule_label)
         if any(model_label(*other) == label and other[0] != folder for other in models):
             longer_name = name_with_owner(folder)
             if "/" not in longer_name:
                 longer_name = "/".join(folder.parts[-2:])
-            label = f"{longer_name} {under}".rstrip()
+            label = f"{longer_name} {schedule_label}".rstrip()
         labels.append(label)
     unique: list[str] = []
     for number, label in enumerate(labels):

@@ -58,7 +58,8 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
     pick = Picked.read(workspace.picked)
     if pick is None or not Path(pick.checkpoint).is_dir():
         return None
-    return pick if sweep in (None, pick.sweep) else None
+    is_wanted = sweep is None or sweep == pick.sweep
+    return pick if is_wanted else None
 
 
 def find_model(
@@ -142,8 +143,8 @@ def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, tuple[int, ...]
     """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
 
     The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
-    schedule. None for any other name, and for a trial that is not measured: its folder is that of a
-    training.
+    schedule. None for any other name, and for a trial that is not measured, whose folder is looked
+    up like that of any training.
 
     Raises:
         UserError: If its result is damaged.
@@ -173,19 +174,20 @@ def _find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolde
     path = expand_user(path)
     candidates = [path]
     if workspace is not None:
-        candidates += [place / path for place in (workspace.root, workspace.runs, workspace.trials)]
-    places = [place for place in candidates if place.exists()]
-    for place in places:
+        for parent in (workspace.root, workspace.runs, workspace.trials):
+            candidates.append(parent / path)
+    existing = [candidate for candidate in candidates if candidate.exists()]
+    for folder in existing:
         # A folder of no use must not hide a run: an imported run has the name of its source.
-        if is_checkpoint(place) or find_checkpoints(place) or _is_accepted(place, folders):
-            return resolve_path(place)
-    if places and places[0].is_file():
+        if is_checkpoint(folder) or find_checkpoints(folder) or _is_accepted(folder, folders):
+            return resolve_path(folder)
+    if existing and existing[0].is_file():
         raise UserError(
             f"{path} is a file; if it is a GGUF file, `iiet-orch import {path}` makes a "
             "checkpoint of it"
         )
-    if places:
-        return resolve_path(places[0])
+    if existing:  # The caller says what is wrong with the folder.
+        return resolve_path(existing[0])
     if workspace is None:
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
     names = shortened(", ".join(sorted(run.name for run in _run_folders(workspace))))

@@ -1,9 +1,9 @@
 """Looped models of other projects: what sets their depth, and what a token costs at each depth.
 
-A class for each `model_type` reads these from the model's configuration, so a plan knows the costs
-without weights or code of the model. What a class says is compared with what runs, each time that
-a model is loaded (`evaluation/looped.py`). Other packages add classes by entry points of the group
-`iiet_orch.depth`.
+A class for each `model_type` reads depth and costs from the model's configuration, so a plan knows
+them without weights or code of the model. What a class says is compared with what runs, each time
+that a model is loaded (`evaluation/looped.py`). Other packages add classes by entry points of the
+group `iiet_orch.depth`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ ASSUMED_CONTEXT_LENGTH = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A model on disk, under one iteration schedule or depth."""
+    """A model on disk, under one iteration schedule or at one depth."""
 
     path: Path
     """Its checkpoint, or its folder if it is from elsewhere."""
@@ -70,13 +70,14 @@ class OpenedModel:
     """What a depth is and costs, of a looped model that transformers runs; None of any other."""
     depth: Depth | None
     """How often the loops run; None without `loops`."""
-    under: str = ""
-    """The schedule or depth as text, if the user has chosen it; empty if it is the model's own."""
+    schedule_label: str = ""
+    """`r=2,1` or `depth=4`, if the user has chosen the schedule or depth; empty if it is the
+    model's own."""
 
     @property
     def label(self) -> str:
         """Name of its run or folder, and the schedule or depth if it is not the model's own."""
-        return model_label(self.path, self.under)
+        return model_label(self.path, self.schedule_label)
 
     @property
     def schedule(self) -> IterationSchedule | None:
@@ -86,7 +87,8 @@ class OpenedModel:
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """All that scores depend on, as JSON values: weights, configuration, tokenizer."""
-        computation: Any = "transformers"  # Its own depth is in its files.
+        # Of a model that transformers runs, all but a depth that was chosen is in its files.
+        computation: Any = "transformers"
         if self.config is not None:
             computation = self.config.to_dict()
         elif self.loops and self.depth != self.loops.default_depth:
@@ -114,15 +116,16 @@ class OpenedModel:
             except ValueError as error:
                 problem = str(error).removeprefix("invalid model config: ")
                 raise UserError(f"{option}: {problem}; the model is {self.path}") from None
-            under = f"r={shortest_schedule(tuple(config.corrections))}"
-            return replace(self, config=config, under=under)
+            label = f"r={shortest_schedule(tuple(config.corrections))}"
+            return replace(self, config=config, schedule_label=label)
         if self.loops is None:
             raise UserError(
                 f"{option} {schedule}: {self.path} is a {self.architecture} model, which has no "
                 "iteration schedule"
             )
         depth = self.loops.parse(str(schedule))
-        return replace(self, depth=depth, under=f"depth={','.join(map(str, depth))}")
+        label = f"depth={','.join(map(str, depth))}"
+        return replace(self, depth=depth, schedule_label=label)
 
     def looped(self) -> tuple[LoopedModel, Depth]:
         """Return `loops` and `depth` of a model that has them."""
@@ -279,5 +282,5 @@ def by_label(models: Sequence[OpenedModel]) -> dict[str, OpenedModel]:
     if len(models) > 1 and is_one_model and len(schedules) == len(models):
         labels = [f"r={shortest_schedule(tuple(model.schedule or ()))}" for model in models]
     else:
-        labels = unique_labels([(model.path, model.under) for model in models])
+        labels = unique_labels([(model.path, model.schedule_label) for model in models])
     return dict(zip(labels, models, strict=True))

@@ -164,21 +164,21 @@ class ModelTokenizer:
             return
         self.loaded = _load(path, trust_remote_code=trust_remote_code)
         self.tokenizer = getattr(self.loaded, "backend_tokenizer", None)
-        first = self.loaded.bos_token_id
-        end = self.loaded.eos_token_id
+        begin_id = self.loaded.bos_token_id
+        end_id = self.loaded.eos_token_id
         # Trained on documents that an end of text separates, such as an export of a model of ours.
-        self._follows_a_text = first is None and not self.loaded.chat_template
-        if first is None:
-            first = end
-        if first is None:
+        self._follows_a_text = begin_id is None and not self.loaded.chat_template
+        if begin_id is None:
+            begin_id = end_id
+        if begin_id is None:
             raise UserError(
                 f"the tokenizer in {path} names neither a bos_token nor an eos_token, and a text "
                 "without context needs one; name one in tokenizer_config.json"
             )
-        self.prefix_id = int(first)
+        self.prefix_id = int(begin_id)
         self.end_ids = frozenset(token_ids(path, "eos_token_id"))
-        if end is not None:
-            self.end_ids |= {int(end)}
+        if end_id is not None:
+            self.end_ids |= {int(end_id)}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Return the tokens of a text; with special tokens, as the model's texts begin.

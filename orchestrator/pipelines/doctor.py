@@ -141,7 +141,7 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
     """
     from orchestrator.evaluation.tasks import needs_lm_eval
     from orchestrator.models.hub import is_hub_name
-    from orchestrator.pipelines.sweeps import plan_sweep
+    from orchestrator.pipelines.sweep_stages import plan_sweep
     from orchestrator.planning.machine import installed_gpus
     from orchestrator.settings.files import read_settings, shipped_sweeps
 

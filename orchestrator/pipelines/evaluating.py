@@ -293,7 +293,9 @@ def _evaluate_model(
     started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
-    suite = make_suite(settings, tokens, context_length=model.context_length, make=progress)
+    suite = make_suite(
+        settings, tokens, context_length=model.context_length, make_progress=progress
+    )
     loaded = load_suite(suite)
     chances = heldout_chances(suite.heldout)
     notes = [f"chance of {name}: {chances[name]}" for name in chances if name in suite.tasks]
@@ -358,7 +360,7 @@ def _measure(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    return measurer.tasks(load_suite(suite))
+    return measurer.measure_tasks(load_suite(suite))
 
 
 def tokens_of_tasks(

@@ -26,7 +26,7 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import newest_tokens
 from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side, time_per_token
-from orchestrator.evaluation.looped import load_transformers, watched
+from orchestrator.evaluation.looped import load_transformers, watch_loops
 from orchestrator.models.loops import Depth
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import load_tokenizer
@@ -339,7 +339,7 @@ def _measure_loops(
         loaded = load_transformers(opened, trust_remote_code=trusts, device=device)
         likely_before = likely
         likely = []
-        with torch.no_grad(), watched(loaded, loops) as (_, states):
+        with torch.no_grad(), watch_loops(loaded, loops) as (_, states):
             for batch_rows in torch.split(rows, ROWS_AT_ONCE):
                 states.clear()
                 likely.append(loaded(batch_rows, use_cache=False).logits.argmax(-1))

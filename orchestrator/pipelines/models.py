@@ -296,7 +296,7 @@ def export(
     checkpoint = opened.path
     decoder = opened.decoder(frozen=True)  # Mapped from its file.
     default_name = model_name(checkpoint)
-    if opened.under:
+    if opened.schedule_label:
         default_name += f"-r{decoder.config.corrections}".replace(",", "")
     replaces = force or to is None  # The workspace's own folder is that of the run.
     if file_format == "gguf":

@@ -334,7 +334,7 @@ def load_tasks(
     Raises:
         UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
-    make_suite(settings, tokens, context_length=config.context_length, make=progress)
+    make_suite(settings, tokens, context_length=config.context_length, make_progress=progress)
     length = settings.tokens_at_once(config.context_length)
     return lm_eval_task_fingerprints(settings, context_length=length)
 

@@ -143,7 +143,7 @@ def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
     # A trial's folder lies in `trials` or `runs` of its workspace.
     store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
     measurer = ModelMeasurer(model, store, suite, device=device, progress=progress)
-    measured = measurer.tasks(load_suite(suite))
+    measured = measurer.measure_tasks(load_suite(suite))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}
     measured_trial = trial.model_copy(update={"evaluation": measured.keys})

@@ -284,8 +284,8 @@ class CheckpointWriter:
         minutes = self._job.recipe.checkpoint_every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
         stage = self.first_stage
-        ends_stage = stage and step == stage.num_steps and not stage.find()
-        return is_late or step == stable_steps(self._job.recipe) or bool(ends_stage)
+        ends_stage = stage is not None and step == stage.num_steps and not stage.find()
+        return is_late or ends_stage or step == stable_steps(self._job.recipe)
 
     def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Start to write a checkpoint, unless this step has one or is the start.
@@ -310,7 +310,7 @@ class CheckpointWriter:
             state["random"] = {"cpu": torch.get_rng_state()}
             if world.is_gpu:
                 state["random"]["cuda"] = torch.cuda.get_rng_state(world.device)
-        position = replace(position)  # It counts on while the thread writes.
+        position = replace(position)  # A copy: training counts on while the thread writes.
         if self._shards:
             names = parameter_names(optimizer, decoder)
             moments: dict[str, Tensor] = {}
@@ -412,14 +412,14 @@ class CheckpointWriter:
         self,
         position: Position,
         training_state: dict[str, Any],
-        began: float,
+        started: float,
         unfinished: UnfinishedFolder,
         checksums: Mapping[str, str],
         copied_at: float,
     ) -> None:
         """Write what one worker writes when all have written their shards; see `shards.Complete`.
 
-        Training has waited from `began` until `copied_at`.
+        Training has waited from `started` until `copied_at`.
         """
         write_config(unfinished.path, config_to_json(self._job.model))
         write_beside_weights(
@@ -432,7 +432,7 @@ class CheckpointWriter:
             checksums=checksums,
         )
         unfinished.finish()
-        self._after_writing(position.step, copied_at, copied_at - began)
+        self._after_writing(position.step, copied_at, copied_at - started)
 
     def _provenance(self, step: int) -> dict[str, Any]:
         """Return what the provenance says of this run's checkpoint, beside its files."""
@@ -470,12 +470,12 @@ class CheckpointWriter:
             self._start_uploads(self.remote)
 
     def _start_uploads(self, remote: RemoteCopy) -> None:
-        names_kept = {path.name for path in self._started_from()}
+        names_kept = {path.name for path in self._starts_of_others()}
         remote.start(
             self._event, num_kept=self._job.recipe.num_checkpoints_kept, names_kept=names_kept
         )
 
-    def _started_from(self) -> set[Path]:
+    def _starts_of_others(self) -> set[Path]:
         """Return the checkpoints that other trainings start from, whether they exist or not."""
         steps = [stable_steps(self._job.recipe)]
         if self.first_stage:
@@ -485,8 +485,8 @@ class CheckpointWriter:
     def _prune(self) -> None:
         """Delete all checkpoints but the newest, the last one written, those that others start
         from, and one that is being copied."""
-        kept = self._started_from()
-        if self.checkpoint:  # A later one may be there that is damaged.
+        kept = self._starts_of_others()
+        if self.checkpoint:  # Not always the newest: a later one that is damaged may lie there.
             kept.add(self.checkpoint)
         with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:
             prune_checkpoints(

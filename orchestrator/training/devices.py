@@ -59,19 +59,19 @@ def mean_over_workers(values: Mapping[str, float | Tensor], world: World) -> dic
 
     Scalar tensors of the device are read together, so that a GPU is waited for once.
     """
-    on_host = [name for name, value in values.items() if not isinstance(value, Tensor)]
-    on_device = [name for name in values if name not in on_host]
-    numbers = torch.tensor([values[name] for name in on_host], dtype=torch.float64)
-    if on_device or world.size > 1:
+    host_names = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    device_names = [name for name in values if name not in host_names]
+    numbers = torch.tensor([values[name] for name in host_names], dtype=torch.float64)
+    if device_names or world.size > 1:
         numbers = numbers.to(world.device, non_blocking=True)
-    if on_device:
-        scalars = [torch.as_tensor(values[name], dtype=torch.float64) for name in on_device]
+    if device_names:
+        scalars = [torch.as_tensor(values[name], dtype=torch.float64) for name in device_names]
         numbers = torch.cat([numbers, torch.stack(scalars)])
     if world.size > 1:
         dist.all_reduce(numbers)
         numbers = numbers / world.size
-    found = dict(zip(on_host + on_device, numbers.tolist(), strict=True))
-    return {name: found[name] for name in values}
+    means = dict(zip(host_names + device_names, numbers.tolist(), strict=True))
+    return {name: means[name] for name in values}
 
 
 def gathered(value: T, world: World) -> list[T]:
@@ -129,6 +129,8 @@ class Copies:
         self._left_out: dict[IterationSchedule, frozenset[nn.Parameter]] = {}
         self._model: nn.Module = decoder
         self._made_for: tuple[frozenset[nn.Parameter], bool] | None = None
+        """What the steps that the copies are made for leave out, and whether their passes differ in
+        that; None before the first copies."""
 
     def model_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
         """Return the model to call in the passes of a step, which have these schedules.
@@ -140,17 +142,19 @@ class Copies:
             return self._decoder
         left_out_by_pass = [self._left_out_by(schedule) for schedule in schedules]
         left_out = frozenset.intersection(*left_out_by_pass)
-        looks = any(each != left_out for each in left_out_by_pass)
-        if self._made_for != (left_out, looks):
+        # DDP looks for unused parameters only where a pass leaves out more than the whole step.
+        passes_differ = any(of_pass != left_out for of_pass in left_out_by_pass)
+        if self._made_for != (left_out, passes_differ):
             for parameter in self._trained:
                 parameter.requires_grad_(parameter not in left_out)
                 parameter.grad = None
             self._model = DistributedDataParallel(
-                self._decoder, find_unused_parameters=looks, gradient_as_bucket_view=True
+                self._decoder, find_unused_parameters=passes_differ, gradient_as_bucket_view=True
             )
-            self._made_for = (left_out, looks)
+            self._made_for = (left_out, passes_differ)
             # DDP makes new buckets after the first pass, in the order in which gradients came. From
-            # then on gradients are where they are sent, here before activations need the memory.
+            # then on it keeps gradients in the buckets that it sends. Two small passes make these
+            # buckets here, before the activations of a step need the memory.
             for _ in range(2):
                 torch.autograd.backward(_small_loss(self._model, schedules[0], world))
             self._model.zero_grad(set_to_none=False)
@@ -187,7 +191,7 @@ def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     """Shard a decoder in place (FSDP2); it may be on the meta device. Make its optimizer later.
 
-    Of a frozen decoder there are weights alone, and forward passes.
+    A frozen decoder has weights alone, and forward passes.
 
     Each worker holds a shard of weights, gradients and moments. The matrices of a layer's field are
     one unit, gathered once for all evaluations of the field: in the forward pass, and again in the
@@ -275,7 +279,7 @@ def with_all_gradients(model: Model) -> Model:
         def loss_with_zero(*answer: Any) -> Any:
             result = loss_fn(*answer)
             parameters = decoder.method_parameters().values()
-            zero = 0.0 * torch.cat([each.flatten() for each in parameters]).sum()
+            zero = 0.0 * torch.cat([parameter.flatten() for parameter in parameters]).sum()
             if isinstance(result, Tensor):
                 return result + zero
             loss, *others = result
@@ -289,8 +293,8 @@ def with_all_gradients(model: Model) -> Model:
 def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of a step.
 
-    Those of copies stay as zeros in the buckets that send them. Without a place there, all passes
-    of the next step but the last would add theirs up elsewhere, and hold them twice.
+    The gradients of copies become zeros, and stay in the buckets that send them. Otherwise all
+    passes of the next step but the last would add up gradients elsewhere, and hold them twice.
     """
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
@@ -298,7 +302,7 @@ def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm`; return the norm before as a scalar."""
     norm: Any = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # That of a sharded model is gathered from all workers.
+    # The norm of a sharded model is gathered from all workers.
     gathered_norm: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return gathered_norm
 
@@ -306,7 +310,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 def copy_rows(whole: Tensor | LazyTensor, target: Any) -> None:
     """Copy a whole tensor into another one: into a sharded one, this worker's rows.
 
-    Of a tensor that is mapped from a file, only these rows are read.
+    Only these rows are read of a tensor that is mapped from a file.
     """
     mesh = getattr(target, "device_mesh", None)
     if mesh is None:
@@ -325,10 +329,10 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     """Return the decoder on this worker's device, sharded if the model is, in training mode.
 
     Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
-    From a source of another method come the weights of a plain model; what the method adds is
-    initialised as in a model with random weights.
-    It is made without weights. They are then copied tensor by tensor, a shard's own rows only, so
-    no worker needs memory for a model beside its own.
+    A source of another method gives the weights of a plain model; what the method of the job adds
+    is initialised as in a model with random weights.
+    The decoder is made without memory for weights, and then filled tensor by tensor: a shard with
+    its own rows only. So no worker needs memory for a model beside its own.
     """
     torch.manual_seed(job.recipe.seed)
     use_tf32(world.device)
@@ -355,21 +359,23 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)
 
-    drawn = initial_weights(pattern, config.initializer_std)
-    _fill(decoder, chain(weights.items(), drawn))
+    random_weights = initial_weights(pattern, config.initializer_std)
+    _fill(decoder, chain(weights.items(), random_weights))
     return decoder.train()
 
 
 @torch.no_grad()
 def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor | LazyTensor]]) -> None:
-    """Copy whole weights by name into a decoder, of a sharded one this worker's rows; of two
-    weights of one name the first counts. What is not needed is not read."""
+    """Copy whole weights by name into a decoder; into a sharded one, this worker's rows.
+
+    Of two weights of one name the first counts. Weights are read or drawn until none is missing.
+    """
     missing = dict(decoder.named_parameters())
     for name, tensor in weights:
         parameter: Any = missing.pop(name, None)
         if parameter is not None:
             copy_rows(tensor, parameter)
-        if not missing:  # Nothing is drawn that is not needed.
+        if not missing:  # The next weight would be read or drawn for nothing.
             break
     assert not missing, f"no weights for {sorted(missing)}"
 
@@ -405,8 +411,8 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
     """Return the frozen model that the job learns from, on this worker's device; None if it has
     none.
 
-    It is sharded if the trained model is. Its units are gathered in its own type, so it computes
-    what a whole one does.
+    The teacher is sharded if the trained model is. Its units are gathered in its own type, so it
+    computes what a whole teacher does.
     """
     if job.frozen_teacher is None:
         return None
@@ -448,7 +454,7 @@ _is_compiling_allowed = True
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled layers as they were, for passes whose shapes deserve no graph."""
+    """Run layers by their plain formulas in a `with` block: its shapes deserve no graph."""
     global _is_compiling_allowed
     _is_compiling_allowed = False
     try:
@@ -503,7 +509,7 @@ def compile_layers(
                 return plain(*args, **options)
             started = time.perf_counter()
             try:
-                found = fast(*args, **options)
+                result = fast(*args, **options)
             except TorchDynamoException as error:
                 compilation.has_failed = True
                 cause = getattr(error, "inner_exception", error)
@@ -514,7 +520,7 @@ def compile_layers(
             if not compilation.has_succeeded:
                 compilation.has_succeeded = True
                 event("compiled", seconds=time.perf_counter() - started)
-            return found
+            return result
 
         return run
 
@@ -537,8 +543,9 @@ def compile_a_field(
 ) -> None:
     """Let the compiler make the graphs of the fields for passes of these sizes.
 
-    All workers agree on whether it failed. Training would find out in the middle of its first pass,
-    which is too late: plain formulas keep more, and may need passes of fewer sequences.
+    All workers agree on whether the compiler failed. Training would find out in the middle of its
+    first pass, which is too late: plain formulas keep more activations, and may need passes of
+    fewer sequences.
 
     Args:
         decoder: As a whole, after `compile_layers`; shards would have to be gathered.

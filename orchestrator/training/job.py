@@ -193,7 +193,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     What is off is absent: the keys of such jobs are those of versions that could not do it.
     """
     recipe = job.recipe
-    if job.sequence_length == job.model.context_length:  # Said or not, it is the same.
+    if job.sequence_length == job.model.context_length:  # Set or not, the weights are the same.
         recipe = recipe.model_copy(update={"sequence_length": None})
     recipe_fields = key_values(recipe)
     if recipe.elastic is not None:
@@ -264,7 +264,10 @@ def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
 
 @lru_cache(maxsize=4096)
 def _stored_key(job_file: Path, _modified: int) -> str | None:
-    # Only this entry is read: a plan asks it of every run, and checks none.
+    """Return the key in a job's file; `_modified`, its time, makes the cache hold no old key.
+
+    The file is not checked as a record: a plan reads the keys of all runs in a workspace.
+    """
     try:
         return (read_json(job_file) or {}).get("key")
     except UserError:
@@ -342,7 +345,7 @@ def write_job_file(job: TrainingJob) -> None:
         ).write(path)
 
 
-# How far it is
+# How far a training is
 
 
 def training_of(job: TrainingJob) -> Training | None:

@@ -113,9 +113,9 @@ def losses_of(
 
     Args:
         members: What is drawn in this step.
-        teacher: What the members learn from (default: the full schedule of the same step). One
-            that computes its answers should be a `RememberingTeacher`.
-        distillation: What they learn from a teacher.
+        teacher: What the members learn from (default: the full schedule of the same step). A
+            teacher that computes its answers should be a `RememberingTeacher`.
+        distillation: What the members learn from a teacher.
     """
     if not members or elastic is None:
         yield objective(model, batch, step)
@@ -212,7 +212,9 @@ def validation_metrics(
         number = first + world.rank
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets
-        name = names[int(batch.sources[0, 0]) if source_names and batch.sources is not None else 0]
+        name = names[0]
+        if source_names and batch.sources is not None:
+            name = names[int(batch.sources[0, 0])]  # The whole batch is of one source.
         batch = batch.to(world.device)
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
@@ -227,6 +229,7 @@ def validation_metrics(
                 sums["answers" + name] += num_targets
     decoder.train(was_training)
 
+    # Means instead of sums over the workers: only their ratios are used.
     sums = mean_over_workers(sums, world)
     sums |= {kind: sum(sums[kind + name] for name in names) for kind in _SUMS}
     metrics = {VALIDATION_METRIC: math.nan}

@@ -95,7 +95,8 @@ class RemoteCopy:
 
     @contextmanager
     def kept(self) -> Iterator[set[Path]]:
-        """Yield what must not be deleted now: the checkpoint that is copied; no other begins."""
+        """Yield what must not be deleted in the `with` block: the checkpoint that is being copied;
+        no other copy begins meanwhile."""
         with self._choosing:
             yield {self._uploading} if self._uploading else set()
 
@@ -125,8 +126,8 @@ class RemoteCopy:
             self._uploading = None
 
     def _choose(self, tried: set[str]) -> Path | None:
-        """Return the newest checkpoint whose name is not among those; None if there is none, or
-        the run ends."""
+        """Return the newest checkpoint whose name is not in `tried`, as the one that is copied now;
+        None if there is none, or the run ends."""
         with self._choosing:
             checkpoints = find_checkpoints(self._run_folder)
             missing = [path for path in checkpoints if path.name not in tried]

@@ -52,7 +52,7 @@ def stable_steps(recipe: TrainingSettings) -> int:
 
 
 def _decay(step: int, recipe: TrainingSettings) -> float:
-    # From 0 at the peak to 1 at the final rate.
+    """Return how far the rate has come, from 0 at the peak to 1 at the final rate."""
     first = stable_steps(recipe) or recipe.warmup_steps
     if recipe.decay == "constant" or step < first:
         return 0.0
@@ -66,16 +66,17 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
     The ramp between the two has equal parts: in part k, layer l makes `min(r_l, k)` corrections.
     """
     most = schedule.max_corrections
-    stages = tuple(_capped(schedule, top) for top in range(most + 1))
-    first = round(recipe.num_steps * recipe.iterate_from_fraction)
-    end = round(recipe.num_steps * (recipe.iterate_from_fraction + recipe.iterate_ramp_fraction))
+    stages = tuple(_capped(schedule, limit) for limit in range(most + 1))
+    ramp_end_fraction = recipe.iterate_from_fraction + recipe.iterate_ramp_fraction
+    ramp_start = round(recipe.num_steps * recipe.iterate_from_fraction)
+    ramp_end = round(recipe.num_steps * ramp_end_fraction)
 
     def schedule_at(step: int) -> IterationSchedule:
-        if step < first:
+        if step < ramp_start:
             return stages[0]
-        if step >= end:
+        if step >= ramp_end:
             return stages[most]
-        return stages[min(most, 1 + (step - first) * most // (end - first))]
+        return stages[min(most, 1 + (step - ramp_start) * most // (ramp_end - ramp_start))]
 
     return schedule_at
 
@@ -166,8 +167,8 @@ def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> Sche
         bits = random_bits(_DRAWS + recipe.seed, np.array([step]), len(members))[0]
         # Exponential times with these rates; the first ones win (Efraimidis and Spirakis 2006).
         times = -np.log(((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53) / left_out
-        chosen = np.argsort(times, kind="stable")[: recipe.elastic.num_drawn]
-        return tuple(members[number] for number in chosen.tolist())
+        drawn = np.argsort(times, kind="stable")[: recipe.elastic.num_drawn]
+        return tuple(members[number] for number in drawn.tolist())
 
     return drawn_at
 
@@ -185,8 +186,8 @@ def flops_per_token_by_step(
     if teacher is None:
         return model_flops_at
     distillation = job.teaching or DistillationConfig()
-    read = inference_cost(teacher, context_length=job.sequence_length)
-    teacher_flops = read.forward_flops_per_token
+    teacher_cost = inference_cost(teacher, context_length=job.sequence_length)
+    teacher_flops = teacher_cost.forward_flops_per_token
     return lambda step: (
         model_flops_at(step) + (teacher_flops if distillation.uses_teacher(step) else 0.0)
     )

@@ -64,7 +64,7 @@ def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
     for name in fields_with(TrainingSettings, Effect.LATER_WEIGHTS):
         fields["recipe"].pop(name, None)
     if job.recipe.trained_layers == "all":
-        # Otherwise the layers that are trained in each step are those that this schedule corrects.
+        # Otherwise this schedule may say which layers are trained in each step.
         fields["model"].pop("schedule", None)
     return fields
 
@@ -156,7 +156,11 @@ class FirstStage:
         return any(self.checkpoints())
 
     def find(self, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-        """Return an intact checkpoint of another run; None without one. Damaged ones are told."""
+        """Return an intact checkpoint of another run; None without one.
+
+        Args:
+            warn: Called with a sentence for each damaged checkpoint.
+        """
         for folder in self.checkpoints():
             if folder.parent == self.run_folder:
                 continue
@@ -187,12 +191,12 @@ def first_step(job: TrainingJob, saved_step: int) -> int:
     """Return the step after which a job starts: its own, or a later one that others have made.
 
     Args:
-        saved_step: Step of its own newest checkpoint; 0 without one.
+        saved_step: Step of the job's own newest checkpoint; 0 without one.
     """
     steps = [saved_step]
     if job.continued_from:
         steps.append(step_of(Path(job.continued_from)))
-    with suppress(UserError):  # Its tokens were deleted, so the key of the stage is unknown.
+    with suppress(UserError):  # The key of the stage is unknown where the tokens were deleted.
         stage = first_stage_of(job)
         if stage and stage.exists:
             steps.append(stage.num_steps)
@@ -228,8 +232,8 @@ def continued_settings(
         run: The run, by path or name.
 
     Raises:
-        UserError: If there is none, it is not finished or not shorter, or its tokens are others or
-            are missing.
+        UserError: If there is no such run, it is not finished or not shorter, or its tokens are
+            others or are missing.
     """
     folder = find_pretraining(workspace, run)
     finished = Training(folder)

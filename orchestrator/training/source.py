@@ -97,22 +97,24 @@ class Source:
         not_sizes = {"preset", "method", "corrections", "method_options"}
         sizes = settings.model_dump(exclude=not_sizes, exclude_none=True)
         for name, value in sizes.items():
-            of_source = self.config.to_dict().get(name, getattr(self.config, name))
-            if value != (list(of_source) if isinstance(of_source, tuple) else of_source):
+            source_value = self.config.to_dict().get(name, getattr(self.config, name))
+            if isinstance(source_value, tuple):
+                source_value = list(source_value)
+            if value != source_value:
                 raise UserError(
                     f"model.{name}={value}: sizes come from the source, and {self.folder} has "
-                    f"{of_source}; leave it out"
+                    f"{source_value}; leave it out"
                 )
         if "preset" not in settings.model_fields_set:
             return
         for name, value in PRESETS.get(settings.preset, {}).items():
-            of_source = getattr(self.config, name)
+            source_value = getattr(self.config, name)
             if name in ("vocab_size", "context_length", *sizes):
                 continue
-            if value != of_source:
+            if value != source_value:
                 raise UserError(
                     f"model.preset={settings.preset}: sizes come from the source, and "
-                    f"{self.folder} has {name}={of_source}, not {value}; leave it out"
+                    f"{self.folder} has {name}={source_value}, not {value}; leave it out"
                 )
 
 
@@ -120,7 +122,7 @@ def find_source(workspace: Workspace, name: str) -> Source:
     """Return the source that a user names: a run, a trial, a checkpoint, a model folder, `hub:`.
 
     Raises:
-        UserError: If there is none, it is damaged, or a decoder cannot run it.
+        UserError: If there is no such model, it is damaged, or a decoder cannot run it.
     """
     # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
     model = open_model(name, workspace, needs_weights=False)
@@ -159,7 +161,8 @@ def follow_source(
     """Return settings with the source's tokenizer and the defaults of a training from it.
 
     Args:
-        prepared: Folder of the tokens of these settings, if they are prepared.
+        prepared: Folder of the tokens of these settings, if they are prepared. Tokens that the
+            source reads stay as they are.
 
     Returns:
         The settings; and the defaults that are others than without a source, by setting.
@@ -183,10 +186,11 @@ def follow_source(
     has_text = data.source in TEXT_SOURCES or any(name in TEXT_SOURCES for name in data.shares)
     reads_text = has_text or data.has_words
     has_symbols = any(name not in TEXT_SOURCES for name in data.shares) and not data.has_words
-    is_trained = data.tokenizer == "train" and reads_text
-    has_its_tokens = prepared is not None and _has_tokenizer(source, prepared / TOKENIZER_NAME)
-    # A mixture adds its symbols to the tokenizer, which of a source of its kind has them already.
-    if source.tokenizer and is_trained and not has_symbols and not has_its_tokens:
+    trains_tokenizer = data.tokenizer == "train" and reads_text
+    is_prepared = prepared is not None and _has_tokenizer(source, prepared / TOKENIZER_NAME)
+    # A mixture adds the symbols of its tasks to a tokenizer. A source that was trained on such a
+    # mixture has them in its tokenizer already, which could not get them again.
+    if source.tokenizer and trains_tokenizer and not has_symbols and not is_prepared:
         defaults["data.tokenizer"] = str(source.tokenizer)
         data = data.model_copy(update={"tokenizer": str(source.tokenizer)})
     elif reads_text and data.tokenizer != "train" and not is_hub_name(data.tokenizer):
@@ -201,8 +205,8 @@ def check_tokenizer(source: Source, other: Path, shown: str) -> None:
     """Check that text is tokenized as the source reads it.
 
     Args:
-        other: A `tokenizer.json`.
-        shown: What `data.tokenizer` says.
+        other: The `tokenizer.json` of the text.
+        shown: The value of `data.tokenizer`, for the message.
 
     Raises:
         UserError: If the source has another tokenizer.

@@ -15,7 +15,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -120,7 +127,8 @@ def run_job(
         job: What to train.
         world: This worker's place; a single worker on the CPU when unset.
         should_stop: Called after each step on the first worker, and before the first step.
-        should_save: Likewise, in addition to the recipe; True if the workers may soon be lost.
+        should_save: Called likewise; True if the workers may soon be lost, so that a checkpoint is
+            written that the recipe does not ask for.
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
         sequences_if_uncompiled: Most sequences of a pass if the compiler fails, which fit the
             device's memory then; None for as many as the recipe says.
@@ -175,7 +183,8 @@ class Trainer:
     frozen_teacher: Decoder | None
     """The model that the job learns from."""
     teacher: Model | None
-    """What the student, and members of elastic training, learn from: that model, or its answers."""
+    """What the student, and members of elastic training, learn from: the frozen teacher, or the
+    answers that are remembered of it."""
 
     def __init__(
         self,
@@ -233,7 +242,8 @@ class Trainer:
         checkpoint = run_on_first(self._find_start, world)
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
-        if world.is_gpu if recipe.compile is None else recipe.compile:
+        compiles = world.is_gpu if recipe.compile is None else recipe.compile
+        if compiles:
             self._compile()
         self.optimizer = make_optimizer(self.decoder, recipe)
         hardware = {
@@ -269,8 +279,8 @@ class Trainer:
         compilation = compile_layers(self.decoder, self.event)
         if self.world.is_sharded:
             return
-        per_worker = -(-sequences_per_step(self.recipe, self.job.model) // self.world.size)
-        num_sequences = min(self.sequences_per_pass or per_worker, per_worker)
+        most = -(-sequences_per_step(self.recipe, self.job.model) // self.world.size)
+        num_sequences = min(self.sequences_per_pass or most, most)
         compile_a_field(
             self.decoder,
             compilation,
@@ -286,8 +296,12 @@ class Trainer:
             self.event("smaller passes", text=f"{text}, so a step has more passes (same gradients)")
 
     def _find_start(self) -> Path | None:
-        # The checkpoint to continue: the run's own, one of its storage, or that of another run with
-        # the same first steps, whose metrics are then those of this run.
+        """Return the checkpoint to continue, if there is one.
+
+        It is the run's own, one of its storage, or that of another run with the same first steps,
+        whose metrics are then recorded as this run's.
+        """
+
         def warn(text: str) -> None:
             self.event("damaged", text=text)
 
@@ -309,8 +323,8 @@ class Trainer:
     def train(self) -> bool:
         """Train from the position to the recipe's last step.
 
-        All workers agree on a stop, a save and the next batch's number of targets in the reduction
-        that ends a step, so that the host waits for the device once per step.
+        One reduction over the workers ends a step, so that the host waits for the device once. In
+        it they agree on the step's losses, the sizes of the next batch, a stop and a save.
 
         Returns:
             True after the last step, False if stopped before it. The state is saved in both cases.
@@ -346,19 +360,19 @@ class Trainer:
                 step = position.step + 1
                 is_last = step == recipe.num_steps
                 validates = is_last or step % recipe.validate_every_steps == 0
-                ending: dict[str, float | Tensor] = {**totals}
+                to_agree: dict[str, float | Tensor] = {**totals}
                 if not is_last:
                     batch = self.batch(step)
-                    ending |= _counts(batch)
+                    to_agree |= _counts(batch)
                 if not validates:
-                    ending |= self.wishes(step)
-                agreed = mean_over_workers(ending, world)
+                    to_agree |= self.wishes(step)
+                agreed = mean_over_workers(to_agree, world)
 
                 # The update, if loss and gradient are good.
                 sums = {name: agreed[name] for name in totals}
                 numbers = mean_by_source(sums)
                 numbers["learning_rate"] = learning_rate
-                if self._is_good(numbers):
+                if self._accept_step(numbers):
                     self.optimizer.step()
                     position.add_to_window(sums)
                 clear_gradients(self.model, self.optimizer)
@@ -367,7 +381,7 @@ class Trainer:
                 position.seconds += time.perf_counter() - started
                 position.step = step
 
-                # What others see of it.
+                # Records, validation and checkpoints.
                 if position.num_skipped_in_row:
                     self.event("skipped", step=step, **numbers)
                     self.report(step, {"train/skipped_steps": position.num_skipped})
@@ -380,8 +394,8 @@ class Trainer:
                     means = mean_by_source(position.end_window())
                     means["learning_rate"] = learning_rate
                     means |= {"tokens": position.num_tokens, "flops": position.flops}
-                    named = {f"train/{name}": number for name, number in means.items()}
-                    self.report(step, {**named, **self.meter.measure(position)})
+                    metrics = {f"train/{name}": number for name, number in means.items()}
+                    self.report(step, metrics | self.meter.measure(position))
                 if validates:
                     metrics = self.validate()
                     position.validation_loss = metrics[VALIDATION_METRIC]
@@ -392,7 +406,7 @@ class Trainer:
                     self.profiler.end_step()
                 if is_last:
                     return True
-                if validates:  # Its result may be a reason to stop.
+                if validates:  # Asked only now: its result may be a reason to stop.
                     agreed |= mean_over_workers(self.wishes(step), world)
                 if step % STEPS_BETWEEN_COLLECTIONS == 0:
                     collect_garbage()
@@ -407,7 +421,8 @@ class Trainer:
         self.model = self.copies.model_for(schedules)
         parts_of_batch = batch.split(self.sequences_per_pass or len(batch))
         members = self.drawn_at(step)
-        passes_left = num_passes = len(parts_of_batch) * (1 + len(members))
+        num_passes = len(parts_of_batch) * (1 + len(members))
+        passes_left = num_passes
         totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
         for part in parts_of_batch:
             share = len(part) / len(batch)
@@ -424,8 +439,10 @@ class Trainer:
             )
             for _ in range(1 + len(members)):
                 passes_left -= 1
-                several = pass_of_several(self.model, self.world, is_last=not passes_left)
-                with several if num_passes > 1 else nullcontext():
+                context: AbstractContextManager[None] = nullcontext()
+                if num_passes > 1:
+                    context = pass_of_several(self.model, self.world, is_last=passes_left == 0)
+                with context:
                     with autocast(self.recipe.precision, self.world):
                         loss, terms = next(losses)
                     torch.autograd.backward(loss * share)
@@ -434,8 +451,12 @@ class Trainer:
         free_gathered(self.frozen_teacher)
         return {**totals, "gradient_norm": clip_gradients(self.model, self.recipe.clip_norm)}
 
-    def _is_good(self, numbers: Mapping[str, float]) -> bool:
-        # Whether to update the weights; if not, the step is counted as skipped.
+    def _accept_step(self, numbers: Mapping[str, float]) -> bool:
+        """Return whether the weights are updated; if not, count the step as skipped.
+
+        Raises:
+            Diverged: If as many steps in a row were skipped as the recipe allows.
+        """
         recipe = self.recipe
         position = self.position
         loss = numbers["loss"]
@@ -527,10 +548,11 @@ class Trainer:
     def wishes(self, step: int) -> dict[str, float]:
         """Return whether the first worker wants to stop or to save after a step; asked once for
         each."""
-        saves = stops = False
+        stops = False
+        saves = False
         if self.world.is_first:
-            is_noticed = self._should_save is not None and self._should_save()
-            saves = is_noticed or self.writer.is_due(step)
+            may_be_lost = self._should_save is not None and self._should_save()
+            saves = may_be_lost or self.writer.is_due(step)
             stops = self._should_stop()
         return {"stop": float(stops), "save": float(saves)}
 
@@ -540,13 +562,13 @@ class Trainer:
         """
         job = self.job
         recipe = self.recipe
-        last = self.position.step - 1
-        per_worker = sequences_per_step(recipe, job.model) // self.world.size
+        last_step = self.position.step - 1
+        sequences_per_worker = sequences_per_step(recipe, job.model) // self.world.size
         batches = list(
             self.data.validation_batches(
                 context_length=job.sequence_length,
                 num_tokens=recipe.num_validation_tokens,
-                batch_size=recipe.num_sequences_per_pass or per_worker,
+                batch_size=recipe.num_sequences_per_pass or sequences_per_worker,
             )
         )
         metrics_of = partial(
@@ -557,8 +579,8 @@ class Trainer:
             world=self.world,
             source_names=self.data.source_names,
         )
-        metrics = metrics_of(self.schedule_at(last))
-        if members := self.members_at(last):
+        metrics = metrics_of(self.schedule_at(last_step))
+        if members := self.members_at(last_step):
             metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
         return metrics
 
@@ -576,7 +598,7 @@ class Trainer:
 
 
 def _counts(batch: Batch) -> dict[str, float]:
-    # What a loss divides by; the workers' shares of a step may differ.
+    """Return what a loss divides by, as means over the workers: their shares of a step differ."""
     return {
         "targets": float(batch.num_targets),
         "positions": float(batch.num_positions),
@@ -586,7 +608,10 @@ def _counts(batch: Batch) -> dict[str, float]:
 
 @contextmanager
 def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
-    # Yields what collects garbage. A worker that pauses for it at random keeps all others waiting.
+    """Collect garbage in a `with` block only by the function that this yields.
+
+    A worker that pauses for it at a time of its own keeps all others waiting.
+    """
     was_enabled = gc.isenabled()
     gc.collect(1)
     gc.freeze()

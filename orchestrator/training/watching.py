@@ -145,7 +145,7 @@ def waiting_text(names: Sequence[str]) -> str:
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
     """Say what each run, by its name, has saved; a single run is named only if `named`.
 
-    Nothing is verified: this is said after Ctrl-C, and large checkpoints take minutes to read.
+    No checkpoint is verified: users wait for this text after Ctrl-C, and reading takes minutes.
     """
     texts = []
     for name, job in jobs.items():
@@ -211,20 +211,20 @@ class RunMonitor:
         num_done = 0
         losses: list[str] = []
         total_speed = 0.0
-        is_left = False
+        has_steps_left = False
         for label, job in self._jobs.items():
             step = self._journals[label].step
             loss = self._losses[label]
             num_done += step
             if step < job.recipe.num_steps:
-                is_left = True
+                has_steps_left = True
                 if label not in self._stepped or loss is None:
                     continue
                 losses.append(f"{label} {loss:.2f}")
                 if self._speeds[label]:
                     total_speed += harmonic_mean(self._speeds[label])
-        # Steps that are counted may be those of an earlier process: they say nothing of this one.
-        text = "starting, no step yet" if is_left else ""
+        # An earlier process may have made the counted steps, so they do not say that this one runs.
+        text = "starting, no step yet" if has_steps_left else ""
         if losses:
             text = f"loss {'; '.join(losses)}"
             text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
@@ -251,7 +251,7 @@ class RunMonitor:
             flops_per_second_of_job = harmonic_mean(speeds) * flops_per_token
             flops_per_second += flops_per_second_of_job
             longest = max(longest, costs[step] / flops_per_second_of_job)
-        # Jobs that wait start when others have ended; none ends sooner than by itself.
+        # Jobs that wait start when others have ended; no job ends sooner than it would alone.
         return max(longest, flops_left / flops_per_second) if flops_per_second else math.nan
 
     def _read(self) -> None:
@@ -270,7 +270,8 @@ class RunMonitor:
                     self._warm.add(label)
                 if record["kind"] == "event":
                     self._note(label, record)
-                if record.get("name") in ("started", "resumed"):  # What came before is another's.
+                if record.get("name") in ("started", "resumed"):
+                    # The records before it are those of an earlier process.
                     self._stepped.discard(label)
                     self._warm.discard(label)
                     self._speeds[label].clear()
@@ -328,7 +329,7 @@ def training_run(
     Args:
         label: Name of the job among others that are trained with it.
         settings: The `settings.yaml` of its run.
-        status: Of a FINISHED one, the model is shown, too.
+        status: With FINISHED, the model is shown, too.
         reason: Shown if the run has failed.
     """
     outcome = finished_outcome(job) if status == "FINISHED" else None
@@ -362,7 +363,7 @@ def training_run(
 
 def _key_of_training(checkpoint: Path) -> str | None:
     """Return the tag `iiet.key` of the run that trained a checkpoint; None if nobody knows."""
-    with suppress(UserError):  # It may be deleted since.
+    with suppress(UserError):  # The checkpoint may be deleted since.
         return load_provenance(checkpoint).get(JOB_KEY)
     return None
 
@@ -418,7 +419,7 @@ def tracked_model(
         checkpoint: Its folder.
         config: The model, with the iteration schedule that was measured.
         datasets: What was measured -> the data that it was measured on.
-        seed: Of its training, if known.
+        seed: Seed of its training, if known.
     """
     if checkpoint is None:
         return None
@@ -432,7 +433,7 @@ def tracked_model(
         name += f" {config.corrections}"
     if seed is not None:
         params["seed"] = str(seed)
-    # With a number for each layer, whatever form people read.
+    # A key has a number for each layer; texts for people may shorten equal ones.
     numbers = ",".join(map(str, config.corrections)) if "schedule" in params else ""
     key = f"{weights} {numbers}".strip()
     return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))

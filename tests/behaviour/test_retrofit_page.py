@@ -26,7 +26,7 @@ COMMANDS = {
     README: [
         tuple(shlex.split(line, comments=True))
         for block in blocks(README, "bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if "--from smollm2" in block
     ],
 }

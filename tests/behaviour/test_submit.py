@@ -110,8 +110,8 @@ def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(server
     (folder / "own.yaml").write_text("training: {num_steps: 100000}\n")
     changes = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50000"]
     words = ["pretrain", "--config", "own.yaml"]
-    words += settings_options(changes, "pretrain")
-    environment = {"IIET_WORKSPACE": str(space), "RAY_JOB_STOP_WAIT_TIME_S": "3600"}
+    words += [*settings_options(changes, "pretrain"), "--workspace", str(space)]
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": "3600"}
     submit = ["ray", "job", "submit", "--address", server, "--working-dir", "."]
     submit += ["--runtime-env-json", json.dumps({"env_vars": environment})]
 

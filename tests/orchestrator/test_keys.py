@@ -149,7 +149,7 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
         for name, std in (("run", 0.02), ("same", 0.02), ("other", 0.03))
     )
     model = open_model(checkpoint)
-    ModelMeasurer(model, store, base).tasks(loaded)
+    ModelMeasurer(model, store, base).measure_tasks(loaded)
     same_model = ModelMeasurer(open_model(same), store, base)
     assert same_model.has_stored(loaded), "a folder is not a model"
 

@@ -41,7 +41,7 @@ from orchestrator.evaluation.tasks import (
     tasks_of_source,
 )
 from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
-from orchestrator.pipelines.sweeps import plan_sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
 from orchestrator.settings.evaluation import PYTHON_BITS, Prompts
@@ -105,7 +105,9 @@ def tokens(tmp_path_factory) -> Path:
 
 
 def built(data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_LENGTH) -> Path:
-    return heldout_folder(data, num_items=num_items, context_length=context_length, make=Progress())
+    return heldout_folder(
+        data, num_items=num_items, context_length=context_length, make_progress=Progress()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +318,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
 
 def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     settings = EvaluationSettings(suite=suite, num_items=20, **options)
-    return make_suite(settings, data, context_length=32, make=Progress()).tasks
+    return make_suite(settings, data, context_length=32, make_progress=Progress()).tasks
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):

@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, TaskResult]:
     for name in run["results"]:
         [path] = folder.rglob(f"samples_{name}_*.jsonl")
         items, values = item_values([json.loads(line) for line in path.read_text().splitlines()])
-        found[name] = MeasuredTask(name=name, run=run, items=items, values=values).result
+        found[name] = MeasuredTask(name=name, output=run, items=items, values=values).result
     return found
 
 
@@ -172,7 +172,7 @@ def test_what_is_loaded_knows_its_groups_and_which_tasks_are_in_no_average(
 def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     run = {"results": {"loss": {"loss,none": 0.5}}, "versions": {"loss": 1}, "n-shot": {"loss": 0}}
     store = EvaluationStore(tmp_path)
-    store.write("key", MeasuredTask(name="loss", run=run), {})
+    store.write("key", MeasuredTask(name="loss", output=run), {})
     found = store.read("key")
     assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
 
@@ -180,9 +180,9 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path):
 def test_a_perplexity_that_says_nothing_is_left_out():
     numbers = {"perplexity,none": 4e7, "perplexity_stderr,none": 9.0, "acc,none": 0.5}
     run = {"results": {"t": numbers}, "versions": {}, "n-shot": {}}
-    assert MeasuredTask(name="t", run=run).result.metrics == {"acc": 0.5}
+    assert MeasuredTask(name="t", output=run).result.metrics == {"acc": 0.5}
     numbers["perplexity,none"] = 35.0
-    metrics = MeasuredTask(name="t", run=run).result.metrics
+    metrics = MeasuredTask(name="t", output=run).result.metrics
     assert metrics == {"perplexity": 35.0, "perplexity_stderr": 9.0, "acc": 0.5}
 
 
@@ -211,7 +211,7 @@ def test_answers_come_back_exactly_or_are_missing_and_a_failure_is_said_once(tmp
     path.write_bytes(b"\xff\x00" * 99 + b"\n[]\n" + whole)
     assert AnswerJournal(path).num_answers == 4
     errors: list[OSError] = []
-    journal = AnswerJournal(path / "below a file", failed=errors.append)
+    journal = AnswerJournal(path / "below a file", on_failure=errors.append)
     assert journal.num_answers == 0
     for _ in range(2):
         journal.add(SCORES)

@@ -156,7 +156,11 @@ def test_an_exported_model_has_the_same_front_through_its_class(
     assert loops.default_depth == (2,)
     exported = [
         replace(
-            open_model(folder), config=None, loops=loops, depth=(depth,), under=f"depth={depth}"
+            open_model(folder),
+            config=None,
+            loops=loops,
+            depth=(depth,),
+            schedule_label=f"depth={depth}",
         )
         for depth in (1, 2, 3)
     ]  # fmt: skip

@@ -14,7 +14,8 @@ from fake_tracking import untracked
 from same_run import stop_at
 
 from orchestrator.pipelines import training
-from orchestrator.pipelines.sweeps import SweepResult, plan_sweep, run_sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.sweeps import SweepResult, run_sweep
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings

@@ -14,15 +14,16 @@ from fake_runs import end_trials, finished
 from fake_tracking import untracked
 from small_size import SMALL
 
-from orchestrator.pipelines import sweeps
+from orchestrator.pipelines import sweep_stages, sweeps
 from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.settings import read_settings, resolve_settings
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import open_workspace
 
 
 def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(tmp_path, monkeypatch):
-    plan = sweeps.plan_sweep(read_settings("toy", SMALL, {}), workspace=tmp_path)
+    plan = plan_sweep(read_settings("toy", SMALL, {}), workspace=tmp_path)
     context = Context(workspace=open_workspace(tmp_path))
     refusals: list[str] = []
 
@@ -51,7 +52,7 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     teacher = shutil.copytree(trained_run, workspace.runs / "teacher") / "step_00000002"
     settings = resolve_settings({}, ["influence.num_tokens=64", "evaluation.num_items=4"])
-    plan_of = partial(sweeps.plan_sweep, settings, workspace=workspace, teacher=teacher, name="s")
+    plan_of = partial(plan_sweep, settings, workspace=workspace, teacher=teacher, name="s")
     context = untracked(workspace)
     end_trials(monkeypatch, finished)
     # The made-up text is too poor for held-out tasks.
@@ -69,6 +70,6 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(
     complete = plan_of()
     assert complete.is_complete
     monkeypatch.setattr(sweeps.trial_plans, "plan_students", pytest.fail)
-    monkeypatch.setattr(sweeps, "plan_influence", pytest.fail)
+    monkeypatch.setattr(sweep_stages, "plan_influence", pytest.fail)
     again = sweeps.run_sweep(complete, context)
     assert [trial.key for trial in again.trials] == [trial.key for trial in result.trials]

@@ -17,7 +17,8 @@ from sample_trials import sample_trial
 from orchestrator.cli import main
 from orchestrator.models.folder import load_config
 from orchestrator.pipelines.influence import measure_influence
-from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.sweeps import run_sweep
 from orchestrator.pipelines.training import plan_pretrain, run_pretrain, schedule_of_trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import Settings, resolve_settings

@@ -15,7 +15,8 @@ from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import load_config
 from orchestrator.pipelines import sweeps
-from orchestrator.pipelines.sweeps import plan_sweep, sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.sweeps import sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import TrainingSettings, resolve_settings

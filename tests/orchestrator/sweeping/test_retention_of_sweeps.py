@@ -12,7 +12,8 @@ from fake_runs import end_trials, trained
 from fake_tracking import untracked
 
 from orchestrator.pipelines.models import plan_pick
-from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.sweeps import run_sweep
 from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_BITS

@@ -30,7 +30,8 @@ from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
-from orchestrator.pipelines.sweeps import plan_sweep, run_sweep
+from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.sweeps import run_sweep
 from orchestrator.pipelines.training import plan_pretrain, prepare, pretrain, run_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters

@@ -1,0 +1,271 @@
+"""The plan of a sweep as a value: what the sweep does, what of it is left, and what that takes.
+
+`sweep_stages` makes it and changes it, and `sweeps` runs it. What follows from the plan is computed
+when it is asked for: states of trials, prices, what does not fit, and how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field
+
+from orchestrator.data.preparation import expected_tokens
+from orchestrator.evaluation.tasks import needs_lm_eval
+from orchestrator.pipelines.influence import InfluencePlan
+from orchestrator.pipelines.training import TrainingPlan
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.fit import find_problems
+from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
+from orchestrator.records.trial import AshaRule, SweepTrials
+from orchestrator.reporting.command_tables import price_rows
+from orchestrator.reporting.result import Result
+from orchestrator.reporting.sections import two_column_table
+from orchestrator.settings import Settings
+from orchestrator.sweeping import plan as trial_plans
+from orchestrator.sweeping.models import check_devices
+from orchestrator.sweeping.states import TrialState, competing_trials, trial_states
+from orchestrator.terminal.render import format_count
+from orchestrator.workspace.layout import Workspace
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class SweepPlan(Result):
+    """What a sweep does, and what that takes."""
+
+    # What it was asked for.
+    settings: Settings
+    workspace: Workspace
+    teacher: Path | None
+    """A given teacher; without it, the sweep trains its models from scratch."""
+    named_baselines: Mapping[str, Path]
+    """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
+    models: Mapping[str, Settings] | None
+    """Label -> settings of the models of an iterations sweep, if they are not the settings' own."""
+    name: str | None
+    """The sweep's name; made from its content when unset."""
+
+    # Its stages, as far as they are planned.
+    source: Any = None
+    """The `Source` that the teacher starts from, if the settings name one that exists."""
+    pretraining: tuple[TrainingPlan, ...] = ()
+    """What is trained before the trials, one after another: the source; the teachers and their
+    baselines, if the sweep trains them itself; of a teacher with a source the controls, and last
+    `source_continued`. What follows from others that are not trained is only priced."""
+    retrofit: Any = None
+    """The `Retrofit` with the controls of a teacher that has a source."""
+    control_gap: str = ""
+    """Why a given teacher with a source has no controls."""
+    influence: dict[str, InfluencePlan] = Field(default={})
+    """Label of a teacher -> measurement; empty while the teachers are not trained."""
+    planned_trials: SweepTrials | None = None
+    """The trials, as far as they are known; see `is_complete`."""
+    search: Any = None
+    """What suggests further trials, if the sweep is a search."""
+
+    # What is not known yet.
+    bound: list[Estimate] = Field(default=[])
+    """Trainings that take at least as much as those of the trials that are not known."""
+    gaps: list[str] = Field(default=[])
+    """What is not prepared, trained, measured or known yet."""
+
+    @property
+    def trials(self) -> SweepTrials:
+        """The trials, as far as they are known; without a trained teacher, what is pretrained."""
+        assert self.planned_trials, "plan_sweep plans some"
+        return self.planned_trials
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trials are all that the sweep has, but for those that a search suggests."""
+        if not self.trials.tokens_folder:
+            return False
+        if self.settings.sweep.kind == "iterations":
+            return True
+        are_trained = self.pretrained.keys() == {
+            label for stage in self.pretraining for label in stage.jobs
+        }
+        are_measured = all(measurement.is_stored for measurement in self.influence.values())
+        return are_trained and are_measured
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the plan with other values, and without what was computed of the old ones."""
+        plan = self.model_copy(update=changes)
+        # Python stores what a cached property returned beside the fields.
+        for name in vars(plan).keys() - type(self).model_fields.keys():
+            del vars(plan)[name]
+        return plan
+
+    @cached_property
+    def pretrained(self) -> dict[str, Path]:
+        """Label -> checkpoint of each training before the trials that is finished."""
+        checkpoints: dict[str, Path] = {}
+        for stage in self.pretraining:
+            checkpoints |= stage.finished
+        return checkpoints
+
+    @cached_property
+    def states(self) -> list[TrialState]:
+        """How far each trial is, and each model that is pretrained first."""
+        states = trial_states(self.trials, self.settings.sweep)
+        if self.trials.teacher:  # Else these models are the plan's trials.
+            jobs = {
+                label: job
+                for stage in self.pretraining
+                for label, job in stage.jobs.items()
+                if label not in stage.finished
+            }
+            if jobs:
+                pretrained = trial_plans.plan_pretrained(jobs)
+                states += trial_states(pretrained, self.settings.sweep)
+        return states
+
+    @cached_property
+    def pretraining_left(self) -> list[Estimate]:
+        """Trainings before the trials that are not finished."""
+        return [training for stage in self.pretraining for training in stage.left]
+
+    @cached_property
+    def trials_left(self) -> list[Estimate]:
+        """Trainings of the trials that are not finished, and the bound of those not known."""
+        pretrained = {job.run_folder for stage in self.pretraining for job in stage.jobs.values()}
+        of_trials = [
+            state.training
+            for state in self.states
+            if state.training and state.trial.folder not in pretrained
+        ]
+        return [*of_trials, *self.bound]
+
+    @cached_property
+    def placed(self) -> Settings:
+        """The settings, with the GPUs of the trials."""
+        return assign_trial_gpus(self.settings, self.trials_left)
+
+    @cached_property
+    def trainings_left(self) -> list[Estimate]:
+        """All trainings that are left, each on its devices."""
+        return [*self.pretraining_left, *on_trial_devices(self.trials_left, self.placed)]
+
+    @cached_property
+    def price(self) -> Price:
+        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        new_token_bytes = 0
+        if not self.trials.tokens_folder:
+            new_token_bytes = expected_tokens(self.settings.data, None).new_bytes
+        return price_of(
+            self.trainings_left,
+            self.workspace.root,
+            new_token_bytes=new_token_bytes,
+            is_upper_bound=bool(self.bound),
+        )
+
+    @cached_property
+    def control_prices(self) -> dict[str, Price]:
+        """Name of each control of a teacher with a source -> price of its trainings that are left.
+
+        A source that the sweep trains is priced as what it is for the teacher, and not here.
+        """
+        if self.retrofit is None:
+            return {}
+        return {
+            name: price_of(
+                [
+                    stage.estimate(label)
+                    for stage in self.pretraining
+                    for label in stage.jobs
+                    if label in labels and label not in stage.finished
+                ],
+                self.workspace.root,
+            )
+            for name, labels in self.retrofit.trainings_by_control.items()
+        }
+
+    @cached_property
+    def problems(self) -> dict[str, str | None]:
+        """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
+        address = self.settings.cluster.ray_address
+        root = self.workspace.root
+        return find_problems(self.trainings_left, self.price.disk, root, address, check)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is reused, and what is not known yet."""
+        sweep = self.placed.sweep
+        suite = self.trials.trials[0].suite
+        notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        prices = self.control_prices
+        sentences = self.retrofit.sentences if self.retrofit else {}
+        for name, text in sentences.items():
+            flops_left = prices[name].flops if name in prices else 0.0
+            ending = f"; {flops_left:.3g} FLOPs are left" if flops_left else ""
+            notes.append(f"{name}: {text}{ending}")
+        if needs_lm_eval(self.settings.evaluation) and suite.tasks and not suite.fingerprints:
+            notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
+        if sweep.gpus_per_trial and self.trials_left:
+            gpus = format_count(sweep.num_workers_per_trial, "GPU")
+            at_once = min(sweep.trials_at_once or 1, len(self.trials_left))
+            notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
+        if competing_trials(self.trials, sweep):
+            notes.append(AshaRule.of(sweep).text)
+        return tuple(notes)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The notes, the price, and what does not fit."""
+        rows = price_rows(self.price, self.problems)
+        return (*self.notes, *(f"{name}: {text}" for name, text in rows))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per trial: label, role, schedule, exact costs, state."""
+        full = trial_plans.full_trial(self.trials).model
+        return [
+            {
+                "name": state.trial.label,
+                "role": state.trial.role,
+                "method": state.trial.model.method,
+                "schedule": state.trial.schedule_text,
+                "state": state.status,
+                "steps_done": state.steps_done,
+                **trial_plans.exact_cost(state.trial.model, full),
+            }
+            for state in self.states
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trials, the notes, the price, and what does not fit.
+
+        Keys:
+            name: the sweep's name, if it is known yet
+            trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text; empty
+                without corrections), `state`, `steps_done`, exact costs
+            notes: what is reused, and what is not known yet
+            price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
+                `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
+                `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
+            source_controls: (optional) of a teacher with a source, name of a control to what of its
+                trainings is left, as `price`
+            problems: place to why the trainings do not fit there, or `null`
+        """
+        controls = {
+            name: price.model_dump(mode="json") for name, price in self.control_prices.items()
+        }
+        return {
+            "name": self.trials.name,
+            "trials": self.rows(),
+            "notes": list(self.notes),
+            "price": self.price.model_dump(mode="json"),
+            **({"source_controls": controls} if self.retrofit else {}),
+            "problems": self.problems,
+        }
+
+    def shown(self) -> Iterable[RenderableType]:
+        yield trial_plans.plan_table(self.trials, self.states)
+        yield from (f"  {note}" for note in self.notes)
+        yield two_column_table(None, [*price_rows(self.price, self.problems)])
