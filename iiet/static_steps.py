@@ -7,9 +7,11 @@ the same arguments and shapes. So values that change from token to token are sto
 one graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps
 the graphs that were used last, also after a generation.
 
-A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
-stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in
-its own memory. And all captures share a stream, as PyTorch lends 32 in turn to whoever asks.
+A matrix product needs scratch memory, its workspace. PyTorch keeps one workspace per CUDA stream,
+and frees it when any graph that was captured on the stream is destroyed (pytorch#193402); other
+graphs would go on to write there. So the workspace is freed before and after each capture: each
+graph then has a workspace in its own memory, which lives as long as the graph. All captures use
+one stream, which nothing else uses: the streams that PyTorch would choose are shared.
 """
 
 from __future__ import annotations
@@ -59,8 +61,10 @@ class StaticSteps:
             capture = capture_graph
         self._capture = capture
         self._buffers: _Buffers | None = None
-        self._weights: list[int] = []  # Where they were when a graph was captured: it reads them.
-        self._length = self._end = 0
+        self._weights: list[int] = []
+        """Addresses of the weights when a graph was captured, from which it reads them."""
+        self._length = 0
+        self._end = 0
         self._may_capture = False
 
     @property
@@ -82,9 +86,12 @@ class StaticSteps:
         shape = (batch_size, self.decoder.cache_dtype, strategy, self.decoder.device)
         buffers = self._buffers
         if buffers is None or buffers.shape != shape or buffers.cache.max_tokens < max_tokens:
-            self._buffers = buffers = None  # Freed before new ones are made.
+            # Both names are cleared, so that the old buffers are freed before new ones are made.
+            buffers = None
+            self._buffers = None
             max_tokens = math.ceil(max_tokens / _ALIGNMENT) * _ALIGNMENT
-            self._buffers = buffers = _Buffers(self.decoder, shape, max_tokens)
+            buffers = _Buffers(self.decoder, shape, max_tokens)
+            self._buffers = buffers
         buffers.cache.clear()
         return buffers.cache
 
@@ -141,7 +148,8 @@ class StaticSteps:
                 )
         if size not in steps:
             return self.run
-        steps[size] = step = steps.pop(size)  # The last is the latest.
+        step = steps.pop(size)
+        steps[size] = step  # As the last entry, the most recently used one.
         if len(steps) > MAX_GRAPHS:
             del steps[next(iter(steps))]
         return step

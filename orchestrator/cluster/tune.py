@@ -99,10 +99,12 @@ class TrialQueue(Protocol):
         """Note that ASHA ends a trial, which saves its state before it ends."""
 
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        """Note how a trial ended: with a result, an error, or unfinished without either."""
+        """Note how a trial ended: with a result, or with an error; with neither (None and an empty
+        text) it is unfinished."""
 
     def start_again(self, reason: str) -> None:
-        """Put the trials back that were taken and have not ended, and note why; Tune has ended."""
+        """Put the trials back that were taken and have not ended, and note why; called after Tune
+        has ended."""
 
     def begin_saving(self) -> bool:
         """Say what the running trials save, and return whether there are any; called after a
@@ -113,15 +115,15 @@ class TrialQueue(Protocol):
 
 
 class StopRequests:
-    """Keys of the trials that ASHA asks to end. An actor of Ray holds them, so that trials on all
-    nodes hear of it."""
+    """Keys of the trials that ASHA asks to end. An actor of Ray holds the keys, because trials run
+    on all nodes, and each must learn of its request."""
 
     def __init__(self) -> None:
         """Start the actor; it ends with the last copy of this object."""
         self._actor: Any = ray.remote(num_cpus=0)(_Keys).remote()
 
     def ask(self, key: str) -> None:
-        """Ask a trial to end; returns when it can hear that."""
+        """Ask a trial to end. When this returns, `is_asked` is true for it on all nodes."""
         ray.get(self._actor.add.remote(key))
 
     def is_asked(self, key: str) -> bool:
@@ -131,7 +133,7 @@ class StopRequests:
 
 
 class _Keys:
-    """What the actor runs."""
+    """The actor of `StopRequests`."""
 
     def __init__(self) -> None:
         self._keys: set[str] = set()
@@ -143,8 +145,8 @@ class _Keys:
         return key in self._keys
 
 
-class TrialPlace:
-    """Where a trial runs under Tune, and what ASHA has decided about it."""
+class TuneProcess:
+    """A process of Tune in which a trial runs, and what ASHA has decided about the trial."""
 
     def __init__(
         self,
@@ -153,9 +155,10 @@ class TrialPlace:
         cluster: ClusterSettings,
         stops: StopRequests | None = None,
     ) -> None:
-        """Name the place.
+        """Find the devices of the process and of the trial's workers.
 
         Args:
+            placement: What Ray has reserved for the trial.
             cluster: How the trial's workers share a model.
             stops: Requests of ASHA; None if no trials compete.
         """
@@ -209,7 +212,7 @@ class TrialPlace:
         return finished_outcome(job) or unfinished
 
 
-TrialFunction = Callable[[Trial, TrialPlace], Trial | None]
+TrialFunction = Callable[[Trial, TuneProcess], Trial | None]
 """Importable function that returns a trial with its result; None if it is not finished."""
 
 
@@ -343,7 +346,7 @@ def run_in_tune(
         if not stop_requested():
             trial = Trial.model_validate_json(config["trial"])
             try:
-                result = function(trial, TrialPlace(trial, placement, cluster, stops))
+                result = function(trial, TuneProcess(trial, placement, cluster, stops))
             except Exception as error:
                 if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
                     raise  # Tune tries it again.

@@ -264,7 +264,7 @@ def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
         UserError: If the workspace has no such tokens.
     """
     manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
-    wanted = "prepared data"
+    kind = "prepared data"
     option = ""
     if tokenizer:
         tokenizer_key = file_key(tokenizer)
@@ -273,10 +273,10 @@ def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
             for manifest in manifests
             if file_key(manifest.with_name(TOKENIZER_NAME)) == tokenizer_key
         ]
-        wanted = "tokens of this model's tokenizer"
+        kind = "tokens of this model's tokenizer"
         option = f" --set data.tokenizer={tokenizer}"
     if not manifests:
-        raise UserError(f"{workspace.root} has no {wanted}; `iiet-orch prepare{option}` makes them")
+        raise UserError(f"{workspace.root} has no {kind}; `iiet-orch prepare{option}` makes them")
     folder = max(manifests, key=lambda manifest: manifest.stat().st_mtime).parent
     verify_data(folder)
     return folder

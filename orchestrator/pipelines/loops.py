@@ -40,7 +40,7 @@ from orchestrator.reporting.results import PROVENANCE_TITLE, SETTINGS_TITLE, Sto
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import ClusterSettings, Settings, flatten
-from orchestrator.sweeping.costs import TIMES_NAME, StoredTimes
+from orchestrator.sweeping.costs import TIMES_NAME, StoredCosts
 from orchestrator.sweeping.models import check_sweep
 from orchestrator.sweeping.plan import cost_numbers
 from orchestrator.terminal.progress import Progress
@@ -166,11 +166,11 @@ def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> l
     models = {trial.key: model for trial, model in zip(trials, opened, strict=True)}
     path = workspace.sweeps / plan.name / TIMES_NAME
     state = content_key([*models], timing_environment(), cluster.device)
-    costs = StoredTimes.read(path)
+    costs = StoredCosts.read(path)
     if costs is None or costs.state != state:
         measure = partial(_measure_costs, models, plan.evaluation.trust_remote_code)
         by_name = command_place(cluster, workspace.root).run(measure, context.progress)
-        costs = StoredTimes(state=state, by_name=by_name)
+        costs = StoredCosts(state=state, by_name=by_name)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[trial.key]) for trial in trials]
 

@@ -25,13 +25,14 @@ from orchestrator.workspace.provenance import content_key, timing_environment
 TIMES_NAME = "times.json"
 
 
-class StoredTimes(Record):
-    """What was measured on one machine, by model or shape."""
+class StoredCosts(Record):
+    """Costs that were measured on one machine: milliseconds, and those numbers of a looped model of
+    another project that are known only once it is loaded."""
 
     state: str
     """Hash of what else counts: shapes, the kind of device, this machine and its libraries."""
     by_name: dict[str, dict[str, float]]
-    """Model or shape -> its numbers."""
+    """Key of a model, or of a shape that several models share -> its costs."""
 
 
 def with_costs(
@@ -54,14 +55,14 @@ def with_costs(
     state = content_key(sorted(set(shapes.values())), timing_environment(), SWEEP_NEW_TOKENS, *gpus)
     path = folder / TIMES_NAME
     # Milliseconds depend on the shapes only, so that models of one shape share them.
-    times = StoredTimes.read(path)
-    if again or times is None or times.state != state:
+    costs = StoredCosts.read(path)
+    if again or costs is None or costs.state != state:
         models = {shapes[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = sweep_place(settings, folder).run(partial(_time, models), progress)
-        times = StoredTimes(state=state, by_name=by_shape)
-        times.write(path)
-    return [t.with_numbers("cost", times.by_name[shapes[t.key]]) for t in counted]
+        costs = StoredCosts(state=state, by_name=by_shape)
+        costs.write(path)
+    return [t.with_numbers("cost", costs.by_name[shapes[t.key]]) for t in counted]
 
 
 def _time(

@@ -35,8 +35,9 @@ from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
-class Place(Protocol):
-    """Where a trial runs, and who hears of it; `TrialPlace` is the one under Ray Tune."""
+class TrialProcess(Protocol):
+    """The process in which a trial runs, and who hears of it: `ThisProcess`, or under Ray Tune
+    `TuneProcess`."""
 
     @property
     def num_workers(self) -> int:
@@ -61,7 +62,7 @@ class Place(Protocol):
 
 
 class ThisProcess:
-    """A place without Ray: this process, on the CPU; nothing competes with the trial."""
+    """Runs a trial without Ray, on the CPU; nothing competes with the trial."""
 
     num_workers = 1
     device = "cpu"
@@ -79,7 +80,7 @@ class ThisProcess:
         raise NotImplementedError
 
 
-def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
+def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
     The folder is locked until the result is written: a trial of another sweep that is the same
@@ -87,12 +88,12 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
 
     Args:
         trial: What is trained and measured.
-        place: Where; in this process, on the CPU, when unset.
+        process: Where it runs; in this process, on the CPU, when unset.
 
     Returns:
         The trial with what was measured; None after a request to stop, or if it was stopped early.
     """
-    place = place or ThisProcess()
+    process = process or ThisProcess()
     folder = Path(trial.folder)
     with lock_run_folder(folder, wait=True) as is_ours:
         if not is_ours:
@@ -105,16 +106,16 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
         # Train it, if it is more than a checkpoint.
         outcome = None
         if trial.job:
-            with stop_when(place.is_beaten):
-                if place.num_workers > 1:
-                    outcome = place.train_on_workers(trial.job)
+            with stop_when(process.is_beaten):
+                if process.num_workers > 1:
+                    outcome = process.train_on_workers(trial.job)
                 else:
-                    world = World(device=place.device)
+                    world = World(device=process.device)
                     with out_of_memory_explained(trial.job, world):
                         outcome = run_job(
                             trial.job,
                             world=world,
-                            report=place.report,
+                            report=process.report,
                             sequences_if_uncompiled=sequences_if_uncompiled(trial.job, world),
                         )
             if not outcome.finished or stop_requested():
@@ -124,7 +125,7 @@ def run_trial(trial: Trial, place: Place | None = None) -> Trial | None:
         # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
         try:
-            measured = place.measured_at.run(partial(measure_trial, trained), Progress())
+            measured = process.measured_at.run(partial(measure_trial, trained), Progress())
         except Interrupted:
             return None
         measured.write(trial.result_path)

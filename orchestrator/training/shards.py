@@ -158,9 +158,9 @@ class _Writer(HuggingFaceStorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder on the first worker, and tell all where it is."""
         self._unfinished = UnfinishedFolder(self._folder)
-        place = {"folder": str(self._unfinished.path)}
+        folder = {"folder": str(self._unfinished.path)}
         plans = super().prepare_global_plan(plans)
-        return [replace(plan, storage_data={**plan.storage_data, **place}) for plan in plans]
+        return [replace(plan, storage_data={**plan.storage_data, **folder}) for plan in plans]
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
@@ -191,22 +191,23 @@ class _Writer(HuggingFaceStorageWriter):
         """Complete the folder on the first worker, after all have written."""
         assert self._unfinished is not None, "it was made with the plan"
         folder = self._unfinished.path
+        # Name of a weight -> the first row in each worker's file, and that file.
         files_by_row: dict[str, list[tuple[Sequence[int], Path]]] = defaultdict(list)
         checksums: dict[str, str] = {}
         for result in chain.from_iterable(results):
             shard: _Shard = result.storage_data
             if result.index.fqn in self._weights:
-                place = (tuple(result.index.offset or ()), folder / shard.name)
-                files_by_row[result.index.fqn].append(place)
+                first_row = tuple(result.index.offset or ())
+                files_by_row[result.index.fqn].append((first_row, folder / shard.name))
             else:
                 checksums[shard.name] = shard.digest
         shapes: dict[str, Sequence[int]] = {}
         pieces: dict[str, list[Path]] = {}
-        for name, places in files_by_row.items():
+        for name, rows_and_files in files_by_row.items():
             stored: Any = metadata.state_dict_metadata[name]
             assert stored.properties.dtype == torch.float32, f"{name} is {stored.properties.dtype}"
             shapes[name] = stored.size
-            pieces[name] = [file for _, file in sorted(places)]
+            pieces[name] = [file for _, file in sorted(rows_and_files)]
         checksums[WEIGHTS] = write_whole(folder / WEIGHTS, shapes, pieces)
         for file in set(chain.from_iterable(pieces.values())):
             file.unlink()

@@ -125,7 +125,7 @@ def run_job(
 
     Args:
         job: What to train.
-        world: This worker's place; a single worker on the CPU when unset.
+        world: This worker's rank and device; a single worker on the CPU when unset.
         should_stop: Called after each step on the first worker, and before the first step.
         should_save: Called likewise; True if the workers may soon be lost, so that a checkpoint is
             written that the recipe does not ask for.

@@ -25,7 +25,7 @@ from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.tune import (
     RESTART_PAUSES_SECONDS,
     TrialFunction,
-    TrialPlace,
+    TuneProcess,
     run_trials,
 )
 from orchestrator.models.load import load_model
@@ -124,7 +124,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
 ):
     folder = str(tmp_path)
 
-    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+    def function(trial: Trial, process: TuneProcess) -> Trial | None:
         import torch
 
         name = trial.label
@@ -138,7 +138,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
             raise UserError("type something else")
         if name == "unfinished":
             return None
-        assert place.device == "cpu"
+        assert process.device == "cpu"
         return trial.with_numbers("quality", {"threads": torch.get_num_threads()})
 
     names = ["always", "killed", "mistaken", "fine", "unfinished"]
@@ -164,7 +164,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
 def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_plan, tmp_path):
     folder = str(tmp_path)
 
-    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+    def function(trial: Trial, process: TuneProcess) -> Trial | None:
         import time
 
         from orchestrator.terminal.stop import stop_requested
@@ -202,11 +202,11 @@ def shared(trial: Trial, folder: Path, *, num_steps: int = 12) -> Trial:
 def trains_only() -> TrialFunction:
     """Return a function that trains a trial; it travels to workers, which cannot import tests."""
 
-    def train(trial: Trial, place: TrialPlace) -> Trial | None:
+    def train(trial: Trial, process: TuneProcess) -> Trial | None:
         from orchestrator.sweeping import trial as module
 
         module.measure_trial = lambda trial, *_: trial.with_numbers("quality", {"accuracy": 0.5})
-        return module.run_trial(trial, place)
+        return module.run_trial(trial, process)
 
     return train
 
@@ -425,7 +425,7 @@ class Queue:
     def saved(self):
         return ""
 
-def run(trial, place):
+def run(trial, process):
     import time
     time.sleep(1000)
 

@@ -161,11 +161,11 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     run_trials = tune.run_trials
 
     def run(function: Any, *given: Any, **named: Any) -> None:
-        def quick(trial: Trial, place: tune.TrialPlace) -> Trial | None:
+        def quick(trial: Trial, process: tune.TuneProcess) -> Trial | None:
             from orchestrator.sweeping import trial as module
 
             module.measure_trial = lambda one, *_: one.with_numbers("quality", {"accuracy": 0.5})
-            found: Trial | None = function(trial, place)
+            found: Trial | None = function(trial, process)
             if fails and not found:
                 raise OSError("no room")
             return found

@@ -125,9 +125,9 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
         def run(self, *_: Any) -> Any:
             raise Interrupted("what was stored is kept")
 
-    place = ThisProcess()
-    place.measured_at = Stopped()
-    assert run_trial(trials[0], place) is None
+    process = ThisProcess()
+    process.measured_at = Stopped()
+    assert run_trial(trials[0], process) is None
     assert trials[0].result() is None
     assert run_trial(trials[0]) is not None
 
