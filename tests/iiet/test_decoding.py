@@ -86,7 +86,7 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
 @pytest.mark.parametrize("is_filled", [False, True])
 @pytest.mark.parametrize("other", [(3, 3, 3), (1, 1, 1), (0, 0, 0)])
 def test_a_cache_refuses_another_schedule(strategy, is_filled, other):
-    """Also one with as many evaluations, and before the first token is cached."""
+    """A cache refuses another schedule with as many evaluations, and before its first token."""
     decoder = decoder_of()
     other = IterationSchedule(other)
     cache = cache_of(decoder, strategy=strategy)

@@ -150,7 +150,7 @@ def test_a_model_without_corrections_has_no_schedule_where_models_are_shown(
 
 
 def test_a_trial_is_named_as_the_list_shows_it(workspace, save_run, save_tiny, capsys):
-    """Also one that has no weights of its own, and one that is not measured yet."""
+    """A trial without weights of its own has a name, and so has one that is not measured yet."""
     full = save_run("full")
     student = save_tiny(workspace.trials / "0123456789abcdef", schedule=[1, 0])
     pruned = workspace.trials / "fedcba9876543210"

@@ -12,7 +12,6 @@ import pytest
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from refusals import refused
-from same_run import same_run, stop
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance, weights_key
@@ -363,17 +362,6 @@ def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tok
     assert other.dropped_layers == (2 - least,)
     assert job_key(next(iter(other.jobs.values()))) != job_key(job)
     assert bound.model.num_layers == 1
-
-
-def test_a_student_of_fewer_layers_resumes_bitwise(context, tiny_tokens):
-    tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
-    (trained,) = train({"teacher": settings()}, context, tokens).values()
-    plan = plan_distill(
-        settings(), workspace=context.workspace, drop_layers=1, teacher=trained.checkpoint
-    )
-    (job,) = plan.jobs.values()
-    assert job.kept_layers is not None
-    same_run(job, stop(3))
 
 
 def test_layers_that_cannot_be_dropped_are_refused_by_the_name_of_the_option(context, tiny_tokens):
