@@ -78,9 +78,9 @@ def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
         1,
     )
     report = (tmp_path / "cpu-report.md").read_text()
-    said = capsys.readouterr().out
+    printed_text = capsys.readouterr().out
     assert "| [decoding](#decoding) |" in report
-    for text in (report, said):
+    for text in (report, printed_text):
         assert "2 layers, weights of tiny.gguf" in text
     assert main(["parity", "--gpu", "--quick", "--to", str(tmp_path)]) == 0
     assert "mean nothing" in (tmp_path / "gpu-report.md").read_text()
@@ -101,8 +101,8 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-        said = capsys.readouterr().err
-        assert all(word in said for word in words), said
+        printed_text = capsys.readouterr().err
+        assert all(word in printed_text for word in words), printed_text
 
 
 def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down():

@@ -22,9 +22,9 @@ PROGRAM = ROOT / "tests" / "core_program.py"
 def distributions_of(name: str, seen: set[str]) -> Iterator[metadata.Distribution]:
     """Yield an installed distribution and all that it needs."""
     seen.add(name)
-    own = metadata.distribution(name)
-    yield own
-    for requirement in map(Requirement, own.requires or ()):
+    distribution = metadata.distribution(name)
+    yield distribution
+    for requirement in map(Requirement, distribution.requires or ()):
         is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if is_needed and requirement.name not in seen:
             yield from distributions_of(requirement.name, seen)

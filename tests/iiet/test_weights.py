@@ -31,10 +31,10 @@ def test_a_dtype_casts_all_but_the_methods_own_weights_and_that_of_the_file_is_k
         torch.float64
     }
     kinds = dtypes_of(decoder.bfloat16())
-    own = set(decoder.method_parameters())
+    method_names = set(decoder.method_parameters())
     assert dtypes_of(Decoder.from_pretrained(tmp_path, torch.bfloat16)) == kinds
-    assert {kinds[name] for name in own} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}
+    assert {kinds[name] for name in method_names} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in method_names} == {torch.bfloat16}
     decoder.save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)
     assert dtypes_of(again) == kinds

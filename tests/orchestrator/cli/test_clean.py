@@ -90,8 +90,8 @@ def test_what_something_else_needs_stays(space, whole, clean):
 def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, clean):
     recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
     run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
-    asked = iter(range(99))
-    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(asked) >= 5)
+    num_asked = iter(range(99))
+    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(num_asked) >= 5)
     # The decay begins after step 4.
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
 

@@ -449,7 +449,9 @@ def test_ray_ends_trials_when_memory_runs_low_and_says_who_has_it(tiny_plan, tmp
     )  # fmt: skip
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    told = [line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))]
-    assert [line.split()[0] for line in told] == ["again", "failed"], printed
-    for line in told:
+    outcome_lines = [
+        line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))
+    ]
+    assert [line.split()[0] for line in outcome_lines] == ["again", "failed"], printed
+    for line in outcome_lines:
         assert re.search(r"[\d.]+ of [\d.]+ GB were used; .* \(process \d+\) [\d.]+ GB", line)

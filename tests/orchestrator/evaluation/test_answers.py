@@ -56,12 +56,12 @@ def slowly(
 
 def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(decoder, tokenizer):
     long = "one two three " * 20  # Loses its beginning.
-    asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
-    assert len(asked[-1]) > decoder.config.context_length
-    seeds = range(len(asked))
+    contexts = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
+    assert len(contexts[-1]) > decoder.config.context_length
+    seeds = range(len(contexts))
     seen = set[str]()
     greedy = Sampling(max_new_tokens=16)
-    whole = [slowly(decoder, tokenizer, context, greedy) for context in asked]
+    whole = [slowly(decoder, tokenizer, context, greedy) for context in contexts]
     # The middle of each answer: from within one token into others.
     across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in whole)
     assert all(len(tokenizer.encode(stop, add_special_tokens=False)) > 1 for stop in across)
@@ -73,13 +73,13 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
         Sampling(max_new_tokens=9, temperature=0.7, top_k=20),
         Sampling(max_new_tokens=9, temperature=1.3, top_p=0.8),
     ):
-        answers = generate_answers(decoder, tokenizer, asked, settings, seeds)
-        alone = zip(asked, seeds, strict=True)
+        answers = generate_answers(decoder, tokenizer, contexts, settings, seeds)
+        alone = zip(contexts, seeds, strict=True)
         assert answers == [slowly(decoder, tokenizer, a, settings, seed) for a, seed in alone]
         seen |= set(answers)
     assert len(seen) > 12
     for answer, text in zip(
-        generate_answers(decoder, tokenizer, asked, stopped, seeds), whole, strict=True
+        generate_answers(decoder, tokenizer, contexts, stopped, seeds), whole, strict=True
     ):
         assert text.startswith(answer)
         assert len(answer) < len(text)

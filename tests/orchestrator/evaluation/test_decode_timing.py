@@ -121,7 +121,9 @@ def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
         "deeper": {"num_layers": 3, "schedule": [2, 1, 1]},
         "vanilla": {"method": "vanilla", "schedule": None},
     }
-    models = {name: ModelConfig.from_dict({**tiny_model, **own}) for name, own in changes.items()}
+    models = {
+        name: ModelConfig.from_dict({**tiny_model, **changed}) for name, changed in changes.items()
+    }
     decoders = random_decoders(models, "cpu")
     weights = {
         name: decoder.model.embed_tokens.weight.data_ptr() for name, decoder in decoders.items()

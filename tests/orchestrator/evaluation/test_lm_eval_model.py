@@ -121,8 +121,8 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
         path = opening_path
         tokenizer = ModelTokenizer(opening_path)
         decoder = with_opening(decoder, tokenizer)
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     ours = {name: run_task(name, t, DecoderModel(decoder, tokenizer)) for name, t in tasks.items()}
     assert capfd.readouterr() == ("", "")
     model = transformers_model(decoder)
@@ -191,8 +191,8 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
 def test_a_model_of_a_longer_context_can_be_measured_at_another_length(
     make_model, suite, decoder, tokenizer, tiny_tokens, tmp_path
 ):
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     longer = {**decoder.config.to_dict(), "context_length": 2 * CONTEXT}
     wide = Decoder(ModelConfig.from_dict(longer)).eval()
     wide.load_state_dict(decoder.state_dict())

@@ -40,16 +40,16 @@ def folder(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def asked(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
-    asked: list[str] = []
+    asked_names: list[str] = []
 
     def no_hub() -> str:
-        asked.append("hub")
+        asked_names.append("hub")
         return "huggingface.co cannot be reached"
 
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     monkeypatch.setattr(tasks, "hub_problem", no_hub)
-    return asked
+    return asked_names
 
 
 def load(*names: str, folder: Path, planned: list[str] | None = None) -> LoadedSuite:
@@ -117,11 +117,11 @@ def _replace_by_folder(path: Path) -> None:
     ],
 )
 def test_a_damaged_task_is_an_error_not_skipped(folder, name, harm):
-    asked: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
-    for names in asked:
+    asked_names: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
+    for names in asked_names:
         assert "lastword" in load(*names, folder=folder).tasks
     harm(folder / name)
-    for names in asked:
+    for names in asked_names:
         with pytest.raises(UserError, match=r"lastword|both"):
             load(*names, folder=folder)
 

@@ -113,13 +113,13 @@ def llama(tmp_path, tokenizer) -> Path:
         initializer_range=0.3, bos_token_id=300, eos_token_id=[301, 7], pad_token_id=301,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    own = Tokenizer.from_file(str(tokenizer))
-    own.add_special_tokens(["<s>", "<|end|>"])
-    first = ("<s>", own.token_to_id("<s>"))
-    own.post_processor = TemplateProcessing(
+    with_own_tokens = Tokenizer.from_file(str(tokenizer))
+    with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
+    first = ("<s>", with_own_tokens.token_to_id("<s>"))
+    with_own_tokens.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[first]
     )
-    own.save(str(folder / "tokenizer.json"))
+    with_own_tokens.save(str(folder / "tokenizer.json"))
     change(folder / "tokenizer_config.json", bos_token="<s>", eos_token="<|end|>")
     (folder / "chat_template.jinja").write_text(CHAT)
     return folder
@@ -239,8 +239,8 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    change(llama / "tokenizer_config.json", **own)
+    with_own_tokens = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    change(llama / "tokenizer_config.json", **with_own_tokens)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.tokenizer.encode_document("a bag")[0] == 300

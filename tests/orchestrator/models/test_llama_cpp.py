@@ -51,10 +51,13 @@ def test_a_vanilla_model_that_was_written_is_read_back(tied, tmp_path, save_tiny
     weights = found.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in ours.state_dict().items())
     reads = ModelTokenizer(texts)
-    own = ModelTokenizer(checkpoint)
+    tokenizer_of_run = ModelTokenizer(checkpoint)
     for text in (TEXT, "ab<|endoftext|>c"):
-        assert reads.encode_document(text) == own.encode_document(text)
-    assert (reads.prefix_id, reads.end_ids) == (own.prefix_id, own.end_ids)
+        assert reads.encode_document(text) == tokenizer_of_run.encode_document(text)
+    assert (reads.prefix_id, reads.end_ids) == (
+        tokenizer_of_run.prefix_id,
+        tokenizer_of_run.end_ids,
+    )
 
 
 def test_the_file_of_a_looped_model_says_how_often_its_layers_run(tmp_path, save_tiny, capfd):

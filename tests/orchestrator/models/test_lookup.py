@@ -66,11 +66,11 @@ def test_a_name_means_a_run_or_a_path_inside_the_workspace(
 def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announced(
     workspace, save_run
 ):
-    said: list[str] = []
+    notes: list[str] = []
 
     def newest(*, with_corrections: bool = False) -> OpenedModel:
-        model = open_model(None, workspace, with_corrections=with_corrections, note=said.append)
-        assert str(model.path) in said.pop()
+        model = open_model(None, workspace, with_corrections=with_corrections, note=notes.append)
+        assert str(model.path) in notes.pop()
         return model
 
     with refused(UserError, "finished", "iiet-orch pretrain"):
@@ -92,10 +92,10 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
     picked = Picked(sweep="s", checkpoint=str(teacher), schedule=(1, 0), time=50.0)
     picked.write(workspace.picked)
     assert (newest().path, newest().schedule) == (teacher, IterationSchedule((1, 0)))
-    models = open_models([], workspace, ["1", "2"], note=said.append)
+    models = open_models([], workspace, ["1", "2"], note=notes.append)
     assert [model.path for model in models] == [teacher] * 2
-    assert len(said) == 1, "it is announced once, under how many schedules it is opened"
-    said.clear()
+    assert len(notes) == 1, "it is announced once, under how many schedules it is opened"
+    notes.clear()
     later = save_run("later")
     os.utime(later.parent, (60, 60))
     assert newest().path == later

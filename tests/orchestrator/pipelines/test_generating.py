@@ -146,11 +146,11 @@ def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(write
 def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
     place = writer.decoder.config.context_length - len(writer.tokenizer.encode_document(prompt))
     assert 0 < place < 64
-    given = Sampling(max_new_tokens=place)
-    text = "".join(writer.stream(prompt, given))
+    filling = Sampling(max_new_tokens=place)
+    text = "".join(writer.stream(prompt, filling))
     assert "".join(writer.stream(prompt, Sampling())) == text
     assert writer.continue_all([prompt, "a"], Sampling()) == writer.continue_all(
-        [prompt, "a"], given
+        [prompt, "a"], filling
     )
     assert Sampling().options(500)["max_new_tokens"] == 64
 

@@ -130,9 +130,9 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
 def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):
     with refused(UserError, "tokens"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
-    asked = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}
+    options = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}
     with refused(UserError, "looped"):
-        plan_loop_influence(Settings(), **asked)
+        plan_loop_influence(Settings(), **options)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

@@ -120,8 +120,8 @@ def test_paths_of_nested_records_follow_the_workspace(tmp_path):
 
 
 def parameters(model: ModelConfig, /, **job: Any) -> dict[str, str]:
-    given = {"run_folder": "", "tokens_folder": "", "recipe": TrainingSettings(), **job}
-    return job_parameters(TrainingJob(model=model, **given))
+    values = {"run_folder": "", "tokens_folder": "", "recipe": TrainingSettings(), **job}
+    return job_parameters(TrainingJob(model=model, **values))
 
 
 def test_a_run_has_the_parameters_that_apply_to_it():

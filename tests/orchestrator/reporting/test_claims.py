@@ -86,7 +86,7 @@ def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
 
 def trials_with(changes: dict[str, float | None]) -> list[Trial]:
     accuracies = {**ACCURACIES, **changes}
-    return [model(name, each) for name, each in accuracies.items() if each is not None]
+    return [model(name, accuracy) for name, accuracy in accuracies.items() if accuracy is not None]
 
 
 def test_all_claims_hold_by_what_was_made_up():

@@ -229,8 +229,10 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
     teacher, trial = sweep.results[:2]  # A pruned teacher was only measured.
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
     both = changed(sweep, results=(teacher, pruned))
-    assert [both.journal_of(each) is None for each in (teacher, pruned)] == [False, True]
-    alone, several = (write_sweep_report(workspace, each).curves for each in (sweep, seeded))
+    assert [both.journal_of(one_sweep) is None for one_sweep in (teacher, pruned)] == [False, True]
+    alone, several = (
+        write_sweep_report(workspace, one_sweep).curves for one_sweep in (sweep, seeded)
+    )
     assert list(several) == list(alone)
     title = "Validation loss while training"
     names = [f"{name}, seed {seed}" for name, _ in alone[title] for seed in (0, 1)]

@@ -54,8 +54,8 @@ def bits_of(bits: float, name: str = PYTHON_BITS) -> TaskResult:
 def evaluation(hops: float, questions: float, bits: float) -> EvaluationResult:
     """Return what a model answers: of its own task, and of two that it should not forget."""
     tasks = [right_of("hops", hops), right_of("questions", questions), bits_of(bits)]
-    beside = ("questions", PYTHON_BITS)
-    return EvaluationResult(results={task.name: task for task in tasks}, beside=beside)
+    other_tasks = ("questions", PYTHON_BITS)
+    return EvaluationResult(results={task.name: task for task in tasks}, beside=other_tasks)
 
 
 MODELS: dict[str, tuple[Role, int, EvaluationResult]] = {

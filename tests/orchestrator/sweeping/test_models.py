@@ -59,9 +59,9 @@ def models_of(*assignments: str) -> dict[str, tuple[Any, ...]]:
     else:
         chosen = teacher_and_baselines(settings)
     found = {}
-    for label, own in chosen.items():
-        config = own.model.build(vocab_size=300)
-        recipe = own.training
+    for label, settings_of_one in chosen.items():
+        config = settings_of_one.model.build(vocab_size=300)
+        recipe = settings_of_one.training
         shape = (config.method, max(config.corrections), config.num_layers)
         found[label] = (*shape, recipe.learning_rate, recipe.seed)
     return found
@@ -181,8 +181,10 @@ def test_options_are_of_the_models_own_method(other):
     methods = "sweep.methods=[vanilla, iiet, other]"
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
     options = {
-        own.name: settings_of(settings, own).model.build(vocab_size=300).to_dict()
-        for own in swept_variants(settings)
+        settings_of_one.name: settings_of(settings, settings_of_one)
+        .model.build(vocab_size=300)
+        .to_dict()
+        for settings_of_one in swept_variants(settings)
     }
     damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
@@ -321,10 +323,10 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     bare = plan_students(settings, space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
     # Of models that the sweep trains, names are taken; the teacher of a plan stays one.
-    own = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
-    assert named_baselines(own, space, None) == {"vanilla (v)": runs["v"]}
+    settings_of_one = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
+    assert named_baselines(settings_of_one, space, None) == {"vanilla (v)": runs["v"]}
     again = {"r = 2,1 (teacher)": teacher}
-    plan = plan_students(own, space, {TEACHER: teacher}, {}, named_baselines=again)
+    plan = plan_students(settings_of_one, space, {TEACHER: teacher}, {}, named_baselines=again)
     assert [trial.role for trial in plan.trials] == ["teacher"]
 
 

@@ -93,8 +93,8 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     assert "1,0 0.3 to 0.5 3 69% 384 B to train" in found
     assert "0,0 >0.5 2 54% 256 B finished" in found
     rated = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
-    beside = tiny_plan.model_copy(update={"trials": (rated,)})
-    found = rows(tiny_plan, settings(), beside)
+    with_rates = tiny_plan.model_copy(update={"trials": (rated,)})
+    found = rows(tiny_plan, settings(), with_rates)
     assert "model thresholds rate NFE FLOPs KV/token state" in found
     assert "2,1 <=0.1 1 5 100% 640 B to train" in found
 
@@ -267,8 +267,8 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     assert suite_of("two", "c") != first
     assert suite_of("one", "b", precision="fp32") == first
     assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
-    told = suite_of("one", "b", system_instruction="Answer.")
-    assert told["fingerprints"] != first["fingerprints"]
+    with_instruction = suite_of("one", "b", system_instruction="Answer.")
+    assert with_instruction["fingerprints"] != first["fingerprints"]
     long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
     with refused(UserError, "first", "999"):
         suite_of("one", "b", long, (": loglikelihood", ": generate_until"))

@@ -85,15 +85,15 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finished(trial)
     stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
-    asked: list[str] = []
+    asked_devices: list[str] = []
 
     def end(trial: Trial) -> str:
-        asked.append(trial.key)
+        asked_devices.append(trial.key)
         return "no luck"
 
     end_trials(monkeypatch, end)
     outcome = sweep.run(plan, "sweep.asha=true")
-    assert asked == []
+    assert asked_devices == []
     assert outcome.stopped == {stopped.label: stop}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
@@ -107,7 +107,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert status.has_failed(open_workspace(tmp_path).sweeps / plan.name)
-    assert asked == [stopped.key]
+    assert asked_devices == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
 

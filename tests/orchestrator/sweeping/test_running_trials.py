@@ -112,8 +112,8 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, mea
 
 def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
     trial = trials[1]
-    asked = iter([False, False, True, True])
-    with stop_when(lambda: next(asked)):
+    stops = iter([False, False, True, True])
+    with stop_when(lambda: next(stops)):
         assert run_trial(trial) is None
     assert not is_run_locked(Path(trial.folder))
     assert run_trial(trial) is not None

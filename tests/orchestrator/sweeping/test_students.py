@@ -97,9 +97,9 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     few = plan("sweep.num_schedules=2")
     assert {t.key for t in few.trials} < {t.key for t in usual.trials}, "of another sweep"
     assert few.key != usual.key
-    asked = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
-    assert asked.num_requested == 5
-    bounds = [(t.threshold_above, t.threshold_up_to) for t in asked.trials[1:]]
+    explicit = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
+    assert explicit.num_requested == 5
+    bounds = [(t.threshold_above, t.threshold_up_to) for t in explicit.trials[1:]]
     assert bounds == [(0.1, 0.3), (0.3, 0.5)]
     trial = usual.trials[1]
     assert trial.result() is None

@@ -191,15 +191,15 @@ def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[
     source = save_tiny(folder / "source", method="vanilla", schedule=None)
 
     def make(name: str) -> TrainingJob:
-        own = dict(JOBS[name])
+        changes = dict(JOBS[name])
         return TrainingJob(
             run_folder=str(folder / name),
             tokens_folder=str(tiny_tokens),
-            model={**tiny_model, **own.pop("model", {})},  # type: ignore[arg-type]
-            recipe=TrainingSettings(**{**RECIPE, **own.pop("recipe", {})}),
-            **(taught if "distillation" in own else {}),
+            model={**tiny_model, **changes.pop("model", {})},  # type: ignore[arg-type]
+            recipe=TrainingSettings(**{**RECIPE, **changes.pop("recipe", {})}),
+            **(taught if "distillation" in changes else {}),
             **({"initial_folder": str(source)} if "retrofit" in name else {}),
-            **own,
+            **changes,
         )
 
     return make

@@ -351,7 +351,7 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
 
     plain = tiny_job("plain", **ELASTIC)
     weightless = tiny_job("weightless", **ELASTIC, elastic=ElasticSettings(weight=0))
-    ends = [run_job(each) for each in (plain, weightless)]
+    ends = [run_job(job_of_two) for job_of_two in (plain, weightless)]
     assert ends[0].validation_loss == ends[1].validation_loss != outcome.validation_loss
     assert ends[0].training_flops == ends[1].training_flops
     assert job_key(plain) != job_key(job)
