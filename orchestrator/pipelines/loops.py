@@ -146,7 +146,7 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
-        results=tuple(_with_costs(trials, plan, context)),
+        results=tuple(_with_depth_costs(trials, plan, context)),
         facts={
             SETTINGS_TITLE: flatten(plan.evaluation.settings),
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
@@ -158,8 +158,11 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     return report
 
 
-def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
-    """Add what each model costs: exact counts, and milliseconds, which are measured once."""
+def _with_depth_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
+    """Add what each model costs: exact counts, and milliseconds.
+
+    Counts of a model that transformers runs need its weights, so they are stored with the times.
+    """
     workspace = context.workspace
     cluster = plan.evaluation.settings.cluster
     opened = plan.evaluation.opened.values()

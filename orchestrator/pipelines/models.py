@@ -703,7 +703,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     registered = RegisteredModel(
         name=name,
         alias=plan.alias,
-        run=run.place,
+        run=run.identity,
         model=model,
         folder=str(folder),
         note=plan.sentence,

@@ -21,7 +21,11 @@ from orchestrator.reporting.front import (
     reason_against_accuracy,
     sweep_front,
 )
-from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
+from orchestrator.reporting.mlflow_report import (
+    mlflow_run_of_sweep,
+    mlflow_runs_of_results,
+    report_changes,
+)
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
@@ -85,9 +89,11 @@ def write_sweep_report(
     folder = sweep.folder(workspace)
     if workspace.is_writable:
         sweep.store(workspace)
-    run = sweep_run(TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, folder)
+    run = mlflow_run_of_sweep(
+        TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, folder
+    )
     if tracking and not axes.slug:
-        runs = trial_runs(sweep, front)
+        runs = mlflow_runs_of_results(sweep, front)
         is_known = all(known_run.is_stored(workspace) for known_run in (run, *runs))
         if not is_known or any(trial.run_id is None for trial in sweep.results):
             mlflow = tracking()

@@ -171,7 +171,7 @@ class PairedScores:
         return {name for run in runs for name in run.beside}
 
     @property
-    def places(self) -> dict[str, int]:
+    def number_of(self) -> dict[str, int]:
         """Key of a model -> its number in the scores."""
         return {key: number for number, key in enumerate(self.evaluations)}
 
