@@ -13,6 +13,7 @@ from kept_progress import KeptProgress
 from lm_eval.api.instance import Instance
 from lm_eval_tasks import write_task
 from model_cases import schedule_for
+from refusals import refused
 from sample_texts import tokens_of
 from torch import Tensor, nn
 
@@ -120,8 +121,8 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
         path = opening_path
         tokenizer = ModelTokenizer(opening_path)
         decoder = with_opening(decoder, tokenizer)
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     ours = {name: run_task(name, t, DecoderModel(decoder, tokenizer)) for name, t in tasks.items()}
     assert capfd.readouterr() == ("", "")
     model = transformers_model(decoder)
@@ -190,8 +191,8 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
 def test_a_model_of_a_longer_context_can_be_measured_at_another_length(
     make_model, suite, decoder, tokenizer, tiny_tokens, tmp_path
 ):
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     longer = {**decoder.config.to_dict(), "context_length": 2 * CONTEXT}
     wide = Decoder(ModelConfig.from_dict(longer)).eval()
     wide.load_state_dict(decoder.state_dict())
@@ -280,11 +281,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
         assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
         notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
-        assert "from here on, it has at most" in notes[0]
+        assert "at most" in notes[0]
     limit_tokens(model.decoder, 10)
-    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
+    with refused(DeviceError, "1 GiB is free"):
         token_scores(model, pairs)
-    with pytest.raises(UserError, match="49 tokens to score, and the model"):
+    with refused(UserError, "49 tokens"):
         token_scores(model, [(None, [1], [2] * 49)])
 
     # Interrupted: ends with the same bits, and each pass runs once.
@@ -445,5 +446,5 @@ def test_a_description_that_the_template_refuses_is_left_out(decoder, tiny_token
     assert model.apply_chat_template(messages) == "1 + 1/->"
     # An instruction of the user is never left out.
     instructed = prompts.model_copy(update={"system_instruction": "Add."})
-    with pytest.raises(UserError, match="fails: no system role"):
+    with refused(UserError, "no system role"):
         check_template(text, instructed)

@@ -112,8 +112,8 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, mea
 
 def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
     trial = trials[1]
-    asked = iter([False, False, True, True])
-    with stop_when(lambda: next(asked)):
+    stops = iter([False, False, True, True])
+    with stop_when(lambda: next(stops)):
         assert run_trial(trial) is None
     assert not is_run_locked(Path(trial.folder))
     assert run_trial(trial) is not None
@@ -198,7 +198,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     stop = early_stops(plan, sweep)[low.key]
     assert sweep_run.stopped == {low.label: stop}
     assert stop.step == 10
-    assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")
+    assert "step 10 of 40" in stop.text
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
     assert low.result() is None, "what was not trained to its end is not finished"
     records = read_journal(Path(low.folder))[0]
