@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import cast
 
 import pytest
@@ -54,7 +53,10 @@ def job(tiny_job) -> TrainingJob:
 SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
 
 
-def test_the_time_left_accounts_for_corrections(job):
+def test_the_time_left_accounts_for_corrections(job, monkeypatch):
+    clock = count()  # No two records have the same time.
+    for name in ("orchestrator.workspace.journal.now_ms", "orchestrator.training.watching.now_ms"):
+        monkeypatch.setattr(name, lambda: next(clock))
     progress = RecordingProgress()
     journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
@@ -83,7 +85,6 @@ def test_the_time_left_accounts_for_corrections(job):
     assert progress.shown[-1] == (60, STARTING, UNKNOWN)
     journal.metrics(70, SPEED)
     journal.metrics(70, SPEED)
-    time.sleep(0.01)  # Records are stamped in milliseconds.
     later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     later.poll()
     assert progress.shown[-1] == (70, STARTING, UNKNOWN)
