@@ -360,7 +360,7 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     trainings = format_count(price.num_trainings, "training")
     count = f"{trainings}: " if price.num_trainings > 1 else ""
     read = price.num_teacher_tokens
-    teacher = f", and the teacher reads {read:,}" if read else ""
+    teacher = f", and the teacher reads {read:,} for its students" if read else ""
     yield (
         "to train",
         f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
