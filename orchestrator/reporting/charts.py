@@ -236,16 +236,17 @@ def front_chart(
         groups.append(PAPER_MARK)
         colors.append(INK)
         shapes.append(CROSS)
-    key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
-    color = word("group", legend=key, scale={"domain": groups, "range": colors})
-    shape = word("group", legend=key, scale={"domain": groups, "range": shapes})
+    legend = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
+    color = word("group", legend=legend, scale={"domain": groups, "range": colors})
+    shape = word("group", legend=legend, scale={"domain": groups, "range": shapes})
 
     # One layer has the axes; they all have the same scales.
-    free = {"zero": False, "nice": False}
-    upward = {**free, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
-    x = number("x", axis=None, scale={**free, "padding": PADDING_X})
-    y = number("y", axis=None, scale=upward)
-    low = number("low", axis=None, scale=upward)
+    scale = {"zero": False, "nice": False}
+    # Better is higher up: a loss is drawn upside down.
+    y_scale = {**scale, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
+    x = number("x", axis=None, scale={**scale, "padding": PADDING_X})
+    y = number("y", axis=None, scale=y_scale)
+    low = number("low", axis=None, scale=y_scale)
     x_axis = {"title": {"signal": "titles[cost]"}, "tickCount": 8}
     x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
     y_axis: Spec = {"title": {"signal": "titles[quality]"}}
@@ -257,7 +258,7 @@ def front_chart(
     bar = {"x": x, "y": low, "y2": {"field": "high"}, "color": color}
     point = {"x": x, "y": y, "color": color, "shape": shape, "tooltip": word("tip")}
     point |= {"fill": word("fill", scale=None), "size": number("size", scale=None)}
-    cross = [
+    paper_points = [
         {"group": PAPER_MARK, "number": pair, "x": place[0], "y": place[1]}
         for pair, place in enumerate(paper)
         if place
@@ -272,7 +273,7 @@ def front_chart(
         return marks(
             "point",
             {"x": x, "y": y, "shape": shape},
-            values=cross,
+            values=paper_points,
             where=[{"filter": "datum.number == pair"}],
             size=90,
             opacity=1,
@@ -514,30 +515,30 @@ def place_names(
     bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(rows)]
     inside = _boxes(2, 2, width - 2, height - 2)
     number_of = {row["key"]: number for number, row in enumerate(rows)}
-    corners = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
-    line = _step_boxes(x[corners], y[corners], x[: len(rows)].max())
+    members = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
+    line = _step_boxes(x[members], y[members], x[: len(rows)].max())
 
-    # The boxes of a name at all places, relative to its model: left of it stands a share of it.
-    share_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
-    shares = np.array([share_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
+    # How much of a name lies left of the point that it is aligned to, at each place.
+    part_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
+    parts_left = np.array([part_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
     right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
-    taken = np.empty((0, 4))
+    taken_boxes = np.empty((0, 4))
     place_by_key: dict[str, int] = {}
     for key, name in names.items():
         if key not in number_of:
             continue
         number = number_of[key]
         length = LETTER_WIDTH * len(name)
-        left = x[number] + right - shares * length
+        left = x[number] + right - parts_left * length
         middle = y[number] + down
         boxes = _boxes(left, middle - LINE_HEIGHT / 2, left + length, middle + LINE_HEIGHT / 2)
         # Pixels of each place that another name has, or that lie outside.
-        lost = _covered(boxes, taken) + length * LINE_HEIGHT - _covered(boxes, inside)
+        lost = _covered(boxes, taken_boxes) + length * LINE_HEIGHT - _covered(boxes, inside)
         covered = 10 * _covered(boxes, circles) + _covered(boxes, bars) + _covered(boxes, line)
         best = int(np.argmin(np.where(lost < 1, covered, np.inf)))
         if lost[best] < 1:
             place_by_key[key] = best
-            taken = np.vstack([taken, boxes[best]])
+            taken_boxes = np.vstack([taken_boxes, boxes[best]])
     return place_by_key
 
 
@@ -545,8 +546,8 @@ def _pixels(values: Any, range_of: Any, edges: tuple[float, float]) -> Any:
     """Return where values stand between two edges, which are the ends of a range."""
     least = range_of.min()
     most = range_of.max()
-    share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
-    return edges[0] + (edges[1] - edges[0]) * share
+    relative = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
+    return edges[0] + (edges[1] - edges[0]) * relative
 
 
 def _step_boxes(x: Any, y: Any, end: float) -> Any:

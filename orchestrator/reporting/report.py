@@ -1,4 +1,4 @@
-"""Writes the report of a sweep, or of several on one front, and shows it in the sweep's MLflow run.
+"""Write the report of a sweep, or of several on one front, and show it in the sweep's MLflow run.
 
 Writing a report again replaces the old one and makes no second MLflow run. A front on other axes
 gets its own folder, in the workspace and in MLflow, and changes nothing else of the run.
@@ -98,12 +98,12 @@ def write_sweep_report(
         if not is_known or any(trial.run_id is None for trial in sweep.results):
             mlflow = tracking()
             mlflow.publish(run, *runs)
-            tracked = [
+            trials_with_runs = [
                 trial.model_copy(update={"run_id": mlflow.run_id(trial_run)})
                 for trial, trial_run in zip(sweep.results, runs, strict=True)
             ]
-            sweep = sweep.model_copy(update={"results": tuple(tracked)})
-            front = front.with_runs(tracked)
+            sweep = sweep.model_copy(update={"results": tuple(trials_with_runs)})
+            front = front.with_runs(trials_with_runs)
             sweep.store(workspace)
 
     times = recorded_times(folder)
@@ -119,7 +119,7 @@ def write_sweep_report(
         curves=read_training_curves(sweep, front.rows),
         claims=_measured_claims(front),
     )
-    before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
+    files_before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
     if workspace.is_writable:
         report = report.written()
     if tracking:
@@ -129,7 +129,7 @@ def write_sweep_report(
             status="FINISHED",
             ended_ms=run.ended_ms or ended_ms,
         )
-        are_same = all(before.get(path) == path.read_bytes() for path in report.files)
+        are_same = all(files_before.get(path) == path.read_bytes() for path in report.files)
         if not (are_same and run.is_stored(workspace)):
             tracking().publish(run)
             tracking().wait()

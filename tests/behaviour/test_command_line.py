@@ -67,6 +67,7 @@ MISTAKES = {
     "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
     "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
+    "influence x -r 4 --metric loss": "--metric loss",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
     "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
     "export x --format gguf --dtype bf16": "--dtype bf16",
@@ -126,12 +127,12 @@ def test_a_mistake_prints_one_sentence_and_exits_with_2(tmp_path, monkeypatch, c
     problems = []
     for command, words in MISTAKES.items():
         code, printed = _run(capfd, *shlex.split(command))
-        said = words.format(here=tmp_path) if "{here}" in words else words
-        if code != 2 or said not in printed or "Traceback" in printed:
+        expected_words = words.format(here=tmp_path) if "{here}" in words else words
+        if code != 2 or expected_words not in printed or "Traceback" in printed:
             problems.append(f"{command[:80]} ended with {code}: {printed[:400]}")
     assert not problems, "\n".join(problems)
-    left = [*(tmp_path / "space").glob("*/[!.]*")]  # Texts that were begun are used again.
-    assert {path.parent.name for path in left} <= {"logs"}
+    begun_texts = [*(tmp_path / "space").glob("*/[!.]*")]  # Texts that were begun are used again.
+    assert {path.parent.name for path in begun_texts} <= {"logs"}
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_shipped_sweeps_are_listed_and_copied(tmp_path, capsys):
     assert "--force" in _printed(capsys, "config", "init", "--from", "depth", code=2)
     _printed(capsys, "config", "init", "--from", "toy", "depth.yaml", "--force")
     assert read_settings(tmp_path / "depth.yaml") == read_settings("toy")
-    assert "did you mean depth" in _printed(capsys, "config", "init", "--from", "depht", code=2)
+    assert "depth" in _printed(capsys, "config", "init", "--from", "depht", code=2)
 
 
 def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(tmp_path, capsys):
@@ -123,11 +123,11 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
         assert said in " ".join(_printed(capsys, *words, code=2).split())
     with only_readable(tmp_path / "text"):
         refused = _printed(capsys, "config", "init", "text/x.yaml", "--from", "toy", code=2)
-    assert "cannot use text/x.yaml (Permission denied)" in refused
+    assert "text/x.yaml (Permission denied)" in refused
     typed = io.StringIO("nowhere\n")
     typed.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stdin", typed)
-    assert "no file matches 'nowhere'" in _printed(capsys, "config", "init", code=2)
+    assert "'nowhere'" in _printed(capsys, "config", "init", code=2)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -188,6 +188,9 @@ def test_each_command_names_what_it_reads_of_the_cluster():
         ("distill run -r 1", ["cluster.device=cpu"], "only commands that measure"),
         ("evaluate run", ["evaluation.retention={}"], "only a sweep"),
         ("export run", ["influence.num_tokens=64"], "iiet-orch influence"),
+        ("export run --no-measure", ["evaluation.limit=3", "cluster.device=cpu"], "--no-measure"),
+        ("export run --format gguf", ["influence.metric=loss"], "GGUF"),
+        ("influence run -r 4", ["influence.metric=loss"], "looped"),
         ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"], "only trainings"),
         ("prepare", ["training.seed=1"], "data alone"),
         ("prepare", ["cluster.num_gpus=8", "cluster.parallel=fsdp"], "CPUs of this machine"),

@@ -61,7 +61,7 @@ def workspace(tmp_path_factory, small_sweep) -> orchestrator.Workspace:
 def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, monkeypatch):
     end_trials(monkeypatch, trained)
     plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
-    assert plan.price.num_tokens == sum(e.num_tokens for e in plan.left) > 0
+    assert plan.price.num_tokens == sum(e.num_tokens for e in plan.trainings_left) > 0
     assert orchestrator.plan_pretrain(settings, workspace=workspace).price.num_tokens == 0
     pretrained = orchestrator.pretrain(settings, workspace=workspace)
     full = pretrained.checkpoint.parent.name
@@ -74,8 +74,8 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, 
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
     baselines = [run.name for run in workspace.runs.iterdir() if run.name not in (full, "another")]
-    beside = settings.sweep.model_copy(update={"baseline_runs": tuple(baselines)})
-    settings = settings.model_copy(update={"sweep": beside})
+    with_baselines = settings.sweep.model_copy(update={"baseline_runs": tuple(baselines)})
+    settings = settings.model_copy(update={"sweep": with_baselines})
     dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert "to train" in set(dry_run.to_pandas()["state"])
     result = orchestrator.sweep(settings, workspace=workspace, teacher=full, name="mine")
