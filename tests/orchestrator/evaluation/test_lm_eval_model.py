@@ -30,7 +30,8 @@ from orchestrator.models.tokenizer import Message, ModelTokenizer, check_templat
 from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
-from orchestrator.workspace.errors import DeviceError, UserError
+from orchestrator.terminal.stop import stop_when
+from orchestrator.workspace.errors import DeviceError, Interrupted, UserError
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lastword": [
@@ -322,6 +323,24 @@ def test_the_validation_loss_of_smaller_batches_is_the_same(decoder, tiny_tokens
     assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
     assert max(rows for rows, _ in shapes) > 4
     assert len(notes) == 2
+
+
+def test_a_limit_of_items_is_one_of_the_sequences_of_the_validation_loss(decoder, tiny_tokens):
+    shapes = limit_tokens(decoder)
+    heldout_loss(decoder, tiny_tokens, num_tokens=3 * CONTEXT)
+    assert shapes == [(3, CONTEXT)]
+
+
+def test_a_measurement_ends_before_its_next_pass_when_a_stop_is_requested(make_model, tiny_tokens):
+    model = make_model()
+    shapes = limit_tokens(model.decoder)
+    with stop_when(lambda: len(shapes) >= 2):
+        with pytest.raises(Interrupted):
+            heldout_loss(model.decoder, tiny_tokens, batch_size=1)
+        assert len(shapes) == 2
+        with pytest.raises(Interrupted):
+            token_scores(model, [(None, [1, 2], [3])])
+    assert len(shapes) == 2
 
 
 # Generated answers

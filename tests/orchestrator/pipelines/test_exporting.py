@@ -122,15 +122,15 @@ def test_stock_lm_eval_gives_our_numbers(checkpoint, workspace, tmp_path):
     assert "[y/N]" not in done.stdout + done.stderr
     file = next((tmp_path / "found").rglob("results_*.json"))
     theirs = json.loads(file.read_text())["results"]
-    for task, metrics in ours.tasks.items():
+    for task, metrics in ours.metrics_by_task.items():
         for name, value in metrics.items():
             if not name.endswith("_stderr"):
                 assert theirs[task][f"{name},none"] == pytest.approx(value, rel=1e-5), (task, name)
     assert theirs["choices"]["acc_stderr,none"] == pytest.approx(
-        ours.tasks["choices"]["acc_stderr"], rel=1e-5
+        ours.metrics_by_task["choices"]["acc_stderr"], rel=1e-5
     )
     card = (folder / CARD).read_text()
-    assert f"| choices | acc | {ours.tasks['choices']['acc']:.4f} |" in card
+    assert f"| choices | acc | {ours.metrics_by_task['choices']['acc']:.4f} |" in card
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint, tmp_path):

@@ -140,3 +140,19 @@ def test_the_last_line_says_where_an_iteration_does_not_contract():
     growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
     assert influence.summary(growing).endswith("1 of 2")
     assert influence.summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")
+
+
+@pytest.mark.parametrize(
+    ("metric", "largest", "is_small"),
+    [
+        ("cosine", 4e-5, True),
+        ("cosine", 6e-5, False),
+        ("relative", 0.009, True),
+        ("relative", 0.011, False),
+        ("loss", 0.0, False),
+    ],
+)
+def test_the_last_line_says_that_corrections_have_learned_little(metric, largest, is_small):
+    rows = ((1e-7, largest),)
+    text = influence.summary(InfluenceTable(metric, rows, rows, 64))
+    assert ("learned little" in text) == is_small

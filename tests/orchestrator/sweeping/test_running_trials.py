@@ -132,11 +132,13 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
     assert run_trial(trials[0]) is not None
 
 
-def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkeypatch):
+def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials, monkeypatch):
     dtypes = []
+    token_counts = []
 
-    def loss(decoder: Decoder, _: Path, **__: Any) -> float:
+    def loss(decoder: Decoder, _: Path, *, num_tokens: int, **__: Any) -> float:
         dtypes.append(decoder.model.embed_tokens.weight.dtype)
+        token_counts.append(num_tokens)
         return 1.0
 
     monkeypatch.setattr(
@@ -146,11 +148,13 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkey
     )
     monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
-    for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
+    changes = {"precision": "bf16", "limit": 3, "sequence_length": 8}
+    for suite in (teacher.suite, teacher.suite.model_copy(update=changes)):
         trial = teacher.model_copy(update={"suite": suite})
         trial.result_path.unlink(missing_ok=True)
         run_trial(trial)
     assert dtypes == [torch.float32, torch.bfloat16]
+    assert token_counts == [measuring.NUM_VALIDATION_TOKENS, 3 * 8]
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
