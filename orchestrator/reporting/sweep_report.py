@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
-    "Bars: one standard error. Line: the best quality at each cost budget."
+    "Bars: one standard error. Line: the best quality at each cost budget, without baselines."
     f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
     f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
 )
@@ -145,6 +145,8 @@ class ReportResult(Result):
         yield from render_terminal(self.brief())
         if self.page:
             yield f"report: {self.page}"
+        if picture := next((path for path in self.files if path.name == "front.png"), None):
+            yield f"picture: {picture}"
         yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
     def brief(self) -> list[Section]:

@@ -77,6 +77,22 @@ def sweep(context, save_tiny) -> StoredSweep:
     return found
 
 
+def test_the_reason_names_a_better_baseline(context, sweep):
+    baseline = sample_trial(
+        key="plain", role="baseline", label="vanilla", method="vanilla", schedule=(0, 0),
+        cost={"evaluations": 2}, quality={"accuracy": 0.499},
+    )  # fmt: skip
+    with_vanilla = sweep.model_copy(
+        update={"name": "with-vanilla", "results": (*sweep.results, baseline)}
+    )
+    with_vanilla.store(context.workspace)
+    choice = plan_pick("with-vanilla", workspace=context.workspace)
+    assert choice.name == "1,0"
+    expected = "vanilla (accuracy 49.9%) costs no more and is better by 0.1 points"
+    assert expected in choice.sentence
+    assert expected in choice.to_json()["sentence"]
+
+
 def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 
@@ -94,7 +110,7 @@ def test_a_share_above_one_is_a_mistake(context, sweep, rule, option):
 def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
-    assert "99.6% of the teacher's, at 60% of its evaluations (3 of 5 NFE)" in choice.sentence
+    assert "99.6% of the teacher's, at 60% of its NFE (3 of 5 NFE)" in choice.sentence
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence

@@ -62,6 +62,14 @@ def drawn(chart: Spec) -> str:
     return str(vl_convert.vegalite_to_svg(chart))
 
 
+def test_the_subtitle_says_whose_line_it_is(sample_results):
+    """A baseline may stand above the line, in which it does not compete."""
+    beside = front_chart(sample_front(sample_results), title="Toy")
+    assert "best of teacher and students at each cost" in beside["title"]["subtitle"]
+    competing = sample_front([r for r in sample_results if r.role != "teacher"])
+    assert "teacher" not in front_chart(competing, title="Toy")["title"]["subtitle"]
+
+
 def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     front = sample_front(sample_results)
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
