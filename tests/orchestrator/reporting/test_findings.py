@@ -72,8 +72,7 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
 
 def test_sentences_of_a_front_without_items(sample_results, front):
     assert findings(front)[0] == (
-        "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its NFE "
-        "(11 of 24 NFE)."
+        "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its NFE (11 of 24 NFE)."
     )
     metrics = front_metrics(front)
     assert (metrics["front/size"], metrics["front/knee_cost"]) == (6, 11)
