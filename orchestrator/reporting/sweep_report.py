@@ -54,6 +54,11 @@ LEGEND = (
     f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
     f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
 )
+TABLE_LEGEND = (
+    "of full: quality as a share of the full model's; ●: on the front; knee: farthest above the "
+    "line from cheapest to best"
+)
+"""What a terminal says of the table's columns."""
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
     "a layer's last one backwards."
@@ -152,7 +157,8 @@ class ReportResult(Result):
     def brief(self) -> list[Section]:
         """Return the sections that a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title)
-        front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
+        notes = [*self.sentences, *([TABLE_LEGEND] if self.front.members else [])]
+        front = Section(tables=[table], notes=notes, data=front_values(self.front))
         return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
     def sections(self) -> list[Section]:

@@ -190,7 +190,11 @@ class SweepView:
         }
         begun = [label for label, share in shares.items() if share]
         num_done = self._run.num_ended + sum(shares.values())
-        self._progress.advance(num_done, "; ".join(begun[:MAX_NAMED]))
+        num_ended = self._run.num_ended
+        text = f"{num_ended} of {self._run.num_all} trials"
+        if begun:
+            text += f", training {'; '.join(begun[:MAX_NAMED])}"
+        self._progress.advance(num_done, text)
 
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""

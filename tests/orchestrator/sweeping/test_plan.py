@@ -159,7 +159,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    assert told(plan, chosen)[1:] == ["5 of 5 trials are finished and reused"]
+    assert told(plan, chosen)[1] == "5 of 5 trials are finished and reused"
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
