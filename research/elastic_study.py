@@ -233,7 +233,7 @@ def compare_schedules(front: Front) -> list[dict[str, Any]]:
     elastic = {trial.schedule: trial for trial in students if trial.is_elastic}
     separate = {trial.schedule: trial for trial in students if not trial.is_elastic}
     scores = front.paired.quality(front.axes.quality) if front.paired else None
-    places = front.paired.places if front.paired else {}
+    places = front.paired.number_of if front.paired else {}
     rows = []
     shared = [schedule for schedule in elastic if schedule in separate]
     for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):

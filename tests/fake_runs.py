@@ -12,7 +12,7 @@ import pytest
 from orchestrator.evaluation import decode_timing
 from orchestrator.records.trial import Trial
 from orchestrator.sweeping import run
-from orchestrator.sweeping.states import SweepRun
+from orchestrator.sweeping.states import RunningSweep
 from orchestrator.sweeping.trial import run_trial
 
 
@@ -23,7 +23,7 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
     """
 
     def run_trials(
-        _: Any, trials: SweepRun, *__: Any, watch: Callable[[], None], **___: Any
+        _: Any, trials: RunningSweep, *__: Any, watch: Callable[[], None], **___: Any
     ) -> None:
         while not trials.is_over:
             trial = trials.take()

@@ -25,7 +25,7 @@ class FakeTracking:
 
     def publish(self, *runs: TrackedRun) -> None:
         for run in runs:
-            self.runs[run.place] = run
+            self.runs[run.identity] = run
             self.published.append(run)
             assert run.dataset is None or run.dataset[2]["source"]
             assert all(isinstance(value, int | float) for _, value, _ in run.points)

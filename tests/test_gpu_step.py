@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from iiet import Decoder, ModelConfig, preset
 from iiet.batch import Batch
-from orchestrator.planning.training_memory import training_memory
+from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import HostBuffers
 from orchestrator.training.objective import make_objective, make_optimizer
@@ -155,7 +155,9 @@ def test_the_host_waits_for_no_copy_of_a_checkpoint_and_uses_its_pinned_memory_a
 
 def test_the_plan_of_a_step_without_a_compiler_is_its_peak(steps):
     config = preset("340m", num_layers=2)
-    plan = training_memory(config, num_sequences=4, precision="bf16", on_gpus=True, forms="plain")
+    plan = training_memory(
+        config, TrainingStep(num_sequences=4, precision="bf16", on_gpus=True, forms="plain")
+    )
     assert steps["training"]["peak"] == pytest.approx(sum(plan.values()), rel=0.05)
 
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
 from orchestrator.cli.options import split_list
-from orchestrator.cli.session import Call, Place
+from orchestrator.cli.session import Call, WorkspaceUse
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.provenance import installed_version
 
@@ -64,7 +64,7 @@ class Command:
     unread: Mapping[str, str] = field(default_factory=dict)
     """Sections of the settings, and single settings of other sections, that it does not read ->
     what decides instead; see `Call.refuse_unread`."""
-    workspace: Place | None = "made"
+    workspace: WorkspaceUse | None = "made"
     """How the workspace is opened, see `open_session`; None if the command has none."""
     trains: bool = False
     """Whether it takes `--device cpu|cuda`, which says where to train."""

@@ -227,6 +227,12 @@ def export(
             f"--dtype {dtype} is for a folder of transformers, and --format gguf writes float32; "
             "leave it out, and let llama-quantize make a smaller file"
         )
+    if file_format == "gguf":
+        no_card = "a GGUF file has no card with measurements"
+        call.refuse_unread({"evaluation": no_card, "influence": no_card, "cluster": no_card})
+    elif not measure:
+        nothing = "--no-measure evaluates nothing"
+        call.refuse_unread({"evaluation": nothing, "cluster": nothing})
     from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 

@@ -39,7 +39,7 @@ def ui(
     if sync:
         from orchestrator.pipelines import syncing
 
-        call.place = "kept"
+        call.workspace_use = "kept"
         return syncing.sync(replace=replace, **call.common)
     if replace or call.as_json:
         raise UserError(f"{'--replace' if replace else '--json'} is for --sync; add it")

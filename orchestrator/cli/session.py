@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
     from orchestrator.reporting.result import Result
 
-Place = Literal["made", "read", "kept", "existing", "named"]
+WorkspaceUse = Literal["made", "read", "kept", "existing", "named"]
+"""What a command needs of the workspace; `open_session` says what each means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,16 @@ class Call:
     """One call of a command: at first use, the settings are read, then the workspace is opened."""
 
     def __init__(
-        self, name: str, place: Place | None, shared: dict[str, Any], has_settings: bool
+        self,
+        name: str,
+        workspace_use: WorkspaceUse | None,
+        shared: dict[str, Any],
+        has_settings: bool,
     ) -> None:
         """Take the command's name, its kind of workspace, which it may change, and the options
         that commands share."""
         self.name = name
-        self.place = place
+        self.workspace_use = workspace_use
         self._shared = shared
         self._has_settings = has_settings
         self._settings: Any = None
@@ -153,7 +158,7 @@ class Call:
         session = open_session(
             self.path,
             self.name,
-            place=self.place,
+            workspace_use=self.workspace_use,
             verbose=self._shared.get("verbose") or (False if self._shared.get("quiet") else None),
             dry_run=self.dry_run,
             as_json=self.as_json,
@@ -222,7 +227,7 @@ def open_session(
     path: Path | None,
     command: str,
     *,
-    place: Place | None = "made",
+    workspace_use: WorkspaceUse | None = "made",
     verbose: bool | None = None,
     dry_run: bool = False,
     as_json: bool = False,
@@ -230,9 +235,9 @@ def open_session(
     """Open the workspace, send the libraries' output to a log, and name the log on failure.
 
     Args:
-        place: `made`: the workspace is made if it is missing; `read`: likewise, but it may be one
-            that cannot be written; `kept`: it must exist. Commands that only look need no log:
-            `existing`, the workspace must exist; `named`, it need not; None, there is none.
+        workspace_use: `made`: the workspace is made if it is missing; `read`: likewise, but it may
+            be one that cannot be written; `kept`: it must exist. Commands that only look need no
+            log: `existing`, the workspace must exist; `named`, it need not; None, there is none.
         verbose: True shows the libraries' output, too; False shows no progress.
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
@@ -244,17 +249,17 @@ def open_session(
     terminal = sys.stderr
     log = None
     console = Console(file=output, highlight=False)
-    space: Any = layout.locate_workspace(path) if place else None
-    if place in ("kept", "existing") and not space.is_made:
+    space: Any = layout.locate_workspace(path) if workspace_use else None
+    if workspace_use in ("kept", "existing") and not space.is_made:
         raise UserError(
             f"there is no workspace {space.root}; name one with --workspace, or "
             "`iiet-orch quickstart` makes one"
         )
     file_name = layout.WORKSPACE_FILE_NAME
-    if place == "existing" and not (space.root / file_name).is_file():
+    if workspace_use == "existing" and not (space.root / file_name).is_file():
         raise UserError(f"{space.root / file_name} is missing; `iiet-orch report` writes it anew")
     streams: dict[str, Any] = {"terminal": terminal, "output": output}
-    if place not in ("made", "read", "kept"):
+    if workspace_use not in ("made", "read", "kept"):
         notes = Warnings(terminal)
         yield Session(workspace=space, progress=notes, console=console, **streams)
         return
@@ -268,7 +273,7 @@ def open_session(
                 is_other = False
             else:
                 is_other = stack.enter_context(layout.unmade_by_mistakes(space))
-                space = layout.open_workspace(path, must_write=place != "read")
+                space = layout.open_workspace(path, must_write=workspace_use != "read")
             without_log = bool(verbose) or dry_run or not space.is_writable
             log, terminal = stack.enter_context(
                 command_log(space.logs, command, verbose=without_log)

@@ -353,7 +353,7 @@ def check_sequence_length(settings: DataSettings, num_tokens: int) -> None:
     """Check that a training sequence holds the sequences of depth tasks, prepared or not.
 
     Raises:
-        UserError: If it is too short for them, or a sequence cannot hold its task.
+        UserError: If the training sequence is too short, or one of the tasks' cannot hold its task.
     """
     if settings.source in ("depth", "mixture"):
         DepthTasks.of(settings).check_length(num_tokens)

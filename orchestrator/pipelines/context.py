@@ -110,14 +110,16 @@ def in_one_call(
         return run(planned, open_context(workspace, progress))
 
     # What `help` and editors show.
-    call.__name__ = call.__qualname__ = run.__name__.removeprefix("run_")
+    call.__name__ = run.__name__.removeprefix("run_")
+    call.__qualname__ = call.__name__
     summary = (run.__doc__ or "").partition("\n\n")[0]
     arguments_and_errors = (plan.__doc__ or "").partition("\n\n")[2]
     call.__doc__ = f"{summary}\n\n{arguments_and_errors}"
-    shown = list(parameters.values())
+    shown_parameters = list(parameters.values())
     if not plan_takes_progress:
-        shown.append(signature(open_context).parameters["progress"].replace(kind=KEYWORD_ONLY))
+        progress_parameter = signature(open_context).parameters["progress"]
+        shown_parameters.append(progress_parameter.replace(kind=KEYWORD_ONLY))
     call.__signature__ = Signature(  # type: ignore[attr-defined]
-        shown, return_annotation=signature(run).return_annotation
+        shown_parameters, return_annotation=signature(run).return_annotation
     )
     return call

@@ -109,7 +109,7 @@ class ModelEvaluations(Result):
         """Return one row per model, task and metric: value, standard error, number of items; and
         the difference to the first model with its interval, where there is one."""
         differences = {(row["model"], row["task"], row["metric"]): row for row in self.differences}
-        ends = ("difference", "low", "high")
+        interval_columns = ("difference", "low", "high")
         rows = []
         for model, evaluation in self.evaluations.items():
             for task, result in evaluation.results.items():
@@ -125,7 +125,7 @@ class ModelEvaluations(Result):
                             "value": value,
                             "stderr": result.metrics.get(stderr_name(metric), math.nan),
                             "num_items": result.num_items,
-                            **{name: difference.get(name, math.nan) for name in ends},
+                            **{name: difference.get(name, math.nan) for name in interval_columns},
                         }
                     )
         return rows
@@ -315,24 +315,28 @@ def _evaluate_model(
     config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
-    # A run of MLflow shows it.
-    params: dict[str, Any] = {**model.parameters(), "checkpoint": model.path}
+    # A run of MLflow shows the evaluation.
     tasks = {name: loaded.fingerprint(name) for name in loaded.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {quality_name(name): value for name, value in evaluation.quality().items()}
-    tracked = None
-    params["precision"] = measured.precision
+    params: dict[str, Any] = {
+        **model.parameters(),
+        "checkpoint": model.path,
+        "precision": measured.precision,
+        "num_items": evaluation.num_items,
+    }
+    logged_model = None
     if config is not None and not model.is_external:
-        tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
+        logged_model = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
         TrackedRun.of(
             key=content_key("evaluation", measured.keys.tasks),
             name=f"evaluate {model.label}: {', '.join(measured.keys.tasks)}"[:80],
             kind="evaluation",
-            params={**params, "num_items": evaluation.num_items},
+            params=params,
             dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
             metrics=metrics,
-            model=tracked,
+            model=logged_model,
         ),
         started_ms,
     )

@@ -113,12 +113,16 @@ class InspectedModel(Result):
 
     def page(self) -> str:
         """Return the same as one HTML page."""
-        from orchestrator.reporting.charts import layer_chart  # Imports vl-convert.
+        # Imports vl-convert.
+        from orchestrator.reporting.charts import influence_chart, layer_chart
 
-        sections = [Section(title=self.name, facts=dict(self._model_rows()))]
+        sections = [Section(facts=dict(self._model_rows()))]
         if self.block_influence:
             title = f"Block influence of each layer ({self.influence_metric})"
             sections.append(Section(title=title, chart=layer_chart(self.block_influence)))
+        if self.influence_metric and any(self.corrections_influence):
+            chart = influence_chart(self.corrections_influence, metric=self.influence_metric)
+            sections.append(Section(title="Influence of each correction", chart=chart))
         if self.is_native:
             title = self._retrofit_title()
             sections.append(Section(title=title, facts=dict(self._retrofit_rows())))
@@ -127,8 +131,10 @@ class InspectedModel(Result):
 
     def _retrofit_title(self) -> str:
         if self.retrofit_steps is None:
-            return f"`pretrain --from {self.name}`"
-        return f"`pretrain --from {self.name}` here, {self.retrofit_steps:,} steps"
+            return f"A training from it: pretrain --from {self.name}"
+        return (
+            f"A training from it here: pretrain --from {self.name}, {self.retrofit_steps:,} steps"
+        )
 
     def _model_rows(self) -> Iterable[tuple[str, str]]:
         yield "folder", str(self.path)
@@ -166,6 +172,7 @@ class InspectedModel(Result):
         for layer, value in enumerate(self.block_influence, start=1):
             length = round(BAR_WIDTH * value / largest) if largest > 0 else 0
             yield f"{layer:>4} {'█' * length:<{BAR_WIDTH}} {value:.3g}"
+        yield ""
 
     def _retrofit_rows(self) -> Iterable[tuple[str, str]]:
         if self.retrofit is not None:
@@ -183,13 +190,14 @@ class InspectedModel(Result):
         if self.drop_candidates:
             layers = ", ".join(map(str, self.drop_candidates))
             yield (
-                f"Matter least as a whole: layers {layers}. `iiet-orch distill {self.name} "
-                f"--drop-layers {len(self.drop_candidates)}` trains the model without so many."
+                f"Layers that matter least as a whole, the least first: {layers}. `iiet-orch "
+                f"distill {self.name} --drop-layers {len(self.drop_candidates)}` trains the model "
+                "without so many."
             )
         if any(self.corrections_influence):
             best = self._layers_by_correction()
             layers = ", ".join(map(str, best))
-            yield f"Corrections matter most in the layers {layers}, the most first."
+            yield f"Layers whose corrections matter most, the most first: {layers}."
         elif self.schedule is None:
             yield (
                 "Where corrections pay is seen after a few hundred steps of `iiet-orch pretrain "

@@ -146,7 +146,7 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     stored = StoredSweep(
         name=plan.name,
         key=content_key("depth", [trial.key for trial in trials]),
-        results=tuple(_with_costs(trials, plan, context)),
+        results=tuple(_with_depth_costs(trials, plan, context)),
         facts={
             SETTINGS_TITLE: flatten(plan.evaluation.settings),
             PROVENANCE_TITLE: {"kind": "depth", "models": len(trials), **environment()},
@@ -158,8 +158,11 @@ def run_depths(plan: DepthPlan, context: Context) -> ReportResult:
     return report
 
 
-def _with_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
-    """Add what each model costs: exact counts, and milliseconds, which are measured once."""
+def _with_depth_costs(trials: Sequence[Trial], plan: DepthPlan, context: Context) -> list[Trial]:
+    """Add what each model costs: exact counts, and milliseconds.
+
+    Counts of a model that transformers runs need its weights, so they are stored with the times.
+    """
     workspace = context.workspace
     cluster = plan.evaluation.settings.cluster
     opened = plan.evaluation.opened.values()
@@ -333,21 +336,22 @@ def _measure_loops(
     # A row for each loop, a column for each of `LOOP_NUMBERS`. The model runs at each number of
     # loops, for its likeliest tokens; states are compared in the last of these runs.
     sums = torch.zeros(depth[0], len(LOOP_NUMBERS), dtype=torch.float64)
-    likely: list[Tensor] = []
+    likeliest: list[Tensor] = []
     for count in range(1, depth[0] + 1):
         opened = replace(model, depth=(count, *depth[1:]))
         loaded = load_transformers(opened, trust_remote_code=trusts, device=device)
-        likely_before = likely
-        likely = []
+        likeliest_before = likeliest
+        likeliest = []
         with torch.no_grad(), watch_loops(loaded, loops) as (_, states):
             for batch_rows in torch.split(rows, ROWS_AT_ONCE):
                 states.clear()
-                likely.append(loaded(batch_rows, use_cache=False).logits.argmax(-1))
+                likeliest.append(loaded(batch_rows, use_cache=False).logits.argmax(-1))
                 if count == depth[0]:
                     for loop, (old, new) in enumerate(pairwise(states), start=1):
                         sums[loop, 0] += (1 - cosine_similarity(old, new, -1)).double().sum().cpu()
                         sums[loop, 1] += (new - old).norm(dim=-1).double().sum().cpu()
-        for old, new in zip(likely_before, likely, strict=False):  # The first run has none before.
+        # The first run has no tokens before.
+        for old, new in zip(likeliest_before, likeliest, strict=False):
             sums[count - 1, 2] += (old != new).sum().cpu()
         progress.advance(count)
     means = (sums / rows.numel()).tolist()

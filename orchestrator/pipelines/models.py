@@ -427,7 +427,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     """
     try:
         # Permissions do not tell: root may write everywhere, but not in /proc.
-        with TemporaryDirectory(dir=next(place for place in folder.parents if place.exists())):
+        with TemporaryDirectory(dir=next(parent for parent in folder.parents if parent.exists())):
             pass
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
@@ -442,16 +442,17 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
             digests[name] = digest
     if CONFIG not in digests:
         raise UserError(f"{folder} exists and is not an earlier export; choose another with --to")
-    others = [
+    changed_or_new = [
         path.name
         for path in sorted(folder.iterdir())
         if path.name != folders.MANIFEST
         and not (path.is_file() and file_digest(path) == digests.get(path.name))
     ]
-    if others:
+    if changed_or_new:
         raise UserError(
             f"{folder} is an earlier export, and some of its files are not as the export wrote "
-            f"them: {', '.join(others[:4])}; move them away, or choose another folder with --to"
+            f"them: {', '.join(changed_or_new[:4])}; move them away, or choose another folder with "
+            "--to"
         )
     if model is None:
         return
@@ -609,8 +610,14 @@ def plan_pick(
     """
     from orchestrator.reporting.front import busy_machine, reason_against_accuracy, sweep_front
 
-    others = {"knee": knee, "best": best, "cheapest": cheapest}
-    rule = findings.pick_rule(keep=keep, confidence=confidence, budget=budget, **others)
+    rule = findings.pick_rule(
+        keep=keep,
+        confidence=confidence,
+        budget=budget,
+        knee=knee,
+        best=best,
+        cheapest=cheapest,
+    )
     parse_axes(cost, quality)  # A wrong name comes before anything is read.
     workspace = find_workspace(workspace)
     stored = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
@@ -619,8 +626,8 @@ def plan_pick(
     front, notes = sweep_front(workspace, [stored], axes, demanded_share=rule.demanded_share)
     if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
         notes = [*notes, problem]
-    for line in notes:
-        (progress or Progress()).note(line)
+    for note in notes:
+        (progress or Progress()).note(note)
     picked = findings.pick_from_front(front, rule)
     losses = front.losses.get(picked["key"], ())
     if stored.retention and not allow_loss:
@@ -704,7 +711,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     registered = RegisteredModel(
         name=name,
         alias=plan.alias,
-        run=run.place,
+        run=run.identity,
         model=model,
         folder=str(folder),
         note=plan.sentence,

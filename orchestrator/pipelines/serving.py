@@ -226,12 +226,12 @@ def run_serving(plan: ServingPlan, context: Context) -> ServingResult:
     machine = timing_environment()
     key = content_key("served", plan.conditions.model_dump(mode="json"), device, dtype, machine)
     path = context.workspace.benchmarks / f"served-{key}.json"
-    earlier = ServedTimes.read(path)
-    by_shape = {} if earlier is None else dict(earlier.costs)
+    earlier_times = ServedTimes.read(path)
+    by_shape = dict(earlier_times.costs) if earlier_times else {}
     for name, model in plan.opened.items():
         if model.config is not None:
-            of_model = tuple(cost for cost in costs if cost.model == name)
-            by_shape[shape_key(model.config)] = of_model
+            costs_of_model = tuple(cost for cost in costs if cost.model == name)
+            by_shape[shape_key(model.config)] = costs_of_model
     ServedTimes(
         time=time.time(),
         server=server,

@@ -130,7 +130,7 @@ class SweepPlan(Result):
     @cached_property
     def pretraining_left(self) -> list[Estimate]:
         """Trainings before the trials that are not finished."""
-        return [training for stage in self.pretraining for training in stage.left]
+        return [training for stage in self.pretraining for training in stage.trainings_left]
 
     @cached_property
     def trials_left(self) -> list[Estimate]:

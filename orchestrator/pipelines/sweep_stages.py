@@ -370,7 +370,7 @@ def models_by_role(
             if model.label not in labels and model.label in finished:
                 baselines[model.label] = finished[model.label]
     if plan.retrofit:
-        baselines |= plan.retrofit.beside(finished)
+        baselines |= plan.retrofit.measurable_controls(finished)
     return teachers, baselines
 
 

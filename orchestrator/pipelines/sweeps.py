@@ -54,7 +54,7 @@ from orchestrator.workspace.provenance import content_key, environment
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.sweeping.states import SweepRun
+    from orchestrator.sweeping.states import RunningSweep
 
 
 class SweepResult(ReportResult):
@@ -224,7 +224,7 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
 
 
 def _results_of(
-    plan: SweepPlan, run: SweepRun, influence: InfluenceTable | None
+    plan: SweepPlan, run: RunningSweep, influence: InfluenceTable | None
 ) -> results.StoredSweep:
     """Return what a report needs of a sweep that was run."""
     trials = run.all_trials
@@ -269,7 +269,7 @@ def _retention_of(plan: SweepPlan) -> dict[str, float]:
     return plan.settings.evaluation.retention or {}
 
 
-def _end_of(trial: Trial, run: SweepRun) -> str:
+def _end_of(trial: Trial, run: RunningSweep) -> str:
     """Say how a trial of a sweep ended."""
     state = run.states[trial.key]
     if state.status == "failed":

@@ -95,12 +95,12 @@ def sync(
         if run and (run.folder is None or Path(run.folder).is_dir()):
             runs.append(_as_left(run))
     # What runs now, and the sweeps of trials that do.
-    locked = {run.place for run in runs if run.folder and is_in_use(Path(run.folder))}
+    locked = {run.identity for run in runs if run.folder and is_in_use(Path(run.folder))}
     locked |= {("sweep", parent, None) for _, _, parent in locked if parent}
-    runs = [run for run in runs if run.place not in locked]
+    runs = [run for run in runs if run.identity not in locked]
     published: dict[str, list[str]] = {}
     progress.start("sync", len(runs))
-    for number, (run, is_shown) in enumerate(zip(runs, tracking.publish_now(runs), strict=True)):
+    for number, (run, is_shown) in enumerate(zip(runs, tracking.show_in_mlflow(runs), strict=True)):
         progress.advance(number, run.name)
         if is_shown:
             name = Path(run.folder).name if run.folder else f"{run.kind}-{run.key}"

@@ -185,17 +185,17 @@ class TrainingPlan(Result):
         ]
 
     @cached_property
-    def left(self) -> list[Estimate]:
+    def trainings_left(self) -> list[Estimate]:
         """What is left of all trainings that are not finished."""
-        return self._left_of(*self.jobs)
+        return self._trainings_left_of(*self.jobs)
 
-    def _left_of(self, *labels: str) -> list[Estimate]:
+    def _trainings_left_of(self, *labels: str) -> list[Estimate]:
         return [self.estimate(label) for label in labels if label not in self.finished]
 
     @cached_property
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
-        return self._price_of(self.left)
+        return self._price_of(self.trainings_left)
 
     def _price_of(self, trainings: Sequence[Estimate]) -> Price:
         new_bytes = self.tokens.new_bytes if self.tokens else 0
@@ -204,15 +204,16 @@ class TrainingPlan(Result):
     @cached_property
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
-        return self._problems_of(self.left, self.price)
+        return self._problems_of(self.trainings_left, self.price)
 
     def _problems_of(self, trainings: Sequence[Estimate], price: Price) -> dict[str, str | None]:
-        # The fewest GPUs of a job have the largest shares of a step.
-        fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
-        placed = [replace(training, devices=run_devices(fewest)) for training in trainings]
+        # With the fewest GPUs of a job, each has the largest share of a step.
+        smallest_cluster = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
+        devices = run_devices(smallest_cluster)
+        on_fewest = [replace(training, devices=devices) for training in trainings]
         check = partial(check_run_resources, self.cluster, local=self.local)
         root = self.workspace.root
-        return find_problems(placed, price.disk, root, self.cluster.ray_address, check)
+        return find_problems(on_fewest, price.disk, root, self.cluster.ray_address, check)
 
     def state(self, label: str) -> str:
         """Say whether a training is finished, or where it begins."""
@@ -248,7 +249,7 @@ class TrainingPlan(Result):
 
     def _training_to_json(self, label: str) -> dict[str, Any]:
         job = self.jobs[label]
-        trainings = self._left_of(label)
+        trainings = self._trainings_left_of(label)
         price = self._price_of(trainings)
         return {
             "method": job.model.method,
@@ -263,7 +264,7 @@ class TrainingPlan(Result):
     def shown(self) -> Iterable[RenderableType]:
         for label in self.jobs:
             training = self.estimate(label)
-            trainings = self._left_of(label)
+            trainings = self._trainings_left_of(label)
             price = self._price_of(trainings)
             devices = training.devices
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
@@ -499,7 +500,7 @@ def plan_models(
         notes=tuple(notes),
         **options,
     )
-    for training in plan.left:
+    for training in plan.trainings_left:
         training.check_workers()
     return plan
 
@@ -617,7 +618,7 @@ def plan_distill(
             check_folder(job)
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
-    for training in plan.left:
+    for training in plan.trainings_left:
         training.check_workers()
     return plan
 
@@ -648,12 +649,14 @@ def _plan_fewer_layers(
     importance: Sequence[float] = teacher.evaluations_per_layer()
     if layers.table is not None:
         importance = layers.table.layer_values
-    kept = most_important_layers(importance, teacher.num_layers - num_dropped)
-    dropped = tuple(number + 1 for number in range(teacher.num_layers) if number not in kept)
-    label = f"{len(kept)} of {teacher.num_layers} layers"
-    config = kept_config(teacher, kept)
+    kept_layers = most_important_layers(importance, teacher.num_layers - num_dropped)
+    dropped_layers = tuple(
+        number + 1 for number in range(teacher.num_layers) if number not in kept_layers
+    )
+    label = f"{len(kept_layers)} of {teacher.num_layers} layers"
+    config = kept_config(teacher, kept_layers)
     job = distillation_job(
-        settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept
+        settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept_layers
     )
     if name is not None:
         job = job.model_copy(update={"run_folder": str(workspace.runs / name)})
@@ -668,9 +671,9 @@ def _plan_fewer_layers(
         local=local,
         layers=layers,
         num_dropped=num_dropped,
-        dropped_layers=None if layers.table is None else dropped,
+        dropped_layers=None if layers.table is None else dropped_layers,
     )
-    for training in plan.left:
+    for training in plan.trainings_left:
         training.check_workers()
     return plan
 

@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from datetime import datetime
 from functools import cache
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ from orchestrator.records.status import (
     unfinished_trials,
 )
 from orchestrator.records.training_state import Training, TrainingState, is_in_use, run_locks
-from orchestrator.records.trial import SweepTrials
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal import render
@@ -50,8 +50,15 @@ if TYPE_CHECKING:
 
 SECONDS_OF_WRITING = 3600.0
 """A file is not written for longer; an older temporary one was left by a killed process."""
-Candidates = Iterator[tuple[Any, ...]]
-"""Of each thing that can go: path, reason, and the files to lock while it is deleted."""
+
+
+class Candidate(NamedTuple):
+    """Something that can go."""
+
+    path: Path
+    reason: str
+    locks: tuple[Path, ...] = ()
+    """Files to lock while it is deleted."""
 
 
 # List
@@ -133,78 +140,95 @@ def list_workspace(
     entries_by_kind = dict[Kind, list[dict[str, Any]]]()
     for listed_kind in listed_kinds:
         entries = []
-        for name, folder, state, details in _find_entries(workspace, listed_kind, plans, note):
-            entry: dict[str, Any] = {
-                "name": name,
-                "state": state,
-                "bytes": size_of(folder),
-                "changed": round(last_recorded(folder), 3),
+        for entry in _find_entries(workspace, listed_kind, plans, note):
+            values: dict[str, Any] = {
+                "name": entry.name,
+                "state": entry.state,
+                "bytes": size_of(entry.folder),
+                "changed": round(last_recorded(entry.folder), 3),
             }
-            known = {key: value for key, value in details.items() if value is not None}
-            entries.append(entry | known)
+            known = {key: value for key, value in entry.details.items() if value is not None}
+            entries.append(values | known)
         entries.sort(key=itemgetter("changed"), reverse=True)
         entries_by_kind[listed_kind] = entries
     return Listing(workspace=str(workspace.root), entries=entries_by_kind)
 
 
+class _Entry(NamedTuple):
+    """Something that a workspace holds, as `Listing.entries` describes it."""
+
+    name: str
+    folder: Path
+    state: str
+    details: dict[str, Any]
+    """What is known beside these; None where it is not."""
+
+
 def _find_entries(
     workspace: Workspace, kind: Kind, plans: Mapping[str, SweepTrials | None], note: Note
-) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
-    """Yield name, folder, state and details of everything of a kind."""
+) -> Iterator[_Entry]:
+    """Yield everything of a kind."""
     if kind == "models":
         for config in sorted(workspace.exports.glob("**/config.json")):
-            yield str(config.parent.relative_to(workspace.root)), config.parent, "exported", {}
+            name = str(config.parent.relative_to(workspace.root))
+            yield _Entry(name, config.parent, "exported", {})
     elif kind == "checkpoints":
         for folder in training_folders(workspace):
-            for saved in find_checkpoints(folder):
-                is_complete = (saved / layout.PROVENANCE).is_file()
-                state = "complete" if is_complete else "damaged"
-                yield str(saved.relative_to(workspace.root)), saved, state, {}
+            for checkpoint in find_checkpoints(folder):
+                name = str(checkpoint.relative_to(workspace.root))
+                is_complete = (checkpoint / layout.PROVENANCE).is_file()
+                yield _Entry(name, checkpoint, "complete" if is_complete else "damaged", {})
     elif kind == "sweeps":
         for name, plan in plans.items():
-            folder = workspace.sweeps / name
-            trials = plan.trials if plan else ()
-            unfinished = unfinished_trials(plan) if plan else []
-            if plan is None:
-                has_plan = (folder / layout.PLAN_FILE).exists()
-                state = "damaged" if has_plan else "without a plan"
-            elif any(is_in_use(Path(trial.folder)) for trial in unfinished):
-                state = "running"
-            elif unfinished:
-                state = "failed" if has_failed(folder) else "interrupted"
-            else:
-                state = "finished"
-            details: dict[str, Any] = {
-                "kind": plan and plan.kind,
-                "finished": len(trials) - len(unfinished),
-                "trials": len(trials),
-                "has_report": (folder / layout.RESULTS_FILE).is_file(),
-            }
-            yield name, folder, state, details
+            yield _sweep_entry(workspace.sweeps / name, plan)
     else:
         planned = trials_by_folder(plans) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
             training = _noted_training(folder, note)
-            state = _state_text(training)
-            # A trial without a training holds the results of a model that was trained elsewhere.
-            is_ready = training.state in (TrainingState.FINISHED, TrainingState.EMPTY)
-            if kind == "trials" and is_ready and not training.lock:
-                state = "finished" if any(folder.glob("result-*.json")) else "to measure"
-            job = training.job
-            end = training.outcome
-            details = {
-                "method": job and job.model.method,
-                "schedule": job and job.schedule and list(job.schedule),
-                "step": (end.step if end else training.step) or None,
-                "steps": training.num_steps or None,
-                "validation_loss": (
-                    end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
-                ),
-            }
-            if sweeps_and_trials := planned.get(folder):
-                details["label"] = sweeps_and_trials[0][1].label
-                details["sweeps"] = [sweep for sweep, _ in sweeps_and_trials]
-            yield folder.name, folder, state, details
+            state = _trial_state_text(training) if kind == "trials" else _state_text(training)
+            yield _training_entry(training, state, planned.get(folder, []))
+
+
+def _sweep_entry(folder: Path, plan: SweepTrials | None) -> _Entry:
+    """Return what a list says of a sweep; without a plan, or with a damaged one, nothing more."""
+    trials = plan.trials if plan else ()
+    unfinished = unfinished_trials(plan) if plan else []
+    if plan is None:
+        has_plan = (folder / layout.PLAN_FILE).exists()
+        state = "damaged" if has_plan else "without a plan"
+    elif any(is_in_use(Path(trial.folder)) for trial in unfinished):
+        state = "running"
+    elif unfinished:
+        state = "failed" if has_failed(folder) else "interrupted"
+    else:
+        state = "finished"
+    details: dict[str, Any] = {
+        "kind": plan and plan.kind,
+        "finished": len(trials) - len(unfinished),
+        "trials": len(trials),
+        "has_report": (folder / layout.RESULTS_FILE).is_file(),
+    }
+    return _Entry(folder.name, folder, state, details)
+
+
+def _training_entry(
+    training: Training, state: str, sweeps_and_trials: Sequence[tuple[str, Trial]]
+) -> _Entry:
+    """Return what a list says of a run, or of a trial with the sweeps that plan it."""
+    job = training.job
+    outcome = training.outcome
+    loss = training.metrics.get(VALIDATION_METRIC)
+    details: dict[str, Any] = {
+        "method": job and job.model.method,
+        "schedule": job and job.schedule and list(job.schedule),
+        "step": (outcome.step if outcome else training.step) or None,
+        "steps": training.num_steps or None,
+        "validation_loss": outcome.validation_loss if outcome else loss,
+    }
+    if sweeps_and_trials:
+        details["label"] = sweeps_and_trials[0][1].label
+        details["sweeps"] = [sweep for sweep, _ in sweeps_and_trials]
+    return _Entry(training.folder.name, training.folder, state, details)
 
 
 def _noted_training(folder: Path, note: Note) -> Training:
@@ -222,6 +246,17 @@ def _state_text(training: Training) -> str:
     if training.state in (TrainingState.STOPPED, TrainingState.DIVERGED):
         return f"{training.state} at {training.step:,}/{training.num_steps:,}"
     return str(training.state)
+
+
+def _trial_state_text(training: Training) -> str:
+    """Say how far a trial is: after its training, whether it is measured.
+
+    A trial without a training holds the results of a model that was trained elsewhere.
+    """
+    is_ready = training.state in (TrainingState.FINISHED, TrainingState.EMPTY)
+    if training.lock or not is_ready:
+        return _state_text(training)
+    return "finished" if any(training.folder.glob("result-*.json")) else "to measure"
 
 
 # Status
@@ -276,6 +311,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     root = workspace.root
     activities = list[dict[str, Any]]()
     note = cache(note)
+    # What a command that is no training does not have.
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
     unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     locks = [("preparing", "tokens", workspace.tokens / ".lock")]
@@ -290,31 +326,33 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     running = [_noted_training(folder, note) for folder in folders_in_use]
     plans = sweep_plans(workspace, note) if running else {}
     planned = trials_by_folder(plans)
-    for run in running:
-        if not run.lock:  # It has ended meanwhile.
+    for training in running:
+        if not training.lock:  # It has ended meanwhile.
             continue
-        sweeps_and_trials = planned.get(run.folder, [])
+        sweeps_and_trials = planned.get(training.folder, [])
         trial = sweeps_and_trials[0][1] if sweeps_and_trials else None
-        is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
+        is_trained = is_locked(training.folder / layout.WORKERS_LOCK_NAME)
         if is_trained:
             kind = "training"
-        elif run.outcome or (trial and not trial.job):
+        elif training.outcome or (trial and not trial.job):
             kind = "measuring"
         else:
             kind = "queued"
         activities.append(
             {
                 "kind": kind,
-                "name": str(run.folder.relative_to(root)),
-                "process": lock_holder(run.lock),
+                "name": str(training.folder.relative_to(root)),
+                "process": lock_holder(training.lock),
                 "sweeps": [sweep for sweep, _ in sweeps_and_trials],
                 "label": (trial.label or None) if trial else None,
-                "step": run.step,
-                "steps": run.num_steps or None,
-                "loss": run.metrics.get("train/loss"),
-                "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
-                "seconds_left": run.seconds_left if is_trained else None,
-                "seconds_since_record": time.time() - run.recorded_at if run.recorded_at else None,
+                "step": training.step,
+                "steps": training.num_steps or None,
+                "loss": training.metrics.get("train/loss"),
+                "tokens_per_second": training.metrics.get(SPEED_METRIC) if is_trained else None,
+                "seconds_left": training.seconds_left if is_trained else None,
+                "seconds_since_record": time.time() - training.recorded_at
+                if training.recorded_at
+                else None,
                 "waits_for": None,
             }
         )
@@ -322,9 +360,9 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         if activity["kind"] == "queued":
             # One command trains several models one after another, or as Ray gives it places.
             earlier = [
-                training["name"]
-                for training in activities
-                if training["kind"] == "training" and training["process"] == activity["process"]
+                other["name"]
+                for other in activities
+                if other["kind"] == "training" and other["process"] == activity["process"]
             ]
             activity["waits_for"] = ", ".join(earlier) or "Ray to start its workers"
 
@@ -415,19 +453,22 @@ def plan_clean(
     order = tuple(RemovableKind)
     items: dict[Path, Removable] = {}
     for kind in sorted(kinds or order, key=order.index):
-        candidates = sorted(_FINDERS[kind](workspace, note), key=itemgetter(0))
-        for path, reason, *locks in candidates:
+        candidates = sorted(_FINDERS[kind](workspace, note), key=attrgetter("path"))
+        for path, reason, locks in candidates:
             # A damaged checkpoint may also be one that a finished run no longer needs.
             if not items.keys() & {path, *path.parents}:
                 size = size_of(path, links=False)
                 items[path] = Removable(
-                    kind=kind, path=path, bytes=size, reason=reason, locks=locks
+                    kind=kind, path=path, bytes=size, reason=reason, locks=list(locks)
                 )
     return CleanPlan(root=workspace.root, found=tuple(items.values()))
 
 
 def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
-    """Delete what can still go: it is looked for again; what a process has taken stays."""
+    """Delete what can still go; what a process has taken meanwhile stays.
+
+    All is looked for again before the locks are taken: held locks look like those of a training.
+    """
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
     still_removable = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
     deleted: list[Removable] = []
@@ -439,7 +480,7 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
                     stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks
                 )
                 if item.path not in still_removable or not is_free:
-                    continue
+                    continue  # A process has begun to work there, or needs it.
                 if not item.path.is_dir():
                     item.path.unlink()
                 elif item.kind in (RemovableKind.TEMPORARY, RemovableKind.RAY):
@@ -457,32 +498,33 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
 # What can go of each kind; `note` is called with a sentence on each damaged file.
 
 
-def _temporary(workspace: Workspace, _: Note) -> Candidates:
+def _temporary(workspace: Workspace, _: Note) -> Iterator[Candidate]:
     for folder in files.leftovers(workspace.root, below=True):
-        yield folder, "half-written or half-deleted by a process that ended"
+        yield Candidate(folder, "half-written or half-deleted by a process that ended")
     for file in workspace.root.rglob(".*.tmp"):
         if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
-            yield file, "half-written by a process that ended"
+            yield Candidate(file, "half-written by a process that ended")
     lock = workspace.tokens / ".lock"
     for folder in workspace.tokens.glob(f"{layout.TEMPORARY_PREFIX}*"):
         if not is_locked(lock):
-            yield folder, "of an interrupted command, which would resume there", lock
+            reason = "of an interrupted command, which would resume there"
+            yield Candidate(folder, reason, (lock,))
 
 
-def _ray_folders(workspace: Workspace, _: Note) -> Candidates:
+def _ray_folders(workspace: Workspace, _: Note) -> Iterator[Candidate]:
     for folder in files.abandoned_folders():
-        yield folder, "Ray's temporary files of a command that ended"
+        yield Candidate(folder, "Ray's temporary files of a command that ended")
     for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}"):
         lock = folder.with_name(layout.SWEEP_LOCK_NAME)
         if not is_locked(lock):
-            yield folder, "Ray Tune's files of a command that ended", lock
+            yield Candidate(folder, "Ray Tune's files of a command that ended", (lock,))
     for run in training_folders(workspace):
         folder = run / layout.RAY_FOLDER
         if folder.is_dir() and not is_in_use(run):
-            yield folder, "Ray Train's files of a command that ended", *run_locks(run)
+            yield Candidate(folder, "Ray Train's files of a command that ended", run_locks(run))
 
 
-def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Candidates:
+def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Iterator[Candidate]:
     needed: set[Path] = set()
     for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
@@ -507,7 +549,7 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Candidates:
             is_measured = any(checkpoint.glob(INFLUENCE_PATTERN))
             if checkpoint not in kept | needed and not is_measured:
                 reason = "intermediate checkpoint of a finished training"
-                yield checkpoint, reason, *run_locks(folder)
+                yield Candidate(checkpoint, reason, run_locks(folder))
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
@@ -529,7 +571,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     return {Path(str(training.outcome.checkpoint)), stable}
 
 
-def _damaged(workspace: Workspace, _: Note) -> Candidates:
+def _damaged(workspace: Workspace, _: Note) -> Iterator[Candidate]:
     from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
     from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
@@ -540,18 +582,18 @@ def _damaged(workspace: Workspace, _: Note) -> Candidates:
                 check_checkpoint(checkpoint)
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
-                yield checkpoint, reason, *run_locks(folder)
+                yield Candidate(checkpoint, reason, run_locks(folder))
     for folder in folders_in(workspace.evaluations):
         try:
             open_result(folder)
         except UserError as error:
-            yield folder, str(error).removeprefix(f"{folder} ")
+            yield Candidate(folder, str(error).removeprefix(f"{folder} "))
     for file in sorted(workspace.tracked.rglob("*.json")):
         record = RegisteredModel if file.parent.name == "registered" else TrackedRun
         try:
             record.read(file)
         except UserError as error:
-            yield file, str(error).removeprefix(f"{file} ")
+            yield Candidate(file, str(error).removeprefix(f"{file} "))
 
 
 _FINDERS = {

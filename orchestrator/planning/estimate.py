@@ -195,26 +195,30 @@ class Estimate:
     @cached_property
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
-        from orchestrator.planning.training_memory import training_memory  # Imports PyTorch.
+        from orchestrator.planning.training_memory import (  # Imports PyTorch.
+            TrainingStep,
+            training_memory,
+        )
 
         devices = self.devices
         schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
-        parts = training_memory(
-            self.config,
-            schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
+        step = TrainingStep(
             num_sequences=self.sequences_per_pass,
             sequence_length=self.sequence_length,
-            precision=self.recipe.precision,
-            on_gpus=devices.on_gpus,
-            activation_checkpointing=self.recipe.activation_checkpointing,
-            num_shards=devices.num_shards,
             num_passes=self.num_passes * (1 + self.num_members),
+            # No step before the last makes more corrections.
+            schedule=schedule_at(self.recipe.num_steps - 1),
+            trained=self.recipe.trained_layers,
             frozen=self.teacher,
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
-            trained=self.recipe.trained_layers,
+            precision=self.recipe.precision,
+            on_gpus=devices.on_gpus,
+            num_shards=devices.num_shards,
+            activation_checkpointing=self.recipe.activation_checkpointing,
             forms=self.forms,
         )
+        parts = training_memory(self.config, step)
         if not devices.on_gpus and devices.num_shards > 1:
             # Each worker copies its rows, and makes a file of them before it is written.
             parts["a copy for the checkpoint"] = 2 * (self.checkpoint_bytes // devices.num_shards)

@@ -12,7 +12,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iiet.config import ModelConfig
@@ -40,81 +40,82 @@ _LOGITS_AT_ONCE = 3
 _LOGITS_WITH_TEACHER = 6
 
 
-def training_memory(
-    config: ModelConfig,
-    schedule: IterationSchedule | None = None,
-    *,
-    num_sequences: int,
-    sequence_length: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    on_gpus: bool = False,
-    activation_checkpointing: bool = False,
-    num_shards: int = 1,
-    num_passes: int = 1,
-    frozen: ModelConfig | None = None,
-    has_members: bool = False,
-    compares_hidden: bool = False,
-    trained: TrainedLayers = "all",
-    forms: Forms = "fast",
-) -> dict[str, int]:
-    """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """What one worker computes in a step of a training, and how."""
 
-    Args:
-        schedule: the costliest one that is trained; the config's own if None.
-        num_sequences: sequences of one forward pass.
-        sequence_length: tokens of a sequence; as many as the context has if None.
-        on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
-        num_shards: workers that share weights, gradients and moments; 1 if each has all.
-        num_passes: passes of a step; a sharded model stays gathered between them.
-        frozen: a model that is not trained and whose answers the loss reads; sharded, if the
-            trained one is.
-        has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
-        compares_hidden: whether the loss compares the hidden states of all layers with a teacher's.
-        trained: which weights are trained, by the config's own schedule.
-        forms: how fields are computed.
-    """
-    part = trained_part(config.corrections, trained)
-    trained_share = num_trained_parameters(config, trained) / num_parameters(config)
-    config = config if schedule is None else replace(config, schedule=schedule)
+    num_sequences: int
+    """Sequences of one forward pass."""
+    sequence_length: int | None = None
+    """Tokens of a sequence; as many as the context has if None."""
+    num_passes: int = 1
+    """Passes of a step; a sharded model stays gathered between them."""
+    schedule: IterationSchedule | None = None
+    """The costliest one that is trained; the config's own if None."""
+    trained: TrainedLayers = "all"
+    """Which weights are trained, by the config's own schedule."""
+    frozen: ModelConfig | None = None
+    """A model that is not trained and whose answers the loss reads; sharded, if the trained one
+    is."""
+    has_members: bool = False
+    """Whether cheaper schedules learn from the costliest in the same step (`iiet.distillation`)."""
+    compares_hidden: bool = False
+    """Whether the loss compares the hidden states of all layers with a teacher's."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    on_gpus: bool = False
+    """With bf16, a frozen model's weights are then bfloat16; all others are float32."""
+    num_shards: int = 1
+    """Workers that share weights, gradients and moments; 1 if each has all."""
+    activation_checkpointing: bool = False
+    forms: Forms = "fast"
+    """How fields are computed."""
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value in the arithmetic; hidden states are float32 in any case."""
+        return _FULL if self.precision == "fp32" else _HALF
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether the loss compares two distributions."""
+        return self.frozen is not None or self.has_members
+
+
+def training_memory(config: ModelConfig, step: TrainingStep) -> dict[str, int]:
+    """Return the bytes of weights, gradients, AdamW's moments and activations of one worker."""
+    part = trained_part(config.corrections, step.trained)
+    trained_share = num_trained_parameters(config, step.trained) / num_parameters(config)
+    config = config if step.schedule is None else replace(config, schedule=step.schedule)
     parameters = num_parameters(config)
-    width = _FULL if precision == "fp32" else _HALF
-    shard = -(-parameters // num_shards) * _FULL
+    width = step.value_bytes
+    shard = -(-parameters // step.num_shards) * _FULL
     weights = shard
     gradients = int(shard * trained_share)
-    if num_shards > 1:
+    if step.num_shards > 1:
         # What belongs to no field stays for the whole step, in float32. So do the fields of a step
         # of several passes; in a single pass, the next layer is gathered while one runs.
         layer = field_parameters(config)
         outside_fields = (parameters - config.num_layers * layer) * _FULL
-        gathered = config.num_layers if num_passes > 1 else min(2, config.num_layers)
+        gathered = config.num_layers if step.num_passes > 1 else min(2, config.num_layers)
         weights += outside_fields + gathered * layer * width
         # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
         # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
         gradients += int((outside_fields + layer * (width + _FULL)) * trained_share)
-    if precision == "bf16":
+    if step.precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed; a
         # compiled field makes its own again. Of a sharded model, layers are gathered as bfloat16,
         # and the head is copied.
-        is_copied_again = activation_checkpointing or forms == "compiled"
+        is_copied_again = step.activation_checkpointing or step.forms == "compiled"
         copied = parameters // (config.num_layers if is_copied_again else 1)
-        weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
-    if frozen is not None:
-        weights += _frozen_weights(frozen, num_shards) * (width if on_gpus else _FULL)
-    tokens = num_sequences * (sequence_length or config.context_length)
-    compares = frozen is not None or has_members
-    peak = _peak_bytes(
-        config,
-        part,
-        tokens,
-        width=width,
-        activation_checkpointing=activation_checkpointing,
-        num_shards=num_shards,
-        compares=compares,
-        forms=forms,
-    )
+        weights += (copied if step.num_shards == 1 else config.vocab_size * config.dim) * _HALF
+    if step.frozen is not None:
+        frozen_width = width if step.on_gpus else _FULL
+        weights += _frozen_weights(step.frozen, step.num_shards) * frozen_width
+    tokens = step.num_sequences * (step.sequence_length or config.context_length)
+    peak = _peak_bytes(config, step, part, tokens)
     # The last hidden states of the full schedule stay for the members.
-    kept = tokens * config.dim * _FULL if has_members else 0
-    if compares_hidden:  # Those of the teacher stay until the student's loss.
+    kept = tokens * config.dim * _FULL if step.has_members else 0
+    if step.compares_hidden:  # Those of the teacher stay until the student's loss.
         kept += tokens * config.dim * _FULL * config.num_layers
     moments = int(2 * shard * trained_share)
     memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
@@ -133,28 +134,15 @@ def _frozen_weights(config: ModelConfig, num_shards: int) -> int:
     return -(-parameters // num_shards) + others + min(3, config.num_layers) * field
 
 
-def _peak_bytes(
-    config: ModelConfig,
-    part: TrainedPart,
-    tokens: int,
-    *,
-    width: int,
-    activation_checkpointing: bool,
-    num_shards: int,
-    compares: bool,
-    forms: Forms,
-) -> int:
-    """Count activations at the peak.
-
-    `width` is the bytes of a value in the arithmetic; hidden states are float32. `compares` says
-    whether the loss compares two distributions.
-    """
+def _peak_bytes(config: ModelConfig, step: TrainingStep, part: TrainedPart, tokens: int) -> int:
+    """Count activations at the peak; `tokens` are those of one forward pass."""
+    width = step.value_bytes
     method = facts_of(config.method)
     state = config.dim * _FULL
     num_runs = method.num_runs(config.corrections)
     # A layer before the first trained one keeps nothing.
     of_layers = [
-        _layer_bytes(config, layer, width, forms, is_frozen=not part.has_field[layer])
+        _layer_bytes(config, layer, step, is_frozen=not part.has_field[layer])
         if layer >= part.first_layer
         else 0
         for layer in range(config.num_layers)
@@ -164,14 +152,14 @@ def _peak_bytes(
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
     # of a chunk.
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
-    at_once = _LOGITS_WITH_TEACHER if compares else _LOGITS_AT_ONCE
+    at_once = _LOGITS_WITH_TEACHER if step.compares_distributions else _LOGITS_AT_ONCE
     loss = at_once * logits * _FULL + tokens * 3 * state
     if part.has_ends:
         loss += config.vocab_size * config.dim * (_FULL + width)
     # Gradients of its output, of the state between attention and feed-forward network, and of what
     # its output is added to.
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
-    if activation_checkpointing:
+    if step.activation_checkpointing:
         # Of a layer, its input stays.
         kept = num_runs * (config.num_layers - part.first_layer) * state + left_for_later
         field += max(of_layers) // num_runs - state + left_for_later
@@ -182,7 +170,7 @@ def _peak_bytes(
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim if any(part.has_field) else 0
     if part.has_ends:
-        matrices += config.vocab_size * config.dim // num_shards
+        matrices += config.vocab_size * config.dim // step.num_shards
     at_start = tokens * kept + max(loss, tokens * field + matrices * _FULL)
     # Where the stack repeats, a field's gradients wait for those of the field's earlier runs.
     waiting = config.num_layers * field_parameters(config) * width if num_runs > 1 else 0
@@ -190,9 +178,9 @@ def _peak_bytes(
     return max(at_start, after_run)
 
 
-def _layer_bytes(
-    config: ModelConfig, layer: int, width: int, forms: Forms, *, is_frozen: bool
-) -> int:
+def _layer_bytes(config: ModelConfig, layer: int, step: TrainingStep, *, is_frozen: bool) -> int:
+    """Count what a layer's evaluations keep of each token for the backward pass."""
+    width = step.value_bytes
     dim = config.dim
     ffn_dim = config.ffn_dim
     counts = layer_counts(config, layer)
@@ -202,17 +190,19 @@ def _layer_bytes(
     # arithmetic's precision.
     evaluation = dim * _FULL + (2 * q_dim + 2 * kv_dim + 2 * ffn_dim) * width
     # What the matrices multiply beside attention's output, which attention keeps in any case.
-    if forms == "fast":  # The point's norm, and the network's input.
+    if step.forms == "fast":  # The point's norm, and the network's input.
         inputs = dim * _FULL + dim * width
-    elif forms == "plain":  # Both inputs in the arithmetic's precision, and what is mapped back.
+    elif (
+        step.forms == "plain"
+    ):  # Both inputs in the arithmetic's precision, and what is mapped back.
         inputs = (2 * dim + ffn_dim) * width
     else:  # Both inputs, if they are not computed again like what is mapped back.
         inputs = 2 * dim * width
     if not is_frozen:  # Kept for the matrices' gradients alone.
         evaluation += inputs
     # The state between attention and feed-forward network, or what it is computed from.
-    evaluation += dim * (width if forms == "compiled" else _FULL)
-    if forms == "plain":  # The activation of the gate.
+    evaluation += dim * (width if step.forms == "compiled" else _FULL)
+    if step.forms == "plain":  # The activation of the gate.
         evaluation += ffn_dim * width
     if config.head_norms:  # Queries and keys before their norm.
         evaluation += (q_dim + kv_dim) * width

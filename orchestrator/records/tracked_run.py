@@ -120,13 +120,13 @@ class TrackedRun(Record):
         return None
 
     @property
-    def place(self) -> tuple[str, str, str | None]:
+    def identity(self) -> tuple[str, str, str | None]:
         """Kind, key and parent, by which the run is found."""
         return self.kind, self.key, self.parent
 
     def path(self, workspace: Workspace) -> Path:
         """Return its file in a workspace."""
-        return tracked_path(workspace, *self.place)
+        return tracked_path(workspace, *self.identity)
 
     def is_stored(self, workspace: Workspace) -> bool:
         """Return whether a workspace holds this run as it is, which MLflow shows or was sent."""
@@ -155,7 +155,7 @@ class RegisteredModel(Record):
     alias: str
     """Points to this version."""
     run: tuple[str, str, str | None]
-    """Place of the `TrackedRun` that made or measured the model."""
+    """Identity of the `TrackedRun` that made or measured the model."""
     model: TrackedModel
     """The same model of the same run is the same version."""
     folder: WorkspacePath
@@ -169,7 +169,7 @@ class RegisteredModel(Record):
 
 
 def tracked_path(workspace: Workspace, kind: str, key: str, parent: str | None) -> Path:
-    """Return the file of the run at a place."""
+    """Return the file of a run, by its identity."""
     return workspace.tracked / (parent or "") / f"{kind}-{key}.json"
 
 

@@ -69,8 +69,10 @@ LOW_HEIGHT = HEIGHT * 3 // 4
 PIXELS_PER_UNIT = 2
 BELOW: dict[str, Any] = {"title": None, "orient": "bottom"}
 """A legend below the chart."""
-COLUMNS = {"expr": "width < 500 ? 2 : 6"}
-"""Columns of a legend; a phone has room for two."""
+PHONE_WIDTH = 500
+"""A chart of fewer pixels is on a phone."""
+COLUMNS = {"expr": f"width < {PHONE_WIDTH} ? 1 : 6"}
+"""Columns of a legend; a phone has room for one, as names may be long."""
 CONFIG = {
     "aria": False,  # Else each mark of the SVG repeats all of its values.
     "font": "sans-serif",
@@ -82,6 +84,7 @@ CONFIG = {
         "titleColor": INK,
         "domainColor": GRAY,
         "tickColor": GRAY,
+        "gridColor": GRID,
     },
     "legend": {"labelFontSize": 12, "labelColor": INK, "titleColor": INK},
     "title": {"anchor": "start", "fontSize": 14, "color": INK, "subtitleColor": GRAY},
@@ -105,8 +108,6 @@ NAME_PLACES = (
 )
 """Where a name may stand, the best first: how it is aligned, and its distance from the model. Above
 and left of a member no other member is in the way."""
-PHONE_WIDTH = 500
-"""A chart of fewer pixels is on a phone."""
 NAME_WIDTHS = (620, 250)
 """Names are placed in charts of these widths: on other devices, and on a phone."""
 LETTER_WIDTH = 6.9
@@ -234,19 +235,20 @@ def front_chart(
         groups.append(PAPER_MARK)
         colors.append(INK)
         shapes.append(CROSS)
-    key = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
-    color = word("group", legend=key, scale={"domain": groups, "range": colors})
-    shape = word("group", legend=key, scale={"domain": groups, "range": shapes})
+    legend = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
+    color = word("group", legend=legend, scale={"domain": groups, "range": colors})
+    shape = word("group", legend=legend, scale={"domain": groups, "range": shapes})
 
     # One layer has the axes; they all have the same scales.
-    free = {"zero": False, "nice": False}
-    upward = {**free, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
-    x = number("x", axis=None, scale={**free, "padding": PADDING_X})
-    y = number("y", axis=None, scale=upward)
-    low = number("low", axis=None, scale=upward)
-    x_axis = {"title": {"signal": "titles[cost]"}, "gridColor": GRID, "tickCount": 8}
+    scale = {"zero": False, "nice": False}
+    # Better is higher up: a loss is drawn upside down.
+    y_scale = {**scale, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
+    x = number("x", axis=None, scale={**scale, "padding": PADDING_X})
+    y = number("y", axis=None, scale=y_scale)
+    low = number("low", axis=None, scale=y_scale)
+    x_axis = {"title": {"signal": "titles[cost]"}, "tickCount": 8}
     x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
-    y_axis = {"title": {"signal": "titles[quality]"}, "gridColor": GRID}
+    y_axis: Spec = {"title": {"signal": "titles[quality]"}}
     y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
 
     members = {"filter": "datum.is_member"}
@@ -255,7 +257,7 @@ def front_chart(
     bar = {"x": x, "y": low, "y2": {"field": "high"}, "color": color}
     point = {"x": x, "y": y, "color": color, "shape": shape, "tooltip": word("tip")}
     point |= {"fill": word("fill", scale=None), "size": number("size", scale=None)}
-    cross = [
+    paper_points = [
         {"group": PAPER_MARK, "number": pair, "x": place[0], "y": place[1]}
         for pair, place in enumerate(paper)
         if place
@@ -270,7 +272,7 @@ def front_chart(
         return marks(
             "point",
             {"x": x, "y": y, "shape": shape},
-            values=cross,
+            values=paper_points,
             where=[{"filter": "datum.number == pair"}],
             size=90,
             opacity=1,
@@ -519,30 +521,30 @@ def place_names(
     bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(rows)]
     inside = _boxes(2, 2, width - 2, height - 2)
     number_of = {row["key"]: number for number, row in enumerate(rows)}
-    corners = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
-    line = _step_boxes(x[corners], y[corners], x[: len(rows)].max())
+    members = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
+    line = _step_boxes(x[members], y[members], x[: len(rows)].max())
 
-    # The boxes of a name at all places, relative to its model: left of it stands a share of it.
-    share_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
-    shares = np.array([share_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
+    # How much of a name lies left of the point that it is aligned to, at each place.
+    part_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
+    parts_left = np.array([part_by_alignment[alignment] for alignment, _, _ in NAME_PLACES])
     right, down = np.array([shift for _, *shift in NAME_PLACES], dtype=float).T
-    taken = np.empty((0, 4))
+    taken_boxes = np.empty((0, 4))
     place_by_key: dict[str, int] = {}
     for key, name in names.items():
         if key not in number_of:
             continue
         number = number_of[key]
         length = LETTER_WIDTH * len(name)
-        left = x[number] + right - shares * length
+        left = x[number] + right - parts_left * length
         middle = y[number] + down
         boxes = _boxes(left, middle - LINE_HEIGHT / 2, left + length, middle + LINE_HEIGHT / 2)
         # Pixels of each place that another name has, or that lie outside.
-        lost = _covered(boxes, taken) + length * LINE_HEIGHT - _covered(boxes, inside)
+        lost = _covered(boxes, taken_boxes) + length * LINE_HEIGHT - _covered(boxes, inside)
         covered = 10 * _covered(boxes, circles) + _covered(boxes, bars) + _covered(boxes, line)
         best = int(np.argmin(np.where(lost < 1, covered, np.inf)))
         if lost[best] < 1:
             place_by_key[key] = best
-            taken = np.vstack([taken, boxes[best]])
+            taken_boxes = np.vstack([taken_boxes, boxes[best]])
     return place_by_key
 
 
@@ -550,8 +552,8 @@ def _pixels(values: Any, range_of: Any, edges: tuple[float, float]) -> Any:
     """Return where values stand between two edges, which are the ends of a range."""
     least = range_of.min()
     most = range_of.max()
-    share = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
-    return edges[0] + (edges[1] - edges[0]) * share
+    relative = (values - least) / (most - least) if most > least else np.full(len(values), 0.5)
+    return edges[0] + (edges[1] - edges[0]) * relative
 
 
 def _step_boxes(x: Any, y: Any, end: float) -> Any:
@@ -599,14 +601,11 @@ def _tooltip(row: Row) -> dict[str, str]:
 def layer_chart(values: Sequence[float]) -> Spec:
     """Return a bar for the block influence of each layer, the first on top."""
     rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
-    return {
-        "data": {"values": rows},
-        "mark": {"type": "bar", "tooltip": True},
-        "encoding": {
-            "y": {"field": "layer", "type": "ordinal", "title": "layer"},
-            "x": {"field": "influence", "type": "quantitative", "title": "block influence"},
-        },
+    encoding = {
+        "y": {"field": "layer", "type": "ordinal", "title": "Layer"},
+        "x": number("influence", title="Block influence"),
     }
+    return chart_spec(marks("bar", encoding, values=rows, color=BLUE, tooltip=True))
 
 
 def influence_chart(

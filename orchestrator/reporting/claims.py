@@ -213,20 +213,20 @@ class _Evidence:
             raise _Missing(problem)
 
     def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
-        """Return the accuracies of all models on the items that all answered, and the places of
-        these ones.
+        """Return the accuracies of all models on the items that all answered, and which numbers
+        these models have among them.
 
         Args:
             half: 0 or 1 counts only one half of the items.
         """
         paired = self._front.paired if half is None else self._halves[half]
-        places = paired.places if paired else {}
-        if lacking := dict.fromkeys(row["label"] for row in rows if row["key"] not in places):
+        number_of = paired.number_of if paired else {}
+        if lacking := dict.fromkeys(row["label"] for row in rows if row["key"] not in number_of):
             raise _Missing(f"no values of single items of {', '.join(lacking)}")
         scores = paired and paired.quality(ACCURACY)
         if not scores:
             raise _Missing("no task with an accuracy that all models answered")
-        return scores, [places[row["key"]] for row in rows]
+        return scores, [number_of[row["key"]] for row in rows]
 
     @cached_property
     def _halves(self) -> list[PairedScores | None]:
@@ -256,8 +256,8 @@ class _Evidence:
         num_items = paired.num_items(ACCURACY) if paired else 0
         shares = []
         for student, teacher in pairs:
-            scores, (student_place, teacher_place) = self._scores(student, teacher)
-            share = scores.cautious_ratio(student_place, teacher_place, num_items=num_items)
+            scores, (student_number, teacher_number) = self._scores(student, teacher)
+            share = scores.cautious_ratio(student_number, teacher_number, num_items=num_items)
             if share is None:
                 raise _Missing(
                     f"{teacher['label']} answers so few items right that in some draws of the "
@@ -288,8 +288,8 @@ class _Evidence:
         """Judge whether IIET is better than another method."""
         iiet = self._model(DEFAULT_METHOD)
         rival = self._model(method)
-        scores, (iiet_place, rival_place) = self._scores(iiet, rival)
-        difference = scores.difference(iiet_place, rival_place)
+        scores, (iiet_number, rival_number) = self._scores(iiet, rival)
+        difference = scores.difference(iiet_number, rival_number)
         return claim.judged(difference, f"{_described(iiet)}; {_described(rival)}")
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
@@ -359,16 +359,16 @@ class _Evidence:
                 f"no student costs at most {COMPARABLE} times vanilla's {METRICS[cost].unit}"
             )
 
-        # Vanilla's place is the last one, in both halves.
-        choosing_scores, places = self._scores(*students, vanilla, half=0)
+        # Vanilla's number is the last one. Both halves number the models alike.
+        choosing_scores, numbers = self._scores(*students, vanilla, half=0)
         judging_scores, _ = self._scores(*students, vanilla, half=1)
-        best = int(np.argmax(choosing_scores.observed[places[:-1]]))
+        best = int(np.argmax(choosing_scores.observed[numbers[:-1]]))
         num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
         time = known(students[best], DECODE_MS)
         vanilla_time = known(vanilla, DECODE_MS)
         ratio = f" takes {time / vanilla_time:.2f} times its time" if time and vanilla_time else ""
         return claim.judged(
-            judging_scores.difference(places[best], places[-1]),
+            judging_scores.difference(numbers[best], numbers[-1]),
             f"{_described(students[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
             f"{len(students)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
         )

@@ -53,12 +53,12 @@ def evaluation_table(
     def row(
         task: str, metric: str, by_model: Sequence[Mapping[str, float]], items: int
     ) -> TableRow:
-        plain = metric.removesuffix(" *")
+        metric_name = metric.removesuffix(" *")
         cells = []
         for name, numbers in zip(names, by_model, strict=True):
-            cells.append(_value_and_error(numbers, plain))
+            cells.append(_value_and_error(numbers, metric_name))
             if intervals and name != names[0]:
-                interval = intervals.get((name, task, plain))
+                interval = intervals.get((name, task, metric_name))
                 cells.append("" if interval is None else _signed_interval(interval))
         return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == AVERAGE)
 
@@ -154,17 +154,17 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
         )
     }
 
-    def share(cost: MeasuredCost, phase: str) -> list[str]:
-        of_phase = cost.shares[phase]
-        cells = [f"{100 * of_phase.measured:.1f} ± {100 * of_phase.spread:.1f}"]
+    def relative_time_cells(cost: MeasuredCost, phase: str) -> list[str]:
+        time = cost.shares[phase]
+        cells = [f"{100 * time.measured:.1f} ± {100 * time.spread:.1f}"]
         for name in (PREDICTION, SIMPLEST):
-            cells += [f"{100 * of_phase.predicted[name]:.1f}", f"{of_phase.residual(name):+.1%}"]
+            cells += [f"{100 * time.predicted[name]:.1f}", f"{time.residual(name):+.1%}"]
         return cells
 
     heads = ["measured", f"by {PREDICTION}", f"{PREDICTION} off", "by NFE", "NFE off"]
     for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
         title = f"Share of the full model's time, {phase}, in percent"
-        tables[title] = (heads, partial(share, phase=phase))
+        tables[title] = (heads, partial(relative_time_cells, phase=phase))
     shown_tables = []
     for title, (names, cells) in tables.items():
         rows: list[TableRow] = []
@@ -359,8 +359,8 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     at_most = "at most " if price.is_upper_bound else ""
     trainings = format_count(price.num_trainings, "training")
     count = f"{trainings}: " if price.num_trainings > 1 else ""
-    read = price.num_teacher_tokens
-    teacher = f", and the teacher reads {read:,}" if read else ""
+    num_teacher_tokens = price.num_teacher_tokens
+    teacher = f", and the teacher reads {num_teacher_tokens:,}" if num_teacher_tokens else ""
     yield (
         "to train",
         f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",

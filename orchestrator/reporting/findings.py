@@ -90,15 +90,14 @@ def _headline(front: Front, full: Row, cheaper: Row | None) -> str:
     quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
     if cheaper is not None:
         share = _share_text(front, cheaper)
-        sentence = (
-            f"{cheaper['label']} keeps {share} of {_of(full)} {quality} {_at_cost(front, cheaper)}"
-        )
+        keeps = f"{cheaper['label']} keeps {share} of {_possessive(full)} {quality}"
+        sentence = f"{keeps} {_at_cost(front, cheaper)}"
         confidence = front.confidence_keeps(cheaper)
         if front.basis and confidence is not None and confidence < HIGH_CONFIDENCE:
             sentence += f", as far as {front.basis.num_items:,} items can tell"
         return f"{sentence}."
     candidates = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
-    sentence = f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_of(full)} {quality}"
+    sentence = f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_possessive(full)} {quality}"
     if not candidates:
         return f"{sentence}."
     nearest = max(candidates, key=lambda row: front.share_of_full(row) or 0.0)
@@ -110,7 +109,7 @@ def _name(full: Row) -> str:
     return f"{'the ' if full['label'] == 'teacher' else ''}{full['label']}"
 
 
-def _of(full: Row) -> str:
+def _possessive(full: Row) -> str:
     return f"{_name(full)}'s"
 
 
@@ -172,7 +171,7 @@ def describe_model(front: Front, row: Row, *, with_share: bool = True) -> str:
         return f"{text} at {_costs_text(front, row)}"
     if full is not None and share is not None and full["cost"]:
         interval = "" if row is full else _share_interval_text(front, row)
-        text += f", {share:.1%} of {_of(full)}{interval}, {_at_cost(front, row)}"
+        text += f", {share:.1%} of {_possessive(full)}{interval}, {_at_cost(front, row)}"
     if row is full or (confidence := front.confidence_keeps(row)) is None:
         return text
     demanded = f"{100 * front.demanded_share:.4g}%"
@@ -252,7 +251,7 @@ def _teacher_against(front: Front, teacher: Row, rivals: Sequence[Row]) -> str:
     clauses = []
     for rival in sorted(rivals, key=lambda row: row["label"]):
         interval = _difference(front, teacher, rival)
-        size = _size(front, interval)
+        size = _difference_text(front, interval)
         if not interval.excludes_zero:
             clause = f"differs from {rival['label']} by less than these items can resolve"
         elif (interval.value > 0) == front.axes.higher_is_better:
@@ -275,7 +274,7 @@ def _difference(front: Front, row: Row, other: Row) -> Interval:
     return Interval(value, value - reach, value + reach)
 
 
-def _size(front: Front, interval: Interval) -> str:
+def _difference_text(front: Front, interval: Interval) -> str:
     """Return the size of a difference, a positive number, with its interval."""
     is_percent = front.axes.quality_metric.is_percent
     scale, unit, digits = (100, " points", 1) if is_percent else (1, "", 3)
@@ -291,7 +290,7 @@ def _size(front: Front, interval: Interval) -> str:
 def _comparison(front: Front, baseline: Row, choice: Row) -> str:
     """Compare a baseline with a model over the same items, else by their separate errors."""
     interval = _difference(front, choice, baseline)
-    size = _size(front, interval)
+    size = _difference_text(front, interval)
     claim = f"and {choice['label']} differ by less than these items can resolve ({size})"
     if interval.excludes_zero:
         is_worse = (interval.value > 0) == front.axes.higher_is_better
@@ -312,7 +311,7 @@ def better_baselines(front: Front, picked: Row) -> list[str]:
         if is_better and interval.excludes_zero:
             clauses.append(
                 f"{row['label']} ({_quality(front, row)}) costs no more and is better by "
-                f"{_size(front, interval)}"
+                f"{_difference_text(front, interval)}"
             )
     return clauses
 

@@ -479,7 +479,7 @@ def with_confidence(
     if full is None or paired is None:
         return replace(front, demanded_share=demanded_share)
     scores = paired.quality(axes.quality)
-    number_of = paired.places
+    number_of = paired.number_of
     num_items = paired.num_items(axes.quality)
     # Label -> number of the models that all are compared with, the full model first.
     beside_full = [row for row in rows if row["role"] in BESIDE_ROLES and row is not full]
@@ -598,6 +598,6 @@ def sweep_front(
 def _with_losses(front: Front, bounds: Mapping[str, float]) -> Front:
     """Return the front with what its models have lost against the source, as far as it is known."""
     source = next((row["key"] for row in front.rows if row["role"] == SOURCE), None)
-    if source is None or front.paired is None or source not in front.paired.places:
+    if source is None or front.paired is None or source not in front.paired.number_of:
         return front
     return replace(front, losses=find_losses(front.paired, source, bounds))

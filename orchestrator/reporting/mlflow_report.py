@@ -85,7 +85,7 @@ MAX_PARALLEL_LAYERS = 24
 BEATEN_NOTE = "Models that another one beats are left out until the end."
 
 
-def sweep_run(stored: TrackedRun | None, name: str, key: str, folder: Path) -> TrackedRun:
+def mlflow_run_of_sweep(stored: TrackedRun | None, name: str, key: str, folder: Path) -> TrackedRun:
     """Return the run of a sweep in a folder as it was `stored` last, or a new one."""
     started_ms, _ = recorded_times(folder) or (now_ms(), None)
     return stored or TrackedRun(
@@ -121,7 +121,7 @@ def front_metrics(front: Front) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
+def mlflow_runs_of_results(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
     """Return every result as a run nested in the sweep's run, with its overhead and its confidence.
 
     Each seed of a model gets the numbers of the mean over its seeds.
@@ -134,7 +134,7 @@ def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
         for seed in row["seeds"]:
             numbers_of_seed[seed.key] = of_row
     return [
-        trial_run(
+        mlflow_run_of_trial(
             sweep.name,
             sweep.key,
             result,
@@ -145,7 +145,7 @@ def trial_runs(sweep: StoredSweep, front: Front) -> list[TrackedRun]:
     ]
 
 
-def trial_run(
+def mlflow_run_of_trial(
     sweep: str,
     sweep_key: str,
     result: Trial,

@@ -59,10 +59,10 @@ class ModelCard:
         config = self.config
         cost = inference_cost(config)
         evaluations = cost.evaluations_per_token
-        share = ""
+        compared_with_full = ""
         if self.full is not None:
             full = inference_cost(self.full).evaluations_per_token
-            share = f", {evaluations / full:.0%} of the {full} of the full model"
+            compared_with_full = f", {evaluations / full:.0%} of the {full} of the full model"
         costs = [
             ("field evaluations (NFE) per token", evaluations, ",.0f"),
             ("FLOPs per token, decoding at full context", cost.decode_flops_per_token, ",.4g"),
@@ -80,7 +80,7 @@ class ModelCard:
             f"{format_parameters(cost.num_parameters)} parameters: {config.num_layers} layers of "
             f"width {config.dim}, {config.vocab_size:,} tokens, a context of "
             f"{config.context_length:,}. It makes {evaluations} field evaluations per token"
-            f"{share}. The weights are stored as {self.dtype}.",
+            f"{compared_with_full}. The weights are stored as {self.dtype}.",
             self.chosen and f"Chosen as {self.chosen}",
             "## Use",
             _USE.format(

@@ -1,4 +1,4 @@
-"""Writes the report of a sweep, or of several on one front, and shows it in the sweep's MLflow run.
+"""Write the report of a sweep, or of several on one front, and show it in the sweep's MLflow run.
 
 Writing a report again replaces the old one and makes no second MLflow run. A front on other axes
 gets its own folder, in the workspace and in MLflow, and changes nothing else of the run.
@@ -21,7 +21,11 @@ from orchestrator.reporting.front import (
     reason_against_accuracy,
     sweep_front,
 )
-from orchestrator.reporting.mlflow_report import report_changes, sweep_run, trial_runs
+from orchestrator.reporting.mlflow_report import (
+    mlflow_run_of_sweep,
+    mlflow_runs_of_results,
+    report_changes,
+)
 from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
@@ -85,19 +89,21 @@ def write_sweep_report(
     folder = sweep.folder(workspace)
     if workspace.is_writable:
         sweep.store(workspace)
-    run = sweep_run(TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, folder)
+    run = mlflow_run_of_sweep(
+        TrackedRun.stored(workspace, "sweep", sweep.key), sweep.name, sweep.key, folder
+    )
     if tracking and not axes.slug:
-        runs = trial_runs(sweep, front)
+        runs = mlflow_runs_of_results(sweep, front)
         is_known = all(known_run.is_stored(workspace) for known_run in (run, *runs))
         if not is_known or any(trial.run_id is None for trial in sweep.results):
             mlflow = tracking()
             mlflow.publish(run, *runs)
-            tracked = [
+            trials_with_runs = [
                 trial.model_copy(update={"run_id": mlflow.run_id(trial_run)})
                 for trial, trial_run in zip(sweep.results, runs, strict=True)
             ]
-            sweep = sweep.model_copy(update={"results": tuple(tracked)})
-            front = front.with_runs(tracked)
+            sweep = sweep.model_copy(update={"results": tuple(trials_with_runs)})
+            front = front.with_runs(trials_with_runs)
             sweep.store(workspace)
 
     times = recorded_times(folder)
@@ -113,7 +119,7 @@ def write_sweep_report(
         curves=read_training_curves(sweep, front.rows),
         claims=_measured_claims(front),
     )
-    before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
+    files_before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
     if workspace.is_writable:
         report = report.written()
     if tracking:
@@ -123,7 +129,7 @@ def write_sweep_report(
             status="FINISHED",
             ended_ms=run.ended_ms or ended_ms,
         )
-        are_same = all(before.get(path) == path.read_bytes() for path in report.files)
+        are_same = all(files_before.get(path) == path.read_bytes() for path in report.files)
         if not (are_same and run.is_stored(workspace)):
             tracking().publish(run)
             tracking().wait()

@@ -74,8 +74,8 @@ def find_losses(
         source: Key of the source.
         bounds: Name in `evaluation.retention` -> how much a model may lose.
     """
-    losses: dict[str, list[Loss]] = {key: [] for key in paired.places if key != source}
-    of_source = paired.places[source]
+    losses: dict[str, list[Loss]] = {key: [] for key in paired.number_of if key != source}
+    source_number = paired.number_of[source]
     for name, bound in bounds.items():
         task = retention_task(name)
         scores = paired.scores.get(task)
@@ -84,7 +84,7 @@ def find_losses(
         is_bits = paired.metrics[task] == BITS_METRIC
         scale = 1.0 if is_bits else -100.0
         for key, losses_of_model in losses.items():
-            change = scores.difference(paired.places[key], of_source)
+            change = scores.difference(paired.number_of[key], source_number)
             low, high = sorted((scale * change.low, scale * change.high))
             lost = Interval(scale * change.value, low, high)
             losses_of_model.append(Loss(task=task, lost=lost, bound=bound, is_bits=is_bits))

@@ -82,25 +82,32 @@ class Table:
         return markdown_table(titles, rows, left_columns=text_columns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield what the terminal has room for; no name and no number is broken.
+        """Yield the columns that the terminal has room for, as one table or as several.
 
-        If the columns that are never dropped are too wide, the numbers follow each other in several
-        tables, each with the names before them.
+        No cell is cut. If the columns that are never dropped are too wide together, the columns of
+        numbers are spread over several tables, one below the other, and each table begins with the
+        columns of names.
         """
         shown = self.fitting(options.max_width)
-        names = [n for n in shown if self.columns[n].is_text or not n]
+        # The first column says what a row is about, also where it is a number.
+        name_columns = [n for n in shown if self.columns[n].is_text or n == 0]
         parts: list[list[int]] = [[]]
         for number in shown:
-            if number not in names:
-                if parts[-1] and self._width([*names, *parts[-1], number]) > options.max_width:
-                    parts.append([])
-                parts[-1].append(number)
+            if number in name_columns:
+                continue
+            with_number = [*name_columns, *parts[-1], number]
+            if parts[-1] and self._width(with_number) > options.max_width:
+                parts.append([])
+            parts[-1].append(number)
         for part in parts:
-            yield self._part(sorted([*names, *part]), self.title if part is parts[0] else "")
+            title = self.title if part is parts[0] else ""
+            yield self._part(sorted([*name_columns, *part]), title)
 
     def fitting(self, width: int) -> list[int]:
-        """Return the numbers of the columns that fit into so many letters; the least important ones
-        are dropped first."""
+        """Return the numbers of the columns that fit into so many letters.
+
+        The least important columns are dropped first, and those of priority 0 never.
+        """
         shown = [*range(len(self.columns))]
         while self._width(shown) > width:
             least = max(shown, key=lambda number: self.columns[number].priority)
@@ -155,7 +162,7 @@ class Section:
     is_folded: bool = False
     """Whether a page shows it only when its title is clicked."""
     sentences: Sequence[str] = ()
-    """What comes first; a terminal has no room for it."""
+    """Text before the chart; a terminal has no room for it."""
     chart: Mapping[str, Any] | None = None
     """In the JSON of Vega-Lite."""
     picture: str = ""
@@ -164,11 +171,11 @@ class Section:
     notes: Sequence[str] = ()
     """What can be concluded, as a list."""
     explanations: Sequence[str] = ()
-    """How to read it, in sentences that a page folds and a terminal leaves out."""
+    """How to read chart and tables, in sentences that a page folds and a terminal leaves out."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Names and values, such as settings and provenance."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """What JSON has of it."""
+    """What JSON has of the section."""
 
 
 def markdown_table(

@@ -34,6 +34,7 @@ from orchestrator.terminal.metrics import (
     CONFIDENCE_KEEPS_99,
     CONFIDENCE_ON_FRONT,
     PAIRED_SHARE_OF_FULL,
+    QUALITY,
 )
 
 NUM_RESAMPLES = 10_000
@@ -171,13 +172,13 @@ class PairedScores:
         return {name for run in runs for name in run.beside}
 
     @property
-    def places(self) -> dict[str, int]:
+    def number_of(self) -> dict[str, int]:
         """Key of a model -> its number in the scores."""
         return {key: number for number, key in enumerate(self.evaluations)}
 
     def num_items(self, quality: str) -> int:
         """Return the number of the items that a quality is computed from."""
-        tasks = [task for unit in self._units(quality) for task in unit]
+        tasks = [task for term in self._terms(quality) for task in term]
         return sum(len(self.items[task].weights) for task in tasks)
 
     def quality(self, name: str) -> Scores | None:
@@ -188,12 +189,16 @@ class PairedScores:
                 counts as one task), `quality/bits_per_byte`, or a task's compared metric as
                 `quality/TASK/METRIC`.
         """
-        means = [mean_scores([self.scores[task] for task in unit]) for unit in self._units(name)]
+        means = [mean_scores([self.scores[task] for task in term]) for term in self._terms(name)]
         return mean_scores(means) if means else None
 
-    def _units(self, quality: str) -> list[list[str]]:
-        """Return the tasks of a quality; the tasks of one list count as one."""
-        key = quality.removeprefix("quality/")
+    def _terms(self, quality: str) -> list[list[str]]:
+        """Return the terms of the average that a quality is, each as its tasks.
+
+        A term is one task, or a group whose tasks count as one. A quality without values by item
+        has none.
+        """
+        key = quality.removeprefix(QUALITY)
         metrics = self.metrics
         averaged = [task for task in metrics if task not in self.beside]
         if key == BITS_METRIC:
@@ -203,10 +208,10 @@ class PairedScores:
             return [[task]] if metrics.get(task) == metric else []
         tasks = [task for task in averaged if metrics[task] != BITS_METRIC]
         grouped = {task for members in self.groups.values() for task in members}
-        units = [[task] for task in tasks if task not in grouped]
+        terms = [[task] for task in tasks if task not in grouped]
         for members in self.groups.values():
-            units.append([task for task in members if task in tasks])
-        return [unit for unit in units if unit]
+            terms.append([task for task in members if task in tasks])
+        return [term for term in terms if term]
 
 
 def pair_scores(

@@ -1,8 +1,8 @@
 """What the models of a sweep cost: exact counts, and milliseconds, which are measured once, or
 again if that is asked for.
 
-Milliseconds depend on the shapes of the models only, so the weights are random, and all schedules
-of one shape share them.
+Milliseconds depend on the shapes of the models only. So the weights are random, all schedules of
+one shape share them, and models of one shape under one schedule are measured once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class StoredCosts(Record):
     another project that are known only once it is loaded."""
 
     state: str
-    """Hash of what else counts: shapes, the kind of device, this machine and its libraries."""
+    """Hash of what the numbers depend on: models or shapes, the kind of device, this machine and
+    its libraries."""
     by_name: dict[str, dict[str, float]]
     """Key of a model, or of a shape that several models share -> its costs."""
 
@@ -46,23 +47,23 @@ def with_costs(
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and milliseconds; `again` replaces stored ones."""
     full = full_trial(plan).model
-    counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in trials]
-    shapes = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
+    counted = [trial.with_numbers("cost", exact_cost(trial.model, full)) for trial in trials]
+    shape_of = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
     gpus = []
     if settings.trials_use_gpus:
-        # Of a GPU in another node, nothing is known here.
+        # The name is that of this machine's GPU: nothing is known here of one in another node.
         gpus = ["GPU", *(gpu.name for gpu in installed_gpus()[:1])]
-    state = content_key(sorted(set(shapes.values())), timing_environment(), SWEEP_NEW_TOKENS, *gpus)
+    shapes = sorted(set(shape_of.values()))
+    state = content_key(shapes, timing_environment(), SWEEP_NEW_TOKENS, *gpus)
     path = folder / TIMES_NAME
-    # Milliseconds depend on the shapes only, so that models of one shape share them.
     costs = StoredCosts.read(path)
     if again or costs is None or costs.state != state:
-        models = {shapes[trial.key]: trial.model for trial in counted}
+        models = {shape_of[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
         by_shape = sweep_place(settings, folder).run(partial(_time, models), progress)
         costs = StoredCosts(state=state, by_name=by_shape)
         costs.write(path)
-    return [t.with_numbers("cost", costs.by_name[shapes[t.key]]) for t in counted]
+    return [trial.with_numbers("cost", costs.by_name[shape_of[trial.key]]) for trial in counted]
 
 
 def _time(

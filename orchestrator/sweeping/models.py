@@ -77,7 +77,7 @@ class ModelVariant:
         return trained_label(self.method, self.corrections, self.num_layers)
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def names_in_settings(self) -> tuple[str, ...]:
         """Names by which the settings may mean this model, the most specific one first."""
         return self.name, trained_label(self.method, self.corrections), self.method
 
@@ -93,29 +93,31 @@ class ModelVariant:
 
 
 def _values_of(
-    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], usual: T
+    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], default: T
 ) -> tuple[T, ...]:
     """Return what a setting by model holds under the first of a model's names that is a key."""
-    value = next((setting[name] for name in names if name in setting), usual)
+    value = next((setting[name] for name in names if name in setting), default)
     return value if isinstance(value, tuple) else (value,)
 
 
 def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
     """Return the learning rates of a model: its own, its method's, else those of all."""
-    return _values_of(settings.sweep.learning_rates, model.keys, settings.training.learning_rate)
+    return _values_of(
+        settings.sweep.learning_rates, model.names_in_settings, settings.training.learning_rate
+    )
 
 
-def own_num_layers(settings: Settings) -> int | None:
+def num_layers_of_settings(settings: Settings) -> int | None:
     """Return the number of layers of the settings' model; None of an unknown preset, which is
     refused where the model is built."""
     shape = settings.model
     return shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
 
 
-def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
-    usual = own_num_layers(settings)
-    for number in _values_of(settings.sweep.num_layers, model.keys, usual):
-        yield replace(model, num_layers=None if number == usual else number)
+def _at_each_num_layers(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
+    default = num_layers_of_settings(settings)
+    for number in _values_of(settings.sweep.num_layers, model.names_in_settings, default):
+        yield replace(model, num_layers=None if number == default else number)
 
 
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
@@ -124,7 +126,7 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
     for method in settings.sweep.methods:
         for count in settings.sweep.iterations if has_counts(method) else (None,):
             variant = ModelVariant(method=method, corrections=count)
-            for model in _at_each_depth(settings, variant):
+            for model in _at_each_num_layers(settings, variant):
                 rates = learning_rates(settings, model)
                 for rate in rates if len(rates) > 1 else (None,):
                     for seed in settings.sweep.seeds or (None,):
@@ -142,26 +144,27 @@ def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
 
 
 def baseline_models(settings: Settings) -> list[ModelVariant]:
-    """Return the baselines of the settings' teacher, each at its numbers of layers; those of
-    several teachers are trained under each seed, as these are. Beside a teacher with a source they
-    are those that the settings name."""
-    usual = [
-        ModelVariant(method=BASELINE_METHOD),
-        ModelVariant(method=settings.model.method, corrections=0),
-    ]
-    named = [
-        *([] if settings.has_source else usual),
-        *_named_models(settings, settings.sweep.baselines),
-    ]
-    models = [model for variant in named for model in _at_each_depth(settings, variant)]
+    """Return the baselines of the settings' teacher, each at its numbers of layers.
+
+    Baselines of several teachers are trained under each seed, as the teachers are. Beside a teacher
+    with a source there are only those that the settings name.
+    """
+    baselines: list[ModelVariant] = []
+    if not settings.has_source:
+        baselines.append(ModelVariant(method=BASELINE_METHOD))
+        baselines.append(ModelVariant(method=settings.model.method, corrections=0))
+    baselines += _named_models(settings, settings.sweep.baselines)
+    models = [model for variant in baselines for model in _at_each_num_layers(settings, variant)]
     return _under_seeds(settings, models) if settings.sweep.teachers else models
 
 
 def _named_models(settings: Settings, names: Iterable[str]) -> Iterator[ModelVariant]:
     for name in names:
         method, count = split_count(name)
-        usual = settings.model.corrections if has_counts(method) else None
-        yield ModelVariant(method=method, corrections=usual if count is None else count)
+        if count is None and has_counts(method):
+            yield ModelVariant(method=method, corrections=settings.model.corrections)
+        else:
+            yield ModelVariant(method=method, corrections=count)
 
 
 def _under_seeds(settings: Settings, models: Iterable[ModelVariant]) -> list[ModelVariant]:
@@ -195,25 +198,23 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 
 
 def teacher_and_baselines(
-    settings: Settings, of_teacher: Settings | None = None
+    settings: Settings, teacher_settings: Settings | None = None
 ) -> dict[str, Settings]:
     """Return the settings of the teachers and the baselines that a sweep trains, by label.
 
     Args:
-        of_teacher: Settings of a teacher that has a source; its baselines have none.
+        teacher_settings: Those of a teacher that has a source; its baselines have none.
     """
-    from_random = settings
-    if of_teacher is not None:
+    baseline_settings = settings
+    if teacher_settings is not None:
         changes = {"training": settings.training.without_source(), "source_training": None}
-        from_random = settings.model_copy(update=changes)
-    baselines = baseline_models(settings)
-    return {
-        **{
-            label: settings_of(of_teacher or settings, variant)
-            for label, variant in teachers_by_label(settings).items()
-        },
-        **{variant.label: settings_of(from_random, variant) for variant in baselines},
-    }
+        baseline_settings = settings.model_copy(update=changes)
+    models: dict[str, Settings] = {}
+    for label, variant in teachers_by_label(settings).items():
+        models[label] = settings_of(teacher_settings or settings, variant)
+    for variant in baseline_models(settings):
+        models[variant.label] = settings_of(baseline_settings, variant)
+    return models
 
 
 def claims_answered(settings: Settings) -> str:
@@ -258,13 +259,16 @@ def named_baselines(
     Raises:
         UserError: If there is no such run, it is damaged, or it is the teacher.
     """
-    usual_layers = load_config(teacher).num_layers if teacher else own_num_layers(settings)
     if teacher:
-        taken = {TEACHER}
+        usual_layers: int | None = load_config(teacher).num_layers
+        taken_labels = {TEACHER}
     elif settings.sweep.kind == "iterations":
-        taken = {variant.label for variant in swept_variants(settings)}
+        usual_layers = num_layers_of_settings(settings)
+        taken_labels = {variant.label for variant in swept_variants(settings)}
     else:
-        taken = {*teachers_by_label(settings), *(m.label for m in baseline_models(settings))}
+        usual_layers = num_layers_of_settings(settings)
+        taken_labels = {model.label for model in baseline_models(settings)}
+        taken_labels.update(teachers_by_label(settings))
     baselines: dict[str, Path] = {}
     for name in settings.sweep.baseline_runs:
         try:
@@ -283,9 +287,9 @@ def named_baselines(
         is_uniform = len(set(counts)) == 1
         num_layers = None if config.num_layers == usual_layers else config.num_layers
         label = trained_label(config.method, counts[0] if is_uniform else counts, num_layers)
-        if label in taken:
+        if label in taken_labels:
             label = f"{label} ({model_name(checkpoint)})"
-        taken.add(label)
+        taken_labels.add(label)
         baselines[label] = checkpoint
     return baselines
 
@@ -433,7 +437,7 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
             problems.append(str(error))
 
     # Every name in a setting is that of a model.
-    known_names = {key for model in models for key in model.keys}
+    known_names = {name for model in models for name in model.names_in_settings}
     # Other rates may be those of the teacher, or of an iterations sweep from the same file.
     rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
     unknown_rates = sorted(rates - known_names - {*METHODS})

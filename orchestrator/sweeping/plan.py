@@ -180,7 +180,7 @@ def plan_students(
     """
     variants = teachers_by_label(settings)
     first_name = next(iter(variants.values())).name
-    parts = []
+    students_by_teacher: list[Students] = []
     for label, checkpoint in teachers.items():
         variant = variants[label]
         config = load_config(checkpoint)
@@ -199,8 +199,13 @@ def plan_students(
         elif settings.sweep.teachers:
             teacher_baselines = {}
 
-        tables = [t for other, t in influence.items() if variants[other].name == variant.name]
-        parts.append(
+        # Of all seeds of this teacher.
+        tables = [
+            table
+            for other_label, table in influence.items()
+            if variants[other_label].name == variant.name
+        ]
+        students_by_teacher.append(
             Students(
                 settings,
                 workspace,
@@ -212,11 +217,12 @@ def plan_students(
                 seed=variant.seed,
             )
         )
-    named_trials = baseline_trials(named_baselines or {}, parts[0].suite, workspace)
+    suite = students_by_teacher[0].suite
+    named_trials = baseline_trials(named_baselines or {}, suite, workspace)
     if settings.sweep.kind == "search":
-        family = students_plan(*parts, beside=named_trials)
+        family = students_plan(*students_by_teacher, beside=named_trials)
         return search_plan(family, settings.search, name)
-    return students_plan(*parts, beside=named_trials, name=name)
+    return students_plan(*students_by_teacher, beside=named_trials, name=name)
 
 
 def _baselines_of_seed(
@@ -240,10 +246,10 @@ def students_plan(
         name: Made from the plan's key when unset.
     """
     sweep = students[0].settings.sweep
-    trials = {trial.key: trial for part in students for trial in part.trials()}
+    trials = {trial.key: trial for of_teacher in students for trial in of_teacher.trials()}
     for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
         trials.setdefault(trial.key, trial)
-    num_teachers = len({part.name for part in students})
+    num_teachers = len({of_teacher.name for of_teacher in students})
     return _named_plan(
         "threshold",
         name,
@@ -254,7 +260,7 @@ def students_plan(
 
 
 def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
-    """Return the mean of what was measured of one model's seeds; errors are those of the first."""
+    """Return the mean of the influence of one model's seeds; all else is that of the first seed."""
     if len(tables) == 1:
         return tables[0]
 
@@ -355,21 +361,21 @@ def plan_suite(
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
     """
     suite = make_suite(settings, tokens, context_length=config.context_length)
-    known: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "tokens": open_data(tokens).fingerprint,
         "precision": settings.precision or default_precision(on_gpus=False),
         "fingerprints": dict(hashes) if hashes else None,
     }
     if settings.suite == HELDOUT and not settings.include_path:
-        known["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
+        changes["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
     beside = tasks_beside(settings)
     if beside:
-        known["beside"] = beside
+        changes["beside"] = beside
     if PYTHON_BITS in beside:
-        known["python_text"] = content_key(*python_passages(tokens))
+        changes["python_text"] = content_key(*python_passages(tokens))
     if teacher and (vocabulary := text_files_key(teacher)):
-        known |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
-    suite = suite.model_copy(update=known)
+        changes |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}
+    suite = suite.model_copy(update=changes)
     if hashes is None and workspace:
         return _with_known_fingerprints(suite, workspace)
     return suite

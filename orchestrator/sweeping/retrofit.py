@@ -215,10 +215,12 @@ class Retrofit:
 
     def has_controls(self, labels: Iterable[str]) -> bool:
         """Return whether these are the labels of trainings of controls."""
-        of_controls = {label for names in self.trainings_by_control.values() for label in names}
-        return of_controls.issuperset(labels)
+        control_labels = {
+            label for labels in self.trainings_by_control.values() for label in labels
+        }
+        return control_labels.issuperset(labels)
 
-    def beside(self, finished: Mapping[str, Path]) -> dict[str, Path]:
+    def measurable_controls(self, finished: Mapping[str, Path]) -> dict[str, Path]:
         """Return label -> checkpoint of the controls that can be measured.
 
         Args:
@@ -309,14 +311,14 @@ def retrofit_of(
         return None, f"{checkpoint} is not the end of its training, so it has no controls"
     try:
         source = find_source(workspace, stored.job.initial_folder)
-        is_same = weights_key(source.folder) == stored.essence.get("initial")
+        is_unchanged = weights_key(source.folder) == stored.essence.get("initial")
     except UserError as error:
         return None, f"the teacher has no controls, because its source cannot be used: {error}"
-    if not is_same:
+    if not is_unchanged:
         return None, f"{source.folder} has changed since the teacher was trained from it"
-    if (run / SETTINGS_NAME).is_file():  # The controls' own settings say what they are trained on.
-        of_teacher = read_settings(run / SETTINGS_NAME)
-        changes = {"data": of_teacher.data, "model": of_teacher.model}
+    if (run / SETTINGS_NAME).is_file():  # The controls are trained on the teacher's data.
+        teacher_settings = read_settings(run / SETTINGS_NAME)
+        changes = {"data": teacher_settings.data, "model": teacher_settings.model}
         settings = settings.model_copy(update=changes)
     teacher = job.model_copy(
         update={

@@ -14,7 +14,7 @@ from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.costs import with_costs
-from orchestrator.sweeping.states import WAITING, SweepRun, competing_trials, trial_states
+from orchestrator.sweeping.states import WAITING, RunningSweep, competing_trials, trial_states
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import SweepView
 from orchestrator.terminal.progress import Progress
@@ -39,7 +39,7 @@ def run_plan(
     tracking: Tracking,
     progress: Progress | None = None,
     search: ScheduleSearch | None = None,
-) -> SweepRun:
+) -> RunningSweep:
     """Run the unfinished trials of a plan, and measure the time per token of all models.
 
     Returns how each trial ended, and the results with their costs.
@@ -58,7 +58,7 @@ def run_plan(
     placed = placed or settings
     sweep = placed.sweep
     folder = workspace.sweeps / plan.name
-    run = SweepRun(plan, trial_states(plan, sweep), search)
+    run = RunningSweep(plan, trial_states(plan, sweep), search)
     for state in run.with_status(*WAITING):
         if state.trial.job:
             check_job(state.trial.job, num_workers=sweep.num_workers_per_trial)

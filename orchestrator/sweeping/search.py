@@ -62,19 +62,19 @@ class ScheduleSearch:
         self._path = folder / STUDY_FILE
         self._name = plan.key
         self._space: dict[str, BaseDistribution] = {
-            _name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
+            _layer_name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
         }
         self._trials = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
-        """All that is known: the family, then what is suggested."""
+        """Schedule -> trial of all that are known: the family, then what is suggested."""
         self._num_family = len(self._trials)
         self._suggested: dict[str, int] = {}
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
         if self._path.exists():
-            with self._damage():
+            with self._damage_named():
                 storage = JournalStorage(JournalFileBackend(str(self._path)))
                 if self._name in optuna.get_all_study_names(storage):
-                    self._read(optuna.load_study(study_name=self._name, storage=storage))
+                    self._take_over(optuna.load_study(study_name=self._name, storage=storage))
 
     @property
     def num_schedules(self) -> int:
@@ -88,7 +88,7 @@ class ScheduleSearch:
 
     @property
     def num_left(self) -> int:
-        """Number of those that are not suggested yet."""
+        """Number of schedules that are still to be suggested."""
         return max(0, self.num_wanted - (len(self._trials) - self._num_family))
 
     @property
@@ -133,7 +133,7 @@ class ScheduleSearch:
                 f"it; they give {', '.join(sorted(qualities))}"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._damage():
+        with self._damage_named():
             if self._path.exists():  # Optuna would append to a line that a crash cut off.
                 os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
             is_maximized = self._settings.objective == "accuracy"
@@ -143,7 +143,7 @@ class ScheduleSearch:
                 storage=JournalStorage(JournalFileBackend(str(self._path))),
                 load_if_exists=True,
             )
-            self._read(study)
+            self._take_over(study)
             study.sampler = _sampler(self._settings, self._num_family, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
                 study.tell(stored.number, state=TrialState.FAIL)
@@ -179,7 +179,7 @@ class ScheduleSearch:
         return schedule
 
     def tell(self, trial: Trial, result: Trial | None) -> None:
-        """Store the values of a trial that has ended; others than those suggested here are not."""
+        """Store the values of a trial that has ended, if it was suggested here."""
         number = self._suggested.pop(trial.key, None)
         if self._study is None or number is None:
             return
@@ -212,7 +212,7 @@ class ScheduleSearch:
         cost = float(result.model.corrections.num_evaluations)
         return None if quality is None else [quality, cost]
 
-    def _read(self, study: optuna.Study) -> None:
+    def _take_over(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
         for stored in study.get_trials(deepcopy=False):
             schedule = self._schedule(stored)
@@ -225,13 +225,13 @@ class ScheduleSearch:
 
     def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule:
         layers = range(len(self._full))
-        return IterationSchedule(tuple(stored.params.get(_name(n), 0) for n in layers))
+        return IterationSchedule(tuple(stored.params.get(_layer_name(n), 0) for n in layers))
 
     def _point(self, schedule: IterationSchedule) -> dict[str, int]:
-        return {_name(n): schedule[n] for n, most in enumerate(self._full) if most}
+        return {_layer_name(n): schedule[n] for n, most in enumerate(self._full) if most}
 
     @contextmanager
-    def _damage(self) -> Iterator[None]:
+    def _damage_named(self) -> Iterator[None]:
         try:
             with damage_named(self._path):
                 yield
@@ -254,5 +254,5 @@ def _sampler(
         return optuna.samplers.TPESampler(n_startup_trials=num_family, multivariate=True, seed=seed)
 
 
-def _name(layer: int) -> str:
+def _layer_name(layer: int) -> str:
     return f"r_{layer + 1:02d}"

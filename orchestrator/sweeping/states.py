@@ -1,9 +1,9 @@
 """How far each trial of a sweep is: in a plan, and while the sweep runs.
 
-A plan reads the states from the folders of the trials. A run begins with these states, and holds
-them in one object, `SweepRun`. Ray Tune runs in a thread of its own, which takes trials and says
-how they ended; only that thread changes a state. The main thread waits for signals, and shows what
-has changed (`view.py`). Neither writes a file for the other.
+A plan reads the states from the folders of the trials. A sweep that runs begins with these states,
+and holds them in one object, `RunningSweep`. Ray Tune runs in a thread of its own, which takes
+trials and says how they ended; only that thread changes a state. The main thread waits for signals,
+and shows what has changed (`view.py`). Neither writes a file for the other.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def early_stops(plan: SweepTrials, sweep: SweepSettings) -> dict[str, EarlyStop]
 # A sweep that runs
 
 
-class SweepRun:
-    """The trials of a sweep that runs, and how far each is.
+class RunningSweep:
+    """The trials of a sweep that runs or has ended, and how far each is.
 
     Tune's thread calls the methods that change a state. All others only read.
     """

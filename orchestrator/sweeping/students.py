@@ -90,10 +90,14 @@ def choose_members(
     # The best schedule under each budget, or else at the cost of each chosen member.
     if sweep.schedule_choice == "budgets":
         budgets = sorted(sweep.budgets, reverse=True)
-        best = [knapsack(influence, budget, cost=cost) for budget in budgets]
+        schedules_in_order = [knapsack(influence, budget, cost=cost) for budget in budgets]
     else:
-        best = [knapsack(influence, cost(member.schedule), cost=cost) for member in chosen]
-    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
+        schedules_in_order = [
+            knapsack(influence, cost(member.schedule), cost=cost) for member in chosen
+        ]
+    return tuple(
+        FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(schedules_in_order)
+    )
 
 
 # Trainings
@@ -223,7 +227,7 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
     Their schedules are not known, so each student makes all of the teacher's corrections.
 
     Args:
-        number: Schedules that are not known; without a meaning for elastic weights.
+        number: Schedules that are not known; elastic weights are trained once for all of them.
     """
     sweep = settings.sweep
     recipe = settings.distillation.training
@@ -267,7 +271,9 @@ def without_elastic(settings: Settings) -> Settings:
     return settings.model_copy(update={"distillation": students})
 
 
-def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> DistillationSettings:
+def _elastic_distillation(
+    settings: Settings, schedules: Sequence[IterationSchedule]
+) -> DistillationSettings:
     """Return the settings of an elastic training from a teacher."""
     distillation = settings.distillation
     recipe = distillation.training
@@ -373,14 +379,14 @@ class Students:
         """Return the trials of the teacher, of elastic weights or students, and of baselines."""
         is_elastic = self.settings.sweep.elastic
         is_trained = self.settings.distillation.control != "pruned"
-        trials = [self._as_it_is("teacher", self.name or "teacher", self.teacher)]
+        trials = [self._checkpoint_trial("teacher", self.name or "teacher", self.teacher)]
         if is_elastic and self.influence:
             trials += self._elastic_trials()
         if not is_elastic:
             for seed in self.seeds if is_trained else (self.seed,):
                 trials += [self.student(member, seed) for member in self.members]
         for label, checkpoint in self.baselines.items():
-            trials.append(self._as_it_is(role_beside(label), label, checkpoint))
+            trials.append(self._checkpoint_trial(role_beside(label), label, checkpoint))
         return trials
 
     def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
@@ -403,9 +409,9 @@ class Students:
                 seed=seed,
                 **_thresholds(member),
             )
-        return self._trained(label, job, seed, **_thresholds(member))
+        return self._trained_trial(label, job, seed, **_thresholds(member))
 
-    def _as_it_is(self, role: Role, label: str, checkpoint: Path) -> Trial:
+    def _checkpoint_trial(self, role: Role, label: str, checkpoint: Path) -> Trial:
         """Return the trial that measures a trained model under its own schedule."""
         config = load_config(checkpoint)
         return checkpoint_trial(
@@ -420,7 +426,9 @@ class Students:
             tokens_folder=self.suite.tokens_folder,
         )
 
-    def _trained(self, label: str, job: TrainingJob, seed: int | None, **fields: Any) -> Trial:
+    def _trained_trial(
+        self, label: str, job: TrainingJob, seed: int | None, **fields: Any
+    ) -> Trial:
         """Return the trial that runs a job under a seed, and measures its weights."""
         if seed is not None:
             recipe = job.recipe.model_copy(update={"seed": seed})
@@ -459,14 +467,14 @@ class Students:
                 "sweep has none; set lower sweep.budgets, or higher sweep.thresholds than those "
                 f"that keep {full.corrections}"
             )
-        job = self._job(_elastic(self.settings, cheaper), full)
+        job = self._job(_elastic_distillation(self.settings, cheaper), full)
         assert job is not None, "check_sweep refuses controls"
         trials = []
         for seed in self.seeds:
             thresholds = _thresholds(members.get(full.corrections))
             label = f"{full.corrections}, elastic"
-            trained = self._trained(label, job, seed, is_elastic=True, **thresholds)
-            assert trained.job is not None
+            trained = self._trained_trial(label, job, seed, is_elastic=True, **thresholds)
+            assert trained.job is not None, "a trial that is trained has a job"
             trials.append(trained)
             last_checkpoint = trained.job.folder / checkpoint_name(job.recipe.num_steps)
             for schedule in cheaper:

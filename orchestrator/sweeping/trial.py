@@ -58,7 +58,7 @@ class TrialProcess(Protocol):
         """Return whether the last report has ended the trial early."""
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
-        """Train a job on several workers, with reports as above."""
+        """Train a job on several workers, which call `report` and `is_beaten`."""
 
 
 class ThisProcess:
@@ -76,7 +76,7 @@ class ThisProcess:
         return False
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
-        """Raise an error: one worker is no case for it."""
+        """Raise an error: this host has one worker."""
         raise NotImplementedError
 
 

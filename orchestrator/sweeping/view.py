@@ -18,11 +18,16 @@ from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun, stat
 from orchestrator.records.tracked_run import Status as ShownStatus
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
-from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
+from orchestrator.reporting.mlflow_report import (
+    SWEEP_TAG,
+    front_so_far,
+    mlflow_run_of_sweep,
+    mlflow_run_of_trial,
+)
 from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.plan import exact_cost, full_trial, sweep_parameters
-from orchestrator.sweeping.states import Status, SweepRun, TrialState
+from orchestrator.sweeping.states import RunningSweep, Status, TrialState
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.errors import UserError
@@ -56,7 +61,7 @@ class SweepView:
 
     def __init__(
         self,
-        run: SweepRun,
+        sweep: RunningSweep,
         settings: Settings,
         workspace: Workspace,
         tracking: Tracking,
@@ -65,13 +70,13 @@ class SweepView:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Show the sweep as running from now on; what its run in MLflow showed before stays."""
-        self._run = run
+        self._sweep = sweep
         self._workspace = workspace
-        self._folder = workspace.sweeps / run.plan.name
+        self._folder = workspace.sweeps / sweep.plan.name
         self._tracking = tracking
         self._progress = progress
         self._clock = clock
-        self._full = full_trial(run.plan)
+        self._full = full_trial(sweep.plan)
         self._shown: dict[str, ShownStatus] = {}
         """Key of a trial -> status of its run in MLflow."""
         self._num_notes = 0
@@ -80,16 +85,18 @@ class SweepView:
         self._num_updates = 0
         self._has_new_results = False
         self._next_front = clock()
-        self._ended_before = {s.trial.key for s in run.with_status("finished", "stopped early")}
+        self._ended_before = {s.trial.key for s in sweep.with_status("finished", "stopped early")}
         """Keys of the trials that an earlier call has ended; they are shown without a note."""
 
-        stored = tracking.stored("sweep", run.plan.key)
-        self._sweep_run = sweep_run(stored, run.plan.name, run.plan.key, self._folder)
+        stored = tracking.stored("sweep", sweep.plan.key)
+        self._mlflow_run = mlflow_run_of_sweep(
+            stored, sweep.plan.name, sweep.plan.key, self._folder
+        )
         self._change(
             status="RUNNING",
-            params=sweep_parameters(run.plan, settings),
-            tags={SWEEP_TAG: run.plan.name},
-            dataset=describe_data(run.plan.tokens_folder),
+            params=sweep_parameters(sweep.plan, settings),
+            tags={SWEEP_TAG: sweep.plan.name},
+            dataset=describe_data(sweep.plan.tokens_folder),
             texts={SETTINGS_NAME: to_yaml(settings)},
         )
 
@@ -98,11 +105,11 @@ class SweepView:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """End the sweep's run; after a failure, wait only a moment for the store."""
-        stops = self._run.stopped
+        stops = self._sweep.stopped
         if stops and error is None:
             saved = sum(stop.share_saved for stop in stops.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in stops.items())
-            points = [("sweep/trainings_saved", saved, len(self._run.plan.trials))]
+            points = [("sweep/trainings_saved", saved, len(self._sweep.plan.trials))]
             self._change(points=points, tags={STOPPED_TAG: text})
         self._change(status=status_after(error), ended_ms=now_ms())
         self._tracking.wait(briefly=error is not None)
@@ -110,14 +117,14 @@ class SweepView:
     def update(self) -> None:
         """Show what has changed; call it a few times a second."""
         changed_runs = []
-        for state in list(self._run.states.values()):
+        for state in list(self._sweep.states.values()):
             trial = state.trial
             trial_status = state.status  # Tune's thread may change it at any time.
             status = SHOWN_AS.get(trial_status)
             if status is None or self._shown.get(trial.key) == status:
                 continue
             self._shown[trial.key] = status
-            changed_runs.append(self._tracked_run(state, status))
+            changed_runs.append(self._mlflow_run_of(state, status))
             if status == "FINISHED":
                 self._has_new_results = True
                 self._withdraw_pretraining(trial)
@@ -127,7 +134,7 @@ class SweepView:
                 assert state.early_stop, "it says why"
                 self._progress.note(f"trial {trial.label} {state.early_stop.text}")
         self._tracking.publish(*changed_runs)
-        notes = self._run.notes[self._num_notes :]
+        notes = self._sweep.notes[self._num_notes :]
         for note in notes:
             self._progress.note(note)
         self._num_notes += len(notes)
@@ -138,16 +145,16 @@ class SweepView:
     def end_trials(self) -> None:
         """Show the last changes, and end the runs of the trials that still ran."""
         self.update()
-        states = self._run.states.values()
+        states = self._sweep.states.values()
         cut_off = [state for state in states if self._shown.get(state.trial.key) == "RUNNING"]
-        self._tracking.publish(*(self._tracked_run(state, "KILLED") for state in cut_off))
+        self._tracking.publish(*(self._mlflow_run_of(state, "KILLED") for state in cut_off))
 
     def _change(self, **changes: Any) -> None:
         """Show changes of the sweep's own run, as `TrackedRun.changed` takes them."""
-        self._sweep_run = self._sweep_run.changed(**changes)
-        self._tracking.publish(self._sweep_run)
+        self._mlflow_run = self._mlflow_run.changed(**changes)
+        self._tracking.publish(self._mlflow_run)
 
-    def _tracked_run(self, state: TrialState, status: ShownStatus) -> TrackedRun:
+    def _mlflow_run_of(self, state: TrialState, status: ShownStatus) -> TrackedRun:
         """Return what MLflow shows of a trial."""
         trial = self._with_cost(state.result or state.trial)
         reason = ""
@@ -156,9 +163,9 @@ class SweepView:
         elif status == "KILLED" and state.early_stop:
             reason = state.early_stop.text
         journal = _journal_folder(trial)
-        sweep_key = self._sweep_run.key
-        name = self._run.plan.name
-        return trial_run(name, sweep_key, trial, journal, status=status, reason=reason)
+        sweep_key = self._mlflow_run.key
+        name = self._sweep.plan.name
+        return mlflow_run_of_trial(name, sweep_key, trial, journal, status=status, reason=reason)
 
     def _withdraw_pretraining(self, trial: Trial) -> None:
         """Remove the run that showed a model while it was trained for this sweep."""
@@ -172,7 +179,7 @@ class SweepView:
         """Advance the bar by the trials that have ended, and by the steps of those that run."""
         jobs = {
             state.trial.label: state.trial.job
-            for state in self._run.with_status("running")
+            for state in self._sweep.with_status("running")
             if state.trial.job
         }
         readers = [
@@ -189,9 +196,9 @@ class SweepView:
             for (label, job), reader in zip(jobs.items(), readers, strict=True)
         }
         begun = [label for label, share in shares.items() if share]
-        num_done = self._run.num_ended + sum(shares.values())
-        num_ended = self._run.num_ended
-        text = f"{num_ended} of {self._run.num_all} trials"
+        num_done = self._sweep.num_ended + sum(shares.values())
+        num_ended = self._sweep.num_ended
+        text = f"{num_ended} of {self._sweep.num_all} trials"
         if begun:
             text += f", training {'; '.join(begun[:MAX_NAMED])}"
         self._progress.advance(num_done, text)
@@ -199,17 +206,17 @@ class SweepView:
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""
         self._has_new_results = False
-        measured = [self._with_cost(result) for result in self._run.results_by_key.values()]
+        measured = [self._with_cost(result) for result in self._sweep.results_by_key.values()]
         reason = reason_against_accuracy(self._workspace, measured)
         front = find_front(result_table(measured), parse_axes(against_accuracy=reason))
-        is_full_measured = self._full.key in self._run.results_by_key
+        is_full_measured = self._full.key in self._sweep.results_by_key
         if not is_full_measured or not front.members:
             return
-        notes = [f"{len(measured)} of {self._run.num_all} models are measured so far."]
-        notes += [f"{label} failed: {why}" for label, why in self._run.failures.items()]
+        notes = [f"{len(measured)} of {self._sweep.num_all} models are measured so far."]
+        notes += [f"{label} failed: {why}" for label, why in self._sweep.failures.items()]
         notes += [reason] if reason else []
         # The report replaces its picture, which is drawn in the sweep's folder.
-        name = self._run.plan.name
+        name = self._sweep.plan.name
         self._change(**front_so_far(front, name=name, notes=notes, folder=self._folder))
         self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
 

@@ -71,7 +71,7 @@ _MODEL = ""
 """Key of the model in `StoredRun.sent`; no artifact has an empty path."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
-Place = tuple[str, str, str | None]
+RunIdentity = tuple[str, str, str | None]
 """What a run is found by: its kind, its key, and its sweep's key if it is nested in one."""
 
 
@@ -197,7 +197,7 @@ class Store:
         self._client: MlflowClient | None = None
         self._views: dict[str, str] = {}
         """Chart views that this process has stored."""
-        self._runs: dict[Place, StoredRun] = {}
+        self._runs: dict[RunIdentity, StoredRun] = {}
         """Runs that this process has searched for or created."""
 
     def connect(self) -> MlflowClient:
@@ -239,12 +239,12 @@ class Store:
         self._client = client
         return client
 
-    def publish(
+    def send(
         self,
         run: TrackedRun,
         log_model: Callable[[MlflowClient, StoredRun, TrackedRun], None] | None = None,
     ) -> None:
-        """Let a run in the store show what the workspace says now; what it holds is not sent again.
+        """Let a run in the store show what the workspace says now; only what is new is sent.
 
         A run that is RUNNING starts a killed or failed one again; a finished one stays finished.
 
@@ -254,12 +254,12 @@ class Store:
         """
         client = self.connect()
         self.prepare([run])
-        stored = self._runs[run.place]
+        stored = self._runs[run.identity]
 
         # The run's status, if it is withdrawn or starts again.
         if run.status == "WITHDRAWN":
             client.delete_run(stored.id)
-            del self._runs[run.place]
+            del self._runs[run.identity]
             return
         if run.status == "RUNNING" and stored.status in ("KILLED", "FAILED"):
             client.update_run(stored.id, status=run.status)
@@ -288,7 +288,7 @@ class Store:
                 continue
             # MLflow shows the newest value, so one that replaces another is measured now.
             points.append(Point(name, value, step, time_ms if stored_value is None else now))
-        self._send(stored, run.params, tags, [*points, *curve_points])
+        self._send_values(stored, run.params, tags, [*points, *curve_points])
 
         # The data that it read, artifacts, chart views, and the model.
         if run.dataset and run.dataset[1] not in stored.datasets:
@@ -328,7 +328,7 @@ class Store:
 
     def prepare(self, runs: Iterable[TrackedRun]) -> None:
         """Find the runs that this process does not know yet; create those that are missing."""
-        unknown = [run for run in runs if run.place not in self._runs]
+        unknown = [run for run in runs if run.identity not in self._runs]
         if not unknown:
             return
         client = self.connect()
@@ -345,9 +345,9 @@ class Store:
                 )
                 for stored in map(StoredRun.of, runs_in_store):
                     parent = root if PARENT_TAG in stored.tags else None
-                    place = stored.tags.get(KIND_TAG, ""), stored.tags.get(KEY_TAG, ""), parent
+                    identity = stored.tags.get(KIND_TAG, ""), stored.tags.get(KEY_TAG, ""), parent
                     # The newest comes first, and an earlier call may know more of it.
-                    self._runs.setdefault(place, stored)
+                    self._runs.setdefault(identity, stored)
             # A sweep's run is created before those nested in it: with what the workspace says of
             # it, or, if that file is missing or damaged, with its key as its name.
             sweep_keys = dict.fromkeys(run.parent for run in unknown if run.parent)
@@ -357,7 +357,7 @@ class Store:
                 for key in sweep_keys
             ]
             for run in [*sweeps, *unknown]:
-                if run.place in self._runs:
+                if run.identity in self._runs:
                     continue
                 tags = {KEY_TAG: run.key, KIND_TAG: run.kind, ROOT_TAG: run.parent or run.key}
                 if run.parent:
@@ -365,15 +365,15 @@ class Store:
                 created = client.create_run(
                     str(self.experiment_id), run.started_ms, tags | context_tags(), run.name
                 )
-                self._runs[run.place] = StoredRun.of(created)
+                self._runs[run.identity] = StoredRun.of(created)
 
     def lock(self) -> AbstractContextManager[bool]:
         """Return the lock of the store: two processes must not create the same run or model."""
         return lock_file(self._workspace.root / ".tracking.lock")
 
-    def known(self, place: Place) -> StoredRun | None:
+    def known(self, identity: RunIdentity) -> StoredRun | None:
         """Return a run that this process has found or created before, without asking the store."""
-        return self._runs.get(place)
+        return self._runs.get(identity)
 
     def forget(self, run: TrackedRun) -> None:
         """Search for a run and its sweep again, because the store may have changed."""
@@ -384,7 +384,7 @@ class Store:
             if root not in (key, parent)
         }
 
-    def _send(
+    def _send_values(
         self,
         run: StoredRun,
         params: Mapping[str, str],

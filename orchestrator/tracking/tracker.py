@@ -1,9 +1,12 @@
 """Tracking as the pipelines use it: publish runs, find what is stored, links, chart views.
 
-A run is first written as a file of the workspace, then published in the background, so training
-never waits. A server that does not answer costs one warning; when it is back, or by `ui --sync`, it
-gets what the files say then. MLflow's fluent API and Ray's callback would raise errors into
-training, block for minutes, and create a second run for every resumed trial.
+`Tracking.publish` writes a run as a file of the workspace, then puts it into the queue of the
+`Publisher`. Its thread calls `Tracking.show_in_mlflow`, which lets `Store.send` bring MLflow's run
+up to date. So training never waits. A server that does not answer costs one warning; when it is
+back, or by `ui --sync`, it gets what the files say then.
+
+MLflow's fluent API and Ray's callback would raise errors into training, block for minutes, and
+create a second run for every resumed trial.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from orchestrator.tracking.store import (
     PARENT_TAG,
     ROOT_TAG,
     CopiedStoreError,
-    Place,
+    RunIdentity,
     Store,
     is_refusal,
 )
@@ -49,14 +52,18 @@ SECONDS_BETWEEN_COPIES = 4.0
 
 
 class Publisher:
-    """Calls a function with runs, in order, in a background thread."""
+    """A queue of runs, and the background thread that shows them in order."""
 
-    def __init__(self, publish: Callable[[Sequence[TrackedRun]], Iterable[bool]]) -> None:
-        """Use `publish`, which yields after each run whether it need not be tried again."""
-        self._publish = publish
-        self._waiting: dict[Place, TrackedRun] = {}
+    def __init__(self, show: Callable[[Sequence[TrackedRun]], Iterable[bool]]) -> None:
+        """Begin with an empty queue.
+
+        Args:
+            show: Shows runs, and yields after each whether it need not be tried again.
+        """
+        self._show = show
+        self._waiting: dict[RunIdentity, TrackedRun] = {}
         """Runs to publish, in their last state: new ones, and those to be tried again."""
-        self._running: dict[Place, TrackedRun] = {}
+        self._running: dict[RunIdentity, TrackedRun] = {}
         """Runs whose work goes on."""
         self._has_new = False
         self._is_busy = False
@@ -65,14 +72,14 @@ class Publisher:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def put(self, *runs: TrackedRun) -> None:
-        """Publish runs soon, the run of a sweep before those of its trials; returns at once."""
+    def enqueue(self, *runs: TrackedRun) -> None:
+        """Show runs soon, the run of a sweep before those of its trials; returns at once."""
         with self._changed:
             for run in runs:
-                self._waiting[run.place] = run
-                self._running.pop(run.place, None)
+                self._waiting[run.identity] = run
+                self._running.pop(run.identity, None)
                 if run.status == "RUNNING":
-                    self._running[run.place] = run
+                    self._running[run.identity] = run
             self._has_new = True
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -80,14 +87,14 @@ class Publisher:
             self._changed.notify_all()
 
     def wait(self, seconds: float, *, in_all: bool = False) -> bool:
-        """Return whether everything that was put was tried.
+        """Return whether everything in the queue was tried.
 
         Args:
-            seconds: Longest wait for something to be published.
-            in_all: Whether this is the longest wait for all of it.
+            seconds: Longest wait for the next run to be shown.
+            in_all: Whether this is the longest wait for the whole queue.
 
         Raises:
-            BaseException: What `publish` raised.
+            BaseException: What `show` raised.
         """
         while True:
             num_before = self._num_published
@@ -117,18 +124,18 @@ class Publisher:
                     copy_at = time.monotonic() + SECONDS_BETWEEN_COPIES
                 self._has_new = False
                 self._is_busy = True
-            # The lock is free here: publishing may take minutes, and `put` must return at once.
-            unpublished: dict[Place, TrackedRun] = {}
+            # The lock is free here: publishing may take minutes, and `enqueue` must return at once.
+            unpublished: dict[RunIdentity, TrackedRun] = {}
             try:
                 runs = list(batch.values())
-                for run, is_done in zip(runs, self._publish(runs), strict=True):
+                for run, is_done in zip(runs, self._show(runs), strict=True):
                     self._num_published += is_done
                     if not is_done:
-                        unpublished[run.place] = run
+                        unpublished[run.identity] = run
             except BaseException as error:  # Raised by `wait`, in the thread that waits.
                 self._error = error
             with self._changed:
-                # What was put meanwhile is newer, so it replaces what is tried again.
+                # What was enqueued meanwhile is newer, so it replaces what is tried again.
                 self._waiting = {**unpublished, **self._waiting}
                 self._is_busy = self._has_new
                 self._changed.notify_all()
@@ -163,7 +170,7 @@ class Tracking:
         self.store = Store(workspace)
         self._workspace = workspace
         self._warn = warn or logging.getLogger(__name__).warning
-        self._publisher = Publisher(self.publish_now)
+        self._publisher = Publisher(self.show_in_mlflow)
         self._pause_seconds = 0.0
         """Length of the last pause; 0 once the store has responded again."""
         self._paused_until = 0.0
@@ -172,7 +179,7 @@ class Tracking:
         """Why the workspace's database shows nothing new, if it was copied."""
 
     def publish(self, *runs: TrackedRun) -> None:
-        """Store runs in the workspace, and show them soon; returns at once."""
+        """Store runs in the workspace, and show them in MLflow soon; returns at once."""
         try:
             if self._workspace.is_writable:
                 for run in runs:
@@ -187,19 +194,19 @@ class Tracking:
         if self.copied and not self._pause_seconds:
             self._pause_seconds = MAX_PAUSE_SECONDS
             self._warn(str(self.copied))
-        self._publisher.put(*runs)
+        self._publisher.enqueue(*runs)
 
     def withdraw(self, kind: str, key: str) -> None:
         """Show a run no more, if the workspace holds one: another run shows the same."""
         if run := self.stored(kind, key):
             run.path(self._workspace).unlink(missing_ok=True)
-            self._publisher.put(run.changed(status="WITHDRAWN"))
+            self._publisher.enqueue(run.changed(status="WITHDRAWN"))
 
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
         return TrackedRun.stored(self._workspace, kind, key, parent)
 
-    def publish_now(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+    def show_in_mlflow(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
         """Show runs in MLflow; yields after each whether it is shown, or refused for good."""
         if not self.is_store_down:
             try:
@@ -208,19 +215,19 @@ class Tracking:
                 if not is_refusal(error):  # Else each run reports it.
                     self.pause(error)
         for run in runs:
-            yield self._show(run)
+            yield self._show_run(run)
 
-    def _show(self, run: TrackedRun) -> bool:
+    def _show_run(self, run: TrackedRun) -> bool:
         if self.is_store_down:
             return False
         try:
             try:
-                self.store.publish(run, models.log_model)
+                self.store.send(run, models.log_model)
             except MlflowException as error:
                 if not is_refusal(error):
                     raise
                 self.store.forget(run)  # It may have been changed or deleted by others.
-                self.store.publish(run, models.log_model)
+                self.store.send(run, models.log_model)
         except FAILURES as error:
             self.store.forget(run)
             if not is_refusal(error):
@@ -269,7 +276,7 @@ class Tracking:
     def run_id(self, run: TrackedRun) -> str | None:
         """Return MLflow's id of a published run; None if the store does not respond."""
         self.wait()
-        stored = self.store.known(run.place)
+        stored = self.store.known(run.identity)
         return stored.id if stored else None
 
     @property

@@ -181,7 +181,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     Tensors stay in the file until they are read: a worker reads its own rows only.
 
     Raises:
-        UserError: If it holds objects that are neither tensors nor plain values.
+        UserError: If the state holds objects that are neither tensors nor plain values.
     """
     file = folder / TRAINING_STATE
     try:

@@ -303,7 +303,7 @@ def check_folder(job: TrainingJob) -> None:
     """Check that a job's folder holds no other job.
 
     Raises:
-        UserError: If it does; says what differs.
+        UserError: If it holds another job; says what differs.
     """
     stored = StoredJob.read(job.folder / JOB_NAME)
     checkpoints = find_checkpoints(job.folder)

@@ -610,7 +610,7 @@ def _counts(batch: Batch) -> dict[str, float]:
 def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
     """Collect garbage in a `with` block only by the function that this yields.
 
-    A worker that pauses for it at a time of its own keeps all others waiting.
+    A worker that pauses for garbage at a time of its own keeps all others waiting.
     """
     was_enabled = gc.isenabled()
     gc.collect(1)

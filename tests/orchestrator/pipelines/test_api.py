@@ -61,7 +61,7 @@ def workspace(tmp_path_factory, small_sweep) -> orchestrator.Workspace:
 def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, monkeypatch):
     end_trials(monkeypatch, trained)
     plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
-    assert plan.price.num_tokens == sum(e.num_tokens for e in plan.left) > 0
+    assert plan.price.num_tokens == sum(e.num_tokens for e in plan.trainings_left) > 0
     assert orchestrator.plan_pretrain(settings, workspace=workspace).price.num_tokens == 0
     pretrained = orchestrator.pretrain(settings, workspace=workspace)
     full = pretrained.checkpoint.parent.name

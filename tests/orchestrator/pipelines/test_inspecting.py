@@ -82,8 +82,8 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     shown = capfd.readouterr().out
     first, second = (line for line in shown.splitlines() if "█" in line)
     assert second.count("█") == 4 * first.count("█") == 40
-    assert "in the layers 2, 1" in shown
-    for text in ("<html", "0.8", "block influence", "2,1", "keys and values"):
+    assert "most first: 2, 1" in shown
+    for text in ("<html", "0.8", "Block influence", "Correction", "2,1", "keys and values"):
         assert text in page.read_text(encoding="utf-8")
 
 

@@ -153,7 +153,7 @@ def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path)
     versions = []
     for _ in range(2):
         registered = RegisteredModel(
-            name="other", alias="best", run=run.place, model=model, folder=str(folder)
+            name="other", alias="best", run=run.identity, model=model, folder=str(folder)
         )
         context.tracking.register(registered)
         versions.append(version_of(context, "other", "best"))

@@ -22,7 +22,7 @@ from iiet.layers import PassContext
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.training_memory import Forms, training_memory
+from orchestrator.planning.training_memory import Forms, TrainingStep, training_memory
 from orchestrator.training.devices import compile_layers
 
 FACTOR = 1.2
@@ -71,8 +71,8 @@ def test_frozen_layers_take_no_gradients_moments_or_activations(schedule, traine
         method_options={"start": "identity"},
     )  # fmt: skip
     options: dict[str, Any] = {"num_sequences": 4, "activation_checkpointing": checkpoint}
-    whole = training_memory(config, **options)
-    found = training_memory(config, **options, trained=trained)
+    whole = training_memory(config, TrainingStep(**options))
+    found = training_memory(config, TrainingStep(**options, trained=trained))
     share = num_trained_parameters(config, trained) / num_parameters(config)
     assert found["weights"] == whole["weights"]
     assert found["AdamW"] == pytest.approx(whole["AdamW"] * share, abs=1)
@@ -129,9 +129,7 @@ def test_the_estimate_matches_a_real_step(shape, method, precision):
     config = preset("tiny", method=method, **sizes, **schedule)
     memory = training_memory(
         config,
-        num_sequences=4,
-        precision=precision,
-        activation_checkpointing=checkpoint,
+        TrainingStep(num_sequences=4, precision=precision, activation_checkpointing=checkpoint),
     )
     # The weights' copies in bfloat16 are made by the step, so they are measured too.
     copies = memory["weights"] - memory["gradients"]
@@ -146,7 +144,7 @@ def test_a_truncated_backward_pass_takes_less(precision):
 
     def estimate(**options: Any) -> tuple[ModelConfig, int]:
         config = preset("tiny", **sizes, method_options=options)
-        memory = training_memory(config, num_sequences=4, precision=precision)
+        memory = training_memory(config, TrainingStep(num_sequences=4, precision=precision))
         return config, memory["activations"] + memory["weights"] - memory["gradients"]
 
     _, full = estimate()
@@ -264,7 +262,10 @@ def test_the_plan_for_gpus_counts_what_plain_and_compiled_evaluations_keep(
         estimate that it starts from and its field's output, which the mix and the norm keep."""
         one, two = (
             training_memory(
-                config, schedule, num_sequences=1, precision="bf16", on_gpus=True, forms=forms
+                config,
+                TrainingStep(
+                    schedule=schedule, num_sequences=1, precision="bf16", on_gpus=True, forms=forms
+                ),
             )
             for schedule in (IterationSchedule((1,)), IterationSchedule((2,)))
         )
@@ -297,10 +298,12 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
     def estimate(*, compares_hidden: bool) -> int:
         return training_memory(
             config,
-            num_sequences=4,
-            activation_checkpointing=checkpoint,
-            frozen=config,
-            compares_hidden=compares_hidden,
+            TrainingStep(
+                num_sequences=4,
+                activation_checkpointing=checkpoint,
+                frozen=config,
+                compares_hidden=compares_hidden,
+            ),
         )["activations"]
 
     added = estimate(compares_hidden=True) - estimate(compares_hidden=False)
@@ -312,7 +315,7 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
 def test_parameter_memory_is_exact():
     config = preset("55m")
     parameters = sum(p.numel() for p in Decoder(config).parameters())
-    memory = training_memory(config, num_sequences=1)
+    memory = training_memory(config, TrainingStep(num_sequences=1))
     assert memory["weights"] == memory["gradients"] == 4 * parameters
     assert memory["AdamW"] == 8 * parameters
 
@@ -321,7 +324,9 @@ def test_memory_saving_settings_save_memory():
     config = preset("340m")
 
     def total(**options: Any) -> int:
-        return sum(training_memory(config, **{"num_sequences": 4, **options}).values())
+        return sum(
+            training_memory(config, TrainingStep(**{"num_sequences": 4, **options})).values()
+        )
 
     assert total(num_sequences=2) < total()
     half = config.context_length // 2
@@ -332,11 +337,11 @@ def test_memory_saving_settings_save_memory():
     with_teacher = total(frozen=config)
     assert with_teacher > total(has_members=True) > total()
     # Of the sharded parts an eighth stays, and what is gathered.
-    alone = training_memory(config, num_sequences=1)
-    shared = training_memory(config, num_sequences=1, num_shards=8)
+    alone = training_memory(config, TrainingStep(num_sequences=1))
+    shared = training_memory(config, TrainingStep(num_sequences=1, num_shards=8))
     assert shared["AdamW"] == pytest.approx(alone["AdamW"] / 8, rel=1e-6)
     assert shared["weights"] < 0.4 * alone["weights"]
     # Between the passes of a step, a sharded model stays gathered; its gradients do not.
-    in_passes = training_memory(config, num_sequences=1, num_shards=8, num_passes=2)
+    in_passes = training_memory(config, TrainingStep(num_sequences=1, num_shards=8, num_passes=2))
     assert alone["weights"] < in_passes["weights"] < 1.2 * alone["weights"]
     assert in_passes["gradients"] == shared["gradients"] < 0.4 * alone["gradients"]

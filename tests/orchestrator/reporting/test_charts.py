@@ -21,9 +21,10 @@ from orchestrator.reporting.charts import (
     curves_chart,
     front_chart,
     influence_chart,
+    layer_chart,
     save_chart,
 )
-from orchestrator.reporting.colors import run_color
+from orchestrator.reporting.colors import GRID, INK, run_color
 from orchestrator.reporting.front import FrontAxes, with_confidence
 
 pytestmark = pytest.mark.slow  # Most of a second draws a chart.
@@ -41,6 +42,10 @@ def menu(chart: Spec, name: str) -> list[str]:
 
 def texts_in(svg: str) -> set[str]:
     return {unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)}
+
+
+def width_of(svg: str) -> float:
+    return float(re.findall(r'<svg [^>]*?width="([\d.]+)"', svg)[0])
 
 
 def names_in(svg: str) -> dict[str, list[tuple[float, float]]]:
@@ -70,6 +75,14 @@ def test_the_subtitle_says_whose_line_it_is(sample_results):
     assert "teacher" not in front_chart(competing, title="Toy")["title"]["subtitle"]
 
 
+def test_bars_of_layers_have_the_colors_that_a_dark_page_replaces():
+    svg = drawn(layer_chart([0.2, 0.8]))
+    assert {"Layer", "1", "2", "Block influence"} <= texts_in(svg)
+    assert set(re.findall(r'<text [^>]*fill="([^"]+)"', svg)) == {INK}
+    assert GRID in svg
+    assert "#ddd" not in svg  # The grid that charts have without a style.
+
+
 def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     front = sample_front(sample_results)
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
@@ -80,7 +93,11 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     assert others
     assert len(names) == len(front.rows) - len(others) > 5
     # No name covers another one, on a page and on a phone, where those without room are left out.
-    phone = names_in(drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]}))
+    on_phone = drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]})
+    phone = names_in(on_phone)
+    # The legend's longest name is below the chart, not beside it.
+    unmarked = drawn({**front_chart(front), "width": NAME_WIDTHS[1]})
+    assert width_of(on_phone) == width_of(unmarked)
     assert {"0,0,0,0,0,0", "teacher"} <= set(phone) <= set(names)
     for found in (names, phone):
         for one, other in itertools.combinations(found.values(), 2):

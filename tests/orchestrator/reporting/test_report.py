@@ -26,7 +26,7 @@ from orchestrator.reporting.front import (
     reason_against_accuracy,
     sweep_front,
 )
-from orchestrator.reporting.mlflow_report import run_note, trial_runs
+from orchestrator.reporting.mlflow_report import mlflow_runs_of_results, run_note
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import (
     PROVENANCE_TITLE,
@@ -238,7 +238,7 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
 
     front, notes = sweep_front(workspace, [seeded], FrontAxes())
     assert not notes
-    for run in trial_runs(seeded, front):
+    for run in mlflow_runs_of_results(seeded, front):
         assert "paired/confidence_keeps_99" in {name for name, _, _ in run.points}
     tracked = [r.model_copy(update={"run_id": f"run of {r.key}"}) for r in seeded.results]
     front = front.with_runs(tracked)

@@ -21,7 +21,7 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import exact_cost, students_plan
-from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
 
 SMALL = [
@@ -57,9 +57,9 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, spac
     assert [run_trial(trial) for trial in again.trials[1:]] == results
 
 
-def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], SweepRun]:
+def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], RunningSweep]:
     """Run a queue of the unfinished trials, each as soon as it can start; return their order."""
-    queue = SweepRun(plan, trial_states(plan, resolve_settings({}).sweep))
+    queue = RunningSweep(plan, trial_states(plan, resolve_settings({}).sweep))
     order = list[str]()
     running = list[Trial]()
     while not queue.is_over:

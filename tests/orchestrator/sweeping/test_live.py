@@ -17,7 +17,7 @@ from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import view as view_module
-from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking, open_tracking
@@ -36,7 +36,7 @@ class Watched:
         self.tracking = open_tracking(workspace, warn=pytest.fail)
         self.plan = plan
         self.now = 0.0
-        self.run = SweepRun(plan, trial_states(plan, settings.sweep))
+        self.run = RunningSweep(plan, trial_states(plan, settings.sweep))
         self.view = SweepView(
             self.run, settings, workspace, self.tracking, Progress(), clock=lambda: self.now
         )
@@ -92,7 +92,7 @@ def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_pat
     trainings = [trial for trial in tiny_plan.trials if trial.job]
     monkeypatch.setattr(view_module, "JOURNALS_AT_ONCE", len(trainings) - 1)
     settings = resolve_settings({})
-    run = SweepRun(tiny_plan, trial_states(tiny_plan, settings.sweep))
+    run = RunningSweep(tiny_plan, trial_states(tiny_plan, settings.sweep))
     nothing = SimpleNamespace(stored=lambda *_: None, publish=lambda *_: None)
     tracking = cast("Tracking", nothing)
     shown = list[str]()

@@ -160,15 +160,15 @@ def test_its_rate_is_the_better_of_two(make, monkeypatch, losses, factor):
 
 def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):
     retrofit = make()
-    assert list(retrofit.beside({})) == [SOURCE]
+    assert list(retrofit.measurable_controls({})) == [SOURCE]
     label, *_ = retrofit.candidates
     finished = {label: Path("a"), SOURCE_CONTINUED: Path("b")}
-    assert list(retrofit.beside(finished)) == [SOURCE, SOURCE_CONTINUED]
+    assert list(retrofit.measurable_controls(finished)) == [SOURCE, SOURCE_CONTINUED]
     retrofit = with_trained_candidates(retrofit)
     finished = dict.fromkeys((*retrofit.candidates, SOURCE_CONTINUED), Path("c"))
-    assert list(retrofit.beside(finished)) == [SOURCE, EQUAL_TOKENS, SOURCE_CONTINUED]
+    assert list(retrofit.measurable_controls(finished)) == [SOURCE, EQUAL_TOKENS, SOURCE_CONTINUED]
     none = make("sweep.source_controls=[]")
-    assert (none.candidates, none.continued, none.beside({})) == ({}, None, {})
+    assert (none.candidates, none.continued, none.measurable_controls({})) == ({}, None, {})
 
 
 def test_models_from_random_weights_have_the_flops_of_teacher_and_source(make):

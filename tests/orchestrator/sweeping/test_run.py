@@ -26,7 +26,7 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import run_plan
-from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import STOPPED_TAG
 from orchestrator.terminal.progress import Progress
@@ -44,7 +44,7 @@ class Sweep:
 
     def run(
         self, plan: SweepTrials, *assignments: str, progress: Progress | None = None
-    ) -> SweepRun:
+    ) -> RunningSweep:
         return run_plan(
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
             progress=progress, tracking=self.tracking,
@@ -211,7 +211,7 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
 
 
 def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
-    queue = SweepRun(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     taken = [queue.take(), queue.take()]
     queue.start_again("memory ran low")
     assert queue.notes == ["memory ran low"]

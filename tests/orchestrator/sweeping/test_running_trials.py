@@ -24,7 +24,7 @@ from orchestrator.records.trial import AshaRule, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.states import (
-    SweepRun,
+    RunningSweep,
     competing_trials,
     early_stops,
     trial_states,
@@ -169,7 +169,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
     competitors = competing_trials(plan, sweep)
-    sweep_run = SweepRun(plan, trial_states(plan, sweep))
+    sweep_run = RunningSweep(plan, trial_states(plan, sweep))
     requests = Requests()
     scheduler = AshaByModel(AshaRule.of(sweep), competitors, sweep_run, requests)
 

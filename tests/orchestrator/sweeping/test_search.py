@@ -23,7 +23,7 @@ from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings, resolve_settings
 from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
-from orchestrator.sweeping.states import SweepRun, trial_states
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.view import SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
@@ -154,7 +154,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     settings = resolve_settings({})
-    queue = SweepRun(plan, trial_states(plan, settings.sweep), search)
+    queue = RunningSweep(plan, trial_states(plan, settings.sweep), search)
     view = SweepView(queue, settings, open_workspace(tmp_path), tracking, Shown())
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]

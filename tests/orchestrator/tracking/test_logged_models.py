@@ -55,7 +55,12 @@ def register(
     tracking.publish(run)
     tracking.register(
         RegisteredModel(
-            name=name, alias=alias, run=run.place, model=model_of(key), folder=str(folder), **more
+            name=name,
+            alias=alias,
+            run=run.identity,
+            model=model_of(key),
+            folder=str(folder),
+            **more,
         )
     )
 

@@ -43,7 +43,7 @@ def test_runs_are_published_in_order_by_a_thread_that_ends(shown):
     publisher = Publisher(shown.publish)
     for start in (0, 100):
         for number in range(100):
-            publisher.put(run(str(start + number)))
+            publisher.enqueue(run(str(start + number)))
         assert publisher.wait(60)
     assert shown.names == [str(number) for number in range(200)]
     assert threading.main_thread() not in shown.threads
@@ -63,10 +63,10 @@ def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown):
 
     shown.before = wait
     publisher = Publisher(shown.publish)
-    publisher.put(run("slow"))
+    publisher.enqueue(run("slow"))
     assert has_begun.wait(60)
     for number in range(5):
-        publisher.put(run("a", name=f"a{number}"), run("b"))
+        publisher.enqueue(run("a", name=f"a{number}"), run("b"))
     assert not publisher.wait(0.01), "it hangs"
     may_end.set()
     assert publisher.wait(60)
@@ -79,9 +79,9 @@ def test_running_ones_are_published_again_until_they_end(shown, monkeypatch):
     publisher = Publisher(shown.publish)
     again = threading.Event()
     shown.before = lambda each: again.set() if len(shown.names) > 10 else None
-    publisher.put(run("a", "RUNNING"))
+    publisher.enqueue(run("a", "RUNNING"))
     assert again.wait(60)
-    publisher.put(run("a", "FINISHED", name="end"))
+    publisher.enqueue(run("a", "FINISHED", name="end"))
     assert publisher.wait(60)
     assert set(shown.names[:-1]) == {"a"}
     for thread in shown.threads:
@@ -93,11 +93,11 @@ def test_what_a_dead_server_missed_is_published_when_it_is_back(shown):
     shown.is_down = True
     publisher = Publisher(shown.publish)
     for runs in ((run("a"), run("b", name="old")), (run("b", name="new"), run("c"))):
-        publisher.put(*runs)
+        publisher.enqueue(*runs)
         assert publisher.wait(60), "it was tried"
     assert shown.names == []
     shown.is_down = False
-    publisher.put(run("d"))
+    publisher.enqueue(run("d"))
     assert publisher.wait(60)
     assert shown.names == ["a", "new", "c", "d"]
 
@@ -107,9 +107,9 @@ def test_what_a_dead_server_missed_is_published_when_it_is_back(shown):
 
     # An unexpected error is raised where it is waited for.
     shown.before = fail
-    publisher.put(run("bad"))
+    publisher.enqueue(run("bad"))
     with pytest.raises(ValueError, match="a mistake"):
         publisher.wait(60)
-    publisher.put(run("e"))
+    publisher.enqueue(run("e"))
     assert publisher.wait(60)
     assert shown.names[-1] == "e"

@@ -200,17 +200,17 @@ def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(tracking, work
     assert requests == {"search_runs": 1, "create_run": 1, "log_batch": 1, "get_run": 1}
     requests.clear()
     ended = sweep.changed(status="FINISHED")
-    assert all(tracking.publish_now([*trials, ended]))
+    assert all(tracking.show_in_mlflow([*trials, ended]))
     assert requests == {
         "search_runs": 1, "create_run": 20, "log_batch": 20, "log_inputs": 20,
         "update_run_info": 21,
     }  # fmt: skip
     requests.clear()
-    assert all(tracking.publish_now([*trials, ended]))
+    assert all(tracking.show_in_mlflow([*trials, ended]))
     assert not requests
     again = open_tracking(workspace, warn=pytest.fail)
     requests.clear()
-    assert all(again.publish_now([ended, *trials]))
+    assert all(again.show_in_mlflow([ended, *trials]))
     assert requests == {"search_runs": 1}
 
 
@@ -294,7 +294,7 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     back = open_tracking(workspace, warn=pytest.fail)
     kept = back.stored("trial", "dead-trial", "dead")
     assert kept is not None
-    assert all(back.publish_now([kept]))
+    assert all(back.show_in_mlflow([kept]))
     found = show(back, kept)
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 2.0}
@@ -342,7 +342,7 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, wor
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     model = RegisteredModel(
-        name="copied", alias="best", run=run.place, folder=str(tmp_path / "model"),
+        name="copied", alias="best", run=run.identity, folder=str(tmp_path / "model"),
         model=TrackedModel(key="k", name="copied", params={}, datasets={}),
     )  # fmt: skip
     assert tracking.register(model)

@@ -29,7 +29,7 @@ from iiet.methods import Layer
 from iiet.mix import TERMS_AT_ONCE
 from iiet.schedule import IterationSchedule
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
-from orchestrator.planning.training_memory import training_memory
+from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
@@ -434,11 +434,13 @@ def test_the_planned_memory_is_that_of_a_step(precision, num_passes, checkpointi
             step(decoder, world, precision, num_passes)
     plan = training_memory(
         decoder.config,
-        num_sequences=1,
-        precision=precision,
-        activation_checkpointing=checkpointing,
-        num_shards=8,
-        num_passes=num_passes,
+        TrainingStep(
+            num_sequences=1,
+            precision=precision,
+            activation_checkpointing=checkpointing,
+            num_shards=8,
+            num_passes=num_passes,
+        ),
     )
     # The plan counts gradients from the first pass on, and here they grow while activations go.
     assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
