@@ -97,9 +97,11 @@ def logged_responses(folder: Path) -> dict[str, list[list[Any]]]:
         is_generated = "until" in str(samples[0]["arguments"])
         found[path.name.removeprefix("samples_").rpartition("_")[0]] = [
             [
-                said if is_generated else float(said[0] if isinstance(said, list) else said)
+                response
+                if is_generated
+                else float(response[0] if isinstance(response, list) else response)
                 for responses in sample["resps"]
-                for said in responses
+                for response in responses
             ]
             for sample in samples
             if sample["filter"] == samples[0]["filter"]

@@ -42,8 +42,8 @@ def sample_trial(
         schedule=IterationSchedule(corrections) if METHODS[method].facts.has_corrections else None,
     )
     groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train")}
-    given = {"role": "trial", "folder": "", "suite": Suite(), **values}
-    trial = Trial(key=key, model=model, **given)
+    values_of_trial = {"role": "trial", "folder": "", "suite": Suite(), **values}
+    trial = Trial(key=key, model=model, **values_of_trial)
     for group, numbers in groups.items():
         trial = trial.with_numbers(group, numbers)
     return trial

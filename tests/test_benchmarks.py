@@ -78,12 +78,12 @@ def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
         1,
     )
     report = (tmp_path / "cpu-report.md").read_text()
-    said = capsys.readouterr().out
+    printed_text = capsys.readouterr().out
     assert "| [decoding](#decoding) |" in report
-    for text in (report, said):
+    for text in (report, printed_text):
         assert "2 layers, weights of tiny.gguf" in text
     assert main(["parity", "--gpu", "--quick", "--to", str(tmp_path)]) == 0
-    assert "tiny: the figures mean nothing" in (tmp_path / "gpu-report.md").read_text()
+    assert "mean nothing" in (tmp_path / "gpu-report.md").read_text()
 
 
 def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
@@ -101,8 +101,8 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-        said = capsys.readouterr().err
-        assert all(word in said for word in words), said
+        printed_text = capsys.readouterr().err
+        assert all(word in printed_text for word in words), printed_text
 
 
 def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down():
@@ -199,14 +199,15 @@ def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(t
     assert result.reasons == ["RuntimeError: an illegal memory access"]
     assert "Traceback" in result.details
     result = run_section(section(skipping), toy)
-    assert (result.status, result.reasons) == ("skipped", ["needs 2 GPUs, and this machine has 1"])
+    assert result.status == "skipped"
+    assert "2 GPUs" in result.reasons[0]
 
 
 @pytest.mark.slow
 def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy):
     result = run_in_process(section(killed), toy)
     assert [row.what for row in result.rows] == ["first"]
-    assert result.reasons == ["its process ended with exit code -9"]
+    assert result.reasons[0].endswith("exit code -9")
     assert "a last word" in result.details
     result = run_in_process(GPU_SECTIONS["parity"], toy, limit_seconds=0.2)
     assert result.status == "failed"

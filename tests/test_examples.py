@@ -65,6 +65,6 @@ def test_the_core_trains_distills_and_exports_as_the_example_shows(tmp_path, cap
     assert losses["cross_entropy"] < losses["pruned"]
     printed = capsys.readouterr().out
     assert "influence (cosine, 256 tokens)" in printed
-    assert "distilled under the schedule" in printed
+    assert "distilled under" in printed
     assert Decoder.from_pretrained(tmp_path).schedule.num_evaluations <= 6
     assert (tmp_path / "modeling_iiet.py").is_file()

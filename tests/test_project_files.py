@@ -61,11 +61,11 @@ def sources(*folders: str) -> set[str]:
 @pytest.mark.slow
 def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path):
     wheel = zipfile.ZipFile(build("wheel", tmp_path))
-    own = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    metadata_files = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     sweeps = {f"orchestrator/{path}" for path in sources("sweeps")}
     info = f"{STEM}.dist-info"
     assert set(wheel.namelist()) == {
-        *sources(*PACKAGES), *sweeps, *(f"{info}/{name}" for name in own),
+        *sources(*PACKAGES), *sweeps, *(f"{info}/{name}" for name in metadata_files),
     }  # fmt: skip
     entries = configparser.ConfigParser()
     entries.read_string(wheel.read(f"{info}/entry_points.txt").decode())

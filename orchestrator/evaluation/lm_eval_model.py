@@ -46,6 +46,7 @@ from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, standard_err
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text
 from orchestrator.workspace.provenance import content_key
 
@@ -240,6 +241,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         for batch_kind, rows_of_kind in groupby(rows, key=lambda row: row.batch_kind):
             waiting = list(rows_of_kind)
             while waiting:
+                end_if_stop_requested()
                 batch = waiting[: max(1, max_size // waiting[0].size)]
                 numbers = [number for row in batch for number in row.requests]
                 key = content_key("answers", numbers, [questions[number] for number in numbers])

@@ -29,6 +29,7 @@ from orchestrator.records.evaluation import (
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import out_of_memory_text
@@ -153,16 +154,22 @@ class ModelMeasurer:
     def validation_loss(self, tokens_folder: Path) -> float:
         """Measure the mean loss over held-out tokens, in nats.
 
+        With a limit of items, it is that of as many sequences.
+
         Raises:
             UserError: If the weights or the tokens are missing or damaged.
         """
         fingerprint = open_data(tokens_folder).fingerprint
-        key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
+        num_tokens = NUM_VALIDATION_TOKENS
+        if self._suite.limit is not None:
+            num_tokens = min(num_tokens, self._suite.limit * self.sequence_length)
+        key = self._key(content_key(VALIDATION_LOSS, fingerprint, num_tokens))
         result = self._store.read(key)
         if result is None:
             loss = heldout_loss(
                 self._decoder,
                 tokens_folder,
+                num_tokens=num_tokens,
                 sequence_length=self.sequence_length,
                 note=self._progress.note,
             )
@@ -259,6 +266,7 @@ def heldout_loss(
     decoder: Decoder,
     tokens_folder: Path,
     *,
+    num_tokens: int = NUM_VALIDATION_TOKENS,
     sequence_length: int | None = None,
     batch_size: int = LARGEST_VALIDATION_BATCH,
     note: Callable[[str], None] | None = None,
@@ -266,16 +274,18 @@ def heldout_loss(
     """Return the mean loss over held-out targets, in nats, under the model's schedule.
 
     Args:
+        num_tokens: Most tokens that are read, in whole sequences.
         sequence_length: Tokens of a sequence; as many as the model's context has when unset.
         batch_size: Sequences in one forward pass; halved when a GPU runs out of memory.
         note: Called with a sentence when the batch size is halved.
 
     Raises:
         DeviceError: If the memory is too small for one sequence.
+        Interrupted: If this process was asked to stop.
     """
     batches = open_data(tokens_folder).validation_batches(
         context_length=sequence_length or decoder.config.context_length,
-        num_tokens=NUM_VALIDATION_TOKENS,
+        num_tokens=num_tokens,
         batch_size=batch_size,
     )
     try:
@@ -286,11 +296,17 @@ def heldout_loss(
             decoder.schedule,
             precision="fp32",
             world=World(device=str(decoder.device)),
+            before_batch=end_if_stop_requested,
         )
         return metrics[VALIDATION_METRIC]
     except torch.OutOfMemoryError as error:
         problem = out_of_memory_text(error)
     smaller = smaller_batch(batch_size, problem, note)
     return heldout_loss(
-        decoder, tokens_folder, sequence_length=sequence_length, batch_size=smaller, note=note
+        decoder,
+        tokens_folder,
+        num_tokens=num_tokens,
+        sequence_length=sequence_length,
+        batch_size=smaller,
+        note=note,
     )

@@ -43,6 +43,9 @@ from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
+SMALLEST_CHANGE = {"cosine": 1 - math.cos(0.01), "relative": 0.01}
+"""Metric -> influence of a correction that changes its layer's output by 1 %. Corrections that were
+just added to a plain model change less, and no student can gain by one of them."""
 NUM_PROPOSED = 7
 """Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
 
@@ -313,7 +316,8 @@ def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
 
 
 def summary(table: InfluenceTable) -> str:
-    """Return the range of a table's values, and how many layers do not contract, as text."""
+    """Return the range of a table's values, how many layers do not contract, and whether no
+    correction does anything yet, as text."""
     if not table.schedule.num_corrections:
         layers = table.layer_values
         return (
@@ -323,8 +327,13 @@ def summary(table: InfluenceTable) -> str:
     values = [value for row in table.rows() for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)
-    return (
+    text = (
         f"{len(values)} corrections, from {max(values):.2g} down to {min(values):.2g}, "
         f"over {table.num_tokens:,} tokens"
-        + (f"; layers that do not contract: {growing} of {len(factors)}" if growing else "")
     )
+    if growing:
+        text += f"; layers that do not contract: {growing} of {len(factors)}"
+    smallest_change = SMALLEST_CHANGE.get(table.metric)
+    if smallest_change is not None and max(values) < smallest_change:
+        text += "; each changes the output of its layer by less than 1%: they have learned little"
+    return text

@@ -190,7 +190,7 @@ class TaskResult(Record):
         """The metric that counts as accuracy; None if the task has none."""
         return accuracy_among(name for name in self.metrics if not name.endswith(STDERR_SUFFIX))
 
-    def with_error(self, metric: str | None) -> tuple[float, float] | None:
+    def value_and_error(self, metric: str | None) -> tuple[float, float] | None:
         """Return a metric and its standard error (NaN if unknown); None if it is not reported."""
         if metric is None or metric not in self.metrics:
             return None
@@ -224,12 +224,12 @@ class EvaluationResult(Record):
 
     @property
     def averaged(self) -> dict[str, TaskResult]:
-        """The tasks that averages are about."""
+        """The tasks that are in averages, by name."""
         return {name: result for name, result in self.results.items() if name not in self.beside}
 
     @property
-    def tasks(self) -> dict[str, dict[str, float]]:
-        """Metrics by task."""
+    def metrics_by_task(self) -> dict[str, dict[str, float]]:
+        """Name of a task -> its metrics."""
         return {name: result.metrics for name, result in self.results.items()}
 
     @property
@@ -245,15 +245,15 @@ class EvaluationResult(Record):
 
     @property
     def accuracies(self) -> dict[str, tuple[float, float]]:
-        """Terms of the average: task or group to its accuracy and standard error."""
+        """Terms of the average: task or group -> its accuracy and standard error."""
         in_group = {name for names in self.groups.values() for name in names}
         tasks = {name: (name,) for name in self.averaged if name not in in_group}
         accuracies = {}
         for name, members in (tasks | self.groups).items():
             results = [self.results[member] for member in members if member in self.results]
-            pairs = [result.with_error(result.accuracy_metric) for result in results]
-            if known := [pair for pair in pairs if pair]:
-                accuracies[name] = mean_and_error(known)
+            pairs = [result.value_and_error(result.accuracy_metric) for result in results]
+            if reported := [pair for pair in pairs if pair]:
+                accuracies[name] = mean_and_error(reported)
         return accuracies
 
     @property
@@ -263,7 +263,7 @@ class EvaluationResult(Record):
 
     def quality(self) -> dict[str, float]:
         """Return flat numbers for a trial's result: averages and `TASK/METRIC`, without NaN."""
-        bits = [result.with_error(BITS_METRIC) for result in self.averaged.values()]
+        bits = [result.value_and_error(BITS_METRIC) for result in self.averaged.values()]
         averages = {
             "accuracy": list(self.accuracies.values()),
             BITS_METRIC: [pair for pair in bits if pair],
@@ -271,7 +271,7 @@ class EvaluationResult(Record):
         numbers = {}
         for name, pairs in averages.items():
             numbers[name], numbers[stderr_name(name)] = mean_and_error(pairs)
-        for task, metrics in self.tasks.items():
+        for task, metrics in self.metrics_by_task.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
@@ -336,5 +336,7 @@ def standard_error(aggregation: str, values: Values) -> float | None:
 
 
 def _error_of_mean(deviations: Sequence[float]) -> float:
-    n = len(deviations)
-    return math.sqrt(math.fsum(d * d for d in deviations) / (n - 1) / n)
+    """Return the standard error of a mean from the values' deviations from it."""
+    count = len(deviations)
+    variance = math.fsum(deviation * deviation for deviation in deviations) / (count - 1)
+    return math.sqrt(variance / count)

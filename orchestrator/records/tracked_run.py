@@ -60,8 +60,8 @@ class TrackedModel(Record):
 class TrackedRun(Record):
     """One run as MLflow shows it.
 
-    It is found by its kind, its key and its parent, so there is never a second one. A trial of two
-    sweeps has one key and two runs, one under each parent.
+    A run is found by its kind, its key and its parent, so there is never a second one. A trial of
+    two sweeps has one key and two runs, one under each parent.
     """
 
     key: str
@@ -72,18 +72,18 @@ class TrackedRun(Record):
     name: str
     """Name for people; two runs may share it."""
     parent: str | None = None
-    """Key of the sweep that it is a trial of."""
+    """Key of the sweep whose trial the run shows; None for any other run."""
     folder: WorkspacePath | None = None
     """The folder that the run describes, if it is one of a folder; it may be deleted."""
     journal: WorkspacePath | None = None
-    """Folder of the journal with its curves."""
+    """Folder of the journal with the run's curves."""
     params: Texts = Field(default_factory=dict)
     tags: Texts = Field(default_factory=dict)
     """An empty text deletes the tag."""
     points: list[tuple[str, float, int]] = Field(default_factory=list)
     """Name, value and step of metrics that are in no journal."""
     dataset: DataSummary | None = None
-    """The data that it read."""
+    """The data that a training or a measurement read."""
     files: dict[str, list[WorkspacePath]] = Field(default_factory=dict)
     """Folder of artifacts -> pictures, tables and pages, as far as they exist."""
     texts: dict[str, str] = Field(default_factory=dict)
@@ -91,7 +91,7 @@ class TrackedRun(Record):
     views: dict[str, str] = Field(default_factory=dict)
     """Tags of the experiment, which hold saved chart views."""
     model: TrackedModel | None = None
-    """What was made or measured, if its metrics belong to a logged model."""
+    """The model that was made or measured, if the run's metrics belong to a logged model."""
     status: Status = "FINISHED"
     started_ms: int = Field(default_factory=now_ms)
     ended_ms: int | None = None
@@ -125,7 +125,7 @@ class TrackedRun(Record):
         return self.kind, self.key, self.parent
 
     def path(self, workspace: Workspace) -> Path:
-        """Return its file in a workspace."""
+        """Return the run's file in a workspace."""
         return tracked_path(workspace, *self.identity)
 
     def is_stored(self, workspace: Workspace) -> bool:
@@ -141,9 +141,9 @@ class TrackedRun(Record):
         for name in {"tags", "files", "texts", "views"} & changes.keys():
             changes[name] = {**getattr(self, name), **changes[name]}
         if "points" in changes:
-            new = {(name, step) for name, _, step in changes["points"]}
-            kept = [point for point in self.points if (point[0], point[2]) not in new]
-            changes["points"] = [*kept, *changes["points"]]
+            replaced = {(name, step) for name, _, step in changes["points"]}
+            unchanged = [point for point in self.points if (point[0], point[2]) not in replaced]
+            changes["points"] = [*unchanged, *changes["points"]]
         return self.model_copy(update=changes)
 
 
@@ -153,7 +153,7 @@ class RegisteredModel(Record):
     name: str
     """Name of the registered model."""
     alias: str
-    """Points to this version."""
+    """Name that points to this version of the model."""
     run: tuple[str, str, str | None]
     """Identity of the `TrackedRun` that made or measured the model."""
     model: TrackedModel
@@ -164,7 +164,7 @@ class RegisteredModel(Record):
     tags: dict[str, str] = Field(default_factory=dict)
 
     def path(self, workspace: Workspace) -> Path:
-        """Return its file in a workspace; the alias's next version replaces it."""
+        """Return the version's file in a workspace; the alias's next version replaces it."""
         return workspace.tracked / "registered" / f"{self.name}@{self.alias}.json"
 
 

@@ -68,7 +68,7 @@ class TrainingJob(Record):
     section: Annotated[str, Effect.FILES] = "training"
     """Settings section of the recipe, named in errors."""
     provenance: Annotated[dict[str, Any], Effect.FILES] = Field(default_factory=dict)
-    """JSON-able entries for the `provenance.json` of every checkpoint."""
+    """Entries of the `provenance.json` of every checkpoint, as JSON values."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> TrainingJob | None:
@@ -143,7 +143,8 @@ class TrainingOutcome(Record):
     training_flops: float = 0.0
     """Training FLOPs, with the forward passes of a teacher."""
     shared_flops: float = 0.0
-    """Part of them that another run spent: on a shared first stage, or before it was continued."""
+    """Part of the training FLOPs that another run spent: on a shared first stage, or before the
+    training was continued."""
 
 
 def method_parameters(model: ModelConfig) -> dict[str, str]:

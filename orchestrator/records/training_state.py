@@ -1,7 +1,7 @@
 """How far a training is, as its folder says: one enumeration, and one class that reads the folder.
 
-Lists, plans, estimates and sweeps ask it. Everything is read from small files, and PyTorch is not
-imported, so that an answer takes a moment also while trainings run.
+Lists, plans, estimates and sweeps use the class. Everything is read from small files, and PyTorch
+is not imported, so that an answer takes a moment also while trainings run.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Training:
 
     @cached_property
     def state(self) -> TrainingState:
-        """How far it is."""
+        """How far the training is."""
         if self.damage:
             return TrainingState.DAMAGED
         if self.outcome:  # Also of a trial that was stopped early, and trained on later.
@@ -119,7 +119,7 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Last step in its journal, or of its newest checkpoint."""
+        """Last step in the training's journal, or of its newest checkpoint."""
         recorded: list[int] = [
             record["step"] for record in self.records if record["kind"] == "metrics"
         ]
@@ -127,7 +127,7 @@ class Training:
 
     @property
     def saved_step(self) -> int:
-        """Step of its newest checkpoint, intact or not; 0 without one."""
+        """Step of the training's newest checkpoint, intact or not; 0 without one."""
         return step_of(self.checkpoints[-1]) if self.checkpoints else 0
 
     @cached_property
@@ -139,7 +139,7 @@ class Training:
 
     @cached_property
     def records(self) -> list[Record]:
-        """The last records of its journal."""
+        """The last records of the training's journal."""
         return read_tail(self.folder)
 
     @cached_property

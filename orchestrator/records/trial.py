@@ -38,8 +38,8 @@ SOURCE_CONTINUED = "source_continued"
 
 def role_beside(label: str) -> Role:
     """Return the role of a model that stands beside the front, by its label."""
-    own_roles: dict[str, Role] = {SOURCE: "source", SOURCE_CONTINUED: "source_continued"}
-    return own_roles.get(label, "baseline")
+    role_by_label: dict[str, Role] = {SOURCE: "source", SOURCE_CONTINUED: "source_continued"}
+    return role_by_label.get(label, "baseline")
 
 
 def _finite_or_none(number: float | None) -> float | None:
@@ -168,7 +168,8 @@ class Trial(Record):
     def result(self) -> Trial | None:
         """Return the trial with what was measured; None while it is not finished.
 
-        All else is this sweep's: another sweep may have measured the same trial under other names.
+        Names and thresholds stay those of this sweep: another sweep may have measured the same
+        trial under others.
         """
         stored = Trial.read(self.result_path)
         if stored is None:
@@ -182,12 +183,12 @@ class Trial(Record):
 
     def with_numbers(self, group: str, numbers: Mapping[str, float | None]) -> Trial:
         """Return the trial with those of these numbers, tracked as `GROUP/NAME`, that are known."""
-        known = {
+        finite_numbers = {
             f"{group}/{name}": number
             for name, number in numbers.items()
             if number is not None and math.isfinite(number)
         }
-        return self.model_copy(update={"numbers": {**self.numbers, **known}})
+        return self.model_copy(update={"numbers": {**self.numbers, **finite_numbers}})
 
     def value(self, name: str) -> float | None:
         """Return a number by its tracked name; None if it was not measured."""

@@ -71,7 +71,8 @@ class EvaluationSettings(Section):
     num_items: StrictInt = Field(default=700, gt=0)
     """Items of each held-out task; 700 keep one standard error under 1.9 points."""
     limit: StrictInt | None = Field(default=None, gt=0, le=MAX_COUNT)
-    """Score only this many items of each task, from its first on (default: all)."""
+    """Score only this many items of each task, from its first on, and read as many sequences for a
+    sweep's validation loss (default: all items, and 65,536 tokens)."""
     num_fewshot: StrictInt | None = Field(default=None, ge=0, le=MAX_COUNT)
     """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
     number)."""

@@ -294,10 +294,14 @@ class RunningSweep:
         return self.plan.model_copy(update={"trials": (*self.plan.trials, *suggested)})
 
     def begin_saving(self) -> bool:
-        """Say what the running trials save, and return whether there are any."""
-        running = [state.trial for state in self.with_status("running")]
-        note_saving([trial.job for trial in running if trial.job], self.notes.append)
-        return bool(running)
+        """Say what the trials that train save, and return whether there are any.
+
+        A measurement has nothing to save: its answers are stored as they come.
+        """
+        running_jobs = [state.trial.job for state in self.with_status("running")]
+        training_jobs = [job for job in running_jobs if job and not finished_outcome(job)]
+        note_saving(training_jobs, self.notes.append)
+        return bool(training_jobs)
 
     def saved(self) -> str:
         """Say how many trials are finished, and what the others have saved."""

@@ -195,13 +195,19 @@ class SweepView:
             label: TRAINING_SHARE * reader.step / job.recipe.num_steps
             for (label, job), reader in zip(jobs.items(), readers, strict=True)
         }
-        begun = [label for label, share in shares.items() if share]
+        shown = [
+            f"measuring {label}" if share >= TRAINING_SHARE else label
+            for label, share in shares.items()
+            if share
+        ]
+        shown += [
+            f"measuring {state.trial.label}"
+            for state in self._sweep.with_status("running")
+            if not state.trial.job
+        ]
         num_done = self._sweep.num_ended + sum(shares.values())
-        num_ended = self._sweep.num_ended
-        text = f"{num_ended} of {self._sweep.num_all} trials"
-        if begun:
-            text += f", training {'; '.join(begun[:MAX_NAMED])}"
-        self._progress.advance(num_done, text)
+        num_trials = f"{self._sweep.num_ended} of {self._sweep.num_all} trials"
+        self._progress.advance(num_done, "; ".join([num_trials, *shown[:MAX_NAMED]]))
 
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""

@@ -38,6 +38,13 @@ def stop_requested() -> bool:
     return bool(_signals) or any(has_request() for has_request in _sources)
 
 
+def end_if_stop_requested() -> None:
+    """Raise `Interrupted` if this process was asked to stop; called between the passes of work that
+    has no state of its own to save."""
+    if stop_requested():
+        raise Interrupted("interrupted; run the same command again to resume")
+
+
 @contextmanager
 def stop_when(has_request: Callable[[], bool]) -> Iterator[None]:
     """Ask a function for requests to stop while the block runs, such as one that reads a message.

@@ -188,6 +188,7 @@ def validation_metrics(
     precision: str,
     world: World,
     source_names: Sequence[str] = (),
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Return loss and accuracy on held-out batches, by name of the metric.
 
@@ -198,6 +199,7 @@ def validation_metrics(
     Args:
         source_names: The sources of a mixture, whose batches are of one source each; without names
             there are no numbers by source.
+        before_batch: Called before each batch, such as to end here when a stop is requested.
 
     Returns:
         `validation/loss`: the mean per target in nats, NaN without targets; `validation/accuracy`:
@@ -209,6 +211,8 @@ def validation_metrics(
     was_training = decoder.training
     decoder.eval()
     for first in range(0, len(batches), world.size):
+        if before_batch:
+            before_batch()
         number = first + world.rank
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets

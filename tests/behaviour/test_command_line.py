@@ -127,12 +127,12 @@ def test_a_mistake_prints_one_sentence_and_exits_with_2(tmp_path, monkeypatch, c
     problems = []
     for command, words in MISTAKES.items():
         code, printed = _run(capfd, *shlex.split(command))
-        said = words.format(here=tmp_path) if "{here}" in words else words
-        if code != 2 or said not in printed or "Traceback" in printed:
+        expected_words = words.format(here=tmp_path) if "{here}" in words else words
+        if code != 2 or expected_words not in printed or "Traceback" in printed:
             problems.append(f"{command[:80]} ended with {code}: {printed[:400]}")
     assert not problems, "\n".join(problems)
-    left = [*(tmp_path / "space").glob("*/[!.]*")]  # Texts that were begun are used again.
-    assert {path.parent.name for path in left} <= {"logs"}
+    begun_texts = [*(tmp_path / "space").glob("*/[!.]*")]  # Texts that were begun are used again.
+    assert {path.parent.name for path in begun_texts} <= {"logs"}
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel, tmp_path):
         exported = run(
             command, "pick", "--best", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path
         )
-    own = [f["text"] for f in doctor["findings"] if f["check"] == "versions"]
-    assert str(python.parents[1]) in own[0]
+    version_texts = [f["text"] for f in doctor["findings"] if f["check"] == "versions"]
+    assert str(python.parents[1]) in version_texts[0]
     for file in (ROOT / "sweeps").glob("*.yaml"):
         assert file.stem in listed
     for word in ("vanilla", "r = 0", "teacher", "front.html"):

@@ -87,7 +87,7 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place):
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(MODULES)
     with on_path(place.site):
         found = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
-    assert [each.state for each in found] == ["ok"] * 3
+    assert [finding.state for finding in found] == ["ok"] * 3
 
 
 @pytest.mark.long

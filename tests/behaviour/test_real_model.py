@@ -189,8 +189,8 @@ def test_the_model_is_that_of_transformers(walk, stock):
 def test_transformers_serves_the_export(walk, tmp_path):
     question = {"role": "user", "content": "What is the capital of France?"}
     writer = TextGenerator(open_model(walk.checkpoint))
-    asked = writer.texts_to_continue([question["content"]], chat=True)
-    expected = "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
+    prompts = writer.texts_to_continue([question["content"]], chat=True)
+    expected = "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))
     with served(walk.folder / "smollm2-exported", tmp_path) as ask:
         answer = ask("v1/chat/completions", messages=[question], max_tokens=24, temperature=0)
     assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
@@ -275,8 +275,8 @@ def test_it_becomes_iterative_and_still_answers(walk):
         assert not torch.equal(logits, none(ids))
     for schedule in (full.schedule, none.schedule):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
-        asked = writer.texts_to_continue(["What is the capital of France?"], chat=True)
-        assert "Paris" in "".join(writer.stream(*asked, Sampling(max_new_tokens=24)))
+        prompts = writer.texts_to_continue(["What is the capital of France?"], chat=True)
+        assert "Paris" in "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))
 
     walk.run(STUDENTS)
     found = json.loads((walk.folder / "iiet-workspace/sweeps/cheaper/front.json").read_text())

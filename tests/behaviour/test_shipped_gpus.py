@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from orchestrator import SweepPlan, plan_sweep
 from orchestrator.planning import machine
@@ -60,7 +61,7 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(name,
     students = f"distillation.training.{PER_PASS}={per_pass}"
     problem = planned(name, tmp_path, students, "sweep.gpus_per_trial=1").problems["an H100"]
     assert f"set distillation.training.{PER_PASS} lower" in str(problem)
-    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0.* names GPUs"):
+    with refused(UserError, "sweep.gpus_per_trial=0"):
         planned(name, tmp_path, "sweep.gpus_per_trial=0")
 
 

@@ -45,8 +45,8 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
 
         end_trials(monkeypatch, end)
         plan = tiny_plan.model_copy(update={"key": f"down at {when}", "name": f"down-{when}"})
-        told: list[str] = []
-        tracking = Tracking(workspace, warn=told.append)
+        warnings: list[str] = []
+        tracking = Tracking(workspace, warn=warnings.append)
         settings = resolve_settings({})
         outcome = run_plan(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
@@ -54,7 +54,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
         written = write_sweep_report(workspace, found, tracking=lambda tracking=tracking: tracking)
         assert written.page.is_file()
-        assert len(told) == 1, told
+        assert len(warnings) == 1, warnings
 
         is_down[0] = False
         sync(workspace=workspace)

@@ -73,12 +73,12 @@ def cases(*slow):
 def test_training_and_inference_are_one_graph_each(method, masked):
     decoder = decoder_of(method, num_layers=2 if method == "iiet" else 1)
     compiled = torch.compile(decoder, **GRAPHS)
-    given = masks(masked)
+    options = masks(masked)
     torch.testing.assert_close(
-        trained(decoder, compiled, **given), trained(decoder, decoder, **given)
+        trained(decoder, compiled, **options), trained(decoder, decoder, **options)
     )
     with torch.no_grad():
-        torch.testing.assert_close(compiled(tokens(), **given), decoder(tokens(), **given))
+        torch.testing.assert_close(compiled(tokens(), **options), decoder(tokens(), **options))
 
 
 @pytest.mark.parametrize(("method", "masked"), cases(("iiet", False)))
@@ -86,9 +86,9 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
     decoder = decoder_of(method)
     compiled = torch.compile(decoder, **GRAPHS)
     cuts = [4, 1, 1]
-    given = masks(masked)
+    options = masks(masked)
     torch.testing.assert_close(
-        decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
+        decoded(decoder, compiled, cuts, **options), decoded(decoder, decoder, cuts, **options)
     )
 
 
@@ -134,13 +134,13 @@ assert not torch._dynamo.utils.counters["graph_break"]
 def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
     compiled = torch.compile(decoder)
-    given = masks(masked)
+    options = masks(masked)
     torch.testing.assert_close(
-        trained(decoder, compiled, **given), trained(decoder, decoder, **given)
+        trained(decoder, compiled, **options), trained(decoder, decoder, **options)
     )
     cuts = [4, 1, 1]
     torch.testing.assert_close(
-        decoded(decoder, compiled, cuts, **given), decoded(decoder, decoder, cuts, **given)
+        decoded(decoder, compiled, cuts, **options), decoded(decoder, decoder, cuts, **options)
     )
 
 

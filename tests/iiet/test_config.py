@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from refusals import refused
 
 from iiet import (
     INFLUENCE_METRICS,
@@ -35,7 +36,7 @@ def test_overrides():
     assert config.schedule == IterationSchedule((2, 0))
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (8, 16, 5e5)
     assert preset("tiny", num_layers=4).schedule == IterationSchedule((3, 3, 3, 3))
-    with pytest.raises(ValueError, match="unknown preset '7b'; there are tiny, 55m"):
+    with refused(ValueError, "'7b'", "tiny, 55m"):
         preset("7b")
 
 
@@ -89,7 +90,7 @@ def test_plain_values_that_make_no_config():
         with pytest.raises(ValueError, match=message):
             ModelConfig.from_dict({**values, **changes})
     del values["dim"]
-    with pytest.raises(ValueError, match="unknown key 'hidden'; missing key 'dim'; known keys"):
+    with refused(ValueError, "'hidden'", "'dim'"):
         ModelConfig.from_dict({**values, "hidden": 3})
 
 

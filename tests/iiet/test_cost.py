@@ -130,9 +130,9 @@ def test_bytes_equal_what_a_decoding_step_reads(method, tied):
     config = small(method, tie_embeddings=tied)
     context = 9
     decoder = Decoder(config).eval()
-    own = decoder.method_parameters()
+    method_parameters = decoder.method_parameters()
     # The method's own few values (norms, mix, gates) are left out of the count.
-    parameters = [p for name, p in decoder.named_parameters() if name not in own]
+    parameters = [p for name, p in decoder.named_parameters() if name not in method_parameters]
     for strategy in ("exact", "last"):
         sizes = {"batch_size": 1, "max_tokens": context, "strategy": strategy}
         cache = CountingCache(config, **sizes)

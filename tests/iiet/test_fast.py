@@ -160,7 +160,7 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
 
 
 def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
-    """Also those of a decoder that was made before."""
+    """The switch counts at each call, also of a decoder that was made before it."""
     decoder = make_model()
     monkeypatch.setattr(fast, "ENABLED", False)
     for form in (

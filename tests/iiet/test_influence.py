@@ -13,6 +13,7 @@ import pytest
 import torch
 from live_tensors import LiveTensors
 from model_cases import make_model, tokens
+from refusals import refused
 from safetensors.torch import load_file
 
 from iiet import INFLUENCE_METRICS
@@ -160,8 +161,8 @@ def test_batches_come_as_tensors_or_batches():
     batch = tokens(2, 8)
     expected = influence_table(decoder, [batch])
     for one in (batch, Batch.of_text(batch)):
-        for given in (one, [one]):
-            assert influence_table(decoder, given).to_dict() == expected.to_dict()
+        for batches_of_one in (one, [one]):
+            assert influence_table(decoder, batches_of_one).to_dict() == expected.to_dict()
     with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
         influence_table(decoder, [batch[0]])
 
@@ -187,7 +188,7 @@ def test_only_positions_that_count_are_measured(metric):
     joined = influence_table(decoder, [uneven], metric=metric)
     for row, expected in zip(split.value_rows, joined.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    with pytest.raises(ValueError, match="'looped' repeats the whole stack"):
+    with refused(ValueError, "'looped'"):
         influence_table(Decoder(preset("tiny", method="looped")), tokens(2, 8))
     with pytest.raises(ValueError, match="nothing to measure"):
         influence_table(decoder, [Batch(ids, ids, mask=mask & False)], metric=metric)
@@ -197,10 +198,10 @@ def test_errors_are_the_standard_errors_over_batches():
     decoder = decoder_of()
     batches = tokens(10, 8).split(2)
     table = influence_table(decoder, batches)
-    each = [influence_table(decoder, [batch]).value_rows for batch in batches]
+    rows_of_batches = [influence_table(decoder, [batch]).value_rows for batch in batches]
     for layer, row in enumerate(table.error_rows):
         for i, error in enumerate(row):
-            means = np.array([values[layer][i] for values in each])
+            means = np.array([values[layer][i] for values in rows_of_batches])
             assert error == pytest.approx(means.std(ddof=1) / np.sqrt(5), rel=1e-9)
     assert all(
         math.isnan(error)
@@ -275,16 +276,16 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
     decoder = make_model("pcformer", (2, 1, 0, 2))
     ids = tokens(3, 9)
     full = decoder.schedule
-    left = {}
+    last_estimates = {}
     for layer, level in enumerate(full):
         for lower in range(level + 1):
             hook = decoder.model.layers[layer].register_forward_hook(
-                lambda *args, place=(layer, lower): left.update({place: args[-1].state})
+                lambda *args, place=(layer, lower): last_estimates.update({place: args[-1].state})
             )
             with plain_formulas():
                 decoder(ids, schedule=full.with_layer(layer, lower))
             hook.remove()
-    left = {place: history.estimates[-1] for place, history in left.items()}
+    last_estimates = {place: history.estimates[-1] for place, history in last_estimates.items()}
 
     def compared(before, after):
         if metric == "cosine":
@@ -295,7 +296,7 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
     assert table.schedule == full
     for layer, row in enumerate(table.value_rows):
         expected = [
-            compared(left[layer, level - 1], left[layer, level]).mean().item()
+            compared(last_estimates[layer, level - 1], last_estimates[layer, level]).mean().item()
             for level in range(1, full[layer] + 1)
         ]
         assert row == pytest.approx(expected, rel=1e-9)
@@ -344,7 +345,7 @@ def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_r
     del INFLUENCE_METRICS.own_classes["constant"]
     table = InfluenceTable.from_dict(stored)
     assert table.value_rows == Constant.rows
-    with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):
+    with refused(ExtensionError, "'constant'", "cosine"):
         table.worths()
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with refused(ValueError, "metric"):
         influence_table(decoder, ids, metric="constant")

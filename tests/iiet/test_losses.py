@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
+from refusals import refused
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
@@ -158,13 +159,13 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="shape"):
         kl_divergence(teacher, student)
     for temperature in (0.0, 1e-42, 1e30, math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"temperature must be from 0\.001 to 1000, got"):
+        with refused(ValueError, "temperature", "0.001", "1000"):
             kl_divergence(teacher, teacher, temperature=temperature)
     for temperature in (1e-3, 1e3):
         assert kl_divergence(teacher, -teacher, temperature=temperature).isfinite()
     with pytest.raises(ValueError, match="backward"):
         kl_divergence(teacher, teacher, kind="backward")
-    with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):
+    with refused(ValueError, "targets", "(1, 3)"):
         cross_entropy(teacher, torch.zeros(1, 3, dtype=torch.long))
 
 

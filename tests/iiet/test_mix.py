@@ -22,10 +22,10 @@ def test_sums_are_those_of_all_estimates(num_estimates):
     mix = Mix(num_estimates - 1).double()
     for row in (mix.inner, mix.outer):
         torch.nn.init.normal_(row)
-    *estimates, own = torch.randn(num_estimates + 1, 1, 2, 3, dtype=torch.float64)
+    *estimates, newest = torch.randn(num_estimates + 1, 1, 2, 3, dtype=torch.float64)
     for row, total in zip((mix.inner, mix.outer), mix.sums(estimates, corrects=True), strict=True):
-        expected = torch.tensordot(row, torch.stack([*estimates, own]), dims=1)
-        torch.testing.assert_close(total.plus(own, torch.float64), expected)
+        expected = torch.tensordot(row, torch.stack([*estimates, newest]), dims=1)
+        torch.testing.assert_close(total.plus(newest, torch.float64), expected)
 
 
 @torch.no_grad()
@@ -85,9 +85,9 @@ def test_in_half_precision_rows_norms_and_sums_stay_float32(method):
     ):
         move()
         for name, parameter in decoder.named_parameters():
-            own = name in exact
-            assert parameter.dtype == (torch.float32 if own else torch.bfloat16), name
-            assert not own or torch.equal(parameter, exact[name])
+            is_own = name in exact
+            assert parameter.dtype == (torch.float32 if is_own else torch.bfloat16), name
+            assert not is_own or torch.equal(parameter, exact[name])
     tokens = torch.randint(2048, (2, 8))
     logits, hidden = decoder(tokens, return_hidden=True)
     assert logits.dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 
 from iiet.schedule import IterationSchedule
 
@@ -92,5 +93,5 @@ def test_is_within_is_a_partial_order():
     assert not small.is_within(large)
     assert not large.is_within(small)
     assert IterationSchedule.none(2).is_within(small)
-    with pytest.raises(ValueError, match="different numbers of layers"):
+    with refused(ValueError, "layers"):
         small.is_within(IterationSchedule((1, 1, 1)))

@@ -43,11 +43,11 @@ def test_each_correction_applies_its_share_of_a_step_and_may_read_the_prediction
     history = [seen[0].input]
     for number, layer in enumerate(decoder.model.layers):
         prediction, *corrections = (one for one in seen if one.layer == number)
-        *earlier, own = layer.mix.inner
+        *earlier, own_weight = layer.mix.inner
         e = prediction.estimate
         assert prediction.residual is None
         for correction in corrections:
-            point = sum(a * s for a, s in zip(earlier, history, strict=True)) + own * e
+            point = sum(a * s for a, s in zip(earlier, history, strict=True)) + own_weight * e
             if reinjects:
                 point = point + layer.reinjection * prediction.estimate
             torch.testing.assert_close(correction.input, point)
@@ -92,7 +92,7 @@ def loss_by_hand(decoder, last):
     estimates = [hidden]
     for layer, count in zip(decoder.model.layers, decoder.schedule, strict=True):
         e = prediction = layer.prediction_norm(layer.field(hidden, context))
-        *earlier, own = layer.mix.inner.unbind()
+        *earlier, own_weight = layer.mix.inner.unbind()
         for k in range(count):
             if k == count - last and k > 0:
                 e = e.detach()
@@ -100,7 +100,7 @@ def loss_by_hand(decoder, last):
             if layer.reinjection is not None:
                 first = prediction.detach() if last < count else prediction
                 sums = sums + layer.reinjection * first
-            e = layer.correction_norm(layer.field(sums + own * e, context))
+            e = layer.correction_norm(layer.field(sums + own_weight * e, context))
         estimates.append(e)
         hidden = sum(c * s for c, s in zip(layer.mix.outer.unbind(), estimates, strict=True))
     return next_token_loss(decoder.logits(hidden), IDS)

@@ -224,7 +224,7 @@ def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, s
 
 @torch.no_grad()
 def test_an_ordinary_pass_may_follow():
-    """It sees the tokens of the steps, and the padding of the prompts."""
+    """An ordinary pass sees the tokens of the steps, and the padding of the prompts."""
     decoder = decoder_of()
     steps = StaticSteps(decoder)
     cache = steps.empty_cache(batch_size=2, max_tokens=16, strategy="exact")

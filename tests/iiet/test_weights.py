@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from model_cases import make_model, tokens
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from iiet import Decoder, next_token_loss
@@ -30,10 +31,10 @@ def test_a_dtype_casts_all_but_the_methods_own_weights_and_that_of_the_file_is_k
         torch.float64
     }
     kinds = dtypes_of(decoder.bfloat16())
-    own = set(decoder.method_parameters())
+    method_names = set(decoder.method_parameters())
     assert dtypes_of(Decoder.from_pretrained(tmp_path, torch.bfloat16)) == kinds
-    assert {kinds[name] for name in own} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if name not in own} == {torch.bfloat16}
+    assert {kinds[name] for name in method_names} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in method_names} == {torch.bfloat16}
     decoder.save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)
     assert dtypes_of(again) == kinds
@@ -123,5 +124,5 @@ def test_a_lazy_tensor_reads_what_is_asked_for(tmp_path):
     assert torch.equal(tensors["a"][...], weights["a"])
     assert torch.equal(tensors["a"][2:4], weights["a"][2:4])
     assert tensors["a"][6:8].shape == (0, 3)
-    with pytest.raises(ValueError, match="bad has 1 values that are NaN"):
+    with refused(ValueError, "bad", "NaN"):
         tensors["bad"][...]

@@ -45,11 +45,11 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
 def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
     for name, chart in zip(PICTURED, panels(), strict=True):
         report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))
-        beside = {row["name"] for row in report["results"] if row["role"] != "trial"}
+        baselines = {row["name"] for row in report["results"] if row["role"] != "trial"}
         shown = {row["label"]: row["places"] for row in chart["data"]["values"]}
-        assert beside - set(NOT_PICTURED) <= set(shown)
+        assert baselines - set(NOT_PICTURED) <= set(shown)
         assert not set(NOT_PICTURED) & set(shown)
         # The first width is that of screens.
-        assert all(min(shown[label][::2]) >= 0 for label in beside - set(NOT_PICTURED))
+        assert all(min(shown[label][::2]) >= 0 for label in baselines - set(NOT_PICTURED))
     ledger.draw_picture(tmp_path / "fronts.png")
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")

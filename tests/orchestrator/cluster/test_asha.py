@@ -67,8 +67,8 @@ class Race:
     def validate(self, label: str, step: int) -> None:
         self.reached[label] = step
         result = {STEP: step, LOSS: self.curves[label][step - 1]}
-        told = self.scheduler.on_trial_result(None, self.tune_trials[label], result)
-        assert told == "CONTINUE", "Tune kills nothing"
+        decision = self.scheduler.on_trial_result(None, self.tune_trials[label], result)
+        assert decision == "CONTINUE", "Tune kills nothing"
 
     def run(self, seed: int, gap: int = 1) -> None:
         """Train in a random order, and validate every `gap` steps."""

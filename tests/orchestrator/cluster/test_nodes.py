@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from installed_package import PACKAGE, install, on_path
+from refusals import assert_names
 
 from orchestrator.cluster import ray
 from orchestrator.cluster.ray import CODE, locked_file, problem_of_node, versions
@@ -17,11 +18,11 @@ def test_a_workspace_is_shared_if_its_files_and_locks_are(tmp_path, monkeypatch)
     monkeypatch.setattr(ray, "SEEN_SECONDS", 0.0)
     with locked_file(tmp_path) as path:
         assert problem_of_node(path, versions()) == ""
-        assert "does not see what this" in problem_of_node(tmp_path / "missing", {})
+        assert "does not see" in problem_of_node(tmp_path / "missing", {})
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "read-only")))
             problem = problem_of_node(path, {})
-        assert problem.startswith(f"cannot write or lock files (read-only) in {tmp_path}; the work")
+        assert f"(read-only) in {tmp_path}" in problem
     assert not [*tmp_path.iterdir()]
     # As on a file system that keeps locks to each node: nobody seems to hold it.
     (tmp_path / "free").touch()
@@ -39,10 +40,10 @@ def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path):
     with on_path(tmp_path / "1.0"):
         ours = versions()
         assert problem_of_node(None, ours) == problem_of_node(None, without) == ""
-    assert problem_of_node(None, ours).startswith(f"has {PACKAGE}: not installed, and this machine")
+    assert f"{PACKAGE}: not installed" in problem_of_node(None, ours)
     with on_path(tmp_path / "1.1"):
         problem = problem_of_node(None, ours)
-    assert problem == f"has {PACKAGE}: 1.1, and this machine 1.0; install the same on all nodes"
+    assert_names(problem, f"{PACKAGE}: 1.1", "1.0")
 
 
 def test_code_that_differs_by_a_line_is_another(tmp_path, monkeypatch):
@@ -56,4 +57,4 @@ def test_code_that_differs_by_a_line_is_another(tmp_path, monkeypatch):
         file.write("# another version\n")
     problem = problem_of_node(None, ours)
     assert problem.startswith(f"has {CODE}: ")
-    assert "install the same on all nodes" in problem
+    assert "all nodes" in problem

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
+from refusals import refused
 
 from orchestrator.cluster.places import Placement, job_placement
 from orchestrator.planning.machine import Node, Resources
@@ -72,8 +73,8 @@ def fits(nodes: tuple[Node, ...], found: Placement) -> bool:
 
 @pytest.mark.parametrize("nodes", CLUSTERS)
 def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
-    for asked, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
-        for num_workers, num_gpus in ((asked, 0), (1, asked), (1, 1 / asked)):
+    for num_wanted, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
+        for num_workers, num_gpus in ((num_wanted, 0), (1, num_wanted), (1, 1 / num_wanted)):
             try:
                 found = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))
             except UserError:
@@ -81,7 +82,7 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
             assert (found.workers, found.gpus > 0) == (
                 math.ceil(num_gpus) or num_workers, num_gpus > 0,
             )  # fmt: skip
-            assert fits(nodes, found), (asked, num_jobs, found)
+            assert fits(nodes, found), (num_wanted, num_jobs, found)
             more = {**vars(found), "jobs_at_once": found.jobs_at_once + 1}
             assert found.jobs_at_once == num_jobs or not fits(nodes, Placement(**more)), found
 
@@ -110,7 +111,7 @@ def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
         found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
         assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
-    with pytest.raises(UserError, match=r"cluster\.min_gpus=16: .* has .*cluster\.min_gpus=12"):
+    with refused(UserError, "cluster.min_gpus=16", "cluster.min_gpus=12"):
         job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
 
 

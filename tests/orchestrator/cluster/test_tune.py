@@ -279,7 +279,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     assert ended["bad"] == (None, "")
     stop = early_stops(plan, sweep)["bad"]
     assert stop.step == 100
-    assert stop.text.startswith(f"stopped early at step {stop.step} of 400: its validation loss is")
+    assert f"step {stop.step} of 400" in stop.text
     assert "good had" in stop.text
     [saved] = Path(bad.folder).glob("step_*")
     assert stop.step <= int(saved.name.removeprefix("step_")) < 400
@@ -449,7 +449,9 @@ def test_ray_ends_trials_when_memory_runs_low_and_says_who_has_it(tiny_plan, tmp
     )  # fmt: skip
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    told = [line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))]
-    assert [line.split()[0] for line in told] == ["again", "failed"], printed
-    for line in told:
+    outcome_lines = [
+        line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))
+    ]
+    assert [line.split()[0] for line in outcome_lines] == ["again", "failed"], printed
+    for line in outcome_lines:
         assert re.search(r"[\d.]+ of [\d.]+ GB were used; .* \(process \d+\) [\d.]+ GB", line)

@@ -128,19 +128,19 @@ def test_products_are_those_of_moving_things():
 def test_chance_is_the_accuracy_of_the_best_guess_where_a_test_asks(task):
     symbols, answers = task.generate(random_bits(5, np.arange(20_000), task.num_random))
     places = task.asked_positions(answers, random_bits(6, np.arange(20_000), 1)[:, 0])
-    asked = places != NO_ANSWER
-    assert (answers[~asked] == NO_ANSWER).all()
-    right = answers[asked, places[asked]]
+    has_answer = places != NO_ANSWER
+    assert (answers[~has_answer] == NO_ANSWER).all()
+    right = answers[has_answer, places[has_answer]]
     assert (right != NO_ANSWER).all()
     best = (np.bincount(right, minlength=len(task.symbols)) / len(right)).max()
     if task.kind in ("chain", "lookup"):  # The question itself is never the answer.
-        assert (right != symbols[asked, places[asked]]).all()
+        assert (right != symbols[has_answer, places[has_answer]]).all()
         assert best == pytest.approx(1 / len(task.choices), abs=0.02)
         assert task.chance == 1 / (len(task.choices) - 1)
     else:
         assert best == pytest.approx(task.chance, abs=0.02)
     if task.kind == "phop":
-        assert len(set(places[asked].tolist())) > 40
+        assert len(set(places[has_answer].tolist())) > 40
 
 
 # Prepared data

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from refusals import refused
 from sample_texts import lines_of
 
 from orchestrator.data import text
@@ -75,7 +76,7 @@ def test_shards_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
         assert len(text_source(settings).shards()) > 2
         assert texts(settings) == expected
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n' * 100 + '{"text": "cut\n')
-    with pytest.raises(UserError, match=r"d\.jsonl, line 101: this is not JSON"):
+    with refused(UserError, "d.jsonl, line 101", "JSON"):
         texts(settings)
 
 
@@ -196,17 +197,17 @@ def test_a_data_set_is_streamed_file_by_file(tmp_path, kind):
 def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
-    with pytest.raises(UserError, match=r"set, record 1 of shard 0: there is no field 'body' but"):
+    with refused(UserError, "set", "record 1 of shard 0", "'body'"):
         texts(hub(tmp_path / "set", text_field="body"))
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"te')
-    with pytest.raises(UserError, match=r"cannot read the data set .*set"):
+    with refused(UserError, "set"):
         texts(hub(tmp_path / "set"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"some/name needs the hub.*data\.source=files"):
+    with refused(UserError, "some/name", "data.source=files"):
         texts(hub("some/name"))
-    with pytest.raises(UserError, match=r"data\.hub_name, which is empty"):
+    with refused(UserError, "data.hub_name"):
         texts(hub(""))
-    with pytest.raises(UserError, match=r"data\.files, which is empty"):
+    with refused(UserError, "data.files"):
         texts(files())
 
 

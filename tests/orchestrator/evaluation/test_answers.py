@@ -6,8 +6,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+from refusals import refused
 
 from iiet.decoder import Decoder
 from iiet.sampling import Sampler, row_keys
@@ -56,12 +56,12 @@ def slowly(
 
 def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(decoder, tokenizer):
     long = "one two three " * 20  # Loses its beginning.
-    asked = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
-    assert len(asked[-1]) > decoder.config.context_length
-    seeds = range(len(asked))
+    contexts = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
+    assert len(contexts[-1]) > decoder.config.context_length
+    seeds = range(len(contexts))
     seen = set[str]()
     greedy = Sampling(max_new_tokens=16)
-    whole = [slowly(decoder, tokenizer, context, greedy) for context in asked]
+    whole = [slowly(decoder, tokenizer, context, greedy) for context in contexts]
     # The middle of each answer: from within one token into others.
     across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in whole)
     assert all(len(tokenizer.encode(stop, add_special_tokens=False)) > 1 for stop in across)
@@ -73,13 +73,13 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
         Sampling(max_new_tokens=9, temperature=0.7, top_k=20),
         Sampling(max_new_tokens=9, temperature=1.3, top_p=0.8),
     ):
-        answers = generate_answers(decoder, tokenizer, asked, settings, seeds)
-        alone = zip(asked, seeds, strict=True)
+        answers = generate_answers(decoder, tokenizer, contexts, settings, seeds)
+        alone = zip(contexts, seeds, strict=True)
         assert answers == [slowly(decoder, tokenizer, a, settings, seed) for a, seed in alone]
         seen |= set(answers)
     assert len(seen) > 12
     for answer, text in zip(
-        generate_answers(decoder, tokenizer, asked, stopped, seeds), whole, strict=True
+        generate_answers(decoder, tokenizer, contexts, stopped, seeds), whole, strict=True
     ):
         assert text.startswith(answer)
         assert len(answer) < len(text)
@@ -110,13 +110,13 @@ def test_settings_of_a_task_become_those_of_the_generator():
     sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
     assert sampled == Sampling(max_new_tokens=7, temperature=1.0, top_p=0.9)
     assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
-    for options, words in (
-        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
+    for options, named in (
+        ({"num_beams": 4}, "num_beams=4"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"max_gen_toks": 64}, r"up to 64 tokens \(max_gen_toks\), and the model reads"),
+        ({"max_gen_toks": 64}, "64 tokens (max_gen_toks)"),
     ):
         task: Any = SimpleNamespace(
             OUTPUT_TYPE="generate_until", get_config={"generation_kwargs": options}.get
         )
-        with pytest.raises(UserError, match=rf"cannot generate answers for asked: its .*{words}"):
+        with refused(UserError, "asked", named):
             check_answer_settings({"asked": task}, 64)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor
 
 from iiet.cache import KeyValueCache
@@ -120,7 +121,9 @@ def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
         "deeper": {"num_layers": 3, "schedule": [2, 1, 1]},
         "vanilla": {"method": "vanilla", "schedule": None},
     }
-    models = {name: ModelConfig.from_dict({**tiny_model, **own}) for name, own in changes.items()}
+    models = {
+        name: ModelConfig.from_dict({**tiny_model, **changed}) for name, changed in changes.items()
+    }
     decoders = random_decoders(models, "cpu")
     weights = {
         name: decoder.model.embed_tokens.weight.data_ptr() for name, decoder in decoders.items()
@@ -177,7 +180,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypat
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
     lines = command_tables.benchmark_sentences(costs)[1:]
-    assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
+    assert "within 0.0%" in lines[0]
 
     metrics = costs[0].metrics()
     assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
@@ -226,6 +229,6 @@ def test_the_peak_includes_weights_and_cache(decoders):
 
 def test_conditions_that_do_not_fit_are_an_error():
     wrong = MeasurementSettings(contexts=(1, 15), new_tokens=2)
-    with pytest.raises(UserError, match=r"short reads 16 tokens, not the 15 \+ 2 of prompt"):
+    with refused(UserError, "short", "16", "15"):
         wrong.check({"long": 99, "short": 16})
     wrong.check({"long": 99, "short": 17})

@@ -13,6 +13,7 @@ from kept_progress import KeptProgress
 from lm_eval.api.instance import Instance
 from lm_eval_tasks import write_task
 from model_cases import schedule_for
+from refusals import refused
 from sample_texts import tokens_of
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ from orchestrator.models.tokenizer import Message, ModelTokenizer, check_templat
 from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
-from orchestrator.workspace.errors import DeviceError, UserError
+from orchestrator.terminal.stop import stop_when
+from orchestrator.workspace.errors import DeviceError, Interrupted, UserError
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lastword": [
@@ -120,8 +122,8 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
         path = opening_path
         tokenizer = ModelTokenizer(opening_path)
         decoder = with_opening(decoder, tokenizer)
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     ours = {name: run_task(name, t, DecoderModel(decoder, tokenizer)) for name, t in tasks.items()}
     assert capfd.readouterr() == ("", "")
     model = transformers_model(decoder)
@@ -190,8 +192,8 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(make_m
 def test_a_model_of_a_longer_context_can_be_measured_at_another_length(
     make_model, suite, decoder, tokenizer, tiny_tokens, tmp_path
 ):
-    asked, _ = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
+    question_suite, _ = questions(tmp_path / "asked", decoder, tokenizer)
+    tasks = suite.tasks | question_suite.tasks
     longer = {**decoder.config.to_dict(), "context_length": 2 * CONTEXT}
     wide = Decoder(ModelConfig.from_dict(longer)).eval()
     wide.load_state_dict(decoder.state_dict())
@@ -280,11 +282,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
         assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
         notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
-        assert "from here on, it has at most" in notes[0]
+        assert "at most" in notes[0]
     limit_tokens(model.decoder, 10)
-    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
+    with refused(DeviceError, "1 GiB is free"):
         token_scores(model, pairs)
-    with pytest.raises(UserError, match="49 tokens to score, and the model"):
+    with refused(UserError, "49 tokens"):
         token_scores(model, [(None, [1], [2] * 49)])
 
     # Interrupted: ends with the same bits, and each pass runs once.
@@ -321,6 +323,24 @@ def test_the_validation_loss_of_smaller_batches_is_the_same(decoder, tiny_tokens
     assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
     assert max(rows for rows, _ in shapes) > 4
     assert len(notes) == 2
+
+
+def test_a_limit_of_items_is_one_of_the_sequences_of_the_validation_loss(decoder, tiny_tokens):
+    shapes = limit_tokens(decoder)
+    heldout_loss(decoder, tiny_tokens, num_tokens=3 * CONTEXT)
+    assert shapes == [(3, CONTEXT)]
+
+
+def test_a_measurement_ends_before_its_next_pass_when_a_stop_is_requested(make_model, tiny_tokens):
+    model = make_model()
+    shapes = limit_tokens(model.decoder)
+    with stop_when(lambda: len(shapes) >= 2):
+        with pytest.raises(Interrupted):
+            heldout_loss(model.decoder, tiny_tokens, batch_size=1)
+        assert len(shapes) == 2
+        with pytest.raises(Interrupted):
+            token_scores(model, [(None, [1, 2], [3])])
+    assert len(shapes) == 2
 
 
 # Generated answers
@@ -445,5 +465,5 @@ def test_a_description_that_the_template_refuses_is_left_out(decoder, tiny_token
     assert model.apply_chat_template(messages) == "1 + 1/->"
     # An instruction of the user is never left out.
     instructed = prompts.model_copy(update={"system_instruction": "Add."})
-    with pytest.raises(UserError, match="fails: no system role"):
+    with refused(UserError, "no system role"):
         check_template(text, instructed)

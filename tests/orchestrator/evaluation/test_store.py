@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from lm_eval_tasks import write_task
+from refusals import refused
 
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
 from orchestrator.evaluation.store import (
@@ -141,10 +142,10 @@ def test_what_is_damaged_is_named_and_never_copied(suite, decoder, tokenizer, tm
     plain = tmp_path / "a file"
     plain.write_text("")
     store.write("key", task, ABOUT)
-    with pytest.raises(RunFailed, match=r"cannot write lm-eval's files into .*a file"):
+    with refused(RunFailed, "a file"):
         store.copy(keys, plain, pretrained="")
     EvaluationStore(plain, notes.append).write("key", task, ABOUT)
-    assert notes == ["cannot store the result of choices: File exists"]
+    assert ["choices" in note for note in notes] == [True]
 
 
 def test_what_is_loaded_knows_its_groups_and_which_tasks_are_in_no_average(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from lm_eval_tasks import write_task
+from refusals import refused
 
 from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import (
@@ -39,16 +40,16 @@ def folder(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def asked(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
-    asked: list[str] = []
+    asked_names: list[str] = []
 
     def no_hub() -> str:
-        asked.append("hub")
+        asked_names.append("hub")
         return "huggingface.co cannot be reached"
 
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     monkeypatch.setattr(tasks, "hub_problem", no_hub)
-    return asked
+    return asked_names
 
 
 def load(*names: str, folder: Path, planned: list[str] | None = None) -> LoadedSuite:
@@ -116,11 +117,11 @@ def _replace_by_folder(path: Path) -> None:
     ],
 )
 def test_a_damaged_task_is_an_error_not_skipped(folder, name, harm):
-    asked: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
-    for names in asked:
+    asked_names: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
+    for names in asked_names:
         assert "lastword" in load(*names, folder=folder).tasks
     harm(folder / name)
-    for names in asked:
+    for names in asked_names:
         with pytest.raises(UserError, match=r"lastword|both"):
             load(*names, folder=folder)
 
@@ -136,9 +137,9 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
         with pytest.raises(UserError, match=reason):
             load(folder=folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no lm-eval task files"):
+    with refused(UserError, "lm-eval"):
         load(folder=tmp_path / "empty")
-    with pytest.raises(UserError, match="no task was named"):
+    with refused(UserError, "task"):
         load_suite(Suite())
 
 
@@ -158,10 +159,10 @@ def test_exactly_the_planned_tasks_are_run(folder):
     names = ("lastword", "choices", "piqa")
     found = load(*names, folder=folder, planned=["lastword"])
     assert list(found.tasks) == ["lastword"]
-    assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
-    with pytest.raises(RunFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
+    assert set(found.skipped) == {"choices", "piqa"}
+    with refused(RunFailed, "piqa", "huggingface.co"):
         load(*names, folder=folder, planned=list(names))
-    with pytest.raises(RunFailed, match=r"piqa could be loaded when "):
+    with refused(RunFailed, "piqa"):
         load("piqa", folder=folder, planned=["piqa"])
 
 
@@ -182,7 +183,7 @@ def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, asked):
     for suite, task in (("choices", "both"), ("choices", "chioces"), ("choices", "phop_2")):
         with pytest.raises(UserError, match=r"evaluation\.retention"):
             names(suite, {task: 1.0})
-    with pytest.raises(UserError, match=r"evaluation\.suite names no task"):
+    with refused(UserError, "evaluation.suite"):
         names("", {"choices": 1.0})
     # Tasks beside say nothing of the accuracy that a front needs.
     settings = EvaluationSettings(suite="bits_per_byte", include_path=str(folder))

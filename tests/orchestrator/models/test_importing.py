@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kept_progress import KeptProgress
+from refusals import refused
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -52,10 +53,10 @@ def test_an_imported_model_is_the_same_model_and_found_again(
     with torch.no_grad():
         decoder.model.norm.weight.mul_(2)
     export(decoder, folder, tokenizer)
-    with pytest.raises(UserError, match="another run named my-model; choose one with --name"):
+    with refused(UserError, "my-model", "--name"):
         import_model(folder, workspace=workspace)
     # Its tokens are those of its tokenizer.
-    with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
+    with refused(UserError, "data.tokenizer="):
         tokens_folder_of(first, workspace)
     workspace.tokens.mkdir()
     (workspace.tokens / tiny_tokens.name).symlink_to(tiny_tokens)
@@ -76,7 +77,7 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_named(
     assert load_model(checkpoint).config == small.config
     model = open_model(checkpoint)
     for read_text in (model.check_reads_text, lambda: TextGenerator(model)):
-        with pytest.raises(UserError, match=r"has no tokenizer\.json, and text needs one; `"):
+        with refused(UserError, "tokenizer.json"):
             read_text()
     assert len(model.key) == 2, "the weights and the configuration"
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
     with torch.no_grad():
         assert torch.equal(load_model(checkpoint)(tokens), load_model(folder)(tokens))
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is damaged: tokenizer\.json"):
+    with refused(UserError, "tokenizer.json"):
         import_model(source, workspace=workspace, name="other")
     assert [run.name for run in workspace.runs.iterdir()] == ["a-run"]
 
@@ -112,13 +113,13 @@ def llama(tmp_path, tokenizer) -> Path:
         initializer_range=0.3, bos_token_id=300, eos_token_id=[301, 7], pad_token_id=301,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    own = Tokenizer.from_file(str(tokenizer))
-    own.add_special_tokens(["<s>", "<|end|>"])
-    first = ("<s>", own.token_to_id("<s>"))
-    own.post_processor = TemplateProcessing(
+    with_own_tokens = Tokenizer.from_file(str(tokenizer))
+    with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
+    first = ("<s>", with_own_tokens.token_to_id("<s>"))
+    with_own_tokens.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[first]
     )
-    own.save(str(folder / "tokenizer.json"))
+    with_own_tokens.save(str(folder / "tokenizer.json"))
     change(folder / "tokenizer_config.json", bos_token="<s>", eos_token="<|end|>")
     (folder / "chat_template.jinja").write_text(CHAT)
     return folder
@@ -192,7 +193,7 @@ def test_a_chat_is_written_by_the_models_template(llama, workspace):
     ).tokenizer
     question = [{"role": "user", "content": "?"}]
     assert named.chat(question, "rag") == "rag"
-    with pytest.raises(UserError, match="no chat template named tools; it has default, rag"):
+    with refused(UserError, "tools", "default, rag"):
         named.chat(question, "tools")
 
 
@@ -238,8 +239,8 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    change(llama / "tokenizer_config.json", **own)
+    with_own_tokens = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    change(llama / "tokenizer_config.json", **with_own_tokens)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.tokenizer.encode_document("a bag")[0] == 300

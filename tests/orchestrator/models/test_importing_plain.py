@@ -14,6 +14,7 @@ import torch
 from commands import run_here
 from lm_eval_tasks import write_choices
 from plain_models import CASES, random_model, random_values
+from refusals import refused
 from sample_texts import lines_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -45,12 +46,14 @@ def make_folder(tmp_path, tokenizer):
         folder = tmp_path / "model"
         model = random_model(case, vocab_size=VOCABULARY, bos_token_id=300, eos_token_id=[301, 7])
         model.to(dtype).save_pretrained(folder, **options)
-        own = Tokenizer.from_file(str(tokenizer))
-        own.add_special_tokens(["<s>", "<|end|>"])
-        own.post_processor = TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", own.token_to_id("<s>"))]
+        with_own_tokens = Tokenizer.from_file(str(tokenizer))
+        with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
+        with_own_tokens.post_processor = TemplateProcessing(
+            single="<s> $A",
+            pair="<s> $A $B",
+            special_tokens=[("<s>", with_own_tokens.token_to_id("<s>"))],
         )
-        own.save(str(folder / "tokenizer.json"))
+        with_own_tokens.save(str(folder / "tokenizer.json"))
         specials = {"bos_token": "<s>", "eos_token": "<|end|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(specials))
         (folder / "chat_template.jinja").write_text(CHAT)
@@ -100,7 +103,7 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
 def test_a_random_model_of_the_type_is_read_as_it_is(model_type, number, tmp_path):
     seed = random.randrange(2**31)
     values = random_values(model_type, random.Random(seed))
-    told = f"seed {seed}: {values}"
+    drawn_model = f"seed {seed}: {values}"
     theirs = random_model(model_type, seed, **values)
     theirs.save_pretrained(tmp_path)
     decoder = load_model(tmp_path)
@@ -114,7 +117,7 @@ def test_a_random_model_of_the_type_is_read_as_it_is(model_type, number, tmp_pat
     steps += [decoder(step, cache=cache) for step in tokens[:, 20:].split(1, dim=1)]
     for logits in (whole, torch.cat(steps, 1)[mask.bool()]):
         torch.testing.assert_close(
-            logits, expected, rtol=0, atol=1e-5, msg=lambda text: f"{text}\n{told}"
+            logits, expected, rtol=0, atol=1e-5, msg=lambda text: f"{text}\n{drawn_model}"
         )
 
 
@@ -136,11 +139,11 @@ def test_a_file_of_several_that_is_missing_or_damaged_is_named(make_folder, work
     with pytest.raises(UserError, match=f"cannot read .*{file.name}"):
         import_model(source, workspace=workspace)
     file.unlink()
-    with pytest.raises(UserError, match=rf"lacks {file.name}, which model\.safetensors\.index"):
+    with refused(UserError, file.name, "model.safetensors.index"):
         import_model(source, workspace=workspace)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
-    with pytest.raises(UserError, match="weight_map names no files"):
+    with refused(UserError, "weight_map"):
         import_model(source, workspace=workspace)
     assert not workspace.runs.exists()
 

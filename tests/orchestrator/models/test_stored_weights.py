@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from live_tensors import LiveTensors, counted_reads
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -93,7 +94,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_named(
     weights: dict[str, Any] = load_file(tmp_path / WEIGHTS)
     weights["other"] = weights.pop("model.norm.weight")
     save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match=r"missing model\.norm\.weight; unexpected other"):
+    with refused(UserError, "model.norm.weight", "other"):
         open_weights(tmp_path)
     (file,) = (
         each for each in llama.glob("*.safetensors") if "model.norm.weight" in load_file(each)
@@ -101,7 +102,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_named(
     weights = load_file(file)
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, file)
-    with pytest.raises(UserError, match=r"model\.norm\.weight has 1 values that are NaN"):
+    with refused(UserError, "model.norm.weight", "NaN"):
         import_model(llama, workspace=workspace)
     assert not list(workspace.runs.glob("*/step_*"))
     # Repaired, it is imported under the same name.

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from refusals import refused
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -33,15 +34,15 @@ def test_a_trained_tokenizer_restores_any_text_and_is_the_same_again(tmp_path):
 
 
 def test_a_missing_or_damaged_tokenizer_is_a_clear_error(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="there is no tokenizer at"):
+    with refused(UserError, "no tokenizer"):
         load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
+    with refused(UserError, "tokenizer.json"):
         load_tokenizer(tmp_path / "bad.json")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="hub:gpt2 is not in the hub's cache"):
+    with refused(UserError, "hub:gpt2"):
         load_tokenizer("hub:gpt2")
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with refused(UserError, "end-of-text"):
         end_of_text_id(Tokenizer(BPE(vocab={"a": 0}, merges=[])))
 
 

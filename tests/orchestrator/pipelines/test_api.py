@@ -74,8 +74,8 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, 
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
     baselines = [run.name for run in workspace.runs.iterdir() if run.name not in (full, "another")]
-    beside = settings.sweep.model_copy(update={"baseline_runs": tuple(baselines)})
-    settings = settings.model_copy(update={"sweep": beside})
+    with_baselines = settings.sweep.model_copy(update={"baseline_runs": tuple(baselines)})
+    settings = settings.model_copy(update={"sweep": with_baselines})
     dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert "to train" in set(dry_run.to_pandas()["state"])
     result = orchestrator.sweep(settings, workspace=workspace, teacher=full, name="mine")

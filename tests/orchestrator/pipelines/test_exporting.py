@@ -17,6 +17,7 @@ import pytest
 import torch
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
+from refusals import assert_names, refused
 from safetensors.torch import load_file
 
 from iiet.config import ModelConfig
@@ -121,15 +122,15 @@ def test_stock_lm_eval_gives_our_numbers(checkpoint, workspace, tmp_path):
     assert "[y/N]" not in done.stdout + done.stderr
     file = next((tmp_path / "found").rglob("results_*.json"))
     theirs = json.loads(file.read_text())["results"]
-    for task, metrics in ours.tasks.items():
+    for task, metrics in ours.metrics_by_task.items():
         for name, value in metrics.items():
             if not name.endswith("_stderr"):
                 assert theirs[task][f"{name},none"] == pytest.approx(value, rel=1e-5), (task, name)
     assert theirs["choices"]["acc_stderr,none"] == pytest.approx(
-        ours.tasks["choices"]["acc_stderr"], rel=1e-5
+        ours.metrics_by_task["choices"]["acc_stderr"], rel=1e-5
     )
     card = (folder / CARD).read_text()
-    assert f"| choices | acc | {ours.tasks['choices']['acc']:.4f} |" in card
+    assert f"| choices | acc | {ours.metrics_by_task['choices']['acc']:.4f} |" in card
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint, tmp_path):
@@ -142,14 +143,14 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint, tmp_path):
     exported(checkpoint, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
-    with pytest.raises(UserError, match="not an earlier export"):
+    with refused(UserError, "export"):
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     for name in ("notes.md", "results/table.csv", CARD):
         own = folder / name
         own.parent.mkdir(exist_ok=True)
         own.write_text("an afternoon's work")
-        with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}"):
+        with refused(UserError, name.split("/")[0]):
             exported(checkpoint, folder)
         assert own.read_text() == "an afternoon's work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
@@ -162,14 +163,14 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
     options: dict[str, Any] = {"workspace": workspace, "to": tmp_path / "out", "measure": False}
     for _ in range(2):
         export(checkpoint, **options)
-    for refused in ({"model": other}, {"model": checkpoint, "schedule": "1,0"}):
-        with pytest.raises(UserError, match=r"out is an export of another model.*--force.*--to"):
-            export(**options, **refused)
+    for other_model in ({"model": other}, {"model": checkpoint, "schedule": "1,0"}):
+        with refused(UserError, "out", "--force", "--to"):
+            export(**options, **other_model)
     assert load_model(tmp_path / "out").config == load_model(checkpoint).config
     export(other, force=True, **options)
     assert load_model(tmp_path / "out").config == load_model(other).config
     (tmp_path / "out" / "README.md").unlink()  # Nothing says then whose weights these are.
-    with pytest.raises(UserError, match="out is an export of another model"):
+    with refused(UserError, "out"):
         export(other, **options)
 
 
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     before = sorted(tmp_path.rglob("*"))
     options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "progress": Silent()}
     for to in ("/proc/x/y", "a file/x", 300 * "x"):
-        with pytest.raises(UserError, match=r"cannot write .*[xy] \(.*\); choose another .*--to"):
+        with refused(UserError, "--to"):
             export(to=tmp_path / to, **options)
     with pytest.raises(UserError, match="--schedule"):
         export(schedule="1,1,1", **options)
@@ -198,7 +199,7 @@ def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model,
     monkeypatch.setattr(METHODS, "own_classes", {**METHODS.own_classes, "local": Local})
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
     card = ModelCard(name="local", config=decoder.config)
-    with pytest.raises(UserError, match=r"method 'local' of another package .*modeling_file"):
+    with refused(UserError, "'local'", "modeling_file"):
         export_checkpoint(tmp_path / "none", tmp_path / "out", decoder=decoder, card=card)
     assert list(tmp_path.iterdir()) == []
 
@@ -222,13 +223,13 @@ def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
     assert weights_precision(rounded) == "bf16"
     assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_model(rounded).config.corrections == (1, 0)
-    assert "The weights are stored as bf16." in (rounded / CARD).read_text()
+    assert "bf16" in (rounded / CARD).read_text()
 
 
 def test_a_plain_model_is_exported_without_a_schedule(save_tiny, workspace, tmp_path):
     plain = save_tiny(tmp_path / "plain", method="vanilla", schedule=None)
     folder = export(to=tmp_path / "own", model=plain, workspace=workspace, measure=False)
-    assert "This method makes no corrections." in (folder / CARD).read_text()
+    assert "no corrections" in (folder / CARD).read_text()
     assert load_model(folder).config.schedule is None
 
 
@@ -268,7 +269,7 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
     text = ModelCard(name="tiny", config=config, served=family).to_markdown()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "`2,1`" in text
-    assert "The weights also learned `1,0`; `0,0`." in text
+    assert "`1,0`; `0,0`" in text
     assert "| field evaluations (NFE) per token | 5 |" in text
     # Each evaluation reads keys and values of all tokens that it sees.
     read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
@@ -288,7 +289,7 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
         influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
         provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
     ).to_markdown()
-    assert "3 field evaluations per token, 60% of the 5 of the full model" in text
+    assert_names(text, "3 field evaluations", "60% of the 5")
     assert "| 1 | 0.3 | 0.1 |" in text
     assert "num_steps 7" in text
     assert "checksums" not in text

@@ -96,7 +96,7 @@ def test_drafts_change_no_text(writer, draft):
         assert drafting.continue_all(prompts, sampling) == writer.continue_all(prompts, sampling)
     assert drafting.record.drafted > 0
     assert len(notes) == 6
-    assert re.search(r"^\d+\.\d% of \d+ drafted tokens accepted, \d\.\d\d tokens per ver", notes[0])
+    assert re.search(r"^\d+\.\d% of \d+ drafted .*, \d\.\d\d tokens per ver", notes[0])
 
 
 def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, tmp_path):
@@ -146,11 +146,11 @@ def test_what_may_begin_a_stop_text_is_held_back_and_characters_come_whole(write
 def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
     place = writer.decoder.config.context_length - len(writer.tokenizer.encode_document(prompt))
     assert 0 < place < 64
-    given = Sampling(max_new_tokens=place)
-    text = "".join(writer.stream(prompt, given))
+    filling = Sampling(max_new_tokens=place)
+    text = "".join(writer.stream(prompt, filling))
     assert "".join(writer.stream(prompt, Sampling())) == text
     assert writer.continue_all([prompt, "a"], Sampling()) == writer.continue_all(
-        [prompt, "a"], given
+        [prompt, "a"], filling
     )
     assert Sampling().options(500)["max_new_tokens"] == 64
 

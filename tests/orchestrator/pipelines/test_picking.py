@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import assert_names, refused
 from sample_trials import sample_trial, with_items
 
 from iiet.modeling_iiet import IIETForCausalLM
@@ -110,7 +111,7 @@ def test_a_share_above_one_is_a_mistake(context, sweep, rule, option):
 def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
-    assert "99.6% of the teacher's, at 60% of its NFE (3 of 5 NFE)" in choice.sentence
+    assert_names(choice.sentence, "99.6%", "60%", "(3 of 5 NFE)")
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence
@@ -128,7 +129,7 @@ def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     assert own in json.loads(logged.tags["mlflow.modelVersions"])
     assert choice.folder is not None
     card = (choice.folder / "README.md").read_text()
-    assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
+    assert_names(card, "`keep-99`", "`two-models`", choice.sentence)
     registered = IIETForCausalLM.from_pretrained(version.source.removeprefix("file://"))
     student = load_model(Path(str(choice.point.checkpoint)))
     tokens = torch.arange(8).view(1, 8)
@@ -200,7 +201,7 @@ def test_a_pick_replaces_another_model_only_if_asked_to(context, sweep, tmp_path
     plan = plan_pick("two-models", workspace=context.workspace, budget=2)
     assert (plan.point.key, plan.folder) == ("pruned", None)
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()
-    with pytest.raises(UserError, match=r"mine is an export of another model.*--force.*--to"):
+    with refused(UserError, "mine", "--force", "--to"):
         pick_from(context, "two-models", budget=2, to=tmp_path / "mine")
     choice = pick_from(context, "two-models", budget=2, to=tmp_path / "mine", force=True)
     assert choice.folder == tmp_path / "mine"
@@ -230,7 +231,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(context, sweep, s
     sweep.model_copy(update={"name": "seeds", "results": (full, *seeds)}).store(context.workspace)
     choice = pick_from(context, "seeds", cheapest=True, to=tmp_path / "seeds")
     assert choice.point.value("quality/accuracy") == pytest.approx(0.5)
-    assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
+    assert_names(choice.sentence, "2 seeds", "seed 0")
     card = (tmp_path / "seeds" / "README.md").read_text()
     assert "| choices | acc | 0.4800 |" in card
     assert "iiet seed0" in card
@@ -272,10 +273,10 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         return (folder / "README.md").read_text()
 
     usual = card("usual")
-    assert "Influence of each correction (cosine)\n\nMeasured over 64 tokens" in usual
+    assert_names(usual, "correction (cosine)", "64 tokens")
     assert "Not measured." in usual
     assert "under the schedule `2,1`" in card("again")
-    assert "Influence of each correction (loss)" in card("loss", "influence.metric=loss")
+    assert "correction (loss)" in card("loss", "influence.metric=loss")
     result = sweep.results[1].model_copy(update={"checkpoint": str(student)})
     found = StoredSweep(
         name="by-relative",
@@ -286,7 +287,7 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     found.store(context.workspace)
     choice = pick_from(context, "by-relative", cheapest=True)
     assert choice.folder is not None
-    assert "Influence of each correction (relative)" in (choice.folder / "README.md").read_text()
+    assert "correction (relative)" in (choice.folder / "README.md").read_text()
 
 
 def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny):
@@ -305,5 +306,5 @@ def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny
     store_table(checkpoint, "cosine", (1, 1))
     assert metric("cosine") is None, "it is another schedule's"
     influence_path(checkpoint, "loss").write_text("{")
-    with pytest.raises(DamagedFile, match=r"influence-loss\.json is damaged"):
+    with refused(DamagedFile, "influence-loss.json"):
         metric("relative")

@@ -149,7 +149,7 @@ def test_a_retrofit_that_is_worse_than_its_source_trained_on_is_called_so(
     page = run(workspace).page
     assert page is not None
     text = page.read_text("utf-8")
-    assert "The teacher beats source (5.0 points" in text
+    assert "beats source (5.0 points" in text
     assert "is worse than source_continued (45.0 points" in text
     assert "of models that do not" not in text, "no claim of the paper is judged"
 

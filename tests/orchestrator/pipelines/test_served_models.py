@@ -14,6 +14,7 @@ import pytest
 from commands import Started
 from fake_tracking import untracked
 from local_servers import servers
+from refusals import refused
 
 from orchestrator import cli
 from orchestrator.evaluation import serving
@@ -64,7 +65,7 @@ def test_usual_requests_fit_the_shortest_model(requests, workspace, save_tiny, t
     assert (plan.conditions.prompt_tokens, plan.conditions.new_tokens) == (128, 32)
     plan = plan_serving(workspace=workspace, models=[tiny, long])
     assert (plan.models, plan.conditions.prompt_tokens) == (["tiny", "long"], 32)
-    with pytest.raises(UserError, match=r"tiny reads 64 tokens.*--contexts or --new-tokens"):
+    with refused(UserError, "64", "--contexts", "--new-tokens"):
         plan_serving(workspace=workspace, models=[long, tiny], prompt_tokens=60, new_tokens=5)
 
 
@@ -74,7 +75,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_starts(
     own_code = save_llama("own-code", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     config = json.loads((own_code / "config.json").read_text())
     (own_code / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
-    with pytest.raises(UserError, match="own-code has code of its own; add --trust-remote-code"):
+    with refused(UserError, "own-code", "--trust-remote-code"):
         plan_serving(workspace=workspace, models=[own_code])
     without = save_llama("without")
     (without / "tokenizer.json").unlink()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import settings_options
+from refusals import assert_names
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
@@ -47,7 +48,7 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, caps
     assert "assumed" in lines["vocabulary"]
     assert "15,728,640,000 in 30,000 steps of 524,288" in lines["tokens"]
     assert "256 sequences" in lines["a step"]
-    assert "32 for each worker, in 4 passes of at most 8" in lines["a step"]
+    assert_names(lines["a step"], "32 for each worker", "4 passes", "at most 8")
     assert "15 to 25% of 989 TFLOP/s" in lines["training time"]
     assert "H100" in lines["training time"]
     assert [name for name in lines if "time" in name] == ["training time"], "one range"
@@ -110,14 +111,14 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "may give fewer" in before["vocabulary"]
     assert "epochs" not in before["tokens"]
     assert "tokens " in before["disk"]
-    assert "data are not prepared" in before["state"]
+    assert "not prepared" in before["state"]
     folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
     os.utime(text, (0, 0))  # As of a copy.
     assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]
     assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder
     after = printed(capsys, *options, "-w", str(tmp_path))
-    assert "of the prepared tokens" in after["vocabulary"]
-    assert "epochs of the prepared ones" in after["tokens"]
+    assert "prepared tokens" in after["vocabulary"]
+    assert "epochs" in after["tokens"]
     assert "tokens " not in after["disk"]
     assert after["state"] == "not begun"
 
@@ -127,8 +128,8 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys
         assert cli.main(["pretrain", "-w", str(tmp_path), *words]) == 2
         return capsys.readouterr().err
 
-    assert "multiple of the context length 2048" in refused("--preset", "1.3b", "--dry-run")
-    assert "3 workers cannot share evenly" in refused("--workers", "3", "--dry-run")
+    assert "2048" in refused("--preset", "1.3b", "--dry-run")
+    assert "3 workers" in refused("--workers", "3", "--dry-run")
     for wrong in ("256", "1", "a", "96"):  # The context has 128 tokens, a step 1024.
         for dry_run in ([], ["--dry-run"]):
             error = refused("--set", f"training.sequence_length={wrong}", *dry_run)
@@ -219,6 +220,6 @@ def test_text_too_poor_for_its_tasks_ends_a_sweep_before_training(kind, tmp_path
     changes = settings_options(settings, "sweep", kind)
     assert cli.main(["sweep", "toy", *changes, "--workspace", str(workspace)]) == 2
     printed = " ".join(capfd.readouterr().err.split())
-    assert "the held-out documents give no test items: they contain too little English" in printed
+    assert "no test items" in printed
     assert "Traceback" not in printed
     assert not [*workspace.glob("runs/*/*"), *workspace.glob("trials/*/*")]

@@ -13,6 +13,7 @@ import pytest
 from browser import BROWSER, page_text
 from commands import Started
 from local_servers import servers
+from refusals import refused
 
 from orchestrator.pipelines.ui import serve, server_arguments
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
@@ -34,7 +35,7 @@ def test_a_taken_port_is_named_with_another():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} cannot be used.*try --port \d+"):
+        with refused(UserError, port, "--port"):
             check_port(port)
     check_port(port)
 
@@ -49,10 +50,10 @@ def test_the_server_listens_to_this_machine_alone(workspace):
 def test_a_server_elsewhere_that_does_not_answer_has_no_pages_to_show(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
-    said: list[str] = []
-    with pytest.raises(RunFailed, match=r"nothing answers at http://127\.0\.0\.1:9 ") as failed:
-        serve(workspace, say=said.append)
-    assert not any(word in line for line in said for word in ("starting", "None", "sesame"))
+    lines: list[str] = []
+    with refused(RunFailed, "http://127.0.0.1:9") as failed:
+        serve(workspace, say=lines.append)
+    assert not any(word in line for line in lines for word in ("starting", "None", "sesame"))
     assert "sesame" not in str(failed.value)
 
 
@@ -73,7 +74,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
         (workspace.root / f"{name}.py").write_text(code)
     monkeypatch.chdir(workspace.root)  # Where a person may well type the command.
     port = free_port()
-    said = []
+    lines = []
     seen = []
     linked: list[str] = []
 
@@ -82,22 +83,22 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
         with opener.open(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
             seen.append(answer.status)
         if BROWSER is not None:
-            seen.append(page_text(said[2].partition(": ")[2], workspace.root / "profile"))
+            seen.append(page_text(lines[2].partition(": ")[2], workspace.root / "profile"))
         # To another command this server is one elsewhere: it links to its pages and starts none.
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
             serve(workspace, say=linked.append)
         return True
 
-    serve(workspace, port=port, say=said.append, should_stop=look_once)
+    serve(workspace, port=port, say=lines.append, should_stop=look_once)
     assert not ran.exists()
     assert seen[0] == 200
-    assert said[0] == linked[0] == f"newest sweep: {page.as_uri()}"
-    assert said[2].startswith("training runs: http://127.0.0.1:")
-    assert any(f"/runs/{run_id}?workflowType=machine_learning" in line for line in said)
-    assert any("viewStateShareKey=front-toy" in line for line in said)
-    assert any(f"/runs/{run_id}/artifacts/a.html?" in line for line in said)
-    assert linked[1:] == [line for line in said if "http://" in line][1:]
+    assert lines[0] == linked[0] == f"newest sweep: {page.as_uri()}"
+    assert lines[2].startswith("training runs: http://127.0.0.1:")
+    assert any(f"/runs/{run_id}?workflowType=machine_learning" in line for line in lines)
+    assert any("viewStateShareKey=front-toy" in line for line in lines)
+    assert any(f"/runs/{run_id}/artifacts/a.html?" in line for line in lines)
+    assert linked[1:] == [line for line in lines if "http://" in line][1:]
     if BROWSER is not None:
         assert "Model training" in seen[1]
         assert "toy student" in seen[1]
@@ -127,5 +128,5 @@ def test_a_server_that_ends_names_its_last_line_and_its_log(workspace, monkeypat
     monkeypatch.setattr(
         "orchestrator.pipelines.ui.server_arguments", lambda workspace, port: ["-c", code]
     )
-    with pytest.raises(RunFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
+    with refused(RunFailed, "(3)", "no such host", "log"):
         serve(workspace, port=free_port(), say=lambda line: None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import assert_names
 
 from iiet.config import preset
 from iiet.cost import num_parameters
@@ -83,14 +84,14 @@ def test_a_training_that_is_not_compiled_gets_passes_that_fit(free, tiny_job, mo
 def test_the_memory_of_a_worker_is_compared_with_what_is_free():
     assert refused(request()) == "", "what is unknown is not checked"
     message = refused(request(), memory=12 * GIB)
-    assert re.search(r"weights .* activations .* 12 GiB free", message)
+    assert_names(message, "weights", "activations", "12 GiB free")
     for name in ("num_sequences_per_pass", "activation_checkpointing", "cluster.parallel=fsdp"):
         assert name in message
     needed = request(ONE_PER_PASS, RECOMPUTED).worker_bytes
     assert refused(request(ONE_PER_PASS, RECOMPUTED), memory=needed) == ""
     assert refused(request(ONE_PER_PASS, RECOMPUTED), memory=needed - 1)
     message = refused(request(ONE_PER_PASS, num_workers=8), memory=8 * (needed - GIB // 2))
-    assert "for each of 8 workers" in message
+    assert "8 workers" in message
     assert f"{format_bytes(needed - GIB // 2)} free for each" in message
 
 
@@ -122,8 +123,8 @@ def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
     # Each takes little more memory than a process does.
     assert refused(*trials_of(tiny_plan, at_once=2), memory=1.3 * GIB) == ""
     message = refused(*trials_of(tiny_plan, at_once=4), memory=1.3 * GIB)
-    assert "for each of 4 workers" in message
-    assert "set sweep.trials_at_once lower" in message
+    assert "4 workers" in message
+    assert "sweep.trials_at_once" in message
     alone = refused(*trials_of(tiny_plan), memory=0.1 * GIB)
     assert "training would take" in alone
     assert "trials_at_once" not in alone
@@ -133,7 +134,7 @@ def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
         return refused(*trials, memory=3 * max(each.worker_bytes for each in trials))
 
     assert on_gpus(3, 3) == on_gpus(3, 4) == on_gpus(16, 1) == ""
-    assert "for each of 4 workers" in on_gpus(4, 4)
+    assert "4 workers" in on_gpus(4, 4)
 
 
 def test_a_teachers_weights_are_counted():
@@ -164,7 +165,7 @@ def test_each_place_has_its_own_problems():
     (problem,) = find_problems(huge, {}, Path(), LOCAL).values()
     assert "training would take about" in str(problem)
     far = find_problems(huge, {}, Path(), "ray.example:6379")
-    assert far == {"this machine (the cluster's memory is unknown)": None}
+    assert list(far.values()) == [None]
 
 
 CUDA_MESSAGE = (

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from refusals import refused
 from sample_trials import sample_trial
 
 from iiet.config import DistillationConfig, ModelConfig
@@ -81,19 +82,16 @@ def test_a_file_with_another_number_or_other_fields_is_damaged(tmp_path):
     path = tmp_path / "x.json"
     sample_trial(quality={"accuracy": 0.4462}).write(path)
     path.write_text(path.read_text().replace("0.4462", "0.5462"))
-    with pytest.raises(DamagedFile, match=r"x\.json is damaged \(its content is not what was wri"):
+    with refused(DamagedFile, "x.json"):
         Trial.read(path)
     for text in ("{}", '{"key": "x"}'):
         path.write_text(text)
         with pytest.raises(DamagedFile, match=r"x\.json is damaged"):
             Trial.read(path)
     OlderTrial().write(path)
-    with pytest.raises(DamagedFile, match=r"x\.json is damaged \(key: Field required"):
+    with refused(DamagedFile, "x.json", "key"):
         Trial.read(path)
-    with pytest.raises(
-        ValueError,
-        match=r"'trial', 'teacher', 'baseline', 'source' or 'source_continued'.*'student'",
-    ):
+    with refused(ValueError, "'trial', 'teacher', 'baseline'", "'student'"):
         sample_trial(role="student")
 
 
@@ -122,8 +120,8 @@ def test_paths_of_nested_records_follow_the_workspace(tmp_path):
 
 
 def parameters(model: ModelConfig, /, **job: Any) -> dict[str, str]:
-    given = {"run_folder": "", "tokens_folder": "", "recipe": TrainingSettings(), **job}
-    return job_parameters(TrainingJob(model=model, **given))
+    values = {"run_folder": "", "tokens_folder": "", "recipe": TrainingSettings(), **job}
+    return job_parameters(TrainingJob(model=model, **values))
 
 
 def test_a_run_has_the_parameters_that_apply_to_it():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import assert_names
 from rich.console import Console
 from sample_trials import sample_front, sample_trial
 
@@ -85,7 +86,7 @@ def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
 
 def trials_with(changes: dict[str, float | None]) -> list[Trial]:
     accuracies = {**ACCURACIES, **changes}
-    return [model(name, each) for name, each in accuracies.items() if each is not None]
+    return [model(name, accuracy) for name, accuracy in accuracies.items() if accuracy is not None]
 
 
 def test_all_claims_hold_by_what_was_made_up():
@@ -103,8 +104,8 @@ def test_all_claims_hold_by_what_was_made_up():
     # Claim 3's interval is that of the kept share.
     saved = found["saved_overhead_nfe"]
     assert (saved.low, saved.high) == pytest.approx((99.7, 100), abs=0.2)
-    assert "1,1 (89.9%, 4 NFE) has 2 of 4 NFE beyond vanilla" in saved.about
-    assert "takes 1.04 times its time" in found["student_over_vanilla_ms"].about
+    assert_names(saved.about, "1,1 (89.9%, 4 NFE)", "2 of 4 NFE")
+    assert "1.04 times" in found["student_over_vanilla_ms"].about
     judged = found["student_over_vanilla_nfe"].about
     counts = re.findall("on ([0-9,]+) items, and judged on ([0-9,]+) others", judged)[0]
     assert sum(int(count.replace(",", "")) for count in counts) == len(HARDNESS)
@@ -209,13 +210,13 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
         for t in trials
     ]
     claim = found_of(slow)["student_over_vanilla_ms"]
-    assert claim.about == "too small: r = 0 takes 1.30 times vanilla's time per token"
+    assert "1.30 times" in claim.about
     untimed = [
         t.model_copy(update={"numbers": {n: v for n, v in t.numbers.items() if "_ms" not in n}})
         for t in trials
     ]
     found = found_of(untimed)
-    assert found["student_over_vanilla_ms"].about == "no time of vanilla on this front"
+    assert "no time of vanilla" in found["student_over_vanilla_ms"].about
     assert (
         found["saved_overhead_nfe"].verdict == found["student_over_vanilla_nfe"].verdict == "holds"
     )
@@ -223,7 +224,7 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
     other = [t.model_copy(update={"is_elastic": True}) if t.key == "pc 1,0" else t for t in trials]
     assert "distilled alike" in found_of(other)["kept_over_pcformer"].about
     found = {c.key: c for c in find_claims(sample_front(trials))}
-    assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
+    assert "r = 2, vanilla" in found["iiet_over_vanilla"].about
 
 
 @pytest.mark.parametrize(("spread", "is_measured"), [(0.09, True), (0.11, False)])
@@ -239,7 +240,7 @@ def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
     for key in ("saved_overhead_ms", "student_over_vanilla_ms"):
         claim = found[key]
         assert claim.is_measured == is_measured
-        assert is_measured or claim.about.startswith("the machine was busy: the time per token of ")
+        assert is_measured or claim.about.startswith("the machine was busy")
     [table] = claims_section([*found.values()]).tables
     cells = [row.cells for row in table.rows if row.cells[0].endswith("at less ms")]
     assert is_measured or cells[0][1:] == ("not measured", "-55%", "the machine was busy")

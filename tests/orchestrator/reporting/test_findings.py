@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from refusals import assert_names, refused
 from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
@@ -59,7 +60,7 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
     assert "decoding time" in findings(sample_front(sample_results, axes))[0]
     busy = [*sample_results[:-1], sample_results[-1].with_numbers("cost", {"decode_ms_spread": 1})]
     [sentence] = findings(sample_front(busy, axes))
-    assert sentence.startswith("Not measured: the machine was busy")
+    assert sentence.startswith("Not measured")
     assert "report --time-again" in sentence
     *others, about_times = findings(sample_front(busy))
     assert others == findings(sample_front(sample_results))
@@ -99,10 +100,10 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
         return next(s for s in findings(sample_front(results)) if s.startswith("vanilla"))
 
     # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
-    said = about_vanilla(0.4437 - 0.034)
-    assert "is worse than 0,1,1,1,1,1 by 3.4 points, 95% interval 0.0 to 6.8" in said
+    sentences = about_vanilla(0.4437 - 0.034)
+    assert_names(sentences, "worse than 0,1,1,1,1,1", "3.4 points", "0.0 to 6.8")
     for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
-        assert "differ by less than these items can resolve" in about_vanilla(accuracy)
+        assert "differ by less" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
@@ -171,43 +172,44 @@ def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(
 def test_claims_have_their_confidence(sample_results, front, sample_evaluations):
     unsure = front
     front = with_confidence(front, sample_evaluations, num_resamples=1000)
-    said = findings(front)
+    sentences = findings(front)
     kept = front.cheapest_keeping(0.99)
     assert kept is not None
     keeps = front.confidence_keeps(kept)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
     few = ", as far as 2,000 items can tell."
-    assert said[0].endswith(few)
-    assert said[1].startswith(f"That {kept['label']} keeps 99% has a confidence of {keeps:.2f}")
+    assert sentences[0].endswith(few)
+    assert sentences[1].startswith(f"That {kept['label']} keeps 99%")
+    assert f"{keeps:.2f}" in sentences[1]
     # The cheapest is not certain enough; a costlier one is.
     sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
-    assert sure in said[1]
-    assert "with confidence >0.99" in said[1]
+    assert sure in sentences[1]
+    assert "with confidence >0.99" in sentences[1]
     # A model is described with the interval of its share; the full model has all of its own.
     ends = [kept[name] for name in interval_end_names(PAIRED_SHARE_OF_FULL)]
     interval = "(95% interval {:.1f} to {:.1f}%)".format(*(100 * end for end in ends))
     assert interval in describe_model(front, kept)
     assert "interval" not in describe_model(front, front.full)
-    vanilla = next(s for s in said if s.startswith("vanilla"))
+    vanilla = next(s for s in sentences if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
-    assert "is worse than 0,1,1,1,1,1 by 2.6 points, 95% interval 2.0 to 3.3" in vanilla
+    assert_names(vanilla, "worse than 0,1,1,1,1,1", "2.6 points", "2.0 to 3.3")
     [note] = confidence_note(front)
-    assert "the share of 1,000 draws in which the claim holds. Each draw samples 2,000 of" in note
+    assert_names(note, "1,000 draws", "2,000")
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == keeps
 
     # A confidence of exactly 0.95 is enough.
     dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > kept["cost"])
-    said = findings(keeping(front, {kept["key"]: 0.95}))
-    assert sure not in " ".join(said)
-    assert not said[0].endswith(few)
-    said = findings(keeping(front, {kept["key"]: 0.94, dearer["key"]: 0.95}))
-    assert sure + dearer["label"] in " ".join(said)
+    sentences = findings(keeping(front, {kept["key"]: 0.95}))
+    assert sure not in " ".join(sentences)
+    assert not sentences[0].endswith(few)
+    sentences = findings(keeping(front, {kept["key"]: 0.94, dearer["key"]: 0.95}))
+    assert sure + dearer["label"] in " ".join(sentences)
 
     other = next(r.key for r in sample_results if r.label == "vanilla")
     same = {**sample_evaluations, other: sample_evaluations[kept["key"]]}
-    said = findings(with_confidence(unsure, same, num_resamples=200))
-    vanilla = next(s for s in said if s.startswith("vanilla"))
+    sentences = findings(with_confidence(unsure, same, num_resamples=200))
+    vanilla = next(s for s in sentences if s.startswith("vanilla"))
     assert (
         "differ by less than these items can resolve (0.0 points, 95% interval 0.0 to 0.0)"
         in vanilla
@@ -255,7 +257,7 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front, sample_results):
     ):
         with pytest.raises(UserError, match=message):
             pick_from_front(front, rule)
-    with pytest.raises(UserError, match="no trial of this sweep has accuracy"):
+    with refused(UserError, "accuracy"):
         pick_from_front(sample_front([]), PickRule(name="best"))
     with pytest.raises(UserError, match=r"no knee.*--keep SHARE"):
         pick_from_front(sample_front(sample_results[:1]), PickRule(name="knee"))
@@ -287,5 +289,4 @@ def test_a_teacher_with_a_source_beats_its_controls_or_is_called_worse(sample_re
         "source_continued (5.0 points, 95% interval 1.6 to 8.4)."
     )
     worse = about_controls(0.43, 0.4965)
-    assert "differs from source by less than these items can resolve (1.7 points" in worse
-    assert "and is worse than source_continued (5.0 points" in worse
+    assert_names(worse, "source by less", "(1.7 points", "worse than source_continued (5.0 points")

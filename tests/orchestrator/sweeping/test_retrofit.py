@@ -179,8 +179,8 @@ def test_models_from_random_weights_have_the_flops_of_teacher_and_source(make):
         update={"model": retrofit.source.config, "initial_folder": None}
     )
     changes = {"source_kl_weight": 0.0, "trained_layers": "all", "num_steps": 30}
-    own = plain.recipe.model_copy(update=changes)
-    source_job = plain.model_copy(update={"recipe": own})
+    changed_recipe = plain.recipe.model_copy(update=changes)
+    source_job = plain.model_copy(update={"recipe": changed_recipe})
     scratch = replace(retrofit, source_job=source_job).scratch
     of_teacher = training_flops(retrofit.teacher)
     for label, flops in (

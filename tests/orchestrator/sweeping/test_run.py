@@ -28,10 +28,10 @@ from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import run_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.view import STOPPED_TAG
+from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
 
@@ -85,15 +85,15 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finished(trial)
     stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
-    asked: list[str] = []
+    asked_devices: list[str] = []
 
     def end(trial: Trial) -> str:
-        asked.append(trial.key)
+        asked_devices.append(trial.key)
         return "no luck"
 
     end_trials(monkeypatch, end)
     outcome = sweep.run(plan, "sweep.asha=true")
-    assert asked == []
+    assert asked_devices == []
     assert outcome.stopped == {stopped.label: stop}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
@@ -107,7 +107,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert status.has_failed(open_workspace(tmp_path).sweeps / plan.name)
-    assert asked == [stopped.key]
+    assert asked_devices == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
 
@@ -205,9 +205,48 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     text = str(caught.value)
     assert f"1 of 2 trials are finished; trial {begun.label}: saved at step " in text
     if fails:
-        assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
+        assert text.startswith(f"trial {begun.label} failed: OSError: no")
     assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
     assert sweep.shown.status == ("FAILED" if fails else "KILLED")
+
+
+def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, sweep):
+    texts: list[str] = []
+
+    class Texts(KeptProgress):
+        def advance(self, done: float, text: str = "", **more: Any) -> None:
+            texts.append(text)
+
+    run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    teacher, student, *_ = tiny_plan.trials
+    workspace = open_workspace(sweep.folder)
+    with SweepView(run, resolve_settings({}), workspace, sweep.tracking, Texts()) as view:
+        run.on_start(teacher.key)
+        run.on_start(student.key)
+        view.update()
+        job = student.job
+        assert job is not None
+        journal = Journal(job.folder)
+        journal.metrics(job.recipe.num_steps, {"train/loss": 1.0})
+        journal.close()
+        view.update()
+    assert texts[0] == f"measuring {teacher.label}"
+    assert set(texts[-1].split("; ")) == {
+        f"measuring {teacher.label}",
+        f"measuring {student.label}",
+    }
+
+
+def test_a_stop_waits_for_trials_that_train_and_not_for_those_that_are_measured(tiny_plan):
+    run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    teacher, student, *_ = tiny_plan.trials
+    assert teacher.job is None, "it is measured as it is"
+    run.on_start(teacher.key)
+    assert not run.begin_saving()
+    assert run.notes == []
+    run.on_start(student.key)
+    assert run.begin_saving()
+    assert len(run.notes) == 1
 
 
 def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):

@@ -112,8 +112,8 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, mea
 
 def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
     trial = trials[1]
-    asked = iter([False, False, True, True])
-    with stop_when(lambda: next(asked)):
+    stops = iter([False, False, True, True])
+    with stop_when(lambda: next(stops)):
         assert run_trial(trial) is None
     assert not is_run_locked(Path(trial.folder))
     assert run_trial(trial) is not None
@@ -132,11 +132,13 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
     assert run_trial(trials[0]) is not None
 
 
-def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkeypatch):
+def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials, monkeypatch):
     dtypes = []
+    token_counts = []
 
-    def loss(decoder: Decoder, _: Path, **__: Any) -> float:
+    def loss(decoder: Decoder, _: Path, *, num_tokens: int, **__: Any) -> float:
         dtypes.append(decoder.model.embed_tokens.weight.dtype)
+        token_counts.append(num_tokens)
         return 1.0
 
     monkeypatch.setattr(
@@ -146,11 +148,13 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(trials, monkey
     )
     monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
-    for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
+    changes = {"precision": "bf16", "limit": 3, "sequence_length": 8}
+    for suite in (teacher.suite, teacher.suite.model_copy(update=changes)):
         trial = teacher.model_copy(update={"suite": suite})
         trial.result_path.unlink(missing_ok=True)
         run_trial(trial)
     assert dtypes == [torch.float32, torch.bfloat16]
+    assert token_counts == [measuring.NUM_VALIDATION_TOKENS, 3 * 8]
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
@@ -198,7 +202,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     stop = early_stops(plan, sweep)[low.key]
     assert sweep_run.stopped == {low.label: stop}
     assert stop.step == 10
-    assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")
+    assert "step 10 of 40" in stop.text
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
     assert low.result() is None, "what was not trained to its end is not finished"
     records = read_journal(Path(low.folder))[0]

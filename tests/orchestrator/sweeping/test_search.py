@@ -73,9 +73,9 @@ class World:
             trial.with_numbers("quality", quality).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
-        own = SearchSettings(**settings)
-        plan = search_plan(self.family, own, "search")
-        return ScheduleSearch(plan, self.full, own, self.trial, folder=self.folder)
+        search_settings = SearchSettings(**settings)
+        plan = search_plan(self.family, search_settings, "search")
+        return ScheduleSearch(plan, self.full, search_settings, self.trial, folder=self.folder)
 
     def run(
         self, *, failing: str = "", at_once: int = 1, most: int = 10**6, **settings: Any
@@ -209,7 +209,7 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
 @pytest.mark.slow
 def test_it_finds_a_better_front_than_the_family(tmp_path):
     world = World(tmp_path)
-    given = {str(schedule) for schedule in FAMILY}
+    family_names = {str(schedule) for schedule in FAMILY}
     asked = world.run(num_trials=60)
 
     def front(labels: set[str]) -> float:
@@ -225,8 +225,8 @@ def test_it_finds_a_better_front_than_the_family(tmp_path):
 
     every = {",".join(map(str, s)) for s in itertools.product(*(range(r + 1) for r in FULL))}
     best = front(every)
-    found = front(given | set(asked))
-    start = front(given)
+    found = front(family_names | set(asked))
+    start = front(family_names)
     assert start < found <= best
     assert found - start > 0.6 * (best - start), "a quarter of the schedules, most of the gain"
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
@@ -96,9 +97,9 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     few = plan("sweep.num_schedules=2")
     assert {t.key for t in few.trials} < {t.key for t in usual.trials}, "of another sweep"
     assert few.key != usual.key
-    asked = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
-    assert asked.num_requested == 5
-    bounds = [(t.threshold_above, t.threshold_up_to) for t in asked.trials[1:]]
+    explicit = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
+    assert explicit.num_requested == 5
+    bounds = [(t.threshold_above, t.threshold_up_to) for t in explicit.trials[1:]]
     assert bounds == [(0.1, 0.3), (0.3, 0.5)]
     trial = usual.trials[1]
     assert trial.result() is None
@@ -203,7 +204,7 @@ def test_one_training_serves_all_schedules(plan, teacher):
     assert len({trial.folder for trial in seeded.trials if trial.job}) == 2
     assert seeded.num_distinct == 4
 
-    with pytest.raises(UserError, match=r"^sweep.elastic trains schedules that are cheaper"):
+    with refused(UserError, "sweep.elastic"):
         plan(*ELASTIC, "sweep.thresholds=[0.01]")
 
 
@@ -217,10 +218,10 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     distilled = job("2,1", "distillation.kl_weight=2")
     assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))
     assert distilled.distillation.kl_weight == 2.0
-    with pytest.raises(UserError, match=r"^distillation.training.elastic.schedules: .* below"):
+    with refused(UserError, "distillation.training.elastic.schedules"):
         job("0,1")
     # The control has no teacher, so the members learn from the full schedule.
     own = "distillation.training.elastic.kl_weight=2"
     assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
-    with pytest.raises(UserError, match=r"elastic.kl_weight=2.0: .* set distillation.kl_weight"):
+    with refused(UserError, "elastic.kl_weight=2.0", "distillation.kl_weight"):
         job("2,1", own)

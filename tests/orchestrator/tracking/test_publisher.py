@@ -26,11 +26,11 @@ class Shown:
         self.before: Callable[[TrackedRun], None] = lambda run: None
 
     def publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
-        for each in runs:
-            self.before(each)
+        for run in runs:
+            self.before(run)
             self.threads.add(threading.current_thread())
             if not self.is_down:
-                self.names.append(each.name)
+                self.names.append(run.name)
             yield not self.is_down
 
 

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from refusals import assert_names, refused
 
 from orchestrator.records.tracked_run import (
     NOTE_TAG,
@@ -257,7 +258,7 @@ def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace):
     other = run_of("other", points=[("still", 1.0, 0)])
     tracking.publish(refused, other)
     assert show(tracking, other).data.metrics == {"still": 1.0}
-    assert [text.split(":")[0] for text in warnings] == ["MLflow refused trial refused"]
+    assert ["trial refused" in text for text in warnings] == [True]
     assert not tracking.is_store_down
 
 
@@ -320,7 +321,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
             lambda: database.symlink_to(database),
         ):
             make()
-            with pytest.raises(UserError, match=r"cannot open .*mlflow\.db.* move the file away"):
+            with refused(UserError, "mlflow.db"):
                 open_tracking(workspace)
             _ = database.rmdir() if database.is_dir() else database.unlink()
     for uri, said in (
@@ -360,8 +361,7 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, wor
     assert copy.run_id(run) is None
     assert not copy.register(model)
     [warning] = warnings
-    assert "; `iiet-orch ui --sync --replace` makes it anew" in warning
-    assert warning.startswith(f"{root}/mlflow.db was copied or moved with the workspace, and names")
+    assert_names(warning, f"{root}/mlflow.db", "iiet-orch ui --sync --replace")
     added = copy.added_by_people()
     assert {"the note of noted", "the tag reviewer of noted"} <= set(added)
     assert "the alias copied@production" in added

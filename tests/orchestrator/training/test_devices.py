@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from live_tensors import LiveStorages, counted_reads
+from refusals import refused
 from same_run import events, in_folder, recipe, run_job, same_run
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -61,7 +62,7 @@ def test_bf16_is_for_gpus_that_have_it(monkeypatch):
     assert device_precision("cpu") == device_precision("cuda") == "fp32"
     check_precision("bf16", "cpu", section="training")
     check_precision("fp32", "cuda", section="training")
-    with pytest.raises(DeviceError, match=r"cuda:3 .* 7\.0.* --set training\.precision=fp32"):
+    with refused(DeviceError, "cuda:3", "7.0", "training.precision=fp32"):
         check_precision("bf16", "cuda:3", section="training")
 
 
@@ -145,7 +146,7 @@ def test_a_broken_compiler_is_one_warning_and_changes_nothing(job, monkeypatch):
 
     monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
     (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
-    assert event["text"].endswith("OSError: no space left for the compiler")
+    assert "OSError" in event["text"]
 
 
 def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):

@@ -47,6 +47,11 @@ JOBS: dict[str, dict[str, Any]] = {
     "damped": {"model": {"method_options": DAMPED}, "recipe": {"activation_checkpointing": True}},
     "student": {"distillation": HIDDEN},
     "lean student": {"distillation": HIDDEN, "recipe": LEAN},
+    "student of fewer layers": {
+        "distillation": DistillationConfig(),
+        "kept_layers": (1,),
+        "model": {"num_layers": 1, "schedule": [1]},
+    },
     "untied": {"model": {"tie_embeddings": False}},  # The loss reads the head's own weight.
     "masked": {"recipe": {"num_sequences_per_pass": 1}},
     "bad": {"recipe": {"skip_bad_steps": 1}},
@@ -114,6 +119,7 @@ QUICK = {
     "a family of schedules": Row("elastic", [stop(8)], [8]),
     "options of a method": Row("damped", [stop(7)], [7]),
     "a teacher": Row("student", [stop(3)], [3]),
+    "a teacher of more layers": Row("student of fewer layers", [stop(3)], [3]),
     "a sequence length of its own": Row("short", [stop(7)], [7]),
     "a source and frozen layers": Row("retrofit", [stop(3), crash(7)], [3, 4]),
 }
@@ -185,15 +191,15 @@ def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[
     source = save_tiny(folder / "source", method="vanilla", schedule=None)
 
     def make(name: str) -> TrainingJob:
-        own = dict(JOBS[name])
+        changes = dict(JOBS[name])
         return TrainingJob(
             run_folder=str(folder / name),
             tokens_folder=str(tiny_tokens),
-            model={**tiny_model, **own.pop("model", {})},  # type: ignore[arg-type]
-            recipe=TrainingSettings(**{**RECIPE, **own.pop("recipe", {})}),
-            **(taught if "distillation" in own else {}),
+            model={**tiny_model, **changes.pop("model", {})},  # type: ignore[arg-type]
+            recipe=TrainingSettings(**{**RECIPE, **changes.pop("recipe", {})}),
+            **(taught if "distillation" in changes else {}),
             **({"initial_folder": str(source)} if "retrofit" in name else {}),
-            **own,
+            **changes,
         )
 
     return make

@@ -117,6 +117,6 @@ def test_a_profile_holds_its_steps(tiny_job):
     run_job(job, should_stop=stop_at(2))
     assert not (job.folder / "profile").exists()
     (event,) = events(job, "not profiled")
-    assert event["text"] == "no profile: it begins after 3 steps, and the run ended before"
+    assert "3 steps" in event["text"]
     run_job(job)
     assert [event["text"] for event in events(job, "profiled")] == ["profile of 3 steps"]

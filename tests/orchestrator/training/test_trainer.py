@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from same_run import curve, events, same_run, state_of, steps_of, stop
 
 from iiet.batch import Batch
@@ -120,7 +121,7 @@ def test_two_seeds_are_two_initial_models(make_job):
 
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "LOCK_SECONDS", 0.0)
-    with pytest.raises(RunFailed, match="another process trained in"):
+    with refused(RunFailed, "another process"):
         run_job(make_job(), report=lambda *_: run_job(make_job()) and None)
 
 
@@ -157,7 +158,7 @@ def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, na
         with pytest.raises(Diverged, match="step 7: loss") as caught:
             run_job(job)
         text = str(caught.value)
-        assert f"last good checkpoint is {job.folder / 'step_00000004'}; lower" in text
+        assert str(job.folder / "step_00000004") in text
         for setting in ("learning_rate=0.01", "warmup_steps", "skip_bad_steps"):
             assert f" {section}.{setting}" in text
         assert steps_of(job) == [4]

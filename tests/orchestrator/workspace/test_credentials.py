@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from refusals import assert_names, refused
 
 from orchestrator import cli
 from orchestrator.records.training import TrainingJob
@@ -124,14 +125,14 @@ def test_storage_with_a_secret_is_refused_and_nothing_is_written(tmp_path, monke
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "space"))
     file = tmp_path / "settings.yaml"
     for uri in filter(has_secret, ADDRESSES):
-        with pytest.raises(ValueError, match="the address holds a password or a key") as caught:
+        with refused(ValueError, "address", "key") as caught:
             ClusterSettings(storage=uri)
-        assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(caught.value)
+        assert_names(str(caught.value), "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     file.write_text(f"cluster: {{storage: '{uri}'}}\n")
     for options in (["--storage", uri], [f"--set=cluster.storage={uri}"], ["--config", str(file)]):
         assert cli.main(["pretrain", *options]) == 2
         printed = "".join(capfd.readouterr())
-        assert "cluster.storage: the address holds a password or a key" in printed
+        assert "cluster.storage" in printed
         assert SECRET not in printed
     for option in (f"cluster.storge={uri}", uri):  # Misspelled, or without its name.
         assert cli.main(["pretrain", "--set", option]) == 2

@@ -72,11 +72,11 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "another-node")
         assert lock_holder(path) is None, "its id says nothing here"
-    asked: list[int] = []
+    pids: list[int] = []
 
     def kill_then_stop() -> bool:
-        asked.append(len(asked))
-        if len(asked) == 2:
+        pids.append(len(pids))
+        if len(pids) == 2:
             holder.kill()
             holder.wait()
             assert path.read_text()
@@ -85,6 +85,6 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
 
     with lock_file(path, should_stop=kill_then_stop) as is_ours:
         assert is_ours, "the system releases the lock of a killed process"
-    assert len(asked) >= 2
+    assert len(pids) >= 2
     with refuse_second(path, "the sweep x"):
         assert lock_holder(path) == os.getpid(), "what a dead process wrote refuses nobody"
