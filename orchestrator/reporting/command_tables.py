@@ -359,8 +359,8 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     at_most = "at most " if price.is_upper_bound else ""
     trainings = format_count(price.num_trainings, "training")
     count = f"{trainings}: " if price.num_trainings > 1 else ""
-    num_teacher_tokens = price.num_teacher_tokens
-    teacher = f", and the teacher reads {num_teacher_tokens:,}" if num_teacher_tokens else ""
+    num_read = price.num_teacher_tokens
+    teacher = f", and the teacher reads {num_read:,} for its students" if num_read else ""
     yield (
         "to train",
         f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",

@@ -121,6 +121,27 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
         )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 0.3},
+        {"damping": 0.3, "learn_damping": "scalar"},
+        {"learn_damping": "vector"},
+        {"reinject_prediction": True},
+        {"start": "identity"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_each_option_of_the_method_is_computed_as_by_the_core(options):
+    """The law above draws options too, but which ones a few examples reach is chance."""
+    decoder = make_model(method_options=options)
+    ids = tokens(2, 7)
+    found = transformers_model(decoder)(ids).logits
+    torch.testing.assert_close(found, decoder(ids), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, make_model()(ids)), "the option changes nothing"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -112,6 +113,22 @@ def test_all_claims_hold_by_what_was_made_up():
     metrics = claim_metrics(found.values())
     assert metrics["claims/iiet_over_vanilla"] == pytest.approx(20)
     assert metrics["claims/iiet_over_vanilla_verdict"] == 1
+
+
+def test_luck_on_the_items_that_choose_a_student_does_not_count_for_it():
+    trials = trials_with(dict.fromkeys(("1,1", "1,0")))
+    items = {trial.key: answers(trial) for trial in trials}
+    vanilla = items["vanilla"].results["hops"]
+    # Right on all items of the half that chooses, which is that of even numbers; as vanilla else.
+    is_right = [
+        value if crc32(item.encode()) % 2 else 1.0
+        for item, value in zip(vanilla.items, vanilla.values["acc"], strict=True)
+    ]
+    lucky = vanilla.model_copy(update={"values": {"acc": is_right}})
+    items["0,0"] = EvaluationResult(results={"hops": lucky})
+    front = with_confidence(sample_front(trials), items, num_resamples=400)
+    found = {claim.key: claim for claim in find_claims(front)}["student_over_vanilla_nfe"]
+    assert (found.here, found.verdict) == (0.0, "not decided")
 
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])

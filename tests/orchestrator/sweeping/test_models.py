@@ -84,6 +84,11 @@ ITERATIONS = {
         "r = 1, rate 0.0005, seed 0": ("iiet", 1, 6, 5e-4, 0),
         "r = 1, rate 0.0005, seed 7": ("iiet", 1, 6, 5e-4, 7),
     },
+    # A seed of the sweep, also 0, is the model's in place of the recipe's.
+    "training.seed=5; sweep.methods=[iiet]; sweep.iterations=[1]; sweep.seeds=[0, 7]": {
+        "r = 1, seed 0": ("iiet", 1, 6, 2e-3, 0),
+        "r = 1, seed 7": ("iiet", 1, 6, 2e-3, 7),
+    },
     # Rates and depths are those of the most specific name.
     "sweep.methods=[iiet, other]; sweep.iterations=[1, 2]; sweep.learning_rates={other: 3.0e-3, "
     "'other, r = 2': [1.0e-3, 5.0e-4], r = 2: 7.0e-3}": {

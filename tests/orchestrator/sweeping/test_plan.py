@@ -110,7 +110,7 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     assert price.disk == {"checkpoints": 4 * 12 * 10_138}
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
-        "4 trainings: 10,240 tokens, and the teacher reads 10,240; 1.3e+09 FLOPs"
+        "4 trainings: 10,240 tokens, and the teacher reads 10,240 for its students; 1.3e+09 FLOPs"
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
     assert [name for name in words if "time" in name] == ["training time"]

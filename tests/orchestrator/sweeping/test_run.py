@@ -16,6 +16,7 @@ from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 
+from iiet.cost import inference_cost
 from orchestrator.cluster import tune
 from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
@@ -136,12 +137,6 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
     assert spreads() == {0.01}, "it is stored"
     again = sweep.run(tiny_plan)
     assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
-    # Times hold for one machine: a workspace on a shared disk is used on several.
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(costs, "timing_environment", lambda: {"processor": "another"})
-        spread = 0.03
-        moved = sweep.run(tiny_plan)
-        assert {t.numbers["cost/decode_ms_spread"] for t in moved.results} == {0.03}
     shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (
@@ -257,3 +252,24 @@ def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
     assert queue.num_taken == 0
     assert [queue.take(), queue.take()] == taken
     assert queue.failures == {}
+
+
+def test_the_teacher_starts_first_and_then_the_costliest(tiny_plan):
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    first, *others = [trial for _ in tiny_plan.trials if (trial := queue.take())]
+    assert first.role == "teacher"
+    evaluations = [inference_cost(trial.model).evaluations_per_token for trial in others]
+    assert evaluations == sorted(evaluations, reverse=True)
+    assert len(set(evaluations)) > 1
+
+
+def test_a_sweep_counts_its_trials_and_says_what_those_that_run_save(tiny_plan):
+    queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
+    assert queue.num_all == len(tiny_plan.trials)
+    assert not queue.begin_saving(), "none runs"
+    assert queue.notes == []
+    while running := queue.take():
+        queue.on_start(running.key)
+    assert queue.begin_saving()
+    [note] = queue.notes
+    assert note.startswith("saving ")

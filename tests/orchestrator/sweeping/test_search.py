@@ -69,7 +69,8 @@ class World:
     def finish(self, trial: Trial) -> None:
         if trial.result() is None:
             self.made += trial.role == "trial"
-            quality = {"accuracy": self.accuracy(trial.model.corrections), "bits": 1.0}
+            right = self.accuracy(trial.model.corrections)
+            quality = {"accuracy": right, "bits_per_byte": 1.0 - right}
             trial.with_numbers("quality", quality).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
@@ -192,6 +193,12 @@ def test_a_search_continues_after_a_line_that_a_crash_cut_off(tmp_path):
     after = world.run(num_trials=6)
     assert len(set(before) | set(after)) == 6
     assert len(world.complete()) == 6 + len(FAMILY), "what was written after it can be read"
+
+
+def test_a_loss_is_searched_for_its_lowest_values(tmp_path):
+    world = World(tmp_path)
+    world.run(objective="bits_per_byte", num_trials=1)
+    assert world.study().directions == [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
 
 
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):

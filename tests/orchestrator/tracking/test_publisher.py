@@ -113,3 +113,21 @@ def test_what_a_dead_server_missed_is_published_when_it_is_back(shown):
     publisher.enqueue(run("e"))
     assert publisher.wait(60)
     assert shown.names[-1] == "e"
+
+
+def test_a_state_that_comes_while_a_server_fails_stays_the_last_one(shown):
+    shown.is_down = True
+    publisher = Publisher(shown.publish)
+    newer = [run("a", name="new")]
+
+    def end_meanwhile(_: TrackedRun) -> None:
+        if newer:
+            publisher.enqueue(newer.pop())
+
+    shown.before = end_meanwhile
+    publisher.enqueue(run("a", "RUNNING", name="old"))
+    assert publisher.wait(60), "both were tried"
+    shown.is_down = False
+    publisher.enqueue(run("b"))
+    assert publisher.wait(60)
+    assert shown.names == ["new", "b"]

@@ -42,6 +42,7 @@ from orchestrator.training.devices import (
     compile_layers,
     decoder_to_train,
     free_gathered,
+    frozen_dtype,
     load_teacher,
     mean_over_workers,
     pass_of_several,
@@ -64,6 +65,12 @@ def test_bf16_is_for_gpus_that_have_it(monkeypatch):
     check_precision("fp32", "cuda", section="training")
     with refused(DeviceError, "cuda:3", "7.0", "training.precision=fp32"):
         check_precision("bf16", "cuda:3", section="training")
+
+
+def test_a_teacher_is_half_as_large_on_a_gpu_alone():
+    assert frozen_dtype("bf16", "cuda:1") == torch.bfloat16
+    assert frozen_dtype("fp32", "cuda:1") == torch.float32
+    assert frozen_dtype("bf16", "cpu") == torch.float32, "autocast reads float32 weights there"
 
 
 def test_tf32_is_for_gpus_only(tiny_job):

@@ -15,6 +15,7 @@ from refusals import refused
 from same_run import curve, events, same_run, state_of, steps_of, stop
 
 from iiet.batch import Batch
+from iiet.schedule import IterationSchedule
 from orchestrator.data.order import WindowOrder
 from orchestrator.data.store import TokenStore, gather, open_tokens
 from orchestrator.models.load import load_model
@@ -22,7 +23,9 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.job import finished_outcome
+from orchestrator.training.objective import VALIDATION_METRIC, validation_metrics
 from orchestrator.training.trainer import Diverged, run_job
+from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME
@@ -110,6 +113,37 @@ def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     assert torch.equal(torch.cat(read), gather(tokens, starts, 8))
     assert set(held_out) == {8}
     assert outcome.num_tokens == 9 * 64
+
+
+def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
+    job = make_job(num_steps=4, validate_every_steps=2, checkpoint_every_steps=2)
+    run_job(job)
+    tokens = open_tokens(job.tokens_folder)
+    batches = [
+        *tokens.validation_batches(
+            context_length=job.sequence_length,
+            num_tokens=job.recipe.num_validation_tokens,
+            batch_size=8,
+        )
+    ]
+
+    def losses(step: int) -> dict[str, float]:
+        """Return the losses of a checkpoint's weights under both stages' schedules."""
+        decoder = load_model(job.folder / f"step_{step:08d}")
+        schedules = {"none": IterationSchedule.none(decoder.config.num_layers)}
+        schedules["all"] = job.model.corrections
+        return {
+            name: validation_metrics(decoder, batches, schedule, precision="fp32", world=World())[
+                VALIDATION_METRIC
+            ]
+            for name, schedule in schedules.items()
+        }
+
+    validated = curve(job, VALIDATION_METRIC)
+    for step, stage in ((2, "none"), (4, "all")):
+        expected = losses(step)
+        assert expected["none"] != pytest.approx(expected["all"], rel=1e-5)
+        assert validated[step] == pytest.approx(expected[stage], rel=1e-6)
 
 
 def test_two_seeds_are_two_initial_models(make_job):
