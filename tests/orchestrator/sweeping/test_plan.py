@@ -160,8 +160,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    [line] = told(plan, chosen)[1:]
-    assert "5 of 5 trials" in line
+    assert "5 of 5 trials" in told(plan, chosen)[1]
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
