@@ -343,10 +343,12 @@ def front_chart(
         "width": WIDTH,
         "height": height,
     }
-    return chart_spec(chart, title={"text": title, "subtitle": _legend(front)} if title else "")
+    return chart_spec(
+        chart, title={"text": title, "subtitle": front_legend(front)} if title else ""
+    )
 
 
-def _legend(front: Front) -> str:
+def front_legend(front: Front) -> str:
     """Return what a picture's marks mean."""
     has_baselines = any(not row["is_candidate"] for row in front.rows)
     models = "the best of teacher and students" if has_baselines else "the best quality"
