@@ -40,6 +40,8 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
         cells[axis] = ledger.difference_cells(report, "a", "vs_b")
     assert cells["quality/accuracy"] == ["-20.0 points (-30.0 to -10.0)", "does not hold"]
     assert cells["quality/bits_per_byte"] == ["0.200 bits per byte (0.100 to 0.300)", "holds"]
+    unsure = {**report, "results": [{**row, "paired/vs_b_high": 0.1}]}
+    assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 
 
 def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
