@@ -240,6 +240,7 @@ def test_the_trainer_trains(method, recomputes, folders, tmp_path):
     assert after < 0.9 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["looped", "iiet", "pcformer"])
 @torch.no_grad()
 def test_a_model_compiles_as_one_graph(method):

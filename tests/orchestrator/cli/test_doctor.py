@@ -65,6 +65,7 @@ def test_bf16_is_recommended_for_processors_that_have_it(tmp_path, capsys, monke
         assert ("training.precision=bf16" in capsys.readouterr().out) == recommends
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch):
     for address, words in (
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
