@@ -28,7 +28,7 @@ from retrofit_study import CONTINUED, Study, results_in
 
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.charts import LEGEND, PIXELS_PER_UNIT, Spec, front_chart
+from orchestrator.reporting.charts import PIXELS_PER_UNIT, Spec, front_chart, front_legend
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL
 from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
@@ -193,6 +193,9 @@ def _kept_cell(report: Report, name: str) -> str:
     [row] = [row for row in report["results"] if row["name"] == name]
     low = row["paired/share_of_full_low"]
     high = row["paired/share_of_full_high"]
+    _, verdict_of_teacher = difference_cells(report, "teacher", "vs_r_0")
+    if verdict_of_teacher != "holds":
+        return "**says nothing**: the teacher does not beat r = 0"
     verdict = "holds" if low >= PAPER_SHARE_OF_FULL else "not decided"
     saved = 100 * (1 - row["cost/overhead_share"])
     kept = f"{100 * low:.1f} to {100 * high:.1f} % kept"
@@ -287,9 +290,12 @@ def panels() -> list[Spec]:
         rows = [{**row["details"], "suite": Suite()} for row in report["results"]]
         trials = [Trial.model_validate(row) for row in rows if row["label"] not in NOT_PICTURED]
         width, height = PANEL
-        chart = front_chart(find_front(result_table(trials)), height=height)
-        charts.append({**chart, "width": width, "title": {"text": title}})
-    charts[0]["title"]["subtitle"] = LEGEND
+        front = find_front(result_table(trials))
+        chart = front_chart(front, height=height)
+        heading = {"text": title}
+        if not charts:  # The panels have their legend in common.
+            heading["subtitle"] = front_legend(front)
+        charts.append({**chart, "width": width, "title": heading})
     for chart in charts[:-1]:
         for layer in chart["layer"]:
             for channel in {"color", "shape"} & layer["encoding"].keys():

@@ -55,7 +55,7 @@ def list_workspace(
     call: Call,
     kind: Annotated[Literal[Kind, "running"] | None, typer.Argument(metavar="KIND")] = None,
 ) -> Result:
-    """List runs, trials, sweeps and exported models, the newest first, or what runs now.
+    """List runs, trials, sweeps and the models in exports/, the newest first, or what runs now.
 
     Example: iiet-orch list running
 

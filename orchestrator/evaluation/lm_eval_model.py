@@ -88,22 +88,24 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def __init__(
         self,
         model: Any,
-        text: ModelTokenizer,
+        text_tokenizer: ModelTokenizer,
         batch_size: int = 32,
         *,
         prompts: Prompts | None = None,
         progress: Progress | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.text = text
+        self.text_tokenizer = text_tokenizer
+        """The model's own tokenizer, by which all texts become tokens."""
         self.prompts = prompts or Prompts()
         self.progress = progress or Progress()
-        tokenizer = text.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=text.tokenizer, eos_token=text.tokenizer.id_to_token(text.prefix_id)
+        tokenizer = text_tokenizer.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=text_tokenizer.tokenizer,
+            eos_token=text_tokenizer.tokenizer.id_to_token(text_tokenizer.prefix_id),
         )
         if self.prompts.template_name:
             tokenizer = copy(tokenizer)  # The model may be asked with other prompts, too.
-            tokenizer.chat_template = text.template(self.prompts.template_name)
+            tokenizer.chat_template = text_tokenizer.template(self.prompts.template_name)
         with suppress_output():
             super().__init__(
                 model,
@@ -114,7 +116,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             )
         self._num_rows = batch_size
         # The choices of a question follow each other, and each encodes the same context.
-        self._encode_cached = lru_cache(maxsize=8)(text.encode)
+        self._encode_cached = lru_cache(maxsize=8)(text_tokenizer.encode)
 
     @property
     def max_gen_toks(self) -> int:
@@ -128,7 +130,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return list(self._encode_cached(string, add_special_tokens=add_special_tokens is not False))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        symbol = self.text.symbol_id(continuation)
+        symbol = self.text_tokenizer.symbol_id(continuation)
         if symbol is None or context[-1:].isspace():
             return super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
         # The context is not encoded again for each of many symbols.
@@ -137,9 +139,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        if self.text.loaded is None:
+        if self.text_tokenizer.loaded is None:
             # Without context lm-eval puts the end of a text, where a document's opening may follow.
-            opening = list(self.text.encode_document(""))
+            opening = list(self.text_tokenizer.encode_document(""))
             requests = [
                 (text, opening if text and not text[0] else context, continuation)
                 for text, context, continuation in requests
@@ -271,14 +273,14 @@ class DecoderModel(LmEvalModel):
     def __init__(
         self,
         decoder: Decoder,
-        text: ModelTokenizer,
+        text_tokenizer: ModelTokenizer,
         *args: Any,
         max_length: int | None = None,
         **options: Any,
     ) -> None:
         stand_in = SimpleNamespace(device=decoder.device, config=SimpleNamespace(model_type="iiet"))
         length = max_length or decoder.config.context_length
-        super().__init__(stand_in, text, *args, max_length=length, **options)
+        super().__init__(stand_in, text_tokenizer, *args, max_length=length, **options)
         self.decoder = decoder.eval()
 
     def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
@@ -293,7 +295,7 @@ class DecoderModel(LmEvalModel):
             (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-num_read:]
             for request in requests
         ]
-        return generate_answers(self.decoder, self.text, contexts, settings, seeds)
+        return generate_answers(self.decoder, self.text_tokenizer, contexts, settings, seeds)
 
 
 def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:

@@ -217,7 +217,7 @@ class ModelMeasurer:
         network: Any
         if self._model.config is None:
             model_type = LmEvalModel
-            text = self._model.tokenizer(trust_remote_code=self._trust_remote_code)
+            text_tokenizer = self._model.tokenizer(trust_remote_code=self._trust_remote_code)
             network = load_transformers(
                 self._model,
                 trust_remote_code=self._trust_remote_code,
@@ -226,14 +226,14 @@ class ModelMeasurer:
             )
         else:
             model_type = DecoderModel
-            text = self._model.tokenizer()
+            text_tokenizer = self._model.tokenizer()
             network = self._decoder
             check_answer_settings(missing.tasks, self.sequence_length)
         prompts = self._suite.prompts or Prompts()
-        check_template(text, prompts)
+        check_template(text_tokenizer, prompts)
         return model_type(
             network,
-            text,
+            text_tokenizer,
             self._suite.batch_size,
             prompts=prompts,
             progress=self._progress,

@@ -376,8 +376,8 @@ def load_suite(suite: Suite) -> LoadedSuite:
     if suite.fingerprints is None:
         if not loaded.tasks:
             raise UserError(
-                f"the hub gives none of these tasks of evaluation.suite: "
-                f"{_as_text(loaded.skipped)}; make it reachable, or leave them out of the suite"
+                "no task of evaluation.suite can be evaluated: "
+                f"{_as_text(loaded.skipped)}; make the hub reachable, or name other tasks"
             )
         return loaded
     planned = set(suite.fingerprints)

@@ -194,32 +194,36 @@ class TextGenerator:
                 the context.
         """
         context = self.tokenizer.encode_document(prompt)
-        ids = torch.tensor([context], device=self.decoder.device)
-        ends = set(self.tokenizer.end_ids)
+        input_ids = torch.tensor([context], device=self.decoder.device)
+        end_ids = set(self.tokenizer.end_ids)
         for stop in sampling.stop:
             stop_ids = self.tokenizer.encode(stop, add_special_tokens=False)
             # A stop text that is one token may be a special token, which no piece shows.
             if len(stop_ids) == 1:
-                ends.update(stop_ids)
+                end_ids.update(stop_ids)
         options = sampling.options(self.decoder.config.context_length - len(context))
         try:
-            steps = self._stream(self.decoder, ids, eos_token_id=ends, **options)
+            steps = self._stream(self.decoder, input_ids, eos_token_id=end_ids, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
-        tokens = takewhile(lambda token: token not in ends, map(int, steps))
+        tokens = takewhile(lambda token: token not in end_ids, map(int, steps))
         return self.pieces(tokens, [stop for stop in sampling.stop if stop])
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
+        """Return the continuation of each prompt, all decoded as one batch.
+
+        Raises:
+            UserError: If there is no prompt; and as `stream`.
+        """
         if not prompts:
             raise UserError("there is nothing to continue; give at least one prompt")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.tokenizer.encode_document(prompt) for prompt in prompts]
         longest = max(map(len, contexts))
-        room = self.decoder.config.context_length
-        most = sampling.options(room - longest)["max_new_tokens"]
-        if longest + most > room:
-            raise UserError(does_not_fit(longest, most, room))
+        context_length = self.decoder.config.context_length
+        max_new_tokens = sampling.options(context_length - longest)["max_new_tokens"]
+        if longest + max_new_tokens > context_length:
+            raise UserError(does_not_fit(longest, max_new_tokens, context_length))
         seeds = [seed + row for row in range(len(contexts))]
         try:
             texts = generate_answers(

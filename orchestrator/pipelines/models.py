@@ -634,7 +634,8 @@ def plan_pick(
         _refuse_loss(picked["label"], losses)
     point = picked["trial"]
     seeds = picked["seeds"]
-    sentence = findings.describe_model(front, picked)
+    description = findings.describe_model(front, picked)
+    sentence = "; ".join([description, *findings.better_baselines(front, picked)])
     if any(not loss.is_within_bound for loss in losses):
         sentence += f"; it {loss_text(losses)} against the source"
     result = results.lowest_seed(seeds)

@@ -6,7 +6,7 @@ when it is asked for: states of trials, prices, what does not fit, and how it is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,11 +25,12 @@ from orchestrator.records.trial import AshaRule, SweepTrials
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import Settings
+from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings
 from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import check_devices
 from orchestrator.sweeping.states import TrialState, competing_trials, trial_states
-from orchestrator.terminal.render import format_count
+from orchestrator.terminal.render import format_count, join_names
+from orchestrator.training.schedules import steps_before_corrections
 from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class SweepPlan(Result):
         sweep = self.placed.sweep
         suite = self.trials.trials[0].suite
         notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        notes += self._training_notes()
         prices = self.control_prices
         sentences = self.retrofit.sentences if self.retrofit else {}
         for name, text in sentences.items():
@@ -215,6 +217,52 @@ class SweepPlan(Result):
         if competing_trials(self.trials, sweep):
             notes.append(AshaRule.of(sweep).text)
         return tuple(notes)
+
+    def _training_notes(self) -> Iterator[str]:
+        """Yield what a reader may ask of the models that are left to pretrain: their rates, when
+        corrections begin, and how often the text is read."""
+        jobs = {
+            state.trial.label: state.trial.job
+            for state in self.states
+            if state.training and state.trial.job and state.trial.job.objective == "pretrain"
+        }
+        if not jobs:
+            return
+        recipe = self.settings.training
+        usual_rates = SweepSettings().learning_rates
+        vanilla_rate = usual_rates[BASELINE_METHOD]
+        vanilla_rates = {
+            job.recipe.learning_rate for job in jobs.values() if job.model.method == BASELINE_METHOD
+        }
+        has_usual_rates = self.settings.sweep.learning_rates == usual_rates
+        if has_usual_rates and vanilla_rates == {vanilla_rate} and self.retrofit is None:
+            yield (
+                f"vanilla learns at {vanilla_rate:g}, the default of sweep.learning_rates for it: "
+                "each method has the rate that suits it, so that none looks worse by its rate"
+            )
+        first_stages: dict[tuple[int, int], list[str]] = {}
+        for label, job in jobs.items():
+            num_steps = steps_before_corrections(job.recipe)
+            if num_steps and job.model.corrections.max_corrections:
+                first_stages.setdefault((num_steps, job.recipe.num_steps), []).append(label)
+        for (num_steps, num_all), labels in first_stages.items():
+            yield (
+                f"no corrections before step {num_steps:,} of {num_all:,} "
+                f"(training.iterate_from_fraction): {join_names(labels)}"
+            )
+        sharing = [label for label, job in jobs.items() if job.first_stages]
+        if len(sharing) > 1:
+            yield f"their shared first stage is trained once: {join_names(sharing)}"
+        tokens_folder = next(iter(jobs.values())).tokens_folder
+        if tokens_folder:
+            tokens = expected_tokens(self.settings.data, Path(tokens_folder))
+            num_read = recipe.num_steps * recipe.num_tokens_per_step
+            if tokens.num_train_tokens:
+                yield (
+                    f"{recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,} tokens read the "
+                    f"{tokens.num_train_tokens:,} tokens of the text "
+                    f"{num_read / tokens.num_train_tokens:.2g} times"
+                )
 
     @property
     def sentences(self) -> tuple[str, ...]:

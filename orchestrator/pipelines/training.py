@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 UNPREPARED = (
-    "the data are not prepared yet, which a run does first; until then it is not known which "
-    "trainings are finished (`iiet-orch prepare` finds the tokens of copied or moved texts)"
+    "the data are not prepared yet, so it is not known what is trained already; a run prepares "
+    "them first, `iiet-orch prepare` does it alone"
 )
 
 UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"

@@ -94,7 +94,8 @@ class Listing(Result):
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
             total = render.format_bytes(sum(entry["bytes"] for entry in entries))
-            title = "exported models" if kind == "models" else kind
+            # A folder that `--to` names elsewhere is no part of the workspace.
+            title = "models in exports/" if kind == "models" else kind
             yield f"{title}: {len(entries)}" + (f", {total}" if entries else "")
             rows = []
             for entry in entries:

@@ -92,7 +92,6 @@ CONFIG = {
     "view": {"stroke": FRAME},
 }
 
-LEGEND = "filled: on the front; line: the best quality at each cost; bars: one standard error"
 TRIAL = "trial"
 FULL_MODEL = "full model"
 BASELINE = "baseline"
@@ -344,7 +343,16 @@ def front_chart(
         "width": WIDTH,
         "height": height,
     }
-    return chart_spec(chart, title={"text": title, "subtitle": LEGEND} if title else "")
+    return chart_spec(
+        chart, title={"text": title, "subtitle": front_legend(front)} if title else ""
+    )
+
+
+def front_legend(front: Front) -> str:
+    """Return what a picture's marks mean."""
+    has_baselines = any(not row["is_candidate"] for row in front.rows)
+    models = "the best of teacher and students" if has_baselines else "the best quality"
+    return f"filled: on the front; line: {models} at each cost; bars: one standard error"
 
 
 def menu_fronts(front: Front) -> list[Front]:

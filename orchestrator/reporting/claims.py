@@ -266,6 +266,24 @@ class _Evidence:
             shares.append(share)
         return shares
 
+    def _check_gain(self, teacher: Row) -> None:
+        """Raise `_Missing` if the teacher is no better than a model without corrections: a share of
+        its accuracy then says nothing of what a student keeps."""
+        unbeaten = []
+        for row in self._rows:
+            if row["trial"].parent is not None or known(row, OVERHEAD_NFE) != 0:
+                continue
+            scores, (teacher_place, place) = self._scores(teacher, row)
+            if scores.difference(teacher_place, place).low <= 0:
+                unbeaten.append(row)
+        if unbeaten:
+            rivals = " and ".join(_described(row) for row in unbeaten)
+            raise _Missing(
+                f"the teacher gains nothing: {_described(teacher)} is not better than {rivals} by "
+                "more than the noise, so a share of its accuracy says nothing of what a student "
+                "keeps"
+            )
+
     def iiet_over(self, method: str, claim: Claim) -> Claim:
         """Judge whether IIET is better than another method."""
         iiet = self._model(DEFAULT_METHOD)
@@ -285,6 +303,7 @@ class _Evidence:
         if not cheaper:
             raise _Missing(f"no student costs less than {full['label']}")
         shares = self._shares_of_teacher([(row, full) for row in cheaper])
+        self._check_gain(full)
         candidates = [
             (row, interval, float((draws >= PAPER_SHARE_OF_FULL).mean()))
             for row, (interval, draws) in zip(cheaper, shares, strict=True)
@@ -365,7 +384,7 @@ class _Evidence:
         iiets = max(families[::-1], key=lambda students: len(students.keys() & pcformers.keys()))
         nfe_shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
         if not nfe_shares:
-            raise _Missing("no students of both at equal shares of their teachers' evaluations")
+            raise _Missing("no students of both at equal shares of their teachers' NFE")
         iiet_pairs = [iiets[share] for share in nfe_shares]
         pcformer_pairs = [pcformers[share] for share in nfe_shares]
         recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
@@ -378,7 +397,7 @@ class _Evidence:
             interval_of(iiet_share - pcformer_share, iiet_draws - pcformer_draws),
             f"students of {iiet_pairs[0][1]['label']} keep {iiet_share:.1%}, of "
             f"{pcformer_pairs[0][1]['label']} {pcformer_share:.1%}, at {percents} of their "
-            "teachers' evaluations",
+            "teachers' NFE",
         )
 
     def _students_by_nfe_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:

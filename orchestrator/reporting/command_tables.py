@@ -359,8 +359,8 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     at_most = "at most " if price.is_upper_bound else ""
     trainings = format_count(price.num_trainings, "training")
     count = f"{trainings}: " if price.num_trainings > 1 else ""
-    num_teacher_tokens = price.num_teacher_tokens
-    teacher = f", and the teacher reads {num_teacher_tokens:,}" if num_teacher_tokens else ""
+    num_read = price.num_teacher_tokens
+    teacher = f", and the teacher reads {num_read:,} for its students" if num_read else ""
     yield (
         "to train",
         f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
@@ -368,10 +368,11 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
+    or_less = " or less" if price.is_upper_bound else ""
     yield (
         "training time",
-        f"{at_most}{duration} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
-        f"each ({rate.source})",
+        f"{duration}{or_less} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
+        f"each ({rate.source}); starts and measurements come on top",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"

@@ -15,15 +15,17 @@ from typing import Any
 
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.front import Front, Row, busy_machine, known
+from orchestrator.reporting.results import shape_of
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
     Interval,
 )
-from orchestrator.reporting.tables import confidence_text, cost_text, quality_text
+from orchestrator.reporting.tables import BUSY_MARK, confidence_text, cost_text, quality_text
 from orchestrator.terminal.metrics import (
     CONFIDENCE_ON_FRONT,
     DECODE_MS,
+    OVERHEAD_NFE,
     PAIRED_SHARE_OF_FULL,
     QUALITIES,
     interval_end_names,
@@ -45,26 +47,36 @@ def findings(front: Front) -> list[str]:
         return [f"Not measured: {problem}."]
     cheapest = front.cheapest_keeping(DEMANDED_SHARE)
     cheaper = None if cheapest is full else cheapest
-    sentences = [_headline(front, full, cheaper)]
+    unbeaten = unbeaten_baselines(front)
+    # What is kept of a teacher that gains nothing is no success.
+    has_meaningful_shares = not unbeaten
+    if has_meaningful_shares:
+        sentences = [_headline(front, full, cheaper)]
+    else:
+        sentences = [_teacher_gains_nothing(front, full, unbeaten)]
     controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
     if full["role"] == "teacher" and controls:
-        sentences.append(_teacher_and_controls(front, full, controls))
-    if cheaper is not None and (confidence := front.confidence_keeps(cheaper)) is not None:
+        sentences.append(f"{_teacher_against(front, full, controls)}.")
+    confidence = None if cheaper is None else front.confidence_keeps(cheaper)
+    if cheaper is not None and confidence is not None and has_meaningful_shares:
         sentences.append(_how_sure(front, full, cheaper, confidence))
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
         row = front.picks.get(pick)
         if row is not None and row is not cheaper and row is not full:
-            sentences.append(f"The {name} is {describe_model(front, row)}.")
+            description = describe_model(front, row, with_share=has_meaningful_shares)
+            sentences.append(f"The {name} is {description}.")
     choice = cheaper or full
     for row in front.rows:
         if row["role"] not in BESIDE_ROLES or row is choice:
             continue
-        if choice is full and row in controls:
+        if choice is full and (row in controls or row in unbeaten):
             continue  # The teacher is compared with them above.
         sentences.append(_comparison(front, row, choice))
     if front.unmeasured:
         names = join_names([row["name"] for row in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
+    if problem := busy_machine(front.rows):
+        sentences.append(f"Times with {BUSY_MARK} decide nothing: {problem}.")
     return list(dict.fromkeys(sentences))
 
 
@@ -107,13 +119,19 @@ def _share_text(front: Front, row: Row) -> str:
 
 
 def _at_cost(front: Front, row: Row) -> str:
-    """Return a cost beside the full model's: `at half of its evaluations (4 of 8 NFE)`."""
+    """Return a cost beside the full model's: `at half of its cost (4 of 8 NFE)`."""
     assert front.full is not None
     metric = front.axes.cost_metric
     cost_share = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
     share = "half" if f"{cost_share:.0%}" == "50%" else f"{cost_share:.0%}"
-    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])} {metric.unit}".rstrip()
-    return f"at {share} of its {metric.noun or metric.title} ({costs})"
+    return f"at {share} of its {metric.noun or metric.title} ({_costs_text(front, row)})"
+
+
+def _costs_text(front: Front, row: Row) -> str:
+    """Return the costs of a model and of the full model: `4 of 8 NFE`."""
+    assert front.full is not None
+    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])}"
+    return f"{costs} {front.axes.cost_metric.unit}".rstrip()
 
 
 def _how_sure(front: Front, full: Row, row: Row, confidence: float) -> str:
@@ -140,11 +158,17 @@ def _how_sure(front: Front, full: Row, row: Row, confidence: float) -> str:
     return f"{sentence}; the cheapest that keeps it {at_least} is {cheapest}."
 
 
-def describe_model(front: Front, row: Row) -> str:
-    """Return one clause on a model: its name, quality, cost and confidence."""
+def describe_model(front: Front, row: Row, *, with_share: bool = True) -> str:
+    """Return one clause on a model: its name, quality, cost and confidence.
+
+    Args:
+        with_share: Say which share of the full model's quality it keeps, and how surely.
+    """
     full = front.full
     share = front.share_of_full(row)
     text = f"{row['label']} with {_quality(front, row)}"
+    if not with_share:
+        return f"{text} at {_costs_text(front, row)}"
     if full is not None and share is not None and full["cost"]:
         interval = "" if row is full else _share_interval_text(front, row)
         text += f", {share:.1%} of {_possessive(full)}{interval}, {_at_cost(front, row)}"
@@ -187,20 +211,55 @@ def confidence_note(front: Front) -> list[str]:
     ]
 
 
-def _teacher_and_controls(front: Front, teacher: Row, controls: Sequence[Row]) -> str:
-    """Say in one sentence which controls a teacher with a source beats, and which it does not."""
+def unbeaten_baselines(front: Front) -> list[Row]:
+    """Return the baselines without corrections that the teacher does not beat by more than the
+    noise; none without a teacher.
+
+    Without values of single items, the noise of a difference is not known, and a baseline counts
+    only if it was measured to be as good as the teacher.
+    """
+    teacher = front.full
+    if teacher is None or teacher["role"] != "teacher":
+        return []
+    sign = 1 if front.axes.higher_is_better else -1
+    unbeaten = []
+    for row in front.rows:
+        has_corrections = known(row, OVERHEAD_NFE) != 0
+        has_other_shape = shape_of(row["trial"].facts) != shape_of(teacher["trial"].facts)
+        if row["role"] != "baseline" or has_corrections or has_other_shape:
+            continue
+        interval = _difference(front, teacher, row)
+        is_within_noise = front.paired is not None and not interval.excludes_zero
+        if sign * interval.value <= 0 or is_within_noise:
+            unbeaten.append(row)
+    return unbeaten
+
+
+def _teacher_gains_nothing(front: Front, teacher: Row, unbeaten: Sequence[Row]) -> str:
+    """Say that a teacher is no better than models without corrections, and what that means."""
+    text = (
+        f"{_teacher_against(front, teacher, unbeaten)}: its corrections gain nothing here, so a "
+        "share of its quality says nothing of what a student keeps"
+    )
+    if any(row["is_candidate"] and row["goodness"] > teacher["goodness"] for row in front.rows):
+        text += "; students that pass it were trained for further steps"
+    return f"{text}. A longer training (training.num_steps) may change that."
+
+
+def _teacher_against(front: Front, teacher: Row, rivals: Sequence[Row]) -> str:
+    """Say without a full stop which models a teacher beats, and which it does not."""
     clauses = []
-    for control in sorted(controls, key=lambda row: row["label"]):
-        interval = _difference(front, teacher, control)
+    for rival in sorted(rivals, key=lambda row: row["label"]):
+        interval = _difference(front, teacher, rival)
         size = _difference_text(front, interval)
         if not interval.excludes_zero:
-            clause = f"differs from {control['label']} by less than these items can resolve"
+            clause = f"differs from {rival['label']} by less than these items can resolve"
         elif (interval.value > 0) == front.axes.higher_is_better:
-            clause = f"beats {control['label']}"
+            clause = f"beats {rival['label']}"
         else:
-            clause = f"is worse than {control['label']}"
+            clause = f"is worse than {rival['label']}"
         clauses.append(f"{clause} ({size})")
-    return f"{_name(teacher)[0].upper()}{_name(teacher)[1:]} {' and '.join(clauses)}."
+    return f"{_name(teacher)[0].upper()}{_name(teacher)[1:]} {' and '.join(clauses)}"
 
 
 def _difference(front: Front, row: Row, other: Row) -> Interval:
@@ -239,6 +298,22 @@ def _comparison(front: Front, baseline: Row, choice: Row) -> str:
     beaten = [row["label"] for row in front.members_beaten_by(baseline)]
     also = f"; it beats {join_names(beaten)} on the front" if beaten else ""
     return f"{baseline['label']} ({_quality(front, baseline)}) {claim}{also}."
+
+
+def better_baselines(front: Front, picked: Row) -> list[str]:
+    """Return a clause on each baseline that is better than a model and costs no more."""
+    clauses = []
+    for row in front.rows:
+        if row["role"] not in BESIDE_ROLES or row["cost"] > picked["cost"]:
+            continue
+        interval = _difference(front, picked, row)  # As the front holds it.
+        is_better = (interval.value < 0) == front.axes.higher_is_better
+        if is_better and interval.excludes_zero:
+            clauses.append(
+                f"{row['label']} ({_quality(front, row)}) costs no more and is better by "
+                f"{_difference_text(front, interval)}"
+            )
+    return clauses
 
 
 def _quality(front: Front, row: Row) -> str:
@@ -360,7 +435,10 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
             and (row is front.full or (front.confidence_keeps(row) or 0.0) >= rule.confidence)
         ]
         return min(confident, key=lambda row: (row["cost"], -row["goodness"]))
-    problem = "this front has no knee: no model lies above the line from the cheapest to the best"
+    problem = (
+        "this front has no knee: no model lies above the line from the cheapest to the best; take "
+        "--keep SHARE or --budget COST"
+    )
     picked = front.picks.get(rule.name)
     if rule.name == "keep":
         picked = front.cheapest_keeping(rule.demanded_share)

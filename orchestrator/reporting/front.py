@@ -388,12 +388,7 @@ class Front:
 
 def busy_machine(rows: Iterable[Row]) -> str | None:
     """Return that times per token decide nothing, because a model's vary too much; None if not."""
-    relative_spreads = {}
-    for row in rows:
-        time = known(row, DECODE_MS)
-        spread = known(row, DECODE_MS_SPREAD)
-        if time and spread is not None:
-            relative_spreads[row["label"]] = spread / time
+    relative_spreads = {row["label"]: relative_time_spread(row) or 0.0 for row in rows}
     label = max(relative_spreads, key=lambda name: relative_spreads[name], default="")
     if not label or relative_spreads[label] <= MAX_TIME_SPREAD:
         return None
@@ -402,6 +397,13 @@ def busy_machine(rows: Iterable[Row]) -> str | None:
         f"{relative_spreads[label]:.0%}; "
         "`iiet-orch report --time-again` measures once more"
     )
+
+
+def relative_time_spread(row: Row) -> float | None:
+    """Return how much a model's time per token varied, as a share of it; None if it is unknown."""
+    time = known(row, DECODE_MS)
+    spread = known(row, DECODE_MS_SPREAD)
+    return spread / time if time and spread is not None else None
 
 
 def known(row: Row, name: str) -> float | None:

@@ -20,7 +20,8 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
-from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, Trial
+from orchestrator.records.status import unfinished_trials
+from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, SweepTrials, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import (
     COST,
@@ -38,7 +39,13 @@ from orchestrator.workspace.journal import (
     last_recorded,
     read_metrics,
 )
-from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
+from orchestrator.workspace.layout import (
+    PLAN_FILE,
+    RESULTS_FILE,
+    Workspace,
+    check_name,
+    is_valid_name,
+)
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
@@ -138,9 +145,7 @@ def load_sweep_results(workspace: Workspace, name: str) -> StoredSweep:
     path = workspace.sweeps / name / RESULTS_FILE
     sweep = StoredSweep.read(path)
     if sweep is None and (workspace.sweeps / name).is_dir():
-        raise UserError(
-            f"the sweep {name} has no result yet; run it again, and it resumes where it stopped"
-        )
+        raise UserError(_unfinished_text(workspace, name))
     if sweep is None:
         names = sorted(path.parent.name for path in workspace.sweeps.glob(f"*/{RESULTS_FILE}"))
         listed = f"there are: {', '.join(names)}"
@@ -198,10 +203,27 @@ def newest_sweep(workspace: Workspace) -> str:
     paths = workspace.sweeps.glob(f"*/{RESULTS_FILE}")
     named = [path.parent for path in paths if is_valid_name(path.parent.name)]
     if not named:
+        begun = [path.parent for path in workspace.sweeps.glob(f"*/{PLAN_FILE}")]
+        if begun:
+            raise UserError(_unfinished_text(workspace, max(begun, key=last_recorded).name))
         raise UserError(
             f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
         )
     return max(named, key=last_recorded).name
+
+
+def _unfinished_text(workspace: Workspace, name: str) -> str:
+    """Say how far a sweep without results is, and how it goes on."""
+    plan = SweepTrials.read(workspace.sweeps / name / PLAN_FILE)
+    how_far = "no trial is planned yet"
+    if plan is not None:
+        num_left = len(unfinished_trials(plan))
+        how_far = f"{len(plan.trials) - num_left} of {len(plan.trials)} trials are finished"
+    return (
+        f"the sweep {name} has no report before all of its trials have ended: {how_far}; if it "
+        "runs, `iiet-orch list running` says how far, else type the command that began it again, "
+        "and it goes on"
+    )
 
 
 def result_table(trials: Iterable[Trial]) -> DataFrame:

@@ -50,10 +50,15 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
-    "Bars: one standard error. Line: the best quality at each cost budget."
+    "Bars: one standard error. Line: the best quality at each cost budget, without baselines."
     f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
     f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
 )
+TABLE_LEGEND = (
+    "of full: quality as a share of the full model's; ●: on the front; knee: farthest above the "
+    "line from cheapest to best"
+)
+"""What a terminal says of the table's columns."""
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
     "a layer's last one backwards."
@@ -145,12 +150,15 @@ class ReportResult(Result):
         yield from render_terminal(self.brief())
         if self.page:
             yield f"report: {self.page}"
+        if picture := next((path for path in self.files if path.name == "front.png"), None):
+            yield f"picture: {picture}"
         yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
     def brief(self) -> list[Section]:
         """Return the sections that a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title)
-        front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
+        notes = [*self.sentences, *([TABLE_LEGEND] if self.front.members else [])]
+        front = Section(tables=[table], notes=notes, data=front_values(self.front))
         return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
     def sections(self) -> list[Section]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import Front, Row, known
+from orchestrator.reporting.front import MAX_TIME_SPREAD, Front, Row, known, relative_time_spread
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.retention import loss_text, lost_words, retention_verdict
 from orchestrator.reporting.sections import Column, Table, TableRow
@@ -53,6 +53,8 @@ COST_COLUMNS = {
     OVERHEAD_NFE_SHARE: 5,
 }
 """Costs with a column of their own, in this order -> priority of the column."""
+BUSY_MARK = "*"
+"""Stands behind a time per token that varied too much to decide anything."""
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
     "over the same items; differences of an accuracy are in points. An interval without zero is a "
@@ -118,7 +120,10 @@ def models_table(front: Front, title: str = "") -> Table:
             if number is None:
                 return None
             spread = known(row, DECODE_MS_SPREAD) if name == DECODE_MS else None
-            return metric.format(number) + ("" if spread is None else f" ± {metric.format(spread)}")
+            if spread is None:
+                return metric.format(number)
+            mark = f" {BUSY_MARK}" if (relative_time_spread(row) or 0) > MAX_TIME_SPREAD else ""
+            return f"{metric.format(number)} ± {metric.format(spread)}{mark}"
 
         metric = metric_of(name)
         is_axis = name in (axes.quality, axes.cost)

@@ -495,7 +495,10 @@ def plan_sentences(
         progress += f", {num_stopped:,} stopped early and left so"
     if num_begun := sum(bool(state.steps_done) for state in states):
         progress += f", {num_begun:,} partly trained"
-    return [contents, progress] if plan.num_distinct else [progress]
+    sentences = [contents, progress] if plan.num_distinct else [progress]
+    if any(trial.threshold_text for trial in plan.trials):
+        sentences.append("thresholds: a correction whose influence is below is left out")
+    return sentences
 
 
 def sweep_parameters(plan: SweepTrials, settings: Settings) -> dict[str, str]:

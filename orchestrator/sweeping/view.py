@@ -206,7 +206,8 @@ class SweepView:
             if not state.trial.job
         ]
         num_done = self._sweep.num_ended + sum(shares.values())
-        self._progress.advance(num_done, "; ".join(shown[:MAX_NAMED]))
+        num_trials = f"{self._sweep.num_ended} of {self._sweep.num_all} trials"
+        self._progress.advance(num_done, "; ".join([num_trials, *shown[:MAX_NAMED]]))
 
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""

@@ -65,7 +65,7 @@ class Metric:
     column: str = ""
     """Heading of a column; the title if it is empty."""
     noun: str = ""
-    """What a sentence calls it, as in `at half of its evaluations`; the title if it is empty."""
+    """What a sentence calls it, as in `at half of its NFE`; the title if it is empty."""
     unit: str = ""
     """What stands behind its number in a sentence."""
     format: Callable[[float], str] = "{:.4g}".format
@@ -87,10 +87,10 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             name=NFE,
-            options=("nfe", "evaluations"),
+            options=("evaluations", "nfe"),
             title="NFE per token",
             column="NFE",
-            noun="evaluations",
+            noun="NFE",
             unit="NFE",
             format="{:g}".format,
             counted_as="evaluations_per_token",

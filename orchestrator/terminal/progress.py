@@ -74,6 +74,8 @@ class Progress(AbstractContextManager["Progress"]):
                 text("{task.fields[text]}"),
                 console=self._console,
                 transient=True,
+                # Else libraries' bars, which belong into the log, would stand above this one.
+                redirect_stderr=sys.stderr.isatty(),
             )
             # Without a total the bar pulses until the first unit is done: 0 % would look dead.
             self._task = self._bar.add_task(title, total=None, share="", text="", left="")

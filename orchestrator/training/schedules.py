@@ -60,6 +60,11 @@ def _decay(step: int, recipe: TrainingSettings) -> float:
     return progress if recipe.decay == "wsd" else 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
+def steps_before_corrections(recipe: TrainingSettings) -> int:
+    """Return the steps of the first stage of a training, which makes no corrections."""
+    return round(recipe.num_steps * recipe.iterate_from_fraction)
+
+
 def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
     """Return the schedule of each step: no corrections in the first stage, then all of them.
 
@@ -68,7 +73,7 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
     most = schedule.max_corrections
     stages = tuple(_capped(schedule, limit) for limit in range(most + 1))
     ramp_end_fraction = recipe.iterate_from_fraction + recipe.iterate_ramp_fraction
-    ramp_start = round(recipe.num_steps * recipe.iterate_from_fraction)
+    ramp_start = steps_before_corrections(recipe)
     ramp_end = round(recipe.num_steps * ramp_end_fraction)
 
     def schedule_at(step: int) -> IterationSchedule:

@@ -44,6 +44,7 @@ from orchestrator.training.schedules import (
     learning_rate_at,
     schedule_by_step,
     stable_steps,
+    steps_before_corrections,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_metrics
@@ -175,7 +176,7 @@ class FirstStage:
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:
     """Return the first stage that a job may share with others; None if there is none."""
-    num_steps = round(job.recipe.num_steps * job.recipe.iterate_from_fraction)
+    num_steps = steps_before_corrections(job.recipe)
     has_stages = facts_of(job.model.method).has_corrections and (
         0 < num_steps < job.recipe.num_steps
     )
@@ -271,7 +272,7 @@ def continued_recipe(earlier: TrainingSettings, longer: TrainingSettings) -> Tra
     shares = (earlier.iterate_from_fraction, earlier.iterate_ramp_fraction)
     if (longer.iterate_from_fraction, longer.iterate_ramp_fraction) != shares:
         return longer
-    ramp_start = round(earlier.num_steps * earlier.iterate_from_fraction)
+    ramp_start = steps_before_corrections(earlier)
     ramp_end = round(earlier.num_steps * sum(shares))
     same_steps = {
         "iterate_from_fraction": ramp_start / longer.num_steps,

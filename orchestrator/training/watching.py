@@ -46,7 +46,11 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
 from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.schedules import (
+    flops_per_token_by_step,
+    schedule_by_step,
+    steps_before_corrections,
+)
 from orchestrator.training.shared_steps import first_step
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
@@ -153,8 +157,10 @@ def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False
         step = first_step(job, training.saved_step)
         if training.outcome:
             text = "the training is finished"
+        elif step:
+            text = f"saved at step {step}"
         else:
-            text = f"saved at step {step}" if step else "nothing was saved"
+            text = "nothing was saved" if training.records else "not started yet"
         texts.append(f"{name}: {text}" if named or len(jobs) > 1 else text)
     return "; ".join(texts)
 
@@ -220,7 +226,7 @@ class RunMonitor:
                 has_steps_left = True
                 if label not in self._stepped or loss is None:
                     continue
-                losses.append(f"{label} {loss:.2f}")
+                losses.append(f"{label} {loss:.2f}{self._stage_text(label, step)}")
                 if self._speeds[label]:
                     total_speed += harmonic_mean(self._speeds[label])
         # An earlier process may have made the counted steps, so they do not say that this one runs.
@@ -229,6 +235,15 @@ class RunMonitor:
             text = f"loss {'; '.join(losses)}"
             text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
         self._progress.advance(num_done, text, seconds_left=self._seconds_left())
+
+    def _stage_text(self, label: str, step: int) -> str:
+        """Say that a model with corrections is still trained without; empty once it makes them."""
+        job = self._jobs[label]
+        full_schedule = job.model.corrections
+        schedule = schedule_by_step(full_schedule, job.recipe)(step)
+        if not full_schedule.max_corrections or schedule.max_corrections:
+            return ""
+        return f" (r = 0 until step {steps_before_corrections(job.recipe):,})"
 
     def _seconds_left(self) -> float:
         """Return the time that all jobs still take; NaN while a running one has no known speed.

@@ -166,6 +166,7 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
     ).stdout
     assert "all trials" in printed
     assert printed.count(f"report: {workspace}/sweeps/{name}/front.html") == 2
+    assert printed.count(f"picture: {workspace}/sweeps/{name}/front.png") == 2
 
 
 def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_session):

@@ -16,8 +16,10 @@ from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
 from orchestrator import cli
+from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.pipelines import sweeps
+from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -176,6 +178,37 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
         with pytest.raises(error, match=words):
             sweeps.sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
+
+
+def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(lines_of(help_texts(40)))
+
+    def notes(*changes: str) -> str:
+        settings = resolve_settings(
+            {},
+            [
+                "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
+                "model={num_layers: 2, dim: 16, num_heads: 2, ffn_dim: 32, context_length: 64}",
+                "training={num_steps: 10, num_tokens_per_step: 64}", *changes,
+            ],
+        )  # fmt: skip
+        return "\n".join(plan_sweep(settings, workspace=tmp_path / "workspace").notes)
+
+    told = notes()
+    assert "vanilla learns at 0.004, the default of sweep.learning_rates" in told
+    assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in told
+    assert "first stage is trained once: teacher, r = 0" in told
+    assert "times" not in told, "nobody knows how many tokens the text has"
+    told = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
+    assert "learns at" not in told
+    assert "step" not in told
+
+    chosen = ["data.source=files", f"data.files=[{text}]", "data.vocab_size=300"]
+    tokens = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path / "workspace"))
+    num_tokens = len(open_data(tokens).train)
+    expected = f"10 steps of 64 tokens read the {num_tokens:,} tokens of the text"
+    assert f"{expected} {640 / num_tokens:.2g} times" in notes()
 
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])

@@ -68,6 +68,14 @@ def drawn(chart: Spec) -> str:
     return str(vl_convert.vegalite_to_svg(chart))
 
 
+def test_the_subtitle_says_whose_line_it_is(sample_results):
+    """A baseline may stand above the line, in which it does not compete."""
+    beside = front_chart(sample_front(sample_results), title="Toy")
+    assert "best of teacher and students at each cost" in beside["title"]["subtitle"]
+    competing = sample_front([r for r in sample_results if r.role != "teacher"])
+    assert "teacher" not in front_chart(competing, title="Toy")["title"]["subtitle"]
+
+
 def test_bars_of_layers_have_the_colors_that_a_dark_page_replaces():
     svg = drawn(layer_chart([0.2, 0.8]))
     assert {"Layer", "1", "2", "Block influence"} <= texts_in(svg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from sample_trials import sample_front
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
+    better_baselines,
     confidence_note,
     describe_model,
     findings,
@@ -60,13 +62,18 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
     [sentence] = findings(sample_front(busy, axes))
     assert sentence.startswith("Not measured")
     assert "report --time-again" in sentence
-    assert findings(sample_front(busy)) == findings(sample_front(sample_results))
+    *others, about_times = findings(sample_front(busy))
+    assert others == findings(sample_front(sample_results))
+    [marked] = [
+        row for row in models_table(sample_front(busy)).rows if any(" *" in c for c in row.cells)
+    ]
+    assert marked.key == busy[-1].key
+    assert about_times.startswith("Times with * decide nothing")
 
 
 def test_sentences_of_a_front_without_items(sample_results, front):
     assert findings(front)[0] == (
-        "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its evaluations "
-        "(11 of 24 NFE)."
+        "0,1,1,1,1,1 keeps 99.4% of the teacher's accuracy at 46% of its NFE (11 of 24 NFE)."
     )
     metrics = front_metrics(front)
     assert (metrics["front/size"], metrics["front/knee_cost"]) == (6, 11)
@@ -100,6 +107,66 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
     # It costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
+
+
+def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sample_evaluations):
+    """Its students pass it, because they were trained for further steps."""
+    front = sample_front(sample_results)
+    by_label = {result.label: result.key for result in sample_results}
+    [headline, *_] = findings(with_confidence(front, sample_evaluations, num_resamples=200))
+    assert " keeps " in headline
+
+    # r = 0 answers as the teacher does.
+    answers = {**sample_evaluations}
+    answers[by_label["r = 0 from scratch"]] = answers[by_label["teacher"]]
+    measured = with_confidence(front, answers, num_resamples=200)
+    [warning, *others] = findings(measured)
+    assert warning.startswith("The teacher differs from r = 0 from scratch by less than")
+    assert "vanilla" not in warning, "the teacher beats it"
+    assert not any("% of the teacher's" in sentence for sentence in [warning, *others])
+    assert not any("confidence" in sentence for sentence in [warning, *others])
+    assert any(sentence.startswith("vanilla") for sentence in others)
+
+    # Separate errors of 1.2 points resolve nothing, so the values alone decide.
+    for accuracy, is_beaten in ((0.4464, True), (0.4465, False), (0.45, False)):
+        results = [
+            with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
+        ]
+        [first, *_] = findings(sample_front(results))
+        assert (" keeps " in first) == is_beaten
+        assert first.startswith("The teacher differs from vanilla by less") != is_beaten
+    # Of a loss, lower is better.
+    by_loss = FrontAxes(quality="quality/validation_loss")
+    for loss, is_beaten in ((5.0, True), (4.0, False)):
+        results = [
+            r.with_numbers("quality", {"validation_loss": loss}) if r.role == "baseline" else r
+            for r in sample_results
+        ]
+        [first, *_] = findings(sample_front(results, by_loss))
+        assert (" keeps " in first) == is_beaten
+
+
+def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(
+    sample_results, sample_evaluations
+):
+    front = sample_front(sample_results)
+    cheapest = pick_from_front(front, PickRule(name="cheapest"))
+    assert better_baselines(front, cheapest) == [], "separate errors do not resolve it"
+    front = with_confidence(front, sample_evaluations, num_resamples=200)
+    cheapest = pick_from_front(front, PickRule(name="cheapest"))
+    [vanilla, zero] = better_baselines(front, cheapest)
+    assert zero.startswith("r = 0 from scratch (accuracy 42.0 ± 1.2%) costs no more and is better")
+    assert re.match(r"vanilla .* by 0\.\d points, 95% interval 0\.\d to \d\.\d$", vanilla)
+    # The next better student costs more than they, but is better.
+    assert better_baselines(front, front.picks["best"]) == []
+    # One that costs more is no alternative.
+    dearer = [
+        r.with_numbers("cost", {"evaluations": 7}) if r.role == "baseline" else r
+        for r in sample_results
+    ]
+    front = with_confidence(sample_front(dearer), sample_evaluations, num_resamples=200)
+    cheapest = pick_from_front(front, PickRule(name="cheapest"))
+    assert better_baselines(front, cheapest) == []
 
 
 def test_claims_have_their_confidence(sample_results, front, sample_evaluations):
@@ -183,7 +250,7 @@ def test_rules_pick_the_model_they_say(front):
     assert pick_from_front(judged, PickRule(name="keep", confidence=0.999))["cost"] == 24
 
 
-def test_a_rule_that_no_model_meets_names_the_nearest(front):
+def test_a_rule_that_no_model_meets_names_the_nearest(front, sample_results):
     for rule, message in (
         (PickRule(name="keep", demanded_share=1.5), r"the best keeps 1\.00"),
         (PickRule(name="budget", budget=1), "the cheapest costs"),
@@ -192,6 +259,8 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front):
             pick_from_front(front, rule)
     with refused(UserError, "accuracy"):
         pick_from_front(sample_front([]), PickRule(name="best"))
+    with pytest.raises(UserError, match=r"no knee.*--keep SHARE"):
+        pick_from_front(sample_front(sample_results[:1]), PickRule(name="knee"))
     wrong: list[dict[str, Any]] = [
         {"demanded_share": 0.0}, {"demanded_share": 99.0},
         {"confidence": 1.0}, {"confidence": -0.1},

@@ -19,7 +19,7 @@ from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.reports import report
 from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
 from orchestrator.records.served import ServedCost, ServedTimes, ServingConditions, shape_key
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import (
     FrontAxes,
@@ -34,13 +34,14 @@ from orchestrator.reporting.results import (
     SETTINGS_TITLE,
     StoredSweep,
     load_sweep_results,
+    newest_sweep,
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, RESULTS_FILE, Workspace, open_workspace
 
 FILES = {"front.png", "front.svg", "front.html", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}
@@ -342,6 +343,26 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     assert (written.folder / "front.json").is_file()
 
 
+def test_a_sweep_without_a_report_says_how_far_it_is(tmp_path, sample_results):
+    space = open_workspace(tmp_path)
+    with pytest.raises(UserError, match="has no finished sweep; `iiet-orch sweep-threshold`"):
+        newest_sweep(space)
+    trials = [
+        result.model_copy(update={"folder": str(space.trials / result.key)})
+        for result in sample_results[:3]
+    ]
+    plan = SweepTrials(
+        key="k", name="begun", kind="threshold", tokens_folder="", trials=tuple(trials),
+        num_requested=3, num_distinct=3, teacher=None,
+    )  # fmt: skip
+    plan.write(space.sweeps / "begun" / PLAN_FILE)
+    trials[0].write(trials[0].result_path)
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+        newest_sweep(space)
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+        load_sweep_results(space, "begun")
+
+
 @pytest.mark.slow
 def test_missing_sweeps_are_user_errors_and_a_copy_is_its_own_sweep(workspace, sweep):
     with refused(UserError, "'tyo'", "sweep-threshold"):
@@ -350,7 +371,7 @@ def test_missing_sweeps_are_user_errors_and_a_copy_is_its_own_sweep(workspace, s
     with pytest.raises(UserError, match="there are: toy"):
         write_sweep_report(workspace, "toy", "tyo")
     (workspace.sweeps / "begun").mkdir()
-    with refused(UserError, "begun"):
+    with refused(UserError, "begun", "no trial is planned yet"):
         write_sweep_report(workspace, "begun")
     stored = workspace.sweeps / "toy" / RESULTS_FILE
     before = stored.read_bytes()

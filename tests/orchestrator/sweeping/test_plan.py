@@ -110,7 +110,7 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     assert price.disk == {"checkpoints": 4 * 12 * 10_138}
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
-        "4 trainings: 10,240 tokens, and the teacher reads 10,240; 1.3e+09 FLOPs"
+        "4 trainings: 10,240 tokens, and the teacher reads 10,240 for its students; 1.3e+09 FLOPs"
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
     assert [name for name in words if "time" in name] == ["training time"]
@@ -160,8 +160,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    [line] = told(plan, chosen)[1:]
-    assert "5 of 5 trials" in line
+    assert "5 of 5 trials" in told(plan, chosen)[1]
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,18 @@ def test_the_bar_shows_no_share_before_the_first_unit():
         bar.start("pretrain", 100)
         bar.advance(25)
     assert "25%" in printed(console)
+
+
+def test_what_libraries_write_into_the_log_stays_out_of_the_terminal(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    console = terminal(80)
+    with Progress(console) as bar:
+        bar.start("import")
+        print("Loading weights: 50%", file=sys.stderr)
+        bar.finish("done")
+    assert "Loading weights" in log.getvalue()
+    assert "Loading weights" not in printed(console)
 
 
 def test_texts_of_numbers():

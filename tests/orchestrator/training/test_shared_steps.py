@@ -182,6 +182,7 @@ def test_a_continued_run_equals_one_longer_training(make, recipe, start):
         job = continue_job(short, job, notes.append)
         assert not run_job(job, should_stop=stop_at(0)).finished
         assert describe_saved_state({"long": job}) == f"saved at step {start}"
+        assert describe_saved_state({"waiting": make("waiting")}) == "not started yet"
         assert run_job(job, should_stop=stop_at(9)).step == start + 9
         return job
 
