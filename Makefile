@@ -16,7 +16,8 @@ INSTALLED := $(VENV)/.installed
 # Several test files at a time, and all files that need Ray in one process (tests/conftest.py). Slow
 # tests wait for servers and for Ray, so three of them keep two cores busy.
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
-PARALLEL := --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+# The ten slowest tests are listed at the end.
+PARALLEL := --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 --durations 10
 # Without stored bytecode each of hundreds of processes would compile the packages anew.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -63,6 +63,8 @@ def served(folder: Path, home: Path, *options: str) -> Iterator[Ask]:
                 break
             except URLError:
                 time.sleep(1)
+        else:
+            raise AssertionError(f"the server does not answer after {SECONDS_TO_START} s")
         yield ask
     finally:
         process.kill()

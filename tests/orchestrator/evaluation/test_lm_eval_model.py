@@ -413,6 +413,18 @@ def test_answers_are_compared_under_each_filter(decoder, tokenizer, make_model, 
     assert any(len(set(texts)) > 1 for texts in one)
 
 
+def test_a_prompt_that_is_too_long_for_its_answer_loses_its_beginning(make_model):
+    def answer(prompt: str) -> str:
+        options = {"until": ["\n"], "max_gen_toks": 6}
+        [text] = make_model().generate_until([Instance("generate_until", {}, (prompt, options), 0)])
+        return text
+
+    beginnings = ["one two three " * 20, "face bead cafe " * 20]
+    ends = ["the deaf pig had a bag " * 20, "a hen and a fog " * 20]
+    assert answer(beginnings[0] + ends[0]) == answer(beginnings[1] + ends[0])
+    assert answer(beginnings[0] + ends[0]) != answer(beginnings[0] + ends[1])
+
+
 # Chat templates
 
 REFUSING = (

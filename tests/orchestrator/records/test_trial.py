@@ -12,6 +12,7 @@ from refusals import refused
 from sample_trials import sample_trial
 
 from iiet.config import DistillationConfig, ModelConfig
+from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.record import Record
 from orchestrator.records.training import (
     TrainingJob,
@@ -33,6 +34,19 @@ def again(trial: Trial) -> Trial:
     """Return a trial from its strict JSON."""
     text = json.dumps(trial.model_dump(mode="json"), allow_nan=False)
     return Trial.model_validate(json.loads(text))
+
+
+def test_a_finished_trial_has_what_was_measured_and_the_names_of_this_sweep(tmp_path):
+    planned = sample_trial(label="here", threshold_up_to=0.3, folder=str(tmp_path))
+    assert planned.result() is None
+    measured = {
+        "numbers": {"quality/accuracy": 0.5},
+        "evaluation": EvaluationKeys(tasks={"a": "key"}),
+        "checkpoint": str(tmp_path / "step_00000002"),
+    }
+    elsewhere = planned.model_copy(update={"label": "there", "threshold_up_to": 0.2, **measured})
+    elsewhere.write(planned.result_path)
+    assert planned.result() == planned.model_copy(update=measured)
 
 
 def test_numbers_and_parameters_have_their_tracked_names():

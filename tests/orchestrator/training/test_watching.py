@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import cast
 
 import pytest
@@ -64,7 +63,10 @@ def test_a_training_that_never_began_is_told_from_one_that_saved_nothing(job):
 SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
 
 
-def test_the_time_left_accounts_for_corrections(job):
+def test_the_time_left_accounts_for_corrections(job, monkeypatch):
+    clock = count()  # No two records have the same time.
+    for name in ("orchestrator.workspace.journal.now_ms", "orchestrator.training.watching.now_ms"):
+        monkeypatch.setattr(name, lambda: next(clock))
     progress = RecordingProgress()
     journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
@@ -93,7 +95,6 @@ def test_the_time_left_accounts_for_corrections(job):
     assert progress.shown[-1] == (60, STARTING, UNKNOWN)
     journal.metrics(70, SPEED)
     journal.metrics(70, SPEED)
-    time.sleep(0.01)  # Records are stamped in milliseconds.
     later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     later.poll()
     assert progress.shown[-1] == (70, STARTING, UNKNOWN)
