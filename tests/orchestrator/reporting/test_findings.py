@@ -116,9 +116,10 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     [headline, *_] = findings(with_confidence(front, sample_evaluations, num_resamples=200))
     assert " keeps " in headline
 
-    # r = 0 answers as the teacher does.
+    # The teacher answers an item or two more than r = 0.
     answers = {**sample_evaluations}
-    answers[by_label["r = 0 from scratch"]] = answers[by_label["teacher"]]
+    nearly_as_good = next(r.key for r in sample_results if r.numbers["quality/accuracy"] == 0.4452)
+    answers[by_label["r = 0 from scratch"]] = answers[nearly_as_good]
     measured = with_confidence(front, answers, num_resamples=200)
     [warning, *others] = findings(measured)
     assert warning.startswith("The teacher differs from r = 0 from scratch by less than")

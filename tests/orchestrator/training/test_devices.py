@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -499,13 +500,14 @@ def test_a_sharded_teacher_takes_its_share_and_what_it_gathers(teacher_job, prec
     # What belongs to no layer is gathered once in a step.
     num_layers = len(teacher.model.layers)
     assert num_gathers == [num_layers + 1, num_layers] * 2
-    memory = partial(training_memory, teacher.config, num_sequences=1, precision=precision,
-                     on_gpus=True)  # fmt: skip
-    planned = {
-        num_shards: memory(num_shards=num_shards, frozen=teacher.config)["weights"]
-        - memory(num_shards=num_shards)["weights"]
-        for num_shards in (1, 8)
-    }
+    planned: dict[int, int] = {}
+    for num_shards in (1, 8):
+        step = TrainingStep(
+            num_sequences=1, precision=precision, on_gpus=True, num_shards=num_shards
+        )
+        taught = replace(step, frozen=teacher.config)
+        weights = training_memory(teacher.config, step)["weights"]
+        planned[num_shards] = training_memory(teacher.config, taught)["weights"] - weights
     assert planned[8] < live.peak < 1.2 * planned[8]  # The forward pass has tensors of its own.
     assert planned[8] < 0.75 * planned[1]
 

@@ -22,6 +22,7 @@ from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import (
     RunMonitor,
+    describe_saved_state,
     job_model,
     remaining_flops,
     tracked_model,
@@ -49,6 +50,14 @@ class RecordingProgress(Progress):
 @pytest.fixture
 def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=100, iterate_from_fraction=0.5)
+
+
+def test_a_training_that_never_began_is_told_from_one_that_saved_nothing(job):
+    assert describe_saved_state({"r = 0": job}) == "not started yet"
+    journal = Journal(job.folder)
+    journal.event("started")
+    journal.close()
+    assert describe_saved_state({"r = 0": job}) == "nothing was saved"
 
 
 SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
