@@ -47,16 +47,16 @@ def clean(space, capsys) -> Clean:
     def command(*words: str) -> list[str]:
         assert cli.main(["clean", *words, "--json", "--workspace", str(space.root)]) == 0
         printed = json.loads(capsys.readouterr().out)
-        found = printed["deleted" if "--yes" in words else "found"]
-        assert all(entry["reason"] for entry in found)
-        paths = [Path(entry["path"]) for entry in found]
+        entries = printed["deleted" if "--yes" in words else "found"]
+        assert all(entry["reason"] for entry in entries)
+        paths = [Path(entry["path"]) for entry in entries]
         return [str(p.relative_to(space.root)) for p in paths if p.is_relative_to(space.root)]
 
     return command
 
 
 @pytest.fixture
-def whole(tiny_job) -> Path:
+def finished_run(tiny_job) -> Path:
     """The folder of a finished run of 6 steps with checkpoints after 2, 4 and 6."""
     job = tiny_job("runs/whole", num_steps=6, checkpoint_every_steps=2, num_checkpoints_kept=9)
     run_job(job)
@@ -64,24 +64,24 @@ def whole(tiny_job) -> Path:
     return Path(job.folder)
 
 
-def test_intermediate_checkpoints_go_and_the_finished_run_stays(whole, clean, tiny_job):
+def test_intermediate_checkpoints_go_and_the_finished_run_stays(finished_run, clean, tiny_job):
     earlier = ["runs/whole/step_00000002", "runs/whole/step_00000004"]
     assert clean("--dry-run") == earlier
-    assert len(find_checkpoints(whole)) == 3
+    assert len(find_checkpoints(finished_run)) == 3
     assert clean("--yes") == earlier
     assert clean("--yes") == []
-    [last] = find_checkpoints(whole)
-    records = (whole / "journal.jsonl").read_text()
+    [last] = find_checkpoints(finished_run)
+    records = (finished_run / "journal.jsonl").read_text()
     job = tiny_job("runs/whole", num_steps=6, checkpoint_every_steps=2, num_checkpoints_kept=9)
     assert run_job(job).checkpoint == str(last)
-    assert (whole / "journal.jsonl").read_text() == records, "it is not trained again"
+    assert (finished_run / "journal.jsonl").read_text() == records, "it is not trained again"
 
 
-def test_what_something_else_needs_stays(space, whole, clean):
+def test_what_something_else_needs_stays(space, finished_run, clean):
     write_json(space.sweeps / "a" / "plan.json", {"teacher": "runs/whole/step_00000002"})
-    (whole / "step_00000004" / "influence-cosine.json").write_text("{}")
+    (finished_run / "step_00000004" / "influence-cosine.json").write_text("{}")
     assert clean("checkpoints", "--yes") == []
-    (whole / "step_00000004" / "influence-cosine.json").unlink()
+    (finished_run / "step_00000004" / "influence-cosine.json").unlink()
     assert clean("checkpoints", "--dry-run") == ["runs/whole/step_00000004"]
     (space.sweeps / "a" / "plan.json").write_text('{"teacher": ')  # What it names is not known.
     assert clean("checkpoints", "--yes") == []
@@ -90,14 +90,14 @@ def test_what_something_else_needs_stays(space, whole, clean):
 def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, clean):
     recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
     run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
-    num_asked = iter(range(99))
-    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(num_asked) >= 5)
+    checks = iter(range(99))
+    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(checks) >= 5)
     # The decay begins after step 4.
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
 
 
-def test_what_a_process_holds_stays(space, whole, clean):
-    with lock_run_folder(whole):
+def test_what_a_process_holds_stays(space, finished_run, clean):
+    with lock_run_folder(finished_run):
         assert clean("--yes") == []
 
 
@@ -129,8 +129,8 @@ def test_ray_folders_of_ended_commands_go(space, clean):
     assert (running / RAY_FOLDER).exists()
 
 
-def test_damaged_files_go(space, whole, clean, capsys):
-    weights = whole / "step_00000004" / "model.safetensors"
+def test_damaged_files_go(space, finished_run, clean, capsys):
+    weights = finished_run / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     good = space.evaluations / "good"
     bad = space.evaluations / "bad"
@@ -146,12 +146,12 @@ def test_damaged_files_go(space, whole, clean, capsys):
     assert good.exists()
 
 
-def test_it_asks_first(space, whole, capsys, monkeypatch):
+def test_it_asks_first(space, finished_run, capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    # Of the kind alone: folders of Ray that others have left stand outside the workspace.
+    # Only checkpoints: folders that other processes' Ray has left stand outside the workspace.
     command = ["clean", "checkpoints", "--workspace", str(space.root)]
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert cli.main(command) == 2
@@ -160,8 +160,8 @@ def test_it_asks_first(space, whole, capsys, monkeypatch):
     assert cli.main(command) == 130, "an end of the input, or Ctrl-C"
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     assert cli.main(command) == 0
-    assert len(find_checkpoints(whole)) == 3
+    assert len(find_checkpoints(finished_run)) == 3
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
     assert cli.main(command) == 0
     assert "deleted 2 of 2" in capsys.readouterr().out
-    assert len(find_checkpoints(whole)) == 1
+    assert len(find_checkpoints(finished_run)) == 1

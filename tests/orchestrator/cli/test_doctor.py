@@ -90,8 +90,8 @@ def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch)
     [finding] = _broken(space.root, capsys)
     assert ("job.json" in finding["text"], "clean damaged" in finding["remedy"]) == (True, True)
 
-    wanted = ["torch<1", "no-such-library>=2", "not-for-us; extra == 'dev'", "numpy>=1"]
-    monkeypatch.setattr(metadata, "requires", lambda name: wanted)
+    requirements = ["torch<1", "no-such-library>=2", "not-for-us; extra == 'dev'", "numpy>=1"]
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
     torch, missing = _broken(tmp_path / "none", capsys)
     assert torch["remedy"] == "pip install 'torch<1'"
     assert missing["text"] == "no-such-library not installed, wanted >=2"

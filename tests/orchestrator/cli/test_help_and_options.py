@@ -68,22 +68,22 @@ def test_the_list_of_commands_begins_with_quickstart(capsys):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> Callable[..., Settings]:
+def settings_of(monkeypatch) -> Callable[..., Settings]:
     """Runs a command as far as its pipeline, and returns the settings that this would get."""
 
-    def settings_of(*words: str) -> Settings:
-        found: list[Settings] = []
+    def run(*words: str) -> Settings:
+        received: list[Settings] = []
 
         def stop(settings: Settings, *_: object, **__: object) -> None:
-            found.append(settings)
+            received.append(settings)
             raise UserError("that is enough")
 
         for pipeline in ("training.plan_pretrain", "training.plan_distill", "sweeps.plan_sweep"):
             monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}", stop)
         assert cli.main([*words]) == 2
-        return found[0]
+        return received[0]
 
-    return settings_of
+    return run
 
 
 def allowed(section: type[Section], field: str) -> tuple[str, ...]:
@@ -91,29 +91,35 @@ def allowed(section: type[Section], field: str) -> tuple[str, ...]:
     return get_args(section.model_fields[field].annotation)
 
 
-def test_options_change_their_settings(asked, tmp_path):
+def test_options_change_their_settings(settings_of, tmp_path):
     where = ["-w", str(tmp_path)]
     for option in ("--schedule", "-r"):
-        assert asked("pretrain", option, "2,1", *where).model.corrections in ("2,1", (2, 1))
-    sweep = asked("sweep-iterations", "-r", "0", "--schedule", "3..0", "-r", "2,1", *where).sweep
+        assert settings_of("pretrain", option, "2,1", *where).model.corrections in ("2,1", (2, 1))
+    sweep = settings_of(
+        "sweep-iterations", "-r", "0", "--schedule", "3..0", "-r", "2,1", *where
+    ).sweep
     assert sweep.iterations == (0, "3..0", "2,1")
     options = ["--seed", "3", "--lr", "1e-4", "--dtype", "bf16", *where]
     for recipe in (
-        asked("pretrain", *options).training,
-        asked("distill", "-r", "1", *options).distillation.training,
+        settings_of("pretrain", *options).training,
+        settings_of("distill", "-r", "1", *options).distillation.training,
     ):
         assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
     objectives = {f"quality/{name}" for name in allowed(SearchSettings, "objective")}
     assert objectives < set(QUALITIES.values())
-    assert asked("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"
+    assert settings_of("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"
     for unit in allowed(SweepSettings, "budget_unit"):
         assert METRICS[COSTS[unit]].counted_as, (
             "schedules are compared before any model is measured"
         )
     for unit in ("nfe", "evaluations"):
-        sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", unit, *where).sweep
+        sweep = settings_of(
+            "sweep-threshold", "full", "--budgets", "8", "--cost", unit, *where
+        ).sweep
         assert sweep.budget_unit == "evaluations"
-    sweep = asked("sweep-threshold", "full", "--budgets", "8", "--cost", "flops", *where).sweep
+    sweep = settings_of(
+        "sweep-threshold", "full", "--budgets", "8", "--cost", "flops", *where
+    ).sweep
     assert sweep.budget_unit == "flops"
 
 
@@ -142,12 +148,12 @@ def test_an_option_has_the_name_of_its_setting():
         ("sweep-iterations", {"--steps": 7, "--trials-at-once": 3, "--workers-per-trial": 2}),
     ],
 )
-def test_an_option_changes_its_own_setting_alone(command, values, asked, tmp_path):
+def test_an_option_changes_its_own_setting_alone(command, values, settings_of, tmp_path):
     name, *words = command.split()
     where = [name, *words, "-w", str(tmp_path)]
-    before = _flat(asked(*where))
+    before = _flat(settings_of(*where))
     for option, value in values.items():
-        after = _flat(asked(*where, option, str(value)))
+        after = _flat(settings_of(*where, option, str(value)))
         changed = {key for key in before if before[key] != after[key]}
         assert changed == {COMMANDS_BY_NAME[name].options[option]}
 
@@ -164,18 +170,20 @@ def _flat(settings: Settings) -> dict[str, Any]:
     }
 
 
-def test_the_device_of_a_training_is_an_option(asked, tmp_path, monkeypatch):
+def test_the_device_of_a_training_is_an_option(settings_of, tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.planning.machine.check_run_resources", lambda *_, **__: None)
     file = tmp_path / "settings.yaml"
     file.write_text("cluster: {num_gpus: 4, min_gpus: 2}\nsweep: {gpus_per_trial: 1}\n")
     where = ["-c", str(file), "-w", str(tmp_path)]
     for device, gpus in (("cpu", 0), ("cuda", 4)):
-        settings = asked("pretrain", "--device", device, *where)
+        settings = settings_of("pretrain", "--device", device, *where)
         assert settings.cluster.num_gpus == gpus
         assert settings.trials_use_gpus == (device == "cuda")
         assert settings.training.precision == ("bf16" if gpus else "fp32")
-    assert asked("pretrain", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
-    assert asked("sweep", "toy", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
+    assert settings_of("pretrain", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
+    assert (
+        settings_of("sweep", "toy", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
+    )
 
 
 def test_a_quiet_command_prints_its_result_only(tmp_path, capsys):

@@ -31,13 +31,13 @@ Keys = tuple[set[str], set[str]]
 
 def _documented() -> dict[str, Keys]:
     """Return the keys that the reference names, by command and options."""
-    found: dict[str, Keys] = {}
+    keys: dict[str, Keys] = {}
     for name in COMMANDS_BY_NAME:
         for options, texts in generated_pages.json_keys(name).items():
             assert all(texts.values()), (name, options, texts)
             always = {key for key, text in texts.items() if not text.startswith("(optional)")}
-            found[f"{name} {options}".strip()] = always, set(texts)
-    return found
+            keys[f"{name} {options}".strip()] = always, set(texts)
+    return keys
 
 
 DOCUMENTED = _documented()
@@ -51,9 +51,9 @@ def _commands(group: Any, *names: str) -> Iterator[tuple[str, Any]]:
             yield " ".join((*names, name)), command
 
 
-def _check(name: str, found: dict[str, Any]) -> None:
+def _check(name: str, printed: dict[str, Any]) -> None:
     always, every = DOCUMENTED[name]
-    assert always <= set(found) <= every, set(found) ^ always
+    assert always <= set(printed) <= every, set(printed) ^ always
 
 
 def test_every_command_with_json_has_its_keys_in_the_reference():
@@ -97,8 +97,8 @@ def run(space, capfd) -> Run:
         assert cli.main([*words, "--json", "--workspace", str(space.root)]) == 0
         captured = capfd.readouterr()
         assert captured.out[0] == "{", "the JSON alone"
-        found: dict[str, Any] = json.loads(captured.out)
-        return found, captured.err
+        value: dict[str, Any] = json.loads(captured.out)
+        return value, captured.err
 
     return command
 
@@ -111,7 +111,7 @@ SHORT = [
 
 
 def short(*words: str) -> list[str]:
-    """Return a command with those of `SHORT` that it reads."""
+    """Return a command with the settings of `SHORT` that it reads."""
     return [*words, *settings_options(SHORT, words[0])]
 
 
@@ -133,12 +133,12 @@ COMMANDS = {
 
 def test_the_keys_are_those_of_the_page(run, space, capfd):
     for name, words in COMMANDS.items():
-        found, _ = run(*words)
+        value, _ = run(*words)
         key = name.removesuffix(" runs")
-        _check(key if key in DOCUMENTED else words[0], found)
+        _check(key if key in DOCUMENTED else words[0], value)
         if name == "distill --dry-run":
-            assert [student["schedule"] for student in found["students"]] == [[1, 0], [0, 0]]
-            for student in found["students"]:
+            assert [student["schedule"] for student in value["students"]] == [[1, 0], [0, 0]]
+            for student in value["students"]:
                 _check("pretrain --dry-run", student)
     for name in ("config list", "config show"):
         assert cli.main([*name.split(), "--json"]) == 0
@@ -151,18 +151,18 @@ def test_the_keys_are_those_of_the_page(run, space, capfd):
 
 def test_generate_names_the_model_and_the_schedule(run, space):
     for model, schedule in (("full", [2, 1]), ("two", [1, 0])):  # A run, and a sweep's model.
-        found, progress = run("generate", model, "--prompt", "abc", "-n", "1")
-        assert found["model"] == str(space.runs / "full" / "step_00000001")
-        assert found["schedule"] == schedule
+        value, progress = run("generate", model, "--prompt", "abc", "-n", "1")
+        assert value["model"] == str(space.runs / "full" / "step_00000001")
+        assert value["schedule"] == schedule
         written = ",".join(map(str, schedule))
-        assert f"model: {found['model']}, schedule {written}\n" in progress
+        assert f"model: {value['model']}, schedule {written}\n" in progress
 
 
 @pytest.mark.slow
 def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
-    found, progress = run(*short("influence", "full"))
-    _check("influence", found)
-    assert [len(row) for row in found["values"]] == found["schedule"] == [2, 1]
+    value, progress = run(*short("influence", "full"))
+    _check("influence", value)
+    assert [len(row) for row in value["values"]] == value["schedule"] == [2, 1]
     assert "influence (cosine): 3 corrections" in progress
     numbers = ["--batch-sizes", "1", "--contexts", "4", "--new-tokens", "2", "--repetitions", "1"]
     _check("benchmark", run("benchmark", "full", "-r", "0", *numbers)[0])
@@ -197,15 +197,15 @@ def tasks(tmp_path) -> list[str]:
 @pytest.mark.slow
 def test_evaluations_have_the_keys_of_the_page(run, tasks):
     _check("evaluate --dry-run", run("evaluate", "full", "--dry-run", *tasks)[0])
-    found, progress = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks)
-    _check("evaluate", found)
-    assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
-    assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
+    evaluation, progress = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks)
+    _check("evaluate", evaluation)
+    assert [model["name"] for model in evaluation["models"]] == ["r=2,1", "r=0"]
+    assert evaluation["models"][0]["tasks"]["letters"]["num_items"] == 16
     assert "evaluate: accuracy" in progress
     planned = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks, "--dry-run")[0]
     assert [row["state"] for row in planned["tasks"]] == 2 * ["16 items, stored"]
-    difference = found["differences"][0]
-    accuracies = [model["quality"]["letters/acc_norm"] for model in found["models"]]
+    difference = evaluation["differences"][0]
+    accuracies = [model["quality"]["letters/acc_norm"] for model in evaluation["models"]]
     assert (difference["model"], difference["against"]) == ("r=0", "r=2,1")
     assert difference["difference"] == pytest.approx(accuracies[1] - accuracies[0])
     assert difference["low"] <= difference["difference"] <= difference["high"]
@@ -229,9 +229,9 @@ def test_a_workspace_that_can_only_be_read_gives_the_same_answers(space, tasks, 
         return values, " ".join(captured.err.split())
 
     with only_readable(copy.root):
-        found = [answer(words) for words in commands]
+        answers = [answer(words) for words in commands]
     assert sorted(copy.root.rglob("*")) == before
-    for words, (values, notes) in zip(commands, found, strict=True):
+    for words, (values, notes) in zip(commands, answers, strict=True):
         assert "copy cannot be written" in notes, words
         assert values == answer(words)[0]
 
@@ -258,10 +258,10 @@ def test_trainings_have_the_keys_of_the_page(tmp_path, capfd):
     assert prepared["num_tokens"] > prepared["num_documents"] > 1
     shape = settings_options(data, "pretrain")
     _check("pretrain", result(*short("pretrain", "-r", "2,1", "--local"), *shape))
-    found = result(*short("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local"))
-    _check("distill", found)
+    distilled = result(*short("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local"))
+    _check("distill", distilled)
     # `0` and `0,0` are the same student.
-    assert [student["schedule"] for student in found["students"]] == [[1, 0], [0, 0]]
-    for student in found["students"]:
+    assert [student["schedule"] for student in distilled["students"]] == [[1, 0], [0, 0]]
+    for student in distilled["students"]:
         assert Path(student["checkpoint"]).is_dir()
         assert student["validation_loss"] > 0

@@ -1,4 +1,4 @@
-"""`config`: what they print and write is read back as the same settings."""
+"""What the `config` commands print and write is read back as the same settings."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def test_init_writes_a_valid_commented_file(size, tmp_path, capsys):
     assert (settings.data.source, settings.data.files) == ("files", ("text",))
     assert (settings.model.preset, settings.training.num_steps) == (size, 2000)
     assert settings.cluster.num_gpus == 1
-    asked = starting_settings(
+    expected = starting_settings(
         size,
         {
             "data.source": "files", "data.files": ["text"], "training.num_steps": 2000,
             "cluster.num_gpus": 1,
         },
     )  # fmt: skip
-    assert settings == asked, "the file says what was asked for"
+    assert settings == expected, "the file says what was asked for"
     text = (tmp_path / "mine.yaml").read_text()
     assert "# Peak learning rate" in text
     tree = yaml.safe_load(text)
@@ -109,7 +109,7 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     before = sorted(tmp_path.rglob("*"))
-    for words, said in (
+    for words, phrase in (
         (["config", "init"], "--data PATH"),
         (["config", "init", "--data", "nowhere"], "nowhere"),
         (["config", "init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
@@ -120,7 +120,7 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
         (["config", "show", "nothing"], "there is no settings file"),
         (["config", "show", "--set", "training.num_step=1"], "did you mean training.num_steps"),
     ):
-        assert said in " ".join(_printed(capsys, *words, code=2).split())
+        assert phrase in " ".join(_printed(capsys, *words, code=2).split())
     with only_readable(tmp_path / "text"):
         refused = _printed(capsys, "config", "init", "text/x.yaml", "--from", "toy", code=2)
     assert "text/x.yaml (Permission denied)" in refused
@@ -159,7 +159,7 @@ def test_each_command_names_what_it_reads_of_the_cluster():
     anywhere = {"address", "env"}
     measuring = {*anywhere, "num_gpus", "device"}
     fields = set(ClusterSettings.model_fields)
-    training = fields - {"device"}  # That of commands that measure.
+    training = fields - {"device"}  # Only commands that measure read `device`.
     unread = {name: {*command.unread} for name, command in COMMANDS.items()}
     unread["distill"] |= {*UNREAD_WITHOUT_DROPPING}
     unread |= {f"sweep of kind {kind}": {*parts} for kind, parts in UNREAD_BY_KIND.items()}

@@ -53,13 +53,13 @@ def _files(root: Path) -> dict[Path, float]:
 
 
 def _stop_after(num_steps: int) -> Callable[[], bool]:
-    asked = iter(range(1000))
-    return lambda: next(asked) >= num_steps
+    checks = iter(range(1000))
+    return lambda: next(checks) >= num_steps
 
 
 @pytest.fixture
 def two_runs(tiny_job, space) -> Path:
-    """A finished run, and one of 8 steps that was stopped after 3; returns the folder of that."""
+    """A finished run, and one of 8 steps that was stopped after 3; returns the folder of the second."""
     run_job(tiny_job("runs/whole", num_steps=2))
     run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))
     return space.runs / "half"
@@ -137,14 +137,14 @@ def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     trial = next(trial for trial in tiny_plan.trials if trial.job)
     run_job(trial.job, should_stop=_stop_after(30))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
-        found = json.loads(run("list", "running", "--json"))
+        listed = json.loads(run("list", "running", "--json"))
         printed = run("list", "running")
-    [activity] = found["activities"]
+    [activity] = listed["activities"]
     assert (activity["kind"], activity["label"]) == ("training", trial.label)
     assert (activity["step"], activity["steps"]) == (30, 40)
     tokens = 10 * trial.job.recipe.num_tokens_per_step
     assert activity["seconds_left"] == pytest.approx(tokens / activity["tokens_per_second"])
-    [sweep] = found["sweeps"]
+    [sweep] = listed["sweeps"]
     assert (sweep["name"], sweep["finished"]) == ("my-sweep", 0)
     assert f"sweep my-sweep: 0 of {len(tiny_plan.trials)} trials finished" in printed
     assert "step 30 of 40" in printed
@@ -159,8 +159,8 @@ def test_status_tells_queued_from_running_and_measured_trials(space, two_runs, t
         with ExitStack() as stack:
             for lock in locks:
                 stack.enter_context(lock_file(lock))
-            found = json.loads(run("list", "running", "--json"))["activities"]
-        return {activity["name"]: activity["kind"] for activity in found}
+            activities = json.loads(run("list", "running", "--json"))["activities"]
+        return {activity["name"]: activity["kind"] for activity in activities}
 
     assert kinds(space.runs / "new" / RUN_LOCK_NAME, two_runs / RUN_LOCK_NAME) == {
         "runs/new": "queued", "runs/half": "queued",
@@ -194,8 +194,8 @@ def test_status_shows_commands_and_what_is_prepared(space, run):
         assert f"command sweep-threshold: process {os.getpid()}" in run("list", "running")
     assert run("list", "running").startswith("nothing runs in")
     with lock_file(space.tokens / ".lock"):
-        found = json.loads(run("list", "running", "--json"))
-    kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
+        listed = json.loads(run("list", "running", "--json"))
+    kinds = {activity["kind"]: activity["name"] for activity in listed["activities"]}
     assert kinds == {"preparing": "tokens"}
 
 
@@ -204,38 +204,46 @@ FOREIGN = [None, "x", 3, 1e400, True, [], {"a": 1}]
 
 def _replaced(value: Any) -> Iterator[Any]:
     """Yield a JSON value with the whole, and then each part, replaced by what has another type."""
-    for other in FOREIGN:
-        if type(other) is not type(value) and not (type(value) is float and other == 3):
-            yield other
+    for foreign in FOREIGN:
+        if type(foreign) is not type(value) and not (type(value) is float and foreign == 3):
+            yield foreign
     if isinstance(value, list):
-        yield from ([other, *value[1:]] for other in _replaced(value[0]))
+        yield from ([foreign, *value[1:]] for foreign in _replaced(value[0]))
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from ({**value, key: other} for other in _replaced(part))
+            yield from ({**value, key: foreign} for foreign in _replaced(part))
 
 
 def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
     space, two_runs, tiny_plan, capfd
 ):
     _store_sweep(space, tiny_plan)
-    read = {"runs/whole/done.json": "step", "runs/whole/job.json": "job"}
-    for path, key in {**read, "sweeps/my-sweep/plan.json": "trials"}.items():
+    changed_keys = {
+        "runs/whole/done.json": "step",
+        "runs/whole/job.json": "job",
+        "sweeps/my-sweep/plan.json": "trials",
+    }
+    for path, key in changed_keys.items():
         file = space.root / path
         name = Path(path).parent.name
-        whole = file.read_text()
+        original = file.read_text()
         stored = read_json(file)
         assert stored
-        for text in (whole, "[]", *(json.dumps({**stored, key: other}) for other in ("x", 1.5))):
+        for text in (
+            original,
+            "[]",
+            *(json.dumps({**stored, key: foreign}) for foreign in ("x", 1.5)),
+        ):
             file.write_text(text)
             assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
             printed = capfd.readouterr()
             listed = json.loads(printed.out)
-            found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
-            assert found["half"] == "stopped at 3/8"
-            is_damaged = text is not whole
-            assert (found[name] == "damaged") == is_damaged, text
+            states = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
+            assert states["half"] == "stopped at 3/8"
+            is_damaged = text is not original
+            assert (states[name] == "damaged") == is_damaged, text
             assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, text
-        file.write_text(whole)
+        file.write_text(original)
 
 
 def test_records_of_other_types_are_skipped(two_runs, run):

@@ -26,7 +26,7 @@ DEPTH = (
 )
 
 
-def own_calls(frame: FrameType | None = None) -> list[str]:
+def repository_calls(frame: FrameType | None = None) -> list[str]:
     """Return the functions of this repository's packages on the stack, outermost first."""
     return [
         call.filename.removeprefix(f"{ROOT}/").removeprefix("orchestrator/")[:-3] + f".{call.name}"
@@ -48,18 +48,18 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     from orchestrator.sweeping import run
 
     stacks: list[list[str]] = []
-    given: list[Any] = []
+    run_arguments: list[Any] = []
     run_trials = tune.run_trials
     resources = ray.local_resources(count_gpus=False)
 
     def noted(*arguments: Any, **named: Any) -> None:
-        given.extend(arguments)
+        run_arguments.extend(arguments)
         run_trials(*arguments, **named)
 
     def wait_for_work(_: Any, **__: Any) -> None:
-        stacks.append(own_calls(sys._getframe(1)))
-        function = given[0]
-        trial = given[1].take()
+        stacks.append(repository_calls(sys._getframe(1)))
+        function = run_arguments[0]
+        trial = run_arguments[1].take()
         config = {"key": trial.key, "trial": trial.model_dump_json()}
         placement = tune.job_placement(1, 1, 0, resources)
         stop = SimpleNamespace(is_sent=lambda: False)
@@ -73,7 +73,7 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
         )
 
     def step(*_: Any, **__: Any) -> None:
-        stacks.append(own_calls(sys._getframe(1)))
+        stacks.append(repository_calls(sys._getframe(1)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "run_trials", noted)

@@ -41,31 +41,35 @@ class FreeNode:
     cpus: int
     gpus: list[int]
 
-    def take(self, found: Placement, most: int) -> int:
+    def take(self, placement: Placement, most: int) -> int:
         """Place at most so many workers, and return how many."""
-        share = round(found.gpus * 10_000)
+        share = round(placement.gpus * 10_000)
         for number in range(most):
-            free = [n for n, rest in enumerate(self.gpus) if rest >= share]
-            if self.cpus < found.cpus or (share and not free):
+            free = [n for n, free_share in enumerate(self.gpus) if free_share >= share]
+            if self.cpus < placement.cpus or (share and not free):
                 return number
-            self.cpus -= found.cpus
+            self.cpus -= placement.cpus
             if share:
                 self.gpus[free[0]] -= share
         return most
 
 
-def fits(nodes: tuple[Node, ...], found: Placement) -> bool:
+def fits(nodes: tuple[Node, ...], placement: Placement) -> bool:
     """Place the jobs one by one, as Ray does."""
     free = [FreeNode(node.cpus, [10_000] * node.gpus) for node in nodes]
-    for _ in range(found.jobs_at_once):
-        if found.on_one_node:
-            holding = (n for n in free if deepcopy(n).take(found, found.workers) == found.workers)
+    for _ in range(placement.jobs_at_once):
+        if placement.on_one_node:
+            holding = (
+                n
+                for n in free
+                if deepcopy(n).take(placement, placement.workers) == placement.workers
+            )
             places = list(holding)[:1]
         else:
             places = free
-        workers_left = found.workers
+        workers_left = placement.workers
         for node in places:
-            workers_left -= node.take(found, workers_left)
+            workers_left -= node.take(placement, workers_left)
         if workers_left:
             return False
     return True
@@ -76,15 +80,17 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
     for num_wanted, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
         for num_workers, num_gpus in ((num_wanted, 0), (1, num_wanted), (1, 1 / num_wanted)):
             try:
-                found = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))
+                placement = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))
             except UserError:
                 continue
-            assert (found.workers, found.gpus > 0) == (
+            assert (placement.workers, placement.gpus > 0) == (
                 math.ceil(num_gpus) or num_workers, num_gpus > 0,
             )  # fmt: skip
-            assert fits(nodes, found), (num_wanted, num_jobs, found)
-            more = {**vars(found), "jobs_at_once": found.jobs_at_once + 1}
-            assert found.jobs_at_once == num_jobs or not fits(nodes, Placement(**more)), found
+            assert fits(nodes, placement), (num_wanted, num_jobs, placement)
+            one_job_more = {**vars(placement), "jobs_at_once": placement.jobs_at_once + 1}
+            assert placement.jobs_at_once == num_jobs or not fits(
+                nodes, Placement(**one_job_more)
+            ), placement
 
 
 @pytest.mark.parametrize(
@@ -103,14 +109,22 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
 def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
     nodes, num_gpus, at_once, cpus, on_one_node
 ):
-    found = job_placement(100, 1, num_gpus, Resources(nodes))
-    assert (found.jobs_at_once, found.cpus, found.on_one_node) == (at_once, cpus, on_one_node)
+    placement = job_placement(100, 1, num_gpus, Resources(nodes))
+    assert (placement.jobs_at_once, placement.cpus, placement.on_one_node) == (
+        at_once,
+        cpus,
+        on_one_node,
+    )
 
 
 def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
-        found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
-        assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
+        placement = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
+        assert (placement.workers, placement.min_workers, placement.strategy) == (
+            num_gpus,
+            4,
+            "PACK",
+        )
     with refused(UserError, "cluster.min_gpus=16", "cluster.min_gpus=12"):
         job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
 

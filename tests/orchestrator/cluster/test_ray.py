@@ -61,22 +61,22 @@ def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_sessi
         return sent.is_sent()
 
     sent = Signal()
-    other = Signal()
+    never_sent = Signal()
     waiting = ray.remote(num_cpus=1)(wait).remote(sent)
     for _ in range(2):
         sent.send()
     assert ray.get(waiting, timeout=60)
-    assert [sent.is_sent(), other.is_sent()] == [True, False]
+    assert [sent.is_sent(), never_sent.is_sent()] == [True, False]
 
 
 def test_only_one_function_uses_what_is_private_in_ray():
     """A version of Ray may change it; that function works without it, too."""
-    found = []
+    users = []
     for path in PACKAGE.glob("*.py"):
         for function in path.read_text(encoding="utf-8").split("\ndef "):
             if re.search(r"_internal|_raylet|ray\._private\.(?!worker\"\))", function):
-                found.append(function.partition("(")[0])
-    assert found == ["_send_messages_to_log"]
+                users.append(function.partition("(")[0])
+    assert users == ["_send_messages_to_log"]
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     address, variable, own_token, monkeypatch
 ):
     monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "of.the.shell:6379"})
-    found = address_variables(address)
-    assert found["RAY_ADDRESS"] == variable
+    variables = address_variables(address)
+    assert variables["RAY_ADDRESS"] == variable
     # A cluster asks for a token only if it was told to.
-    assert (found.get("RAY_AUTH_MODE") == "token") is own_token
-    assert (len(found.get("RAY_AUTH_TOKEN") or "") == 64) is own_token
+    assert (variables.get("RAY_AUTH_MODE") == "token") is own_token
+    assert (len(variables.get("RAY_AUTH_TOKEN") or "") == 64) is own_token
 
-    given = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "token"}
-    monkeypatch.setattr(os, "environ", given)
-    found = {**given, **address_variables(address)}
-    assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
-        **given, "RAY_AUTH_TOKEN": None,
+    set_by_user = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "token"}
+    monkeypatch.setattr(os, "environ", set_by_user)
+    variables = {**set_by_user, **address_variables(address)}
+    assert {name: variables.get(name) for name in (*set_by_user, "RAY_AUTH_TOKEN")} == {
+        **set_by_user, "RAY_AUTH_TOKEN": None,
     }  # fmt: skip
 
 
@@ -126,10 +126,10 @@ def test_workers_of_a_cluster_get_named_variables(monkeypatch):
     named = {"HF_TOKEN": "secret", "AWS_A": "1", "IIET_PRETENDED_GPUS": "1"}
     monkeypatch.setattr(os, "environ", {**named, "AWS_B": "2", "PATH": "/"})
     entries = ("HF_TOKEN", "AWS_*", "NCCL_*", "AWS_B=3", "EMPTY=")
-    given = {"AWS_B": "3", "EMPTY": ""}
-    assert worker_variables(entries, "head:6379") == {**named, **given}
-    # Those of a local Ray inherit the others.
-    assert worker_variables(entries, "local") == given
+    assigned = {"AWS_B": "3", "EMPTY": ""}
+    assert worker_variables(entries, "head:6379") == {**named, **assigned}
+    # Workers of a local Ray inherit the other variables.
+    assert worker_variables(entries, "local") == assigned
     # The user's options of the GPU allocator stay.
     for environment, usual in (({}, True), ({"PYTORCH_ALLOC_CONF": "x"}, False)):
         monkeypatch.setattr(os, "environ", environment)

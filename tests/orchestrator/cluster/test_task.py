@@ -29,7 +29,7 @@ def job(tiny_job) -> TrainingJob:
     )
 
 
-def said(job: TrainingJob) -> list[tuple[int, str, float]]:
+def journal_values(job: TrainingJob) -> list[tuple[int, str, float]]:
     """Return all that a journal says about losses, gradients and FLOPs."""
     return [
         (record["step"], name, value)
@@ -63,7 +63,7 @@ def test_losses_and_weights_are_those_of_ray_to_the_last_bit(ray_session, job, m
     under_ray = job.model_copy(update={"run_folder": f"{job.run_folder}-ray"})
     (expected,) = run_train_jobs([under_ray])
     (outcome,) = run_local_jobs([job])
-    assert said(job) == said(under_ray)
+    assert journal_values(job) == journal_values(under_ray)
     assert weights(job) == weights(under_ray)
     assert outcome.validation_loss == expected.validation_loss
 
@@ -84,18 +84,18 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(job, monkeypatch):
     assert outcome.finished
     assert len(looks) > 10, "progress is shown between steps"
 
-    whole = job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})
+    uninterrupted = job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="nothing was saved"):
-        run_local_jobs([whole], watch=at_step(whole, 3, twice))
-    shutil.rmtree(whole.folder)
-    run_local_jobs([whole])
-    assert said(job) == said(whole)
-    assert weights(job) == weights(whole)
+        run_local_jobs([uninterrupted], watch=at_step(uninterrupted, 3, twice))
+    shutil.rmtree(uninterrupted.folder)
+    run_local_jobs([uninterrupted])
+    assert journal_values(job) == journal_values(uninterrupted)
+    assert weights(job) == weights(uninterrupted)
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,11 @@ def test_three_nodes_write_the_tokens_of_one_process(tmp_path):
     workspace.mkdir()
     patient = {"RAY_raylet_start_wait_time_s": "120"}  # A busy machine starts nodes slowly.
     output = run_driver(DRIVER, str(workspace), files, timeout=400, variables=patient)
-    found = json.loads(output.splitlines()[-1])
-    assert found["refused"] == "shard 6 cannot be read"
-    assert found["kept"] > 0
-    assert found["notes"][0].startswith("resuming after ")
-    store = open_tokens(Path(found["tokens"]))
+    report = json.loads(output.splitlines()[-1])
+    assert report["refused"] == "shard 6 cannot be read"
+    assert report["kept"] > 0
+    assert report["notes"][0].startswith("resuming after ")
+    store = open_tokens(Path(report["tokens"]))
     verify_data(store.folder, always=True)
     assert len(store.manifest.train_files) > 6
     settings = DataSettings(source="files", files=(files,), vocab_size=300, validation_fraction=0.2)

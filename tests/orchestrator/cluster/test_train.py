@@ -64,7 +64,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     ray_session, tmp_path, make_job, monkeypatch
 ):
     long = {"num_steps": 18, "checkpoint_every_steps": 6, "validate_every_steps": 18}
-    job, whole = (make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole"))
+    job, undisturbed = (
+        make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole")
+    )
     listening = dict[int, set[str]]()
     saved = tmp_path / "saved"
     looked = tmp_path / "looked"
@@ -105,9 +107,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     assert (started["parallel"], resumed["num_workers"]) == ("fsdp", 2)
     assert resumed["step"] == 6
     assert outcome.finished
-    workers(2, "fsdp")(whole)  # Without Ray.
-    assert curve(job) == curve(whole)
-    assert state_of(outcome) == state_of(run_job(whole))
+    workers(2, "fsdp")(undisturbed)  # Without Ray.
+    assert curve(job) == curve(undisturbed)
+    assert state_of(outcome) == state_of(run_job(undisturbed))
 
 
 @pytest.fixture
@@ -192,7 +194,7 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
 
     api: Any = ray.train
     job = make_job("run")
-    seen = list[tuple[str | None, str | None]]()
+    detector_variables = list[tuple[str | None, str | None]]()
     names = ("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S")
     if hasattr(constants, "HANG_DETECTOR_DIRNAME"):  # From Ray 2.60 on.
         assert names[0] == constants.ENABLE_NCCL_HANG_DETECTOR_ENV_VAR
@@ -203,10 +205,10 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
         monkeypatch.delenv(name)
 
     def hang() -> None:
-        seen.append((os.environ.get(names[0]), os.environ.get(names[1])))
+        detector_variables.append((os.environ.get(names[0]), os.environ.get(names[1])))
         stacks = job.folder / "ray" / "train" / train.HANG_FOLDER / "stack_traces"
         stacks.mkdir(parents=True)
-        (stacks / "rank_0.log").write_text(f"attempt {len(seen)}")
+        (stacks / "rank_0.log").write_text(f"attempt {len(detector_variables)}")
         raise api.WorkerGroupError("", {0: RuntimeError("collective timed out")})
 
     attempts(hang)
@@ -214,10 +216,10 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
     cluster = ClusterSettings(max_failures=1, collective_timeout_seconds=500)
     with pytest.raises(RunFailed, match="timed out"):
         JobRun(job, placement, cluster, NOT_STOPPED).fit()
-    assert seen == [("1", "250.0")] * 2
+    assert detector_variables == [("1", "250.0")] * 2
     assert not (job.folder / "ray").exists()
-    kept = job.folder / train.HANG_FOLDER / "stack_traces" / "rank_0.log"
-    assert kept.read_text() == "attempt 2"
+    stack_trace = job.folder / train.HANG_FOLDER / "stack_traces" / "rank_0.log"
+    assert stack_trace.read_text() == "attempt 2"
 
 
 def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_as_set(
@@ -385,7 +387,7 @@ def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkey
 
 
 def start_and_lose(job: TrainingJob) -> None:
-    """Leave what a job leaves whose node was lost."""
+    """Write the journal of a job that started and whose node was then lost."""
     journal = Journal(job.folder)
     journal.event("started")
     journal.close()
@@ -404,9 +406,9 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
         if notes:
             os.kill(os.getpid(), signal.SIGINT)
 
-    others = placement_group([{"CPU": 2}])
+    all_cpus = placement_group([{"CPU": 2}])
     try:
-        assert others.wait(60)
+        assert all_cpus.wait(60)
         with pytest.raises(Interrupted, match=r"^interrupted; nothing"):
             run_train_jobs([job], watch=press, note=notes.append)
         [note] = notes
@@ -419,7 +421,7 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
         with pytest.raises(RunFailed, match=r"for 0 s \(0 of 2 CPUs"):
             run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
     finally:
-        remove_placement_group(others)
+        remove_placement_group(all_cpus)
 
 
 STOPPED_DRIVER = """

@@ -101,14 +101,14 @@ def run_queue(
     function: TrialFunction,
     folder: Path,
     sweep: SweepSettings | None = None,
-    **more: Any,
+    **options: Any,
 ) -> dict[str, tuple[Trial | None, str]]:
     """Run the trials of a queue under Ray Tune, and return how they ended, by key."""
-    cluster = more.pop("cluster", ClusterSettings())
+    cluster = options.pop("cluster", ClusterSettings())
     num_trials = len(queue.waiting)
     sweep = sweep or SweepSettings()
-    more |= {"num_trials": num_trials, "watch": queue.watch}
-    run_trials(function, queue, folder / "ray", sweep, cluster, **more)
+    options |= {"num_trials": num_trials, "watch": queue.watch}
+    run_trials(function, queue, folder / "ray", sweep, cluster, **options)
     assert queue.is_over
     assert not (folder / "ray").exists(), "nothing of Tune's own stays"
     return queue.ended
@@ -211,10 +211,10 @@ def trains_only() -> TrialFunction:
     return train
 
 
-def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **more: Any) -> Any:
+def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **options: Any) -> Any:
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     queue = ListQueue(trials, watch=watch or (lambda: None))
-    return run_queue(queue, trains_only(), folder, sweep, **more)
+    return run_queue(queue, trains_only(), folder, sweep, **options)
 
 
 @pytest.mark.long

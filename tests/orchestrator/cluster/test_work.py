@@ -131,17 +131,17 @@ def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_pa
             timeout=400,
         )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["result"] == ["cpu", 1, 7], "a pretended GPU computes on the CPU"
-    assert found["is elsewhere"]
-    assert found["calls"] == [[0, "waiting for a free GPU"], [0, ""], [1, "half"], "a note"]
-    assert "a.library WARNING careful with 7" in found["lines"]
-    assert found["error"] == ["type something else", True], "its type and its traceback"
-    assert found["after a death"] == "alive"
-    device, num_gpus, _, number = found["of a trial"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["result"] == ["cpu", 1, 7], "a pretended GPU computes on the CPU"
+    assert report["is elsewhere"]
+    assert report["calls"] == [[0, "waiting for a free GPU"], [0, ""], [1, "half"], "a note"]
+    assert "a.library WARNING careful with 7" in report["lines"]
+    assert report["error"] == ["type something else", True], "its type and its traceback"
+    assert report["after a death"] == "alive"
+    device, num_gpus, _, number = report["of a trial"]
     assert (device, num_gpus, number) == ("cpu", 1, 8)
-    assert "the same command" in found["interrupted"]
-    assert found["free GPUs"] == 2
+    assert "the same command" in report["interrupted"]
+    assert report["free GPUs"] == 2
 
 
 def test_a_sweep_measures_on_a_gpu_if_its_trials_have_some_else_in_this_process():

@@ -163,11 +163,11 @@ def test_sequences_depend_on_seed_and_position_alone(tmp_path):
     data = opened(tmp_path, "phop_3", "chain_2", "s5_6", length=16)
     several = data.sequences(np.arange(40), context_length=20, seed=3)
     for place in (0, 7, 39):
-        one = data.sequences(np.array([place]), context_length=20, seed=3)
-        assert torch.equal(one.input_ids[0], several.input_ids[place])
-        assert torch.equal(one.targets[0], several.targets[place])
-    others = data.sequences(np.arange(40), context_length=20, seed=4)
-    assert not torch.equal(others.input_ids, several.input_ids)
+        single = data.sequences(np.array([place]), context_length=20, seed=3)
+        assert torch.equal(single.input_ids[0], several.input_ids[place])
+        assert torch.equal(single.targets[0], several.targets[place])
+    other_seed = data.sequences(np.arange(40), context_length=20, seed=4)
+    assert not torch.equal(other_seed.input_ids, several.input_ids)
     (held_out,) = data.validation_batches(context_length=20, num_tokens=800, batch_size=64)
     rows = {tuple(row.tolist()) for row in several.input_ids}
     assert len(held_out) == 40

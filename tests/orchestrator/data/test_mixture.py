@@ -79,23 +79,23 @@ def test_shares_are_exact_in_each_block_of_a_thousand(mixture):
     numbers = batch.sources[:, 0]
     assert (batch.sources == numbers[:, None]).all()
     for block in (numbers[:1000], numbers[1000:]):
-        found = {n: int((block == k).sum()) / 1000 for k, n in enumerate(mixture.source_names)}
-        assert found == SHARES
+        shares = {n: int((block == k).sum()) / 1000 for k, n in enumerate(mixture.source_names)}
+        assert shares == SHARES
     assert not torch.equal(numbers[:1000], numbers[1000:])
 
 
 def test_a_position_alone_decides_its_sequence(mixture):
     options = {"context_length": LENGTH, "seed": 3}
-    whole = mixture.batch(7, **options, global_batch=24)
+    full_batch = mixture.batch(7, **options, global_batch=24)
     for world_size in (2, 3):
         parts = [
             mixture.batch(7, **options, global_batch=24, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
-        assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
-        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
-    one = mixture.sequences(np.array([7 * 24 + 5]), **options)
-    assert torch.equal(one.input_ids[0], whole.input_ids[5])
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), full_batch.input_ids)
+        assert torch.equal(torch.cat([part.targets for part in parts]), full_batch.targets)
+    single = mixture.sequences(np.array([7 * 24 + 5]), **options)
+    assert torch.equal(single.input_ids[0], full_batch.input_ids[5])
 
 
 def test_each_source_gives_the_sequences_that_it_gives_alone(mixture, text, workspace):
@@ -106,9 +106,11 @@ def test_each_source_gives_the_sequences_that_it_gives_alone(mixture, text, work
     batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=4)
     rows = batch.sources[:, 0] == mixture.source_names.index("files")
     expected = texts.sequences(np.arange(700), context_length=LENGTH, seed=4)
-    found = {(*ids, *targets) for ids, targets in _rows(batch.input_ids, batch.targets, rows)}
-    every = torch.ones(700, dtype=torch.bool)
-    assert found == {(*a, *b) for a, b in _rows(expected.input_ids, expected.targets, every)}
+    mixed_rows = {(*ids, *targets) for ids, targets in _rows(batch.input_ids, batch.targets, rows)}
+    all_rows = torch.ones(700, dtype=torch.bool)
+    assert mixed_rows == {
+        (*a, *b) for a, b in _rows(expected.input_ids, expected.targets, all_rows)
+    }
 
 
 def _rows(
@@ -194,20 +196,20 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     write_text = preparation.write_text
     written: list[str] = []
 
-    def stop_after_first(alone: DataSettings, *others: Any, **options: Any) -> Path:
+    def stop_after_first(alone: DataSettings, *arguments: Any, **options: Any) -> Path:
         if written:
             raise KeyboardInterrupt
         written.append(alone.source)
-        return write_text(alone, *others, **options)
+        return write_text(alone, *arguments, **options)
 
     monkeypatch.setattr(preparation, "write_text", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, workspace)
     assert written == ["files"]
 
-    def note(alone: DataSettings, *others: Any, **options: Any) -> Path:
+    def note(alone: DataSettings, *arguments: Any, **options: Any) -> Path:
         written.append(alone.source)
-        return write_text(alone, *others, **options)
+        return write_text(alone, *arguments, **options)
 
     monkeypatch.setattr(preparation, "write_text", note)
     folder = prepare(settings, workspace)

@@ -54,8 +54,8 @@ def test_epochs_and_seeds_differ_in_order_and_offset():
     epochs = np.split(order.starts(np.arange(6 * order.num_windows)), 6)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert len({int(epoch[0]) % 64 for epoch in epochs}) > 2
-    other = WindowOrder(10_000, 64, seed=1).starts(np.arange(50))
-    assert (other != epochs[0][:50]).mean() > 0.9
+    other_seed = WindowOrder(10_000, 64, seed=1).starts(np.arange(50))
+    assert (other_seed != epochs[0][:50]).mean() > 0.9
 
 
 def test_sequences_are_slices_of_the_tokens(tmp_path):
@@ -137,11 +137,11 @@ def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error(tmp_
         return list(TokenStore(Path(), manifest, tokens, tokens).validation_batches(**options))
 
     tokens = np.arange(1000, dtype=np.uint16)
-    found = batches(tokens, context_length=10, num_tokens=100, batch_size=4)
-    assert [len(batch) for batch in found] == [4, 4, 2]
-    assert torch.cat([b.input_ids for b in found])[:, 0].tolist() == list(range(0, 1000, 100))
-    assert all(torch.equal(b.targets[:, :-1], b.input_ids[:, 1:]) for b in found)
-    every = batches(tokens, context_length=10, num_tokens=10**9, batch_size=64)
-    assert torch.equal(torch.cat([b.input_ids for b in every]).flatten(), torch.arange(1000))
+    selected = batches(tokens, context_length=10, num_tokens=100, batch_size=4)
+    assert [len(batch) for batch in selected] == [4, 4, 2]
+    assert torch.cat([b.input_ids for b in selected])[:, 0].tolist() == list(range(0, 1000, 100))
+    assert all(torch.equal(b.targets[:, :-1], b.input_ids[:, 1:]) for b in selected)
+    everything = batches(tokens, context_length=10, num_tokens=10**9, batch_size=64)
+    assert torch.equal(torch.cat([b.input_ids for b in everything]).flatten(), torch.arange(1000))
     with refused(UserError, "15 tokens"):
         batches(tokens[:15], context_length=16, num_tokens=16, batch_size=1)

@@ -75,9 +75,9 @@ def test_targets_are_the_completion_and_the_end_of_the_text(tmp_path, workspace)
         )
         for pair in PAIRS
     }
-    found = {tuple(prompt): tuple(targets) for prompt, targets in documents(store)}
-    assert len(found) > 80
-    assert found.items() < expected.items()
+    targets_by_prompt = {tuple(prompt): tuple(targets) for prompt, targets in documents(store)}
+    assert len(targets_by_prompt) > 80
+    assert targets_by_prompt.items() < expected.items()
     assert store.validation_targets is not None
     assert len(store.validation_targets) == len(store.validation)
 
@@ -103,8 +103,8 @@ def test_windows_and_validation_count_the_targets_of_their_tokens(tmp_path, work
 def test_plain_text_beside_prompts_is_learned_whole(tmp_path, workspace):
     plain = [{"text": f"Number {i} is a story of its own."} for i in range(100)]
     files = write_lines(tmp_path / "a.jsonl", PAIRS), write_lines(tmp_path / "b.jsonl", plain)
-    found = documents(prepared(settings_of(*files), workspace))
-    assert {bool(prompt) for prompt, _ in found} == {True, False}
+    learned = documents(prepared(settings_of(*files), workspace))
+    assert {bool(prompt) for prompt, _ in learned} == {True, False}
     alone = prepared(settings_of(files[1]), workspace)
     assert alone.train_targets is None
     assert not (alone.folder / targets_name(TRAIN_NAME)).exists()
@@ -116,15 +116,15 @@ def test_the_targets_of_many_shards_are_those_of_one(tmp_path, monkeypatch):
     settings = settings_of(*(
         write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", plain), ("b", pairs))
     ))  # fmt: skip
-    whole = prepared(settings, Workspace(tmp_path / "whole"))
+    in_one_shard = prepared(settings, Workspace(tmp_path / "whole"))
     monkeypatch.setattr(text, "SHARD_BYTES", 900)
     in_shards = prepared(settings, Workspace(tmp_path / "in shards"))
     assert len(in_shards.manifest.train_files) > 5
-    assert in_shards.fingerprint == whole.fingerprint
-    assert documents(in_shards) == documents(whole)
+    assert in_shards.fingerprint == in_one_shard.fingerprint
+    assert documents(in_shards) == documents(in_one_shard)
     batches = [
         store.sequences(np.arange(60), context_length=24, seed=1).counted.tolist()
-        for store in (whole, in_shards)
+        for store in (in_one_shard, in_shards)
     ]
     assert batches[0] == batches[1]
 
@@ -194,16 +194,16 @@ def test_a_chat_template_writes_question_and_answer(tmp_path, workspace, chat_mo
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "phrase"),
     [
         ({"prompt": "Why?", "completion": " "}, "completion"),
         ({"prompt": "Why?"}, "completion"),
         ({"prompt": 3, "completion": "Because."}, "prompt"),
     ],
 )
-def test_bad_records_name_their_line(row, said, tmp_path, workspace):
+def test_bad_records_name_their_line(row, phrase, tmp_path, workspace):
     path = write_lines(tmp_path / "a.jsonl", [*PAIRS, row])
-    with pytest.raises(UserError, match=f"line 121.*{said}"):
+    with pytest.raises(UserError, match=f"line 121.*{phrase}"):
         prepare(settings_of(path), workspace)
 
 

@@ -75,8 +75,8 @@ def in_one_shard(folder: Path) -> Path:
 def several(tmp_path, monkeypatch) -> DataSettings:
     """Settings of three files in many shards, with texts that come again in others."""
     for number in range(3):
-        some = TEXTS[number * 80 : number * 80 + 120]
-        (tmp_path / f"{number}.jsonl").write_text(lines_of([*some, TEXTS[5], some[7]]))
+        part = TEXTS[number * 80 : number * 80 + 120]
+        (tmp_path / f"{number}.jsonl").write_text(lines_of([*part, TEXTS[5], part[7]]))
     monkeypatch.setattr(text, "SHARD_BYTES", 1500)
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
 
@@ -113,20 +113,20 @@ def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     texts = [*TEXTS, *(f"Ένα κείμενο {number}." for number in range(20))]
     store = open_tokens(tokens_of([*texts, *texts[:50]], tmp_path, **OPTIONS))
     verify_data(store.folder, always=True)
-    train = [text_of_one for text_of_one in texts if not is_validation(text_of_one, 0.2)]
-    assert {text_of_one for text_of_one in texts if is_validation(text_of_one, 0.1)} < set(
-        texts
-    ) - set(train)
-    validation = [text_of_one for text_of_one in texts if is_validation(text_of_one, 0.2)]
+    train = [document for document in texts if not is_validation(document, 0.2)]
+    assert {document for document in texts if is_validation(document, 0.1)} < set(texts) - set(
+        train
+    )
+    validation = [document for document in texts if is_validation(document, 0.2)]
     assert split_documents(store, store.train) == train
     assert split_documents(store, store.validation) == validation
     counts = store.manifest.validation
-    num_bytes = sum(len(text_of_one.encode()) for text_of_one in validation)
+    num_bytes = sum(len(document.encode()) for document in validation)
     assert num_bytes > sum(map(len, validation)), "one of them is not ASCII"
     assert (counts.documents, counts.bytes) == (len(validation), num_bytes)
     lines = (store.folder / "validation.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
-        {"text": text_of_one, "source": "texts.jsonl"} for text_of_one in validation
+        {"text": document, "source": "texts.jsonl"} for document in validation
     ]
     assert store.train[:].dtype == np.uint16
     assert store.vocab_size == 300
@@ -137,21 +137,23 @@ def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
 def test_first_occurrences_are_those_of_a_set(keys, together):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize, "HASHES_SORTED_TOGETHER", together)
-        found = first_occurrences(np.array(keys, np.uint64))
-    assert found.tolist() == [key not in keys[:place] for place, key in enumerate(keys)]
+        is_first = first_occurrences(np.array(keys, np.uint64))
+    assert is_first.tolist() == [key not in keys[:place] for place, key in enumerate(keys)]
 
 
 def test_the_fingerprint_says_what_the_tokens_hold(tmp_path):
     first = tokens_of(TEXTS, tmp_path / "a", **OPTIONS)
     assert tokens_of(TEXTS, tmp_path / "b", **OPTIONS).name == first.name
-    others = [
+    different = [
         tokens_of(TEXTS[:-1], tmp_path / "a", **OPTIONS),
         tokens_of(TEXTS, tmp_path / "a", **{**OPTIONS, "vocab_size": 290}),
         tokens_of(TEXTS, tmp_path / "a", **{**OPTIONS, "validation_fraction": 0.3}),
         tokens_of(TEXTS[::-1], tmp_path / "a", **{**OPTIONS, "tokenizer": str(first)}),
     ]
-    assert len({first.name, *(other.name for other in others)}) == 5
-    assert (others[-1] / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    assert len({first.name, *(folder.name for folder in different)}) == 5
+    assert (different[-1] / "tokenizer.json").read_bytes() == (
+        first / "tokenizer.json"
+    ).read_bytes()
     (first / "train.bin").unlink()
     assert tokens_of(TEXTS, tmp_path / "a", **OPTIONS) == first, "incomplete tokens are replaced"
     verify_data(first, always=True)
@@ -172,16 +174,11 @@ def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path):
 
 def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path):
     marked = [
-        text_of_one + (" zqzqzqzq" * 50 if is_validation(text_of_one, 0.2) else "")
-        for text_of_one in TEXTS
+        document + (" zqzqzqzq" * 50 if is_validation(document, 0.2) else "") for document in TEXTS
     ]
     # The mark changes the hashes; keep the documents whose side is the same.
-    marked = [
-        text_of_one
-        for text_of_one in marked
-        if is_validation(text_of_one, 0.2) == ("zq" in text_of_one)
-    ]
-    assert sum("zq" in text_of_one for text_of_one in marked) > 3
+    marked = [document for document in marked if is_validation(document, 0.2) == ("zq" in document)]
+    assert sum("zq" in document for document in marked) > 3
     folder = tokens_of(marked, tmp_path, **OPTIONS)
     vocabulary = load_tokenizer(folder / "tokenizer.json").get_vocab()
     assert not [token for token in vocabulary if "zq" in token]
@@ -189,8 +186,8 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path):
 
 def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
     for number in range(2, 8):
-        some = TEXTS[number : 2 * number]
-        store = open_tokens(tokens_of(some, tmp_path / str(number), **OPTIONS))
+        part = TEXTS[number : 2 * number]
+        store = open_tokens(tokens_of(part, tmp_path / str(number), **OPTIONS))
         assert store.manifest.validation.documents >= 1
     for texts, message in (([], "the corpus is empty"), (TEXTS[:1], "a single document of .* tok")):
         with pytest.raises(UserError, match=message):
@@ -199,16 +196,16 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
 
 
 def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
-    whole = in_one_shard(tmp_path / "whole")
+    one_shard = in_one_shard(tmp_path / "whole")
     for number in (1, 3):
         parent = tmp_path / f"by {number}"
         folder = write_text(
             several, parent, "key", Progress(), open_runner=partial(threads, number)
         )
-        assert folder.name == whole.name
-        assert open_tokens(folder).train[:].tolist() == open_tokens(whole).train[:].tolist()
+        assert folder.name == one_shard.name
+        assert open_tokens(folder).train[:].tolist() == open_tokens(one_shard).train[:].tolist()
         for name in ("validation.bin", "tokenizer.json"):
-            assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
+            assert (folder / name).read_bytes() == (one_shard / name).read_bytes(), (number, name)
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
     with refused(UserError, "2.jsonl, line 51", "'text'"):
@@ -234,13 +231,13 @@ def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
     store = open_tokens(folder)
     verify_data(folder, always=True)
     assert sorted(file.name for file in linked) == list(store.manifest.train_files[:-1])
-    whole = open_tokens(in_one_shard(tmp_path / "whole"))
-    assert whole.manifest.train_files == ("train.bin",)
-    assert whole.fingerprint == store.fingerprint
+    one_shard = open_tokens(in_one_shard(tmp_path / "whole"))
+    assert one_shard.manifest.train_files == ("train.bin",)
+    assert one_shard.fingerprint == store.fingerprint
     for length in (16, 333):  # A shard has some 400 tokens.
         windows = [
             tokens.sequences(np.arange(90), context_length=length, seed=3).input_ids.tolist()
-            for tokens in (store, whole)
+            for tokens in (store, one_shard)
         ]
         assert windows[0] == windows[1]
 
@@ -388,11 +385,11 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
         [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == -getattr(signal, name), done.stderr
-    (left,) = parent.glob(f"{TEMPORARY_PREFIX}*")
-    kept = sorted(left.glob("tokenized/[0-9]*"))
+    (unfinished,) = parent.glob(f"{TEMPORARY_PREFIX}*")
+    stored_shards = sorted(unfinished.glob("tokenized/[0-9]*"))
     # After Ctrl-C, the thread at work may still finish its shard.
-    assert len(kept) >= 3
-    damaged = kept[1] / "train.bin"
+    assert len(stored_shards) >= 3
+    damaged = stored_shards[1] / "train.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
     written = []
@@ -411,15 +408,15 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
     folder = write_text(several, parent, "key", Notes(), open_runner=partial(threads, 1))
     verify_data(folder, always=True)
-    missing = range(len(kept), max(written) + 1)
+    missing = range(len(stored_shards), max(written) + 1)
     assert written == [1, *missing], "whole shards are not tokenized again"
     assert_names(notes[0], "000001", "train.bin")
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
-    monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
-    whole = write_text(
+    monkeypatch.setattr(tokenize, "train_tokenizer", real_train_tokenizer)
+    uninterrupted = write_text(
         several, tmp_path / "whole", "key", Progress(), open_runner=partial(threads, 1)
     )
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(uninterrupted)
 
 
-tokenize_train = tokenize.train_tokenizer
+real_train_tokenizer = tokenize.train_tokenizer

@@ -40,7 +40,8 @@ def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot():
     assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
     sharded = replace(alone, devices=Devices(num_workers=4, parallel="fsdp"))
     assert sharded.worker_memory[name] == 2 * (alone.checkpoint_bytes // 4)
-    # Beside the whole weights, which are a third of a checkpoint, their rows are on the disk.
+    # While shards are written, their rows are on the disk beside the whole weights, which are a
+    # third of a checkpoint.
     rows = sharded.bytes_in_writing - alone.bytes_in_writing
     assert rows == alone.checkpoint_bytes // 3
     assert sum(alone.worker_memory.values()) == alone.worker_bytes
@@ -64,8 +65,8 @@ def test_shorter_sequences_take_less_memory_and_fewer_flops():
     assert short.flops < usual.flops, "attention sees fewer tokens"
     assert short.teacher_flops < usual.teacher_flops
     least = replace(usual, recipe=recipe.model_copy(update={"num_tokens_per_step": lengths[0]}))
-    one = {"num_tokens_per_step": lengths[1], "sequence_length": lengths[1]}
-    shortest = replace(usual, recipe=recipe.model_copy(update=one))
+    one_short_sequence = {"num_tokens_per_step": lengths[1], "sequence_length": lengths[1]}
+    shortest = replace(usual, recipe=recipe.model_copy(update=one_short_sequence))
     assert shortest.worker_bytes < least.worker_bytes
     assert shortest.worker_memory["activations"] < 0.5 * least.worker_memory["activations"]
     too_long = replace(usual, recipe=recipe.model_copy(update={"sequence_length": 2 * lengths[0]}))
@@ -88,13 +89,13 @@ def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule():
     full = Estimate(config=config, recipe=recipe.model_copy(update={"iterate_from_fraction": 0.0}))
     assert estimate.worker_memory == full.worker_memory
     # Only the steps that are left count.
-    whole = replace(estimate, teacher=config)
-    half = replace(whole, steps_done=5)
+    from_start = replace(estimate, teacher=config)
+    half = replace(from_start, steps_done=5)
     assert (half.num_tokens, half.num_teacher_tokens) == (5 * 1024, 5 * 1024)
-    assert whole.flops - half.flops == pytest.approx(
+    assert from_start.flops - half.flops == pytest.approx(
         5 * 1024 * training_flops_per_token(config, none)
     )
-    assert half.worker_memory == whole.worker_memory
+    assert half.worker_memory == from_start.worker_memory
 
 
 @pytest.mark.parametrize("sequence_length", [None, 8])
@@ -132,17 +133,17 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
 
 
 def test_all_kept_checkpoints_are_counted():
-    def kept(**recipe: object) -> float:
+    def checkpoints_on_disk(**recipe: object) -> float:
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
-        own = TrainingSettings.model_validate(values)
-        estimate = Estimate(config=preset("tiny"), recipe=own)
+        settings = TrainingSettings.model_validate(values)
+        estimate = Estimate(config=preset("tiny"), recipe=settings)
         most_bytes = estimate.new_checkpoint_bytes + estimate.bytes_in_writing
         return most_bytes / estimate.checkpoint_bytes
 
-    assert kept() == 3
-    assert kept(decay="wsd") == 4, "the one before the decay stays"
-    assert kept(checkpoint_every_steps=1000) == 1
-    assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
+    assert checkpoints_on_disk() == 3
+    assert checkpoints_on_disk(decay="wsd") == 4, "the one before the decay stays"
+    assert checkpoints_on_disk(checkpoint_every_steps=1000) == 1
+    assert checkpoints_on_disk(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
 
 
 def test_a_request_to_stop_says_how_much_is_saved(tiny_job):

@@ -36,8 +36,8 @@ RECOMPUTED = "training.activation_checkpointing=true"
 
 
 def request(*assignments: str, **devices: Any) -> Estimate:
-    given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
-    settings = resolve_settings({}, given)
+    with_size = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
+    settings = resolve_settings({}, with_size)
     return Estimate(
         config=settings.model.build(vocab_size=32000),
         recipe=settings.training,
@@ -50,15 +50,18 @@ def refused(
 ) -> str:
     """Return why trainings do not fit on a machine with these free bytes; GPUs have the same."""
     needed = price_of(trainings, Path(), **price).disk
-    found, free = (None if each is None else int(each) for each in (memory, disk))
-    gpus = () if found is None else (found,)
-    reasons = reasons_not_to_fit(trainings, needed, FreeBytes(memory=found, gpus=gpus, disk=free))
-    return ". ".join(reasons)
+    memory_bytes = None if memory is None else int(memory)
+    disk_bytes = None if disk is None else int(disk)
+    gpus = () if memory_bytes is None else (memory_bytes,)
+    free = FreeBytes(memory=memory_bytes, gpus=gpus, disk=disk_bytes)
+    return ". ".join(reasons_not_to_fit(trainings, needed, free))
 
 
 def trials_of(plan: SweepTrials, **devices: Any) -> list[Estimate]:
-    found = [Estimate.of(trial.job) for trial in plan.trials if trial.job]
-    return [replace(each, devices=Devices(are_trials=True, **devices)) for each in found]
+    estimates = [Estimate.of(trial.job) for trial in plan.trials if trial.job]
+    return [
+        replace(estimate, devices=Devices(are_trials=True, **devices)) for estimate in estimates
+    ]
 
 
 @pytest.mark.parametrize("free", [10 * GIB, 24 * GIB, 79 * GIB, 200 * GIB])
@@ -66,19 +69,19 @@ def test_a_training_that_is_not_compiled_gets_passes_that_fit(free, tiny_job, mo
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     assert sequences_if_uncompiled(tiny_job(), World()) is None, "a CPU's form has no compiler"
     recipe = ("training.num_sequences_per_pass=8", "training.precision=bf16")
-    asked = request("model.corrections=3", *recipe, on_gpus=True)
-    job = tiny_job().model_copy(update={"model": asked.config, "recipe": asked.recipe})
+    planned = request("model.corrections=3", *recipe, on_gpus=True)
+    job = tiny_job().model_copy(update={"model": planned.config, "recipe": planned.recipe})
     number = sequences_if_uncompiled(job, World(device="cuda:0"))
 
     def plan_for(num_sequences: int) -> int:
         changes = {"compile": False, "num_sequences_per_pass": num_sequences}
-        return replace(asked, recipe=asked.recipe.model_copy(update=changes)).worker_bytes
+        return replace(planned, recipe=planned.recipe.model_copy(update=changes)).worker_bytes
 
     assert number is not None
     assert number == 1 or plan_for(number) <= free
     assert number == 8 or plan_for(number + 1) > free
     assert (number == 8) == (free > 100 * GIB), "compiled, 8 fit 79 GiB"
-    assert asked.worker_bytes < 79 * GIB
+    assert planned.worker_bytes < 79 * GIB
 
 
 def test_the_memory_of_a_worker_is_compared_with_what_is_free():
@@ -112,7 +115,7 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan):
     assert refused(*trials, disk=4 * one) == ""
     message = r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free"
     assert re.search(message, refused(*trials, disk=3 * one))
-    # Each keeps two, and each that runs at the same time writes one more.
+    # Each training keeps two, and each that runs at the same time writes one more.
     often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
     trials = [replace(each, recipe=each.recipe.model_copy(update=often)) for each in trials]
     assert refused(*trials, disk=(8 + 2) * one) == ""
@@ -120,7 +123,7 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan):
 
 
 def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
-    # Each takes little more memory than a process does.
+    # A trial takes little more memory than a process does.
     assert refused(*trials_of(tiny_plan, at_once=2), memory=1.3 * GIB) == ""
     message = refused(*trials_of(tiny_plan, at_once=4), memory=1.3 * GIB)
     assert "4 workers" in message
@@ -131,7 +134,7 @@ def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
 
     def on_gpus(at_once: int, sharing: int) -> str:
         trials = trials_of(tiny_plan, on_gpus=True, at_once=at_once, sharing_a_gpu=sharing)
-        return refused(*trials, memory=3 * max(each.worker_bytes for each in trials))
+        return refused(*trials, memory=3 * max(trial.worker_bytes for trial in trials))
 
     assert on_gpus(3, 3) == on_gpus(3, 4) == on_gpus(16, 1) == ""
     assert "4 workers" in on_gpus(4, 4)
@@ -159,8 +162,8 @@ def test_each_place_has_its_own_problems():
         raise UserError("no GPU here")
 
     on_gpu = [request(ONE_PER_PASS, on_gpus=True)]
-    found = find_problems(on_gpu, {}, Path(), LOCAL, refuse)
-    assert found == {"this machine": "no GPU here", "an H100": None}
+    problems = find_problems(on_gpu, {}, Path(), LOCAL, refuse)
+    assert problems == {"this machine": "no GPU here", "an H100": None}
     huge = [request("training.num_tokens_per_step=16777216")]
     (problem,) = find_problems(huge, {}, Path(), LOCAL).values()
     assert "training would take about" in str(problem)

@@ -140,7 +140,7 @@ class MachineWithTwoGpus:
 
 
 def test_only_visible_gpus_count(monkeypatch):
-    for visible, found in (
+    for visible, visible_gpus in (
         (None, [FIRST, SECOND]),
         ("1,0", [SECOND, FIRST]),
         ("0,7,1", [FIRST]),
@@ -154,7 +154,7 @@ def test_only_visible_gpus_count(monkeypatch):
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         machine = MachineWithTwoGpus()
-        expected = [InstalledGpu(f"NVIDIA {gpu}", machine.free_bytes[gpu]) for gpu in found]
+        expected = [InstalledGpu(f"NVIDIA {gpu}", machine.free_bytes[gpu]) for gpu in visible_gpus]
         assert installed_gpus(machine) == expected
         assert machine.users == 0
 

@@ -37,11 +37,11 @@ def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path):
     expected = (seconds / fastest / 3600, seconds / slowest / 3600)
     # In any order; the costliest training says which rate is shown.
     for trainings in (half, full), (full, half):
-        found = price(*trainings)
-        assert found.hours == pytest.approx(expected)
-        assert found.rate == full_rate
+        priced = price(*trainings)
+        assert priced.hours == pytest.approx(expected)
+        assert priced.rate == full_rate
     # Two at a time take as long as the longer one.
-    two = replace(ON_ONE_GPU, at_once=2)
-    both = price(replace(half, devices=two), replace(full, devices=two))
-    assert both.hours == pytest.approx(price(full).hours)
-    assert both.num_devices == 2
+    two_at_once = replace(ON_ONE_GPU, at_once=2)
+    together = price(replace(half, devices=two_at_once), replace(full, devices=two_at_once))
+    assert together.hours == pytest.approx(price(full).hours)
+    assert together.num_devices == 2

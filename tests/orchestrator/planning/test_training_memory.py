@@ -71,14 +71,14 @@ def test_frozen_layers_take_no_gradients_moments_or_activations(schedule, traine
         method_options={"start": "identity"},
     )  # fmt: skip
     options: dict[str, Any] = {"num_sequences": 4, "activation_checkpointing": checkpoint}
-    whole = training_memory(config, TrainingStep(**options))
-    found = training_memory(config, TrainingStep(**options, trained=trained))
+    all_trained = training_memory(config, TrainingStep(**options))
+    memory = training_memory(config, TrainingStep(**options, trained=trained))
     share = num_trained_parameters(config, trained) / num_parameters(config)
-    assert found["weights"] == whole["weights"]
-    assert found["AdamW"] == pytest.approx(whole["AdamW"] * share, abs=1)
-    assert found["gradients"] == pytest.approx(whole["gradients"] * share, abs=1)
+    assert memory["weights"] == all_trained["weights"]
+    assert memory["AdamW"] == pytest.approx(all_trained["AdamW"] * share, abs=1)
+    assert memory["gradients"] == pytest.approx(all_trained["gradients"] * share, abs=1)
     measured = measured_bytes(config, 4, "fp32", checkpoint, trained)
-    assert measured / FACTOR < found["activations"] < measured * FACTOR
+    assert measured / FACTOR < memory["activations"] < measured * FACTOR
 
 
 def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
@@ -188,15 +188,15 @@ def kept_by_plain_formulas(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) ->
     """Return the bytes per token that an evaluation keeps on a GPU without a compiler."""
     layer: Any = decoder.model.layers[0]
     x = torch.randn(2, decoder.config.context_length, decoder.config.dim, requires_grad=True)
-    kept = KeptBytes(layer, x)
+    kept_bytes = KeptBytes(layer, x)
     monkeypatch.setattr("iiet.fast.ENABLED", False)
     monkeypatch.setattr(
         torch.nn.functional, "rms_norm", lambda x, _, weight, __: NormOfGpus.apply(x, weight)
     )
-    hooks = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept_bytes.add, lambda tensor: tensor)
     with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         layer.field(x, context_of(decoder, x))
-    return kept.total // (x.size(0) * x.size(1))
+    return kept_bytes.total // (x.size(0) * x.size(1))
 
 
 def kept_by_a_compiled_field(decoder: Decoder) -> int:
@@ -207,7 +207,7 @@ def kept_by_a_compiled_field(decoder: Decoder) -> int:
 
     layer: Any = decoder.model.layers[0]
     x = torch.randn(2, decoder.config.context_length, decoder.config.dim, requires_grad=True)
-    kept = KeptBytes(layer, x)
+    kept_bytes = KeptBytes(layer, x)
     num_results = list[int]()
 
     def partition(joint: Any, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
@@ -219,7 +219,7 @@ def kept_by_a_compiled_field(decoder: Decoder) -> int:
         def run(*inputs: Any) -> Any:
             results = graph(*inputs)
             for tensor in results[num_results[0] :]:
-                kept.add(tensor)
+                kept_bytes.add(tensor)
             return results
 
         return make_boxed_func(run)
@@ -233,7 +233,7 @@ def kept_by_a_compiled_field(decoder: Decoder) -> int:
     compile_layers(decoder, lambda *_, **__: None, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer.field(x, context_of(decoder, x))
-    return kept.total // (x.size(0) * x.size(1))
+    return kept_bytes.total // (x.size(0) * x.size(1))
 
 
 def context_of(decoder: Decoder, x: torch.Tensor) -> PassContext:
@@ -260,7 +260,7 @@ def test_the_plan_for_gpus_counts_what_plain_and_compiled_evaluations_keep(
     def planned(forms: Forms) -> float:
         """Return the bytes per token of one evaluation: what a correction more takes, without the
         estimate that it starts from and its field's output, which the mix and the norm keep."""
-        one, two = (
+        one_correction, two_corrections = (
             training_memory(
                 config,
                 TrainingStep(
@@ -269,7 +269,9 @@ def test_the_plan_for_gpus_counts_what_plain_and_compiled_evaluations_keep(
             )
             for schedule in (IterationSchedule((1,)), IterationSchedule((2,)))
         )
-        added = (two["activations"] - one["activations"]) / config.context_length
+        added = (
+            two_corrections["activations"] - one_correction["activations"]
+        ) / config.context_length
         return added - 2 * config.dim * 4
 
     # A compiler may compute the inputs of the matrices again: the plan does not count on that.
@@ -336,7 +338,7 @@ def test_memory_saving_settings_save_memory():
     assert total(num_shards=8) < total()
     with_teacher = total(frozen=config)
     assert with_teacher > total(has_members=True) > total()
-    # Of the sharded parts an eighth stays, and what is gathered.
+    # An eighth of the sharded parts stays, and what a layer gathers.
     alone = training_memory(config, TrainingStep(num_sequences=1))
     shared = training_memory(config, TrainingStep(num_sequences=1, num_shards=8))
     assert shared["AdamW"] == pytest.approx(alone["AdamW"] / 8, rel=1e-6)

@@ -19,7 +19,7 @@ def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[f
 
 
 def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
-    for assignments, found in {
+    for assignments, expected in {
         (): (0, None),
         ("cluster.num_workers=4",): (0, None),
         ("cluster.num_gpus=8",): (1, 8),
@@ -30,7 +30,7 @@ def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
         ("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3"): (0.3, 3),
         ("sweep.gpus_per_trial=2",): (2, None),  # Of a run on CPUs, as many as there are.
     }.items():
-        assert assigned(*assignments) == found
+        assert assigned(*assignments) == expected
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = settings.model.build(vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")

@@ -59,28 +59,28 @@ def test_errors_by_the_delta_method_agree_with_the_bootstrap(aggregation, aggreg
 
 
 def test_accuracy_uses_normalized_accuracy_if_reported():
-    found = evaluation(
+    result = evaluation(
         task("piqa", acc=0.6, acc_norm=0.5, acc_norm_stderr=0.03),
         task("lambada", acc=0.3, acc_stderr=0.04, perplexity=20.0),
         task("text", bits_per_byte=1.25, bits_per_byte_stderr=0.01),
     )
-    assert found.accuracies == {"piqa": (0.5, 0.03), "lambada": (0.3, 0.04)}
-    assert found.accuracy == pytest.approx(0.4)
-    quality = found.quality()
+    assert result.accuracies == {"piqa": (0.5, 0.03), "lambada": (0.3, 0.04)}
+    assert result.accuracy == pytest.approx(0.4)
+    quality = result.quality()
     assert quality["accuracy_stderr"] == pytest.approx(0.05 / 2)
     assert (quality["bits_per_byte"], quality["bits_per_byte_stderr"]) == (1.25, 0.01)
-    assert found.num_items == 30
+    assert result.num_items == 30
 
 
 def test_a_group_counts_as_one_task_and_only_measured_numbers_are_there():
-    found = evaluation(
+    result = evaluation(
         task("b1", acc=0.2, acc_stderr=0.0),
         task("b2", acc=0.4, acc_stderr=0.0),
         task("piqa", acc=0.5, acc_stderr=0.0),
         blimp=("b1", "b2"),
     )
-    assert found.accuracy == pytest.approx((0.3 + 0.5) / 2)
-    assert EvaluationResult.model_validate_json(found.model_dump_json()) == found
+    assert result.accuracy == pytest.approx((0.3 + 0.5) / 2)
+    assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
     quality = evaluation(task("text", bits_per_byte=1.0)).quality()
     assert quality == {"bits_per_byte": 1.0, "text/bits_per_byte": 1.0}
     assert math.isnan(evaluation().accuracy)

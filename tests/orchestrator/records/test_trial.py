@@ -121,11 +121,11 @@ def test_paths_of_nested_records_follow_the_workspace(tmp_path):
     assert str(root) not in path.read_text()
     assert SweepTrials.read(path) == plan
     moved = root.rename(tmp_path / "new")
-    found = SweepTrials.read(moved / "sweeps" / "n" / "plan.json")
-    assert (found.tokens_folder, found.trials[0].folder) == (
+    moved_plan = SweepTrials.read(moved / "sweeps" / "n" / "plan.json")
+    assert (moved_plan.tokens_folder, moved_plan.trials[0].folder) == (
         f"{moved}/tokens/f", f"{moved}/trials/t",
     )  # fmt: skip
-    assert found.trials[0].checkpoint == "/elsewhere/step_1"
+    assert moved_plan.trials[0].checkpoint == "/elsewhere/step_1"
     trial.write(tmp_path / "trial.json")  # Outside of a workspace, paths stay absolute.
     assert Trial.read(tmp_path / "trial.json") == trial
 
@@ -169,8 +169,8 @@ def test_a_run_has_the_parameters_that_apply_to_it():
         ("cosine", {"final_learning_rate_fraction"}),
         ("wsd", {"final_learning_rate_fraction", "decay_fraction"}),
     ):
-        found = parameters(VANILLA, recipe=TrainingSettings(decay=decay))
-        assert {name for name in found if "fraction" in name} == names
+        recorded = parameters(VANILLA, recipe=TrainingSettings(decay=decay))
+        assert {name for name in recorded if "fraction" in name} == names
 
 
 def test_a_model_has_its_method_and_the_options_that_were_chosen():
