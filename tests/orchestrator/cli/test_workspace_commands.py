@@ -59,7 +59,7 @@ def _stop_after(num_steps: int) -> Callable[[], bool]:
 
 @pytest.fixture
 def two_runs(tiny_job, space) -> Path:
-    """A finished run, and one of 8 steps that was stopped after 3; returns the folder of the second."""
+    """A finished run, and one of 8 steps that was stopped after 3, whose folder is returned."""
     run_job(tiny_job("runs/whole", num_steps=2))
     run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))
     return space.runs / "half"

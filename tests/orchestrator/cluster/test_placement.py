@@ -59,12 +59,8 @@ def fits(nodes: tuple[Node, ...], placement: Placement) -> bool:
     free = [FreeNode(node.cpus, [10_000] * node.gpus) for node in nodes]
     for _ in range(placement.jobs_at_once):
         if placement.on_one_node:
-            holding = (
-                n
-                for n in free
-                if deepcopy(n).take(placement, placement.workers) == placement.workers
-            )
-            places = list(holding)[:1]
+            workers = placement.workers
+            places = [n for n in free if deepcopy(n).take(placement, workers) == workers][:1]
         else:
             places = free
         workers_left = placement.workers
@@ -87,10 +83,11 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
                 math.ceil(num_gpus) or num_workers, num_gpus > 0,
             )  # fmt: skip
             assert fits(nodes, placement), (num_wanted, num_jobs, placement)
-            one_job_more = {**vars(placement), "jobs_at_once": placement.jobs_at_once + 1}
-            assert placement.jobs_at_once == num_jobs or not fits(
-                nodes, Placement(**one_job_more)
-            ), placement
+            one_job_more = Placement(
+                **{**vars(placement), "jobs_at_once": placement.jobs_at_once + 1}
+            )
+            all_at_once = placement.jobs_at_once == num_jobs
+            assert all_at_once or not fits(nodes, one_job_more), placement
 
 
 @pytest.mark.parametrize(
@@ -110,21 +107,15 @@ def test_workers_with_gpus_get_the_fewest_cpus_per_gpu_of_any_node(
     nodes, num_gpus, at_once, cpus, on_one_node
 ):
     placement = job_placement(100, 1, num_gpus, Resources(nodes))
-    assert (placement.jobs_at_once, placement.cpus, placement.on_one_node) == (
-        at_once,
-        cpus,
-        on_one_node,
-    )
+    values = (placement.jobs_at_once, placement.cpus, placement.on_one_node)
+    assert values == (at_once, cpus, on_one_node)
 
 
 def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes():
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
         placement = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
-        assert (placement.workers, placement.min_workers, placement.strategy) == (
-            num_gpus,
-            4,
-            "PACK",
-        )
+        values = (placement.workers, placement.min_workers, placement.strategy)
+        assert values == (num_gpus, 4, "PACK")
     with refused(UserError, "cluster.min_gpus=16", "cluster.min_gpus=12"):
         job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
 

@@ -33,12 +33,12 @@ from orchestrator.workspace.errors import UserError
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it again "
 
 
-def files(*names: Path | str, **more: Any) -> DataSettings:
-    return DataSettings(source="files", files=tuple(map(str, names)), **more)
+def files(*names: Path | str, **options: Any) -> DataSettings:
+    return DataSettings(source="files", files=tuple(map(str, names)), **options)
 
 
-def hub(name: Path | str, **more: Any) -> DataSettings:
-    return DataSettings(source="hub", hub_name=str(name), **more)
+def hub(name: Path | str, **options: Any) -> DataSettings:
+    return DataSettings(source="hub", hub_name=str(name), **options)
 
 
 def texts(settings: DataSettings) -> list[str]:

@@ -24,7 +24,7 @@ CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed"
 
 
 @torch.no_grad()
-def slowly(
+def plain_answer(
     decoder: Decoder,
     tokenizer: ModelTokenizer,
     context: tuple[int, ...],
@@ -49,8 +49,8 @@ def slowly(
         tokens.append(token)
         answer.append(token)
         text = tokenizer.decode(answer)
-        if found := [text.index(stop) for stop in settings.stop if stop in text]:
-            return text[: min(found)]
+        if places := [text.index(stop) for stop in settings.stop if stop in text]:
+            return text[: min(places)]
     return tokenizer.decode(answer)
 
 
@@ -59,11 +59,11 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
     contexts = [tokenizer.encode(text, add_special_tokens=False) for text in [*CONTEXTS, long]]
     assert len(contexts[-1]) > decoder.config.context_length
     seeds = range(len(contexts))
-    seen = set[str]()
+    different_answers = set[str]()
     greedy = Sampling(max_new_tokens=16)
-    whole = [slowly(decoder, tokenizer, context, greedy) for context in contexts]
+    unstopped = [plain_answer(decoder, tokenizer, context, greedy) for context in contexts]
     # The middle of each answer: from within one token into others.
-    across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in whole)
+    across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in unstopped)
     assert all(len(tokenizer.encode(stop, add_special_tokens=False)) > 1 for stop in across)
     stopped = replace(greedy, stop=("never there", *across))
     for settings in (
@@ -75,11 +75,11 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
     ):
         answers = generate_answers(decoder, tokenizer, contexts, settings, seeds)
         alone = zip(contexts, seeds, strict=True)
-        assert answers == [slowly(decoder, tokenizer, a, settings, seed) for a, seed in alone]
-        seen |= set(answers)
-    assert len(seen) > 12
+        assert answers == [plain_answer(decoder, tokenizer, a, settings, seed) for a, seed in alone]
+        different_answers |= set(answers)
+    assert len(different_answers) > 12
     for answer, text in zip(
-        generate_answers(decoder, tokenizer, contexts, stopped, seeds), whole, strict=True
+        generate_answers(decoder, tokenizer, contexts, stopped, seeds), unstopped, strict=True
     ):
         assert text.startswith(answer)
         assert len(answer) < len(text)

@@ -100,10 +100,10 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
     ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
 )
 def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length, lengths):
-    asked: list[tuple[int, int]] = []
+    timed_lengths: list[tuple[int, int]] = []
 
     def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
-        asked.append((start.args[1].shape[1], new_tokens))
+        timed_lengths.append((start.args[1].shape[1], new_tokens))
         return 1.0, 1.0
 
     monkeypatch.setattr(decode_timing, "time_stream", timed)
@@ -111,7 +111,7 @@ def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
     decoders = random_decoders({"long": long, "short": short}, "cpu")
     time_per_token(decoders, Progress())
-    assert set(asked[2:]) == {lengths}, "after the warm-up"
+    assert set(timed_lengths[2:]) == {lengths}, "after the warm-up"
 
 
 def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
@@ -190,7 +190,8 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypat
 def test_a_share_that_differs_from_the_prediction_is_reported(decoders, monkeypatch):
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
     costs = measure_by_flops(decoders, monkeypatch, constant=full)
-    assert "decoding" in (line := command_tables.benchmark_sentences(costs)[1])
+    line = command_tables.benchmark_sentences(costs)[1]
+    assert "decoding" in line
     shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]
     none = shares[0]
     assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)

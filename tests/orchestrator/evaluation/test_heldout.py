@@ -64,15 +64,17 @@ LINKS = ("behind", "under", "with", "for", "near", "beside", "to", "over", "by",
 def story(draw: random.Random) -> str:
     lines = []
     for _ in range(8):
-        one = draw.choice(ANIMALS)
-        other = draw.choice(ANIMALS)
+        animal = draw.choice(ANIMALS)
+        friend = draw.choice(ANIMALS)
         place = draw.choice(PLACES)
         thing = draw.choice(THINGS)
         kind = draw.choice(KINDS)
         stuff = draw.choice(STUFFS)
         link = draw.choice(LINKS)
-        lines.append(f"The {one} went to the {place} and met the {other}, who was asleep there.")
-        lines.append(f"Soon the {one} walked home {link} the {kind} {thing} of {stuff}.")
+        lines.append(
+            f"The {animal} went to the {place} and met the {friend}, who was asleep there."
+        )
+        lines.append(f"Soon the {animal} walked home {link} the {kind} {thing} of {stuff}.")
     return "\n\n".join(" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4))
 
 
@@ -116,8 +118,8 @@ def suite(tokens) -> Path:
 
 
 def rows(suite: Path, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((suite / "suite.json").read_text())["tasks"][name]
-    return found
+    items: list[dict[str, Any]] = json.loads((suite / "suite.json").read_text())["tasks"][name]
+    return items
 
 
 def held_out(tokens: Path) -> str:
@@ -132,10 +134,10 @@ def test_items_are_diverse_slices_of_the_held_out_documents(tokens, suite):
     items = rows(suite, "lastword")
     assert len(items) >= 10
     for item in items:
-        whole = f"{item['context']} {item['word']}"
-        assert whole in text
+        passage = f"{item['context']} {item['word']}"
+        assert passage in text
         assert item["context"][0].isupper()
-        assert len(tokenizer.encode(whole).ids) <= CONTEXT_LENGTH
+        assert len(tokenizer.encode(passage).ids) <= CONTEXT_LENGTH
     for item in rows(suite, "bits_per_byte"):
         assert item["text"] in text
         assert item["text"] not in train
@@ -154,9 +156,9 @@ def test_the_size_of_the_held_out_text_is_in_bytes(tmp_path, monkeypatch):
 
 
 def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_path):
-    other = built(tokens, 20)
-    assert other != suite
-    assert len(rows(other, "lastword")) <= 20
+    smaller = built(tokens, 20)
+    assert smaller != suite
+    assert len(rows(smaller, "lastword")) <= 20
     file = suite / "suite.json"
     before = file.stat().st_mtime_ns
     content = file.read_bytes()
@@ -164,12 +166,12 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
     assert (file.stat().st_mtime_ns, file.read_bytes()) == (before, content)
     # The fingerprint does not depend on the path.
     copy = Path(shutil.copytree(suite, tmp_path / suite.name))
-    here, there = (load_suite(Suite(suite_folder=str(folder))) for folder in (suite, copy))
-    assert set(here.tasks) == set(TEXT_TASKS)
+    original, copied = (load_suite(Suite(suite_folder=str(folder))) for folder in (suite, copy))
+    assert set(original.tasks) == set(TEXT_TASKS)
     for name in TEXT_TASKS:
-        assert there.fingerprint(name) == here.fingerprint(name)
-        assert "custom_dataset" in here.tasks[name].dump_config()
-    assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
+        assert copied.fingerprint(name) == original.fingerprint(name)
+        assert "custom_dataset" in original.tasks[name].dump_config()
+    assert len({original.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
     file.unlink()
     built(tokens)
     assert file.read_bytes() == content, "it is made again"
@@ -203,18 +205,18 @@ def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(tmp_
     suite = built(data)
     assert set(json.loads((suite / "suite.json").read_text())["tasks"]) == set(names)
     assert len(rows(suite, "s5_4")) == NUM_ITEMS
-    whole = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
-    assert set(whole) == {"files", "hub"}
+    sources = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
+    assert set(sources) == {"files", "hub"}
 
 
 def test_a_suite_can_mix_held_out_and_other_tasks(tokens, suite, tmp_path):
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
-    asked = make_suite(settings, tokens, context_length=CONTEXT_LENGTH)
-    assert asked.tasks == ("first", *TEXT_TASKS, "last")
-    assert asked.task_folders == (tmp_path,)
-    assert asked.heldout == suite
+    mixed = make_suite(settings, tokens, context_length=CONTEXT_LENGTH)
+    assert mixed.tasks == ("first", *TEXT_TASKS, "last")
+    assert mixed.task_folders == (tmp_path,)
+    assert mixed.heldout == suite
 
 
 # Depth tasks
@@ -256,9 +258,9 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
         "phop_2": ("last symbol", HandMade(lambda text: text[text.rindex("<") :])),
         "phop_3": ("symbol before the last", HandMade(lambda text: f"<{text.split('<')[-2]}")),
     }
-    for name, (what, model) in repeats.items():
+    for name, (symbol_name, model) in repeats.items():
         repeated = 100 * run_model(suite, model).accuracies[name][0]
-        assert chances[name] == f"25.0%, or {repeated:.1f}% by repeating the {what}"
+        assert chances[name] == f"25.0%, or {repeated:.1f}% by repeating the {symbol_name}"
         assert guess.accuracies[name][0] < 0.45
         mean, error = constant.accuracies[name]
         assert abs(mean - 0.25) < 4 * error
@@ -312,23 +314,23 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
     assert sum(values) < NUM_DEPTH_ITEMS / 2
 
 
-def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
+def tasks_of_suite(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     settings = EvaluationSettings(suite=suite, num_items=20, **options)
     return make_suite(settings, data, context_length=32, make_progress=Progress()).tasks
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
     data = prepared(tmp_path, "phop_2", "chain_2")
-    assert chosen("heldout", data) == ("phop_2", "chain_2")
-    assert chosen("chain_2", data) == ("chain_2",)
-    assert chosen("chain_2, heldout", data) == ("chain_2", "phop_2")
+    assert tasks_of_suite("heldout", data) == ("phop_2", "chain_2")
+    assert tasks_of_suite("chain_2", data) == ("chain_2",)
+    assert tasks_of_suite("chain_2, heldout", data) == ("chain_2", "phop_2")
     settings = EvaluationSettings(suite="chain_2")
     assert lm_eval_task_fingerprints(settings, needs_accuracy=True) == {}
     with refused(UserError, "accuracy"):
         lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
     folder = built(data, 20, 32)
-    asked = Suite(tasks=("chain_2",), suite_folder=str(folder), fingerprints={})
-    assert list(load_suite(asked).tasks) == ["chain_2"]
+    single = Suite(tasks=("chain_2",), suite_folder=str(folder), fingerprints={})
+    assert list(load_suite(single).tasks) == ["chain_2"]
 
 
 def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
@@ -346,7 +348,7 @@ def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
             plan_sweep(resolve_settings({}, options={**sizes, **options}), workspace=tmp_path)
     assert not list(tmp_path.iterdir())
     with refused(UserError, "phop_4"):
-        chosen("phop_4", prepared(tmp_path, "phop_2"))
+        tasks_of_suite("phop_4", prepared(tmp_path, "phop_2"))
 
 
 def test_a_text_that_is_no_symbol_is_an_error(tmp_path, tiny_model):
@@ -364,7 +366,7 @@ def test_pythons_text_is_held_out_also_from_data_that_have_it(tiny_tokens, tmp_p
     assert 20 <= len(usual) <= 60
     assert 30_000 < sum(len(passage.encode()) for passage in usual) < 50_000
     assert usual == python_passages(tiny_tokens)
-    # Cut, other documents are held out than whole.
+    # Text that is cut into passages holds out other documents than whole text.
     space = Workspace(tmp_path)
     cut = DataSettings(source="python", vocab_size=400, passage_characters=2000)
     tokens = prepare(cut, space)

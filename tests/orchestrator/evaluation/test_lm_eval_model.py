@@ -141,8 +141,8 @@ def test_numbers_and_answers_equal_those_of_stock_lm_eval(
         if name == "questions":
             assert answers_of(task) == [sample["resps"][0] for sample in samples]
             continue
-        for sample, other in zip(task.samples, samples, strict=True):
-            assert scores_of(sample) == pytest.approx(scores_of(other), rel=2e-6), name
+        for sample, stock_sample in zip(task.samples, samples, strict=True):
+            assert scores_of(sample) == pytest.approx(scores_of(stock_sample), rel=2e-6), name
     result = ours["choices"].result
     for metric in ("acc", "acc_norm"):
         error = mean_stderr(result.values[metric])
@@ -212,12 +212,14 @@ def test_a_model_of_a_longer_context_can_be_measured_at_another_length(
 
 
 @torch.no_grad()
-def directly(decoder: Decoder, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def plain_score(
+    decoder: Decoder, context: list[int], continuation: list[int]
+) -> tuple[float, bool]:
     """Score a continuation by one plain forward pass, after as many tokens as fit."""
     read = (context + continuation)[-(CONTEXT + 1) : -1]
     logits = decoder(torch.tensor([read]))[0, -len(continuation) :]
-    found = logits.log_softmax(-1)[range(len(continuation)), continuation]
-    return float(found.sum()), logits.argmax(-1).tolist() == continuation
+    scores = logits.log_softmax(-1)[range(len(continuation)), continuation]
+    return float(scores.sum()), logits.argmax(-1).tolist() == continuation
 
 
 def mixed_pairs() -> list[tuple[Any, list[int], list[int]]]:
@@ -233,8 +235,8 @@ def mixed_pairs() -> list[tuple[Any, list[int], list[int]]]:
         pairs += [(context, tokens(1, most)) for _ in range(4)]
         pairs.append(pairs[-1])
     context = tokens(10, 10)
-    rest = tokens(6, 6)
-    pairs += [(context + rest[:n], rest[n:]) for n in range(6)]
+    continuation = tokens(6, 6)
+    pairs += [(context + continuation[:n], continuation[n:]) for n in range(6)]
     pairs += [(tokens(60, 60), tokens(n, n)) for n in (1, 1, 5, CONTEXT)]
     draw.shuffle(pairs)
     return [(None, *pair) for pair in pairs]
@@ -265,7 +267,7 @@ def test_scores_equal_plain_passes(method, make_model):
     schedule = schedule_for(method, (2, 1))
     model = make_model(method=method, schedule=schedule)
     pairs = mixed_pairs()
-    expected = [directly(model.decoder, *pair[1:]) for pair in pairs]
+    expected = [plain_score(model.decoder, *pair[1:]) for pair in pairs]
     for score, right in zip(token_scores(model, pairs), expected, strict=True):
         assert score == (pytest.approx(right[0], abs=1e-4), right[1])
 
@@ -278,8 +280,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_stored_ones_are_not_run_again(
     for most in (500, 120, CONTEXT):
         model = make_model(method="iiet")
         shapes = limit_tokens(model.decoder, most)
-        found = token_scores(model, pairs)
-        assert [score for score, _ in found] == pytest.approx([s for s, _ in usual], abs=1e-4)
+        scores = token_scores(model, pairs)
+        assert [score for score, _ in scores] == pytest.approx([s for s, _ in usual], abs=1e-4)
         notes = model.progress.notes
         assert len(notes) == sum(rows * length > most for rows, length in shapes) < 10
         assert "at most" in notes[0]
@@ -402,15 +404,15 @@ def test_answers_are_compared_under_each_filter(decoder, tokenizer, make_model, 
     repeated, _ = questions(
         tmp_path / "repeated", decoder, tokenizer, generation_kwargs=sampled, repeats=3
     )
-    found = []
+    runs = []
     for size, path in ((1, tmp_path / "answers"), (1, tmp_path / "answers"), (32, None)):
         model = make_model(size)
         model.journal = AnswerJournal(path)  # The second has all answers.
-        found.append(answers_of(run(repeated, model)["questions"]))
-    one, again, other = found
-    assert one == again == other
-    assert [len(texts) for texts in one] == [3] * len(QUESTIONS)
-    assert any(len(set(texts)) > 1 for texts in one)
+        runs.append(answers_of(run(repeated, model)["questions"]))
+    computed, from_journal, in_one_batch = runs
+    assert computed == from_journal == in_one_batch
+    assert [len(texts) for texts in computed] == [3] * len(QUESTIONS)
+    assert any(len(set(texts)) > 1 for texts in computed)
 
 
 def test_a_prompt_that_is_too_long_for_its_answer_loses_its_beginning(make_model):

@@ -36,9 +36,9 @@ COSTS: dict[str, dict[str, tuple[int, int]]] = {
 Flops = Callable[[int, int, int], int]
 FLOPS: dict[str, Flops] = {
     # Five square matrices and attention in each run, an adapter from 64 to 32, a head for 300.
-    "ouro": lambda runs, seen, _: runs * (2 * 5 * 32**2 + 4 * 32 * seen) + 2 * 32 * 300,
-    "huginn_raven": lambda runs, seen, loops: (
-        FLOPS["ouro"](runs, seen, loops) + loops * 2 * 64 * 32
+    "ouro": lambda runs, num_seen, _: runs * (2 * 5 * 32**2 + 4 * 32 * num_seen) + 2 * 32 * 300,
+    "huginn_raven": lambda runs, num_seen, loops: (
+        FLOPS["ouro"](runs, num_seen, loops) + loops * 2 * 64 * 32
     ),
 }
 FLOPS["nanbeige"] = FLOPS["ouro"]
@@ -61,15 +61,15 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
         assert (cost.evaluations_per_token, cost.kv_bytes_per_token) == (costs[0], 4 * costs[1])
         counted.append((costs[0], cost.decode_flops_per_token))
         if kind in FLOPS:
-            for seen in (1, 10, 64):
-                expected = FLOPS[kind](costs[0], seen, model.depth[0])
-                assert decoder.cost(context_length=seen).decode_flops_per_token == expected
+            for num_seen in (1, 10, 64):
+                expected = FLOPS[kind](costs[0], num_seen, model.depth[0])
+                assert decoder.cost(context_length=num_seen).decode_flops_per_token == expected
         with torch.no_grad():
             outputs.append(decoder.model(tokens).logits)
-            for found in decoder.stream(tokens, 3):  # Its cache changes nothing.
-                assert found == decoder.model(tokens).logits[0, -1].argmax()
-                tokens = torch.cat([tokens, found[None]], -1)
-    assert all(not torch.equal(outputs[0], other) for other in outputs[1:3]), "depths differ"
+            for next_token in decoder.stream(tokens, 3):  # Its cache changes nothing.
+                assert next_token == decoder.model(tokens).logits[0, -1].argmax()
+                tokens = torch.cat([tokens, next_token[None]], -1)
+    assert all(not torch.equal(outputs[0], output) for output in outputs[1:3]), "depths differ"
     per_run = {(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(counted) if a[0] != b[0]}
     assert len(per_run) == 1, "each further layer run takes the same"
 
@@ -77,13 +77,13 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
 def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
     kind = "inkling2_loop_text"
     tokenizer = tiny_tokens / TOKENIZER
-    found = []
+    flops = []
     for number in (1, 2):
         folder = write_looped(tmp_path / f"{number}", kind, tokenizer, num_experts_per_tok=number)
         decoder = LoopedDecoder(open_model(folder, schedule="1"))
         layers = sum(name.endswith(".experts") for name, _ in decoder.model.named_modules())
-        found.append(decoder.cost().decode_flops_per_token)
-    assert found[1] - found[0] == layers * 2 * 3 * 32 * 16
+        flops.append(decoder.cost().decode_flops_per_token)
+    assert flops[1] - flops[0] == layers * 2 * 3 * 32 * 16
 
 
 def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(tmp_path, tiny_tokens):

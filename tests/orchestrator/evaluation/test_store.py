@@ -35,8 +35,8 @@ def suite(tmp_path) -> LoadedSuite:
     folder = tmp_path / "tasks"
     rows = [{"context": w, "endings": ["bag", "fog"], "label": n % 2} for n, w in enumerate(WORDS)]
     write_task(folder, "choices", rows)
-    asked = [{"question": word, "answer": word} for word in WORDS]
-    write_task(folder, "answers", asked, kind="questions", filter_list=FILTERS)
+    questions = [{"question": word, "answer": word} for word in WORDS]
+    write_task(folder, "answers", questions, kind="questions", filter_list=FILTERS)
     write_task(folder, "texts", [{"text": word} for word in WORDS], kind="rolling")
     return load_suite(Suite(include_folder=str(folder)))
 
@@ -52,14 +52,14 @@ def output(suite, decoder, tokenizer, tmp_path) -> Path:
         "hf", "pretrained=org/tiny", None, None, False
     )
     with suppress_output():
-        found = evaluator.evaluate(
+        run_results = evaluator.evaluate(
             lm=DecoderModel(decoder, tokenizer, 8),
             task_dict={"tasks": suite.tasks},
             bootstrap_iters=0,
         )
-        samples = found.pop("samples")
-        tracker.save_results_aggregated(results=found, samples=samples)
-        for name in found["configs"]:
+        samples = run_results.pop("samples")
+        tracker.save_results_aggregated(results=run_results, samples=samples)
+        for name in run_results["configs"]:
             tracker.save_results_samples(task_name=name, samples=samples[name])
     return tmp_path / "output"
 
@@ -68,12 +68,12 @@ def read(folder: Path) -> dict[str, TaskResult]:
     """Return by task what lm-eval's files in a folder say."""
     [results] = folder.rglob("results_*.json")
     run = json.loads(results.read_text())
-    found = {}
+    task_results = {}
     for name in run["results"]:
         [path] = folder.rglob(f"samples_{name}_*.jsonl")
         items, values = item_values([json.loads(line) for line in path.read_text().splitlines()])
-        found[name] = MeasuredTask(name=name, output=run, items=items, values=values).result
-    return found
+        task_results[name] = MeasuredTask(name=name, output=run, items=items, values=values).result
+    return task_results
 
 
 def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokenizer, tmp_path):
@@ -86,12 +86,15 @@ def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokeniz
     for name, task in measured.items():
         store.write(f"key-{name}", task, ABOUT)
         stored = store.read(f"key-{name}")
-        found = stock[name]
+        stock_result = stock[name]
         assert stored == task.result
-        assert (found.items, found.values) == (stored.items, stored.values)
-        assert (found.version, found.num_fewshot) == (stored.version, stored.num_fewshot)
-        assert found.metrics.items() <= stored.metrics.items()
-        assert found.accuracy_metric == stored.accuracy_metric
+        assert (stock_result.items, stock_result.values) == (stored.items, stored.values)
+        assert (stock_result.version, stock_result.num_fewshot) == (
+            stored.version,
+            stored.num_fewshot,
+        )
+        assert stock_result.metrics.items() <= stored.metrics.items()
+        assert stock_result.accuracy_metric == stored.accuracy_metric
         # The stored folder is itself an output of lm-eval.
         assert read(tmp_path / "store" / f"key-{name}") == {name: stored}
     assert len(measured["choices"].items) == 7
@@ -108,10 +111,10 @@ def test_stored_files_are_those_of_stock_lm_eval(suite, output, decoder, tokeniz
     ours = json.loads(Path(get_latest_filename(get_results_filenames(files))).read_text())
     stock_run = json.loads(theirs.read_text())
     for name in measured:
-        [one], [other] = (
+        [own_samples], [stock_samples] = (
             folder.rglob(f"samples_{name}_*") for folder in (tmp_path / "own", output)
         )
-        assert one.read_text() == other.read_text()
+        assert own_samples.read_text() == stock_samples.read_text()
         assert stock_run["results"][name].items() - ours["results"][name].items() <= {
             (key, "N/A") for key in stock_run["results"][name] if "_stderr" in key
         }
@@ -173,8 +176,8 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path):
     run = {"results": {"loss": {"loss,none": 0.5}}, "versions": {"loss": 1}, "n-shot": {"loss": 0}}
     store = EvaluationStore(tmp_path)
     store.write("key", MeasuredTask(name="loss", output=run), {})
-    found = store.read("key")
-    assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
+    result = store.read("key")
+    assert (result.metrics, result.num_items) == ({"loss": 0.5}, 0)
 
 
 def test_a_perplexity_that_says_nothing_is_left_out():
@@ -197,18 +200,18 @@ def test_answers_come_back_exactly_or_are_missing_and_a_failure_is_said_once(tmp
     def write(answers: dict[str, object]) -> None:
         AnswerJournal(path).add(answers)
 
-    def found() -> dict[str, object]:
+    def stored_answers() -> dict[str, object]:
         journal = AnswerJournal(path)
         return {key: value for key in "abcd" if (value := journal.get(key)) is not None}
 
     write(SCORES)
     write({"c": [[float("-inf"), False]]})
-    assert found() == {**SCORES, "c": [[float("-inf"), False]]}
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"-1.25", b"-2.25")[:-4])
+    assert stored_answers() == {**SCORES, "c": [[float("-inf"), False]]}
+    complete = path.read_bytes()
+    path.write_bytes(complete.replace(b"-1.25", b"-2.25")[:-4])
     write({"d": "after a cut line"})
-    assert found() == {"d": "after a cut line"}
-    path.write_bytes(b"\xff\x00" * 99 + b"\n[]\n" + whole)
+    assert stored_answers() == {"d": "after a cut line"}
+    path.write_bytes(b"\xff\x00" * 99 + b"\n[]\n" + complete)
     assert AnswerJournal(path).num_answers == 4
     errors: list[OSError] = []
     journal = AnswerJournal(path / "below a file", on_failure=errors.append)

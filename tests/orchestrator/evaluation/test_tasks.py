@@ -38,18 +38,18 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch) -> list[str]:
+def hub_look_ups(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
-    asked_names: list[str] = []
+    look_ups: list[str] = []
 
     def no_hub() -> str:
-        asked_names.append("hub")
+        look_ups.append("hub")
         return "huggingface.co cannot be reached"
 
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     monkeypatch.setattr(tasks, "hub_problem", no_hub)
-    return asked_names
+    return look_ups
 
 
 def load(*names: str, folder: Path, planned: list[str] | None = None) -> LoadedSuite:
@@ -57,7 +57,7 @@ def load(*names: str, folder: Path, planned: list[str] | None = None) -> LoadedS
     return load_suite(Suite(tasks=names, include_folder=str(folder), fingerprints=fingerprints))
 
 
-def test_names_and_groups_are_loaded_without_the_hub(folder, asked):
+def test_names_and_groups_are_loaded_without_the_hub(folder, hub_look_ups):
     grouped = load("both", folder=folder)
     assert (list(grouped.tasks), grouped.groups) == (
         ["lastword", "choices"], {"both": ("lastword", "choices")},
@@ -66,7 +66,7 @@ def test_names_and_groups_are_loaded_without_the_hub(folder, asked):
     limited = replace(grouped, suite=grouped.suite.model_copy(update={"limit": 1}))
     assert limited.num_items("choices") == 1
     assert set(load(folder=folder).tasks) == {"lastword", "choices"}
-    assert asked == []
+    assert hub_look_ups == []
     assert os.environ.get("HF_HUB_OFFLINE") is None
 
 
@@ -117,11 +117,11 @@ def _replace_by_folder(path: Path) -> None:
     ],
 )
 def test_a_damaged_task_is_an_error_not_skipped(folder, name, harm):
-    asked_names: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
-    for names in asked_names:
+    suites: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
+    for names in suites:
         assert "lastword" in load(*names, folder=folder).tasks
     harm(folder / name)
-    for names in asked_names:
+    for names in suites:
         with pytest.raises(UserError, match=r"lastword|both"):
             load(*names, folder=folder)
 
@@ -143,13 +143,13 @@ def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_pa
         load_suite(Suite())
 
 
-def test_hub_tasks_are_skipped_at_once_without_network(folder, asked):
-    found = load("piqa", "lastword", "blimp", folder=folder)
-    assert list(found.tasks) == ["lastword"]
-    assert found.skipped == dict.fromkeys(
+def test_hub_tasks_are_skipped_at_once_without_network(folder, hub_look_ups):
+    loaded = load("piqa", "lastword", "blimp", folder=folder)
+    assert list(loaded.tasks) == ["lastword"]
+    assert loaded.skipped == dict.fromkeys(
         ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
     )
-    assert asked == ["hub"]
+    assert hub_look_ups == ["hub"]
     refusal = r"of evaluation\.suite: lambada_openai, piqa, .*winogrande: it needs the hub"
     with pytest.raises(UserError, match=refusal):
         load("paper", folder=folder)
@@ -157,16 +157,16 @@ def test_hub_tasks_are_skipped_at_once_without_network(folder, asked):
 
 def test_exactly_the_planned_tasks_are_run(folder):
     names = ("lastword", "choices", "piqa")
-    found = load(*names, folder=folder, planned=["lastword"])
-    assert list(found.tasks) == ["lastword"]
-    assert set(found.skipped) == {"choices", "piqa"}
+    loaded = load(*names, folder=folder, planned=["lastword"])
+    assert list(loaded.tasks) == ["lastword"]
+    assert set(loaded.skipped) == {"choices", "piqa"}
     with refused(RunFailed, "piqa", "huggingface.co"):
         load(*names, folder=folder, planned=list(names))
     with refused(RunFailed, "piqa"):
         load("piqa", folder=folder, planned=["piqa"])
 
 
-def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, asked):
+def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, hub_look_ups):
     write_task(folder, "words", LAST_WORDS, kind="lastword")
 
     def names(suite: str, retention: dict[str, float]) -> tuple[list[str], tuple[str, ...]]:

@@ -102,12 +102,12 @@ def test_what_is_not_a_whole_file_is_refused(file, tmp_path, monkeypatch):
             read_gguf(bad)
     start = content.index(b"output_norm.weight") + len(b"output_norm.weight")
     (num_dimensions,) = struct.unpack_from("<I", content, start)
-    place = start + 4 + 8 * num_dimensions  # Of the number of the tensor's type.
+    place = start + 4 + 8 * num_dimensions  # Where the number of the tensor's type is.
     bad.write_bytes(content[:place] + struct.pack("<I", 999) + content[place + 4 :])
     with refused(UserError, "gguf", "999"):
         read_gguf(bad)
-    for other in (b"", b"GG", b"PK\x03\x04 a zip archive"):
-        bad.write_bytes(other)
+    for first_bytes in (b"", b"GG", b"PK\x03\x04 a zip archive"):
+        bad.write_bytes(first_bytes)
         with refused(UserError, "GGUF"):
             read_gguf(bad)
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -137,8 +137,8 @@ def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
     assert words.decode(words.encode(TEXT)) == TEXT
     assert len(words) == 320
 
-    def cut(found: Any) -> list[str]:
-        pieces = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12  b")
+    def cut(fast: Any) -> list[str]:
+        pieces = fast.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12  b")
         return [piece for piece, _ in pieces]
 
     assert cut(words) == ["a", "Ċ", "Ċ", "12", "Ġ", "Ġb"]
@@ -147,21 +147,21 @@ def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
 
 def test_control_tokens_and_those_around_a_text(tokenizer, tmp_path):
     path = tmp_path / "tiny.gguf"
-    found = read_with(path, tokenizer)
-    ids = found.encode("<|im_start|>a<|im_end|>")
-    assert found.convert_ids_to_tokens(ids) == ["<|im_start|>", "a", "<|im_end|>"]
-    assert found.decode(ids, skip_special_tokens=True) == "a"
-    assert (found.bos_token, found.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert found.chat_template == CHAT
-    found = read_with(path, tokenizer, add_bos_token=True, add_eos_token=True)
-    inner = found.encode("ab", add_special_tokens=False)
-    assert found.encode("ab") == [found.bos_token_id, *inner, found.eos_token_id]
+    fast = read_with(path, tokenizer)
+    ids = fast.encode("<|im_start|>a<|im_end|>")
+    assert fast.convert_ids_to_tokens(ids) == ["<|im_start|>", "a", "<|im_end|>"]
+    assert fast.decode(ids, skip_special_tokens=True) == "a"
+    assert (fast.bos_token, fast.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert fast.chat_template == CHAT
+    fast = read_with(path, tokenizer, add_bos_token=True, add_eos_token=True)
+    inner = fast.encode("ab", add_special_tokens=False)
+    assert fast.encode("ab") == [fast.bos_token_id, *inner, fast.eos_token_id]
     # The end of a turn ends a text, too.
     folder = tmp_path / "turn"
     folder.mkdir()
     values = {**tokenizer_values(tokenizer, 320), "tokenizer.ggml.eot_token_id": 7}
     read_gguf(write_llama(path, tiny_llama(), metadata=values), folder)
-    assert token_ids(folder, "eos_token_id") == [found.eos_token_id, 7]
+    assert token_ids(folder, "eos_token_id") == [fast.eos_token_id, 7]
 
 
 def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(tmp_path, workspace):
@@ -255,5 +255,5 @@ def test_answers_are_those_of_transformers(file, workspace, tmp_path):
     assert exported["eos_token_id"] == tokenizer.eos_token_id
     tokens = torch.arange(40).view(1, 40)
     with torch.no_grad():
-        again = load_model(import_model(folder, workspace=workspace))
-        torch.testing.assert_close(again(tokens), stock(tokens).logits, rtol=0, atol=1e-4)
+        imported_again = load_model(import_model(folder, workspace=workspace))
+        torch.testing.assert_close(imported_again(tokens), stock(tokens).logits, rtol=0, atol=1e-4)

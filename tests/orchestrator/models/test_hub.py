@@ -69,7 +69,7 @@ def local_hub() -> Iterator[LocalHub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    # It looks for its end 100 times a second, not twice.
+    # The server looks for its end 100 times a second, not twice as by default.
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -99,9 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._answer(401, {"error": "Invalid username or password."})
         elif path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.hub.private[name] = asked.get("private", asked.get("visibility"))
+            creation = json.loads(body)
+            name = f"{creation.get('organization') or 'me'}/{creation['name']}"
+            self.hub.private[name] = creation.get("private", creation.get("visibility"))
             self.hub.files.setdefault(name, {})
             self._answer(200, {"url": f"{self.hub.address}/{name}", "name": name, "id": name})
         elif path == "/api/validate-yaml":
@@ -220,22 +220,22 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.private["me/tiny"] in (True, "private")
 
-    other = tmp_path / "other"
-    third = tmp_path / "third"
-    assert run(other, "import", NAME) == 0
-    (checkpoint,) = (other / "runs" / "tiny").glob("step_*")
+    second_space = tmp_path / "other"
+    third_space = tmp_path / "third"
+    assert run(second_space, "import", NAME) == 0
+    (checkpoint,) = (second_space / "runs" / "tiny").glob("step_*")
     assert load_provenance(checkpoint)["imported"]["from"] == "me/tiny"
     weights = load_model(checkpoint).state_dict()
     ours = load_model(next((space.runs / "tiny").glob("step_*"))).state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in ours.items())
     # Commands that need a checkpoint import it at first use, and find it again.
-    assert run(third, "generate", NAME, "--prompt", "abc", "-n", "2") == 0
-    assert run(third, "export", NAME, "--no-measure", "--to", str(tmp_path / "e")) == 0
-    assert [path.name for path in (third / "runs").iterdir()] == ["tiny"]
+    assert run(third_space, "generate", NAME, "--prompt", "abc", "-n", "2") == 0
+    assert run(third_space, "export", NAME, "--no-measure", "--to", str(tmp_path / "e")) == 0
+    assert [path.name for path in (third_space / "runs").iterdir()] == ["tiny"]
     assert load_model(tmp_path / "e").schedule == load_config(checkpoint).corrections
     # It has no tokens of this workspace, which a teacher needs.
     printed(capfd)
-    assert run(third, "influence", NAME) == 2
+    assert run(third_space, "influence", NAME) == 2
     assert "tokenizer" in printed(capfd)
     # Models of one name are told apart by their owners.
     hub.add("you/tiny", folder)

@@ -144,10 +144,10 @@ def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(llama, workspac
     again = import_model(folder, workspace=workspace, name="again")
     theirs, *ours = (AutoTokenizer.from_pretrained(path) for path in (llama, folder, again))
     messages = [{"role": "user", "content": "a bag"}]
-    for found in ours:
-        assert (found.bos_token, found.eos_token) == (theirs.bos_token, theirs.eos_token)
-        assert found("a bag").input_ids == theirs("a bag").input_ids
-        assert found.apply_chat_template(messages, tokenize=False) == "<s>user: a bag\n"
+    for tokenizer in ours:
+        assert (tokenizer.bos_token, tokenizer.eos_token) == (theirs.bos_token, theirs.eos_token)
+        assert tokenizer("a bag").input_ids == theirs("a bag").input_ids
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>user: a bag\n"
 
 
 @pytest.mark.parametrize("place", ["config", "generation_config", "tokenizer"])
@@ -171,12 +171,15 @@ def test_generation_begins_and_ends_as_in_transformers(place, llama, workspace):
 
 def test_a_chat_is_written_by_the_models_template(llama, workspace):
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    asked = writer.texts_to_continue(["a bag"], chat=True)[0]
-    assert asked == "<s>user: a bag\n"
-    ids = list(writer.tokenizer.encode_document(asked))
+    chat_text = writer.texts_to_continue(["a bag"], chat=True)[0]
+    assert chat_text == "<s>user: a bag\n"
+    ids = list(writer.tokenizer.encode_document(chat_text))
     assert ids.count(300) == 1
     assert ids == list(writer.tokenizer.encode_document("user: a bag\n"))
-    assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
+    assert (
+        writer.continue_all([chat_text, chat_text], FEW)
+        == ["".join(writer.stream(chat_text, FEW))] * 2
+    )
     template = llama / "chat_template.jinja"
     template.write_text("{{ raise_exception('only in French') }}")
     french = TextGenerator(open_model(import_model(llama, workspace=workspace, name="french")))
@@ -239,8 +242,11 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
 
 
 def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
-    with_own_tokens = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    change(llama / "tokenizer_config.json", **with_own_tokens)
+    own_tokenizer_config = {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+    }
+    change(llama / "tokenizer_config.json", **own_tokenizer_config)
     (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.tokenizer.encode_document("a bag")[0] == 300

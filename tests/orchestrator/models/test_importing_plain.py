@@ -86,13 +86,13 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
     assert ids == 4 * [(300, [301, 7])]
     theirs, ours = (AutoTokenizer.from_pretrained(path) for path in (source, folder))
     messages = [{"role": "user", "content": "a bag"}]
-    texts = [each.apply_chat_template(messages, tokenize=False) for each in (theirs, ours)]
+    texts = [fast.apply_chat_template(messages, tokenize=False) for fast in (theirs, ours)]
     assert texts == 2 * ["<s>user: a bag\n"]
     assert ours("a bag").input_ids == theirs("a bag").input_ids
     # The folder is opened like any other, and imported again.
     assert open_model(folder).config == decoder.config
     second = import_model(folder, workspace=workspace, name="second")
-    weights = [load_provenance(each)["weights"] for each in (checkpoint, second)]
+    weights = [load_provenance(path)["weights"] for path in (checkpoint, second)]
     assert weights[0] == weights[1]
 
 
@@ -111,11 +111,11 @@ def test_a_random_model_of_the_type_is_read_as_it_is(model_type, number, tmp_pat
     mask = torch.ones_like(tokens)
     mask[0, : random.randrange(1, 20)] = 0
     expected = theirs(tokens, attention_mask=mask).logits[mask.bool()]
-    whole = decoder(tokens, attention_mask=mask)[mask.bool()]
+    in_one_pass = decoder(tokens, attention_mask=mask)[mask.bool()]
     cache = decoder.new_cache(batch_size=2, max_tokens=40)
     steps = [decoder(tokens[:, :20], cache=cache, attention_mask=mask[:, :20])]
     steps += [decoder(step, cache=cache) for step in tokens[:, 20:].split(1, dim=1)]
-    for logits in (whole, torch.cat(steps, 1)[mask.bool()]):
+    for logits in (in_one_pass, torch.cat(steps, 1)[mask.bool()]):
         torch.testing.assert_close(
             logits, expected, rtol=0, atol=1e-5, msg=lambda text: f"{text}\n{drawn_model}"
         )
@@ -207,8 +207,15 @@ def test_every_command_works_on_an_import(case, make_folder, answer, tmp_path):
 
     training = "--set=distillation.training."
     sizes = [f"{training}num_tokens_per_step=128", f"{training}num_validation_tokens=128"]
-    how = ["--drop-layers=1", "--steps=2", "--local", "--name=small", calibration, *sizes]
-    (student,) = answer("distill", "full", *how)["students"]
+    student_options = [
+        "--drop-layers=1",
+        "--steps=2",
+        "--local",
+        "--name=small",
+        calibration,
+        *sizes,
+    ]
+    (student,) = answer("distill", "full", *student_options)["students"]
     decoder = load_model(Path(student["checkpoint"]))
     assert decoder.config.num_layers == 3
     full_embedding = load_model(Path(checkpoint)).model.embed_tokens.weight

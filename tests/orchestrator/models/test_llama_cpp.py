@@ -43,20 +43,20 @@ def test_a_vanilla_model_that_was_written_is_read_back(tied, tmp_path, save_tiny
     )
     texts = tmp_path / "texts"
     texts.mkdir()
-    found = read_gguf(written(checkpoint, tmp_path / "model.gguf"), texts)
+    loaded = read_gguf(written(checkpoint, tmp_path / "model.gguf"), texts)
     ours = load_model(checkpoint)
     rounded = {"rms_norm_eps": ours.config.rms_norm_eps, "initializer_std": 0.2}
-    assert found.config.rms_norm_eps == pytest.approx(ours.config.rms_norm_eps, rel=1e-6)
-    assert replace(found.config, **rounded) == ours.config
-    weights = found.state_dict()
+    assert loaded.config.rms_norm_eps == pytest.approx(ours.config.rms_norm_eps, rel=1e-6)
+    assert replace(loaded.config, **rounded) == ours.config
+    weights = loaded.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in ours.state_dict().items())
-    reads = ModelTokenizer(texts)
-    tokenizer_of_run = ModelTokenizer(checkpoint)
+    written_tokenizer = ModelTokenizer(texts)
+    run_tokenizer = ModelTokenizer(checkpoint)
     for text in (TEXT, "ab<|endoftext|>c"):
-        assert reads.encode_document(text) == tokenizer_of_run.encode_document(text)
-    assert (reads.prefix_id, reads.end_ids) == (
-        tokenizer_of_run.prefix_id,
-        tokenizer_of_run.end_ids,
+        assert written_tokenizer.encode_document(text) == run_tokenizer.encode_document(text)
+    assert (written_tokenizer.prefix_id, written_tokenizer.end_ids) == (
+        run_tokenizer.prefix_id,
+        run_tokenizer.end_ids,
     )
 
 
@@ -111,22 +111,22 @@ def test_llama_cpp_gives_the_same_tokens(method, schedule, tmp_path, save_tiny):
     server = llama_cpp.Server(parameters)
     differences: list[float] = []
     decoder = load_model(checkpoint)
-    reads = ModelTokenizer(checkpoint)
+    tokenizer = ModelTokenizer(checkpoint)
     # Its answer leaves out tokens that are part of a character; and none shall end the text.
-    texts = [reads.decode([number], skip_special_tokens=False) for number in range(300)]
+    texts = [tokenizer.decode([number], skip_special_tokens=False) for number in range(300)]
     banned = [number for number, text in enumerate(texts) if not text.isascii() or len(text) > 9]
     question = {"temperature": 0.0, "n_predict": 24, "n_probs": 8, "cache_prompt": False}
     question["logit_bias"] = [[number, False] for number in banned]
     for prompt in (TEXT, "the cab", "1, 2, 3,"):
-        ids = list(reads.encode_document(prompt))
+        ids = list(tokenizer.encode_document(prompt))
         answer = server.handle_completions({"prompt": prompt, **question})
         assert answer["usage"]["prompt_tokens"] == len(ids), "the text is cut as here"
         steps = answer["choices"][0]["logprobs"]["content"]
         assert len(steps) == 24
         for step in steps:
             expected = log_probabilities(decoder, ids)
-            for other in step["top_logprobs"]:
-                differences.append(abs(other["logprob"] - float(expected[other["id"]])))
+            for candidate in step["top_logprobs"]:
+                differences.append(abs(candidate["logprob"] - float(expected[candidate["id"]])))
             expected[banned] = -torch.inf
             assert step["id"] == expected.argmax()
             ids.append(step["id"])

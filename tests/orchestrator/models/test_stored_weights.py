@@ -1,4 +1,4 @@
-"""Weights are read and written tensor by tensor: no process holds those of a model."""
+"""Weights are read and written tensor by tensor: no process holds all weights of a model."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_weights_of_the_published_naming_are_those_of_a_whole_model(name, tmp_pa
     shutil.copy(FIXTURES / f"{name}.json", tmp_path / "config.json")
     weights = {n.partition(".")[2]: w for n, w in tensors.items() if n.startswith("weight.")}
     save_file(weights, tmp_path / WEIGHTS)
-    whole = load_model(tmp_path)
+    loaded = load_model(tmp_path)
     config, lazy = open_weights(tmp_path)
-    assert config == whole.config
-    expected = whole.state_dict()
+    assert config == loaded.config
+    expected = loaded.state_dict()
     assert lazy.keys() == expected.keys()
     for weight, tensor in lazy.items():
         assert tensor.shape == expected[weight].shape
@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_named(
     with refused(UserError, "model.norm.weight", "other"):
         open_weights(tmp_path)
     (file,) = (
-        each for each in llama.glob("*.safetensors") if "model.norm.weight" in load_file(each)
+        path for path in llama.glob("*.safetensors") if "model.norm.weight" in load_file(path)
     )
     weights = load_file(file)
     weights["model.norm.weight"][3] = float("nan")

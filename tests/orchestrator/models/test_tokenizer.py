@@ -53,8 +53,8 @@ def test_code_of_a_folder_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
     folder = tmp_path / "model"
     folder.mkdir()
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     ran = tmp_path / "ran"
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")

@@ -99,27 +99,29 @@ def test_the_memory_of_a_worker_is_compared_with_what_is_free():
 
 
 def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan):
-    asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
-    one = asked.checkpoint_bytes
-    message = refused(asked, disk=3 * one)
+    planned = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
+    one_checkpoint = planned.checkpoint_bytes
+    message = refused(planned, disk=3 * one_checkpoint)
     assert "--workspace" in message
-    assert f"checkpoints {format_bytes(5 * one)}" in message
-    assert refused(asked, disk=5 * one) == ""
+    assert f"checkpoints {format_bytes(5 * one_checkpoint)}" in message
+    assert refused(planned, disk=5 * one_checkpoint) == ""
     # Checkpoints that this run has written already are replaced, not added to.
-    assert refused(replace(asked, present_bytes=2 * one), disk=3 * one) == ""
-    assert "tokens" in refused(asked, disk=5 * one, new_token_bytes=one)
+    assert (
+        refused(replace(planned, present_bytes=2 * one_checkpoint), disk=3 * one_checkpoint) == ""
+    )
+    assert "tokens" in refused(planned, disk=5 * one_checkpoint, new_token_bytes=one_checkpoint)
 
-    one = 12 * 10_146
+    one_checkpoint = 12 * 10_146
     trials = trials_of(tiny_plan, at_once=2)
     assert len(trials) == 4
-    assert refused(*trials, disk=4 * one) == ""
+    assert refused(*trials, disk=4 * one_checkpoint) == ""
     message = r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free"
-    assert re.search(message, refused(*trials, disk=3 * one))
+    assert re.search(message, refused(*trials, disk=3 * one_checkpoint))
     # Each training keeps two, and each that runs at the same time writes one more.
     often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
-    trials = [replace(each, recipe=each.recipe.model_copy(update=often)) for each in trials]
-    assert refused(*trials, disk=(8 + 2) * one) == ""
-    assert "1.16 MiB" in refused(*trials, disk=8 * one)
+    trials = [replace(trial, recipe=trial.recipe.model_copy(update=often)) for trial in trials]
+    assert refused(*trials, disk=(8 + 2) * one_checkpoint) == ""
+    assert "1.16 MiB" in refused(*trials, disk=8 * one_checkpoint)
 
 
 def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):

@@ -84,10 +84,10 @@ def test_numbers_texts_and_lists_survive_yaml(tmp_path):
     for text, number in (
         ("3e-4", 3e-4), ("1E2", 100), (".5", 0.5), ("2.", 2), ("1", 1), ("1_000.5", 1000.5),
     ):  # fmt: skip
-        found = resolve_settings({}, [f"training.learning_rate={text}"])
-        assert found.training.learning_rate == number
-        path.write_text(to_yaml(found))
-        assert read_settings(path) == found
+        resolved = resolve_settings({}, [f"training.learning_rate={text}"])
+        assert resolved.training.learning_rate == number
+        path.write_text(to_yaml(resolved))
+        assert read_settings(path) == resolved
     for text in ("1e5", "017", "089", "1:30", "2026-02-28", "no", "~", ".inf", ""):
         settings = resolve_settings({}, options={"data.text_field": text})
         path.write_text(to_yaml(settings))

@@ -80,8 +80,8 @@ def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
         (("sweep.gpus_per_trial=1",), ("fp32", "bf16", "bf16")),
         (("sweep.gpus_per_trial=1", "sweep.kind=iterations"), ("bf16", "bf16", "bf16")),
     ):
-        found = resolve_settings({}, assignments)
-        recipes = found.training, found.distillation.training, found.evaluation
+        settings = resolve_settings({}, assignments)
+        recipes = settings.training, settings.distillation.training, settings.evaluation
         assert tuple(recipe.precision for recipe in recipes) == expected
     assert resolve_settings({}) == Settings()
     # Stored settings keep their precision on other devices.

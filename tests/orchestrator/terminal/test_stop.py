@@ -59,16 +59,16 @@ def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number):
-    asked = threading.Event()
+    requested = threading.Event()
     requests: list[bool] = []
 
     def ask() -> bool:
         requests.append(True)
-        asked.set()
+        requested.set()
         return True
 
     with pytest.raises(Interrupted, match="saved at step 40; "):
-        run(asked.wait, ask_to_stop=ask, pressed=[number])
+        run(requested.wait, ask_to_stop=ask, pressed=[number])
     assert len(requests) == 1
 
 
@@ -111,21 +111,21 @@ def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(mon
 @pytest.mark.parametrize("error", [UserError, RunFailed, OSError])
 @pytest.mark.parametrize("what_fails", ["the job", "the request"])
 def test_an_error_after_a_signal_also_says_what_is_saved(error, what_fails):
-    asked = threading.Event()
+    requested = threading.Event()
 
     def ask() -> bool:
         if what_fails == "the request":
             raise error("the disk is full")
-        asked.set()
+        requested.set()
         return True
 
     def fail() -> None:
-        asked.wait()
+        requested.wait()
         raise error("the disk is full")
 
     with pytest.raises(error) as caught:
         run(fail, ask_to_stop=ask, pressed=[signal.SIGINT])
-    asked.set()
+    requested.set()
     text = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert text.startswith("the disk is full")
     assert text.endswith("saved at step 40")

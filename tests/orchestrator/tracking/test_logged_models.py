@@ -31,8 +31,8 @@ def client(tracking: Tracking) -> MlflowClient:
 
 def logged(tracking: Tracking, key: str) -> list[LoggedModel]:
     experiment = str(tracking.store.experiment_id)
-    found = client(tracking).search_logged_models([experiment])
-    return [model for model in found if model.tags["iiet.key"] == key]
+    models = client(tracking).search_logged_models([experiment])
+    return [model for model in models if model.tags["iiet.key"] == key]
 
 
 def linked(model: LoggedModel) -> list[tuple[Any, ...]]:
@@ -49,7 +49,7 @@ def show(tracking: Tracking, key: str, model: TrackedModel, **values: float) -> 
 
 
 def register(
-    tracking: Tracking, name: str, folder: Path, *, key: str, alias: str, **more: Any
+    tracking: Tracking, name: str, folder: Path, *, key: str, alias: str, **details: Any
 ) -> None:
     run = TrackedRun(key="models", name="m", kind="sweep")
     tracking.publish(run)
@@ -60,7 +60,7 @@ def register(
             run=run.identity,
             model=model_of(key),
             folder=str(folder),
-            **more,
+            **details,
         )
     )
 
@@ -77,26 +77,26 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking, workspa
         key="shared weights", name="iiet-1.3b 1,0", params={"checkpoint": "runs/x"},
         datasets={**datasets, "quality/bad": TOKENS, "not/measured": None},
     )  # fmt: skip
-    for again in (tracking, tracking, open_tracking(workspace, warn=pytest.fail)):
-        first = show(again, "first", model, quality_loss=2.5, cost_nfe=4, quality_bad=math.nan)
-        second = show(again, "second", model, quality_accuracy=0.5, cost_nfe=4)
-        (found,) = logged(tracking, "shared weights")
-        assert linked(found) == [
+    for tracker in (tracking, tracking, open_tracking(workspace, warn=pytest.fail)):
+        first = show(tracker, "first", model, quality_loss=2.5, cost_nfe=4, quality_bad=math.nan)
+        second = show(tracker, "second", model, quality_accuracy=0.5, cost_nfe=4)
+        (logged_model,) = logged(tracking, "shared weights")
+        assert linked(logged_model) == [
             ("cost/nfe", 4.0, None, None),
             ("cost/nfe", 4.0, None, None),
             ("quality/accuracy", 0.5, *TASKS),
             ("quality/loss", 2.5, *TOKENS),
         ]
-    assert {point.run_id for point in found.metrics or ()} == {first, second}
-    assert found.source_run_id == first
-    assert (found.name, found.status) == ("iiet-1_3b 1,0", "READY")
-    assert found.params == {"checkpoint": "runs/x"}
+    assert {point.run_id for point in logged_model.metrics or ()} == {first, second}
+    assert logged_model.source_run_id == first
+    assert (logged_model.name, logged_model.status) == ("iiet-1_3b 1,0", "READY")
+    assert logged_model.params == {"checkpoint": "runs/x"}
     for run_id in (first, second):
         assert run_id is not None
         history = client(tracking).get_metric_history(run_id, "cost/nfe")
         assert [point.value for point in history] == [4.0], "the run has no second point"
         outputs = client(tracking).get_run(run_id).outputs.model_outputs
-        assert [output.model_id for output in outputs] == [found.model_id]
+        assert [output.model_id for output in outputs] == [logged_model.model_id]
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
@@ -104,17 +104,17 @@ def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(tr
     model = model_of("later", **{"quality/loss": TOKENS, "cost/ms": None})
     show(tracking, "later", model, quality_loss=2.5)
     show(tracking, "later", model, quality_loss=2.5, cost_ms=1.5)
-    (found,) = logged(tracking, "later")
-    assert linked(found) == [("cost/ms", 1.5, None, None), ("quality/loss", 2.5, *TOKENS)]
+    (logged_model,) = logged(tracking, "later")
+    assert linked(logged_model) == [("cost/ms", 1.5, None, None), ("quality/loss", 2.5, *TOKENS)]
     run_id = show(tracking, "later", model, quality_loss=2.0, cost_ms=1.5)
     assert run_id is not None
-    (found,) = logged(tracking, "later")
-    assert ("quality/loss", 2.0, *TOKENS) in linked(found)
+    (logged_model,) = logged(tracking, "later")
+    assert ("quality/loss", 2.0, *TOKENS) in linked(logged_model)
     assert client(tracking).get_run(run_id).data.metrics["quality/loss"] == 2.0
     history = client(tracking).get_metric_history(run_id, "quality/loss")
     assert [point.value for point in history] == [2.5, 2.0]
     with pytest.raises(MlflowException, match="artifacts are external"):
-        mlflow.pyfunc.load_model(found.artifact_location)
+        mlflow.pyfunc.load_model(logged_model.artifact_location)
 
 
 def test_a_model_has_one_version_for_each_key_and_aliases_move(tracking, tmp_path):

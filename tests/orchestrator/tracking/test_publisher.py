@@ -56,8 +56,8 @@ def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown):
     has_begun = threading.Event()
     may_end = threading.Event()
 
-    def wait(each: TrackedRun) -> None:
-        if each.key == "slow":
+    def wait(published: TrackedRun) -> None:
+        if published.key == "slow":
             has_begun.set()
             assert may_end.wait(60)
 
@@ -78,7 +78,7 @@ def test_running_ones_are_published_again_until_they_end(shown, monkeypatch):
     monkeypatch.setattr(publishing, "SECONDS_BETWEEN_COPIES", 0.01)
     publisher = Publisher(shown.publish)
     again = threading.Event()
-    shown.before = lambda each: again.set() if len(shown.names) > 10 else None
+    shown.before = lambda _: again.set() if len(shown.names) > 10 else None
     publisher.enqueue(run("a", "RUNNING"))
     assert again.wait(60)
     publisher.enqueue(run("a", "FINISHED", name="end"))
@@ -101,8 +101,8 @@ def test_what_a_dead_server_missed_is_published_when_it_is_back(shown):
     assert publisher.wait(60)
     assert shown.names == ["a", "new", "c", "d"]
 
-    def fail(each: TrackedRun) -> None:
-        if each.key == "bad":
+    def fail(published: TrackedRun) -> None:
+        if published.key == "bad":
             raise ValueError("a mistake in this program")
 
     # An unexpected error is raised where it is waited for.

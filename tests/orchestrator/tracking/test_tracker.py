@@ -43,17 +43,17 @@ def requests(monkeypatch) -> Counter[str]:
     for name in (*reading, "create_run", "log_batch", "log_inputs", "update_run_info"):
         method = getattr(SqlAlchemyStore, name)
 
-        def counted(*given: Any, name: str = name, method: Any = method, **more: Any) -> Any:
+        def counted(*arguments: Any, name: str = name, method: Any = method, **options: Any) -> Any:
             if threading.current_thread() is threading.main_thread():
                 counts[name] += 1
-            return method(*given, **more)
+            return method(*arguments, **options)
 
         monkeypatch.setattr(SqlAlchemyStore, name, counted)
     return counts
 
 
-def run_of(key: str, *, kind: str = "trial", **more: Any) -> TrackedRun:
-    return TrackedRun(**{"key": key, "kind": kind, "name": key, "status": "RUNNING", **more})
+def run_of(key: str, *, kind: str = "trial", **fields: Any) -> TrackedRun:
+    return TrackedRun(**{"key": key, "kind": kind, "name": key, "status": "RUNNING", **fields})
 
 
 def show(tracking: Tracking, run: TrackedRun) -> Run:
@@ -65,8 +65,8 @@ def show(tracking: Tracking, run: TrackedRun) -> Run:
 
 
 def history(tracking: Tracking, run: Run, name: str) -> list[tuple[int, float]]:
-    found = client(tracking).get_metric_history(run.info.run_id, name)
-    return [(point.step, point.value) for point in found]
+    points = client(tracking).get_metric_history(run.info.run_id, name)
+    return [(point.step, point.value) for point in points]
 
 
 def client(tracking: Tracking) -> MlflowClient:
@@ -92,15 +92,15 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking):
     points = [(name, value, 0) for name, value in values.items()]
     run = run_of("points", points=[*points, ("f", 2.0, 0), ("g", 1.0, 1), ("g", 1.0, 2)])
     for _ in range(3):
-        found = show(tracking, run)
+        mlflow_run = show(tracking, run)
     for value in (3.0, 2.0):  # Another value, then the first one again.
         run = run.changed(points=[("f", value, 0)])
-        found = show(tracking, run)
-        assert found.data.metrics["f"] == value, "MLflow shows the new one"
+        mlflow_run = show(tracking, run)
+        assert mlflow_run.data.metrics["f"] == value, "MLflow shows the new one"
     for name in ("a", "b_none", "c", "d", "e"):
-        assert len(history(tracking, found, name)) == 1
-    assert history(tracking, found, "f") == [(0, 2.0), (0, 3.0), (0, 2.0)]
-    assert history(tracking, found, "g") == [(1, 1.0), (2, 1.0)]
+        assert len(history(tracking, mlflow_run, name)) == 1
+    assert history(tracking, mlflow_run, "f") == [(0, 2.0), (0, 3.0), (0, 2.0)]
+    assert history(tracking, mlflow_run, "g") == [(1, 1.0), (2, 1.0)]
 
 
 def test_a_resumed_training_repeats_no_step(tracking, workspace, tmp_path):
@@ -150,8 +150,8 @@ def test_a_copy_after_a_lost_answer_adds_no_point(tracking, workspace, tmp_path,
     show(tracking, run_of("lost answer"))
     log_batch = MlflowClient.log_batch
 
-    def stored_without_answer(*given: Any, **more: Any) -> None:
-        log_batch(*given, **more)
+    def stored_without_answer(*arguments: Any, **options: Any) -> None:
+        log_batch(*arguments, **options)
         raise OSError("the connection was closed")
 
     monkeypatch.setattr("orchestrator.tracking.tracker.FIRST_PAUSE_SECONDS", 0.0)
@@ -162,29 +162,29 @@ def test_a_copy_after_a_lost_answer_adds_no_point(tracking, workspace, tmp_path,
     assert warnings
     journal.metrics(60, dict.fromkeys(names, 60.0))
     journal.close()
-    found = show(tracking, run)
+    mlflow_run = show(tracking, run)
     for name in names:
-        assert [step for step, _ in history(tracking, found, name)] == list(range(61))
+        assert [step for step, _ in history(tracking, mlflow_run, name)] == list(range(61))
 
 
 def test_a_run_has_the_times_of_its_training(tracking):
     show(tracking, run_of("times", kind="sweep", started_ms=1_000))
     trial = run_of("timed", parent="times", points=[("loss", 1.0, 0)], started_ms=2_000)
-    found = show(tracking, trial)
-    assert found.info.status == "RUNNING"
-    assert found.info.end_time is None
+    mlflow_run = show(tracking, trial)
+    assert mlflow_run.info.status == "RUNNING"
+    assert mlflow_run.info.end_time is None
     failed = trial.changed(status="FAILED", ended_ms=3_000, tags={NOTE_TAG: "why", "a": "b"})
-    found = show(tracking, failed)
-    assert (found.info.start_time, found.info.end_time) == (2_000, 3_000)
-    assert (found.info.status, found.data.tags[NOTE_TAG]) == ("FAILED", "why")
+    mlflow_run = show(tracking, failed)
+    assert (mlflow_run.info.start_time, mlflow_run.info.end_time) == (2_000, 3_000)
+    assert (mlflow_run.info.status, mlflow_run.data.tags[NOTE_TAG]) == ("FAILED", "why")
     # It is tried again, and the reason disappears.
     again = trial.changed(ended_ms=4_000, tags={NOTE_TAG: ""})
     assert show(tracking, again).info.status == "RUNNING"
-    found = show(tracking, again.changed(status="FINISHED"))
-    assert (found.info.start_time, found.info.end_time) == (2_000, 4_000)
-    assert found.info.status == "FINISHED"
-    assert NOTE_TAG not in found.data.tags
-    assert found.data.tags["a"] == "b"
+    mlflow_run = show(tracking, again.changed(status="FINISHED"))
+    assert (mlflow_run.info.start_time, mlflow_run.info.end_time) == (2_000, 4_000)
+    assert mlflow_run.info.status == "FINISHED"
+    assert NOTE_TAG not in mlflow_run.data.tags
+    assert mlflow_run.data.tags["a"] == "b"
     # A finished one stays finished, with its end.
     for status in ("RUNNING", "FINISHED"):
         info = show(tracking, again.changed(status=status, ended_ms=10**13)).info
@@ -223,9 +223,9 @@ def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(tracking, work
 def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking):
     run = run_of("deleted", kind="pretrain")
     client(tracking).delete_run(show(tracking, run).info.run_id)
-    found = show(tracking, run.changed(points=[("loss", 1.0, 0)]))
-    assert found.data.metrics == {"loss": 1.0}
-    assert found.info.lifecycle_stage == "active"
+    mlflow_run = show(tracking, run.changed(points=[("loss", 1.0, 0)]))
+    assert mlflow_run.data.metrics == {"loss": 1.0}
+    assert mlflow_run.info.lifecycle_stage == "active"
     # The same with the run of a sweep, of which a trial is published.
     sweep = run_of("deleted-sweep", kind="sweep", name="all")
     client(tracking).delete_run(show(tracking, sweep).info.run_id)
@@ -244,9 +244,11 @@ def test_artifacts_and_texts_replace_earlier_ones(tracking, workspace, tmp_path)
     )  # fmt: skip
     for text in ("old", "newer"):
         file.write_text(text)
-        found = show(tracking, run.changed(texts={"settings.yaml": text, "front/table.json": text}))
-    run_id = found.info.run_id
-    assert found.data.tags[NOTE_TAG] == f"**hello** {run_id}"
+        mlflow_run = show(
+            tracking, run.changed(texts={"settings.yaml": text, "front/table.json": text})
+        )
+    run_id = mlflow_run.info.run_id
+    assert mlflow_run.data.tags[NOTE_TAG] == f"**hello** {run_id}"
     paths = [file.path for file in client(tracking).list_artifacts(run_id, "front")]
     assert paths == ["front/front.csv", "front/table.json"]
     for name in ("front/front.csv", "front/table.json", "settings.yaml"):
@@ -260,9 +262,9 @@ def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace):
     warnings: list[str] = []
     tracking = open_tracking(workspace, warn=warnings.append)
     refused = run_of("refused", params={"a name": "x", "": "no name"})
-    other = run_of("other", points=[("still", 1.0, 0)])
-    tracking.publish(refused, other)
-    assert show(tracking, other).data.metrics == {"still": 1.0}
+    accepted = run_of("other", points=[("still", 1.0, 0)])
+    tracking.publish(refused, accepted)
+    assert show(tracking, accepted).data.metrics == {"still": 1.0}
     assert ["trial refused" in text for text in warnings] == [True]
     assert not tracking.is_store_down
 
@@ -298,13 +300,13 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     back = open_tracking(workspace, warn=pytest.fail)
-    kept = back.stored("trial", "dead-trial", "dead")
-    assert kept is not None
-    assert all(back.show_in_mlflow([kept]))
-    found = show(back, kept)
-    assert found.info.status == "FINISHED"
-    assert found.data.metrics == {"train/loss": 2.0}
-    parent = client(back).get_run(found.data.tags["mlflow.parentRunId"])
+    last_state = back.stored("trial", "dead-trial", "dead")
+    assert last_state is not None
+    assert all(back.show_in_mlflow([last_state]))
+    mlflow_run = show(back, last_state)
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.metrics == {"train/loss": 2.0}
+    parent = client(back).get_run(mlflow_run.data.tags["mlflow.parentRunId"])
     assert parent.info.run_name == "sweep"
     [sweep_there] = [back.stored("sweep", "dead")]
     assert sweep_there is not None
@@ -329,12 +331,12 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
             with refused(UserError, "mlflow.db"):
                 open_tracking(workspace)
             _ = database.rmdir() if database.is_dir() else database.unlink()
-    for uri, said in (
+    for uri, words in (
         (f"file://{tmp_path}/mlruns", "sqlite:///FILE"),
         ("postgresql+nothing://user:geh3im@host/db", "cannot open MLflow's store|needs the module"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             open_tracking(workspace)
         assert "geh3im" not in str(caught.value)
 
@@ -342,8 +344,8 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
 def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, workspace, tmp_path):
     at = {"at": f"{workspace.root}/runs/x"}
     run = run_of("copied", kind="sweep", status="FINISHED", params=at, tags={**at, NOTE_TAG: "a"})
-    found = show(tracking, run)
-    assert (found.data.tags["at"], found.data.params["at"]) == ("runs/x", "runs/x")
+    mlflow_run = show(tracking, run)
+    assert (mlflow_run.data.tags["at"], mlflow_run.data.params["at"]) == ("runs/x", "runs/x")
     noted = show(tracking, run_of("noted", name="noted", status="FINISHED"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -396,10 +398,10 @@ def test_a_dataset_is_logged_once_and_a_parameter_keeps_its_first_value(tracking
     for kind, context in (("pretrain", "training"), ("influence", "evaluation")):
         for params in ({"seed": "1"}, {"seed": "2", **many}):
             run = show(tracking, run_of("data", kind=kind, dataset=data, params=params))
-        (found,) = run.inputs.dataset_inputs
-        assert (found.dataset.name, found.dataset.digest) == data[:2]
-        assert json.loads(found.dataset.profile) == {"train_tokens": 7}
-        assert found.tags[0].value == context
+        (logged_data,) = run.inputs.dataset_inputs
+        assert (logged_data.dataset.name, logged_data.dataset.digest) == data[:2]
+        assert json.loads(logged_data.dataset.profile) == {"train_tokens": 7}
+        assert logged_data.tags[0].value == context
         assert run.data.params == {"seed": "1", **many}
 
 
@@ -415,11 +417,11 @@ def test_many_points_and_a_long_parameter_keep_within_the_limits(tracking, monke
 
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     points = [("loss", float(step), step) for step in range(1100)]
-    found = show(tracking, run_of("many", points=points, params={"note": "x" * 6001}))
+    mlflow_run = show(tracking, run_of("many", points=points, params={"note": "x" * 6001}))
     assert max(sizes) <= 1000, "a server takes no more in one request"
     assert max(lengths) == 6000, "a server takes no longer one, or cuts it with a warning"
-    assert history(tracking, found, "loss") == [(step, value) for _, value, step in points]
-    assert found.data.params == {"note": "x" * 6000}
+    assert history(tracking, mlflow_run, "loss") == [(step, value) for _, value, step in points]
+    assert mlflow_run.data.params == {"note": "x" * 6000}
 
 
 def test_links_open_the_training_pages_also_of_a_server_below_a_path(tracking, workspace):

@@ -65,10 +65,15 @@ def test_a_secret_is_masked_anywhere_in_an_address_and_nothing_else():
 
 
 def test_secrets_of_the_environment_are_masked(monkeypatch):
-    secret = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD")
-    assert all(map(is_secret_name, secret))
-    others = ("RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_DEBUG")
-    assert not any(map(is_secret_name, others))
+    secret_names = (
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "MLFLOW_TRACKING_PASSWORD",
+    )
+    assert all(map(is_secret_name, secret_names))
+    harmless_names = ("RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_DEBUG")
+    assert not any(map(is_secret_name, harmless_names))
     monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}")
     monkeypatch.setenv("MY_API_KEY", f"hf_{SECRET}/longer")
     monkeypatch.setenv("SHORT_KEY", "true")
@@ -83,9 +88,9 @@ def test_secrets_of_the_environment_are_masked(monkeypatch):
 def test_no_error_holds_a_secret():
     for kind in (UserError, RunFailed, Interrupted):
         error = kind(f"no answer from http://user:{SECRET}@host")
-        for one in (error, pickle.loads(pickle.dumps(error))):
-            assert str(one) == "no answer from http://***@host"
-            assert SECRET not in repr(one.args)
+        for copy in (error, pickle.loads(pickle.dumps(error))):
+            assert str(copy) == "no answer from http://***@host"
+            assert SECRET not in repr(copy.args)
 
 
 def test_a_log_holds_no_secret(tmp_path):

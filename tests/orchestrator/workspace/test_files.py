@@ -149,8 +149,9 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     assert damaged_file(folder, checksums, always=True) is None
     assert sorted(read) == ["state", "weights"]
     (folder / "weights").write_text("x" * 100)
-    for again in ("weights was changed after writing", "weights was changed after writing"):
-        assert damaged_file(folder, checksums, remember=True) == again, "never stored"
+    damage = "weights was changed after writing"
+    for _ in range(2):
+        assert damaged_file(folder, checksums, remember=True) == damage, "never stored"
     (folder / "state").unlink()
     assert damaged_file(folder, checksums, names=["state"]) == "state is missing"
 
@@ -158,10 +159,10 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../other/weights", "{parent}/other/weights"])
 def test_a_file_of_another_folder_is_refused_whatever_its_content(tmp_path, name):
     folder = _write(tmp_path / "model", weights="w")
-    other = checksums_of(_write(tmp_path / "other", weights="v"))
+    other_checksums = checksums_of(_write(tmp_path / "other", weights="v"))
     name = name.format(parent=tmp_path)
     assert (folder / name).read_text() == "v"
-    damage = damaged_file(folder, {name: other["weights"]})
+    damage = damaged_file(folder, {name: other_checksums["weights"]})
     assert str(damage).startswith(name)
 
 
@@ -180,10 +181,10 @@ def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent)
     assert parent not in {folder.parent for folder in abandoned_folders()}
     os.close(abandoned.lock)  # As after a kill.
     assert abandoned.folder in abandoned_folders()
-    other = make_scratch_folder()
-    assert {*parent.iterdir()} == {living.folder, other.folder}
-    assert other.folder.stat().st_mode & 0o077 == 0, "other users may not enter it"
-    other.delete()
+    second = make_scratch_folder()
+    assert {*parent.iterdir()} == {living.folder, second.folder}
+    assert second.folder.stat().st_mode & 0o077 == 0, "other users may not enter it"
+    second.delete()
     living.delete()
     assert not _names(parent)
     short = make_scratch_folder(longest_path=40)

@@ -61,13 +61,13 @@ def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path):
 def test_keys_depend_on_content_alone(tmp_path):
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
     assert content_key({"a": 1}) != content_key({"a": 2})
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    one.write_bytes(b"x" * 3_000_000)
-    two.write_bytes(b"x" * 3_000_000)
-    assert file_key(one) == file_key(two)
-    two.write_bytes(b"x" * 2_999_999 + b"y")
-    assert file_key(one) != file_key(two)
+    first = tmp_path / "one"
+    second = tmp_path / "two"
+    first.write_bytes(b"x" * 3_000_000)
+    second.write_bytes(b"x" * 3_000_000)
+    assert file_key(first) == file_key(second)
+    second.write_bytes(b"x" * 2_999_999 + b"y")
+    assert file_key(first) != file_key(second)
 
 
 def test_a_journal_is_opened_only_when_it_has_grown(tmp_path, monkeypatch):

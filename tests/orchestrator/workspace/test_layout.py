@@ -69,10 +69,10 @@ def test_a_path_to_another_place_is_not_a_valid_name():
     for name in ("toy", "A b", "1,1,0", "r=2 + x", "überschau", "a..b"):
         assert is_valid_name(name)
         assert check_name_option(name) == name
-    others: tuple[object, ...] = (
+    invalid_names: tuple[object, ...] = (
         *("", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a\n", "-x", "é" * 101, 7, None),
     )
-    assert not any(map(is_valid_name, others))
+    assert not any(map(is_valid_name, invalid_names))
 
 
 def test_a_path_comes_back_from_its_stored_form(tmp_path):

@@ -37,5 +37,5 @@ def test_a_quota_limits_the_cpus(tmp_path):
 
 
 def test_times_name_the_processor_and_its_cpus():
-    found = timing_environment()
-    assert (found["processor"], found["cpus"]) == (processor_name(), num_cpus())
+    environment = timing_environment()
+    assert (environment["processor"], environment["cpus"]) == (processor_name(), num_cpus())
