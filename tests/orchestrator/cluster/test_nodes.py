@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from installed_package import PACKAGE, install, on_path
 from refusals import assert_names
@@ -19,8 +20,12 @@ def test_a_workspace_is_shared_if_its_files_and_locks_are(tmp_path, monkeypatch)
     with locked_file(tmp_path) as path:
         assert problem_of_node(path, versions()) == ""
         assert "does not see" in problem_of_node(tmp_path / "missing", {})
+
+        def refuse(*_: Any) -> None:
+            raise OSError(30, "read-only")
+
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "read-only")))
+            patch.setattr(Path, "open", refuse)
             problem = problem_of_node(path, {})
         assert f"(read-only) in {tmp_path}" in problem
     assert not [*tmp_path.iterdir()]

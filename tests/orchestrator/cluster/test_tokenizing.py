@@ -29,7 +29,8 @@ from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
-folder, files = Path(sys.argv[1]), sys.argv[2]
+folder = Path(sys.argv[1])
+files = sys.argv[2]
 small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
 for _ in range(2):
@@ -75,8 +76,8 @@ for number in (folder / "shards").iterdir():
     if f"{int(number.name):06}" not in tokenized:
         number.unlink()
 tokens = prepare(settings, workspace=folder, progress=Notes())
-found = {"tokens": str(tokens), "refused": refused, "kept": len(tokenized), "notes": notes}
-print(json.dumps(found))
+report = {"tokens": str(tokens), "refused": refused, "kept": len(tokenized), "notes": notes}
+print(json.dumps(report))
 nodes.shutdown()
 """
 

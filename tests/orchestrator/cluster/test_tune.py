@@ -114,7 +114,7 @@ def run_queue(
     return queue.ended
 
 
-def named(plan: SweepTrials, *names: str) -> list[Trial]:
+def named_trials(plan: SweepTrials, *names: str) -> list[Trial]:
     return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
 
 
@@ -142,7 +142,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
         return trial.with_numbers("quality", {"threads": torch.get_num_threads()})
 
     names = ["always", "killed", "mistaken", "fine", "unfinished"]
-    queue = ListQueue(named(tiny_plan, *names))
+    queue = ListQueue(named_trials(tiny_plan, *names))
     ended = run_queue(queue, function, tmp_path, SweepSettings(max_failures_per_trial=1))
     for name in ("killed", "fine"):
         result, error = ended[name]
@@ -185,7 +185,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_p
             pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)
 
-    queue = ListQueue(named(tiny_plan, *map(str, range(20))), watch=press)
+    queue = ListQueue(named_trials(tiny_plan, *map(str, range(20))), watch=press)
     with pytest.raises(Interrupted, match="interrupted; 18 are left"):
         run_queue(queue, function, tmp_path)
     assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
@@ -301,7 +301,7 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
     num_shortages, tiny_plan, tmp_path, monkeypatch
 ):
     starts: list[str] = []
-    queue = ListQueue(named(tiny_plan, "a", "b"))
+    queue = ListQueue(named_trials(tiny_plan, "a", "b"))
 
     class Tuner:
         def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
@@ -337,7 +337,7 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
 def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
     most, num_cpus, at_once, tiny_plan, tmp_path, monkeypatch
 ):
-    queue = ListQueue(named(tiny_plan, *map(str, range(7))))
+    queue = ListQueue(named_trials(tiny_plan, *map(str, range(7))))
 
     class Tuner:
         """Asks for trials until it gets none, then ends the oldest."""
@@ -363,7 +363,7 @@ def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
 def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure(
     tiny_plan, tmp_path
 ):
-    queue = ListQueue(named(tiny_plan, "short", "raised", "lost", "silent"))
+    queue = ListQueue(named_trials(tiny_plan, "short", "raised", "lost", "silent"))
     while queue.take():
         pass
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
@@ -398,7 +398,7 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
 
 
 SHORT_OF_MEMORY = """
-import json, sys
+import sys
 from pathlib import Path
 from orchestrator.cluster import tune
 from orchestrator.records.trial import Trial
@@ -407,7 +407,9 @@ from orchestrator.workspace.errors import RunFailed
 
 class Queue:
     def __init__(self, trials):
-        self.waiting, self.taken, self.is_over = trials, [], False
+        self.waiting = trials
+        self.taken = []
+        self.is_over = False
     @property
     def num_taken(self):
         return len(self.taken)
@@ -429,7 +431,8 @@ def run(trial, process):
     import time
     time.sleep(1000)
 
-trial, folder = Trial.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+trial = Trial.model_validate_json(sys.argv[1])
+folder = Path(sys.argv[2])
 tune.RESTART_PAUSES_SECONDS = (0.0,)
 sweep = SweepSettings(max_failures_per_trial=0)
 try:

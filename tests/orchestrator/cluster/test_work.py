@@ -63,7 +63,7 @@ def never_end(device, progress):
         progress.advance(1, "runs")
         time.sleep(0.05)
 
-found = {}
+report = {}
 lines = []
 class Lines(logging.Handler):
     def emit(self, record):
@@ -73,36 +73,38 @@ logging.getLogger().addHandler(Lines())
 on_gpu = sweep_place(resolve_settings({}, ["cluster.num_gpus=2"]), Path()).run
 with ray_cluster():
     progress = Recorded()
-    device, num_gpus, where, number = on_gpu(partial(measure, 7), progress)
-    found["result"] = [device, num_gpus, number]
-    found["is elsewhere"] = where != node()
-    found["calls"] = progress.calls
-    found["lines"] = lines
+    device, num_gpus, node_id, number = on_gpu(partial(measure, 7), progress)
+    report["result"] = [device, num_gpus, number]
+    report["is elsewhere"] = node_id != node()
+    report["calls"] = progress.calls
+    report["lines"] = lines
     try:
         command_place(ClusterSettings(), Path()).run(mistake, Progress())
     except UserError as error:
-        found["error"] = [str(error), "in mistake" in str(error.__cause__)]
-    found["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())
+        report["error"] = [str(error), "in mistake" in str(error.__cause__)]
+    report["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())
 
     # A trial whose workers had GPUs: its process is in a group without any, which tasks inherit.
-    own = placement_group([{"CPU": 1}])
-    in_group = PlacementGroupSchedulingStrategy(own, placement_group_capture_child_tasks=True)
+    trial_group = placement_group([{"CPU": 1}])
+    in_group = PlacementGroupSchedulingStrategy(
+        trial_group, placement_group_capture_child_tasks=True
+    )
 
     @ray.remote(num_cpus=1, scheduling_strategy=in_group)
     def trial():
         return WorkPlace(needs_gpu=True, num_cpus=1).run(partial(measure, 8), Progress())
 
-    found["of a trial"] = ray.get(trial.remote(), timeout=120)
-    remove_placement_group(own)
+    report["of a trial"] = ray.get(trial.remote(), timeout=120)
+    remove_placement_group(trial_group)
 
-    others = placement_group([{"GPU": 1}] * 2)
-    others.wait(60)
+    all_gpus = placement_group([{"GPU": 1}] * 2)
+    all_gpus.wait(60)
 
     class Pressing(Recorded):
         def advance(self, done, text="", *, seconds_left=None):
             super().advance(done, text)
             if text == WAITING:
-                remove_placement_group(others)
+                remove_placement_group(all_gpus)
             if text == "runs":
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -110,12 +112,12 @@ with ray_cluster():
     try:
         on_gpu(never_end, progress)
     except Interrupted as error:
-        found["interrupted"] = str(error)
+        report["interrupted"] = str(error)
     deadline = time.monotonic() + 60
     while ray.available_resources().get("GPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    found["free GPUs"] = ray.available_resources().get("GPU")
-print(json.dumps(found))
+    report["free GPUs"] = ray.available_resources().get("GPU")
+print(json.dumps(report))
 """
 
 

@@ -153,14 +153,14 @@ def data_settings(*tasks: str, **changes: int) -> DataSettings:
     ).data
 
 
-def opened(folder: Path, *tasks: str, **changes: int) -> DepthStore:
+def depth_store(folder: Path, *tasks: str, **changes: int) -> DepthStore:
     data = open_data(prepare(data_settings(*tasks, **changes), Workspace(folder)))
     assert isinstance(data, DepthStore)
     return data
 
 
 def test_sequences_depend_on_seed_and_position_alone(tmp_path):
-    data = opened(tmp_path, "phop_3", "chain_2", "s5_6", length=16)
+    data = depth_store(tmp_path, "phop_3", "chain_2", "s5_6", length=16)
     several = data.sequences(np.arange(40), context_length=20, seed=3)
     for place in (0, 7, 39):
         single = data.sequences(np.array([place]), context_length=20, seed=3)
@@ -175,7 +175,7 @@ def test_sequences_depend_on_seed_and_position_alone(tmp_path):
 
 
 def test_targets_are_answers_and_padding_has_none(tmp_path):
-    data = opened(tmp_path, "s5_4")
+    data = depth_store(tmp_path, "s5_4")
     batch = data.sequences(np.arange(8), context_length=10, seed=0)
     assert (batch.targets[:, :4] != NO_TARGET).all()
     assert torch.equal(batch.targets[:, 0], batch.input_ids[:, 0])  # a product of one factor
@@ -185,7 +185,7 @@ def test_targets_are_answers_and_padding_has_none(tmp_path):
 
 
 def test_each_of_several_tasks_begins_with_its_name(tmp_path):
-    data = opened(tmp_path, "phop_2", "s5_4", length=16)
+    data = depth_store(tmp_path, "phop_2", "s5_4", length=16)
     tokenizer = load_tokenizer(data.tokenizer_path)
     batch = data.sequences(np.arange(1000), context_length=17, seed=0)
     first = [tokenizer.id_to_token(number) for number in batch.input_ids[:, 0].tolist()]
@@ -205,7 +205,7 @@ def test_each_of_several_tasks_begins_with_its_name(tmp_path):
 
 def test_items_go_on_after_sequences_without_an_answer(tmp_path):
     # One sequence in 416 has no symbol twice.
-    data = opened(tmp_path, "phop_1", num_symbols=8, length=8)
+    data = depth_store(tmp_path, "phop_1", num_symbols=8, length=8)
     (task,) = data.tasks
     items = list(data.items(task, 2000))
     assert len(items) == 2000
@@ -245,7 +245,7 @@ def test_words_are_tokens_of_the_texts_tokenizer_and_the_answer_alone_is_a_targe
         assert tokenizer.encode(text).ids == ids[:end]
         assert text.split()[-2] in NUMBER_WORDS[:3]
         assert tokenizer.id_to_token(targets[end - 1])[1:] in WORDS[:8]
-    letters = opened(tmp_path / "letters", "lookup_3", num_symbols=8)
+    letters = depth_store(tmp_path / "letters", "lookup_3", num_symbols=8)
     same = letters.sequences(np.arange(50), context_length=20, seed=1)
     first_letters = [
         letters.tasks[0].symbols.index(_letter(letters, n)) for n in same.input_ids[:, 0]
@@ -301,4 +301,4 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, int], str]] = [
 def test_tasks_that_cannot_be_are_errors(tmp_path):
     for tasks, changes, reason in MISTAKES:
         with pytest.raises(UserError, match=reason):
-            opened(tmp_path, *tasks, **changes).check_length(32)
+            depth_store(tmp_path, *tasks, **changes).check_length(32)

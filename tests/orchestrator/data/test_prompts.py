@@ -46,7 +46,7 @@ def workspace(tmp_path) -> Workspace:
     return Workspace(tmp_path / "workspace")
 
 
-def prepared(settings: DataSettings, workspace: Workspace) -> TokenStore:
+def token_store(settings: DataSettings, workspace: Workspace) -> TokenStore:
     store = open_data(prepare(settings, workspace))
     assert isinstance(store, TokenStore)
     return store
@@ -65,7 +65,7 @@ def documents(store: TokenStore) -> list[tuple[list[int], list[int]]]:
 
 
 def test_targets_are_the_completion_and_the_end_of_the_text(tmp_path, workspace):
-    store = prepared(settings_of(write_lines(tmp_path / "a.jsonl", PAIRS)), workspace)
+    store = token_store(settings_of(write_lines(tmp_path / "a.jsonl", PAIRS)), workspace)
     tokenizer = load_tokenizer(store.tokenizer_path)
     end = store.manifest.end_of_text_id
     expected = {
@@ -83,7 +83,7 @@ def test_targets_are_the_completion_and_the_end_of_the_text(tmp_path, workspace)
 
 
 def test_windows_and_validation_count_the_targets_of_their_tokens(tmp_path, workspace):
-    store = prepared(settings_of(write_lines(tmp_path / "a.jsonl", PAIRS)), workspace)
+    store = token_store(settings_of(write_lines(tmp_path / "a.jsonl", PAIRS)), workspace)
     batch = store.sequences(np.arange(20), context_length=24, seed=0)
     is_target = dict(enumerate(store.train_targets[:]))
     starts = [
@@ -103,9 +103,9 @@ def test_windows_and_validation_count_the_targets_of_their_tokens(tmp_path, work
 def test_plain_text_beside_prompts_is_learned_whole(tmp_path, workspace):
     plain = [{"text": f"Number {i} is a story of its own."} for i in range(100)]
     files = write_lines(tmp_path / "a.jsonl", PAIRS), write_lines(tmp_path / "b.jsonl", plain)
-    learned = documents(prepared(settings_of(*files), workspace))
+    learned = documents(token_store(settings_of(*files), workspace))
     assert {bool(prompt) for prompt, _ in learned} == {True, False}
-    alone = prepared(settings_of(files[1]), workspace)
+    alone = token_store(settings_of(files[1]), workspace)
     assert alone.train_targets is None
     assert not (alone.folder / targets_name(TRAIN_NAME)).exists()
 
@@ -116,9 +116,9 @@ def test_the_targets_of_many_shards_are_those_of_one(tmp_path, monkeypatch):
     settings = settings_of(*(
         write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", plain), ("b", pairs))
     ))  # fmt: skip
-    in_one_shard = prepared(settings, Workspace(tmp_path / "whole"))
+    in_one_shard = token_store(settings, Workspace(tmp_path / "whole"))
     monkeypatch.setattr(text, "SHARD_BYTES", 900)
-    in_shards = prepared(settings, Workspace(tmp_path / "in shards"))
+    in_shards = token_store(settings, Workspace(tmp_path / "in shards"))
     assert len(in_shards.manifest.train_files) > 5
     assert in_shards.fingerprint == in_one_shard.fingerprint
     assert documents(in_shards) == documents(in_one_shard)
@@ -138,7 +138,7 @@ def test_completions_of_a_prompt_stay_together_and_copies_count_once(tmp_path, w
     # The same text with the prompt elsewhere is another document.
     moved = {"prompt": "How many", "completion": rows[0]["prompt"][8:] + rows[0]["completion"]}
     path = write_lines(tmp_path / "a.jsonl", [*rows, *rows, moved])
-    store = prepared(settings_of(path), workspace)
+    store = token_store(settings_of(path), workspace)
     counts = store.manifest.train.documents, store.manifest.validation.documents
     assert sum(counts) == len(rows) + 1
     prompts = [tuple(prompt) for prompt, _ in documents(store)]
@@ -165,7 +165,7 @@ def test_a_mixture_counts_the_targets_of_each_source(tmp_path, workspace):
 def chat_model(tmp_path, workspace) -> Path:
     """The folder of a model's tokenizer with a chat template, which writes the opening token."""
     rows = [{"text": pair["prompt"]} for pair in PAIRS]
-    plain = prepared(settings_of(write_lines(tmp_path / "plain.jsonl", rows)), workspace)
+    plain = token_store(settings_of(write_lines(tmp_path / "plain.jsonl", rows)), workspace)
     folder = tmp_path / "chat model"
     folder.mkdir()
     tokenizer = Tokenizer.from_file(str(plain.tokenizer_path))
@@ -181,7 +181,7 @@ def chat_model(tmp_path, workspace) -> Path:
 def test_a_chat_template_writes_question_and_answer(tmp_path, workspace, chat_model):
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
     settings = settings_of(path, tokenizer=str(chat_model / "tokenizer.json"), chat_template=True)
-    store = prepared(settings, workspace)
+    store = token_store(settings, workspace)
     tokenizer = load_tokenizer(store.tokenizer_path)
     train = tokenizer.decode(store.train[:60].tolist(), skip_special_tokens=False)
     targets = store.train[:][store.train_targets[:]]

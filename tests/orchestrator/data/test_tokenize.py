@@ -312,11 +312,12 @@ def test_tokens_of_an_earlier_version_are_read(tmp_path):
 def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path, monkeypatch):
     num_shards = len(text.text_source(several).shards())
     counts = []
-    monkeypatch.setattr(
-        tokenize,
-        "first_occurrences",
-        lambda keys: counts.append(len(keys)) or first_occurrences(keys),
-    )
+
+    def counting(keys: np.ndarray) -> np.ndarray:
+        counts.append(len(keys))
+        return first_occurrences(keys)
+
+    monkeypatch.setattr(tokenize, "first_occurrences", counting)
     started = []
     write = ShardWriter.write
 
@@ -350,9 +351,6 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
 
 KILLED = """
 import os, signal, sys
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from orchestrator.data import text, tokenize
@@ -360,7 +358,8 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
-text.SHARD_BYTES, tokenize.DOCUMENTS_PER_BATCH = 1500, 5
+text.SHARD_BYTES = 1500
+tokenize.DOCUMENTS_PER_BATCH = 5
 reports = 0
 class Killed(Progress):
     def advance(self, done, text="", **_):

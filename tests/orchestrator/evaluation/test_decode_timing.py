@@ -85,7 +85,12 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
 
     def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         captured.append(len(replayed))
-        return lambda: replayed.append(1) or step()
+
+        def replay() -> Tensor:
+            replayed.append(1)
+            return step()
+
+        return replay
 
     def graphs(timed: Decoder, *, uses_graphs: bool) -> StaticSteps:
         return StaticSteps(timed, capture=capture if uses_graphs else None)

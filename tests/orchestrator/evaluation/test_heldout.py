@@ -106,7 +106,9 @@ def tokens(tmp_path_factory) -> Path:
     return tokens_of(texts, folder, vocab_size=400, validation_fraction=0.3)
 
 
-def built(data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_LENGTH) -> Path:
+def heldout_suite(
+    data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_LENGTH
+) -> Path:
     return heldout_folder(
         data, num_items=num_items, context_length=context_length, make_progress=Progress()
     )
@@ -114,7 +116,7 @@ def built(data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_
 
 @pytest.fixture(scope="module")
 def suite(tokens) -> Path:
-    return built(tokens)
+    return heldout_suite(tokens)
 
 
 def rows(suite: Path, name: str) -> list[dict[str, Any]]:
@@ -151,18 +153,18 @@ def test_the_size_of_the_held_out_text_is_in_bytes(tmp_path, monkeypatch):
     draw = random.Random(0)
     texts = [f"{story(draw)} {number} {'ж' * 2000}" for number in range(30)]
     folder = tokens_of(texts, tmp_path, vocab_size=400, validation_fraction=0.5)
-    sizes = [len(row["text"].encode()) for row in rows(built(folder), "bits_per_byte")]
+    sizes = [len(row["text"].encode()) for row in rows(heldout_suite(folder), "bits_per_byte")]
     assert 4000 <= sum(sizes) < 4000 + max(sizes)
 
 
 def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_path):
-    smaller = built(tokens, 20)
+    smaller = heldout_suite(tokens, 20)
     assert smaller != suite
     assert len(rows(smaller, "lastword")) <= 20
     file = suite / "suite.json"
     before = file.stat().st_mtime_ns
     content = file.read_bytes()
-    assert built(tokens) == suite
+    assert heldout_suite(tokens) == suite
     assert (file.stat().st_mtime_ns, file.read_bytes()) == (before, content)
     # The fingerprint does not depend on the path.
     copy = Path(shutil.copytree(suite, tmp_path / suite.name))
@@ -173,7 +175,7 @@ def test_the_same_documents_and_settings_give_the_same_suite(tokens, suite, tmp_
         assert "custom_dataset" in original.tasks[name].dump_config()
     assert len({original.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
     file.unlink()
-    built(tokens)
+    heldout_suite(tokens)
     assert file.read_bytes() == content, "it is made again"
 
 
@@ -181,7 +183,7 @@ def test_text_without_sentences_is_one_error(tmp_path):
     texts = [f"{i} " + "0x1f;" * i for i in range(1, 20)]
     folder = tokens_of(texts, tmp_path, vocab_size=300)
     with refused(UserError, "items"):
-        built(folder, 50, 64)
+        heldout_suite(folder, 50, 64)
     assert not list(folder.glob("*heldout*"))
 
 
@@ -202,7 +204,7 @@ def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(tmp_
     data = prepare(settings, Workspace(tmp_path / "workspace"))
     names = (*TEXT_TASKS, "s5_4")
     assert tasks_of_source(settings) == offered_tasks(open_data(data)) == names
-    suite = built(data)
+    suite = heldout_suite(data)
     assert set(json.loads((suite / "suite.json").read_text())["tasks"]) == set(names)
     assert len(rows(suite, "s5_4")) == NUM_ITEMS
     sources = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
@@ -224,7 +226,7 @@ def test_a_suite_can_mix_held_out_and_other_tasks(tokens, suite, tmp_path):
 NUM_DEPTH_ITEMS = 150
 
 
-def prepared(folder: Path, *tasks: str, **changes: str) -> Path:
+def depth_data(folder: Path, *tasks: str, **changes: str) -> Path:
     depth = {"data.source": "depth", "data.depth.tasks": tasks, "data.depth.length": 16}
     options = {**depth, **{f"data.{name}": value for name, value in changes.items()}}
     return prepare(resolve_settings({}, options=options).data, Workspace(folder))
@@ -246,7 +248,7 @@ def run_model(suite: LoadedSuite, model: Any) -> EvaluationResult:
 
 
 def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
-    folder = built(prepared(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
+    folder = heldout_suite(depth_data(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
     suite = load_suite(Suite(suite_folder=str(folder)))
     chances = heldout_chances(folder)
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
@@ -284,7 +286,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
     changes = {}
     if symbols == "words":
         changes = {"depth.symbols": "words", "tokenizer": str(save_word_tokenizer(tmp_path))}
-    data = prepared(tmp_path, name, **changes)
+    data = depth_data(tmp_path, name, **changes)
     tokenizer = ModelTokenizer(data / "tokenizer.json")
     torch.manual_seed(0)
     decoder = Decoder(
@@ -300,7 +302,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
             initializer_std=0.5,
         )
     ).eval()
-    suite = built(data, NUM_DEPTH_ITEMS, 32)
+    suite = heldout_suite(data, NUM_DEPTH_ITEMS, 32)
     loaded = load_suite(Suite(suite_folder=str(suite)))
     result = run_task(name, loaded.tasks[name], DecoderModel(decoder, tokenizer)).result
     values = []
@@ -320,7 +322,7 @@ def tasks_of_suite(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
-    data = prepared(tmp_path, "phop_2", "chain_2")
+    data = depth_data(tmp_path, "phop_2", "chain_2")
     assert tasks_of_suite("heldout", data) == ("phop_2", "chain_2")
     assert tasks_of_suite("chain_2", data) == ("chain_2",)
     assert tasks_of_suite("chain_2, heldout", data) == ("chain_2", "phop_2")
@@ -328,7 +330,7 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path):
     assert lm_eval_task_fingerprints(settings, needs_accuracy=True) == {}
     with refused(UserError, "accuracy"):
         lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
-    folder = built(data, 20, 32)
+    folder = heldout_suite(data, 20, 32)
     single = Suite(tasks=("chain_2",), suite_folder=str(folder), fingerprints={})
     assert list(load_suite(single).tasks) == ["chain_2"]
 
@@ -348,11 +350,11 @@ def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
             plan_sweep(resolve_settings({}, options={**sizes, **options}), workspace=tmp_path)
     assert not list(tmp_path.iterdir())
     with refused(UserError, "phop_4"):
-        tasks_of_suite("phop_4", prepared(tmp_path, "phop_2"))
+        tasks_of_suite("phop_4", depth_data(tmp_path, "phop_2"))
 
 
 def test_a_text_that_is_no_symbol_is_an_error(tmp_path, tiny_model):
-    file = prepared(tmp_path, "phop_2") / "tokenizer.json"
+    file = depth_data(tmp_path, "phop_2") / "tokenizer.json"
     exported = export(Decoder(ModelConfig.from_dict(tiny_model)), tmp_path / "exported", file)
     for tokenizer in (ModelTokenizer(file), ModelTokenizer(exported)):
         for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):

@@ -38,7 +38,9 @@ def tokenizer(tiny_tokens) -> ModelTokenizer:
 
 
 @contextmanager
-def server_that(answer: Callable[[dict[str, Any]], Answer], folder: Path) -> Iterator[LocalServer]:
+def answering_server(
+    answer: Callable[[dict[str, Any]], Answer], folder: Path
+) -> Iterator[LocalServer]:
     """Yield a server in this process that answers requests as a function says."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -73,7 +75,9 @@ def server_that(answer: Callable[[dict[str, Any]], Answer], folder: Path) -> Ite
         listening.server_close()
 
 
-def measured(server: LocalServer, tokenizer: ModelTokenizer, **options: Any) -> list[ServedCost]:
+def served_costs(
+    server: LocalServer, tokenizer: ModelTokenizer, **options: Any
+) -> list[ServedCost]:
     return measure_served(
         server,
         Path("model"),
@@ -103,8 +107,8 @@ def test_as_many_requests_are_sent_at_a_time_as_asked_and_no_prompt_comes_twice(
         return 200, {"usage": {"completion_tokens": 4}}
 
     answers: list[int] = []
-    with server_that(answer, tmp_path) as server:
-        costs = measured(server, tokenizer, on_answer=answers.append)
+    with answering_server(answer, tmp_path) as server:
+        costs = served_costs(server, tokenizer, on_answer=answers.append)
     assert answers == [1] * 6 + [3] * 6
     assert [(cost.model, cost.at_once) for cost in costs] == [("tiny", 1), ("tiny", 3)]
     assert all(0 < cost.latency_ms <= cost.latency_95_ms for cost in costs)
@@ -125,10 +129,10 @@ def test_as_many_requests_are_sent_at_a_time_as_asked_and_no_prompt_comes_twice(
 )
 def test_an_answer_that_is_none_is_named_with_the_log(tokenizer, tmp_path, code, answered, words):
     with (
-        server_that(lambda values: (code, answered), tmp_path) as server,
+        answering_server(lambda values: (code, answered), tmp_path) as server,
         pytest.raises(RunFailed, match=words),
     ):
-        measured(server, tokenizer)
+        served_costs(server, tokenizer)
 
 
 def test_prompts_have_the_tokens_that_were_asked_for(tokenizer):

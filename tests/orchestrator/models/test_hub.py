@@ -204,7 +204,7 @@ def printed(capfd: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture
-def pushed(hub, space, monkeypatch, capfd) -> str:
+def push_output(hub, space, monkeypatch, capfd) -> str:
     """The model `hub:me/tiny`, which `export` has pushed; returns what it printed."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     options = ["--no-measure", "--push-to-hub", "me/tiny", "--private"]
@@ -213,9 +213,9 @@ def pushed(hub, space, monkeypatch, capfd) -> str:
 
 
 def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
-    hub, space, pushed, tmp_path, capfd
+    hub, space, push_output, tmp_path, capfd
 ):
-    assert f"pushed: {hub.address}/me/tiny" in pushed
+    assert f"pushed: {hub.address}/me/tiny" in push_output
     folder = space.exports / "tiny"
     assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.private["me/tiny"] in (True, "private")
@@ -243,7 +243,7 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     assert [*by_label(models)] == ["me/tiny r=1", "you/tiny r=1"]
 
 
-def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
+def test_what_is_in_the_cache_needs_no_network(hub, push_output, monkeypatch):
     folder = download(NAME)
     assert name_with_owner(folder) == "me/tiny"
     monkeypatch.setenv("HF_ENDPOINT", _closed_address())
@@ -259,7 +259,7 @@ def test_what_is_in_the_cache_needs_no_network(hub, pushed, monkeypatch):
         download("hub:me/other")
 
 
-def test_only_files_of_a_model_are_downloaded(hub, space, pushed):
+def test_only_files_of_a_model_are_downloaded(hub, space, push_output):
     hub.files["me/tiny"] |= {
         "consolidated.safetensors": b"the same again",
         "picture.png": b"large",

@@ -35,7 +35,7 @@ VOCABULARY = 320
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 WORDS = ("bag", "fog", "hen", "pig", "cab", "deed")
 OF_EACH_TYPE = ("llama3", "mistral window", "qwen2 windows", "qwen3 yarn", "smollm3 windows")
-"""The case with the most options."""
+"""Of each type of model, the case with the most options."""
 
 
 @pytest.fixture

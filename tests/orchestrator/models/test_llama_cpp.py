@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
 TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"
 
 
-def written(checkpoint: Path, file: Path, *options: str) -> Path:
+def export_gguf(checkpoint: Path, file: Path, *options: str) -> Path:
     command = ["export", str(checkpoint), "--format", "gguf", "--to", str(file), *options]
     assert cli.main([*command, "--workspace", str(checkpoint.parents[1])]) == 0
     return file
@@ -43,7 +43,7 @@ def test_a_vanilla_model_that_was_written_is_read_back(tied, tmp_path, save_tiny
     )
     texts = tmp_path / "texts"
     texts.mkdir()
-    loaded = read_gguf(written(checkpoint, tmp_path / "model.gguf"), texts)
+    loaded = read_gguf(export_gguf(checkpoint, tmp_path / "model.gguf"), texts)
     ours = load_model(checkpoint)
     rounded = {"rms_norm_eps": ours.config.rms_norm_eps, "initializer_std": 0.2}
     assert loaded.config.rms_norm_eps == pytest.approx(ours.config.rms_norm_eps, rel=1e-6)
@@ -64,7 +64,7 @@ def test_the_file_of_a_looped_model_says_how_often_its_layers_run(tmp_path, save
     checkpoint = save_tiny(tmp_path / "run", method="looped", schedule=[2] * 3, **SIZES)
     file = tmp_path / "model.gguf"
     for options, architecture, loops in (([], "nanbeige", 3), (["--schedule", "0"], "llama", None)):
-        written(checkpoint, file, *options, "--force")
+        export_gguf(checkpoint, file, *options, "--force")
         fields = {n: f.contents() for n, f in gguf.GGUFReader(file).fields.items()}
         assert fields["general.architecture"] == architecture
         assert fields.get("nanbeige.num_loops") == loops
@@ -102,7 +102,7 @@ def test_llama_cpp_gives_the_same_tokens(method, schedule, tmp_path, save_tiny):
     llama_cpp = pytest.importorskip("xllamacpp")
     checkpoint = save_tiny(tmp_path / "run", method=method, schedule=schedule, **SIZES)
     parameters = llama_cpp.CommonParams()
-    parameters.model.path = str(written(checkpoint, tmp_path / "model.gguf"))
+    parameters.model.path = str(export_gguf(checkpoint, tmp_path / "model.gguf"))
     parameters.n_ctx = 128
     parameters.n_parallel = 1
     parameters.warmup = False

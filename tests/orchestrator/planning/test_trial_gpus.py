@@ -11,7 +11,9 @@ from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.training.world import ASSUMED_GPU_BYTES
 
 
-def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[float, int | None]:
+def gpus_of_trial(
+    *assignments: str, trainings: tuple[Estimate, ...] = ()
+) -> tuple[float, int | None]:
     """Return the GPUs of a trial, and how many trials run at once."""
     settings = resolve_settings({}, assignments)
     sweep = assign_trial_gpus(settings, trainings, gpu_bytes=ASSUMED_GPU_BYTES).sweep
@@ -30,7 +32,7 @@ def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
         ("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3"): (0.3, 3),
         ("sweep.gpus_per_trial=2",): (2, None),  # Of a run on CPUs, as many as there are.
     }.items():
-        assert assigned(*assignments) == expected
+        assert gpus_of_trial(*assignments) == expected
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = settings.model.build(vocab_size=32_000)
     recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
@@ -42,5 +44,5 @@ def test_trials_share_the_gpus_of_the_run_and_get_as_many_as_they_need():
     ]
     assert needed[1] > ASSUMED_GPU_BYTES >= needed[2]
     # Three cannot share 32 sequences evenly.
-    assert assigned("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
-    assert assigned("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"
+    assert gpus_of_trial("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
+    assert gpus_of_trial("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"

@@ -35,7 +35,7 @@ def logged(tracking: Tracking, key: str) -> list[LoggedModel]:
     return [model for model in models if model.tags["iiet.key"] == key]
 
 
-def linked(model: LoggedModel) -> list[tuple[Any, ...]]:
+def metric_points(model: LoggedModel) -> list[tuple[Any, ...]]:
     points = [(p.key, p.value, p.dataset_name, p.dataset_digest) for p in model.metrics or ()]
     return sorted(points, key=str)
 
@@ -81,7 +81,7 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking, workspa
         first = show(tracker, "first", model, quality_loss=2.5, cost_nfe=4, quality_bad=math.nan)
         second = show(tracker, "second", model, quality_accuracy=0.5, cost_nfe=4)
         (logged_model,) = logged(tracking, "shared weights")
-        assert linked(logged_model) == [
+        assert metric_points(logged_model) == [
             ("cost/nfe", 4.0, None, None),
             ("cost/nfe", 4.0, None, None),
             ("quality/accuracy", 0.5, *TASKS),
@@ -105,11 +105,14 @@ def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(tr
     show(tracking, "later", model, quality_loss=2.5)
     show(tracking, "later", model, quality_loss=2.5, cost_ms=1.5)
     (logged_model,) = logged(tracking, "later")
-    assert linked(logged_model) == [("cost/ms", 1.5, None, None), ("quality/loss", 2.5, *TOKENS)]
+    assert metric_points(logged_model) == [
+        ("cost/ms", 1.5, None, None),
+        ("quality/loss", 2.5, *TOKENS),
+    ]
     run_id = show(tracking, "later", model, quality_loss=2.0, cost_ms=1.5)
     assert run_id is not None
     (logged_model,) = logged(tracking, "later")
-    assert ("quality/loss", 2.0, *TOKENS) in linked(logged_model)
+    assert ("quality/loss", 2.0, *TOKENS) in metric_points(logged_model)
     assert client(tracking).get_run(run_id).data.metrics["quality/loss"] == 2.0
     history = client(tracking).get_metric_history(run_id, "quality/loss")
     assert [point.value for point in history] == [2.5, 2.0]

@@ -177,7 +177,7 @@ def test_a_run_has_the_times_of_its_training(tracking):
     mlflow_run = show(tracking, failed)
     assert (mlflow_run.info.start_time, mlflow_run.info.end_time) == (2_000, 3_000)
     assert (mlflow_run.info.status, mlflow_run.data.tags[NOTE_TAG]) == ("FAILED", "why")
-    # It is tried again, and the reason disappears.
+    # The trial is tried again, and the reason disappears.
     again = trial.changed(ended_ms=4_000, tags={NOTE_TAG: ""})
     assert show(tracking, again).info.status == "RUNNING"
     mlflow_run = show(tracking, again.changed(status="FINISHED"))
@@ -185,7 +185,7 @@ def test_a_run_has_the_times_of_its_training(tracking):
     assert mlflow_run.info.status == "FINISHED"
     assert NOTE_TAG not in mlflow_run.data.tags
     assert mlflow_run.data.tags["a"] == "b"
-    # A finished one stays finished, with its end.
+    # A finished run stays finished, with its end.
     for status in ("RUNNING", "FINISHED"):
         info = show(tracking, again.changed(status=status, ended_ms=10**13)).info
         assert (info.status, info.end_time) == ("FINISHED", 4_000)
@@ -330,7 +330,10 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
             make()
             with refused(UserError, "mlflow.db"):
                 open_tracking(workspace)
-            _ = database.rmdir() if database.is_dir() else database.unlink()
+            if database.is_dir():
+                database.rmdir()
+            else:
+                database.unlink()
     for uri, words in (
         (f"file://{tmp_path}/mlruns", "sqlite:///FILE"),
         ("postgresql+nothing://user:geh3im@host/db", "cannot open MLflow's store|needs the module"),

@@ -127,7 +127,12 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     checksums = checksums_of(folder)
     read: list[str] = []
     digest = files.file_digest
-    monkeypatch.setattr(files, "file_digest", lambda p: (read.append(p.name), digest(p))[1])
+
+    def noting(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(files, "file_digest", noting)
     assert damaged_file(folder, checksums) is None
     assert not read, "the writer has read them"
     (folder / VERIFIED_NAME).unlink()
