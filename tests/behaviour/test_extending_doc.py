@@ -86,8 +86,8 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place):
     assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(MODULES)
     with on_path(place.site):
-        found = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
-    assert [finding.state for finding in found] == ["ok"] * 3
+        findings = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
+    assert [finding.state for finding in findings] == ["ok"] * 3
 
 
 @pytest.mark.long

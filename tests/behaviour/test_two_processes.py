@@ -139,9 +139,11 @@ def test_who_waits_takes_over_from_who_is_killed_or_interrupted(number, job, sta
     stopped = [event["step"] for event in events(job, "stopped")]
     assert [resumed["step"]] == stopped if stopped else resumed["step"] >= 10
     monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(1),)))
-    [whole] = run_local_jobs([in_folder(job, "whole")])
-    assert outcome["validation_loss"] == whole.validation_loss
-    assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
+    [undisturbed] = run_local_jobs([in_folder(job, "whole")])
+    assert outcome["validation_loss"] == undisturbed.validation_loss
+    assert weights_key(Path(outcome["checkpoint"])) == weights_key(
+        Path(str(undisturbed.checkpoint))
+    )
 
 
 @pytest.mark.slow

@@ -63,27 +63,27 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
         return [*by_label(open_models(paths, workspace, schedules))]
 
-    first, other, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
-    second = save_tiny(tmp_path / "a/run", step=2)
-    assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
-    assert labels(first, other) == ["run/step_00000001", "run/step_00000001 (2)"]
-    assert labels(first, plain, second) == ["run/step_00000001", "plain", "run/step_00000002"]
-    assert labels(first.parent, second) == ["run", "run (2)"]
+    first, namesake, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
+    later = save_tiny(tmp_path / "a/run", step=2)
+    assert labels(first, later) == ["run/step_00000001", "run/step_00000002"]
+    assert labels(first, namesake) == ["run/step_00000001", "run/step_00000001 (2)"]
+    assert labels(first, plain, later) == ["run/step_00000001", "plain", "run/step_00000002"]
+    assert labels(first.parent, later) == ["run", "run (2)"]
     assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
-    assert labels(first, second, schedules=["1", "0"]) == [
+    assert labels(first, later, schedules=["1", "0"]) == [
         "run/step_00000001 r=1", "run/step_00000001 r=0",
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
-    models = [first, second, other, other]
+    models = [first, later, namesake, namesake]
     plan = plan_benchmark(workspace=workspace, models=models, conditions=CONDITIONS)
-    found = run_benchmark(plan, untracked(workspace))
-    assert [cost.model for cost in found.costs] == labels(*models)
-    written = json.loads(found.path.read_text())
+    benchmark = run_benchmark(plan, untracked(workspace))
+    assert [cost.model for cost in benchmark.costs] == labels(*models)
+    written = json.loads(benchmark.path.read_text())
     assert [cost["model"] for cost in written["costs"]] == labels(*models)
     assert written["conditions"]["num_threads"] == 1
-    assert (written["device"], written["dtype"]) == (found.device, "float32")
+    assert (written["device"], written["dtype"]) == (benchmark.device, "float32")
     assert written["machine"]["torch"]
-    table = found.to_pandas()
+    table = benchmark.to_pandas()
     assert table["model"].tolist() == labels(*models)
     assert table["decoding_share"].iloc[0] == 1.0
 
