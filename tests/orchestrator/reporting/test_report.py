@@ -324,7 +324,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
 
 @pytest.mark.slow
 def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
-    """Old pages are removed: if no trial has a quality, and if only baselines have one."""
+    """No trial has a quality at first; then the baselines alone have one."""
     bare = []
     for result in sweep.results:
         numbers = {n: v for n, v in result.numbers.items() if n[:8] != "quality/"}

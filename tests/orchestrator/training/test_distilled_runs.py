@@ -82,8 +82,8 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(student, teacher, 
     (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     job = student(recipe={"num_steps": 1})
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
-    kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
-    checkpoint = Path(str(run_job(job.model_copy(update=kept)).checkpoint))
+    imported_folders = {name: folder for name, folder in folders.items() if getattr(job, name)}
+    checkpoint = Path(str(run_job(job.model_copy(update=imported_folders)).checkpoint))
     assert read_text_files(checkpoint) == read_text_files(imported)
 
 
@@ -94,9 +94,9 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
     assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
     start = decoder_to_train(smaller, World(), None)
     full = load_model(teacher)
-    kept = start.model.layers[0].state_dict()
+    first_weights = start.model.layers[0].state_dict()
     for name, weights in full.model.layers[1].state_dict().items():
-        assert torch.equal(kept[name], weights) or name.startswith("mix.")
+        assert torch.equal(first_weights[name], weights) or name.startswith("mix.")
     trained = load_model(Path(str(run_job(smaller).checkpoint)))
     assert trained.config == config
     assert all(value > 0 for value in curve(smaller, "train/kl").values())
@@ -129,9 +129,9 @@ def test_a_control_is_trained_without_a_teacher(control, student, teacher):
     torch.manual_seed(job.recipe.seed)
     fresh = Decoder(job.model).state_dict()
     taught = load_model(teacher).state_dict()
-    expected, other = (fresh, taught) if control == "scratch" else (taught, fresh)
+    expected, unexpected = (fresh, taught) if control == "scratch" else (taught, fresh)
     assert all(torch.equal(start[name], expected[name]) for name in expected)
-    assert not all(torch.equal(start[name], other[name]) for name in other)
+    assert not all(torch.equal(start[name], unexpected[name]) for name in unexpected)
     run_job(job)
     assert curve(job, "train/kl") == {}
     assert len(curve(job)) == RECIPE["num_steps"]

@@ -89,20 +89,20 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     make_job, monkeypatch
 ):
-    read: list[torch.Tensor] = []
-    held_out: list[int] = []
+    train_tokens: list[torch.Tensor] = []
+    held_out_lengths: list[int] = []
     batch = TokenStore.batch
     validation_batches = TokenStore.validation_batches
 
     def noted(store: TokenStore, step: int, **options: Any) -> Batch:
-        found = batch(store, step, **options)
-        read.append(found.input_ids)
-        return found
+        sequences = batch(store, step, **options)
+        train_tokens.append(sequences.input_ids)
+        return sequences
 
     def noted_validation(store: TokenStore, **options: Any) -> Iterator[Batch]:
-        for found in validation_batches(store, **options):
-            held_out.append(found.input_ids.size(1))
-            yield found
+        for sequences in validation_batches(store, **options):
+            held_out_lengths.append(sequences.input_ids.size(1))
+            yield sequences
 
     monkeypatch.setattr(TokenStore, "batch", noted)
     monkeypatch.setattr(TokenStore, "validation_batches", noted_validation)
@@ -110,8 +110,8 @@ def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
     starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
-    assert torch.equal(torch.cat(read), gather(tokens, starts, 8))
-    assert set(held_out) == {8}
+    assert torch.equal(torch.cat(train_tokens), gather(tokens, starts, 8))
+    assert set(held_out_lengths) == {8}
     assert outcome.num_tokens == 9 * 64
 
 
