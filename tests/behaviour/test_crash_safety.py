@@ -318,8 +318,8 @@ def test_a_crash_leaves_the_old_state_or_the_new_one(case, tmp_path, monkeypatch
 
 def test_a_failed_write_leaves_the_old_state_and_nothing_else(case, tmp_path, monkeypatch):
     def names(folder: Path) -> set[str]:
-        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        return {str(name) for name in found if not name.name.endswith(".lock")}
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {str(name) for name in files if not name.name.endswith(".lock")}
 
     states: list[Answer] = []
     for failing in itertools.count():
@@ -355,7 +355,8 @@ def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
         assert records_of_prefix == records[: complete_journal[:length].count(b"\n")]
         path.write_bytes(complete_journal)  # The writer lives, and ends its line.
         assert records_of_prefix + read_journal(tmp_path, offset)[0] == records
-        path.write_bytes(complete_journal[:length])  # Or it was killed, and another one continues.
+        # Or the writer was killed, and another one continues.
+        path.write_bytes(complete_journal[:length])
         next_journal = Journal(tmp_path)
         next_journal.metrics(9, {"loss": 0.5})
         next_journal.close()

@@ -123,7 +123,7 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(small_
         if str(small_sweep).encode() in path.read_bytes()
     ]
     assert naming == []
-    # In other processes: MLflow keeps open what it has read.
+    # The commands run in other processes, because MLflow keeps open what it has read.
     place = ("--workspace", str(copy))
     assert "6 of 6 trials" in run_command("sweep", "toy", *small("sweep"), "--dry-run", *place)
     reported = "".join(run_command("report", *place).split())
@@ -315,9 +315,9 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_t
     keys = [(kind(run), run.data.tags["iiet.key"]) for run in runs_by_id.values()]
     assert len(keys) == len(set(keys))
     for before in watched:
-        again = runs_by_id[before.info.run_id]
-        assert again.info.start_time == before.info.start_time
-        if kind(again) != "sweep":
-            assert "quality/accuracy" in again.data.metrics
-            steps = losses(tmp_path, again)
+        resumed = runs_by_id[before.info.run_id]
+        assert resumed.info.start_time == before.info.start_time
+        if kind(resumed) != "sweep":
+            assert "quality/accuracy" in resumed.data.metrics
+            steps = losses(tmp_path, resumed)
             assert steps == sorted(set(steps))

@@ -92,7 +92,7 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place):
 
 @pytest.mark.long
 def test_the_method_trains_in_ray(place):
-    # In a process of its own, whose Ray starts its workers with this path.
+    # The command has a process of its own, whose Ray starts its workers with this path.
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
         env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},

@@ -29,7 +29,8 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import RunFailed, UserError
 
-folder, other_code, secret, may_mount = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folder = pathlib.Path(sys.argv[1])
+other_code, secret, may_mount = sys.argv[2:]
 small = {"object_store_memory": 80 * 2**20, "num_cpus": 1}
 head = {**small, "num_cpus": 0, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -63,18 +63,18 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
         return [*by_label(open_models(paths, workspace, schedules))]
 
-    first, namesake, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
-    later = save_tiny(tmp_path / "a/run", step=2)
-    assert labels(first, later) == ["run/step_00000001", "run/step_00000002"]
-    assert labels(first, namesake) == ["run/step_00000001", "run/step_00000001 (2)"]
-    assert labels(first, plain, later) == ["run/step_00000001", "plain", "run/step_00000002"]
-    assert labels(first.parent, later) == ["run", "run (2)"]
-    assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
-    assert labels(first, later, schedules=["1", "0"]) == [
+    run, namesake, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
+    later_step = save_tiny(tmp_path / "a/run", step=2)
+    assert labels(run, later_step) == ["run/step_00000001", "run/step_00000002"]
+    assert labels(run, namesake) == ["run/step_00000001", "run/step_00000001 (2)"]
+    assert labels(run, plain, later_step) == ["run/step_00000001", "plain", "run/step_00000002"]
+    assert labels(run.parent, later_step) == ["run", "run (2)"]
+    assert labels(run, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
+    assert labels(run, later_step, schedules=["1", "0"]) == [
         "run/step_00000001 r=1", "run/step_00000001 r=0",
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
-    models = [first, later, namesake, namesake]
+    models = [run, later_step, namesake, namesake]
     plan = plan_benchmark(workspace=workspace, models=models, conditions=CONDITIONS)
     benchmark = run_benchmark(plan, untracked(workspace))
     assert [cost.model for cost in benchmark.costs] == labels(*models)

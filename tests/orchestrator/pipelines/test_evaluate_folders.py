@@ -185,7 +185,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
 ):
     folder = save_llama()
     add_opening_token(folder)
-    if kind == "names a first token":  # And puts it before texts without context only.
+    if kind == "names a first token":  # Such a tokenizer puts it before texts without context only.
         shutil.copy(tokenizer_path, folder / "tokenizer.json")
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))

@@ -276,7 +276,7 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
     assert f"| key/value bytes read per token (float32) | {num_bytes:,} |" in text
     assert "Not measured." in text
     assert "Influence" not in text
-    # It names the versions that this project declares.
+    # The card names the versions that this project declares.
     file = Path(__file__).parents[3] / "pyproject.toml"
     declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)

@@ -76,7 +76,7 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site):
     assert METHODS.get("no such") is None
     with refused(ExtensionError, "'no such'", "vanilla"):
         METHODS["no such"]
-    # Of one name, the project's own class is used.
+    # If a package uses a name of this project, the project's own class stays.
     own_class = METHODS["iiet"]
     install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
     with on_path(site / "other"):

@@ -101,8 +101,8 @@ def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
 
 def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens, context, measured):
     checkpoint = make_checkpoint()
-    first = measured_or_stored(checkpoint, context)
-    assert measured_or_stored(checkpoint, context) == first
+    table = measured_or_stored(checkpoint, context)
+    assert measured_or_stored(checkpoint, context) == table
     assert measured == ["cosine"]
     measured_or_stored(checkpoint, context, InfluenceSettings(num_tokens=256))
     measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))

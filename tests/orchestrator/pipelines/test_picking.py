@@ -1,4 +1,4 @@
-"""From a front to a folder that transformers load, and to a version in MLflow's registry."""
+"""A model of a front becomes a folder for transformers, and a version in MLflow's registry."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     (output,) = run.outputs.model_outputs
     logged = client.get_logged_model(output.model_id)
     assert version.source == logged.artifact_location
-    own = {"name": NAME, "version": str(version.version)}
-    assert own in json.loads(logged.tags["mlflow.modelVersions"])
+    entry = {"name": NAME, "version": str(version.version)}
+    assert entry in json.loads(logged.tags["mlflow.modelVersions"])
     assert choice.folder is not None
     card = (choice.folder / "README.md").read_text()
     assert_names(card, "`keep-99`", "`two-models`", choice.sentence)
@@ -137,10 +137,10 @@ def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
     # The database of a copied workspace gets nothing.
     copied = shutil.copytree(context.workspace.root, tmp_path / "copied")
-    own = pick(workspace=copied, cheapest=True)
-    assert own.version is None
-    assert own.folder == copied / "exports" / "two-models" / "cheapest"
-    assert [*own.shown()][1:] == [f"exported: {own.folder}"]
+    choice = pick(workspace=copied, cheapest=True)
+    assert choice.version is None
+    assert choice.folder == copied / "exports" / "two-models" / "cheapest"
+    assert [*choice.shown()][1:] == [f"exported: {choice.folder}"]
 
 
 def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path):
@@ -158,9 +158,9 @@ def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path)
         )
         context.tracking.register(registered)
         versions.append(version_of(context, "other", "best"))
-    first, second = versions
-    assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()
-    assert first.version == second.version
+    first_version, second_version = versions
+    assert (Path(first_version.source.removeprefix("file://")) / "MLmodel").is_file()
+    assert first_version.version == second_version.version
     assert not (tmp_path / "ran").exists()
 
 

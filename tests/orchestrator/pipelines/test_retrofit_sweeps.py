@@ -118,11 +118,11 @@ def test_source_teacher_and_controls_are_trained_one_after_another(machine, work
     assert (stored.training.source, stored.source_training) == (str(checkpoints[SOURCE]), None)
 
     # The same controls belong to the trained teacher.
-    again = run(
+    of_trained_teacher = run(
         workspace, "source_training=null", "sweep.num_schedules=3", teacher=checkpoints["teacher"]
     )
     assert len(machine.trained) == 5
-    assert {SOURCE, SOURCE_CONTINUED, EQUAL_TOKENS} <= checkpoints_of(again).keys()
+    assert {SOURCE, SOURCE_CONTINUED, EQUAL_TOKENS} <= checkpoints_of(of_trained_teacher).keys()
 
 
 @pytest.mark.slow

@@ -140,17 +140,17 @@ def test_reports_get_the_newest_times_under_the_same_conditions(
     assert full is not None
     assert cheap is not None
     options: dict[str, Any] = {"workspace": workspace, "models": [tiny], **CONDITIONS}
-    first = measure_serving(schedules=["2,1"], **options)
-    [_, busiest] = first.costs
-    times = newest_served_times(workspace)
-    assert times is not None
-    assert times.ms_per_token(full) == busiest.ms_per_token
-    assert times.ms_per_token(cheap) is None
-    second = measure_serving(schedules=["0"], **options)
-    assert second.path == first.path
-    both = newest_served_times(workspace)
-    assert both is not None
-    assert None not in (both.ms_per_token(full), both.ms_per_token(cheap))
+    full_result = measure_serving(schedules=["2,1"], **options)
+    [_, busiest] = full_result.costs
+    times_of_full = newest_served_times(workspace)
+    assert times_of_full is not None
+    assert times_of_full.ms_per_token(full) == busiest.ms_per_token
+    assert times_of_full.ms_per_token(cheap) is None
+    cheap_result = measure_serving(schedules=["0"], **options)
+    assert cheap_result.path == full_result.path
+    times_of_both = newest_served_times(workspace)
+    assert times_of_both is not None
+    assert None not in (times_of_both.ms_per_token(full), times_of_both.ms_per_token(cheap))
     # Other requests do not compare.
     measure_serving(schedules=["0"], **{**options, "num_requests": 3})
     newest = newest_served_times(workspace)

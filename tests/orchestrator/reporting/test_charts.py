@@ -170,7 +170,7 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_result
     full = place('d="M0,-')
     mark = place('[^>]*stroke="#ffffff" stroke-width="8"')
     assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
-    # Without vanilla its evaluations are known, but not its time.
+    # Where vanilla was not trained, its evaluations are known, but not its time.
     svg = drawn(front_chart(sample_front(few[:1], FrontAxes(cost)), mark_paper=True))
     assert ('stroke-width="8"' in svg) == (cost == "cost/evaluations")
 

@@ -15,7 +15,7 @@ from orchestrator.reporting.statistics import pair_scores
 
 
 def task(
-    values: Sequence[Any], *, name: str = "task", metric: str = "acc", first: int = 0
+    values: Sequence[Any], *, name: str = "task", metric: str = "acc", first_number: int = 0
 ) -> TaskResult:
     """Return a result whose items are numbered from `first` on."""
     return TaskResult(
@@ -23,7 +23,7 @@ def task(
         version="1.0",
         num_items=len(values),
         metrics={},
-        items=[f"{name}-{number}" for number in range(first, first + len(values))],
+        items=[f"{name}-{number}" for number in range(first_number, first_number + len(values))],
         values={metric: list(values)},
     )
 
@@ -67,7 +67,7 @@ def test_a_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_on
 
 
 def test_differences_are_those_of_the_function_that_fronts_use():
-    tasks = {"a": [task(answers(6, 4))], "b": [task([1.0] * 8, first=4)]}
+    tasks = {"a": [task(answers(6, 4))], "b": [task([1.0] * 8, first_number=4)]}
     [difference, _] = differences(tasks).values()
     paired = pair_scores(
         {name: [EvaluationResult(results={"task": result})] for name, [result] in tasks.items()}
@@ -105,4 +105,4 @@ def test_an_average_counts_a_group_once_and_bits_have_their_own():
 
 def test_one_model_and_models_without_a_common_item_have_no_differences():
     assert differences({"a": [task(answers(5, 5))]}) == {}
-    assert differences({"a": [task(answers(5, 5))], "b": [task(answers(5, 5), first=10)]}) == {}
+    assert differences({"a": [task(answers(5, 5))], "b": [task(answers(5, 5), first_number=10)]}) == {}

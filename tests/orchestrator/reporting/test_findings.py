@@ -99,13 +99,14 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
         ]
         return next(s for s in findings(sample_front(results)) if s.startswith("vanilla"))
 
-    # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
+    # Each accuracy has an error of 1.21 points, so the difference has one of 1.71: 1.96 times that
+    # is 3.35.
     sentences = about_vanilla(0.4437 - 0.034)
     assert_names(sentences, "worse than 0,1,1,1,1,1", "3.4 points", "0.0 to 6.8")
     for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
         assert "differ by less" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
-    # It costs as little as the cheapest, so it beats every member that is not better.
+    # Vanilla costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
@@ -136,7 +137,7 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
         [first_sentence, *_] = findings(sample_front(results))
         assert (" keeps " in first_sentence) == is_beaten
         assert first_sentence.startswith("The teacher differs from vanilla by less") != is_beaten
-    # Of a loss, lower is better.
+    # A lower loss is better.
     by_loss = FrontAxes(quality="quality/validation_loss")
     for loss, is_beaten in ((5.0, True), (4.0, False)):
         results = [

@@ -137,7 +137,7 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets():
     # A baseline is placed, and no model that competes.
     lacking = sample_trial(key="x", role="teacher", cost={"evaluations": 24})
     assert sample_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
-    # That of a loss counts from the worst, and the share of a loss is inverted.
+    # The hypervolume of a loss counts from the worst loss, and the share of a loss is inverted.
     front = sample_front([result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")], LOSS)
     assert front.hypervolume_box
     assert front.hypervolume_box["quality"][0] == pytest.approx(0.7)
@@ -197,7 +197,7 @@ def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
     }
     for name, values in expected.items():
         assert [*results[name]] == pytest.approx(values, nan_ok=True)
-    # Without vanilla, only its evaluations are known; a sweep on the same front may bring it.
+    # Without vanilla, its evaluations alone are known; a second sweep on the front may bring it.
     alone = result_table([teacher, pruned])
     assert [name for name in expected if name in alone] == [*expected][:2]
     with_vanilla = with_overhead(pandas.concat([alone, result_table([vanilla])]))
@@ -253,8 +253,8 @@ def at(front: Front, key: str, name: str) -> float | None:
     return known(next(row for row in front.rows if row["key"] == key), f"paired/{name}")
 
 
-def against(front: Front, key: str, other: str, measured: str = "quality/accuracy") -> Interval:
-    return front.intervals[key, measured, other]
+def against(front: Front, key: str, reference: str, measured: str = "quality/accuracy") -> Interval:
+    return front.intervals[key, measured, reference]
 
 
 @pytest.fixture

@@ -122,9 +122,9 @@ def test_the_variances_of_seeds_and_items_add_up():
 
 
 def test_the_mean_of_tasks_is_taken_of_what_was_measured_and_of_each_draw():
-    first = Scores(np.array([0.5, 0.7]), np.array([[0.4, 0.6], [0.6, 0.9], [0.5, 0.6]]))
-    second = Scores(np.array([0.1, 0.3]), np.array([[0.2, 0.2], [0.0, 0.5], [0.1, 0.2]]))
-    mean = mean_scores([first, second])
+    first_task = Scores(np.array([0.5, 0.7]), np.array([[0.4, 0.6], [0.6, 0.9], [0.5, 0.6]]))
+    second_task = Scores(np.array([0.1, 0.3]), np.array([[0.2, 0.2], [0.0, 0.5], [0.1, 0.2]]))
+    mean = mean_scores([first_task, second_task])
     np.testing.assert_allclose(mean.observed, [0.3, 0.5])
     np.testing.assert_allclose(mean.drawn, [[0.3, 0.4], [0.3, 0.7], [0.3, 0.4]])
     assert mean.interval(0).value == pytest.approx(0.3)

@@ -325,7 +325,7 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     ]
     bare = plan_students(settings, space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
-    # Of models that the sweep trains, names are taken; the teacher of a plan stays one.
+    # A sweep that trains its models has used their labels. The teacher of a plan is listed once.
     trains_models = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
     assert named_baselines(trains_models, space, None) == {"vanilla (v)": runs["v"]}
     named_teacher = {"r = 2,1 (teacher)": teacher}

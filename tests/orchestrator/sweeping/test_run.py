@@ -258,8 +258,8 @@ def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
 
 def test_the_teacher_starts_first_and_then_the_costliest(tiny_plan):
     queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
-    first, *later_trials = [trial for _ in tiny_plan.trials if (trial := queue.take())]
-    assert first.role == "teacher"
+    first_trial, *later_trials = [trial for _ in tiny_plan.trials if (trial := queue.take())]
+    assert first_trial.role == "teacher"
     evaluations = [inference_cost(trial.model).evaluations_per_token for trial in later_trials]
     assert evaluations == sorted(evaluations, reverse=True)
     assert len(set(evaluations)) > 1

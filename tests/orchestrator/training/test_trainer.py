@@ -58,7 +58,7 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
-    (job.folder / DONE_NAME).unlink()  # As a kill before its last write leaves it.
+    (job.folder / DONE_NAME).unlink()  # A kill before the last write leaves the folder so.
     assert run_job(job) == outcome.model_copy(update={"train_seconds": outcome.train_seconds})
     monkeypatch.setattr(trainer_module, "Trainer", None)
     assert run_job(job) == finished_outcome(job) == outcome
@@ -149,8 +149,12 @@ def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
 def test_two_seeds_are_two_initial_models(make_job):
     still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     outcomes = [run_job(make_job(str(seed), **still, seed=seed)) for seed in (0, 1)]
-    first, second = (load_model(Path(outcome.checkpoint or "")) for outcome in outcomes)
-    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    decoder, decoder_of_other_seed = (
+        load_model(Path(outcome.checkpoint or "")) for outcome in outcomes
+    )
+    assert not torch.equal(
+        decoder.model.embed_tokens.weight, decoder_of_other_seed.model.embed_tokens.weight
+    )
 
 
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
@@ -239,7 +243,7 @@ def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(make_job, monkeypatch
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 16)  # Four steps are enough to start.
     spoil(monkeypatch, 6, name="spike")
     assert run_job(make_job("blind")).finished
-    # It resumes from step 4 with the saved norms, and skips the spike.
+    # The run resumes from step 4 with the saved norms, and skips the spike.
     spike = diverging(r"spiked .* times the usual norm\) at step 7: loss", skip_bad_steps=0)
     job = same_run(make_job("watched", spike_factor=20.0, skip_bad_steps=1), spike)
     assert [event["step"] for event in events(job, "skipped")] == [7]
