@@ -105,4 +105,5 @@ def test_an_average_counts_a_group_once_and_bits_have_their_own():
 
 def test_one_model_and_models_without_a_common_item_have_no_differences():
     assert differences({"a": [task(answers(5, 5))]}) == {}
-    assert differences({"a": [task(answers(5, 5))], "b": [task(answers(5, 5), first_number=10)]}) == {}
+    without_a_common_item = [task(answers(5, 5), first_number=10)]
+    assert differences({"a": [task(answers(5, 5))], "b": without_a_common_item}) == {}
