@@ -266,15 +266,15 @@ def test_it_becomes_iterative_and_still_answers(walk):
         walk.folder / "iterative-exported", trust_remote_code=True, dtype=torch.float32
     ).eval()
     full = load_model(checkpoint)
-    none = full.with_schedule(0)
+    without_corrections = full.with_schedule(0)
     ids = torch.tensor(
         [TextGenerator(open_model(checkpoint)).tokenizer.encode_document(PROMPTS[0])]
     )
     with torch.no_grad():
         logits = full(ids)
         assert (theirs(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
-        assert not torch.equal(logits, none(ids))
-    for schedule in (full.schedule, none.schedule):
+        assert not torch.equal(logits, without_corrections(ids))
+    for schedule in (full.schedule, without_corrections.schedule):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
         prompts = writer.texts_to_continue(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))

@@ -102,7 +102,7 @@ def test_usual_contexts_fit(tmp_path, save_tiny):
     small = [open_model(save_tiny(tmp_path / "run"))]
     assert usual_contexts(small, new_tokens=8) == (8,)
     assert usual_contexts(small, new_tokens=12) == (4,)
-    usual = plan_benchmark(workspace=tmp_path, models=[small[0].path]).conditions
-    assert (usual.contexts, usual.new_tokens) == ((8,), 8)
+    conditions = plan_benchmark(workspace=tmp_path, models=[small[0].path]).conditions
+    assert (conditions.contexts, conditions.new_tokens) == ((8,), 8)
     large = save_tiny(tmp_path / "large", context_length=256)
     assert usual_contexts([open_model(large)], new_tokens=32) == (32, 128)

@@ -73,15 +73,15 @@ def llama(save_llama) -> Callable[..., Path]:
 @pytest.fixture
 def prompts(monkeypatch) -> list[str]:
     """The prompts that the generator got."""
-    asked_prompts: list[str] = []
+    texts: list[str] = []
     real = DecoderModel.generate_until
 
     def recorded(self: Any, requests: Any, **options: Any) -> list[str]:
-        asked_prompts.extend(request.args[0] for request in requests)
+        texts.extend(request.args[0] for request in requests)
         return real(self, requests, **options)
 
     monkeypatch.setattr(DecoderModel, "generate_until", recorded)
-    return asked_prompts
+    return texts
 
 
 @pytest.fixture

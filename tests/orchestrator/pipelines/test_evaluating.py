@@ -239,7 +239,7 @@ def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> 
 def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
     settings = kinds.model_copy(update={"suite": name})
     with counted_passes() as all_passes:
-        usual = evaluate(longer, settings, open_workspace(tmp_path / "other"))
+        undisturbed = evaluate(longer, settings, open_workspace(tmp_path / "other"))
     workspace = open_workspace(tmp_path / "workspace")
     with counted_passes() as first_passes, pytest.raises(KeyboardInterrupt):
         evaluate(longer, settings, workspace, progress=KeptProgress(1))
@@ -251,7 +251,7 @@ def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
     assert first_passes
     assert later_passes
     assert sorted(first_passes + later_passes) == sorted(all_passes), "each pass ran once"
-    assert resumed == usual
+    assert resumed == undisturbed
     assert f"{name}: " in progress.notes[0]
     assert "answers" in progress.notes[0]
     assert progress.done == sorted(progress.done)
@@ -284,8 +284,8 @@ def test_a_trial_uses_what_an_interrupted_command_measured(longer, kinds, tiny_t
     narrower = wider.model_copy(update={"batch_size": 2})
     with pytest.raises(KeyboardInterrupt):
         evaluate(longer, narrower, workspace, progress=KeptProgress(1))
-    found_here = evaluate(longer, wider, workspace)
-    assert found_here == evaluate(longer, wider, untouched)
+    evaluation = evaluate(longer, wider, workspace)
+    assert evaluation == evaluate(longer, wider, untouched)
 
 
 @pytest.mark.slow
@@ -298,13 +298,13 @@ def test_a_model_of_transformers_resumes_too(kinds, tiny_tokens, tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
     ).save_pretrained(tmp_path / "gpt2")
-    only = kinds.model_copy(update={"suite": "choices"})
-    usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"))
+    choices = kinds.model_copy(update={"suite": "choices"})
+    undisturbed = evaluate(tmp_path / "gpt2", choices, open_workspace(tmp_path / "other"))
     workspace = open_workspace(tmp_path / "workspace")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "gpt2", only, workspace, progress=KeptProgress(1))
+        evaluate(tmp_path / "gpt2", choices, workspace, progress=KeptProgress(1))
     assert list(workspace.evaluations.glob("*.answers"))
     progress = KeptProgress()
-    assert evaluate(tmp_path / "gpt2", only, workspace, progress=progress) == usual
+    assert evaluate(tmp_path / "gpt2", choices, workspace, progress=progress) == undisturbed
     assert "choices: " in progress.notes[0]
     assert not list(workspace.evaluations.glob("*.answers"))

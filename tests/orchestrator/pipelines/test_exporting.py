@@ -215,11 +215,11 @@ def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
     checkpoint, workspace, tmp_path
 ):
     options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "measure": False}
-    usual = export(to=tmp_path / "own", **options)
+    unchanged = export(to=tmp_path / "own", **options)
     rounded = export(to=tmp_path / "cheap", schedule="1,0", dtype="bf16", **options)
-    assert {weights.dtype for weights in stored(usual).values()} == {torch.float32}
+    assert {weights.dtype for weights in stored(unchanged).values()} == {torch.float32}
     for name, weights in stored(rounded).items():
-        assert torch.equal(weights, stored(usual)[name].to(weights.dtype)), name
+        assert torch.equal(weights, stored(unchanged)[name].to(weights.dtype)), name
     assert weights_precision(rounded) == "bf16"
     assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_model(rounded).config.corrections == (1, 0)

@@ -144,10 +144,10 @@ def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path
 
 def test_a_looped_model_has_the_evaluations_of_its_depth(tmp_path, inspect, tiny_tokens):
     write_looped(tmp_path / "loops", "ouro", tiny_tokens / TOKENIZER)
-    usual = inspect(tmp_path / "loops")
+    default_depth = inspect(tmp_path / "loops")
     twice = inspect(tmp_path / "loops", "-r", "2")
     once = inspect(tmp_path / "loops", "-r", "1")
-    assert not usual["is_native"]
+    assert not default_depth["is_native"]
     assert twice["evaluations_per_token"] == 2 * once["evaluations_per_token"]
     assert twice["kv_bytes_per_token"] == 2 * once["kv_bytes_per_token"]
     assert once["flops_per_token"] < twice["flops_per_token"] < 2 * once["flops_per_token"]

@@ -272,9 +272,9 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         )
         return (folder / "README.md").read_text()
 
-    usual = card("usual")
-    assert_names(usual, "correction (cosine)", "64 tokens")
-    assert "Not measured." in usual
+    text = card("usual")
+    assert_names(text, "correction (cosine)", "64 tokens")
+    assert "Not measured." in text
     assert "under the schedule `2,1`" in card("again")
     assert "correction (loss)" in card("loss", "influence.metric=loss")
     result = sweep.results[1].model_copy(update={"checkpoint": str(student)})

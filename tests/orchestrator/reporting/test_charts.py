@@ -164,14 +164,14 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_result
         assert match
         return float(match[1])
 
-    few = [result for result in sample_results if result.role != "trial"][:2]
-    svg = drawn(front_chart(sample_front(few, FrontAxes(cost)), mark_paper=True))
+    full_and_vanilla = [result for result in sample_results if result.role != "trial"][:2]
+    svg = drawn(front_chart(sample_front(full_and_vanilla, FrontAxes(cost)), mark_paper=True))
     vanilla = place('d="M-[\\d.]+,0L0,-')
     full = place('d="M0,-')
     mark = place('[^>]*stroke="#ffffff" stroke-width="8"')
     assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
     # Where vanilla was not trained, its evaluations are known, but not its time.
-    svg = drawn(front_chart(sample_front(few[:1], FrontAxes(cost)), mark_paper=True))
+    svg = drawn(front_chart(sample_front(full_and_vanilla[:1], FrontAxes(cost)), mark_paper=True))
     assert ('stroke-width="8"' in svg) == (cost == "cost/evaluations")
 
 

@@ -81,11 +81,13 @@ def test_sentences_of_a_front_without_items(sample_results, front):
     assert metrics["front/reference_cost"] == 24
     assert metrics["front/keeping_99_share_of_full"] > 0.99
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    none = "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
-    assert findings(sample_front(results))[0].startswith(none)
+    expected = (
+        "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
+    )
+    assert findings(sample_front(results))[0].startswith(expected)
     without_points = sample_front(sample_results, FrontAxes(quality="quality/other"))
-    none = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
-    with pytest.raises(UserError, match=none):
+    expected = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
+    with pytest.raises(UserError, match=expected):
         pick_from_front(without_points, PickRule(name="knee"))
     assert findings(sample_front([])) == [
         "No trial of this sweep has accuracy and NFE per token; nothing of it is measured yet."
@@ -180,8 +182,8 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     keeps = front.confidence_keeps(cheapest)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
-    few = ", as far as 2,000 items can tell."
-    assert sentences[0].endswith(few)
+    unsure_ending = ", as far as 2,000 items can tell."
+    assert sentences[0].endswith(unsure_ending)
     assert sentences[1].startswith(f"That {cheapest['label']} keeps 99%")
     assert f"{keeps:.2f}" in sentences[1]
     # The cheapest is not certain enough; a costlier one is.
@@ -204,13 +206,13 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > cheapest["cost"])
     sentences = findings(keeping(front, {cheapest["key"]: 0.95}))
     assert sure not in " ".join(sentences)
-    assert not sentences[0].endswith(few)
+    assert not sentences[0].endswith(unsure_ending)
     sentences = findings(keeping(front, {cheapest["key"]: 0.94, dearer["key"]: 0.95}))
     assert sure + dearer["label"] in " ".join(sentences)
 
     vanilla_key = next(r.key for r in sample_results if r.label == "vanilla")
-    same = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest["key"]]}
-    sentences = findings(with_confidence(unsure, same, num_resamples=200))
+    with_equal_answers = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest["key"]]}
+    sentences = findings(with_confidence(unsure, with_equal_answers, num_resamples=200))
     vanilla = next(s for s in sentences if s.startswith("vanilla"))
     assert (
         "differ by less than these items can resolve (0.0 points, 95% interval 0.0 to 0.0)"

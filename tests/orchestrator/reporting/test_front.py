@@ -374,12 +374,12 @@ def test_the_share_of_a_loss_is_inverted_and_a_twin_is_not_sure_to_keep_all():
     for name, keeps in (("close", 1.0), ("poor", 0.0)):
         assert at(front, name, "confidence_keeps_99") == keeps
         assert at(front, name, "confidence_on_front") == 1.0
-    same = evaluation(bits_task(2.0))
-    points = {"teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)}
+    answered = evaluation(bits_task(2.0))
+    points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
     in_bits = sure_front(points, FrontAxes(quality="quality/bits_per_byte"), share=1.0)
     assert at(in_bits, "twin", "confidence_keeps_100") == 1.0
-    same = evaluation(task("words", answers(0.5)))
-    points = {"teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)}
+    answered = evaluation(task("words", answers(0.5)))
+    points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
     # No item tells them apart, so the share of items that would has its posterior, Beta(1, 401);
     # at an accuracy of a half, it may be 0.5 % for 99 % to be kept.
     keeps = at(sure_front(points), "twin", "confidence_keeps_99")

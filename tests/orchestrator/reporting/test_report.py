@@ -107,9 +107,9 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
 
 def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(workspace, sweep):
     axes = parse_axes("served_ms", "bits")
-    none = write_sweep_report(workspace, sweep, axes=axes)
-    assert none.front.rows == []
-    assert any("benchmark --serve" in sentence for sentence in none.sentences)
+    unserved = write_sweep_report(workspace, sweep, axes=axes)
+    assert unserved.front.rows == []
+    assert any("benchmark --serve" in sentence for sentence in unserved.sentences)
     students = [trial for trial in sweep.results if trial.role == "trial"]
     costs = {
         shape_key(trial.model): (served_cost(1, 10.0), served_cost(16, 100.0 * number))
@@ -192,21 +192,21 @@ def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep
             items=[str(n) for n in range(700)], values={"acc": right},
         )  # fmt: skip
         evaluations[result.key] = EvaluationResult(results={"lastword": task})
-    few = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
-    written = write_sweep_report(workspace, few)
-    assert written.folder == few.folder(workspace)
+    judged = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
+    written = write_sweep_report(workspace, judged)
+    assert written.folder == judged.folder(workspace)
     in_bits = num_right < 30
     quality = "bits_per_byte" if in_bits else "accuracy"
     assert written.front.axes.quality == f"quality/{quality}"
     assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == in_bits
     # Either quality can be asked for; the one that is no default has its own folder.
     for option, is_default in (("accuracy", not in_bits), ("bits", in_bits)):
-        chosen_report = report(workspace=workspace, sweeps=[few.name], quality=option)
+        chosen_report = report(workspace=workspace, sweeps=[judged.name], quality=option)
         assert (chosen_report.folder == written.folder) == is_default
-    picked = plan_pick(few.name, workspace=workspace, best=True)
+    picked = plan_pick(judged.name, workspace=workspace, best=True)
     assert picked.axes == written.front.axes
     # Where some model has no bits per byte, accuracy stays.
-    teacher, *other_results = few.results
+    teacher, *other_results = judged.results
     numbers = {n: v for n, v in other_results[0].numbers.items() if n != "quality/bits_per_byte"}
     other_results[0] = other_results[0].model_copy(update={"numbers": numbers})
     assert reason_against_accuracy(workspace, [teacher, *other_results]) == ""

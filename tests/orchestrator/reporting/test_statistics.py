@@ -66,8 +66,8 @@ def test_the_error_of_a_ratio_of_sums_matches_the_delta_method():
 def test_equal_models_differ_by_exactly_zero():
     row = np.random.default_rng(3).standard_normal(301) + 9
     scores = drawn(np.stack([row, row - 1, row]))
-    same = scores.difference(0, 2)
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    difference = scores.difference(0, 2)
+    assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
     ratio = scores.ratio(0, 2)
     assert ratio is not None
     assert (ratio[0].low, ratio[0].high) == (1.0, 1.0)

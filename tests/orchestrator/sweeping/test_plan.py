@@ -221,16 +221,19 @@ def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
 
 def test_relative_costs_relate_to_the_full_model(tiny_model):
     full = ModelConfig.from_dict(tiny_model)
-    none = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
-    cost = exact_cost(none, full)
+    without_corrections = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
+    cost = exact_cost(without_corrections, full)
     assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
-    most = inference_cost(full).decode_flops_per_token
-    assert cost["relative_flops"] == inference_cost(none).decode_flops_per_token / most
+    full_flops = inference_cost(full).decode_flops_per_token
+    assert (
+        cost["relative_flops"]
+        == inference_cost(without_corrections).decode_flops_per_token / full_flops
+    )
     assert cost["relative_flops"] != 2 / 5, "the head is not evaluated more often"
     assert exact_cost(full, full)["relative_flops"] == 1.0
     # One token after a full context: a forward pass over one gives its tokens less attention.
-    assert exact_cost(full, full)["flops_per_token"] == most == 40_672
-    assert none.corrections == IterationSchedule((0, 0))
+    assert exact_cost(full, full)["flops_per_token"] == full_flops == 40_672
+    assert without_corrections.corrections == IterationSchedule((0, 0))
 
 
 TASK = """task: first

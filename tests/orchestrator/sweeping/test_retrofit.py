@@ -167,8 +167,12 @@ def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):
     retrofit = with_trained_candidates(retrofit)
     finished = dict.fromkeys((*retrofit.candidates, SOURCE_CONTINUED), Path("c"))
     assert list(retrofit.measurable_controls(finished)) == [SOURCE, EQUAL_TOKENS, SOURCE_CONTINUED]
-    none = make("sweep.source_controls=[]")
-    assert (none.candidates, none.continued, none.measurable_controls({})) == ({}, None, {})
+    without_controls = make("sweep.source_controls=[]")
+    assert (
+        without_controls.candidates,
+        without_controls.continued,
+        without_controls.measurable_controls({}),
+    ) == ({}, None, {})
 
 
 def test_models_from_random_weights_have_the_flops_of_teacher_and_source(make):

@@ -86,15 +86,15 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finished(trial)
     stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
-    asked_devices: list[str] = []
+    started_keys: list[str] = []
 
     def end(trial: Trial) -> str:
-        asked_devices.append(trial.key)
+        started_keys.append(trial.key)
         return "no luck"
 
     end_trials(monkeypatch, end)
     outcome = sweep.run(plan, "sweep.asha=true")
-    assert asked_devices == []
+    assert started_keys == []
     assert outcome.stopped == {stopped.label: stop}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
@@ -108,7 +108,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert status.has_failed(open_workspace(tmp_path).sweeps / plan.name)
-    assert asked_devices == [stopped.key]
+    assert started_keys == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
 

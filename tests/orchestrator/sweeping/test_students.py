@@ -94,9 +94,9 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     usual = plan()
     assert [t.role for t in usual.trials] == ["teacher", *["trial"] * 4]
     assert len({t.key for t in usual.trials}) == 5
-    few = plan("sweep.num_schedules=2")
-    assert {t.key for t in few.trials} < {t.key for t in usual.trials}, "of another sweep"
-    assert few.key != usual.key
+    of_two = plan("sweep.num_schedules=2")
+    assert {t.key for t in of_two.trials} < {t.key for t in usual.trials}, "of another sweep"
+    assert of_two.key != usual.key
     explicit = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
     assert explicit.num_requested == 5
     bounds = [(t.threshold_above, t.threshold_up_to) for t in explicit.trials[1:]]

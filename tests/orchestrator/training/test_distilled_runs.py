@@ -107,14 +107,16 @@ def test_the_teacher_contributes_only_within_its_window(student):
     always = student("always")
     assert job_key(job) != job_key(always)
     outcome = run_job(job)
-    usual = run_job(always)
+    outcome_of_always = run_job(always)
     assert list(curve(job, "train/kl")) == [3, 4]
     assert all(value > 0 for value in curve(job, "train/kl").values())
     losses, entropies = (curve(job, f"train/{name}") for name in ("loss", "cross_entropy"))
     assert list(entropies) == [1, 2, 3, 4, 5, 6]
     assert [step for step in losses if losses[step] != entropies[step]] == [3, 4]
     assert list(curve(always, "train/kl")) == [1, 2, 3, 4, 5, 6]
-    assert outcome.training_flops < usual.training_flops, "a teacher outside its window is not run"
+    assert outcome.training_flops < outcome_of_always.training_flops, (
+        "a teacher outside its window is not run"
+    )
     for window in ("teacher_until_step=0", "teacher_from_step=-1"):
         with pytest.raises(UserError, match=rf"distillation\.{window.partition('=')[0]}"):
             resolve_settings({}, [f"distillation.{window}"])

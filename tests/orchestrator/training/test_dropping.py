@@ -51,9 +51,9 @@ def test_equals_a_decoder_whose_dropped_layers_repeat(method):
     decoder = decoder_of(method)
     for kept_layers in ((0, 1, 3), (1, 2), (3,), (0,)):
         check_dropping(decoder, kept_layers)
-    same = drop_layers(decoder, range(4))
-    assert torch.equal(same(TOKENS), decoder(TOKENS))
-    same.model.embed_tokens.weight.zero_()  # The weights are copies.
+    complete_copy = drop_layers(decoder, range(4))
+    assert torch.equal(complete_copy(TOKENS), decoder(TOKENS))
+    complete_copy.model.embed_tokens.weight.zero_()  # The weights are copies.
     assert decoder.model.embed_tokens.weight.abs().min() > 0
 
 

@@ -88,7 +88,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
     torch.manual_seed(SEED)
     model = Decoder(ModelConfig.from_dict(tiny_model))
     teacher = None
-    more = {}
+    folders = {}
     schedules = [NONE] * 2 + [FULL] * 3
     if objective == "distill":
         folder = save_tiny(tmp_path / "teacher")
@@ -97,7 +97,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         schedules = [IterationSchedule((1, 0))] * STEPS
         tiny_model = {**tiny_model, "schedule": [1, 0]}
-        more = {"teacher_folder": str(folder), "initial_folder": str(folder)}
+        folders = {"teacher_folder": str(folder), "initial_folder": str(folder)}
     recipe = {**RECIPE, "iterate_from_fraction": 0.4 if objective == "pretrain" else 0.0}
     job = TrainingJob(
         run_folder=str(tmp_path / "run"),
@@ -106,7 +106,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
         recipe=TrainingSettings(**recipe),
         objective=objective,
         distillation=DistillationConfig(kl_weight=KL_WEIGHT, temperature=TEMPERATURE),
-        **more,
+        **folders,
     )
     norms = list(plain_loop(model, tiny_tokens, schedules, teacher))
     assert max(norms) > CLIP

@@ -100,8 +100,8 @@ def test_members_are_drawn_in_proportion_to_what_they_leave_out():
 def test_a_family_follows_from_the_schedule_of_the_step():
     by_step = drawn(3, 1)[100:]
     assert {member for members in by_step for member in members} == {(0, 0), (1, 1), (2, 1)}
-    few = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))
-    assert few[100:] == [((0, 0),)] * 300  # Below 1,1 there is no other schedule.
+    small_family = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))
+    assert small_family[100:] == [((0, 0),)] * 300  # Below 1,1 there is no other schedule.
     family = ElasticSettings(schedules=NESTED, num_drawn=9)
     ramp = drawn(3, 3, elastic=family, iterate_from_fraction=0, iterate_ramp_fraction=0.75)
     assert {frozenset(members) for members in ramp[:100]} == {frozenset({(1, 0), (0, 0)})}

@@ -78,8 +78,8 @@ def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(staged, sc
     continued = same_run(job, after_stage(staged((2, 1), "first")))
     assert starts(continued) == [SWITCH]
     assert set(curve(continued, "validation/loss")) == {2, 4, 6, 8}
-    none = training_flops_per_token(job.model, IterationSchedule((0, 0)))
-    assert run_job(continued).shared_flops == pytest.approx(SWITCH * 32 * none)
+    flops_per_token = training_flops_per_token(job.model, IterationSchedule((0, 0)))
+    assert run_job(continued).shared_flops == pytest.approx(SWITCH * 32 * flops_per_token)
     assert run_job(in_folder(job, "run-alone")).shared_flops == 0.0
     if schedule == (0, 0):  # Such a job can store the stage, too; a ramp does not change it.
         (storing,) = share_first_stages([staged((2, 1), "again", iterate_ramp_fraction=0.25)])
