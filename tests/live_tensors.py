@@ -1,4 +1,4 @@
-"""What operations do: their names, and the memory of live tensors."""
+"""Modes that watch operations: their names, and the memory of live tensors."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class LargestTensor(_SeesOperations):
 
 
 class Reads:
-    """What lazy tensors have read: the bytes that live now, those at the peak, and all together."""
+    """Counts what lazy tensors have read: bytes that live now, those at the peak, and all."""
 
     def __init__(self) -> None:
         self.now = 0

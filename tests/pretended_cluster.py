@@ -34,12 +34,12 @@ nodes.shutdown()
 
 def listening_addresses() -> dict[int, set[str]]:
     """Return the addresses that this process and its children listen on, by process."""
-    found = {}
+    addresses = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             sockets = process.net_connections(kind="inet")
-            found[process.pid] = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
-    return found
+            addresses[process.pid] = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 def environment_without_ray() -> dict[str, str]:

@@ -25,14 +25,14 @@ def test_the_reference_has_every_command_option_and_setting():
     page = generated_pages.command_line_page()
     sections = dict(re.findall(r"^### iiet-orch (.*?)\n(.*?)(?=^##|\Z)", page, re.S | re.M))
 
-    def check_options(group: Any, before: str = "") -> None:
+    def check_options(group: Any, prefix: str = "") -> None:
         for name, command in group.commands.items():
             if hasattr(command, "commands"):
-                check_options(command, f"{before}{name} ")
+                check_options(command, f"{prefix}{name} ")
             for option in command.params:
                 if not getattr(option, "hidden", False) and option.name != "help":
-                    shown = sections[before + name]
-                    assert all(f"`{o}`" in shown for o in option.opts if o[0] == "-"), option
+                    section = sections[prefix + name]
+                    assert all(f"`{o}`" in section for o in option.opts if o[0] == "-"), option
 
     check_options(typer.main.get_command(cli.build_app()))
     pattern = r"^\| `([a-z0-9_.]+)` \|(.*)\|$"
@@ -54,9 +54,8 @@ def test_the_reference_has_every_command_option_and_setting():
 
 def test_the_figures_are_of_the_demo_in_the_results():
     results = (ROOT / "research" / "results.md").read_text("utf-8")
-    demo = results.partition("<!-- front: research/fronts/demo.json")[2].partition("<!-- end -->")[
-        0
-    ]
+    from_demo = results.partition("<!-- front: research/fronts/demo.json")[2]
+    demo = from_demo.partition("<!-- end -->")[0]
     rows = re.findall(r"^\| (\d,\d) \| (\d+) \|", demo, re.MULTILINE)
     family = iiet.schedule_family(concept_figures.INFLUENCE)
     assert {str(m.schedule): str(m.schedule.num_evaluations) for m in family} == dict(rows)
@@ -87,6 +86,6 @@ def test_the_site_is_built_without_a_warning_with_every_public_name(tmp_path):
     for page, text in pages.items():
         for target in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', text):
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
-    found = set(re.findall(r'id="([\w.]+)"', pages[site / "reference" / "api.html"]))
+    names = set(re.findall(r'id="([\w.]+)"', pages[site / "reference" / "api.html"]))
     for module in (orchestrator, iiet):
-        assert not {f"{module.__name__}.{name}" for name in module.__all__} - found
+        assert not {f"{module.__name__}.{name}" for name in module.__all__} - names
