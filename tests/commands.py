@@ -75,7 +75,7 @@ class Started:
         self.pid = self._process.pid
 
     def __del__(self) -> None:
-        """Close the pipes, which warn if nobody does."""
+        """Close the pipes, which warn if they are left open."""
         for pipe in (self.stdin, self.stdout):
             with suppress(OSError):  # What was typed last has no reader any more.
                 pipe.close()
@@ -159,10 +159,10 @@ def run_workers(code: str, number: int, *arguments: str) -> None:
 
 
 def settings_options(settings: Iterable[str], command: str, kind: str = "") -> list[str]:
-    """Return `--set` of those values, such as `training.seed=3`, that a command reads.
+    """Return `--set` options of the values that a command reads, such as `training.seed=3`.
 
     Args:
-        command: Its name.
+        command: Name of the command.
         kind: Kind of the sweep, if the command runs one of a file.
     """
     from orchestrator.cli.command import COMMANDS

@@ -138,8 +138,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def terminal() -> Iterator[TextIO]:
     """The input of a terminal into which nobody types."""
-    with unanswered() as (_, program_end), os.fdopen(os.dup(program_end)) as typed:
-        yield typed
+    with unanswered() as (_, program_end), os.fdopen(os.dup(program_end)) as input_file:
+        yield input_file
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def tokenizer_values(file: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # First, as a bool is an int, too.
         writer.add_bool(name, value)
     elif isinstance(value, int):
         writer.add_uint32(name, value)

@@ -100,8 +100,8 @@ class LargestTensor(_SeesOperations):
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors(result):
-            held = tensor.untyped_storage().nbytes() // tensor.itemsize
-            self.num_values = max(self.num_values, held)
+            num_values = tensor.untyped_storage().nbytes() // tensor.itemsize
+            self.num_values = max(self.num_values, num_values)
 
 
 class Reads:

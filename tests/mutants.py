@@ -217,10 +217,11 @@ def main() -> None:
     print(f"{len(chosen)} of {len(mutants)} faults; importing the libraries ...", flush=True)
     import_libraries()
     tests = sorted({test for mutant in chosen for test in mutant.tests})
-    files, single = ([t for t in tests if ("::" in t) == is_single] for is_single in (False, True))
+    whole_files = [test for test in tests if "::" not in test]
+    single_tests = [test for test in tests if "::" in test]
     unchanged = [
         Mutant("no fault", "Makefile", "", "", tuple(kind[number :: options.processes]))
-        for kind in (files, single)
+        for kind in (whole_files, single_tests)  # Apart: `start` selects them by other marks.
         for number in range(options.processes)
         if kind[number:]
     ]

@@ -65,7 +65,7 @@ def run_driver(
     """
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env={**environment_without_ray(), "RAY_TMPDIR": scratch, **variables},
             cwd=scratch if in_scratch else None,
@@ -74,8 +74,8 @@ def run_driver(
             check=False,
             timeout=timeout,
         )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
 
 
 @contextmanager

@@ -76,7 +76,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Change:
-    """One expression of a file and what replaces it."""
+    """An expression of a file and what replaces it."""
 
     file: str
     function: str
@@ -85,7 +85,7 @@ class Change:
     line: int
     """The expression's first line."""
     start: int
-    """Its place among the characters of the file."""
+    """Place of the expression's first character in the file."""
     end: int
     new: str
 

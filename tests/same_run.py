@@ -45,10 +45,9 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
         rel: Tolerance of the curves, where rounding differs; weights and moments then are near.
     """
     undisturbed = in_folder(job, f"{job.folder.name}-alone")
-    numbers = range(1000)
-    free = (f"{job.folder.name}-{n}" for n in numbers)
-    name = next(name for name in free if not (job.folder.parent / name).exists())
-    disturbed = in_folder(job, name)
+    names = (f"{job.folder.name}-{number}" for number in range(1000))
+    unused_name = next(name for name in names if not (job.folder.parent / name).exists())
+    disturbed = in_folder(job, unused_name)
     for disturb in disturbances:
         disturbed = disturb(disturbed) or disturbed
     expected = run_job(undisturbed)
@@ -142,12 +141,12 @@ def crash(step: int) -> Disturbance:
     """Fail while the batch of a step is read."""
 
     def disturb(job: TrainingJob) -> None:
-        batch = TokenStore.batch
+        read_batch = TokenStore.batch
 
         def crashing(self: TokenStore, now: int, **options: Any) -> Any:
             if now == step:
                 raise RuntimeError("crash")
-            return batch(self, now, **options)
+            return read_batch(self, now, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TokenStore, "batch", crashing)
@@ -184,12 +183,12 @@ from orchestrator.training.trainer import run_job
 
 module, name, word, job = sys.argv[1:]
 owner = importlib.import_module(module)
-plain = getattr(owner, name)
+original = getattr(owner, name)
 
 def dying(*args, **options):
     if word in repr(args):
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*args, **options)
+    return original(*args, **options)
 
 setattr(owner, name, dying)
 run_job(TrainingJob.model_validate_json(job))
@@ -280,14 +279,14 @@ from pathlib import Path
 
 Path(f"{meeting}-pid-{rank}").write_text(str(os.getpid()))
 owner = importlib.import_module("MODULE")
-plain = getattr(owner, "NAME")
+original = getattr(owner, "NAME")
 
 def dying(*args, **options):
     if "WORD" in repr(args):
         others = {int(Path(f"{meeting}-pid-{n}").read_text()) for n in range(int(number))}
         for pid in [*others - {os.getpid()}, os.getpid()]:
             os.kill(pid, signal.SIGKILL)
-    return plain(*args, **options)
+    return original(*args, **options)
 
 owner.NAME = dying
 """

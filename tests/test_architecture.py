@@ -248,5 +248,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stderr.strip() == "[]"

@@ -44,10 +44,10 @@ def test_the_reference_has_every_command_option_and_setting():
                 check_settings(value, f"{prefix}{name}.")
                 continue
             # A section that is unset by default is described by its own settings.
-            full = prefix + name
-            assert full in rows or any(row.startswith(f"{full}.") for row in rows), full
+            key = prefix + name
+            assert key in rows or any(row.startswith(f"{key}.") for row in rows), key
             if isinstance(value, int | float) and not isinstance(value, bool):
-                assert f"`{value}`" in rows[full] or f"`{value:g}`" in rows[full], full
+                assert f"`{value}`" in rows[key] or f"`{value:g}`" in rows[key], key
 
     check_settings(Settings())
 
@@ -77,11 +77,11 @@ def test_code_fits_the_column_of_the_site():
 def test_the_site_is_built_without_a_warning_with_every_public_name(tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
-    built = subprocess.run(
+    process = subprocess.run(
         [*command, "-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(site)],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert built.returncode == 0, built.stderr
+    assert process.returncode == 0, process.stderr
     pages = {path: path.read_text("utf-8") for path in site.rglob("*.html")}
     for page, text in pages.items():
         for target in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', text):

@@ -107,14 +107,14 @@ def steps(tmp_path_factory) -> dict[str, dict[str, Any]]:
     # PyTorch asks for devices while it is imported.
     start = f"import ctypes, runpy; ctypes.CDLL({str(library)!r}); "
     start += f"runpy.run_path({__file__!r}, run_name='__main__')"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", start, str(library)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    counted: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    counted: dict[str, dict[str, Any]] = json.loads(process.stdout)
     return counted
 
 

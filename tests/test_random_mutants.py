@@ -102,14 +102,14 @@ def test_lines_are_recorded_for_each_test_that_runs_them_also_in_shared_fixtures
         "sys.exit(pytest.main(['-q', '-p', 'random_mutants', '-p', 'no:cacheprovider', '-c', "
         "os.devnull, sys.argv[4]]))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable, "-c", program, str(ROOT), str(ROOT / "tests"), str(record),
             str(tmp_path / "test_recorded.py"),
         ],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     tests = json.loads(record.read_text())
     run = {name.partition("::")[2]: test["lines"] for name, test in tests.items()}
     assert run["test_first"] == run["test_second"] != []

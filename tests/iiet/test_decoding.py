@@ -31,9 +31,9 @@ def cache_of(decoder, **settings):
 
 def test_a_cache_copies_nothing():
     cache = cache_of(decoder_of())
-    new = torch.ones(2, 2, 1, 4, dtype=torch.float64)
-    keys, values = cache.update(new, 2 * new, 5)
-    longer_keys, _ = cache.update(new, 2 * new, 5)
+    ones = torch.ones(2, 2, 1, 4, dtype=torch.float64)
+    keys, values = cache.update(ones, 2 * ones, 5)
+    longer_keys, _ = cache.update(ones, 2 * ones, 5)
     assert longer_keys.shape == (2, 2, 2, 4)
     assert longer_keys.data_ptr() == keys.data_ptr()
     assert values.data_ptr() != keys.data_ptr()
@@ -187,14 +187,17 @@ def test_without_a_seed_the_generator_of_pytorch_decides(draft):
 
 def test_end_tokens_end_rows_and_then_the_batch():
     decoder = decoder_of()
-    free = decoder.generate(PROMPT, max_new_tokens=10)
-    stop = [int(free[0, 6]), int(free[1, 8])]
-    ends = [next(time for time in range(5, 15) if int(free[row, time]) in stop) for row in range(2)]
-    ended = decoder.generate(PROMPT, max_new_tokens=10, eos_token_id=stop)
+    endless = decoder.generate(PROMPT, max_new_tokens=10)
+    stop_tokens = [int(endless[0, 6]), int(endless[1, 8])]
+    ends = [
+        next(time for time in range(5, 15) if int(endless[row, time]) in stop_tokens)
+        for row in range(2)
+    ]
+    ended = decoder.generate(PROMPT, max_new_tokens=10, eos_token_id=stop_tokens)
     assert ended.size(1) == max(ends) + 1
     for row, end in enumerate(ends):
-        assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
-        assert (ended[row, end:] == free[row, end]).all()
+        assert torch.equal(ended[row, : end + 1], endless[row, : end + 1])
+        assert (ended[row, end:] == endless[row, end]).all()
 
 
 def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():

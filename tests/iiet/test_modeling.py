@@ -172,9 +172,9 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
         "static": lambda: StaticCache(config=model.config, max_cache_len=16),
     }[kind]()
     parts = ids.split([4, 1, 3, 1, 2], dim=1)
-    whole = torch.cat([model(part, cache=cache).logits for part in parts], 1)
-    torch.testing.assert_close(whole, decoder(ids), rtol=1e-11, atol=1e-11)
-    assert len(cache.layers) == 3 + 2 + 0 + 3
+    logits = torch.cat([model(part, cache=cache).logits for part in parts], 1)
+    torch.testing.assert_close(logits, decoder(ids), rtol=1e-11, atol=1e-11)
+    assert len(cache.layers) == 3 + 2 + 0 + 3  # Three predictions, and the corrections.
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -53,18 +53,19 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
     for draft in ("0", decoder_of((1, 0, 0))):
         options = {"max_new_tokens": 60}
 
-        def rates(draft_tokens, draft=draft, options=options):
+        def records_of(draft_tokens, draft=draft, options=options):
             drafting = drafts(draft, draft_tokens)
-            rows = [
+            row_records = [
                 drafted(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
             ]
-            return rows, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
+            return row_records, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
 
-        rows, batch = rates(3)
-        assert 1 < batch.tokens_per_verification < min(r.tokens_per_verification for r in rows)
-        rows, batch = rates(1)  # One token at a time: each position counts once.
-        share = sum(r.accepted for r in rows) / sum(r.drafted for r in rows)
-        assert batch.acceptance == pytest.approx(share, abs=0.1)
+        row_records, batch_record = records_of(3)
+        slowest = min(record.tokens_per_verification for record in row_records)
+        assert 1 < batch_record.tokens_per_verification < slowest
+        row_records, batch_record = records_of(1)  # One token at a time: each position counts once.
+        share = sum(r.accepted for r in row_records) / sum(r.drafted for r in row_records)
+        assert batch_record.acceptance == pytest.approx(share, abs=0.1)
 
 
 def test_the_record_is_that_of_a_plain_loop():
@@ -92,8 +93,12 @@ def test_the_record_is_that_of_a_plain_loop():
 
 def test_end_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
-    free = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
-    for stops in ([int(free[0, 9])], [int(free[0, 9]), int(free[1, 30])], free[:, 12].tolist()):
+    endless = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
+    for stops in (
+        [int(endless[0, 9])],
+        [int(endless[0, 9]), int(endless[1, 30])],
+        endless[:, 12].tolist(),
+    ):
         for draft in ("0", "3,0,0"):
             expected, generated, _ = plain_and_drafted(
                 decoder, drafts(draft, 4), eos_token_id=stops

@@ -76,8 +76,13 @@ def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_w
 def test_sampling_and_end_tokens_are_the_same(options, small_windows):
     decoder = decoder_of()
     options = {"temperature": 1.0, "seed": 7, **options}
-    free, _ = ordinary_and_fixed(decoder, **options)
-    for stops in ([int(free[0, 6])], [int(free[0, 6]), int(free[1, 9])], range(8), range(VOCAB)):
+    endless, _ = ordinary_and_fixed(decoder, **options)
+    for stops in (
+        [int(endless[0, 6])],
+        [int(endless[0, 6]), int(endless[1, 9])],
+        range(8),
+        range(VOCAB),
+    ):
         expected, generated = ordinary_and_fixed(decoder, eos_token_id=stops, **options)
         assert torch.equal(expected, generated)
 

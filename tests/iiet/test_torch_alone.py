@@ -42,11 +42,11 @@ def test_the_core_works_with_pytorch_alone_and_names_the_library_that_loading_ne
                 link.symlink_to(place)
     # Without `site`, Python searches its own library and these folders only.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-S", str(PROGRAM)], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(process.stdout)
     assert results["file"] == iiet.__file__
     assert results["missing"] == []
     assert results["losses"] == sorted(results["losses"], reverse=True)

@@ -1,4 +1,4 @@
-"""What a correction is worth: recovered from synthetic laws, refused where it cannot be known."""
+"""The worth of a correction: recovered from synthetic laws, refused where it cannot be known."""
 
 from __future__ import annotations
 

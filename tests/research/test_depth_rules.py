@@ -13,7 +13,8 @@ SINGLE = "r = 3, 2 layers"
 LOOPED = "looped, r = 3, 2 layers"
 GOOD = {VANILLA: 0.70, DEEP: 1.0, NONE: 0.65, SINGLE: 0.99, LOOPED: 0.95}
 """Corrections and repetitions pay. The gap is 30 points, so 85 % recover half of it."""
-PAYS, LOOP_PAYS = (f"does iteration pay in {name!r}" for name in (SINGLE, LOOPED))
+PAYS = f"does iteration pay in {SINGLE!r}"
+LOOP_PAYS = f"does iteration pay in {LOOPED!r}"
 INTERNALISED = f"are the corrections of {SINGLE!r} internalised"
 WRONG_UNIT = "is the layer the wrong unit of iteration, L = 2, r = 3"
 
