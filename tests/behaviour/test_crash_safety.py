@@ -241,7 +241,7 @@ def some_tokens(folder: Path) -> Path:
         '"vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}}}'
     )
     texts = ["a b " * number for number in range(1, 9)]
-    return tokens_of(texts, folder, given=words, validation_fraction=0.3)
+    return tokens_of(texts, folder, loaded_tokenizer=words, validation_fraction=0.3)
 
 
 def tokens(folder: Path) -> Answer:
