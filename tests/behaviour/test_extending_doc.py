@@ -37,7 +37,7 @@ MODULES = {
     name: (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
     for name in PYPROJECT["tool"]["setuptools"]["py-modules"]
 }
-LINES = [line for block in blocks("bash") for line in block.splitlines()]
+LINES = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
 
 
 def line_with(words: str) -> list[str]:

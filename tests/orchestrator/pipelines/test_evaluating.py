@@ -130,7 +130,10 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     trial = checkpoint_trial("trial", "x", checkpoint, config, suite_of(fewer), workspace)
-    assert run_trial(trial), "the limit is of tasks, and changes no loss"
+    monkeypatch.setattr(measuring, "heldout_loss", lambda *_, num_tokens, **__: float(num_tokens))
+    limited = run_trial(trial)
+    assert limited
+    assert limited.value(loss) == config.context_length, "one item, and one sequence"
 
 
 def test_a_change_of_model_items_or_precision_is_another_evaluation(

@@ -114,7 +114,10 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "not prepared" in before["state"]
     folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
     os.utime(text, (0, 0))  # Copying a file may change its time.
-    assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    assert (
+        "`iiet-orch prepare` does it alone"
+        in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    )
     assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder
     after = printed(capsys, *options, "-w", str(tmp_path))
     assert "prepared tokens" in after["vocabulary"]
