@@ -81,7 +81,7 @@ def sweep(context, save_tiny) -> StoredSweep:
 def test_the_reason_names_a_better_baseline(context, sweep):
     baseline = sample_trial(
         key="plain", role="baseline", label="vanilla", method="vanilla", schedule=(0, 0),
-        cost={"evaluations": 2}, quality={"accuracy": 0.499},
+        cost={"evaluations": 2}, quality={"accuracy": 0.499, "accuracy_stderr": 0.0004},
     )  # fmt: skip
     with_vanilla = sweep.model_copy(
         update={"name": "with-vanilla", "results": (*sweep.results, baseline)}
@@ -89,7 +89,7 @@ def test_the_reason_names_a_better_baseline(context, sweep):
     with_vanilla.store(context.workspace)
     choice = plan_pick("with-vanilla", workspace=context.workspace)
     assert choice.name == "1,0"
-    expected = "vanilla (accuracy 49.9%) costs no more and is better by 0.1 points"
+    expected = "costs no more and is better by 0.1 points, 95% interval 0.0 to 0.2"
     assert expected in choice.sentence
     assert expected in choice.to_json()["sentence"]
 

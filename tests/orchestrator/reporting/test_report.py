@@ -363,9 +363,9 @@ def test_a_sweep_without_a_report_says_how_far_it_is(tmp_path, sample_results):
     )  # fmt: skip
     plan.write(space.sweeps / "begun" / PLAN_FILE)
     trials[0].write(trials[0].result_path)
-    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials have ended"):
         newest_sweep(space)
-    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials have ended"):
         load_sweep_results(space, "begun")
 
 
