@@ -56,25 +56,26 @@ class Started:
         own_session: bool = False,
     ) -> None:
         os.environ.update(ONE_THREAD)
-        typed, typing = CONTEXT.Pipe(duplex=False)
-        shown, printing = CONTEXT.Pipe(duplex=False)
+        input_reader, input_writer = CONTEXT.Pipe(duplex=False)
+        output_reader, output_writer = CONTEXT.Pipe(duplex=False)
         variables = dict(os.environ if environment is None else environment)
         where = str(folder or Path.cwd())
         self._process = CONTEXT.Process(
-            target=_run, args=(words, code, where, variables, own_session, typed, printing)
+            target=_run,
+            args=(words, code, where, variables, own_session, input_reader, output_writer),
         )
         self._process.start()
-        typed.close()
-        printing.close()
-        self.stdin = os.fdopen(os.dup(typing.fileno()), "w", encoding="utf-8")
-        self.stdout = os.fdopen(os.dup(shown.fileno()), encoding="utf-8", errors="replace")
-        typing.close()
-        shown.close()
+        input_reader.close()
+        output_writer.close()
+        self.stdin = os.fdopen(os.dup(input_writer.fileno()), "w", encoding="utf-8")
+        self.stdout = os.fdopen(os.dup(output_reader.fileno()), encoding="utf-8", errors="replace")
+        input_writer.close()
+        output_reader.close()
         assert self._process.pid
         self.pid = self._process.pid
 
     def __del__(self) -> None:
-        """Close the pipes, which warn if nobody does."""
+        """Close the pipes, which warn if they are left open."""
         for pipe in (self.stdin, self.stdout):
             with suppress(OSError):  # What was typed last has no reader any more.
                 pipe.close()
@@ -158,10 +159,10 @@ def run_workers(code: str, number: int, *arguments: str) -> None:
 
 
 def settings_options(settings: Iterable[str], command: str, kind: str = "") -> list[str]:
-    """Return `--set` of those values, such as `training.seed=3`, that a command reads.
+    """Return `--set` options of the values that a command reads, such as `training.seed=3`.
 
     Args:
-        command: Its name.
+        command: Name of the command.
         kind: Kind of the sweep, if the command runs one of a file.
     """
     from orchestrator.cli.command import COMMANDS
@@ -181,8 +182,8 @@ def _run(
     folder: str,
     environment: dict[str, str],
     own_session: bool,
-    typed: Connection,
-    printing: Connection,
+    input_reader: Connection,
+    output_writer: Connection,
 ) -> None:
     """Be the new process: take its place, run, and end as a Python of its own would."""
     threads = [*Path("/proc/self/task").iterdir()] if sys.platform == "linux" else [None]
@@ -192,11 +193,11 @@ def _run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(typed.fileno(), 0)
-    os.dup2(printing.fileno(), 1)
-    os.dup2(printing.fileno(), 2)
-    typed.close()
-    printing.close()
+    os.dup2(input_reader.fileno(), 0)
+    os.dup2(output_writer.fileno(), 1)
+    os.dup2(output_writer.fileno(), 2)
+    input_reader.close()
+    output_writer.close()
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.argv = ["iiet-orch" if code is None else "-c", *words]
     # Tests that were started in the background of a shell inherit that Ctrl-C is ignored.

@@ -29,10 +29,10 @@ from terminal import unanswered
 from orchestrator.cluster.ray import address_variables
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = "iiet/seconds"
+SECONDS_KEY = "iiet/seconds"
 """Name of the seconds of each test file in pytest's cache."""
 SLOW_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(?:slow|long|installs)\b", re.MULTILINE)
-TAKEN: Counter[str] = Counter()
+SECONDS_TAKEN: Counter[str] = Counter()
 """Seconds of each file in this run."""
 
 # Until all tests are imported, nothing becomes garbage, and looking for it takes a second.
@@ -105,13 +105,13 @@ def pytest_collection_finish() -> None:
 
 def _stored_seconds(config: pytest.Config) -> dict[str, float]:
     cache: Any = getattr(config, "cache", None)  # It can be switched off.
-    found: dict[str, float] = cache.get(SECONDS, {}) if cache else {}
-    return found
+    seconds: dict[str, float] = cache.get(SECONDS_KEY, {}) if cache else {}
+    return seconds
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up the seconds of each file."""
-    TAKEN[Path(report.location[0]).stem] += report.duration
+    SECONDS_TAKEN[Path(report.location[0]).stem] += report.duration
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -119,7 +119,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     cache: Any = getattr(config, "cache", None)
     if cache and not hasattr(config, "workerinput"):
-        cache.set(SECONDS, {**_stored_seconds(config), **TAKEN})
+        cache.set(SECONDS_KEY, {**_stored_seconds(config), **SECONDS_TAKEN})
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -138,8 +138,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def terminal() -> Iterator[TextIO]:
     """The input of a terminal into which nobody types."""
-    with unanswered() as (_, theirs), os.fdopen(os.dup(theirs)) as typed:
-        yield typed
+    with unanswered() as (_, program_end), os.fdopen(os.dup(program_end)) as input_file:
+        yield input_file
 
 
 @pytest.fixture
@@ -304,13 +304,13 @@ def small_sweep(pytestconfig, request) -> Path:
         for path in sorted((ROOT / package).rglob("*.*")):
             if path.suffix in (".py", ".yaml", ".html"):
                 digest.update(f"{path}\n".encode() + path.read_bytes())
-    kept = pytestconfig.rootpath / ".pytest_cache" / "small-sweeps"
-    workspace = kept / digest.hexdigest()[:16]
+    kept_sweeps = pytestconfig.rootpath / ".pytest_cache" / "small-sweeps"
+    workspace = kept_sweeps / digest.hexdigest()[:16]
     printed = workspace.with_suffix(".txt")
-    kept.mkdir(parents=True, exist_ok=True)
-    with lock_file(kept / "lock"):
+    kept_sweeps.mkdir(parents=True, exist_ok=True)
+    with lock_file(kept_sweeps / "lock"):
         if not printed.is_file():
-            for older in kept.glob("*/"):
+            for older in kept_sweeps.glob("*/"):
                 if time.time() - older.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(older)
             shutil.rmtree(workspace, ignore_errors=True)  # It was interrupted.

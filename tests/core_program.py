@@ -43,7 +43,7 @@ def main():
     )
     folder = mkdtemp()
     teacher.save_pretrained(folder)
-    found = {
+    results = {
         "version": iiet.__version__,
         "missing": [name for name in iiet.__all__ if not hasattr(iiet, name)],
         "losses": losses,
@@ -53,7 +53,7 @@ def main():
         "load": message_of(iiet.Decoder.from_pretrained, folder),
         "file": iiet.__file__,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -31,20 +31,20 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def shell_lines() -> list[Line]:
     """Return the commands of all shell blocks, without comments and prompts."""
-    found = []
+    lines = []
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
-                    found.append(Line(page.name, tuple(words)))
-    return found
+                    lines.append(Line(page.name, tuple(words)))
+    return lines
 
 
 def inline_commands() -> list[Line]:
     """Return the commands within sentences and tables, such as `iiet-orch list KIND`."""
-    found = []
+    commands = []
     for page in PAGES:
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
         for code in re.findall(r"`(iiet-orch [^`]+)`", text):
-            found.append(Line(page.name, tuple(shlex.split(code.replace("\n", " ")))))
-    return found
+            commands.append(Line(page.name, tuple(shlex.split(code.replace("\n", " ")))))
+    return commands

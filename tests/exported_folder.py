@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def found_by(script, folder, tmp_path):
+def json_printed_by(script, folder, tmp_path):
     """Return the JSON in the last line of a script that gets the folder and a folder for a copy."""
     environment = {
         **os.environ,

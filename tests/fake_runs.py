@@ -30,11 +30,11 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
             assert trial is not None, "no trial of these waits for another process"
             trials.on_start(trial.key)
             watch()
-            ended = end(trial)
-            if isinstance(ended, Trial):
-                trials.on_end(trial.key, ended, "")
+            result = end(trial)
+            if isinstance(result, Trial):
+                trials.on_end(trial.key, result, "")
             else:
-                trials.on_end(trial.key, None, ended)
+                trials.on_end(trial.key, None, result)
 
     monkeypatch.setattr(run, "ray_cluster", lambda *_, **__: nullcontext())
     monkeypatch.setattr("orchestrator.cluster.tune.run_trials", run_trials)

@@ -1,4 +1,4 @@
-"""Stands for MLflow in tests: remembers what it was asked for, and stores nothing."""
+"""Stands for MLflow in tests: remembers the runs that it gets, and stores nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.workspace.layout import Workspace
 
 
 class FakeTracking:
-    """Stands for MLflow: remembers what it was asked for."""
+    """Remembers the runs that it gets, in place of MLflow's tracking."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, str, str | None], TrackedRun] = {}

@@ -18,19 +18,20 @@ def only_readable(folder: Path) -> Iterator[None]:
     """Make a folder with all its content read-only until the block ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
-    before = (ctypes.c_uint32 * 6)()  # Effective, permitted, inheritable; then the higher bits.
-    assert libc.capget(header, before) == 0
-    less = (ctypes.c_uint32 * 6)(*before)
-    less[0] &= ~_IGNORES_MODES
+    # Effective, permitted, inheritable; then the higher bits.
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    fewer_capabilities = (ctypes.c_uint32 * 6)(*capabilities)
+    fewer_capabilities[0] &= ~_IGNORES_MODES
     paths = [folder, *folder.rglob("*")]
     modes = {path: path.stat().st_mode for path in paths}
     for path in paths:
         path.chmod(modes[path] & ~0o222)
-    assert libc.capset(header, less) == 0
+    assert libc.capset(header, fewer_capabilities) == 0
     try:
         assert not os.access(folder, os.W_OK, effective_ids=True)
         yield
     finally:
-        libc.capset(header, before)
+        libc.capset(header, capabilities)
         for path in paths:
             path.chmod(modes[path])

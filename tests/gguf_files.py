@@ -93,15 +93,15 @@ def write_llama(
     for name, weight in llama.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
-        theirs = _llama_cpp_name(name)
+        gguf_name = _llama_cpp_name(name)
         array = weight.float().numpy()
-        if theirs in left_out:
+        if gguf_name in left_out:
             continue
-        if (part := theirs.rpartition("attn_")[2].removesuffix(".weight")) in heads:
+        if (part := gguf_name.rpartition("attn_")[2].removesuffix(".weight")) in heads:
             rows = array.reshape(heads[part], 2, -1, array.shape[-1])
             array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
         stored = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
-        writer.add_tensor(theirs, _blocks(array, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name, _blocks(array, stored), raw_dtype=stored)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -156,7 +156,7 @@ def tokenizer_values(file: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # First, as a bool is an int, too.
         writer.add_bool(name, value)
     elif isinstance(value, int):
         writer.add_uint32(name, value)

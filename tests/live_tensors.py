@@ -1,4 +1,4 @@
-"""What operations do: their names, and the memory of live tensors."""
+"""Modes that watch operations: their names, and the memory of live tensors."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ class LargestTensor(_SeesOperations):
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for tensor in _tensors(result):
-            held = tensor.untyped_storage().nbytes() // tensor.itemsize
-            self.num_values = max(self.num_values, held)
+            num_values = tensor.untyped_storage().nbytes() // tensor.itemsize
+            self.num_values = max(self.num_values, num_values)
 
 
 class Reads:
-    """What lazy tensors have read: the bytes that live now, those at the peak, and all together."""
+    """Counts what lazy tensors have read: bytes that live now, those at the peak, and all."""
 
     def __init__(self) -> None:
         self.now = 0

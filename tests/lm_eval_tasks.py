@@ -91,11 +91,11 @@ def logged_responses(folder: Path) -> dict[str, list[list[Any]]]:
     Args:
         folder: Holds `samples_TASK_DATE.jsonl`, such as a stored evaluation.
     """
-    found = {}
+    responses_by_task = {}
     for path in sorted(folder.glob("samples_*.jsonl")):
         samples = [json.loads(line) for line in path.read_text().splitlines()]
         is_generated = "until" in str(samples[0]["arguments"])
-        found[path.name.removeprefix("samples_").rpartition("_")[0]] = [
+        responses_by_task[path.name.removeprefix("samples_").rpartition("_")[0]] = [
             [
                 response
                 if is_generated
@@ -106,4 +106,4 @@ def logged_responses(folder: Path) -> dict[str, list[list[Any]]]:
             for sample in samples
             if sample["filter"] == samples[0]["filter"]
         ]
-    return found
+    return responses_by_task

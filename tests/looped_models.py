@@ -29,7 +29,8 @@ class Layer(nn.Module):
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.norm = nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
 
     def forward(self, x, slot, cache, mask):
@@ -63,7 +64,8 @@ class TinyLoopModel(PreTrainedModel, GenerationMixin):
         x = self.embed(input_ids)
         if use_cache and (cache is None or not cache.get_seq_length()):
             cache = DynamicCache()  # `generate` makes one that has a slot per layer.
-        past, time = (cache.get_seq_length() if cache is not None else 0), x.shape[1]
+        past = cache.get_seq_length() if cache is not None else 0
+        time = x.shape[1]
         mask = torch.ones(time, past + time, dtype=torch.bool).tril(past)[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask.bool()[:, None, None, :]

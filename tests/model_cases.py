@@ -46,8 +46,8 @@ def schedule_for(method: str, corrections: Sequence[int]) -> IterationSchedule |
     in all layers where it repeats the stack, or None where it makes none."""
     if not METHODS[method].facts.has_corrections:
         return None
-    if (most := METHODS[method].facts.full_level) is not None:
-        return IterationSchedule(tuple(min(most, count) for count in corrections))
+    if (full_level := METHODS[method].facts.full_level) is not None:
+        return IterationSchedule(tuple(min(full_level, count) for count in corrections))
     if METHODS[method].facts.repeats_stack:
         return IterationSchedule.uniform(len(corrections), max(corrections))
     return IterationSchedule(tuple(corrections))
@@ -93,8 +93,8 @@ def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own_classes
 @st.composite
 def paddings(draw: st.DrawFn, batch: int = 2, time: int = 9) -> Tensor:
     """Draw a mask, (batch, time), with padding on the left of some rows; one row has none."""
-    left = [0, *draw(st.lists(st.integers(0, time - 2), min_size=batch - 1, max_size=batch - 1))]
-    return left_padding(*left, time=time)
+    counts = [0, *draw(st.lists(st.integers(0, time - 2), min_size=batch - 1, max_size=batch - 1))]
+    return left_padding(*counts, time=time)
 
 
 def cheaper(decoder: Decoder) -> IterationSchedule | None:
@@ -117,8 +117,8 @@ def gradients(decoder: Decoder, loss: Tensor | None = None) -> Gradients:
     return {name: parameter.grad for name, parameter in decoder.named_parameters()}
 
 
-def assert_same(found: Gradients, expected: Gradients, **tolerance: float) -> None:
+def assert_same(actual: Gradients, expected: Gradients, **tolerance: float) -> None:
     """Compare gradients bitwise, or with a tolerance."""
-    for name, gradient in found.items():
+    for name, gradient in actual.items():
         assert (gradient is None) == (expected[name] is None), name
         torch.testing.assert_close(gradient, expected[name], **(tolerance or EXACT))

@@ -67,7 +67,7 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """What pytest prints."""
+        """The file of what pytest prints."""
         return self.copy.with_suffix(".txt")
 
 
@@ -120,10 +120,10 @@ def import_libraries() -> None:
     sys.path[:] = [path for path in sys.path if path in installed or path not in inside]
     for name in LIBRARIES:
         importlib.import_module(name)
-    ours = {"iiet", "orchestrator", "conftest"} & set(sys.modules)
+    project_modules = {"iiet", "orchestrator", "conftest"} & set(sys.modules)
     threads = threading.active_count()  # pyarrow's allocator has one more, made to be forked
-    if ours or threads > 1:
-        sys.exit(f"Cannot fork: {threads} threads run, and {sorted(ours)} are imported.")
+    if project_modules or threads > 1:
+        sys.exit(f"Cannot fork: {threads} threads run, and {sorted(project_modules)} are imported.")
 
 
 def start(run: Run) -> int:
@@ -217,10 +217,11 @@ def main() -> None:
     print(f"{len(chosen)} of {len(mutants)} faults; importing the libraries ...", flush=True)
     import_libraries()
     tests = sorted({test for mutant in chosen for test in mutant.tests})
-    files, single = ([t for t in tests if ("::" in t) == is_single] for is_single in (False, True))
+    whole_files = [test for test in tests if "::" not in test]
+    single_tests = [test for test in tests if "::" in test]
     unchanged = [
         Mutant("no fault", "Makefile", "", "", tuple(kind[number :: options.processes]))
-        for kind in (files, single)
+        for kind in (whole_files, single_tests)  # Apart: `start` selects them by other marks.
         for number in range(options.processes)
         if kind[number:]
     ]

@@ -32,21 +32,21 @@ def install(python: Path, *requirements: str) -> None:
 
 def run(program: Path | str, *arguments: str, cwd: Path) -> str:
     """Run a program without this process's Python paths, and return what it prints."""
-    done = subprocess.run(
+    process = subprocess.run(
         [str(program), *arguments],
         cwd=cwd,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    return process.stdout
 
 
 def build(target: str, folder: Path) -> Path:
     """Build the `wheel` or the `sdist` of this checkout into a folder, and return its file."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "-d", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     [file] = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
     return file

@@ -35,5 +35,5 @@ def evaluate_model(
         opened={opened.label: opened},
         **options,
     )
-    (found,) = run_evaluate(plan, context).evaluations.values()
-    return found
+    (evaluation,) = run_evaluate(plan, context).evaluations.values()
+    return evaluation

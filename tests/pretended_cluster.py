@@ -34,12 +34,12 @@ nodes.shutdown()
 
 def listening_addresses() -> dict[int, set[str]]:
     """Return the addresses that this process and its children listen on, by process."""
-    found = {}
+    addresses = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             sockets = process.net_connections(kind="inet")
-            found[process.pid] = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
-    return found
+            addresses[process.pid] = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 def environment_without_ray() -> dict[str, str]:
@@ -65,7 +65,7 @@ def run_driver(
     """
     # Short: a socket's path has little room.
     with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env={**environment_without_ray(), "RAY_TMPDIR": scratch, **variables},
             cwd=scratch if in_scratch else None,
@@ -74,8 +74,8 @@ def run_driver(
             check=False,
             timeout=timeout,
         )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
 
 
 @contextmanager

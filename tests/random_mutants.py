@@ -76,7 +76,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Change:
-    """One expression of a file and what replaces it."""
+    """An expression of a file and what replaces it."""
 
     file: str
     function: str
@@ -85,7 +85,7 @@ class Change:
     line: int
     """The expression's first line."""
     start: int
-    """Its place among the characters of the file."""
+    """Place of the expression's first character in the file."""
     end: int
     new: str
 
@@ -130,7 +130,7 @@ def changes_of(file: str, text: str, name: str, function: Function) -> list[Chan
 
 def first_line(function: Function) -> int:
     """Return a function's first line with its decorators, as code objects say it."""
-    return min([function.lineno, *(each.lineno for each in function.decorator_list)])
+    return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
 
 
 def functions_of(tree: ast.AST, prefix: str = "") -> Iterator[tuple[Function, str]]:
@@ -182,7 +182,7 @@ def _replacements(node: ast.expr) -> Iterator[str]:
         for number, keyword in enumerate(node.keywords):
             if keyword.arg:  # Not `**named`.
                 yield _unparsed(node, keywords=node.keywords[:number] + node.keywords[number + 1 :])
-        is_plain = not any(isinstance(each, ast.Starred) for each in node.args[:2])
+        is_plain = not any(isinstance(argument, ast.Starred) for argument in node.args[:2])
         name = ast.unparse(node.func).rpartition(".")[2]
         if len(node.args) > 1 and is_plain and name not in COMMUTATIVE:
             first, second, *others = node.args
@@ -358,9 +358,9 @@ def covering_tests(change: Change, record: dict[str, Any]) -> list[str]:
     it count if no test is known to run the line.
     """
     for line in (change.line, -change.function_line):
-        found = [n for n, test in record["tests"].items() if [change.file, line] in test["lines"]]
-        if found:
-            return sorted(found, key=lambda name: float(record["tests"][name]["seconds"]))
+        names = [n for n, test in record["tests"].items() if [change.file, line] in test["lines"]]
+        if names:
+            return sorted(names, key=lambda name: float(record["tests"][name]["seconds"]))
     return []
 
 
@@ -413,8 +413,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             copies = [Path(folder).resolve() / f"copy-{n}" for n in range(options.processes)]
-            for each in copies:
-                copy_project(each)
+            for project_copy in copies:
+                copy_project(project_copy)
             in_time = (mutant for mutant in waiting if time.monotonic() < over_at)
             for run, code in run_all(in_time, copies):
                 seconds = time.monotonic() - run.started
@@ -438,8 +438,8 @@ def report(changes: list[Change], texts: dict[str, str], known: dict[str, str]) 
     for name, verdict in known.items():
         if verdict != NOTICED:
             print(f"{verdict}: {name}")
-    if left := sum(counts["left"] for counts in by_package.values()):
-        print(f"{left} are left: run the same command again")
+    if num_left := sum(counts["left"] for counts in by_package.values()):
+        print(f"{num_left} are left: run the same command again")
 
 
 if __name__ == "__main__":

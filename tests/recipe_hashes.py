@@ -68,11 +68,12 @@ POSITIONS = np.arange(600, dtype=np.int64)
 
 def recipe_hashes() -> dict[str, dict[str, str]]:
     """Return group -> name -> hash."""
-    own = [name for name in METHODS if METHODS[name].__module__.startswith("iiet.")]
+    # Not those of packages that happen to be installed.
+    own_methods = [name for name in METHODS if METHODS[name].__module__.startswith("iiet.")]
     return {
         "settings": _settings(),
         "order of the data": _orders(),
-        "initial weights": {method: _hash(_weights(method)) for method in own},
+        "initial weights": {method: _hash(_weights(method)) for method in own_methods},
         "keys of trainings": _keys(),
         "keys of evaluations": _evaluation_keys(),
     }
@@ -84,8 +85,10 @@ def _hash(value: Any) -> str:
 
 def _settings() -> dict[str, str]:
     shipped = {name: _sections(read_settings(name)) for name in shipped_sweeps()}
-    found = {f"default {name}": _hash(value) for name, value in _sections(Settings()).items()}
-    return found | {f"sweep {name}": _hash(value) for name, value in shipped.items()}
+    default_hashes = {
+        f"default {name}": _hash(value) for name, value in _sections(Settings()).items()
+    }
+    return default_hashes | {f"sweep {name}": _hash(value) for name, value in shipped.items()}
 
 
 def _sections(settings: Settings) -> dict[str, Any]:
@@ -165,16 +168,23 @@ def _keys() -> dict[str, str]:
 
 def _evaluation_keys() -> dict[str, str]:
     """Return the keys by which trials and the results of tasks are found again."""
-    usual = Suite(tokens_folder="tokens", tokens="0123", suite="heldout-4567", batch_size=16)
-    changes = {"tasks": ("a", "b"), "limit": 3, "num_fewshot": 2, "precision": "bf16"}
-    templates = {"prompts": Prompts(chat_template=True), "sequence_length": 8}
-    other = usual.model_copy(update={**changes, **templates, "fingerprints": {"a": "89ab"}})
+    usual_suite = Suite(tokens_folder="tokens", tokens="0123", suite="heldout-4567", batch_size=16)
+    changes: dict[str, Any] = {
+        "tasks": ("a", "b"),
+        "limit": 3,
+        "num_fewshot": 2,
+        "precision": "bf16",
+    }
+    changes |= {"prompts": Prompts(chat_template=True), "sequence_length": 8}
+    other_suite = usual_suite.model_copy(update={**changes, "fingerprints": {"a": "89ab"}})
     result = {"model_key": ["weights", "text"], "fingerprint": "89ab", "context_length": 16}
     return {
-        "a suite": usual.key,
-        "another suite": other.key,
-        "a result": usual.result_key(**result, precision="fp32"),
-        "a result of shorter sequences": other.result_key(**result, precision="bf16", limit=3),
+        "a suite": usual_suite.key,
+        "another suite": other_suite.key,
+        "a result": usual_suite.result_key(**result, precision="fp32"),
+        "a result of shorter sequences": other_suite.result_key(
+            **result, precision="bf16", limit=3
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the message of a user's mistake is held to: it names the setting and the value.
+"""Checks of the message of a user's mistake: it names the setting and the value.
 
 Its sentence is free to change. `UserError` ends a command with exit code 2, see
 `tests/behaviour/test_command_line.py`.

@@ -44,27 +44,28 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
         disturbances: What happens before the last start, in this order.
         rel: Tolerance of the curves, where rounding differs; weights and moments then are near.
     """
-    alone = in_folder(job, f"{job.folder.name}-alone")
-    numbers = range(1000)
-    free = (f"{job.folder.name}-{n}" for n in numbers)
-    name = next(name for name in free if not (job.folder.parent / name).exists())
-    disturbed = in_folder(job, name)
+    undisturbed = in_folder(job, f"{job.folder.name}-alone")
+    names = (f"{job.folder.name}-{number}" for number in range(1000))
+    unused_name = next(name for name in names if not (job.folder.parent / name).exists())
+    disturbed = in_folder(job, unused_name)
     for disturb in disturbances:
         disturbed = disturb(disturbed) or disturbed
-    expected = run_job(alone)
-    found = run_job(disturbed)
-    assert found.finished
+    expected = run_job(undisturbed)
+    outcome = run_job(disturbed)
+    assert outcome.finished
     assert not list(disturbed.folder.glob(".*.iiet-temporary"))
     for metric in CURVES:
-        assert curve(disturbed, metric) == pytest.approx(curve(alone, metric), rel=rel, abs=rel)
+        assert curve(disturbed, metric) == pytest.approx(
+            curve(undisturbed, metric), rel=rel, abs=rel
+        )
     for field in ("step", "num_tokens", "training_flops"):
-        assert getattr(found, field) == getattr(expected, field)
+        assert getattr(outcome, field) == getattr(expected, field)
     if rel:
         near = {"rtol": 0.0, "atol": max(10 * rel, 1e-3)}
-        torch.testing.assert_close(tensors_of(found), tensors_of(expected), **near)
+        torch.testing.assert_close(tensors_of(outcome), tensors_of(expected), **near)
     else:
-        assert found.validation_loss == expected.validation_loss
-        assert state_of(found) == state_of(expected)
+        assert outcome.validation_loss == expected.validation_loss
+        assert state_of(outcome) == state_of(expected)
     return disturbed
 
 
@@ -101,11 +102,11 @@ def state_of(outcome: TrainingOutcome) -> tuple[bytes, str]:
 def tensors_of(outcome: TrainingOutcome) -> dict[str, torch.Tensor]:
     """Return the weights and the moments of the last checkpoint, by name."""
     folder = Path(str(outcome.checkpoint))
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, moments in optimizer_state(folder)["state"].items():
-        found |= {f"{key} {name}": tensor for name, tensor in moments.items()}
-    assert all(type(tensor) is torch.Tensor for tensor in found.values())
-    return found | load_file(folder / WEIGHTS)
+        tensors |= {f"{key} {name}": tensor for name, tensor in moments.items()}
+    assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
+    return tensors | load_file(folder / WEIGHTS)
 
 
 def optimizer_state(checkpoint: Path) -> dict[str, Any]:
@@ -140,12 +141,12 @@ def crash(step: int) -> Disturbance:
     """Fail while the batch of a step is read."""
 
     def disturb(job: TrainingJob) -> None:
-        batch = TokenStore.batch
+        read_batch = TokenStore.batch
 
         def crashing(self: TokenStore, now: int, **options: Any) -> Any:
             if now == step:
                 raise RuntimeError("crash")
-            return batch(self, now, **options)
+            return read_batch(self, now, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TokenStore, "batch", crashing)
@@ -164,14 +165,14 @@ def full_disk(job: TrainingJob) -> None:
     """Let files be so small that the next checkpoint does not fit, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    before = steps_of(job)
+    steps_before = steps_of(job)
     try:
         with pytest.raises(RunFailed, match="could not be written") as caught:
             run_job(job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value).endswith(str(find_checkpoints(job.folder)[-1]))
-    assert steps_of(job) == before
+    assert steps_of(job) == steps_before
     assert not list(job.folder.glob(".*.iiet-temporary"))
 
 
@@ -182,12 +183,12 @@ from orchestrator.training.trainer import run_job
 
 module, name, word, job = sys.argv[1:]
 owner = importlib.import_module(module)
-plain = getattr(owner, name)
+original = getattr(owner, name)
 
 def dying(*args, **options):
     if word in repr(args):
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*args, **options)
+    return original(*args, **options)
 
 setattr(owner, name, dying)
 run_job(TrainingJob.model_validate_json(job))
@@ -233,9 +234,9 @@ address = {"init_method": f"file://{meeting}", "rank": int(rank), "world_size": 
 # BEFORE
 torch.distributed.init_process_group("gloo", **address)
 world = World(rank=int(rank), size=int(number), parallel=parallel, shards=int(shards) or None)
-asked = iter(range(10**6))
+calls = iter(range(10**6))
 job = TrainingJob.model_validate_json(job)
-run_job(job, world=world, should_stop=lambda: next(asked) == int(until))
+run_job(job, world=world, should_stop=lambda: next(calls) == int(until))
 torch.distributed.destroy_process_group()
 """
 
@@ -278,14 +279,14 @@ from pathlib import Path
 
 Path(f"{meeting}-pid-{rank}").write_text(str(os.getpid()))
 owner = importlib.import_module("MODULE")
-plain = getattr(owner, "NAME")
+original = getattr(owner, "NAME")
 
 def dying(*args, **options):
     if "WORD" in repr(args):
         others = {int(Path(f"{meeting}-pid-{n}").read_text()) for n in range(int(number))}
         for pid in [*others - {os.getpid()}, os.getpid()]:
             os.kill(pid, signal.SIGKILL)
-    return plain(*args, **options)
+    return original(*args, **options)
 
 owner.NAME = dying
 """

@@ -25,14 +25,23 @@ def lines_of(texts: Iterable[str]) -> str:
 
 
 def tokens_of(
-    texts: Iterable[str], folder: Path, *, given: Tokenizer | None = None, **settings: Any
+    texts: Iterable[str],
+    folder: Path,
+    *,
+    loaded_tokenizer: Tokenizer | None = None,
+    **settings: Any,
 ) -> Path:
-    """Return the token folder of some texts, which are written to a file in `folder`."""
+    """Return the token folder of some texts, which are written to a file in `folder`.
+
+    Args:
+        loaded_tokenizer: Encodes the texts; if unset, the setting `tokenizer` decides.
+        settings: Other settings of the data.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "texts.jsonl"
     file.write_text(lines_of(texts), encoding="utf-8")
     data = DataSettings(source="files", files=(str(file),), **settings)
-    return write_text(data, folder, "key", Progress(), given)
+    return write_text(data, folder, "key", Progress(), loaded_tokenizer)
 
 
 def add_opening(path: Path) -> None:

@@ -54,7 +54,7 @@ def with_items(
 ) -> tuple[Trial, ...]:
     """Store the evaluations, by key of the trial, and return the trials that name them."""
     store = EvaluationStore(workspace.evaluations)
-    found = []
+    stored_trials = []
     for trial in results:
         evaluation = evaluations[trial.key]
         keys = {name: f"{trial.key}-{name}" for name in evaluation.results}
@@ -69,8 +69,8 @@ def with_items(
             task = MeasuredTask(name=name, output=run, items=items, values=result.values)
             store.write(keys[name], task, {})
         stored = EvaluationKeys(tasks=keys, groups=evaluation.groups, skipped=evaluation.skipped)
-        found.append(trial.model_copy(update={"evaluation": stored}))
-    return tuple(found)
+        stored_trials.append(trial.model_copy(update={"evaluation": stored}))
+    return tuple(stored_trials)
 
 
 def sample_front(

@@ -75,15 +75,15 @@ def trees() -> dict[str, ast.Module]:
 
 def _imported(nodes: Iterator[ast.AST]) -> set[str]:
     """Return the modules that statements import, and what they import from them."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             # A package stands for its `__init__.py`, unless only its modules are imported.
-            found |= names if names <= set(MODULES) else {node.module, *names}
-    return found
+            modules |= names if names <= set(MODULES) else {node.module, *names}
+    return modules
 
 
 def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
@@ -103,7 +103,7 @@ def imports() -> dict[str, set[str]]:
 @cache
 def libraries() -> dict[str, set[str]]:
     """Return name of a module -> the packages that it imports."""
-    return {name: {i.split(".")[0] for i in found} for name, found in imports().items()}
+    return {name: {i.split(".")[0] for i in imported} for name, imported in imports().items()}
 
 
 def test_the_core_imports_torch_and_the_standard_library_only():
@@ -145,10 +145,12 @@ def test_every_imported_library_is_declared():
     for name, tree in trees().items():
         at_start = {i.split(".")[0] for i in _imported(_outside_functions(tree))}
         for library in libraries()[name] - {*sys.stdlib_module_names, *PACKAGES}:
-            found = {_normal(supplier) for supplier in suppliers.get(library, [library])}
-            place = f"{name} imports {library}; declare {' or '.join(found)} in pyproject.toml"
-            assert found & (required | optional), place
-            is_required = found & required or library not in at_start
+            distributions = {_normal(supplier) for supplier in suppliers.get(library, [library])}
+            place = (
+                f"{name} imports {library}; declare {' or '.join(distributions)} in pyproject.toml"
+            )
+            assert distributions & (required | optional), place
+            is_required = distributions & required or library not in at_start
             assert is_required, f"{place} as required, or import it within a function"
 
 
@@ -183,17 +185,23 @@ def test_packages_import_only_from_those_before_them():
             elif name.startswith("orchestrator"):
                 assert not imported.startswith("benchmarks"), place
                 if imported.startswith("orchestrator"):
-                    own, other = (ORDER.index(m.split(".")[1]) for m in (name, imported))
-                    assert other <= own, place
+                    own_rank = ORDER.index(name.split(".")[1])
+                    imported_rank = ORDER.index(imported.split(".")[1])
+                    assert imported_rank <= own_rank, place
 
 
 def test_no_module_or_package_imports_itself_through_others():
     """Imports of types count, too: a reader has to read them first."""
-    modules = {name: found & set(MODULES) for name, found in imports().items()}
+
+    def package_of(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    modules = {name: imported & set(MODULES) for name, imported in imports().items()}
     packages: dict[str, set[str]] = {}
-    for name, found in modules.items():
-        own, *others = (".".join(module.split(".")[:2]) for module in (name, *found))
-        packages.setdefault(own, set()).update({*others} - {own})
+    for name, imported in modules.items():
+        package = package_of(name)
+        imported_packages = {package_of(module) for module in imported}
+        packages.setdefault(package, set()).update(imported_packages - {package})
     for graph in (modules, packages):
         try:
             TopologicalSorter(graph).prepare()
@@ -240,5 +248,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stderr.strip() == "[]"

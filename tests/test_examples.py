@@ -37,11 +37,11 @@ def test_the_spectral_radius_is_that_of_the_whole_jacobian(options):
         size = point.numel()
         jacobian = torch.func.jacrev(step)(point).reshape(size, size)
         expected = torch.linalg.eigvals(jacobian).abs().max().item()
-        found = example.spectral_radius(step, point, num_products=size)
-        assert found == pytest.approx(expected, rel=1e-6)
+        radius = example.spectral_radius(step, point, num_products=size)
+        assert radius == pytest.approx(expected, rel=1e-6)
         # A small part of the products comes close.
-        few = example.spectral_radius(step, point, num_products=size // 2)
-        assert few == pytest.approx(expected, rel=0.05)
+        rough_radius = example.spectral_radius(step, point, num_products=size // 2)
+        assert rough_radius == pytest.approx(expected, rel=0.05)
 
 
 def test_the_table_of_a_folder(tmp_path, tiny_tokens, capsys):

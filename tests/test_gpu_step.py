@@ -107,14 +107,14 @@ def steps(tmp_path_factory) -> dict[str, dict[str, Any]]:
     # PyTorch asks for devices while it is imported.
     start = f"import ctypes, runpy; ctypes.CDLL({str(library)!r}); "
     start += f"runpy.run_path({__file__!r}, run_name='__main__')"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", start, str(library)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    counted: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    counted: dict[str, dict[str, Any]] = json.loads(process.stdout)
     return counted
 
 
@@ -170,14 +170,14 @@ class Kernels(TorchDispatchMode):
     """Counts operations on the GPU, multiplications by type, waits for values of the GPU, and the
     memory of its tensors."""
 
-    def __init__(self, *there: Tensor) -> None:
+    def __init__(self, *tensors: Tensor) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
         self.products: Counter[str] = Counter()
         self.num_waits = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
-        for tensor in there:
+        for tensor in tensors:
             self._note(tensor)
 
     def _note(self, tensor: Tensor) -> None:
@@ -190,28 +190,29 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         kwargs = kwargs or {}
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        is_fake = any(isinstance(value, FakeTensor) for value in given)
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        is_fake = any(isinstance(value, FakeTensor) for value in inputs)
         if not is_fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():  # The host's own numbers are real.
                 return func(*args, **kwargs)
         if name == "_local_scalar_dense":
-            self.num_waits += given[0].is_cuda
+            self.num_waits += inputs[0].is_cuda
             return 1.0  # No value exists.
         result = func(*args, **kwargs)
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if not any(value.is_cuda for value in given + made):
+        outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if not any(value.is_cuda for value in inputs + outputs):
             return result
-        for value in made:
+        for value in outputs:
             if value.is_cuda:
                 self._note(value)
-        if name in ("_to_copy", "copy_") and not any(value.is_cuda for value in made):
+        if name in ("_to_copy", "copy_") and not any(value.is_cuda for value in outputs):
             self.num_waits += not (kwargs.get("non_blocking", False) or args[2:] == (True,))
         if not (func.is_view or name in VIEWS or "empty" in name or name.startswith("prim::")):
             self.names[name] += 1
             if name in PRODUCTS:
-                left, right = given["add" in name :][:2]
-                self.products[str(right.dtype)] += made[0].numel() * left.size(-1)
+                # With "add", the first matrix is the one to which the product is added.
+                left, right = inputs[1:3] if "add" in name else inputs[:2]
+                self.products[str(right.dtype)] += outputs[0].numel() * left.size(-1)
         return result
 
 

@@ -53,9 +53,9 @@ def test_paths_targets_and_marks_of_the_page_for_contributors_exist():
 
 def sources(*folders: str) -> set[str]:
     """Return the files in folders of this checkout, as paths relative to it."""
-    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
-    made = {"__pycache__", VERIFIED_NAME}  # By the interpreter, and by tests that read a run.
-    return {str(path.relative_to(ROOT)) for path in found if made.isdisjoint(path.parts)}
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    generated = {"__pycache__", VERIFIED_NAME}  # By the interpreter, and by tests that read a run.
+    return {str(path.relative_to(ROOT)) for path in paths if generated.isdisjoint(path.parts)}
 
 
 @pytest.mark.slow

@@ -24,7 +24,11 @@ CONTRACTS = (
 )
 """What packages subclass or get, besides the exported names."""
 EXPORTED = (getattr(package, name) for package in PACKAGES for name in package.__all__)
-PUBLIC = [one for one in (*EXPORTED, *CONTRACTS) if inspect.isclass(one) or inspect.isfunction(one)]
+PUBLIC = [
+    value
+    for value in (*EXPORTED, *CONTRACTS)
+    if inspect.isclass(value) or inspect.isfunction(value)
+]
 
 
 def own_members(kind: type) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def own_members(kind: type) -> dict[str, Any]:
         for name, member in vars(kind).items()
         if not name.startswith("_")
     }
-    return {name: found for name, found in functions.items() if inspect.isfunction(found)}
+    return {name: function for name, function in functions.items() if inspect.isfunction(function)}
 
 
 def is_sentence(text: str | None) -> bool:
@@ -44,14 +48,14 @@ def is_sentence(text: str | None) -> bool:
 def problems_of(function: Any, *, is_overridden: bool) -> list[str]:
     """Return what a reader or a type checker lacks of a function."""
     signature = inspect.signature(function)
-    found = []
+    problems = []
     if not (is_sentence(function.__doc__) or is_overridden):
-        found.append("has no docstring")
+        problems.append("has no docstring")
     if signature.return_annotation is signature.empty:
-        found.append("does not say what it returns")
+        problems.append("does not say what it returns")
     for name, parameter in signature.parameters.items():
         if name not in ("self", "cls") and parameter.annotation is parameter.empty:
-            found.append(f"has no type of {name}")
+            problems.append(f"has no type of {name}")
     raised = [
         ast.unparse(node.exc.func)
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
@@ -59,21 +63,23 @@ def problems_of(function: Any, *, is_overridden: bool) -> list[str]:
     ]
     is_named = is_overridden or "Raises:" in (function.__doc__ or "")
     if {"ValueError", "UserError"} & set(raised) and not is_named:
-        found.append("does not say what it raises")
-    return found
+        problems.append("does not say what it raises")
+    return problems
 
 
 def test_public_functions_and_classes_are_documented_and_typed():
     problems = []
-    for one in PUBLIC:
-        members = own_members(one) if inspect.isclass(one) else {}
-        if inspect.isclass(one):
-            if not is_sentence(vars(one).get("__doc__")):
-                problems.append((one, "has no docstring"))
+    for public_object in PUBLIC:
+        members = own_members(public_object) if inspect.isclass(public_object) else {}
+        if inspect.isclass(public_object):
+            if not is_sentence(vars(public_object).get("__doc__")):
+                problems.append((public_object, "has no docstring"))
         else:
-            problems += [(one, text) for text in problems_of(one, is_overridden=False)]
+            problems += [
+                (public_object, text) for text in problems_of(public_object, is_overridden=False)
+            ]
         for name, member in members.items():
-            above = (vars(base).get(name) for base in one.__mro__[1:])
+            above = (vars(base).get(name) for base in public_object.__mro__[1:])
             is_overridden = any(getattr(method, "__doc__", None) for method in above)
             problems += [
                 (member, text) for text in problems_of(member, is_overridden=is_overridden)

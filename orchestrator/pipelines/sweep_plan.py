@@ -31,6 +31,7 @@ from orchestrator.sweeping.models import check_devices
 from orchestrator.sweeping.states import TrialState, competing_trials, trial_states
 from orchestrator.terminal.render import format_count, join_names
 from orchestrator.training.schedules import steps_before_corrections
+from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
@@ -228,7 +229,6 @@ class SweepPlan(Result):
         }
         if not jobs:
             return
-        recipe = self.settings.training
         usual_rates = SweepSettings().learning_rates
         vanilla_rate = usual_rates[BASELINE_METHOD]
         vanilla_rates = {
@@ -250,18 +250,24 @@ class SweepPlan(Result):
                 f"no corrections before step {num_steps:,} of {num_all:,} "
                 f"(training.iterate_from_fraction): {join_names(labels)}"
             )
-        sharing = [label for label, job in jobs.items() if job.first_stages]
-        if len(sharing) > 1:
-            yield f"their shared first stage is trained once: {join_names(sharing)}"
+        users: dict[str, list[str]] = {}
+        for label, job in jobs.items():
+            if stage := first_stage_of(job):
+                users.setdefault(stage.key, []).append(label)
+        for labels in users.values():
+            if len(labels) > 1:
+                yield f"their shared first stage is trained once: {join_names(labels)}"
+        recipes = {(job.recipe.num_steps, job.recipe.num_tokens_per_step) for job in jobs.values()}
         tokens_folder = next(iter(jobs.values())).tokens_folder
         if tokens_folder:
-            tokens = expected_tokens(self.settings.data, Path(tokens_folder))
-            num_read = recipe.num_steps * recipe.num_tokens_per_step
-            if tokens.num_train_tokens:
+            text_tokens = expected_tokens(self.settings.data, Path(tokens_folder)).num_train_tokens
+            if not text_tokens:  # Not prepared yet.
+                return
+            for num_steps, num_tokens in sorted(recipes):
+                num_times = num_steps * num_tokens / text_tokens
                 yield (
-                    f"{recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,} tokens read the "
-                    f"{tokens.num_train_tokens:,} tokens of the text "
-                    f"{num_read / tokens.num_train_tokens:.2g} times"
+                    f"{num_steps:,} steps of {num_tokens:,} tokens read the {text_tokens:,} tokens "
+                    f"of the text {num_times:.2g} times"
                 )
 
     @property

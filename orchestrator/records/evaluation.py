@@ -116,6 +116,9 @@ class Suite(Record):
     def key(self) -> str:
         """Hash of what is measured; a trial's key is that of its weights and this one."""
         values = self.model_dump(mode="json")
+        if self.limit is not None:
+            # Trials that were measured when a limit did not hold for their loss are not found.
+            values["limits_loss"] = True
         return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
     @property

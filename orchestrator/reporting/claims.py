@@ -26,7 +26,7 @@ import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
-from orchestrator.reporting.front import Front, Row, busy_machine, known
+from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.results import shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
@@ -270,8 +270,9 @@ class _Evidence:
         """Raise `_Missing` if the teacher is no better than a model without corrections: a share of
         its accuracy then says nothing of what a student keeps."""
         unbeaten = []
-        for row in self._rows:
-            if row["trial"].parent is not None or known(row, OVERHEAD_NFE) != 0:
+        paired = self._front.paired
+        for row in plain_rivals(self._rows, teacher):
+            if paired is None or row["key"] not in paired.number_of:
                 continue
             scores, (teacher_place, place) = self._scores(teacher, row)
             if scores.difference(teacher_place, place).low <= 0:
@@ -279,9 +280,9 @@ class _Evidence:
         if unbeaten:
             rivals = " and ".join(_described(row) for row in unbeaten)
             raise _Missing(
-                f"the teacher gains nothing: {_described(teacher)} is not better than {rivals} by "
-                "more than the noise, so a share of its accuracy says nothing of what a student "
-                "keeps"
+                f"no gain of the teacher is shown: {_described(teacher)} is not better than "
+                f"{rivals} by more than the noise, so a share of its accuracy says nothing of what "
+                "a student keeps"
             )
 
     def iiet_over(self, method: str, claim: Claim) -> Claim:

@@ -14,8 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
-from orchestrator.reporting.front import Front, Row, busy_machine, known
-from orchestrator.reporting.results import shape_of
+from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
@@ -25,7 +24,6 @@ from orchestrator.reporting.tables import BUSY_MARK, confidence_text, cost_text,
 from orchestrator.terminal.metrics import (
     CONFIDENCE_ON_FRONT,
     DECODE_MS,
-    OVERHEAD_NFE,
     PAIRED_SHARE_OF_FULL,
     QUALITIES,
     interval_end_names,
@@ -53,7 +51,7 @@ def findings(front: Front) -> list[str]:
     if has_meaningful_shares:
         sentences = [_headline(front, full, cheaper)]
     else:
-        sentences = [_teacher_gains_nothing(front, full, unbeaten)]
+        sentences = [_teacher_shows_no_gain(front, full, unbeaten)]
     controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
     if full["role"] == "teacher" and controls:
         sentences.append(f"{_teacher_against(front, full, controls)}.")
@@ -213,7 +211,7 @@ def confidence_note(front: Front) -> list[str]:
 
 def unbeaten_baselines(front: Front) -> list[Row]:
     """Return the baselines without corrections that the teacher does not beat by more than the
-    noise; none without a teacher.
+    noise; none without a teacher. They have its shape, and no longer training.
 
     Without values of single items, the noise of a difference is not known, and a baseline counts
     only if it was measured to be as good as the teacher.
@@ -223,11 +221,7 @@ def unbeaten_baselines(front: Front) -> list[Row]:
         return []
     sign = 1 if front.axes.higher_is_better else -1
     unbeaten = []
-    for row in front.rows:
-        has_corrections = known(row, OVERHEAD_NFE) != 0
-        has_other_shape = shape_of(row["trial"].facts) != shape_of(teacher["trial"].facts)
-        if row["role"] != "baseline" or has_corrections or has_other_shape:
-            continue
+    for row in plain_rivals(front.rows, teacher):
         interval = _difference(front, teacher, row)
         is_within_noise = front.paired is not None and not interval.excludes_zero
         if sign * interval.value <= 0 or is_within_noise:
@@ -235,13 +229,21 @@ def unbeaten_baselines(front: Front) -> list[Row]:
     return unbeaten
 
 
-def _teacher_gains_nothing(front: Front, teacher: Row, unbeaten: Sequence[Row]) -> str:
-    """Say that a teacher is no better than models without corrections, and what that means."""
+def _teacher_shows_no_gain(front: Front, teacher: Row, unbeaten: Sequence[Row]) -> str:
+    """Say that a teacher is not shown to be better than models without corrections, and what that
+    means."""
+    rivals = plain_rivals(front.rows, teacher)
+    names = join_names([row["label"] for row in unbeaten])
     text = (
-        f"{_teacher_against(front, teacher, unbeaten)}: its corrections gain nothing here, so a "
+        f"{_teacher_against(front, teacher, rivals)}: no gain over {names} is shown here, so a "
         "share of its quality says nothing of what a student keeps"
     )
-    if any(row["is_candidate"] and row["goodness"] > teacher["goodness"] for row in front.rows):
+    passing = [
+        row["trial"]
+        for row in front.rows
+        if row["is_candidate"] and row["goodness"] > teacher["goodness"]
+    ]
+    if any(trial.job is not None and trial.job.initial_folder for trial in passing):
         text += "; students that pass it were trained for further steps"
     return f"{text}. A longer training (training.num_steps) may change that."
 
@@ -308,7 +310,8 @@ def better_baselines(front: Front, picked: Row) -> list[str]:
             continue
         interval = _difference(front, picked, row)  # As the front holds it.
         is_better = (interval.value < 0) == front.axes.higher_is_better
-        if is_better and interval.excludes_zero:
+        has_noise = interval.low < interval.high  # Known, and so worth comparing with.
+        if is_better and has_noise and interval.excludes_zero:
             clauses.append(
                 f"{row['label']} ({_quality(front, row)}) costs no more and is better by "
                 f"{_difference_text(front, interval)}"

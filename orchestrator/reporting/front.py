@@ -27,6 +27,7 @@ from orchestrator.reporting.results import (
     item_notes,
     load_item_values,
     result_table,
+    shape_of,
     with_overhead,
     with_served_times,
 )
@@ -47,6 +48,7 @@ from orchestrator.terminal.metrics import (
     DECODE_MS,
     DECODE_MS_SPREAD,
     NFE,
+    OVERHEAD_NFE,
     PAIRED,
     PAIRED_SHARE_OF_FULL,
     QUALITIES,
@@ -406,10 +408,30 @@ def relative_time_spread(row: Row) -> float | None:
     return spread / time if time and spread is not None else None
 
 
+TRAINING_TOKENS = "train/tokens"
+"""Column of the tokens that a model was trained on."""
+
+
 def known(row: Row, name: str) -> float | None:
     """Return a number of a model by its tracked name; None if it is not known."""
     value = row.get(name)
     return None if value is None or math.isnan(value) else float(value)
+
+
+def plain_rivals(rows: Iterable[Row], teacher: Row) -> list[Row]:
+    """Return the baselines that a teacher's corrections must beat: of its shape, without
+    corrections, and trained on no more tokens than it, if that is known."""
+    teacher_tokens = known(teacher, TRAINING_TOKENS)
+    rivals = []
+    for row in rows:
+        if row["role"] != "baseline" or known(row, OVERHEAD_NFE) != 0:
+            continue
+        if shape_of(row["trial"].facts) != shape_of(teacher["trial"].facts):
+            continue
+        tokens = known(row, TRAINING_TOKENS)
+        if teacher_tokens is None or tokens is None or tokens <= teacher_tokens:
+            rivals.append(row)
+    return rivals
 
 
 def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:

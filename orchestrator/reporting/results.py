@@ -218,7 +218,7 @@ def _unfinished_text(workspace: Workspace, name: str) -> str:
     how_far = "no trial is planned yet"
     if plan is not None:
         num_left = len(unfinished_trials(plan))
-        how_far = f"{len(plan.trials) - num_left} of {len(plan.trials)} trials are finished"
+        how_far = f"{len(plan.trials) - num_left} of {len(plan.trials)} trials have ended"
     return (
         f"the sweep {name} has no report before all of its trials have ended: {how_far}; if it "
         "runs, `iiet-orch list running` says how far, else type the command that began it again, "

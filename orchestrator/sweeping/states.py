@@ -299,7 +299,8 @@ class RunningSweep:
         A measurement has nothing to save: its answers are stored as they come.
         """
         running_jobs = [state.trial.job for state in self.with_status("running")]
-        training_jobs = [job for job in running_jobs if job and not finished_outcome(job)]
+        # Whether the checkpoint is intact is no question for the moment of a stop.
+        training_jobs = [job for job in running_jobs if job and not Training(job.folder).outcome]
         note_saving(training_jobs, self.notes.append)
         return bool(training_jobs)
 

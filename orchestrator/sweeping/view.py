@@ -195,8 +195,13 @@ class SweepView:
             label: TRAINING_SHARE * reader.step / job.recipe.num_steps
             for (label, job), reader in zip(jobs.items(), readers, strict=True)
         }
+        trained = {
+            label
+            for (label, job), reader in zip(jobs.items(), readers, strict=True)
+            if reader.step >= job.recipe.num_steps
+        }
         shown = [
-            f"measuring {label}" if share >= TRAINING_SHARE else label
+            f"measuring {label}" if label in trained else label
             for label, share in shares.items()
             if share
         ]

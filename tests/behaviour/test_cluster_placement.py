@@ -52,16 +52,16 @@ def place(num_gpus, num_jobs):
     }
 
 cases = json.loads(sys.argv[1])
-found = {}
+placements = {}
 with ray_cluster():
     nodes = [add(64, 8) for _ in range(4)]
-    found["documented"] = [place(*case) for case in cases["documented"]]
+    placements["documented"] = [place(*case) for case in cases["documented"]]
     for node in nodes[1:]:
         cluster.remove_node(node)
     add(16, 4)
-    found["unequal"] = [place(*case) for case in cases["unequal"]]
+    placements["unequal"] = [place(*case) for case in cases["unequal"]]
 cluster.shutdown()
-print(json.dumps(found))
+print(json.dumps(placements))
 """
 DOCUMENTED = {int(number) for number in re.findall(r"--gpus (\d+)", TEXT)}
 TABLE = {
@@ -80,16 +80,16 @@ CASES = {
 def test_jobs_are_placed_as_the_table_says_and_on_nodes_of_unequal_size():
     variables = {"IIET_PRETENDED_GPUS": "1"}
     printed = run_driver(PLACE, json.dumps(CASES), timeout=300, variables=variables)
-    found = json.loads(printed.splitlines()[-1])
+    placements = json.loads(printed.splitlines()[-1])
     assert set(TABLE) >= DOCUMENTED | {0.25, 16, 24}
-    *documented, threes = found["documented"]
+    *documented, threes = placements["documented"]
     for (gpus, (num_nodes, at_once)), placed in zip(TABLE.items(), documented, strict=True):
         assert placed["ready"], gpus
         assert placed["nodes"] == [num_nodes] * at_once, gpus
         assert placed["cpus"] == (2 if gpus < 1 else 8)
     assert (threes["ready"], threes["nodes"]) == (True, [1] * 8)
     assert threes["nodes_of_trials"] > 1, "processes of trials are spread over the nodes"
-    eight, twelve, four, halves = found["unequal"]
-    assert all(placed["ready"] for placed in found["unequal"])
+    eight, twelve, four, halves = placements["unequal"]
+    assert all(placed["ready"] for placed in placements["unequal"])
     assert (eight["nodes"], eight["cpus"]) == ([1], 4)
     assert (twelve["nodes"], four["nodes"], halves["nodes"]) == ([2], [1] * 3, [1] * 24)

@@ -106,7 +106,7 @@ MISTAKES = {
     "ui --replace": "--replace is for --sync",
     "report ../../outside": "the sweep '../../outside': a name has letters",
 }  # fmt: skip
-"""What is typed after `iiet-orch` -> words of the sentence."""
+"""Arguments of `iiet-orch` -> words of the sentence that it prints."""
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -151,8 +151,8 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(training, "prepare", fail)
     open_workspace(tmp_path)  # A mistake would leave nothing of a new one.
-    found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
-    assert found == code
+    exit_code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
+    assert exit_code == code
     assert (str(error) or "interrupted") in printed
     assert "resume" not in printed, "a command without state to resume from promises none"
     assert "Traceback" not in printed
@@ -236,8 +236,8 @@ COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9
 def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wanted(tmp_path):
     (tmp_path / "iiet-workspace").mkdir()
     wishes = ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "IIET_WORKSPACE")
-    kept = {name: value for name, value in os.environ.items() if name not in wishes}
-    environment = {**kept, "TERM": "xterm-256color", "COLUMNS": "80"}
+    without_wishes = {name: value for name, value in os.environ.items() if name not in wishes}
+    environment = {**without_wishes, "TERM": "xterm-256color", "COLUMNS": "80"}
 
     def program(*commands: list[str]) -> list[str]:
         return [sys.executable, "-c", PROGRAM, json.dumps(commands)]
@@ -250,7 +250,7 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wan
     mistake = ["pretrain", "--no-such-option"]
     _, printed = run_in_terminal(program(help_of), tmp_path, environment)
     assert COLOR.search(printed)
-    without = {**environment, "NO_COLOR": "1"}
-    _, printed = run_in_terminal(program(help_of, mistake), tmp_path, without)
+    without_color = {**environment, "NO_COLOR": "1"}
+    _, printed = run_in_terminal(program(help_of, mistake), tmp_path, without_color)
     assert "threshold" in printed
     assert not COLOR.search(printed)

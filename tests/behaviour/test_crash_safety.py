@@ -61,7 +61,7 @@ class Recorder:
         self.requests: list[str] = []
         self.outcomes: dict[Outcome, Entries] = {}
         self.last: set[Outcome] = set()
-        """Those of a crash after the last request."""
+        """The outcomes of a crash after the last request."""
         self._root = root
         self._failing = failing
         self._ids = itertools.count(1)
@@ -96,7 +96,7 @@ class Recorder:
                 self._safe_names[key] = dict(self._names.get(key, {}))
             elif name == "mkdir":  # A new folder counts as on disk at once, but not its content.
                 path = Path(arguments[0])
-                parent, key = (self._living[each.stat().st_ino] for each in (path.parent, path))
+                parent, key = (self._living[p.stat().st_ino] for p in (path.parent, path))
                 self._safe_names.setdefault(parent, {})[path.name] = key
             return result
 
@@ -126,13 +126,13 @@ class Recorder:
         self._scan()
         self.last = set()
         for data, names in itertools.product(("all", "safe"), ("all", "safe", "removals")):
-            found = self._outcome(self._top, "", data, names)
-            outcome = tuple((name, found[name][0]) for name in sorted(found))
-            self.outcomes[outcome] = found
+            entries = self._outcome(self._top, "", data, names)
+            outcome = tuple((name, entries[name][0]) for name in sorted(entries))
+            self.outcomes[outcome] = entries
             self.last.add(outcome)
 
     def _outcome(self, key: int, path: str, data: str, names: str) -> Entries:
-        found: Entries = {}
+        entries: Entries = {}
         living = self._names.get(key, {})
         safe_names = self._safe_names.get(key, {})
         for name, child in (living if names == "all" else safe_names).items():
@@ -140,12 +140,12 @@ class Recorder:
                 continue
             content, modified_ns = self._now[child]
             if content is None:
-                found |= self._outcome(child, f"{path}{name}/", data, names)
+                entries |= self._outcome(child, f"{path}{name}/", data, names)
             elif data == "safe" and content != (safe := self._safe.get(child, b"")):
-                kept = len(safe) if content.startswith(safe) else 0
-                content = content[: (kept + len(content)) // 2]
-            found[f"{path}{name}"] = content, modified_ns
-        return found
+                num_kept_bytes = len(safe) if content.startswith(safe) else 0
+                content = content[: (num_kept_bytes + len(content)) // 2]
+            entries[f"{path}{name}"] = content, modified_ns
+        return entries
 
 
 def make_outcome(entries: Entries, folder: Path) -> Path:
@@ -171,7 +171,7 @@ class Case:
     is_replaced: bool = False
     """Between the old folder and the new one there may be none, as readers expect."""
     resumes: bool = False
-    """What an error left is used by the same write, which then succeeds."""
+    """The same write, done again, uses the files that an error left, and succeeds."""
 
 
 def nothing(folder: Path) -> None:
@@ -224,10 +224,13 @@ def shards_of_one_worker(step: int, value: float) -> Callable[[Path], None]:
 
 
 def checkpoints(folder: Path) -> Answer:
-    found = find_checkpoints(folder)
-    for checkpoint in found:
+    saved_checkpoints = find_checkpoints(folder)
+    for checkpoint in saved_checkpoints:
         check_checkpoint(checkpoint, with_training_state=True)
-    return [(checkpoint.name, load_training_state(checkpoint)["value"]) for checkpoint in found]
+    return [
+        (checkpoint.name, load_training_state(checkpoint)["value"])
+        for checkpoint in saved_checkpoints
+    ]
 
 
 def some_tokens(folder: Path) -> Path:
@@ -238,14 +241,14 @@ def some_tokens(folder: Path) -> Path:
         '"vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}}}'
     )
     texts = ["a b " * number for number in range(1, 9)]
-    return tokens_of(texts, folder, given=words, validation_fraction=0.3)
+    return tokens_of(texts, folder, loaded_tokenizer=words, validation_fraction=0.3)
 
 
 def tokens(folder: Path) -> Answer:
-    found = [path for path in folder.glob("[!.]*") if is_complete(path)]
-    for path in found:
+    token_folders = [path for path in folder.glob("[!.]*") if is_complete(path)]
+    for path in token_folders:
         verify_data(path)
-    return [path.name for path in found]
+    return [path.name for path in token_folders]
 
 
 def a_folder(*names: str) -> Callable[[Path], None]:
@@ -315,10 +318,10 @@ def test_a_crash_leaves_the_old_state_or_the_new_one(case, tmp_path, monkeypatch
 
 def test_a_failed_write_leaves_the_old_state_and_nothing_else(case, tmp_path, monkeypatch):
     def names(folder: Path) -> set[str]:
-        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        return {str(name) for name in found if not name.name.endswith(".lock")}
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {str(name) for name in files if not name.name.endswith(".lock")}
 
-    left: list[Answer] = []
+    states: list[Answer] = []
     for failing in itertools.count():
         work = tmp_path / str(failing)
         work.mkdir()
@@ -330,11 +333,11 @@ def test_a_failed_write_leaves_the_old_state_and_nothing_else(case, tmp_path, mo
             case.write(work)
         if failing >= len(recorder.requests):
             break
-        left.append(case.read(work))
-        if left[-1] == old and not case.resumes:
+        states.append(case.read(work))
+        if states[-1] == old and not case.resumes:
             assert names(work) == before, recorder.requests[failing]
     assert failing > 1
-    assert all(answer in (old, case.read(work)) for answer in left), "the last write was whole"
+    assert all(answer in (old, case.read(work)) for answer in states), "the last write was whole"
 
 
 def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
@@ -343,21 +346,26 @@ def test_a_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
         journal.metrics(step, {"loss": 1 / 3})
     journal.close()
     path = tmp_path / JOURNAL_NAME
-    whole = path.read_bytes()
+    complete_journal = path.read_bytes()
     records, end = read_journal(tmp_path)
-    assert (len(records), end) == (2, len(whole))
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        read, offset = read_journal(tmp_path)
-        assert read == records[: whole[:length].count(b"\n")]
-        path.write_bytes(whole)  # The writer lives, and ends its line.
-        assert read + read_journal(tmp_path, offset)[0] == records
-        path.write_bytes(whole[:length])  # Or it was killed, and another one continues.
-        again = Journal(tmp_path)
-        again.metrics(9, {"loss": 0.5})
-        again.close()
-        steps = [record["step"] for record in read + read_journal(tmp_path, offset)[0]]
-        assert steps in ([*range(len(read)), 9], [*range(len(read) + 1), 9])
+    assert (len(records), end) == (2, len(complete_journal))
+    for length in range(len(complete_journal)):
+        path.write_bytes(complete_journal[:length])
+        records_of_prefix, offset = read_journal(tmp_path)
+        assert records_of_prefix == records[: complete_journal[:length].count(b"\n")]
+        path.write_bytes(complete_journal)  # The writer lives, and ends its line.
+        assert records_of_prefix + read_journal(tmp_path, offset)[0] == records
+        # Or the writer was killed, and another one continues.
+        path.write_bytes(complete_journal[:length])
+        next_journal = Journal(tmp_path)
+        next_journal.metrics(9, {"loss": 0.5})
+        next_journal.close()
+        steps = [record["step"] for record in records_of_prefix + read_journal(tmp_path, offset)[0]]
+        # A line that lacked only its end is whole after all.
+        assert steps in (
+            [*range(len(records_of_prefix)), 9],
+            [*range(len(records_of_prefix) + 1), 9],
+        )
 
 
 def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
@@ -367,15 +375,15 @@ def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path):
     def write(key: str) -> None:
         AnswerJournal(path).add({key: [0.1, "x\ny"]})
 
-    def found() -> str:
+    def readable_keys() -> str:
         return "".join(key for key in "abcd" if AnswerJournal(path).get(key) == [0.1, "x\ny"])
 
     for key in keys:
         write(key)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        before = found()
+    complete_journal = path.read_bytes()
+    for length in range(len(complete_journal)):
+        path.write_bytes(complete_journal[:length])
+        before = readable_keys()
         assert keys.startswith(before)
         write("d")
-        assert found() in (f"{before}d", f"{keys[: len(before) + 1]}d")
+        assert readable_keys() in (f"{before}d", f"{keys[: len(before) + 1]}d")

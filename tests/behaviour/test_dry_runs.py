@@ -30,14 +30,14 @@ def refuse(*arguments, **options):
 
 socket.socket.connect = socket.socket.bind = socket.getaddrinfo = refuse
 from orchestrator.cli import main
-found = {}
+answers = {}
 for name, arguments in json.loads(sys.argv[1]).items():
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         code = main(arguments)
-    found[name] = (code, out.getvalue())
+    answers[name] = (code, out.getvalue())
     loaded = {"ray", "mlflow", "lm_eval", "datasets"} & set(sys.modules)
     assert name.split()[0] in ("pick", "evaluate") or not loaded, (name, loaded)
-print(json.dumps(found))
+print(json.dumps(answers))
 """
 
 
@@ -73,9 +73,9 @@ def dry_runs(workspace: Path) -> dict[str, tuple[int, str]]:
         for name, arguments in (FROM_SETTINGS | FROM_MODELS).items()
     }
     command = [sys.executable, "-c", OFFLINE, json.dumps(commands)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return {name: (code, printed) for name, (code, printed) in json.loads(found.stdout).items()}
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    return {name: (code, printed) for name, (code, printed) in json.loads(completed.stdout).items()}
 
 
 def tree(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -134,9 +134,9 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     end_trials(monkeypatch, trained)
     sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert SweepTrials.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.trials
-    again = plan()
-    assert {state.status for state in again.states} == {"finished"}
-    assert again.price.num_trainings == 0
+    finished_plan = plan()
+    assert {state.status for state in finished_plan.states} == {"finished"}
+    assert finished_plan.price.num_trainings == 0
 
     for stamp in workspace.root.rglob(VERIFIED_NAME):
         stamp.unlink()

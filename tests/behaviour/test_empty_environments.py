@@ -29,17 +29,17 @@ def test_the_core_runs_with_pytorch_alone(wheel, tmp_path):
         install(python, TORCH)
         install(python, "--no-deps", str(wheel))
         listed = json.loads(run(python, "-m", "pip", "list", "--format=json", cwd=tmp_path))
-        found = json.loads(run(python, str(program), cwd=tmp_path))
+        report = json.loads(run(python, str(program), cwd=tmp_path))
         environment = str(python.parents[1])
     names = {entry["name"].lower() for entry in listed}
     assert {"torch", "iiet-orch"} <= names
     assert names.isdisjoint({"numpy", "transformers", "safetensors", "ray", "mlflow"})
-    assert found["file"].startswith(environment)
-    assert found["version"] == PROJECT["version"]
-    assert found["missing"] == []
-    assert found["losses"] == sorted(found["losses"], reverse=True)
-    assert "pip install safetensors" in found["save"]
-    assert "pip install safetensors" in found["load"]
+    assert report["file"].startswith(environment)
+    assert report["version"] == PROJECT["version"]
+    assert report["missing"] == []
+    assert report["losses"] == sorted(report["losses"], reverse=True)
+    assert "pip install safetensors" in report["save"]
+    assert "pip install safetensors" in report["load"]
 
 
 def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel, tmp_path):

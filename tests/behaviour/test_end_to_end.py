@@ -42,8 +42,8 @@ def finished(small_sweep, tmp_path_factory) -> tuple[Path, str]:
 
 def results_of(workspace: Path) -> list[dict[str, Any]]:
     [file] = workspace.glob("sweeps/*/results.json")
-    found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-    return found
+    results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+    return results
 
 
 def runs(workspace: Path) -> list[Run]:
@@ -123,7 +123,7 @@ def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(small_
         if str(small_sweep).encode() in path.read_bytes()
     ]
     assert naming == []
-    # In other processes: MLflow keeps open what it has read.
+    # The commands run in other processes, because MLflow keeps open what it has read.
     place = ("--workspace", str(copy))
     assert "6 of 6 trials" in run_command("sweep", "toy", *small("sweep"), "--dry-run", *place)
     reported = "".join(run_command("report", *place).split())
@@ -159,7 +159,9 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
         "import os, sys; from orchestrator.cli import main\n"
         f"os.environ['IIET_WORKSPACE'] = {str(workspace)!r}\n"
         f"for words in {commands}:\n"
-        f"    assert main(words) == 0 and not (found := {heavy} & {{*sys.modules}}), (words, found)"
+        "    assert main(words) == 0, words\n"
+        f"    loaded = {heavy} & {{*sys.modules}}\n"
+        "    assert not loaded, (words, loaded)"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
@@ -170,7 +172,7 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
 
 
 def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_session):
-    workspace, first = finished
+    workspace, first_output = finished
 
     def times(pattern: str) -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in workspace.glob(pattern)}
@@ -183,9 +185,9 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(finished, ray_
 
     weights = times("**/model.safetensors")
     measured = times("evaluations/*")
-    again = run_here("sweep", "toy", *small("sweep"), workspace=workspace)
-    assert "found again" in again
-    assert table(again) == table(first)
+    second_output = run_here("sweep", "toy", *small("sweep"), workspace=workspace)
+    assert "found again" in second_output
+    assert table(second_output) == table(first_output)
     fewer = small("sweep-threshold", "sweep.num_schedules=2")
     plan = run_here("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
     assert "3 of 3 trials" in plan
@@ -275,7 +277,7 @@ def ends_from_where_it_was(workspace: Path) -> None:
 
 def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, second_trial, ray_session):
     family = psutil.Process(second_trial.pid).children(recursive=True)
-    # Tune's, around a trial.
+    # Ray Tune names its process around a trial so.
     trainers = [p for p in family if "ImplicitFunc" in " ".join(p.cmdline())]
     second_trial.kill()
     second_trial.communicate()
@@ -308,14 +310,14 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_t
     assert sorted(run.info.status for run in runs(tmp_path)) == ["FINISHED", "KILLED", "KILLED"]
 
     ends_from_where_it_was(tmp_path)
-    found = {run.info.run_id: run for run in runs(tmp_path)}
-    assert {run.info.status for run in found.values()} == {"FINISHED"}
-    keys = [(kind(run), run.data.tags["iiet.key"]) for run in found.values()]
+    runs_by_id = {run.info.run_id: run for run in runs(tmp_path)}
+    assert {run.info.status for run in runs_by_id.values()} == {"FINISHED"}
+    keys = [(kind(run), run.data.tags["iiet.key"]) for run in runs_by_id.values()]
     assert len(keys) == len(set(keys))
     for before in watched:
-        again = found[before.info.run_id]
-        assert again.info.start_time == before.info.start_time
-        if kind(again) != "sweep":
-            assert "quality/accuracy" in again.data.metrics
-            steps = losses(tmp_path, again)
+        resumed = runs_by_id[before.info.run_id]
+        assert resumed.info.start_time == before.info.start_time
+        if kind(resumed) != "sweep":
+            assert "quality/accuracy" in resumed.data.metrics
+            steps = losses(tmp_path, resumed)
             assert steps == sorted(set(steps))

@@ -37,7 +37,7 @@ MODULES = {
     name: (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
     for name in PYPROJECT["tool"]["setuptools"]["py-modules"]
 }
-LINES = [line for block in blocks("bash") for line in block.splitlines()]
+LINES = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
 
 
 def line_with(words: str) -> list[str]:
@@ -86,13 +86,13 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place):
     assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(MODULES)
     with on_path(place.site):
-        found = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
-    assert [finding.state for finding in found] == ["ok"] * 3
+        findings = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
+    assert [finding.state for finding in findings] == ["ok"] * 3
 
 
 @pytest.mark.long
 def test_the_method_trains_in_ray(place):
-    # In a process of its own, whose Ray starts its workers with this path.
+    # The command has a process of its own, whose Ray starts its workers with this path.
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
         env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},

@@ -45,12 +45,13 @@ import os, sys
 from pathlib import Path
 from orchestrator.cli.__main__ import main
 
-disk, filler = Path(sys.argv[1]), Path(sys.argv[1]) / "filler"
+disk = Path(sys.argv[1])
+filler = disk / "filler"
 
 def files():
     logs = (disk / "logs").glob("*")  # MLflow's own database may have begun.
-    found = set(disk.rglob("*")) - {*logs, disk / "mlflow.db"}
-    return {path for path in found if path.is_file() and path.suffix != ".lock"}
+    paths = set(disk.rglob("*")) - {*logs, disk / "mlflow.db"}
+    return {path for path in paths if path.is_file() and path.suffix != ".lock"}
 
 def run(*command):
     return main([*command, "--quiet", "--workspace", str(disk)])

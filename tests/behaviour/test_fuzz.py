@@ -153,7 +153,7 @@ def test_settings_files_and_options(small_sweep, tmp_path, capfd, monkeypatch):
         max_examples=NUM_EXAMPLES,
     )
     @given(questions())
-    def each(question: tuple[list[str], str | bytes | None]) -> None:
+    def run_one(question: tuple[list[str], str | bytes | None]) -> None:
         words, content = question
         if content is not None:
             data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -165,5 +165,5 @@ def test_settings_files_and_options(small_sweep, tmp_path, capfd, monkeypatch):
         if kind := finding(ended, printed):
             findings.setdefault(kind, f"{words} {content!r}\n{printed[-1500:]}")
 
-    each()
+    run_one()
     assert not findings, "\n\n".join(f"### {kind}: {text}" for kind, text in findings.items())

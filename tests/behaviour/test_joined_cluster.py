@@ -1,4 +1,4 @@
-"""What a command finds on the nodes of a cluster that it joins: nodes of one machine.
+"""A command that joins a cluster finds good nodes, and refuses others: nodes of one machine.
 
 Nodes that cannot be used are real ones: one has other code, one lives in a mount namespace in which
 the workspace is an empty file system.
@@ -29,11 +29,12 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import RunFailed, UserError
 
-folder, other_code, secret, may_mount = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folder = pathlib.Path(sys.argv[1])
+other_code, secret, may_mount = sys.argv[2:]
 small = {"object_store_memory": 80 * 2**20, "num_cpus": 1}
 head = {**small, "num_cpus": 0, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=head)
-# Of the command; the nodes are started without them.
+# Variables of the command; the nodes are started without them.
 new = {"HF_TOKEN": secret, "NCCL_A": "1", "NOT_NAMED": "1", "IIET_PRETENDED_GPUS": "1"}
 
 
@@ -112,15 +113,15 @@ print(json.dumps(report))
 
 @pytest.mark.long
 def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path):
-    other = tmp_path / "code"
+    other_code = tmp_path / "code"
     space = tmp_path / "space"
     for package in ("iiet", "orchestrator"):
-        shutil.copytree(ROOT / package, other / package)
-    with (other / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+        shutil.copytree(ROOT / package, other_code / package)
+    with (other_code / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     space.mkdir()
     may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
-    words = str(space), str(other), SECRET, "mount" if may_mount else ""
+    words = str(space), str(other_code), SECRET, "mount" if may_mount else ""
     variables = {"PYTHONPATH": str(ROOT)}
     printed = run_driver(DRIVER, *words, timeout=400, in_scratch=True, variables=variables)
     report: dict[str, Any] = json.loads(printed.splitlines()[-1])

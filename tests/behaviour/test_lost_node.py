@@ -68,14 +68,16 @@ LOST = """
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-notes, deadline = [], time.time()
+notes = []
+deadline = time.time()
 
 def watch(_=None):
     global deadline
     if kind == "notice" and any(r["kind"] == "metrics" for r in records()) and once("notice"):
         deadline = time.time() + 10
-        client, milliseconds = GcsClient(address=nodes.address), int(1000 * deadline)
-        client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", milliseconds)
+        client = GcsClient(address=nodes.address)
+        deadline_ms = int(1000 * deadline)
+        client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", deadline_ms)
     if find_checkpoints(job.folder) and time.time() > deadline and once("node is lost"):
         nodes.remove_node(doomed, allow_graceful=False)
     # The driver says that it waits before a new node joins.
@@ -83,7 +85,9 @@ def watch(_=None):
         nodes.add_node(**small)
 
 class OneTrial:
-    is_over, num_taken, ended = False, 0, None
+    is_over = False
+    num_taken = 0
+    ended = None
 
     def take(self):
         if self.num_taken:
@@ -104,7 +108,8 @@ class OneTrial:
         return True
 
     def on_end(self, key, result, error):
-        self.is_over, self.ended = True, (result, error)
+        self.is_over = True
+        self.ended = (result, error)
 
 def train_trial(trial, place):
     from orchestrator.training.trainer import run_job
@@ -113,7 +118,8 @@ def train_trial(trial, place):
 try:
     with ray_cluster():
         if kind == "trial":
-            queue, folder = OneTrial(), job.folder.with_name("sweep")
+            queue = OneTrial()
+            folder = job.folder.with_name("sweep")
             settings = SweepSettings(), ClusterSettings()
             run_trials(train_trial, queue, folder, *settings, num_trials=1, watch=watch)
             assert queue.ended[0], queue.ended
@@ -157,7 +163,7 @@ def disturbed(
 ) -> tuple[TrainingJob, TrainingJob, list[dict[str, Any]]]:
     """Run a job on the nodes; return it, its twin that has not run, and its starts."""
     steps = {"num_steps": num_steps, "validate_every_steps": num_steps}
-    job, whole = (
+    job, undisturbed = (
         tiny_job(name, **steps, checkpoint_every_steps=every, **more)
         for name in ("disturbed", "whole")
     )
@@ -167,7 +173,7 @@ def disturbed(
     variables = {**soon, "IIET_PRETENDED_GPUS": "1"} if kind == "fewer" else soon
     run_driver(NODES + code, str(path), kind, timeout=500, variables=variables)
     records = read_journal(job.folder)[0]
-    return job, whole, [r for r in records if r.get("name") in ("started", "resumed")]
+    return job, undisturbed, [r for r in records if r.get("name") in ("started", "resumed")]
 
 
 @pytest.mark.parametrize(
@@ -180,23 +186,23 @@ def disturbed(
 def test_a_lost_node_changes_no_loss(kind, tiny_job):
     # After a notice, a checkpoint is written although none is due.
     steps, every = (5000, 5000) if kind == "notice" else (400, 20)
-    job, whole, (started, resumed) = disturbed(LOST, kind, tiny_job, steps, every)
+    job, undisturbed, (started, resumed) = disturbed(LOST, kind, tiny_job, steps, every)
     assert (started["name"], resumed["name"]) == ("started", "resumed")
     assert started["pid"] != resumed["pid"]
     assert resumed["step"] >= (1 if kind == "notice" else 20)
     torch.set_num_threads(started["num_threads"])
-    run_job(whole)
-    assert curve(job) == curve(whole)
+    run_job(undisturbed)
+    assert curve(job) == curve(undisturbed)
 
 
 @pytest.mark.long
 def test_a_job_goes_on_with_fewer_workers_and_grows_back(tiny_job):
     # A low rate: rounding does not grow over thousands of steps.
-    job, whole, starts = disturbed(FEWER, "fewer", tiny_job, 25_000, 1000, learning_rate=1e-5)
+    job, undisturbed, starts = disturbed(FEWER, "fewer", tiny_job, 25_000, 1000, learning_rate=1e-5)
     assert [start["num_workers"] for start in starts] == [2, 1, 2]
     assert [start["step"] % 1000 for start in starts[1:]] == [0, 0], "from the newest checkpoint"
     varied = curve(job)
     assert max(varied) > starts[2]["step"]
     steps = iter(range(10**6))
-    run_job(whole, should_stop=lambda: next(steps) == max(varied))
-    assert varied == pytest.approx(curve(whole), abs=1e-4)
+    run_job(undisturbed, should_stop=lambda: next(steps) == max(varied))
+    assert varied == pytest.approx(curve(undisturbed), abs=1e-4)

@@ -50,15 +50,15 @@ def test_a_mixture_is_planned_trained_distilled_and_measured(tmp_path):
         plan_pretrain(documented("model.context_length=64"), **options)
     tokens = prepare(settings, **options)
     assert prepare(settings, **options) == tokens
-    (again,) = plan_pretrain(settings, **options).jobs.values()
-    assert again.model == planned.model
+    (planned_again,) = plan_pretrain(settings, **options).jobs.values()
+    assert planned_again.model == planned.model
     teacher = pretrain(settings, **options, local=True).checkpoint
 
-    found = metrics_of(teacher)
-    losses = {name: found[f"{VALIDATION_METRIC}_{name}"] for name in SOURCES}
-    assert min(losses.values()) < found[VALIDATION_METRIC] < max(losses.values())
-    assert {f"train/loss_{name}" for name in SOURCES} <= set(found)
-    assert {n for n in found if "accuracy_" in n} == {
+    teacher_metrics = metrics_of(teacher)
+    losses = {name: teacher_metrics[f"{VALIDATION_METRIC}_{name}"] for name in SOURCES}
+    assert min(losses.values()) < teacher_metrics[VALIDATION_METRIC] < max(losses.values())
+    assert {f"train/loss_{name}" for name in SOURCES} <= set(teacher_metrics)
+    assert {n for n in teacher_metrics if "accuracy_" in n} == {
         f"validation/accuracy_{name}" for name in SOURCES[1:]
     }
     assert measure_influence(settings, **options, model=teacher).table.num_tokens > 0

@@ -125,7 +125,7 @@ def test_the_commands_of_a_page_run(page, started_project, tmp_path, monkeypatch
         words = [REPLACED.get(word, word) for word in line.words[1:]]
         words = words[: words.index(">")] if ">" in words else words
         is_dry = "--gpus" in words and "--dry-run" not in words
-        answer = "--yes" if words == ["clean"] else ""  # It asks.
+        answer = "--yes" if words == ["clean"] else ""  # `clean` asks before it deletes.
         more = [*small(tuple(words)), "--dry-run" if is_dry else "", answer]
         code = cli.main([word for word in (*words, *more) if word])
         error = capfd.readouterr().err

@@ -70,7 +70,7 @@ def drafts() -> str:
     ],
 )
 def test_python_for_exported_models_asks_nothing(snippet, expected, save_tiny, tmp_path):
-    """In a terminal into which nobody types, by a Python that does not know this package."""
+    """The Python runs in a terminal into which nobody types, and does not know this package."""
     checkpoint = save_tiny(
         tmp_path / "run", num_layers=3, schedule=[2, 1, 1], context_length=128, initializer_std=0.3
     )

@@ -52,7 +52,7 @@ PUBLISHED = {
         "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-"""What the config.json of published models says of their sizes."""
+"""The sizes in the config.json of published models."""
 FIRST = re.compile(r"([\d.,]+( \w+)? to )?[\d.,]+ ?\w*")
 
 
@@ -60,11 +60,11 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
     """Parse the words after `iiet-orch` as the program does, and return the options by name."""
     command = GROUP
     name = "iiet-orch"
-    rest = list(words)
+    remaining_words = list(words)
     while hasattr(command, "commands"):
-        name, *rest = rest
+        name, *remaining_words = remaining_words
         command = command.commands[name]
-    options: dict[str, Any] = command.make_context(name, rest).params
+    options: dict[str, Any] = command.make_context(name, remaining_words).params
     return options
 
 
@@ -112,9 +112,9 @@ def test_settings_and_links_of_pages_are_valid():
                 resolve_settings(tree)
         text = page.read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
-            found = page.parent / target if target else page
-            assert found.exists(), (page, target)
-            assert not anchor or anchor in anchors(found), f"{page}: {target}#{anchor}"
+            linked_page = page.parent / target if target else page
+            assert linked_page.exists(), (page, target)
+            assert not anchor or anchor in anchors(linked_page), f"{page}: {target}#{anchor}"
 
 
 def test_the_first_pages_name_every_command_page_and_sweep():
@@ -135,9 +135,9 @@ def test_the_architecture_names_what_exists():
         assert (ROOT / path if is_whole else ROOT / "orchestrator" / path).is_file(), path
     for path in re.findall(r"`(tests/[\w/.]+)`", TEXTS["scaling.md"]):
         assert (ROOT / path).exists(), path
-    named = set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))
-    assert named == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
-    assert {*packages_figure.PLACES, *packages_figure.USED_BY_ALL} == {*named, "iiet"}
+    packages = set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))
+    assert packages == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
+    assert {*packages_figure.PLACES, *packages_figure.USED_BY_ALL} == {*packages, "iiet"}
 
 
 @pytest.fixture
@@ -157,9 +157,9 @@ def check_prices(tmp_path, capsys, monkeypatch) -> Callable[..., None]:
             cells = []
             for name in names:
                 [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
-                found = FIRST.match(text)
-                assert found, text
-                cells.append(found[0].strip())
+                value = FIRST.match(text)
+                assert value, text
+                cells.append(value[0].strip())
             assert row.split(" | ") == cells, command
             assert re.search(r"on an H100 +it fits", output), command
 

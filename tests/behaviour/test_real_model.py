@@ -209,7 +209,8 @@ def test_scores_are_those_of_lm_eval(walk):
     for key, sample in theirs.items():
         assert ours[key]["acc"] == sample["acc"]
         values = [
-            [float(value) for value, _ in one["filtered_resps"]] for one in (ours[key], sample)
+            [float(value) for value, _ in scored_sample["filtered_resps"]]
+            for scored_sample in (ours[key], sample)
         ]
         assert values[0] == pytest.approx(values[1], abs=2e-3)
     assert 0.3 < sum(sample["acc"] for sample in ours.values()) / 32 < 1
@@ -265,29 +266,29 @@ def test_it_becomes_iterative_and_still_answers(walk):
         walk.folder / "iterative-exported", trust_remote_code=True, dtype=torch.float32
     ).eval()
     full = load_model(checkpoint)
-    none = full.with_schedule(0)
+    without_corrections = full.with_schedule(0)
     ids = torch.tensor(
         [TextGenerator(open_model(checkpoint)).tokenizer.encode_document(PROMPTS[0])]
     )
     with torch.no_grad():
         logits = full(ids)
         assert (theirs(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
-        assert not torch.equal(logits, none(ids))
-    for schedule in (full.schedule, none.schedule):
+        assert not torch.equal(logits, without_corrections(ids))
+    for schedule in (full.schedule, without_corrections.schedule):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
         prompts = writer.texts_to_continue(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))
 
     walk.run(STUDENTS)
-    found = json.loads((walk.folder / "iiet-workspace/sweeps/cheaper/front.json").read_text())
-    by_role = {row["role"]: row for row in found["results"]}
+    front = json.loads((walk.folder / "iiet-workspace/sweeps/cheaper/front.json").read_text())
+    by_role = {row["role"]: row for row in front["results"]}
     assert {"teacher", "trial", "source", "source_continued"} <= set(by_role)
-    assert len([row for row in found["results"] if row["role"] == "trial"]) == 2
-    [of_student] = found["retention"][by_role["trial"]["key"]]
+    assert len([row for row in front["results"] if row["role"] == "trial"]) == 2
+    [of_student] = front["retention"][by_role["trial"]["key"]]
     assert of_student["task"] == "python_bits_per_byte"
     assert not of_student["kept"]
-    assert of_student["lost"] > found["retention"][by_role["teacher"]["key"]][0]["lost"]
-    assert by_role["source"]["key"] not in found["retention"]
+    assert of_student["lost"] > front["retention"][by_role["teacher"]["key"]][0]["lost"]
+    assert by_role["source"]["key"] not in front["retention"]
     pick = "iiet-orch pick cheaper --cheapest --dry-run"
     walk.run(f"if {pick}; then exit 1; else test $? = 2; fi")
     assert "loses" in walk.run(f"{pick} --allow-loss")

@@ -15,9 +15,9 @@ REMEDY = (
 
 def test_the_recipe_is_the_stored_one():
     stored: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
-    found = recipe_hashes()
-    assert stored.keys() == found.keys()
-    for group, now in found.items():
-        names = {**stored[group], **now}
-        changed = [name for name in names if stored[group].get(name) != now.get(name)]
+    current = recipe_hashes()
+    assert stored.keys() == current.keys()
+    for group, current_hashes in current.items():
+        names = {**stored[group], **current_hashes}
+        changed = [name for name in names if stored[group].get(name) != current_hashes.get(name)]
         assert not changed, f"{group}: {', '.join(changed)} {REMEDY}"

@@ -34,7 +34,7 @@ SMALLER = {
     **{"1024": "32", "65536": "64", "num_steps: 1000": "num_steps: 2"},
     **{"256": "32", "num_steps: 20": "num_steps: 4"},
 }
-"""In the files of both pages."""
+"""Numbers in the settings files of both pages -> smaller ones."""
 REPLACED = {
     **{"hub:HuggingFaceTB/SmolLM2-135M": "published", "300": "4", "7000": "4"},
     "0*14,2*4,0*12": "2",
@@ -103,7 +103,7 @@ def test_the_commands_of_the_page_run(
     space = Workspace(tmp_path / "iiet-workspace")
     [*_, retrofit] = find_checkpoints(space.runs / run)
     assert load_config(retrofit).corrections == (2, 2, 2)
-    found = json.loads((space.sweeps / "cheaper" / "front.json").read_text())
-    assert {"teacher", "source", "source_continued"} <= {row["role"] for row in found["results"]}
-    assert found["retention"], "the bits per byte of Python's text, without being asked"
+    front = json.loads((space.sweeps / "cheaper" / "front.json").read_text())
+    assert {"teacher", "source", "source_continued"} <= {row["role"] for row in front["results"]}
+    assert front["retention"], "the bits per byte of Python's text, without being asked"
     assert (tmp_path / "smollm2-iterative" / "config.json").is_file()

@@ -14,7 +14,7 @@ from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
 
 NUM_STUDENTS = 3 * 8
-"""Of three teachers, under eight budgets."""
+"""Students of three teachers, under eight budgets each."""
 ON_GPUS = {"paper-340m": 8, "paper-55m": 8}
 """Shipped sweeps whose settings name GPUs -> how many."""
 PER_PASS = "num_sequences_per_pass"
@@ -35,24 +35,25 @@ def planned(name: str, workspace: Path, *assignments: str) -> SweepPlan:
 
 
 def test_the_sweeps_for_gpus_are_these():
-    named = {name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()}
-    assert {name: number for name, number in named.items() if number} == ON_GPUS
+    num_gpus_of_sweeps = {
+        name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()
+    }
+    assert {name: number for name, number in num_gpus_of_sweeps.items() if number} == ON_GPUS
     # A thousandth of their tokens is more than any measurement reads.
     assert {read_settings(name).data.validation_fraction for name in ON_GPUS} == {0.001}
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(name, tmp_path):
-    found = planned(name, tmp_path)
-    assert found.price.num_trainings == 5 + NUM_STUDENTS, "teachers, vanilla, r = 0, students"
+    plan = planned(name, tmp_path)
+    assert plan.price.num_trainings == 5 + NUM_STUDENTS, "teachers, vanilla, r = 0, students"
     assert (
-        "its models answer all five claims of the paper (`iiet-orch report --claims`)"
-        in found.notes
+        "its models answer all five claims of the paper (`iiet-orch report --claims`)" in plan.notes
     )
-    assert found.problems["an H100"] is None
-    assert f"each trial runs on 1 GPU, at most {ON_GPUS[name]} at once" in found.notes
-    assert found.price.num_devices == ON_GPUS[name]
-    assert found.price.rate.source == "H100, bf16, dense"
+    assert plan.problems["an H100"] is None
+    assert f"each trial runs on 1 GPU, at most {ON_GPUS[name]} at once" in plan.notes
+    assert plan.price.num_devices == ON_GPUS[name]
+    assert plan.price.rate.source == "H100, bf16, dense"
     # None of the passes is smaller than it has to be, and the plan of each part is looked at.
     per_pass = 2 * int(read_settings(shipped_sweeps()[name]).training.num_sequences_per_pass or 0)
     alone = f"training.{PER_PASS}={per_pass}", "cluster.num_gpus=1"
@@ -72,14 +73,13 @@ def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path):
     }
     hours = {number: price.hours[0] for number, price in prices.items()}
     assert prices[2].rate
-    one = (
-        (prices[9].flops - prices[8].flops)
-        / (prices[2].rate.peak_flops * prices[2].rate.shares[1])
-        / 3600
-    )
+    flops_of_trial = prices[9].flops - prices[8].flops
+    flops_per_second = prices[2].rate.peak_flops * prices[2].rate.shares[1]
+    hours_of_trial = flops_of_trial / flops_per_second / 3600
+    with_a_ninth = pytest.approx(hours[2] + hours_of_trial)
     assert hours[8] == hours[2], "side by side"
-    assert hours[9] == hours[16] == pytest.approx(hours[2] + one), "the ninth waits for a GPU"
-    assert hours[17] == pytest.approx(hours[2] + 2 * one)
+    assert hours[9] == hours[16] == with_a_ninth, "the ninth waits for a GPU"
+    assert hours[17] == pytest.approx(hours[2] + 2 * hours_of_trial)
 
 
 def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path):
@@ -87,14 +87,14 @@ def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path):
     large = [*ONE_TEACHER, *(f"model.{size}" for size in ("preset=1.3b", *sizes))]
     for section in ("training", "distillation.training"):
         large += [f"{section}.{PER_PASS}=1", f"{section}.activation_checkpointing=true"]
-    refused = planned("paper-340m", tmp_path, *large).problems["an H100"]
-    assert "cluster.parallel=fsdp" in str(refused)
-    found = planned("paper-340m", tmp_path, *large, "cluster.parallel=fsdp")
-    assert found.problems["an H100"] is None
-    assert found.states, found.notes
+    problem = planned("paper-340m", tmp_path, *large).problems["an H100"]
+    assert "cluster.parallel=fsdp" in str(problem)
+    plan = planned("paper-340m", tmp_path, *large, "cluster.parallel=fsdp")
+    assert plan.problems["an H100"] is None
+    assert plan.states, plan.notes
 
 
 def test_other_sweeps_run_on_cpus(tmp_path):
-    found = planned("methods", tmp_path)
-    assert not found.price.uses_gpus
-    assert set(found.problems) == {"this machine"}
+    plan = planned("methods", tmp_path)
+    assert not plan.price.uses_gpus
+    assert set(plan.problems) == {"this machine"}

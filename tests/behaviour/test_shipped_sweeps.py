@@ -26,8 +26,8 @@ HERE = [
 """The small size, without the hub and GPUs that some files ask for."""
 
 PAPER = ["sweep.seeds=[0]", "sweep.budgets=[9, 3]", "data.validation_fraction=0.05"]
-"""Budgets of this size, and longer held-out texts. Both sweeps are the same one then; that seeds
-give intervals, `claims` shows."""
+"""Budgets of this size, and longer held-out texts. Both sweeps of the paper are the same one then.
+The sweep `claims` shows that several seeds give intervals."""
 SEVERAL_TEACHERS = {
     "claims": ["sweep.seeds=[0, 1]", "sweep.budgets=[9, 6, 3]"],
     "paper-340m": PAPER,
@@ -62,15 +62,15 @@ FRONTS = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, ray_session) -> Workspace:
-    """A workspace for all of them."""
+    """One workspace for all shipped sweeps, so that they share their models."""
     return open_workspace(tmp_path_factory.mktemp("shipped"))
 
 
 def settings_of(name: str, *more: str) -> Settings:
-    # Without the hub; the demo's depth tasks are generated.
+    # Instead of the hub, help texts of Python; the demo's depth tasks are generated.
     source = read_settings(shipped_sweeps()[name]).data.source
-    here = [*HERE, f"data.source={'python' if source == 'hub' else source}"]
-    return read_settings(shipped_sweeps()[name], [*here, *OPTIONS.get(name, ()), *more])
+    assignments = [*HERE, f"data.source={'python' if source == 'hub' else source}"]
+    return read_settings(shipped_sweeps()[name], [*assignments, *OPTIONS.get(name, ()), *more])
 
 
 def run(workspace: Workspace, name: str, *more: str) -> SweepResult:
@@ -89,7 +89,7 @@ def test_a_shipped_sweep_ends_with_its_front(name, workspace):
     result = run(workspace, name)
     assert result.page.is_file()
     stored = json.loads((result.folder / "results.json").read_text())["results"]
-    assert FRONTS[name] <= {each["label"] for each in stored}
+    assert FRONTS[name] <= {result_row["label"] for result_row in stored}
     if name in SEVERAL_TEACHERS:
         assert {claim["verdict"] for claim in result.to_json()["claims"]} != {"not measured"}
     else:

@@ -82,7 +82,7 @@ def server() -> Iterator[str]:
         address = f"http://127.0.0.1:{dashboard}"
 
         def has_agent() -> bool:
-            """Whether the agent that starts jobs is up; it comes after the server."""
+            """Say whether the agent that starts jobs is up; the agent comes after the server."""
             probe = start(
                 "ray", "job", "submit", "--address", address, "true", folder=Path(scratch)
             )

@@ -42,8 +42,8 @@ ASSIGNMENTS = [
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with pretended_cluster() as found:
-        yield found
+    with pretended_cluster() as variables:
+        yield variables
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def run(command: str, workspace: Path, environment: dict[str, str], *more: str) 
 
 def tasks(log: str) -> list[str]:
     """Return the modules of the functions that were tasks on one GPU each."""
-    found = re.findall(r"orchestrator\.(\S+)\.\w+ runs on GPU [01] of \S+, process \d+", log)
-    assert len(found) == log.count(" runs on ")
-    return list(found)
+    modules = re.findall(r"orchestrator\.(\S+)\.\w+ runs on GPU [01] of \S+, process \d+", log)
+    assert len(modules) == log.count(" runs on ")
+    return list(modules)
 
 
 def precisions(workspace: Path) -> set[str]:

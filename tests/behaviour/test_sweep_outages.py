@@ -51,8 +51,10 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         outcome = run_plan(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
-        found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
-        written = write_sweep_report(workspace, found, tracking=lambda tracking=tracking: tracking)
+        stored_sweep = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
+        written = write_sweep_report(
+            workspace, stored_sweep, tracking=lambda tracking=tracking: tracking
+        )
         assert written.page.is_file()
         assert len(warnings) == 1, warnings
 

@@ -22,7 +22,8 @@ from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import jobs_to_train
 from orchestrator.workspace.layout import find_checkpoints
 
-# With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
+# With the argument `hold`, the program pauses after its first checkpoint until its standard input
+# is closed.
 DRIVER = """
 import json, sys
 from orchestrator.cluster import task
@@ -111,37 +112,39 @@ def result(process: Started) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_all_return_the_outcome_of_one_training_and_may_stop_waiting(job, start):
-    first = holding(start, job)
-    second, *impatient = [waiting(start, job) for _ in range(3)]
+    trainer = holding(start, job)
+    waiter, *impatient = [waiting(start, job) for _ in range(3)]
     for process, number in zip(impatient, (signal.SIGINT, signal.SIGTERM), strict=True):
         process.send_signal(number)
         assert "interrupted while waiting;" in line(process)
         assert process.wait(timeout=60) == 130
     assert not finished_outcome(job)
-    first.stdin.close()
-    assert result(first) == result(second)
+    trainer.stdin.close()
+    assert result(trainer) == result(waiter)
     assert num_starts(job) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_who_waits_takes_over_from_who_is_killed_or_interrupted(number, job, start, monkeypatch):
-    first = holding(start, job)
-    second = waiting(start, job)
-    first.send_signal(number)
+    trainer = holding(start, job)
+    waiter = waiting(start, job)
+    trainer.send_signal(number)
     if number == signal.SIGINT:
-        first.stdin.close()
-        assert "saved at step " in line(first)
-        assert first.wait(timeout=60) == 130
-    [outcome] = result(second)
+        trainer.stdin.close()
+        assert "saved at step " in line(trainer)
+        assert trainer.wait(timeout=60) == 130
+    [outcome] = result(waiter)
     [resumed] = events(job, "resumed")
-    assert resumed["pid"] == second.pid
+    assert resumed["pid"] == waiter.pid
     stopped = [event["step"] for event in events(job, "stopped")]
     assert [resumed["step"]] == stopped if stopped else resumed["step"] >= 10
     monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(1),)))
-    [whole] = run_local_jobs([in_folder(job, "whole")])
-    assert outcome["validation_loss"] == whole.validation_loss
-    assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
+    [undisturbed] = run_local_jobs([in_folder(job, "whole")])
+    assert outcome["validation_loss"] == undisturbed.validation_loss
+    assert weights_key(Path(outcome["checkpoint"])) == weights_key(
+        Path(str(undisturbed.checkpoint))
+    )
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ LENGTH = 40
 
 
 def draw_weights(model):
-    """Weights large enough that each option moves the logits by much more than the tolerance."""
+    """Draw weights so large that each option moves the logits by much more than the tolerance."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -104,16 +104,16 @@ def draw_weights(model):
 def both_models(name, seed=0):
     family, their_values, values = CASES[name]
     torch.manual_seed(seed)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(
+    reference = getattr(transformers, f"{family}ForCausalLM")(
         getattr(transformers, f"{family}Config")(**{**THEIR_SIZES, **their_values})
     )
-    draw_weights(theirs)
+    draw_weights(reference)
     decoder = Decoder(ModelConfig(**{"method": "vanilla", **SIZES, **values}))
-    weights = theirs.state_dict()
+    weights = reference.state_dict()
     if decoder.config.tie_embeddings:
         del weights["lm_head.weight"]
     decoder.load_state_dict(weights)
-    return theirs, decoder.eval()
+    return reference, decoder.eval()
 
 
 def padded_text():
@@ -125,14 +125,14 @@ def padded_text():
 
 
 def one_by_one(decoder, ids, mask, *, num_prompt):
-    """Logits by a cache: the prompt at once, then each token; the last few together again."""
+    """Return logits by a cache: the prompt at once, then each token; the last few together."""
     cache = decoder.new_cache(batch_size=len(ids), max_tokens=ids.size(1))
     ends = [num_prompt, *range(num_prompt + 1, ids.size(1) - 4), ids.size(1)]
     logits = []
     start = 0
     for end in ends:
-        seen = None if mask is None else mask[:, :end]
-        logits.append(decoder(ids[:, start:end], cache=cache, attention_mask=seen))
+        mask_so_far = None if mask is None else mask[:, :end]
+        logits.append(decoder(ids[:, start:end], cache=cache, attention_mask=mask_so_far))
         start = end
     return torch.cat(logits, 1)
 
@@ -140,10 +140,10 @@ def one_by_one(decoder, ids, mask, *, num_prompt):
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_logits_and_tokens_are_those_of_transformers(name):
-    theirs, decoder = both_models(name)
+    reference, decoder = both_models(name)
     ids, mask = padded_text()
     for attention_mask in (None, mask):
-        expected = theirs(ids, attention_mask=attention_mask).logits
+        expected = reference(ids, attention_mask=attention_mask).logits
         is_text = torch.ones_like(ids) if attention_mask is None else mask
         for logits in (
             decoder(ids, attention_mask=attention_mask),
@@ -155,7 +155,7 @@ def test_logits_and_tokens_are_those_of_transformers(name):
     prompt = ids[:, :20]
     prompt_mask = mask[:, :20]
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    expected = theirs.generate(prompt, attention_mask=prompt_mask, **options)
+    expected = reference.generate(prompt, attention_mask=prompt_mask, **options)
     assert torch.equal(decoder.generate(prompt, prompt_mask, max_new_tokens=20), expected)
     fixed = StaticSteps(decoder)
     tokens = decoder.generate(prompt, prompt_mask, max_new_tokens=20, steps=fixed)
@@ -167,9 +167,9 @@ def test_logits_and_tokens_are_those_of_transformers(name):
 @torch.no_grad()
 def test_random_weights_give_the_logits_of_transformers(name):
     seed = random.randrange(2**31)
-    theirs, decoder = both_models(name, seed)
+    reference, decoder = both_models(name, seed)
     ids, mask = padded_text()
-    expected = theirs(ids, attention_mask=mask).logits
+    expected = reference(ids, attention_mask=mask).logits
     for logits in (
         decoder(ids, attention_mask=mask),
         one_by_one(decoder, ids, mask, num_prompt=13),
@@ -228,8 +228,9 @@ def test_a_window_holds_within_each_sequence_of_a_packed_row_and_under_a_mask_of
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
     apart = torch.cat([decoder(ids[:, :25]), decoder(ids[:, 25:])], 1)
     torch.testing.assert_close(decoder(ids, position_ids=positions), apart, rtol=0, atol=1e-5)
-    is_same = torch.arange(40) < 25
-    visible = (is_same[:, None] == is_same[None]) & torch.ones(40, 40).tril().bool()
+    is_first = torch.arange(40) < 25
+    in_same_sequence = is_first[:, None] == is_first[None]
+    visible = in_same_sequence & torch.ones(40, 40).tril().bool()
     logits = decoder(ids, position_ids=positions, attention_mask=visible[None])
     torch.testing.assert_close(logits, apart, rtol=0, atol=1e-5)
 
@@ -263,9 +264,13 @@ def test_costs_of_heads_and_windows():
         with counter:
             decoder(ids[:, -1:], cache=cache)
     assert counter.get_total_flops() == cost.decode_flops_per_token
-    seen = [[min(token, window) for token in range(1, time + 1)] for window in (8, time, 5)]
+    tokens_read_by_layer = [
+        [min(token, window) for token in range(1, time + 1)] for window in (8, time, 5)
+    ]
     matrices = 2 * (2 * 32 * (q_dim + kv_dim) + 3 * 32 * 48)
-    expected = sum(matrices + 4 * q_dim * sum(tokens) / time for tokens in seen) + 2 * 32 * 61
+    layers = sum(matrices + 4 * q_dim * sum(tokens) / time for tokens in tokens_read_by_layer)
+    head = 2 * 32 * 61
+    expected = layers + head
     assert cost.forward_flops_per_token == pytest.approx(expected, rel=1e-12)
     assert training_flops_per_token(config, context_length=time) == pytest.approx(3 * expected)
     assert cost.kv_bytes_read_per_token == 4 * 2 * kv_dim * (8 + time + 5)

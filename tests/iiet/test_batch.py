@@ -42,13 +42,13 @@ def test_outside_text_only_positions_with_a_target_count():
     batch = Batch(TOKENS, targets)
     assert torch.equal(batch.teacher_mask, MASK)
     assert (batch.num_targets, batch.num_positions) == (4, 4)
-    some = Batch(TOKENS, targets, torch.tensor([[True, True, False, True]] * 3))
-    assert some.teacher_mask.tolist() == [
+    masked = Batch(TOKENS, targets, torch.tensor([[True, True, False, True]] * 3))
+    assert masked.teacher_mask.tolist() == [
         [True, False, False, True],
         [False, True, False, False],
         [False] * 4,
     ]
-    assert (some.num_targets, some.num_positions) == (3, 3)
+    assert (masked.num_targets, masked.num_positions) == (3, 3)
 
 
 def test_parts_have_their_rows_and_their_share_of_the_counts():
@@ -60,8 +60,8 @@ def test_parts_have_their_rows_and_their_share_of_the_counts():
         assert torch.equal(joined, getattr(whole, name)), name
     assert [(part.target_count, part.position_count) for part in parts] == [(2, 4), (1, 2)]
     assert all(part.is_text for part in parts)
-    (alone,) = Batch.of_text(TOKENS).split(99)
-    assert (alone.target_count, alone.position_count, alone.mask) == (None, None, None)
+    (only_part,) = Batch.of_text(TOKENS).split(99)
+    assert (only_part.target_count, only_part.position_count, only_part.mask) == (None, None, None)
 
 
 def test_a_batch_moves_as_a_whole_and_does_not_change():

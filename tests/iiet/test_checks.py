@@ -106,15 +106,15 @@ WRONG = [
 
 @pytest.mark.parametrize(("kind", "changes"), WRONG)
 def test_values_out_of_range_are_named(kind, changes):
-    made = kind(**CORRECT[kind])
+    correct = kind(**CORRECT[kind])
     with pytest.raises(ValueError, match=next(iter(changes))) as caught:
-        dataclasses.replace(made, **changes)
+        dataclasses.replace(correct, **changes)
     assert all(name in str(caught.value) for name in changes)
 
 
 def test_every_public_dataclass_is_tested():
     public = [getattr(iiet, name) for name in iiet.__all__]
-    dataclasses_of_iiet = {one for one in public if dataclasses.is_dataclass(one)}
+    dataclasses_of_iiet = {value for value in public if dataclasses.is_dataclass(value)}
     assert dataclasses_of_iiet <= {kind for kind, _ in WRONG} == set(CORRECT)
 
 

@@ -66,7 +66,7 @@ def value_and_gradients(decoder: Decoder, loss: Tensor, scale: float = 3.0) -> l
     return [loss.detach(), *(p.grad for p in decoder.parameters() if p.grad is not None)]
 
 
-def whole(decoder: nn.Module) -> Callable[..., Any]:
+def with_whole_logits(decoder: nn.Module) -> Callable[..., Any]:
     """Hide that a model is a decoder, so that its logits are computed before the loss."""
     return lambda *arguments, **options: decoder(*arguments, **options)
 
@@ -90,7 +90,8 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss, tied, kind):
     config = LOSSES[loss]
     teacher = some_teacher(decoder)
     results = []
-    for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
+    pairs = [(decoder, teacher), (with_whole_logits(decoder), with_whole_logits(teacher))]
+    for student, guide in pairs:
         total, parts = distillation_loss(student, guide, batch, config=DistillationConfig(**config))
         results.append([*value_and_gradients(decoder, total), *parts.values()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-14)
@@ -101,7 +102,8 @@ def test_logits_of_one_chunk_give_bitwise_the_same():
     batch = some_batch("text")
     teacher = some_teacher(decoder)
     results = []
-    for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
+    pairs = [(decoder, teacher), (with_whole_logits(decoder), with_whole_logits(teacher))]
+    for student, guide in pairs:
         loss, _ = distillation_loss(student, guide, batch, config=DistillationConfig())
         results.append(value_and_gradients(decoder, loss, scale=0.25))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -115,10 +117,10 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss):
     schedule = decoder.schedule
     config = DistillationConfig(**LOSSES[loss]) if loss else None
     objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
-    with LargestTensor() as seen:
+    with LargestTensor() as largest:
         objective(decoder, batch, 0)[0].backward()
         validation_metrics(decoder, [batch], schedule, precision="fp32", world=World())
-    assert seen.num_values < ELEMENTS / 2
+    assert largest.num_values < ELEMENTS / 2
 
 
 def adapted(decoder: Decoder) -> None:
@@ -186,9 +188,9 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             answer = decoder(batch.input_ids, loss_fn=loss_fn)
             loss = answer if loss_fn else batch_cross_entropy(answer, batch)
-        found = value_and_gradients(decoder, loss)
-        assert loss.dtype == found[-1].dtype == torch.float32
-        return float((found[-1] - expected[-1]).norm() / expected[-1].norm())
+        values = value_and_gradients(decoder, loss)
+        assert loss.dtype == values[-1].dtype == torch.float32
+        return float((values[-1] - expected[-1]).norm() / expected[-1].norm())
 
     assert error(partial(batch_cross_entropy, batch=batch)) < 1.1 * error(None) < 0.05
 
@@ -196,9 +198,9 @@ def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits():
 def test_a_batch_of_another_shape_is_refused():
     decoder = fresh_decoder()
     batch = some_batch("text")
-    other = Batch.of_text(batch.input_ids.T)
+    transposed = Batch.of_text(batch.input_ids.T)
     with refused(ValueError, "batch", "(12, 3)"):
-        decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=other))
+        decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=transposed))
 
 
 @torch.no_grad()

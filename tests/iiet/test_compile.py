@@ -29,7 +29,7 @@ def tokens():
 
 
 def masks(masked):
-    """Left padding in one of two rows, or none."""
+    """Return a mask with left padding in one of two rows, or none."""
     return {"attention_mask": left_padding(2, 0, time=TIME)} if masked else {}
 
 
@@ -46,11 +46,11 @@ def decoded(decoder, run, cuts, **masks):
     """Return the logits of a prefill and of the steps after it."""
     cache = KeyValueCache(decoder.config, batch_size=BATCH, max_tokens=TIME, dtype=torch.float64)
     logits = []
-    held = 0
+    num_tokens = 0
     for part in tokens()[:, : sum(cuts)].split(cuts, 1):
-        held += part.size(1)
-        seen = {name: mask[:, :held] for name, mask in masks.items()}
-        logits.append(run(part, cache=cache, **seen))
+        num_tokens += part.size(1)
+        masks_so_far = {name: mask[:, :num_tokens] for name, mask in masks.items()}
+        logits.append(run(part, cache=cache, **masks_so_far))
     return torch.cat(logits, 1)
 
 
@@ -65,8 +65,8 @@ def cases(*slow):
     def marks(case):
         return pytest.mark.slow if case in slow else pytest.mark.long
 
-    every = {("iiet", True), *slow, *((method, False) for method in METHODS)}
-    return [pytest.param(*case, marks=marks(case)) for case in sorted(every)]
+    all_cases = {("iiet", True), *slow, *((method, False) for method in METHODS)}
+    return [pytest.param(*case, marks=marks(case)) for case in sorted(all_cases)]
 
 
 @pytest.mark.parametrize(("method", "masked"), cases(("iiet", True)))
@@ -114,10 +114,10 @@ import torch
 from test_compile import decoded, decoder_of, masks, tokens, trained
 decoder = decoder_of("iiet")
 compiled = torch.compile(decoder, backend="aot_eager")
-for given in map(masks, (True, False)):
-    found = trained(decoder, compiled, **given), decoded(decoder, compiled, [4, 1], **given)
-    right = trained(decoder, decoder, **given), decoded(decoder, decoder, [4, 1], **given)
-    torch.testing.assert_close(found, right)
+for options in map(masks, (True, False)):
+    results = trained(decoder, compiled, **options), decoded(decoder, compiled, [4, 1], **options)
+    expected = trained(decoder, decoder, **options), decoded(decoder, decoder, [4, 1], **options)
+    torch.testing.assert_close(results, expected)
 assert not torch._dynamo.utils.counters["graph_break"]
 """
     path = os.pathsep.join([str(FOLDER), *sys.path])

@@ -26,8 +26,9 @@ from iiet.weights import config_from_json, config_to_json
 def test_every_preset_with_every_method(name, method):
     config = preset(name, method=method)
     assert config.method == method
-    usual = METHODS[method].facts.full_level or (3 if METHODS[method].facts.has_corrections else 0)
-    assert config.corrections == IterationSchedule.uniform(config.num_layers, usual)
+    facts = METHODS[method].facts
+    usual_level = facts.full_level or (3 if facts.has_corrections else 0)
+    assert config.corrections == IterationSchedule.uniform(config.num_layers, usual_level)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

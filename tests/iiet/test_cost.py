@@ -118,9 +118,9 @@ class CountingCache(KeyValueCache):
     def append(self, *heads_and_slot):
         return self.counted(super().append(*heads_and_slot))
 
-    def counted(self, held):
-        self.num_read += sum(tensor.nbytes for tensor in held)
-        return held
+    def counted(self, keys_and_values):
+        self.num_read += sum(tensor.nbytes for tensor in keys_and_values)
+        return keys_and_values
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,18 +150,18 @@ def test_bytes_equal_what_a_decoding_step_reads(method, tied):
 def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
     # A field of 1,984 bytes; 10 tokens' keys and values of 32 bytes each, for each row. A looped
     # model needs its three fields there between two runs.
-    for method, rows, fits in [
+    for method, rows, cache_bytes in [
         ("iiet", 1, 1984 + 320),
         ("iiet", 2, 1984 + 640),
         ("looped", 1, 3 * 1984 + 320),
     ]:
         sizes = {"context_length": 10, "batch_size": rows}
-        kept = inference_cost(small(method), **sizes, processor_cache_bytes=fits)
-        none = inference_cost(small(method), **sizes, processor_cache_bytes=fits - 1)
-        assert kept.weight_bytes_per_token == 4 * ((3 * 496 + 408) / rows + 8)
-        assert none == inference_cost(small(method), **sizes)
-        evaluations = none.evaluations_per_token
-        assert none.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
+        cached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes)
+        uncached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes - 1)
+        assert cached.weight_bytes_per_token == 4 * ((3 * 496 + 408) / rows + 8)
+        assert uncached == inference_cost(small(method), **sizes)
+        evaluations = uncached.evaluations_per_token
+        assert uncached.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
@@ -273,18 +273,18 @@ def test_a_layer_keeps_as_many_tensors_as_are_counted(method, options):
         hidden = torch.randn(BATCH, TIME, DIM, requires_grad=True)
         state = kind.start(hidden)
         hiddens = [hidden]
-        kept = []
+        num_kept_by_layer = []
         for number, layer in enumerate(decoder.model.layers):
             call = LayerCall(config.corrections[number], None, shared=decoder.model.shared)
-            before = live.now
+            bytes_before = live.now
             hidden, state = layer(hidden, state, call)
             hiddens.append(hidden)
-            kept.append((live.now - before) / hidden.nbytes - 1)
+            num_kept_by_layer.append((live.now - bytes_before) / hidden.nbytes - 1)
     counted = [
         layer_counts(config, number).num_kept + kind.facts.num_left for number in range(LAYERS)
     ]
     # Norms keep two numbers a token, too.
-    assert kept == pytest.approx(counted, abs=0.3)
+    assert num_kept_by_layer == pytest.approx(counted, abs=0.3)
 
 
 class Noisy(ExplicitEuler):
@@ -300,19 +300,19 @@ def test_a_recomputed_layer_draws_the_same_random_numbers_again(monkeypatch):
     monkeypatch.setitem(METHODS.own_classes, "noisy", Noisy)
     decoder = Decoder(wide("noisy"))
     ids = torch.randint(32, (2, TIME))
-    found = []
+    gradients = []
     for decoder.activation_checkpointing in (False, True):
         torch.manual_seed(1)
         loss = next_token_loss(decoder(ids), ids)
-        found.append(torch.autograd.grad(loss, list(decoder.parameters())))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        gradients.append(torch.autograd.grad(loss, list(decoder.parameters())))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_a_method_draws_no_random_numbers_unless_it_says_so():
     for method, kind in METHODS.items():
         decoder = Decoder(wide(method)).train()
-        before = torch.get_rng_state()
+        state_before = torch.get_rng_state()
         decoder(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
-        assert kind.facts.is_random or torch.equal(torch.get_rng_state(), before), method
+        assert kind.facts.is_random or torch.equal(torch.get_rng_state(), state_before), method
         idle = [name for name, p in decoder.named_parameters() if p.grad is None]
         assert not idle or kind.facts.has_corrections

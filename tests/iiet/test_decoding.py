@@ -31,17 +31,17 @@ def cache_of(decoder, **settings):
 
 def test_a_cache_copies_nothing():
     cache = cache_of(decoder_of())
-    new = torch.ones(2, 2, 1, 4, dtype=torch.float64)
-    keys, values = cache.update(new, 2 * new, 5)
-    again, _ = cache.update(new, 2 * new, 5)
-    assert again.shape == (2, 2, 2, 4)
-    assert again.data_ptr() == keys.data_ptr()
+    ones = torch.ones(2, 2, 1, 4, dtype=torch.float64)
+    keys, values = cache.update(ones, 2 * ones, 5)
+    longer_keys, _ = cache.update(ones, 2 * ones, 5)
+    assert longer_keys.shape == (2, 2, 2, 4)
+    assert longer_keys.data_ptr() == keys.data_ptr()
     assert values.data_ptr() != keys.data_ptr()
 
 
 @torch.no_grad()
 def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
-    """One slot per layer: the first step attends to other keys than the full forward does."""
+    """With one slot per layer, the first step attends to other keys than the full forward does."""
     ids = tokens(2, 12)
 
     def distance(decoder):
@@ -68,13 +68,13 @@ def test_a_cache_of_another_dtype_than_the_keys_is_refused():
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 4}])
 @pytest.mark.parametrize("draft", [None, "auto"])
 def test_logits_that_are_not_finite_choose_no_token(draft, settings):
-    """Neither in the prompt's pass nor in a later one."""
+    """The logits of the prompt's pass are checked, and those of later passes."""
     for bad_pass in (0, 3):
         decoder = decoder_of()
         passes = itertools.count()
 
-        def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
-            return found * math.nan if next(passes) == bad_pass else found
+        def spoil(module, inputs, output, passes=passes, bad_pass=bad_pass):
+            return output * math.nan if next(passes) == bad_pass else output
 
         decoder.model.norm.register_forward_hook(spoil)
         with refused(LogitsNotFinite, "finite"):
@@ -133,16 +133,16 @@ def test_greedy_equals_the_full_forward_token_by_token():
 def test_a_mask_that_contradicts_the_cache_is_refused():
     decoder = decoder_of()
     whole = torch.ones_like(MASK)
-    for first, second in ((MASK, whole), (whole, MASK)):
+    for first_mask, second_mask in ((MASK, whole), (whole, MASK)):
         cache = cache_of(decoder)
-        decoder(SHORT[:, :6], cache=cache, attention_mask=first[:, :6])
+        decoder(SHORT[:, :6], cache=cache, attention_mask=first_mask[:, :6])
         with refused(ValueError, "attention_mask"):
-            decoder(SHORT[:, 6:], cache=cache, attention_mask=second)
+            decoder(SHORT[:, 6:], cache=cache, attention_mask=second_mask)
 
 
 @torch.no_grad()
 def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
-    """So a padded batch of contexts can be continued, each row after its own end."""
+    """A padded batch of contexts can so be continued, each row after its own end."""
     decoder = decoder_of()
     ids = tokens(2, 8)
     mask = torch.ones(2, 8).bool()
@@ -150,23 +150,23 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
     cache = cache_of(decoder)
     decoder(ids[:, :6], cache=cache)
     continued = decoder(ids[:, 6:], cache=cache, attention_mask=mask)
-    alone = decoder(ids[1:, mask[1]])[:, -2:]
-    torch.testing.assert_close(continued[1:], alone, rtol=0, atol=1e-11)
+    unpadded = decoder(ids[1:, mask[1]])[:, -2:]
+    torch.testing.assert_close(continued[1:], unpadded, rtol=0, atol=1e-11)
 
 
 def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
     decoder = decoder_of()
     settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
-    first = decoder.generate(PROMPT, seed=1, **settings)
+    expected = decoder.generate(PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(decoder.generate(PROMPT, seed=1, **settings), first)
+    assert torch.equal(decoder.generate(PROMPT, seed=1, **settings), expected)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(decoder.generate(PROMPT, seed=2, **settings), first)
+    assert not torch.equal(decoder.generate(PROMPT, seed=2, **settings), expected)
     together = decoder.generate(PROMPT, seed=[7, 8], **settings)
     for row, seed in enumerate((7, 8)):
-        alone = decoder.generate(PROMPT[row : row + 1], seed=seed, **settings)
-        assert torch.equal(together[row], alone[0])
+        single_row = decoder.generate(PROMPT[row : row + 1], seed=seed, **settings)
+        assert torch.equal(together[row], single_row[0])
 
 
 @pytest.mark.parametrize("draft", [None, "0"])
@@ -187,14 +187,17 @@ def test_without_a_seed_the_generator_of_pytorch_decides(draft):
 
 def test_end_tokens_end_rows_and_then_the_batch():
     decoder = decoder_of()
-    free = decoder.generate(PROMPT, max_new_tokens=10)
-    stop = [int(free[0, 6]), int(free[1, 8])]
-    ends = [next(time for time in range(5, 15) if int(free[row, time]) in stop) for row in range(2)]
-    ended = decoder.generate(PROMPT, max_new_tokens=10, eos_token_id=stop)
+    endless = decoder.generate(PROMPT, max_new_tokens=10)
+    stop_tokens = [int(endless[0, 6]), int(endless[1, 8])]
+    ends = [
+        next(time for time in range(5, 15) if int(endless[row, time]) in stop_tokens)
+        for row in range(2)
+    ]
+    ended = decoder.generate(PROMPT, max_new_tokens=10, eos_token_id=stop_tokens)
     assert ended.size(1) == max(ends) + 1
     for row, end in enumerate(ends):
-        assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
-        assert (ended[row, end:] == free[row, end]).all()
+        assert torch.equal(ended[row, : end + 1], endless[row, : end + 1])
+        assert (ended[row, end:] == endless[row, end]).all()
 
 
 def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():

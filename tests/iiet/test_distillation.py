@@ -57,9 +57,9 @@ class Watched(torch.nn.Module):
         self.decoder = decoder
         self.was_training = []
 
-    def forward(self, *given, **options):
+    def forward(self, *arguments, **options):
         self.was_training.append(any(module.training for module in self.modules()))
-        return self.decoder(*given, **options)
+        return self.decoder(*arguments, **options)
 
 
 def test_a_teacher_is_never_in_training_mode():
@@ -76,16 +76,18 @@ def test_the_teacher_shares_nothing_that_the_optimizer_touches():
     decoder = full_decoder()
     teacher = frozen_teacher(decoder)
     student = decoder.with_schedule(IterationSchedule((0, 0)))
-    before = copy.deepcopy(teacher.state_dict())
+    weights_before = copy.deepcopy(teacher.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
     loss, _ = distillation_loss(student, teacher, TOKENS, config=DistillationConfig())
     loss.backward()
     optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(
+        torch.equal(weights_before[name], value) for name, value in teacher.state_dict().items()
+    )
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    ours = {parameter.data_ptr() for parameter in student.parameters()}
-    assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
+    student_addresses = {parameter.data_ptr() for parameter in student.parameters()}
+    assert not student_addresses & {parameter.data_ptr() for parameter in teacher.parameters()}
 
 
 def compiled_fields(decoder):
@@ -110,10 +112,10 @@ def wrapped_fields(decoder):
 def test_a_teacher_made_of_a_compiled_student_does_not_follow_it(prepare):
     student = full_decoder()
     teacher = frozen_teacher(prepare(student))
-    before = full_decoder()(TOKENS)
+    expected = full_decoder()(TOKENS)
     for parameter in student.parameters():
         parameter.mul_(2)
-    torch.testing.assert_close(teacher(TOKENS), before)
+    torch.testing.assert_close(teacher(TOKENS), expected)
 
 
 @pytest.mark.parametrize("attribute", ["forward", "_compiled_call_impl"])
@@ -145,33 +147,35 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_over_the_selected_positions(k
     }[kind]
     taught = torch.ones_like(mask) if batch.teacher_mask is None else batch.teacher_mask
     assert 0 < batch.num_targets <= int(taught.sum())
-    answers = teacher(TOKENS, return_hidden=True)
-    ours = student(TOKENS, return_hidden=True)
+    teacher_answers = teacher(TOKENS, return_hidden=True)
+    student_answers = student(TOKENS, return_hidden=True)
 
     def spoiled(values):
-        """Positions that do not count hold no numbers, and ask for a gradient."""
+        """Return values that ask for a gradient; positions that do not count hold no numbers."""
         return values.masked_fill(~taught.unsqueeze(-1), math.nan).requires_grad_()
 
-    logits = spoiled(ours[0])
-    hidden = [spoiled(h) for h in ours[1]]
+    logits = spoiled(student_answers[0])
+    hidden = [spoiled(h) for h in student_answers[1]]
     loss, parts = distillation_loss(
         lambda *_, **__: (logits, hidden),
-        lambda *_, **__: (spoiled(answers[0]), [spoiled(h) for h in answers[1]]),
+        lambda *_, **__: (spoiled(teacher_answers[0]), [spoiled(h) for h in teacher_answers[1]]),
         batch,
         config=config,
     )
-    theirs = answers[0][taught][None]
-    alone = ours[0][taught][None].requires_grad_()
-    kl = kl_divergence(theirs, alone, temperature=2.0, kind=divergence)
-    error = hidden_state_error([h[taught] for h in answers[1]], [h[taught] for h in ours[1]])
-    entropy = cross_entropy(alone, batch.targets[taught][None])
+    teacher_logits = teacher_answers[0][taught][None]
+    student_logits = student_answers[0][taught][None].requires_grad_()
+    kl = kl_divergence(teacher_logits, student_logits, temperature=2.0, kind=divergence)
+    error = hidden_state_error(
+        [h[taught] for h in teacher_answers[1]], [h[taught] for h in student_answers[1]]
+    )
+    entropy = cross_entropy(student_logits, batch.targets[taught][None])
     expected = entropy + 0.7 * kl + 0.3 * error
-    named = {"cross_entropy": entropy.item(), "kl": kl.item(), "hidden": error.item()}
-    assert {n: part.item() for n, part in parts.items()} == pytest.approx(named, rel=1e-12)
+    expected_parts = {"cross_entropy": entropy.item(), "kl": kl.item(), "hidden": error.item()}
+    assert {n: part.item() for n, part in parts.items()} == pytest.approx(expected_parts, rel=1e-12)
     assert not any(part.requires_grad for part in parts.values())
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(logits.grad[taught][None], alone.grad)
+    torch.testing.assert_close(logits.grad[taught][None], student_logits.grad)
     assert not any(values.grad[~taught].any() for values in (logits, *hidden))
 
 

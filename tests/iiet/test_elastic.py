@@ -40,17 +40,17 @@ def member_gradients(
 
 
 def test_the_full_schedule_teaches_itself_nothing(decoder, batch):
-    parts, found = member_gradients(decoder, batch, (2, 1), kl_weight=5.0)
+    parts, gradients = member_gradients(decoder, batch, (2, 1), kl_weight=5.0)
     assert parts["kl"] == 0
     loss = decoder(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
-    torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(gradients, list(expected), rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("chunk", [losses.CHUNK_ELEMENTS, 64])
 def test_a_member_learns_as_from_a_frozen_copy(decoder, batch, chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
-    parts, found = member_gradients(decoder, batch, (0, 1), kl_weight=0.7, temperature=2.0)
+    parts, gradients = member_gradients(decoder, batch, (0, 1), kl_weight=0.7, temperature=2.0)
 
     def teacher(input_ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -62,12 +62,12 @@ def test_a_member_learns_as_from_a_frozen_copy(decoder, batch, chunk, monkeypatc
     loss, expected_parts = distillation_loss(student, teacher, batch, config=config)
     assert parts["kl"] == pytest.approx(expected_parts["kl"].item(), rel=1e-9)
     expected = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
-    torch.testing.assert_close(found, list(expected), rtol=1e-8, atol=1e-13)
+    torch.testing.assert_close(gradients, list(expected), rtol=1e-8, atol=1e-13)
 
 
 def test_whole_logits_are_kept_where_there_are_no_hidden_states(decoder, batch):
-    parts, found = member_gradients(decoder, batch, (0, 0))
+    parts, gradients = member_gradients(decoder, batch, (0, 0))
     with plain_formulas():
         plain_parts, expected = member_gradients(decoder, batch, (0, 0))
     assert parts["kl"] == pytest.approx(plain_parts["kl"].item(), rel=1e-9)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-13)
+    torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-13)

@@ -36,8 +36,8 @@ def check_equal(fast, plain, *inputs):
     with torch.no_grad():
         torch.testing.assert_close(fast(*inputs), plain(*inputs))
     outputs = [f(*inputs) for f in (fast, plain)]
-    pull = torch.randn_like(outputs[0])
-    gradients = [torch.autograd.grad(output, inputs, pull) for output in outputs]
+    output_gradient = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(output, inputs, output_gradient) for output in outputs]
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradcheck(fast, inputs)
 
@@ -118,8 +118,8 @@ def test_norms_and_rotations_of_few_rows(rows, dtype):
     torch.testing.assert_close(heads, expected)
 
 
-def everything(decoder):
-    """Logits of training and of decoding, and all gradients."""
+def logits_and_gradients(decoder):
+    """Return the logits of training and of decoding, and all gradients."""
     decoder.zero_grad()
     logits = decoder(IDS)
     next_token_loss(logits, IDS).backward()
@@ -146,16 +146,16 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     for form in (rms_norm, gated_product, add_few_rows_product):
         monkeypatch.setattr(f"iiet.layers.{form.__name__}", noting(form, calls))
     decoder = make_model(method)
-    found = everything(decoder)
+    fast_results = logits_and_gradients(decoder)
     assert set(calls) == {"rms_norm", "gated_product", "add_few_rows_product"}
     calls.clear()
     with plain_formulas():
-        plain = everything(decoder)
+        plain_results = logits_and_gradients(decoder)
     monkeypatch.setattr(fast, "ENABLED", False)
-    off = everything(make_model(method))
-    for name, value in found.items():
-        torch.testing.assert_close(plain[name], value)
-        torch.testing.assert_close(off[name], value)
+    results_when_off = logits_and_gradients(make_model(method))
+    for name, value in fast_results.items():
+        torch.testing.assert_close(plain_results[name], value)
+        torch.testing.assert_close(results_when_off[name], value)
     assert not calls
 
 
@@ -170,7 +170,7 @@ def test_the_switch_turns_off_forms_for_cpus_and_nothing_else(monkeypatch):
         "decoder.few_rows_product",
     ):
         monkeypatch.setattr(f"iiet.{form}", None)
-    everything(decoder)
+    logits_and_gradients(decoder)
     for model in (decoder, make_model()):
         assert isinstance(model(IDS, loss_fn=lambda logits: logits), LazyLogits)
 
@@ -249,14 +249,14 @@ def test_the_last_sum_of_a_field_is_not_rounded():
     decoder = make_model(dtype=torch.float32)
     layer = decoder.model.layers[0]
     x = torch.randn(2, 8, 16)
-    seen = {}
+    captured = {}
     norm = layer.post_attention_layernorm
-    norm.register_forward_hook(lambda _, inputs, __: seen.update(u=inputs[0]))
-    layer.mlp.register_forward_hook(lambda _, __, output: seen.update(change=output))
+    norm.register_forward_hook(lambda _, inputs, __: captured.update(u=inputs[0]))
+    layer.mlp.register_forward_hook(lambda _, __, output: captured.update(change=output))
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer.field(x, make_context(x, decoder.rope))
-    assert seen["change"].dtype == torch.bfloat16
-    assert torch.equal(found, seen["u"] + seen["change"].float())
+        field_output = layer.field(x, make_context(x, decoder.rope))
+    assert captured["change"].dtype == torch.bfloat16
+    assert torch.equal(field_output, captured["u"] + captured["change"].float())
 
 
 def test_rotation_keeps_lengths_and_depends_on_distances_alone():

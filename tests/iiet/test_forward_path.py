@@ -53,7 +53,7 @@ def test_a_pass_runs_the_documented_files_and_functions(is_training, monkeypatch
     tokens = torch.zeros(1, 8, dtype=torch.long)
     with torch.set_grad_enabled(is_training):
         calls = functions_on_tensors(lambda: decoder(tokens))
-    # Turned off, it only says that the plain formulas apply.
+    # Turned off, this file only says that the plain formulas apply.
     calls = {(file, name) for file, name in calls if file != "fast.py"}
     path = documented_path()
     files = {file for file, _ in path}
@@ -61,4 +61,7 @@ def test_a_pass_runs_the_documented_files_and_functions(is_training, monkeypatch
     assert len(files) <= 6
     for file, names in path:
         for name in names:
-            assert any(run == file and call.startswith(name) for run, call in calls), name
+            assert any(
+                called_file == file and called_name.startswith(name)
+                for called_file, called_name in calls
+            ), name

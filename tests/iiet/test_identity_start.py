@@ -80,9 +80,9 @@ def test_ten_steps_move_the_model_and_its_corrections(case, kind):
         assert all(gate.abs().max() > 1e-4 for gate in layer.gates())
     with torch.no_grad():
         full = decoder(ids)
-        none = decoder(ids, schedule=0)
+        uncorrected = decoder(ids, schedule=0)
         assert not torch.equal(full, plain(ids))
-        assert (full - none).abs().max() > 1e-3
+        assert (full - uncorrected).abs().max() > 1e-3
         torch.testing.assert_close(cached_logits(decoder, ids, 3), full, rtol=1e-4, atol=1e-4)
 
 
@@ -99,8 +99,8 @@ def test_an_export_starts_as_its_source_and_is_drafted_from(tmp_path):
                 gate.uniform_(0.0, 0.5)
             layer.mix.inner.add_(0.05)
         expected = decoder(ids)
-        found = transformers_model(decoder).eval()(ids).logits
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        logits = transformers_model(decoder).eval()(ids).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     drafted = decoder.generate(ids, max_new_tokens=12, draft="0", draft_tokens=3)
     assert torch.equal(drafted, decoder.generate(ids, max_new_tokens=12))
 
@@ -110,27 +110,30 @@ def test_corrections_have_no_influence_at_the_start_and_some_when_a_gate_opens(m
     plain = plain_model("llama")
     decoder = retrofitted(plain)
     ids = ids_of(plain)
-    assert set(sum(influence_table(decoder, ids, metric=metric).value_rows, ())) == {0.0}
+    rows_at_start = influence_table(decoder, ids, metric=metric).value_rows
+    assert {value for row in rows_at_start for value in row} == {0.0}
     with torch.no_grad():
         decoder.model.layers[1].damping.fill_(0.3)
     rows = influence_table(decoder, ids, metric=metric).value_rows
-    assert all(map(all, rows[1:2]))
+    assert all(rows[1])
     assert set(rows[0] + rows[2] + rows[3]) == {0.0}
 
 
 @torch.no_grad()
 def test_influence_compares_what_damped_corrections_leave():
-    """Its fields' outputs are as far apart as ever when a correction is hardly applied."""
+    """The outputs of fields are as far apart as ever where a correction is hardly applied."""
     decoder = retrofitted(plain_model("llama"))
     for layer in decoder.model.layers:
         layer.damping.uniform_(0.1, 0.4)
         layer.correction_norm.blend.uniform_(0.1, 0.4)
     ids = ids_of(decoder)
-    seen = []
-    decoder(ids, observe=seen.append)
+    evaluations = []
+    decoder(ids, observe=evaluations.append)
     expected = []
     for number, layer in enumerate(decoder.model.layers):
-        prediction, *corrections = (one for one in seen if one.layer == number)
+        prediction, *corrections = (
+            evaluation for evaluation in evaluations if evaluation.layer == number
+        )
         before = prediction.estimate
         row = []
         for correction in corrections:

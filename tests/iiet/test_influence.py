@@ -48,7 +48,7 @@ def decoder_of():
 
 
 def by_hand(config, tensors, metric):
-    """The definitions, from the stored outputs of the published code."""
+    """Return influences by their definitions, from the stored outputs of the published code."""
     rows = []
     for layer, count in enumerate(config["corrections"]):
         y = [
@@ -160,9 +160,9 @@ def test_batches_come_as_tensors_or_batches():
     decoder = decoder_of()
     batch = tokens(2, 8)
     expected = influence_table(decoder, [batch])
-    for one in (batch, Batch.of_text(batch)):
-        for batches_of_one in (one, [one]):
-            assert influence_table(decoder, batches_of_one).to_dict() == expected.to_dict()
+    for single_batch in (batch, Batch.of_text(batch)):
+        for batches in (single_batch, [single_batch]):
+            assert influence_table(decoder, batches).to_dict() == expected.to_dict()
     with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
         influence_table(decoder, [batch[0]])
 
@@ -216,7 +216,7 @@ def test_only_the_last_output_is_kept_in_memory(metric):
     size = 4 * 4 * 64 * 32
     input_ids = torch.randint(64, (4, 64))
 
-    def beside(num_layers):
+    def extra_bytes(num_layers):
         shape = {"vocab_size": 64, "dim": 32, "ffn_dim": 64, "context_length": 64}
         config = preset("tiny", num_layers=num_layers, schedule=2, **shape)
         decoder = Decoder(config).requires_grad_(False)
@@ -230,8 +230,8 @@ def test_only_the_last_output_is_kept_in_memory(metric):
             peaks.append(live.peak)
         return peaks[1] - peaks[0]
 
-    shallow = beside(2)
-    deep = beside(8)
+    shallow = extra_bytes(2)
+    deep = extra_bytes(8)
     assert deep - shallow < 0.05 * size
     assert deep < 1.5 * size
 
@@ -287,7 +287,7 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
             hook.remove()
     last_estimates = {place: history.estimates[-1] for place, history in last_estimates.items()}
 
-    def compared(before, after):
+    def distance(before, after):
         if metric == "cosine":
             return 1 - torch.cosine_similarity(before, after, dim=-1)
         return (after - before).norm(dim=-1) / after.norm(dim=-1)
@@ -296,7 +296,7 @@ def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric)
     assert table.schedule == full
     for layer, row in enumerate(table.value_rows):
         expected = [
-            compared(last_estimates[layer, level - 1], last_estimates[layer, level]).mean().item()
+            distance(last_estimates[layer, level - 1], last_estimates[layer, level]).mean().item()
             for level in range(1, full[layer] + 1)
         ]
         assert row == pytest.approx(expected, rel=1e-9)
@@ -312,7 +312,7 @@ class SquaredChange(Comparison):
 
 
 class Constant(InfluenceMetric):
-    """One in each layer, without a pass."""
+    """Gives each correction an influence of one, without a pass."""
 
     rows = ((1.0, 1.0), (), (1.0,))
 
@@ -326,14 +326,15 @@ def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_r
 ):
     decoder = decoder_of()
     ids = tokens(3, 9)
-    outputs = {}
     classes = {
         **INFLUENCE_METRICS.own_classes,
         "squared": SquaredChange,
         "constant": Constant,
     }
     monkeypatch.setattr(INFLUENCE_METRICS, "own_classes", classes)
-    decoder(ids, observe=lambda seen: outputs.update({(seen.layer, seen.k): seen.output}))
+    evaluations = []
+    decoder(ids, observe=evaluations.append)
+    outputs = {(e.layer, e.k): e.output for e in evaluations}
     table = influence_table(decoder, ids, metric="squared")
     for layer, row in enumerate(table.value_rows):
         for i, value in enumerate(row, start=1):

@@ -31,10 +31,10 @@ def test_the_values_and_the_random_state_afterwards_are_the_constructors(options
     with torch.device("meta"):
         decoder = Decoder(config)
     torch.manual_seed(3)
-    found = {
+    drawn_weights = {
         name: weight.clone() for name, weight in initial_weights(decoder, config.initializer_std)
     }
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert drawn_weights.keys() == expected.keys()
+    assert all(torch.equal(drawn_weights[name], expected[name]) for name in expected)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.is_meta for parameter in decoder.parameters())

@@ -54,15 +54,15 @@ def of_every_method(*others, max_examples=5):
 @of_every_method(paddings(time=TIME), st.lists(st.integers(1, 4), max_size=6))
 @torch.no_grad()
 def test_cached_equals_full(decoder, mask, cuts):
-    """In any number of passes, those of a single token among them; later ones need no mask."""
+    """The passes may be of any length, a single token among them; later ones need no mask."""
     ids = tokens(2, TIME)
     cache = decoder.new_cache(batch_size=2, max_tokens=TIME)
     ends = [end for end in accumulate(cuts) if end < TIME]
     num_padding = (~mask).sum(1).max()
     parts = []
     for start, end in pairwise((0, *ends, TIME)):
-        seen = mask[:, :end] if start <= num_padding else None
-        parts.append(decoder(ids[:, start:end], cache=cache, attention_mask=seen))
+        mask_so_far = mask[:, :end] if start <= num_padding else None
+        parts.append(decoder(ids[:, start:end], cache=cache, attention_mask=mask_so_far))
     expected = decoder(ids, attention_mask=mask)
     torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], **NEAR)
     assert cache.get_seq_length() == TIME
@@ -71,21 +71,21 @@ def test_cached_equals_full(decoder, mask, cuts):
 @of_every_method()
 def test_fast_forms_equal_the_plain_formulas_and_inference_equals_training(decoder):
     ids = tokens(2, TIME)
-    found = gradients(decoder)
+    fast_gradients = gradients(decoder)
     with torch.no_grad():
-        without = decoder(ids)
-    torch.testing.assert_close(decoder(ids), without, **NEAR)
+        inference_logits = decoder(ids)
+    torch.testing.assert_close(decoder(ids), inference_logits, **NEAR)
     with plain_formulas():
-        torch.testing.assert_close(decoder(ids), without, **NEAR)
-        assert_same(found, gradients(decoder), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(decoder(ids), inference_logits, **NEAR)
+        assert_same(fast_gradients, gradients(decoder), rtol=1e-8, atol=1e-9)
 
 
 @of_every_method()
 def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
-    kept = gradients(decoder)
-    assert_same(gradients(copy.deepcopy(decoder)), kept)
+    expected = gradients(decoder)
+    assert_same(gradients(copy.deepcopy(decoder)), expected)
     decoder.activation_checkpointing = True
-    assert_same(gradients(decoder), kept)
+    assert_same(gradients(decoder), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,26 +93,28 @@ def test_save_and_load(method, tmp_path):
     options = {"damping": 0.5, "learn_damping": "scalar"} if method == "iiet" else None
     decoder = make_model(method, method_options=options, dtype=torch.float32)
     decoder.save_pretrained(tmp_path)
-    again = Decoder.from_pretrained(tmp_path)
-    assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
-    found = again.state_dict()
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
+    loaded_weights = loaded.state_dict()
     expected = decoder.state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert all(torch.equal(loaded_weights[name], weight) for name, weight in expected.items())
     # The file's weights lie elsewhere in memory, which may change the order of a sum.
-    torch.testing.assert_close(again(tokens(2, TIME)), decoder(tokens(2, TIME)))
+    torch.testing.assert_close(loaded(tokens(2, TIME)), decoder(tokens(2, TIME)))
 
 
 @of_every_method(paddings(), st.sampled_from(["0", "1", "3"]), st.integers(1, 4), max_examples=4)
 def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, draft_tokens):
-    """Greedy and sampled; under cheaper and costlier drafts."""
-    if (most := decoder.method.facts.full_level) is not None:
-        schedule = str(min(most, int(schedule)))
-    drafted = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
+    """Tokens are greedy or sampled, drafts cheaper or costlier than the model."""
+    if (full_level := decoder.method.facts.full_level) is not None:
+        schedule = str(min(full_level, int(schedule)))
+    draft_options = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
         expected = decoder.generate(tokens(2, TIME), **options)
-        found = decoder.generate(tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
-        assert torch.equal(found, expected)
+        generated = decoder.generate(
+            tokens(2, TIME), draft_tokens=draft_tokens, **draft_options, **options
+        )
+        assert torch.equal(generated, expected)
 
 
 @of_every_method(paddings(batch=3, time=TIME))
@@ -129,9 +131,9 @@ def test_parts_of_a_batch_add_up_and_rows_are_independent(decoder, mask):
     assert_same(gradients(decoder, parts), whole, rtol=1e-8, atol=1e-10)
     with torch.no_grad():
         together = decoder(ids, attention_mask=mask)
-        for row, own in enumerate(mask):
-            alone = decoder(ids[row : row + 1, own])
-            torch.testing.assert_close(together[row : row + 1, own], alone, **NEAR)
+        for row, is_text in enumerate(mask):
+            unpadded = decoder(ids[row : row + 1, is_text])
+            torch.testing.assert_close(together[row : row + 1, is_text], unpadded, **NEAR)
 
 
 @of_every_method(st.integers(1, TIME - 1))
@@ -148,7 +150,7 @@ def test_only_earlier_tokens_matter(decoder, place):
 @of_every_method()
 @torch.no_grad()
 def test_branches_of_a_row_equal_their_own_rows(decoder):
-    """Two continuations, of the second token of each row on, behind each other in one row."""
+    """One row holds two continuations of its first two tokens, one behind the other."""
     ids = tokens(2, TIME)
     first = ids[:, :5]
     second = torch.cat([ids[:, :2], ids[:, 5:]], 1)
@@ -174,21 +176,21 @@ def test_half_precision_is_close_and_trains(decoder):
     for gradient in gradients(decoder, loss).values():
         assert gradient is None or (gradient.dtype == torch.float32 and gradient.isfinite().all())
     halved = decoder.bfloat16()(ids)
-    for found in (logits, halved):
-        assert (found.double() - exact).norm() < 0.3 * exact.norm()
+    for rough in (logits, halved):
+        assert (rough.double() - exact).norm() < 0.3 * exact.norm()
     next_token_loss(halved, ids).backward()
 
 
 @of_every_method(max_examples=3)
 def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter(decoder):
-    """Along a random direction through all parameters at once."""
+    """The difference is taken along a random direction through all parameters at once."""
     if getattr(decoder.config.options, "differentiated_corrections", None) is not None:
         return  # The gradient is then another one, on purpose.
-    found = gradients(decoder)
+    gradient_by_name = gradients(decoder)
     ids = tokens(2, TIME)
-    used = {name: gradient for name, gradient in found.items() if gradient is not None}
+    used = {name: gradient for name, gradient in gradient_by_name.items() if gradient is not None}
     of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection", "shared.norms.1")
-    for name in found.keys() - used.keys():
+    for name in gradient_by_name.keys() - used.keys():
         assert decoder.method.facts.has_corrections, name
         assert any(part in name for part in of_corrections), name
     torch.manual_seed(2)
@@ -227,22 +229,22 @@ def test_evaluations_made_are_those_claimed_and_seen(decoder):
 @of_every_method()
 def test_a_schedule_of_a_call_is_that_of_a_twin_with_the_same_weights(decoder):
     ids = tokens(2, TIME)
-    other = cheaper(decoder)
+    schedule = cheaper(decoder)
     if not decoder.method.facts.has_corrections:
         with pytest.raises(ValueError, match="makes no corrections"):
             decoder(ids, schedule=IterationSchedule.uniform(decoder.config.num_layers, 3))
         return
-    other = other or IterationSchedule.uniform(decoder.config.num_layers, 1)
-    twin = decoder.with_schedule(other)
-    copied = decoder.copy(schedule=other)
-    assert torch.equal(twin(ids), decoder(ids, schedule=other))
+    schedule = schedule or IterationSchedule.uniform(decoder.config.num_layers, 1)
+    twin = decoder.with_schedule(schedule)
+    copied = decoder.copy(schedule=schedule)
+    assert torch.equal(twin(ids), decoder(ids, schedule=schedule))
     assert torch.equal(twin(ids), copied(ids))
-    assert twin.schedule == other
-    for mine, theirs, own in zip(
+    assert twin.schedule == schedule
+    for shared, original, copied_parameter in zip(
         twin.parameters(), decoder.parameters(), copied.parameters(), strict=True
     ):
-        assert mine is theirs
-        assert own is not theirs
+        assert shared is original
+        assert copied_parameter is not original
     with refused(ValueError, "layers"):
         decoder(ids, schedule=IterationSchedule((1,) * 9))
 
@@ -270,8 +272,8 @@ def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decode
         num_kv_heads=config.num_kv_heads,
         tie_embeddings=config.tie_embeddings,
     )
-    own = iiet.method_parameters()
-    vanilla.load_state_dict({n: w for n, w in iiet.state_dict().items() if n not in own})
+    own_names = iiet.method_parameters()
+    vanilla.load_state_dict({n: w for n, w in iiet.state_dict().items() if n not in own_names})
     with torch.no_grad():
         for layer, plain in zip(iiet.model.layers, vanilla.model.layers, strict=True):
             layer.mix.outer.zero_()[-1] = 1.0

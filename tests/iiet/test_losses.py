@@ -26,7 +26,7 @@ def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
 
 
 def divergence_of(p, q, kind):
-    """The textbook sums over plain lists of probabilities."""
+    """Return the textbook sums over plain lists of probabilities."""
 
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
@@ -102,8 +102,8 @@ def test_masked_positions_have_no_effect(kind):
     mask = torch.tensor([[True, False, True, True], [False, False, False, True]])
     dirty = student.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
     loss = kl_divergence(teacher, dirty, mask=mask, kind=kind)
-    alone = kl_divergence(teacher[mask].unsqueeze(0), student[mask].unsqueeze(0), kind=kind)
-    assert loss.item() == pytest.approx(alone.item(), rel=1e-13)
+    selected_loss = kl_divergence(teacher[mask].unsqueeze(0), student[mask].unsqueeze(0), kind=kind)
+    assert loss.item() == pytest.approx(selected_loss.item(), rel=1e-13)
     loss.backward()
     assert dirty.grad[~mask].abs().max() == 0
     assert dirty.grad[mask].abs().min() > 0
@@ -186,8 +186,8 @@ def test_cross_entropy_and_its_gradient_equal_a_sum_over_single_positions(count)
     # Whatever stands at masked positions makes no difference: no numbers, or no tokens.
     dirty = logits.detach().masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
     for nonsense in (-100, -5, 10**6):
-        wanted = targets.where(mask, torch.tensor(nonsense))
-        loss = cross_entropy(dirty, wanted, mask=mask, count=count)
+        dirty_targets = targets.where(mask, torch.tensor(nonsense))
+        loss = cross_entropy(dirty, dirty_targets, mask=mask, count=count)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
         torch.testing.assert_close(torch.autograd.grad(loss, dirty)[0], gradient)
 
@@ -209,25 +209,25 @@ def test_a_loss_over_nothing_is_zero_and_flat(count):
 
 def test_hidden_state_error_is_relative_and_flat_at_equality():
     teacher = [random_logits(2, 3, 4, seed=seed, scale=10.0**seed) for seed in range(3)]
-    ours = [h.clone().requires_grad_() for h in teacher]
-    error = hidden_state_error(teacher, ours)
+    student = [h.clone().requires_grad_() for h in teacher]
+    error = hidden_state_error(teacher, student)
     error.backward()
     assert error.item() == 0
-    assert all(h.grad.abs().max() == 0 for h in ours)
+    assert all(h.grad.abs().max() == 0 for h in student)
     # 10% off in every layer, whatever its size, is an error of 0.01.
     assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
 
 
 def test_hidden_state_error_leaves_masked_positions_out():
     teacher = random_logits(2, 3, 4)
-    ours = random_logits(2, 3, 4, seed=1)
+    student = random_logits(2, 3, 4, seed=1)
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    expected = hidden_state_error([teacher[mask]], [ours[mask]]).item()
-    ours[~mask] = math.nan
-    ours.requires_grad_()
-    error = hidden_state_error([teacher], [ours], mask=mask)
+    expected = hidden_state_error([teacher[mask]], [student[mask]]).item()
+    student[~mask] = math.nan
+    student.requires_grad_()
+    error = hidden_state_error([teacher], [student], mask=mask)
     error.backward()
     assert error.item() == pytest.approx(expected, rel=1e-12)
-    assert ours.grad[~mask].abs().max() == 0
-    nothing = hidden_state_error([teacher], [ours], mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert student.grad[~mask].abs().max() == 0
+    nothing = hidden_state_error([teacher], [student], mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nothing.item() == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Started
-from exported_folder import found_by
+from exported_folder import json_printed_by
 from refusals import refused
 from safetensors.torch import save_file
 
@@ -157,5 +157,5 @@ def test_its_export_works_where_neither_package_is_installed(site, tmp_path):
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
-    name, difference = found_by(IN_A_PROCESS_WITHOUT_BOTH, folder, tmp_path)
+    name, difference = json_printed_by(IN_A_PROCESS_WITHOUT_BOTH, folder, tmp_path)
     assert (name, difference) == ("RelaxedEuler", pytest.approx(0.0, abs=1e-5))

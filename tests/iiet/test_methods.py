@@ -14,7 +14,7 @@ DIM = 8
 
 
 def layer_of(method, function=None):
-    """The first layer of a model of one layer, in float64; its field is a function of x."""
+    """Return the layer of a model of one layer, in float64; its field is a function of x."""
     config = preset("tiny", method=method, dim=DIM, num_heads=2, num_kv_heads=2, ffn_dim=4)
     layer = METHODS[method](config, 0).double()
     layer.field = lambda x, _context, _slot: function(x)
@@ -23,7 +23,7 @@ def layer_of(method, function=None):
 
 @torch.no_grad()
 def growth(layer, z):
-    """One layer on `x' = z x`, whose field with the residual inside is `F(x) = x + z x`."""
+    """Return what a layer makes of 1 on `x' = z x`; its field is `F(x) = x + z x`."""
     layer.field = lambda x, _context, _slot: x + z * x
     ones = torch.ones(1, 1, DIM, dtype=torch.float64)
     return float(layer(ones, layer.start(ones), LayerCall(0, None)).hidden[0, 0, 0])
@@ -51,8 +51,8 @@ def test_damping_makes_a_diverging_iteration_converge(damping):
     """`g(x) = 4 - 3 x` diverges from its fixed point 1; a damping of 1/4 reaches it at once."""
 
     def solved(num_steps, **options):
-        found = fixed_point(lambda x: 4 - 3 * x, torch.tensor([2.0]), num_steps, **options)
-        return float(found)
+        estimate = fixed_point(lambda x: 4 - 3 * x, torch.tensor([2.0]), num_steps, **options)
+        return float(estimate)
 
     assert solved(1, damping=damping) == 0.0
     assert solved(8, damping=damping / 2) == 1.0
@@ -68,10 +68,10 @@ def test_corrections_converge_to_the_implicit_solution():
 
     @torch.no_grad()
     def residual(corrections):
-        seen = []
-        call = LayerCall(corrections + 1, None, observe=seen.append)
+        evaluations = []
+        call = LayerCall(corrections + 1, None, observe=evaluations.append)
         layer(embeddings, layer.start(embeddings), call)
-        return float(seen[-1].residual.norm())
+        return float(evaluations[-1].residual.norm())
 
     residuals = [residual(r) for r in (1, 2, 4, 8)]
     assert residuals == sorted(residuals, reverse=True)

@@ -35,41 +35,42 @@ def test_sums_over_earlier_estimates_are_computed_once_per_layer(num_corrections
     decoder = Decoder(preset("tiny", num_layers=4, schedule=num_corrections))
     for layer in decoder.model.layers:
         layer.field = lambda x, _context, _slot: x  # A field that makes no operations.
-    with SeenOperations() as seen:
+    with SeenOperations() as operations:
         for _ in decoder.hidden_states(torch.randn(1, 2, 128)):
             pass
     num_rows = 2 if num_corrections else 1
     # The first layer's sum has one earlier term, to which nothing is added; the last's has four.
-    assert seen.names.count("addcmul") == num_rows * (0 + 1 + 2 + 3) + 4 * (num_corrections + 1)
+    num_sums = num_rows * (0 + 1 + 2 + 3) + 4 * (num_corrections + 1)
+    assert operations.names.count("addcmul") == num_sums
 
 
 def bytes_kept(forward):
-    """Bytes of distinct memory that the graph keeps for its backward pass."""
-    kept = {}
+    """Return the bytes of distinct memory that the graph keeps for its backward pass."""
+    storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        storages[storage.data_ptr()] = (storage.nbytes(), storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     del result
-    return sum(size for size, _ in kept.values())
+    return sum(size for size, _ in storages.values())
 
 
 def test_memory_grows_with_depth_and_not_with_its_square():
     """Twice the layers keep twice the bytes: no layer keeps a copy of all earlier estimates."""
 
-    def kept(num_layers):
+    def bytes_of_layers(num_layers):
         sizes = {"dim": 32, "num_heads": 2, "ffn_dim": 48, "vocab_size": 16, "context_length": 64}
         decoder = Decoder(preset("tiny", num_layers=num_layers, schedule=2, **sizes))
         tokens = torch.zeros(1, 64, dtype=torch.long)
         return bytes_kept(lambda: next_token_loss(decoder(tokens), tokens))
 
-    four = kept(4)
-    eight = kept(8)
-    sixteen = kept(16)
+    four = bytes_of_layers(4)
+    eight = bytes_of_layers(8)
+    sixteen = bytes_of_layers(16)
     assert sixteen - eight == pytest.approx(2 * (eight - four), rel=0.02)
 
 
@@ -93,10 +94,10 @@ def test_in_half_precision_rows_norms_and_sums_stay_float32(method):
     assert logits.dtype == torch.bfloat16
     assert {h.dtype for h in hidden} == {torch.bfloat16}
     next_token_loss(logits, tokens).backward()
-    seen = []
-    decoder(tokens, observe=seen.append)
-    assert {e.estimate.dtype for e in seen} == {torch.float32}
-    assert {e.input.dtype for e in seen} == {torch.bfloat16}
+    evaluations = []
+    decoder(tokens, observe=evaluations.append)
+    assert {e.estimate.dtype for e in evaluations} == {torch.float32}
+    assert {e.input.dtype for e in evaluations} == {torch.bfloat16}
 
 
 def test_sums_are_exact_under_autocast():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from exported_folder import found_by
+from exported_folder import json_printed_by
 from hypothesis import given, settings
 from laws import examples
 from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
@@ -75,11 +75,11 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
         **near,
     )
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]]).expand(2, 9)
-    found = model(ids, position_ids=packed, output_hidden_states=True, use_cache=False)
+    output = model(ids, position_ids=packed, output_hidden_states=True, use_cache=False)
     logits, hidden = decoder(ids, position_ids=packed, return_hidden=True)
-    torch.testing.assert_close(found.logits, logits, **near)
+    torch.testing.assert_close(output.logits, logits, **near)
     expected = (decoder.model.embed_tokens(ids), *hidden[:-1], decoder.model.norm(hidden[-1]))
-    torch.testing.assert_close(found.hidden_states, expected, **near)
+    torch.testing.assert_close(output.hidden_states, expected, **near)
 
     gradients = []
     loss = iiet.next_token_loss(decoder(ids), ids)
@@ -94,16 +94,18 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
         gradients.append({name: p.grad for name, p in trained.named_parameters()})
         model.activation_checkpointing_enable()
         model.train()
-    scale = max(g.abs().max().item() for g in gradients[0].values() if g is not None)
-    for others in gradients[1:]:
-        assert others.keys() == gradients[0].keys()
-        for ours, theirs in ((gradients[0][name], others[name]) for name in others):
-            if ours is None or theirs is None:
+    core_gradients, *model_gradients = gradients
+    scale = max(g.abs().max().item() for g in core_gradients.values() if g is not None)
+    for gradient_of in model_gradients:
+        assert gradient_of.keys() == core_gradients.keys()
+        for name, gradient in gradient_of.items():
+            core_gradient = core_gradients[name]
+            if core_gradient is None or gradient is None:
                 # What is read by constants alone has no gradient, or zeros where a row that is
                 # summed with it has one.
-                assert all(g is None or not g.any() for g in (ours, theirs))
+                assert all(g is None or not g.any() for g in (core_gradient, gradient))
             else:  # transformers computes the loss in float32.
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * scale)
+                torch.testing.assert_close(core_gradient, gradient, rtol=1e-5, atol=1e-6 * scale)
 
     model.eval()
     cached = generated(model, ids, mask, use_cache=True)
@@ -112,7 +114,7 @@ def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, m
     if cheaper(decoder):
         draft = model.with_schedule(0)
         pairs = zip(draft.parameters(), model.parameters(), strict=True)
-        assert all(mine is yours for mine, yours in pairs)
+        assert all(drafted is parameter for drafted, parameter in pairs)
         assert draft.config is draft.model.config is not model.config
         plain = model.generate(ids[:1])
         assert torch.equal(model.generate(ids[:1], assistant_model=draft), plain)
@@ -137,9 +139,9 @@ def test_each_option_of_the_method_is_computed_as_by_the_core(options):
     """The law above draws options too, but which ones a few examples reach is chance."""
     decoder = make_model(method_options=options)
     ids = tokens(2, 7)
-    found = transformers_model(decoder)(ids).logits
-    torch.testing.assert_close(found, decoder(ids), rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(found, make_model()(ids)), "the option changes nothing"
+    logits = transformers_model(decoder)(ids).logits
+    torch.testing.assert_close(logits, decoder(ids), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(logits, make_model()(ids)), "the option changes nothing"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -170,9 +172,9 @@ def test_any_cache_and_any_split_equals_the_full_forward(kind):
         "static": lambda: StaticCache(config=model.config, max_cache_len=16),
     }[kind]()
     parts = ids.split([4, 1, 3, 1, 2], dim=1)
-    whole = torch.cat([model(part, cache=cache).logits for part in parts], 1)
-    torch.testing.assert_close(whole, decoder(ids), rtol=1e-11, atol=1e-11)
-    assert len(cache.layers) == 3 + 2 + 0 + 3
+    logits = torch.cat([model(part, cache=cache).logits for part in parts], 1)
+    torch.testing.assert_close(logits, decoder(ids), rtol=1e-11, atol=1e-11)
+    assert len(cache.layers) == 3 + 2 + 0 + 3  # Three predictions, and the corrections.
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -183,12 +185,12 @@ def test_hidden_states_are_those_of_layers_and_attentions_those_of_evaluations(m
     model = transformers_model(decoder)
     expected = model(ids, use_cache=False).logits
     model.set_attn_implementation("eager")
-    found = model(ids, output_hidden_states=True, output_attentions=True)
-    torch.testing.assert_close(found.logits, expected)
-    assert len(found.hidden_states) == 1 + decoder.config.num_layers
+    output = model(ids, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(output.logits, expected)
+    assert len(output.hidden_states) == 1 + decoder.config.num_layers
     evaluations = sum(decoder.config.evaluations_per_layer())
-    assert len(found.attentions) == model.config.num_hidden_layers == evaluations
-    assert len(found.cache.layers) == len(model.config.layer_types) == evaluations
+    assert len(output.attentions) == model.config.num_hidden_layers == evaluations
+    assert len(output.cache.layers) == len(model.config.layer_types) == evaluations
     assert model(ids, use_cache=False).cache is None
     model.config.use_cache = False
     assert model(ids).cache is None
@@ -200,8 +202,8 @@ def test_attentions_are_in_the_order_of_slots():
     ids = tokens(1, 7)
     model = transformers_model(decoder)
     model.set_attn_implementation("eager")
-    found = model(ids, output_attentions=True)
-    last_queries_see = [weights[0, :, -1] for weights in found.attentions]
+    output = model(ids, output_attentions=True)
+    last_queries_see = [weights[0, :, -1] for weights in output.attentions]
     without = model.with_schedule((1, 0, 0))(ids, output_attentions=True).attentions
     assert len(without) == 4
     for slot in range(4):
@@ -243,8 +245,9 @@ def test_a_llama_and_its_copies_answer_alike(tied):
     )  # fmt: skip
     llama = LlamaForCausalLM(config).double().eval()
     decoder = decoder_from_published(config.to_dict(), llama.state_dict())
-    ours = decoder.config
-    assert (ours.rope_theta, ours.context_length, ours.tie_embeddings) == (777.0, 64, tied)
+    assert decoder.config.rope_theta == 777.0
+    assert decoder.config.context_length == 64
+    assert decoder.config.tie_embeddings == tied
     weights = llama.state_dict()
     assert weights.keys() - decoder.state_dict() <= {"lm_head.weight"}, "only a tied head"
     assert all(torch.equal(weights[name], value) for name, value in decoder.state_dict().items())
@@ -258,11 +261,11 @@ def test_a_llama_and_its_copies_answer_alike(tied):
         {"labels": tokens(2, 9), "num_items_in_batch": 100},
         {"output_hidden_states": True},
     ):
-        found, expected = (m(**{"input_ids": tokens(2, 9), **arguments}) for m in (copied, llama))
-        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
+        output, expected = (m(**{"input_ids": tokens(2, 9), **arguments}) for m in (copied, llama))
+        torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
         if expected.loss is not None:
-            assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+            assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -270,9 +273,9 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     decoder = make_model(tie_embeddings=tied, dtype=torch.float32)
     ids = tokens(2, 9) % 10
     decoder.save_pretrained(tmp_path / "first")
-    made = transformers_model(decoder)
-    model = type(made).from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
-    assert (made.config.num_hidden_layers, model.config.num_hidden_layers) == (8, 4)
+    exported = transformers_model(decoder)
+    model = type(exported).from_pretrained(tmp_path / "first", corrections=[1, 0, 0])
+    assert (exported.config.num_hidden_layers, model.config.num_hidden_layers) == (8, 4)
     assert torch.equal(model(ids).logits, model.with_schedule((1, 0, 0))(ids).logits)
     torch.testing.assert_close(
         model(ids).logits, decoder(ids, schedule=IterationSchedule((1, 0, 0)))
@@ -280,14 +283,14 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     for wrong in ((1, 0), (1, 0, -1), "1,0,0", 0.5):
         with pytest.raises(ValueError, match="corrections must be"):
             model.with_schedule(wrong)
-    before = model(ids).logits
+    logits_before = model(ids).logits
     model.resize_token_embeddings(20, mean_resizing=False)
-    torch.testing.assert_close(model(ids).logits, before[..., :20])
+    torch.testing.assert_close(model(ids).logits, logits_before[..., :20])
     model.save_pretrained(tmp_path / "second")
     # The decoder reads what transformers wrote.
-    again = Decoder.from_pretrained(tmp_path / "second")
-    assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
-    torch.testing.assert_close(again(ids), model(ids).logits)
+    reloaded = Decoder.from_pretrained(tmp_path / "second")
+    assert (reloaded.config.vocab_size, str(reloaded.schedule)) == (20, "1,0,0")
+    torch.testing.assert_close(reloaded(ids), model(ids).logits)
 
 
 @pytest.fixture
@@ -314,7 +317,7 @@ with torch.no_grad():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     logits = model(ids).logits
     model.save_pretrained(copy)
-    again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
     options = dict(max_new_tokens=9, do_sample=False, min_new_tokens=9)
     cached = model.generate(ids[:1], **options)
     drafted = model.generate(ids[:1], assistant_model=model.with_schedule(0), **options)
@@ -322,7 +325,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 print(json.dumps({
     "module": type(model).__module__.split(".")[0],
     "difference": (logits - expected["logits"]).abs().max().item(),
-    "difference_of_copy": (again(ids).logits - logits).abs().max().item(),
+    "difference_of_copy": (reloaded(ids).logits - logits).abs().max().item(),
     "draft_changes_nothing": torch.equal(cached, drafted),
     "words": tokenizer("the cat").input_ids,
     "end": [tokenizer.eos_token, model.generation_config.eos_token_id],
@@ -339,8 +342,8 @@ def test_an_exported_folder_works_without_this_package(tokenizer_file, tmp_path)
     ids = torch.tensor([[1, 2, 3, 4], [5, 7, 3, 4]])
     with torch.no_grad():
         save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
-    found = found_by(IN_A_CLEAN_PROCESS, folder, tmp_path)
-    assert found == {
+    results = json_printed_by(IN_A_CLEAN_PROCESS, folder, tmp_path)
+    assert results == {
         "module": "transformers_modules",
         "difference": pytest.approx(0.0, abs=1e-5),
         "difference_of_copy": 0.0,

@@ -53,21 +53,21 @@ def test_continuous_batching_gives_the_tokens_of_generate(method, folders):
     model = loaded(folders[method])
     lengths = (3, 5, 9, 4, 7, 8, 6, 11, 2, 10)
     prompts = [tokens(length, seed=length).tolist() for length in lengths]
-    chosen = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    alone = [
-        model.generate(torch.tensor([prompt]), generation_config=chosen)[0, len(prompt) :].tolist()
+    options = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    one_by_one = [
+        model.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
     # Without limits, the cache takes nearly all of the machine's memory.
-    small = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
     together = model.generate_batch(
-        prompts, generation_config=chosen, continuous_batching_config=small, progress_bar=False
+        prompts, generation_config=options, continuous_batching_config=limits, progress_bar=False
     )
-    assert [list(output.generated_tokens) for output in together.values()] == alone
+    assert [list(output.generated_tokens) for output in together.values()] == one_by_one
 
 
 class AttentionOfVllm:
-    """What `vllm.Attention` is for a model: it keeps keys and values of a slot itself."""
+    """Stands for `vllm.Attention`, which keeps the keys and values of a slot itself."""
 
     def __init__(self, config):
         self.num_heads = config.num_attention_heads
@@ -95,7 +95,7 @@ class AttentionOfVllm:
 
 
 def attend_as_vllm(module, query, key, value, attention_mask, scaling, attention_instances, **_):
-    """What vLLM registers as the attention function "vllm"."""
+    """Attend as the function does that vLLM registers under the name "vllm"."""
     assert attention_mask is None
     attention = attention_instances[module.layer_idx]
     attention.impl.scale = scaling
@@ -179,10 +179,10 @@ def test_a_window_is_a_layer_type_of_each_evaluation():
     slides = "sliding_attention"
     assert model.config.layer_types == [full, full, slides, slides, slides, slides]
     ids = tokens(2, 14)
-    chosen = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     expected = decoder.generate(ids, max_new_tokens=9)
-    assert torch.equal(model.generate(ids, **chosen), expected)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **chosen), expected)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
 
 
 # Auto classes and training
@@ -198,13 +198,13 @@ def test_auto_classes_load_the_base_model_and_a_classifier(method, folders, tmp_
     torch.testing.assert_close(whole.lm_head(hidden), whole(ids).logits)
 
     classifier = loaded(folders[method], AutoModelForSequenceClassification, num_labels=3)
-    found = classifier(ids, labels=torch.tensor([0, 2]))
-    assert found.logits.shape == (2, 3)
-    assert found.loss.isfinite()
-    torch.testing.assert_close(found.logits, classifier.score(hidden)[:, -1])
+    output = classifier(ids, labels=torch.tensor([0, 2]))
+    assert output.logits.shape == (2, 3)
+    assert output.loss.isfinite()
+    torch.testing.assert_close(output.logits, classifier.score(hidden)[:, -1])
     classifier.save_pretrained(tmp_path)
-    again = loaded(tmp_path, AutoModelForSequenceClassification)
-    assert torch.equal(again(ids).logits, found.logits)
+    reloaded = loaded(tmp_path, AutoModelForSequenceClassification)
+    assert torch.equal(reloaded(ids).logits, output.logits)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks it.
@@ -212,11 +212,11 @@ def test_auto_classes_load_the_base_model_and_a_classifier(method, folders, tmp_
 def test_lora_trains_its_own_weights_alone(method, folders):
     model = loaded(folders[method])
     ids = tokens(2, 9)
-    before = model(ids).logits
+    logits_before = model(ids).logits
     # PEFT knows the projections of a `model_type` of transformers.
     targets = {} if method == "vanilla" else {"target_modules": ["q_proj", "v_proj"]}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **targets))
-    torch.testing.assert_close(adapted(ids).logits, before)
+    torch.testing.assert_close(adapted(ids).logits, logits_before)
     adapted(input_ids=ids, labels=ids).loss.backward()
     trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
     num_layers = 3
@@ -234,10 +234,10 @@ def test_the_trainer_trains(method, recomputes, folders, tmp_path):
         tmp_path, max_steps=10, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
         report_to=[], save_strategy="no", disable_tqdm=True, activation_checkpointing=recomputes,
     )  # fmt: skip
-    before = model(tokens(8, 12), labels=tokens(8, 12)).loss.item()
+    loss_before = model(tokens(8, 12), labels=tokens(8, 12)).loss.item()
     Trainer(model, options, train_dataset=rows).train()
-    after = model.eval()(tokens(8, 12), labels=tokens(8, 12)).loss.item()
-    assert after < 0.9 * before
+    loss_after = model.eval()(tokens(8, 12), labels=tokens(8, 12)).loss.item()
+    assert loss_after < 0.9 * loss_before
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_a_model_compiles_as_one_graph(method):
 
 
 def definitions(name):
-    """Name of a class, function or method of `iiet/NAME.py` -> its source."""
+    """Return the text of `iiet/NAME.py`, and its class, function or method -> its source."""
     text = (Path(iiet.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     sources = {}
     for node in ast.parse(text).body:

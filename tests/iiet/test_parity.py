@@ -29,9 +29,9 @@ def within(tensors, prefix):
     }
 
 
-def largest_difference(left, right):
-    assert set(left) == set(right)
-    return max(float((left[key] - right[key]).abs().max()) for key in left)
+def largest_difference(tensors, expected):
+    assert set(tensors) == set(expected)
+    return max(float((tensors[key] - expected[key]).abs().max()) for key in tensors)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,6 +19,8 @@ METHODS = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
 
 
 class PlainModel:
+    """Computes logits from the weights of a decoder, one formula after the other."""
+
     def __init__(self, config, weights):
         self.config = config
         self.w = weights
@@ -33,7 +35,7 @@ class PlainModel:
         return layer_norm(x, (x.size(-1),), weight, bias, self.config.layer_norm_eps)
 
     def turn(self, x):
-        """(time, head_dim): channel j and j + half as one complex number."""
+        """Rotate (time, head_dim): channels j and j + half are one complex number."""
         half = x.size(-1) // 2
         speeds = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(len(x), dtype=torch.float64)[:, None] * speeds
@@ -41,7 +43,7 @@ class PlainModel:
         return torch.cat([z.real, z.imag], -1)
 
     def attention(self, x, name):
-        """(time, dim), one sequence."""
+        """Attend within one sequence, (time, dim)."""
         config = self.config
         width = self.config.head_dim
         q, k, v = (x @ self.w[f"{name}.{part}_proj.weight"].T for part in "qkv")

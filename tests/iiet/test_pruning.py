@@ -101,14 +101,16 @@ def test_knapsack_equals_trying_every_schedule(score, data):
     prices = [[data.draw(price) for _ in row] for row in score]
 
     def total(rows, schedule):
-        kept = zip(rows, schedule, strict=True)
-        return math.fsum(value for row, count in kept for value in row[:count])
+        pairs = zip(rows, schedule, strict=True)
+        return math.fsum(value for row, count in pairs for value in row[:count])
 
-    cost = data.draw(st.sampled_from([num_evaluations, lambda one: 2.0 + total(prices, one)]))
-    every = itertools.product(*(range(len(row) + 1) for row in score))
-    costs = {schedule: cost(schedule) for schedule in map(IterationSchedule, every)}
+    cost = data.draw(
+        st.sampled_from([num_evaluations, lambda schedule: 2.0 + total(prices, schedule)])
+    )
+    all_corrections = itertools.product(*(range(len(row) + 1) for row in score))
+    costs = {schedule: cost(schedule) for schedule in map(IterationSchedule, all_corrections)}
     max_cost = data.draw(st.floats(0, 60) | st.sampled_from(sorted({*costs.values()})))
-    allowed = [schedule for schedule, own in costs.items() if own <= max_cost]
+    allowed = [schedule for schedule, schedule_cost in costs.items() if schedule_cost <= max_cost]
     if not allowed:
         with pytest.raises(ValueError, match="predictions"):
             knapsack(score, max_cost, cost=cost)
@@ -136,8 +138,8 @@ def test_a_family_and_an_influence_table_are_shown_as_small_tables():
         ["0,1", "3", "0.25 to 0.5"],
         ["0,0", "2", "above 0.5"],
     ]
-    for shown in (family, table):
-        assert shown._repr_html_().count("<tr>") == str(shown).count("\n")
+    for displayed in (family, table):
+        assert displayed._repr_html_().count("<tr>") == str(displayed).count("\n")
 
 
 def test_without_corrections_the_table_shows_whole_layers_alone():

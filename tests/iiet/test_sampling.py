@@ -26,7 +26,7 @@ def sampler_of(seed=0, batch=1, **settings):
 
 
 def shares(logits, *, count=20_000, **settings):
-    """How often each token is chosen in many positions of a row."""
+    """Return how often each token is chosen in many positions of a row."""
     chosen = sampler_of(**settings)(logits.expand(1, count, -1), torch.arange(count)[None])
     return torch.bincount(chosen[0], minlength=logits.numel()) / count
 
@@ -35,12 +35,12 @@ def test_sampling_follows_the_probabilities():
     torch.testing.assert_close(shares(LOGITS), PROBABILITIES, rtol=0, atol=0.02)
     sharp = PROBABILITIES**2 / (PROBABILITIES**2).sum()
     torch.testing.assert_close(shares(LOGITS, temperature=0.5), sharp, rtol=0, atol=0.02)
-    two = torch.tensor([0, 2, 0, 1]) / 3
+    likeliest_two = torch.tensor([0, 2, 0, 1]) / 3
     for settings in ({"top_k": 2}, {"top_p": 0.75}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}):
-        torch.testing.assert_close(shares(LOGITS, **settings), two, rtol=0, atol=0.02)
-    only = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        torch.testing.assert_close(shares(LOGITS, **settings), likeliest_two, rtol=0, atol=0.02)
+    likeliest = torch.tensor([0.0, 1.0, 0.0, 0.0])
     for settings in ({"top_k": 1}, {"top_p": 0.3}, {"top_p": 0.5}, {"temperature": 0.0}):
-        assert torch.equal(shares(LOGITS, **settings), only)
+        assert torch.equal(shares(LOGITS, **settings), likeliest)
     torch.testing.assert_close(shares(LOGITS, top_k=9, top_p=1.0), PROBABILITIES, rtol=0, atol=0.02)
 
 
@@ -95,10 +95,10 @@ def test_a_choice_depends_on_seed_and_position_alone():
 
 def test_two_models_mostly_choose_alike():
     """Common noise: two distributions at a distance TV agree with at least (1-TV)/(1+TV)."""
-    other = (PROBABILITIES + torch.tensor([0.1, -0.1, 0.0, 0.0])).log()
+    other_logits = (PROBABILITIES + torch.tensor([0.1, -0.1, 0.0, 0.0])).log()
     count = 20_000
     positions = torch.arange(count)[None]
-    chosen = [sampler_of()(x.expand(1, count, -1), positions) for x in (LOGITS, other)]
+    chosen = [sampler_of()(x.expand(1, count, -1), positions) for x in (LOGITS, other_logits)]
     agreement = float((chosen[0] == chosen[1]).float().mean())
     assert (1 - 0.1) / (1 + 0.1) - 0.02 < agreement < 1 - 0.1 + 0.02
 

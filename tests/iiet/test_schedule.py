@@ -28,9 +28,9 @@ from iiet.schedule import IterationSchedule
     ],
 )
 def test_parse_reads_every_way_of_writing(text, expected):
-    found = IterationSchedule.parse(text, num_layers=4)
-    assert found.corrections == expected
-    assert {type(count) for count in found} == {int}
+    schedule = IterationSchedule.parse(text, num_layers=4)
+    assert schedule.corrections == expected
+    assert {type(count) for count in schedule} == {int}
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,12 @@ def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections(kind)
         torch.nn.init.zeros_(layer.damping)
     without = decoder(IDS, schedule=IterationSchedule.none(3))
     assert torch.equal(decoder(IDS), without)
-    found = gradients(decoder)
+    gradient_of = gradients(decoder)
     for layer in (0, 2):
-        assert (found[f"model.layers.{layer}.damping"].abs() > 0).all()
-    assert found["model.layers.1.damping"] is None, "a layer without corrections does not use it"
+        assert (gradient_of[f"model.layers.{layer}.damping"].abs() > 0).all()
+    assert gradient_of["model.layers.1.damping"] is None, (
+        "a layer without corrections does not use it"
+    )
 
 
 @pytest.mark.parametrize("reinjects", [False, True])
@@ -38,11 +40,13 @@ def test_each_correction_applies_its_share_of_a_step_and_may_read_the_prediction
     damping, reinjects
 ):
     decoder = decoder_of(reinject_prediction=reinjects, damping=damping)
-    seen = []
-    decoder(IDS, observe=seen.append)
-    history = [seen[0].input]
+    evaluations = []
+    decoder(IDS, observe=evaluations.append)
+    history = [evaluations[0].input]
     for number, layer in enumerate(decoder.model.layers):
-        prediction, *corrections = (one for one in seen if one.layer == number)
+        prediction, *corrections = (
+            evaluation for evaluation in evaluations if evaluation.layer == number
+        )
         *earlier, own_weight = layer.mix.inner
         e = prediction.estimate
         assert prediction.residual is None
@@ -65,10 +69,10 @@ def test_a_reinjection_starts_as_the_plain_model_and_is_learned(options):
     missing, _ = decoder.load_state_dict(plain.state_dict(), strict=False)
     assert missing == [f"model.layers.{layer}.reinjection" for layer in range(3)]
     assert torch.equal(decoder(IDS), plain(IDS))
-    found = gradients(decoder)
+    gradient_of = gradients(decoder)
     expected = gradients(plain)
-    assert_same({name: found[name] for name in expected}, expected)
-    assert [found[name] is None for name in missing] == [False, True, False]
+    assert_same({name: gradient_of[name] for name in expected}, expected)
+    assert [gradient_of[name] is None for name in missing] == [False, True, False]
 
 
 @pytest.mark.parametrize("has_gradients", [False, True])
@@ -86,7 +90,7 @@ def test_residuals_are_computed_for_observers_alone(has_gradients):
 
 
 def loss_by_hand(decoder, last):
-    """The formulas, in which all but the last corrections of a layer are constants."""
+    """Return the loss by formulas; all but the last corrections of a layer are constants."""
     hidden = decoder.model.embed_tokens(IDS)
     context = make_context(hidden, decoder.rope)
     estimates = [hidden]
@@ -98,8 +102,8 @@ def loss_by_hand(decoder, last):
                 e = e.detach()
             sums = sum(a * s for a, s in zip(earlier, estimates, strict=True))
             if layer.reinjection is not None:
-                first = prediction.detach() if last < count else prediction
-                sums = sums + layer.reinjection * first
+                reinjected = prediction.detach() if last < count else prediction
+                sums = sums + layer.reinjection * reinjected
             e = layer.correction_norm(layer.field(sums + own_weight * e, context))
         estimates.append(e)
         hidden = sum(c * s for c, s in zip(layer.mix.outer.unbind(), estimates, strict=True))
@@ -116,13 +120,13 @@ def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last, reinject
         for most in (last, None)
     )
     assert torch.equal(truncated(IDS), whole(IDS))
-    found = gradients(truncated)
-    assert_same(found, gradients(whole, loss_by_hand(whole, last)), rtol=1e-9, atol=1e-12)
-    assert (found["model.layers.0.prediction_norm.weight"] is None) == (last < 3)
+    gradient_of = gradients(truncated)
+    assert_same(gradient_of, gradients(whole, loss_by_hand(whole, last)), rtol=1e-9, atol=1e-12)
+    assert (gradient_of["model.layers.0.prediction_norm.weight"] is None) == (last < 3)
 
 
 def test_a_recomputed_layer_keeps_its_last_correction_alone():
-    """Not the prediction, which counts as a constant."""
+    """The prediction is not kept: it counts as a constant."""
 
     def peak(**options):
         decoder = decoder_of(schedule=(3, 3, 3), **options)

@@ -24,7 +24,7 @@ def drafts(draft, draft_tokens="auto"):
     return {"draft": draft, "draft_tokens": draft_tokens}
 
 
-def both(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
+def plain_and_drafted(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
     """Return what plain and speculative decoding generate, and the record."""
     ids = PROMPTS[:batch]
     mask = PADDING[:batch]
@@ -42,8 +42,8 @@ def drafted(decoder, ids, **options):
 @pytest.mark.parametrize("draft", ["0", "2,0,0", "0,0,1", "2,0,1", "2,1,1", "3,0,0"])
 def test_the_tokens_are_those_of_plain_decoding(draft):
     """Drafts within the schedule, equal to it, and with more corrections."""
-    expected, found, record = both(decoder_of(), drafts(draft, 3))
-    assert torch.equal(expected, found)
+    expected, generated, record = plain_and_drafted(decoder_of(), drafts(draft, 3))
+    assert torch.equal(expected, generated)
     assert 0 < record.acceptance <= 1
     assert (record.acceptance == 1) == (draft == "2,0,1")
 
@@ -53,18 +53,19 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
     for draft in ("0", decoder_of((1, 0, 0))):
         options = {"max_new_tokens": 60}
 
-        def rates(draft_tokens, draft=draft, options=options):
+        def records_of(draft_tokens, draft=draft, options=options):
             drafting = drafts(draft, draft_tokens)
-            rows = [
+            row_records = [
                 drafted(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
             ]
-            return rows, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
+            return row_records, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
 
-        rows, batch = rates(3)
-        assert 1 < batch.tokens_per_verification < min(r.tokens_per_verification for r in rows)
-        rows, batch = rates(1)  # One token at a time: each position counts once.
-        share = sum(r.accepted for r in rows) / sum(r.drafted for r in rows)
-        assert batch.acceptance == pytest.approx(share, abs=0.1)
+        row_records, batch_record = records_of(3)
+        slowest = min(record.tokens_per_verification for record in row_records)
+        assert 1 < batch_record.tokens_per_verification < slowest
+        row_records, batch_record = records_of(1)  # One token at a time: each position counts once.
+        share = sum(r.accepted for r in row_records) / sum(r.drafted for r in row_records)
+        assert batch_record.acceptance == pytest.approx(share, abs=0.1)
 
 
 def test_the_record_is_that_of_a_plain_loop():
@@ -92,32 +93,40 @@ def test_the_record_is_that_of_a_plain_loop():
 
 def test_end_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
-    free = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
-    for stops in ([int(free[0, 9])], [int(free[0, 9]), int(free[1, 30])], free[:, 12].tolist()):
+    endless = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
+    for stops in (
+        [int(endless[0, 9])],
+        [int(endless[0, 9]), int(endless[1, 30])],
+        endless[:, 12].tolist(),
+    ):
         for draft in ("0", "3,0,0"):
-            expected, found, _ = both(decoder, drafts(draft, 4), eos_token_id=stops)
-            assert torch.equal(expected, found)
+            expected, generated, _ = plain_and_drafted(
+                decoder, drafts(draft, 4), eos_token_id=stops
+            )
+            assert torch.equal(expected, generated)
 
 
 def test_decoding_is_plain_from_where_no_draft_pays():
     """A draft of other weights: few of its tokens are kept, and each costs half a step."""
     decoder = decoder_of()
-    other = decoder_of((0, 0), "vanilla")
-    expected, found, record = both(decoder, drafts(other), batch=1, max_new_tokens=100)
-    assert torch.equal(expected, found)
+    unrelated = decoder_of((0, 0), "vanilla")
+    expected, generated, record = plain_and_drafted(
+        decoder, drafts(unrelated), batch=1, max_new_tokens=100
+    )
+    assert torch.equal(expected, generated)
     assert record.acceptance < 0.5
     assert 0 < record.verifications < 20
     assert record.plain_steps > 60
 
 
 def test_auto_keeps_the_best_of_its_drafts():
-    """Each is measured on a few tokens first; the family has one that equals the model."""
+    """Each draft is measured on a few tokens first; the family has one that equals the model."""
     decoder = decoder_of((3, 3, 3))
     family = [IterationSchedule.parse(text, num_layers=3) for text in ("0", "3,3,2", "1,0,0")]
-    expected, found, record = both(
+    expected, generated, record = plain_and_drafted(
         decoder, {**drafts("auto", 4), "family": family}, batch=1, max_new_tokens=120
     )
-    assert torch.equal(expected, found)
+    assert torch.equal(expected, generated)
     assert set(record.rounds_by_draft) == {str(schedule) for schedule in family}
     rounds = sorted(record.rounds_by_draft.values())
     assert rounds[1] <= 16
@@ -125,17 +134,19 @@ def test_auto_keeps_the_best_of_its_drafts():
 
 
 def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
-    made = []
-    new = KeyValueCache.__init__
-    monkeypatch.setattr(
-        KeyValueCache,
-        "__init__",
-        lambda self, *args, **kw: (made.append(0), new(self, *args, **kw))[1],
-    )
-    for draft, num in (("0", 1), ("1,0,1", 1), ("0,1,0", 2), ("auto", 1)):
-        made.clear()
+    num_caches = 0
+    initialize = KeyValueCache.__init__
+
+    def counted(self, *arguments, **options):
+        nonlocal num_caches
+        num_caches += 1
+        initialize(self, *arguments, **options)
+
+    monkeypatch.setattr(KeyValueCache, "__init__", counted)
+    for draft, expected in (("0", 1), ("1,0,1", 1), ("0,1,0", 2), ("auto", 1)):
+        num_caches = 0
         decoder_of().generate(PROMPTS, max_new_tokens=12, draft=draft)
-        assert len(made) == num
+        assert num_caches == expected
 
 
 def test_the_stream_is_plain_tensors_and_the_same_twice():
@@ -144,9 +155,9 @@ def test_the_stream_is_plain_tensors_and_the_same_twice():
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
     steps = list(decoder.stream(PROMPTS, record=record, **options))
     assert [step.shape for step in steps] == [(3,)] * 20
-    ids, again = drafted(decoder, PROMPTS, **options)
+    ids, second_record = drafted(decoder, PROMPTS, **options)
     assert torch.equal(torch.stack(steps, 1), ids[:, 6:])
-    assert record == again
+    assert record == second_record
     decoder(ids).sum().backward()
 
 
@@ -156,11 +167,11 @@ def test_the_number_of_drafted_tokens_follows_the_acceptance():
     for parameter in decoder.model.layers[1:].parameters():
         parameter.data.mul_(0.01)
     good = decoder_of((0,), "vanilla")
-    other = copy.deepcopy(good)
+    poor = copy.deepcopy(good)
     good.load_state_dict(decoder.state_dict(), strict=False)
-    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    torch.nn.init.normal_(poor.model.embed_tokens.weight)
     per_round = []
-    for draft in (good, other):
+    for draft in (good, poor):
         _, record = drafted(decoder, PROMPTS[:1], max_new_tokens=100, draft=draft)
         per_round.append(record.drafted / record.verifications)
     assert per_round[0] > 2 * per_round[1]

@@ -33,7 +33,7 @@ def gpu_forms(monkeypatch):
     monkeypatch.setattr(fast, "ENABLED", False)
 
 
-def both(decoder, *, steps=None, batch=2, **options):
+def ordinary_and_fixed(decoder, *, steps=None, batch=2, **options):
     """Return what ordinary steps and steps of fixed shapes generate."""
     options = {"max_new_tokens": 24, **options}
     steps = steps or StaticSteps(decoder)
@@ -58,17 +58,17 @@ def both(decoder, *, steps=None, batch=2, **options):
 def test_the_tokens_are_the_same(method, schedule, strategy, padded, small_windows, gpu_forms):
     decoder = decoder_of(method, schedule)
     masks = {"attention_mask": PADDING[:2]} if padded else {}
-    expected, found = both(decoder, kv_strategy=strategy, **masks)
-    assert torch.equal(expected, found)
+    expected, generated = ordinary_and_fixed(decoder, kv_strategy=strategy, **masks)
+    assert torch.equal(expected, generated)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_windows, gpu_forms):
     decoder = decoder_of(dtype=torch.bfloat16)
-    _, found = both(decoder, batch=batch)
-    logits = decoder.float()(found)[:, 5:-1]
-    chosen = logits.gather(-1, found[:, 6:, None])
+    _, generated = ordinary_and_fixed(decoder, batch=batch)
+    logits = decoder.float()(generated)[:, 5:-1]
+    chosen = logits.gather(-1, generated[:, 6:, None])
     assert (logits.amax(-1, keepdim=True) - chosen).max() < 0.05 * logits.std()
 
 
@@ -76,10 +76,15 @@ def test_in_bfloat16_each_token_is_the_likeliest_but_for_rounding(batch, small_w
 def test_sampling_and_end_tokens_are_the_same(options, small_windows):
     decoder = decoder_of()
     options = {"temperature": 1.0, "seed": 7, **options}
-    free, _ = both(decoder, **options)
-    for stops in ([int(free[0, 6])], [int(free[0, 6]), int(free[1, 9])], range(8), range(VOCAB)):
-        expected, found = both(decoder, eos_token_id=stops, **options)
-        assert torch.equal(expected, found)
+    endless, _ = ordinary_and_fixed(decoder, **options)
+    for stops in (
+        [int(endless[0, 6])],
+        [int(endless[0, 6]), int(endless[1, 9])],
+        range(8),
+        range(VOCAB),
+    ):
+        expected, generated = ordinary_and_fixed(decoder, eos_token_id=stops, **options)
+        assert torch.equal(expected, generated)
 
 
 @pytest.mark.parametrize("interval", [1, 5])
@@ -108,10 +113,10 @@ class Recorder:
 
     def __call__(self, step, device):
         self.num_captured += 1
-        first = step().clone()
+        first_result = step().clone()
         if self.error:
             raise self.error
-        assert torch.equal(step(), first)
+        assert torch.equal(step(), first_result)
 
         def replay():
             self.num_replayed += 1
@@ -126,25 +131,25 @@ def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, sm
     capture = Recorder()
     steps = StaticSteps(decoder, capture=capture)
     for masks in ({}, {"attention_mask": PADDING[:2]}, {}):
-        expected, found = both(decoder, steps=steps, **masks)
-        assert torch.equal(expected, found)
+        expected, generated = ordinary_and_fixed(decoder, steps=steps, **masks)
+        assert torch.equal(expected, generated)
     # Up to 16 and 32 tokens are read; the prompt's pass chooses the first new token.
     assert (capture.num_captured, capture.num_replayed) == (2, 3 * 23)
-    both(decoder, steps=steps, max_new_tokens=12)
+    ordinary_and_fixed(decoder, steps=steps, max_new_tokens=12)
     assert capture.num_captured == 2
-    expected, found = both(decoder, steps=steps, batch=3)
-    assert torch.equal(expected, found)
+    expected, generated = ordinary_and_fixed(decoder, steps=steps, batch=3)
+    assert torch.equal(expected, generated)
     assert capture.num_captured == 4
     with torch.no_grad():
         decoder.model.embed_tokens.weight.mul_(2.0)  # In place: a graph reads the new values.
-        expected, found = both(decoder, steps=steps, batch=3)
+        expected, generated = ordinary_and_fixed(decoder, steps=steps, batch=3)
         decoder.model.embed_tokens.weight = torch.nn.Parameter(
             decoder.model.embed_tokens.weight.flip(0)
         )
-    assert torch.equal(expected, found)
+    assert torch.equal(expected, generated)
     assert capture.num_captured == 4
-    expected, found = both(decoder, steps=steps, batch=3)
-    assert torch.equal(expected, found)
+    expected, generated = ordinary_and_fixed(decoder, steps=steps, batch=3)
+    assert torch.equal(expected, generated)
     assert capture.num_captured == 6
 
 
@@ -155,8 +160,8 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
     monkeypatch.setattr(static_steps, "MAX_GRAPHS", 2)
     decoder = decoder_of()
     capture = Recorder()
-    kept = StaticSteps(decoder, capture=capture)
-    list(keep_steps(decoder, kept, iter(())))
+    first_steps = StaticSteps(decoder, capture=capture)
+    list(keep_steps(decoder, first_steps, iter(())))
 
     def run(decoder, max_new_tokens=24):
         steps = kept_steps(decoder)
@@ -166,11 +171,13 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
         ), steps
 
     unfinished, steps = run(decoder, 60)
-    assert (steps, next(unfinished).shape) == (kept, (2,))
-    assert kept_steps(decoder) is not kept  # Another generation meanwhile has a cache of its own.
+    assert steps is first_steps
+    assert next(unfinished).shape == (2,)
+    # Another generation meanwhile has a cache of its own.
+    assert kept_steps(decoder) is not first_steps
     expected = decoder.generate(PROMPTS[:2], max_new_tokens=60, attention_mask=PADDING[:2])
-    found = torch.stack(list(unfinished), 1)
-    assert torch.equal(found, expected[:, 7:])
+    generated = torch.stack(list(unfinished), 1)
+    assert torch.equal(generated, expected[:, 7:])
     # Windows of 16, 32, 48 and 64 tokens; the last two remain.
     assert capture.num_captured == 4
     assert len(list(run(decoder, 60)[0])) == 60
@@ -184,28 +191,28 @@ def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatc
         assert capture.num_captured == 10
     list(run(decoder)[0])
     assert capture.num_captured == 12, "the graphs are gone"
-    gone = weakref.ref(kept)
-    del unfinished, steps, kept, decoder
+    reference = weakref.ref(first_steps)
+    del unfinished, steps, first_steps, decoder
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_no_graph_where_it_would_not_pay_or_not_be_right():
     decoder = decoder_of()
     capture = Recorder()
     steps = StaticSteps(decoder, capture=capture)
-    both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
+    ordinary_and_fixed(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS)
     with decoder.model.norm.register_forward_hook(lambda *_: None):
-        both(decoder, steps=steps)
+        ordinary_and_fixed(decoder, steps=steps)
     assert not capture.num_captured
-    both(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS + 1)
+    ordinary_and_fixed(decoder, steps=steps, max_new_tokens=static_steps.MIN_TOKENS + 1)
     assert capture.num_captured == 1
 
 
 def test_graphs_do_not_depend_on_the_forms_for_cpus(gpu_forms):
     decoder = decoder_of()
     capture = Recorder()
-    both(decoder, steps=StaticSteps(decoder, capture=capture))
+    ordinary_and_fixed(decoder, steps=StaticSteps(decoder, capture=capture))
     assert capture.num_captured == 1
 
 
@@ -214,11 +221,11 @@ def test_a_capture_that_fails_is_told_once_and_decoding_continues(monkeypatch, s
     decoder = decoder_of()
     capture = Recorder(RuntimeError("operation not permitted"))
     steps = StaticSteps(decoder, capture=capture)
-    with pytest.warns(UserWarning, match="without CUDA graphs.*operation not permitted") as told:
-        expected, found = both(decoder, steps=steps)
-    assert torch.equal(expected, found)
-    assert len(told) == 1
-    both(decoder, steps=steps)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*operation not permitted") as caught:
+        expected, generated = ordinary_and_fixed(decoder, steps=steps)
+    assert torch.equal(expected, generated)
+    assert len(caught) == 1
+    ordinary_and_fixed(decoder, steps=steps)
     assert capture.num_captured == 1
 
 
@@ -254,11 +261,11 @@ def test_no_step_waits_for_the_device(temperature, gpu_forms):
         **options,
     )
     next(steps)  # The prompt's pass reads the mask.
-    with SeenOperations() as seen:
+    with SeenOperations() as operations:
         assert len(list(steps)) == 19
-    assert "index_copy_" in seen.names
+    assert "index_copy_" in operations.names
     waiting = {"_local_scalar_dense", "multinomial", "nonzero", "_unique2", "equal", "isin"}
-    assert not waiting.intersection(seen.names)
+    assert not waiting.intersection(operations.names)
 
 
 @pytest.mark.slow
@@ -267,6 +274,8 @@ def test_all_steps_are_one_compiled_graph(gpu_forms):
     graphs = CompileCounterWithBackend("aot_eager")
     steps = StaticSteps(decoder)
     steps.run = torch.compile(steps.run, backend=graphs, fullgraph=True)
-    expected, found = both(decoder, steps=steps, max_new_tokens=9, attention_mask=PADDING[:2])
-    assert torch.equal(expected, found)
+    expected, generated = ordinary_and_fixed(
+        decoder, steps=steps, max_new_tokens=9, attention_mask=PADDING[:2]
+    )
+    assert torch.equal(expected, generated)
     assert graphs.frame_count == 1

@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "core_program.py"
 
 
-def distributions_of(name: str, seen: set[str]) -> Iterator[metadata.Distribution]:
+def distributions_of(name: str, visited: set[str]) -> Iterator[metadata.Distribution]:
     """Yield an installed distribution and all that it needs."""
-    seen.add(name)
+    visited.add(name)
     distribution = metadata.distribution(name)
     yield distribution
     for requirement in map(Requirement, distribution.requires or ()):
         is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if is_needed and requirement.name not in seen:
-            yield from distributions_of(requirement.name, seen)
+        if is_needed and requirement.name not in visited:
+            yield from distributions_of(requirement.name, visited)
 
 
 @pytest.mark.slow
@@ -42,16 +42,16 @@ def test_the_core_works_with_pytorch_alone_and_names_the_library_that_loading_ne
                 link.symlink_to(place)
     # Without `site`, Python searches its own library and these folders only.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-S", str(PROGRAM)], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["file"] == iiet.__file__
-    assert found["missing"] == []
-    assert found["losses"] == sorted(found["losses"], reverse=True)
-    assert found["influences"] == [2, 1]
-    assert found["distillation"] > 0
-    assert found["generated"] == [1, 7]
-    assert found["version"] == iiet.__version__ == metadata.version("iiet-orch")
-    assert "pip install safetensors" in found["load"]
+    assert process.returncode == 0, process.stderr
+    results = json.loads(process.stdout)
+    assert results["file"] == iiet.__file__
+    assert results["missing"] == []
+    assert results["losses"] == sorted(results["losses"], reverse=True)
+    assert results["influences"] == [2, 1]
+    assert results["distillation"] > 0
+    assert results["generated"] == [1, 7]
+    assert results["version"] == iiet.__version__ == metadata.version("iiet-orch")
+    assert "pip install safetensors" in results["load"]

@@ -30,30 +30,32 @@ def test_a_dtype_casts_all_but_the_methods_own_weights_and_that_of_the_file_is_k
     assert set(dtypes_of(Decoder.from_pretrained(tmp_path, torch.float64)).values()) == {
         torch.float64
     }
-    kinds = dtypes_of(decoder.bfloat16())
+    dtypes = dtypes_of(decoder.bfloat16())
     method_names = set(decoder.method_parameters())
-    assert dtypes_of(Decoder.from_pretrained(tmp_path, torch.bfloat16)) == kinds
-    assert {kinds[name] for name in method_names} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if name not in method_names} == {torch.bfloat16}
+    assert dtypes_of(Decoder.from_pretrained(tmp_path, torch.bfloat16)) == dtypes
+    assert {dtypes[name] for name in method_names} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in method_names} == {torch.bfloat16}
     decoder.save_pretrained(tmp_path)
-    again = Decoder.from_pretrained(tmp_path)
-    assert dtypes_of(again) == kinds
-    assert torch.equal(again(IDS), decoder(IDS))
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert dtypes_of(loaded) == dtypes
+    assert torch.equal(loaded(IDS), decoder(IDS))
 
 
 def test_a_loaded_decoder_can_be_trained_and_saved_over_itself(tmp_path):
     decoder_of().save_pretrained(tmp_path)
     decoder = Decoder.from_pretrained(tmp_path)
-    before = load_file(tmp_path / "model.safetensors")
+    weights_before = load_file(tmp_path / "model.safetensors")
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     next_token_loss(decoder(IDS), IDS).backward()
     optimizer.step()
     on_disk = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(on_disk[name], value) for name, value in before.items())
+    assert all(torch.equal(on_disk[name], value) for name, value in weights_before.items())
     decoder.save_pretrained(tmp_path)
-    again = Decoder.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS), decoder(IDS))
-    assert not torch.equal(again.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    reloaded = Decoder.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(IDS), decoder(IDS))
+    assert not torch.equal(
+        reloaded.model.embed_tokens.weight, weights_before["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.slow
@@ -67,10 +69,10 @@ def test_loading_and_generating_import_few_libraries(tmp_path):
         "decoder.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2); "
         "print({'transformers', 'orchestrator', 'torch._dynamo'} & set(sys.modules))"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert found.stdout.strip() == "set()"
+    assert process.stdout.strip() == "set()"
 
 
 def test_a_file_has_the_bytes_that_the_library_writes(tmp_path):
@@ -106,8 +108,8 @@ def test_large_weights_are_in_several_files_with_an_index(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == stored
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in decoder.state_dict().values())
-    again = Decoder.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS), decoder(IDS))
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS), decoder(IDS))
     index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="names no files"):

@@ -49,17 +49,17 @@ def fresh_decoder():
 
 def test_a_hook_on_a_decoder_is_not_one_on_its_twin_under_another_schedule():
     decoder = fresh_decoder()
-    seen = []
+    called = []
     twin = decoder.with_schedule(IterationSchedule.none(2))
-    twin.register_forward_hook(lambda *_: seen.append("twin"))
-    decoder.register_forward_pre_hook(lambda *_: seen.append("decoder"))
+    twin.register_forward_hook(lambda *_: called.append("twin"))
+    decoder.register_forward_pre_hook(lambda *_: called.append("decoder"))
     decoder(IDS)
     twin(IDS)
-    assert seen == ["decoder", "twin"]
+    assert called == ["decoder", "twin"]
 
 
 def all_logits(decoder):
-    """Logits with gradients, without, and step by step."""
+    """Return the logits with gradients, without, and step by step."""
     cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=8, dtype=torch.float64)
     with_gradients = decoder(IDS)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a correction is worth: recovered from synthetic laws, refused where it cannot be known."""
+"""The worth of a correction: recovered from synthetic laws, refused where it cannot be known."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_phi_is_recovered_exactly_from_a_logarithmic_law_and_closely_from_anothe
         assert worth.interval is None, "one seed has no spread"
         assert not worth.refusal
     many = (1, 2, 3, 4, 5, 6, 8)
-    found = [
+    phis = [
         correction_worth(at_depth(power, 2 * 4**0.46), curve(power, depths)).phi or math.nan
         for depths in (DEPTHS, many)
     ]
-    errors = [abs(value - 0.46) for value in found]
+    errors = [abs(value - 0.46) for value in phis]
     assert errors[1] < errors[0] < 0.05
     for trained in DEPTHS:
         worth = correction_worth(at_depth(power, trained), curve(power))

@@ -13,7 +13,8 @@ SINGLE = "r = 3, 2 layers"
 LOOPED = "looped, r = 3, 2 layers"
 GOOD = {VANILLA: 0.70, DEEP: 1.0, NONE: 0.65, SINGLE: 0.99, LOOPED: 0.95}
 """Corrections and repetitions pay. The gap is 30 points, so 85 % recover half of it."""
-PAYS, LOOP_PAYS = (f"does iteration pay in {name!r}" for name in (SINGLE, LOOPED))
+PAYS = f"does iteration pay in {SINGLE!r}"
+LOOP_PAYS = f"does iteration pay in {LOOPED!r}"
 INTERNALISED = f"are the corrections of {SINGLE!r} internalised"
 WRONG_UNIT = "is the layer the wrong unit of iteration, L = 2, r = 3"
 
@@ -29,8 +30,8 @@ def measured(accuracies: dict[str, float], at_0: float = 0.5) -> dict[str, Measu
 
 
 def judged(arms: dict[str, Measured], *variants: str) -> dict[str, Verdict]:
-    found = verdicts(arms, layers=[2], corrections=[3], seeds=SEEDS, variants=variants)
-    return {verdict.question: verdict for verdict in found}
+    answers = verdicts(arms, layers=[2], corrections=[3], seeds=SEEDS, variants=variants)
+    return {verdict.question: verdict for verdict in answers}
 
 
 @pytest.mark.parametrize(
@@ -73,17 +74,17 @@ def test_corrections_are_internalised_if_the_weights_are_as_good_without():
 def test_all_seeds_and_arms_must_be_there_and_variants_take_the_same_test():
     arms = measured(GOOD)
     arms[SINGLE] = Measured(accuracies={2: 0.99, 3: 0.99, 4: 0.7}, without_corrections={2: 0.99})
-    found = judged(arms)
-    assert found[PAYS].answer is False
-    assert "2 of 3 seeds (seed 2: 99.0%, +34.0 points over 'r = 0, " in found[PAYS].text
+    verdict_of = judged(arms)
+    assert verdict_of[PAYS].answer is False
+    assert "2 of 3 seeds (seed 2: 99.0%, +34.0 points over 'r = 0, " in verdict_of[PAYS].text
     assert "cannot be decided; it was not read at r = 0 with seeds [3, 4]" in (
-        found[INTERNALISED].text
+        verdict_of[INTERNALISED].text
     )
     arms[SINGLE] = Measured(accuracies={2: 0.99, 3: 0.99}, without_corrections={})
     assert "'r = 3, 2 layers' lacks seeds [4]" in judged(arms)[PAYS].text
     del arms[DEEP]
     assert "'vanilla, 8 layers' is missing" in judged(arms)[LOOP_PAYS].text
     name = f"{SINGLE}, two stages"
-    found = judged(measured({**GOOD, name: 0.8}), ", two stages", ", learned damping")
-    assert found[f"does iteration pay in {name!r}"].answer is False
-    assert len(found) == 5
+    verdict_of = judged(measured({**GOOD, name: 0.8}), ", two stages", ", learned damping")
+    assert verdict_of[f"does iteration pay in {name!r}"].answer is False
+    assert len(verdict_of) == 5

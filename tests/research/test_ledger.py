@@ -26,7 +26,7 @@ def test_a_changed_number_and_one_without_a_source_are_noticed():
 
 def test_each_file_is_on_a_page():
     files = {f"research/fronts/{path.name}" for path in (ROOT / "research/fronts").iterdir()}
-    blocks = [each for name in PAGES for each in BLOCK.finditer((ROOT / name).read_text("utf-8"))]
+    blocks = [block for name in PAGES for block in BLOCK.finditer((ROOT / name).read_text("utf-8"))]
     named = {file for block in blocks for file in block["files"].split(", ")}
     assert named == {*files, "research/retrofit_study.json"}
     assert set(ledger.TABLES) == {block["table"] for block in blocks}
@@ -48,10 +48,10 @@ def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
     for name, chart in zip(PICTURED, panels(), strict=True):
         report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))
         baselines = {row["name"] for row in report["results"] if row["role"] != "trial"}
-        shown = {row["label"]: row["places"] for row in chart["data"]["values"]}
-        assert baselines - set(NOT_PICTURED) <= set(shown)
-        assert not set(NOT_PICTURED) & set(shown)
+        places = {row["label"]: row["places"] for row in chart["data"]["values"]}
+        assert baselines - set(NOT_PICTURED) <= set(places)
+        assert not set(NOT_PICTURED) & set(places)
         # The first width is that of screens.
-        assert all(min(shown[label][::2]) >= 0 for label in baselines - set(NOT_PICTURED))
+        assert all(min(places[label][::2]) >= 0 for label in baselines - set(NOT_PICTURED))
     ledger.draw_picture(tmp_path / "fronts.png")
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")

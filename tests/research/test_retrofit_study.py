@@ -90,10 +90,10 @@ def test_the_rate_with_the_lower_loss_over_the_seeds_that_have_both_counts(study
     study.store(result(arm("mean", 2e-3, seed=1), 0.8))
     assert study.chosen_rate(CELL, "mean") == 2e-3
     assert Study(study.folder, study.results_file).measured == study.measured
-    other = study.folder / "other.json"
-    arguments = ["--folder", str(study.folder), "--results", str(other), "--add"]
+    other_file = study.folder / "other.json"
+    arguments = ["--folder", str(study.folder), "--results", str(other_file), "--add"]
     assert retrofit_study.main([*arguments, str(study.results_file)]) == 0
-    assert Study(study.folder, other).measured == study.measured
+    assert Study(study.folder, other_file).measured == study.measured
 
 
 def test_tables_show_what_is_stored_and_which_student_fits_a_share(study):
@@ -153,11 +153,11 @@ def test_the_study_resumes_and_makes_students(tmp_path, capsys):
     for training in islice(study.trainings("depth-2"), 4):
         study.store(study.make(training))
     assert [t.arm for t in study.measured] == ["source", CONTINUED, CONTINUED, "mean"]
-    again = Study(tmp_path, file, 0.002)
-    students = again.trainings("students-2")
-    first = next(students)
-    assert first.arm == STUDENT_OF + "mean"
-    again.store(again.make(first))
+    resumed = Study(tmp_path, file, 0.002)
+    students = resumed.trainings("students-2")
+    first_student = next(students)
+    assert first_student.arm == STUDENT_OF + "mean"
+    resumed.store(resumed.make(first_student))
     stored = json.loads(file.read_text())["trainings"]
     assert len(stored) == len(study.measured) + 1
     assert stored[-1]["evaluations"] <= 6

@@ -37,15 +37,15 @@ IIAD = [
 
 
 def right_answers(share: float) -> EvaluationResult:
-    right = (np.arange(200) < 200 * share).astype(float)
+    is_right = (np.arange(200) < 200 * share).astype(float)
     result = TaskResult(
         name="task",
         version="1",
         num_items=200,
         num_fewshot=0,
-        metrics={"acc": float(right.mean())},
+        metrics={"acc": float(is_right.mean())},
         items=[f"item {number}" for number in range(200)],
-        values={"acc": right.tolist()},
+        values={"acc": is_right.tolist()},
     )
     return EvaluationResult(results={"task": result})
 
@@ -68,8 +68,8 @@ def test_the_plans_write_nothing(run, tmp_path, capsys):
     assert run(depth_study, DEPTH[:-1], "--dry-run", *arms) == 0
     assert "r = 3, 2 layers: 6 trainings" in capsys.readouterr().out
     assert run(iiad_study, SMALL, "--dry-run") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert ": cosine, relative, loss, cross entropy, pruned, knapsack" in shown
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ": cosine, relative, loss, cross entropy, pruned, knapsack" in printed
     assert run(elastic_study, [], "--dry-run", "--times", "1", "3") == 0
     assert "text: then elastic trainings of 60, 180 steps" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -116,7 +116,10 @@ def test_the_elastic_study_compares_what_was_trained_both_ways(tmp_path):
         trial((0, 0), 0.6, is_elastic=False),
         trial((1, 0), 0.7, is_elastic=True),
     ]
-    items = {one.key: right_answers(one.numbers["quality/accuracy"]) for one in trials}
+    items = {
+        measured_trial.key: right_answers(measured_trial.numbers["quality/accuracy"])
+        for measured_trial in trials
+    }
     front = sample_front(trials)
     rows = elastic_study.compare_schedules(with_confidence(front, items, num_resamples=10))
     assert [row["schedule"] for row in rows] == [(2, 1), (0, 0)]
@@ -129,8 +132,8 @@ def test_the_elastic_study_compares_what_was_trained_both_ways(tmp_path):
     )  # fmt: skip
     table = elastic_study.comparison_table(reading)
     assert "| 0,0 | 2 | 80.0% | 60.0% | +20.0 (" in table
-    (alone, _) = elastic_study.compare_schedules(front)
-    assert alone["interval"] is None, "single items are missing"
+    (row, _) = elastic_study.compare_schedules(front)
+    assert row["interval"] is None, "single items are missing"
 
 
 @pytest.mark.long
@@ -143,9 +146,9 @@ def test_two_arms_of_the_depth_study(run, tmp_path, ray_session):
     assert "| r = 1, 2 layers | 2 | 4 |" in text
     assert "'vanilla, 4 layers' is missing" in text
     assert (folder / "accuracy.png").stat().st_size > 5000
-    made = len([*runs.glob("*/done.json")])
+    num_runs = len([*runs.glob("*/done.json")])
     assert run(depth_study, DEPTH, *arms) == 0
-    assert len([*runs.glob("*/done.json")]) == made, "nothing is trained twice"
+    assert len([*runs.glob("*/done.json")]) == num_runs, "nothing is trained twice"
 
 
 @pytest.mark.long
@@ -153,8 +156,8 @@ def test_all_phases_of_the_iiad_study(run, tmp_path, ray_session):
     assert run(iiad_study, IIAD, "--seeds", "0", "1") == 0
     space = tmp_path / "ws"
     text = (space / "overlays" / "study" / "results.md").read_text()
-    for other in ("vanilla", "r = 0"):
-        assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
+    for baseline in ("vanilla", "r = 0"):
+        assert re.search(rf"r = 1 against {baseline} at equal tokens: loss \S+ ± ", text)
     assert "| NFE | cosine | relative | loss | cross entropy | pruned | knapsack |" in text
     # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
     assert len([*(space / "runs").glob("*/done.json")]) == 4 + 3 + 2

@@ -78,8 +78,12 @@ def settings_of(monkeypatch) -> Callable[..., Settings]:
             received.append(settings)
             raise UserError("that is enough")
 
-        for pipeline in ("training.plan_pretrain", "training.plan_distill", "sweeps.plan_sweep"):
+        for pipeline in ("training.plan_pretrain", "training.plan_distill"):
             monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}", stop)
+        # Should a command get past its plan, then it shall not train. First, because `sweeps` takes
+        # the plan's function when it is imported.
+        monkeypatch.setattr("orchestrator.pipelines.sweeps.run_sweep", pytest.fail)
+        monkeypatch.setattr("orchestrator.pipelines.sweep_stages.plan_sweep", stop)
         assert cli.main([*words]) == 2
         return received[0]
 

@@ -98,7 +98,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(settings, workspace, 
     assert report.page is not None
     assert report.page.is_file()
     assert report.to_pandas().equals(trials)
-    # In a notebook: the picture and the table, and a line.
+    # A notebook shows the picture and the table, and a line where it shows no HTML.
     shown = report._repr_html_()
     assert all(part in shown for part in ("<svg", "NFE", report.title))
     assert repr(report).startswith("ReportResult(title=")

@@ -63,27 +63,27 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     def labels(*paths: Path, schedules: Sequence[str] = ()) -> list[str]:
         return [*by_label(open_models(paths, workspace, schedules))]
 
-    first, other, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
-    second = save_tiny(tmp_path / "a/run", step=2)
-    assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
-    assert labels(first, other) == ["run/step_00000001", "run/step_00000001 (2)"]
-    assert labels(first, plain, second) == ["run/step_00000001", "plain", "run/step_00000002"]
-    assert labels(first.parent, second) == ["run", "run (2)"]
-    assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
-    assert labels(first, second, schedules=["1", "0"]) == [
+    run, namesake, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
+    later_step = save_tiny(tmp_path / "a/run", step=2)
+    assert labels(run, later_step) == ["run/step_00000001", "run/step_00000002"]
+    assert labels(run, namesake) == ["run/step_00000001", "run/step_00000001 (2)"]
+    assert labels(run, plain, later_step) == ["run/step_00000001", "plain", "run/step_00000002"]
+    assert labels(run.parent, later_step) == ["run", "run (2)"]
+    assert labels(run, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]
+    assert labels(run, later_step, schedules=["1", "0"]) == [
         "run/step_00000001 r=1", "run/step_00000001 r=0",
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
-    models = [first, second, other, other]
+    models = [run, later_step, namesake, namesake]
     plan = plan_benchmark(workspace=workspace, models=models, conditions=CONDITIONS)
-    found = run_benchmark(plan, untracked(workspace))
-    assert [cost.model for cost in found.costs] == labels(*models)
-    written = json.loads(found.path.read_text())
+    benchmark = run_benchmark(plan, untracked(workspace))
+    assert [cost.model for cost in benchmark.costs] == labels(*models)
+    written = json.loads(benchmark.path.read_text())
     assert [cost["model"] for cost in written["costs"]] == labels(*models)
     assert written["conditions"]["num_threads"] == 1
-    assert (written["device"], written["dtype"]) == (found.device, "float32")
+    assert (written["device"], written["dtype"]) == (benchmark.device, "float32")
     assert written["machine"]["torch"]
-    table = found.to_pandas()
+    table = benchmark.to_pandas()
     assert table["model"].tolist() == labels(*models)
     assert table["decoding_share"].iloc[0] == 1.0
 
@@ -102,7 +102,7 @@ def test_usual_contexts_fit(tmp_path, save_tiny):
     small = [open_model(save_tiny(tmp_path / "run"))]
     assert usual_contexts(small, new_tokens=8) == (8,)
     assert usual_contexts(small, new_tokens=12) == (4,)
-    usual = plan_benchmark(workspace=tmp_path, models=[small[0].path]).conditions
-    assert (usual.contexts, usual.new_tokens) == ((8,), 8)
+    conditions = plan_benchmark(workspace=tmp_path, models=[small[0].path]).conditions
+    assert (conditions.contexts, conditions.new_tokens) == ((8,), 8)
     large = save_tiny(tmp_path / "large", context_length=256)
     assert usual_contexts([open_model(large)], new_tokens=32) == (32, 128)

@@ -66,22 +66,22 @@ def tasks(tmp_path) -> Path:
 
 @pytest.fixture
 def llama(save_llama) -> Callable[..., Path]:
-    """Saves a Llama with a chat template and room for examples."""
+    """A function that saves a Llama with a chat template and room for examples."""
     return partial(save_llama, chat_template=TEMPLATE, max_position_embeddings=96)
 
 
 @pytest.fixture
 def prompts(monkeypatch) -> list[str]:
     """The prompts that the generator got."""
-    seen: list[str] = []
+    texts: list[str] = []
     real = DecoderModel.generate_until
 
     def recorded(self: Any, requests: Any, **options: Any) -> list[str]:
-        seen.extend(request.args[0] for request in requests)
+        texts.extend(request.args[0] for request in requests)
         return real(self, requests, **options)
 
     monkeypatch.setattr(DecoderModel, "generate_until", recorded)
-    return seen
+    return texts
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
         code, text, stored = evaluate(folder, *form)
         assert code == 0, text
     assert len(stored) == len(forms) - 1
-    first = prompts[::3]
-    assert first == [
+    first_prompts = prompts[::3]
+    assert first_prompts == [
         "Q: a and b? A:",
         "Q: g and h? A: g\n\nQ: a and b? A:",
         "<|user|>Q: a and b? A:\n<|assistant|>",
@@ -178,8 +178,8 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
     code, text, stored = evaluate(*models, "--apply-chat-template", "--num-fewshot", 2)
     assert code == 0, text
     assert len(stored) == 2
-    (first, answers), (second, others) = stored
-    assert answers == others
+    (first, answers), (second, other_answers) = stored
+    assert answers == other_answers
     assert first.metrics == second.metrics
 
 

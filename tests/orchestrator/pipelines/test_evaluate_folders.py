@@ -74,11 +74,13 @@ def scored(
 
 
 def assert_alike(
-    one: dict[str, list[list[float]]], other: dict[str, list[list[float]]], tolerance: float = 2e-3
+    actual: dict[str, list[list[float]]],
+    expected: dict[str, list[list[float]]],
+    tolerance: float = 2e-3,
 ) -> None:
-    for name, items in one.items():
-        for mine, theirs in zip(items, other[name], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-6, abs=tolerance), name
+    for name, items in actual.items():
+        for actual_scores, expected_scores in zip(items, expected[name], strict=True):
+            assert actual_scores == pytest.approx(expected_scores, rel=1e-6, abs=tolerance), name
 
 
 @pytest.fixture
@@ -106,7 +108,10 @@ SCALED = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta
 
 @pytest.fixture
 def llama_of_kind(save_llama) -> Callable[[str], Path]:
-    """Saves a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
+    """A function that saves a Llama of a kind.
+
+    Our decoder does not know the positions of the kind `transformers`.
+    """
     return lambda kind: save_llama(**(SCALED if kind == "transformers" else {}))
 
 
@@ -180,7 +185,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
 ):
     folder = save_llama()
     add_opening_token(folder)
-    if kind == "names a first token":  # And puts it before texts without context only.
+    if kind == "names a first token":  # Such a tokenizer puts it before texts without context only.
         shutil.copy(tokenizer_path, folder / "tokenizer.json")
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
@@ -192,7 +197,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     for place in (checkpoint, exported):
         ours = evaluate(place, settings, workspace)
         assert_alike(scored(place, settings, workspace), theirs)
-    # As in a sweep, whose students are measured as the model is that they were made from.
+    # A sweep measures students by the tokenizer of the model that they were made from.
     suite = Suite(
         tokens_folder=str(tokenizer_path.parent),
         tasks=tuple(TASKS),
@@ -215,8 +220,8 @@ def test_an_exported_folder_scores_as_its_checkpoint(settings, workspace, save_t
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
-    first = scored(checkpoint, settings, workspace)
-    assert_alike(first, scored(exported, settings, workspace), 1e-5)
+    expected = scored(checkpoint, settings, workspace)
+    assert_alike(expected, scored(exported, settings, workspace), 1e-5)
     cheaper = open_model(exported, schedule="1,0")
     assert cheaper.config is not None
     assert tuple(cheaper.config.corrections) == (1, 0)
@@ -237,16 +242,16 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
     shutil.copytree(tiny_tokens, workspace.tokens / "older")
     os.utime(workspace.tokens / "older" / "manifest.json", (1, 1))
     shutil.copytree(tiny_tokens, workspace.tokens / "newer")
-    asked: list[Path | str] = []
+    token_folders: list[Path | str] = []
 
     def build(tokens: Path | str, **_: Any) -> Path:
-        asked.append(tokens)
-        return Path(__file__).parent  # without any: what follows is another test's
+        token_folders.append(tokens)
+        return Path(__file__).parent  # A folder without tasks, so that the evaluation ends here.
 
     monkeypatch.setattr(tasks, "heldout_folder", build)
     with refused(UserError, "held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
-    assert set(asked) == {workspace.tokens / "newer"}
+    assert set(token_folders) == {workspace.tokens / "newer"}
 
 
 def change(folder: Path, **values: Any) -> None:
@@ -255,33 +260,33 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def with_code(folder: Path, code: str = "raise SystemExit('code of the folder ran')\n") -> None:
-    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    change(folder, model_type="own", architectures=["Own"], auto_map=own)
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change(folder, model_type="own", architectures=["Own"], auto_map=auto_map)
     (folder / "own.py").write_text(code)
 
 
 def test_what_is_missing_is_named(folder, settings, workspace):
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    kept = load_file(weights)
+    complete_file = weights.read_bytes()
+    tensors = load_file(weights)
 
     def refused(complaint: str) -> None:
         with pytest.raises(UserError, match=complaint):
             evaluate(folder, settings, workspace)
         assert not list(workspace.evaluations.glob("*"))
 
-    weights.write_bytes(whole[:-100])
+    weights.write_bytes(complete_file[:-100])
     refused("cannot read .*model.safetensors")
     weights.unlink()
     refused("no weights beside it")
     save_file(
-        {name: w for name, w in kept.items() if not name.endswith("q_proj.weight")},
+        {name: w for name, w in tensors.items() if not name.endswith("q_proj.weight")},
         weights,
         metadata={"format": "pt"},
     )
     change(folder, **SCALED)
     refused("q_proj.weight and 1 more missing")
-    weights.write_bytes(whole)
+    weights.write_bytes(complete_file)
     with_code(folder)
     refused("--trust-remote-code runs it")
     change(folder, model_type="llama", auto_map=None)
@@ -293,12 +298,12 @@ def test_what_is_missing_is_named(folder, settings, workspace):
 @pytest.mark.parametrize("kind", ["decoder", "transformers"])
 def test_progress_is_told_within_a_task(kind, settings, workspace, llama_of_kind):
     folder = llama_of_kind(kind)
-    heard = KeptProgress()
-    evaluate(folder, settings, workspace, progress=heard)
-    assert heard.done == sorted(heard.done)
-    assert heard.done[-1] == 12 * len(TASKS)
-    assert any(0 < done < 12 for done in heard.done), heard.done
-    assert all(isinstance(done, int) for done in heard.done), heard.done
+    progress = KeptProgress()
+    evaluate(folder, settings, workspace, progress=progress)
+    assert progress.done == sorted(progress.done)
+    assert progress.done[-1] == 12 * len(TASKS)
+    assert any(0 < num_done < 12 for num_done in progress.done), progress.done
+    assert all(isinstance(num_done, int) for num_done in progress.done), progress.done
 
 
 def test_trusted_code_of_a_folder_runs(folder, settings, workspace, monkeypatch, tmp_path):

@@ -52,11 +52,11 @@ def settings(tmp_path) -> EvaluationSettings:
 
 def scores(workspace: Workspace) -> list[list[list[float]]]:
     """Return the stored log-likelihoods, different ones only."""
-    found: list[list[list[float]]] = []
+    different_scores: list[list[list[float]]] = []
     for folder in workspace.evaluations.iterdir():
         for by_item in logged_responses(folder).values():
-            found += [] if by_item in found else [by_item]
-    return found
+            different_scores += [] if by_item in different_scores else [by_item]
+    return different_scores
 
 
 def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
@@ -67,7 +67,7 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     assert runs == ["first", "second"]
     assert "5 items, found again" in lines.summaries[-1]
     assert len(list(workspace.evaluations.iterdir())) == 2
-    # Of each model, task and metric, a row.
+    # The table has a row for each model, task and metric.
     table = ModelEvaluations(evaluations={"full": fresh}).to_pandas()
     columns = ["model", "task", "metric", "value", "stderr", "num_items"]
     assert list(table.columns) == [*columns, "difference", "low", "high"]
@@ -108,10 +108,10 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
         measured.append(result)
     assert runs == 2 * ["first", "second"]
     for model, result in zip((config, cheaper), measured, strict=True):
-        found = evaluate(checkpoint, settings, workspace, schedule=model.corrections)
-        quality = {f"quality/{name}": value for name, value in found.quality().items()}
+        evaluation = evaluate(checkpoint, settings, workspace, schedule=model.corrections)
+        quality = {f"quality/{name}": value for name, value in evaluation.quality().items()}
         assert quality.items() <= result.numbers.items()
-        assert load_item_values(workspace, [result]) == {result.key: found}
+        assert load_item_values(workspace, [result]) == {result.key: evaluation}
     folder = export(
         checkpoint, workspace=workspace, settings=Settings(evaluation=settings), to=tmp_path / "out"
     )
@@ -130,7 +130,10 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     trial = checkpoint_trial("trial", "x", checkpoint, config, suite_of(fewer), workspace)
-    assert run_trial(trial), "the limit is of tasks, and changes no loss"
+    monkeypatch.setattr(measuring, "heldout_loss", lambda *_, num_tokens, **__: float(num_tokens))
+    limited = run_trial(trial)
+    assert limited
+    assert limited.value(loss) == config.context_length, "one item, and one sequence"
 
 
 def test_a_change_of_model_items_or_precision_is_another_evaluation(
@@ -144,8 +147,8 @@ def test_a_change_of_model_items_or_precision_is_another_evaluation(
     assert half.results["first"].items == full.results["first"].items
     rounded, exact = scores(workspace)
     assert rounded != exact
-    for one, other in zip(rounded, exact, strict=True):
-        assert one == pytest.approx(other, rel=0.02)
+    for rounded_scores, exact_scores in zip(rounded, exact, strict=True):
+        assert rounded_scores == pytest.approx(exact_scores, rel=0.02)
     evaluate(checkpoint, in_half, workspace)
     assert runs == ["first"] * 2
     evaluate(checkpoint, settings, workspace, schedule=IterationSchedule.none(2))
@@ -158,9 +161,9 @@ def test_a_change_of_model_items_or_precision_is_another_evaluation(
 def test_what_the_hub_does_not_give_is_said(checkpoint, settings, workspace, monkeypatch):
     monkeypatch.setattr(loading, "hub_problem", lambda: "it is far away")
     lines = KeptProgress()
-    both = settings.model_copy(update={"suite": "first,piqa"})
-    found = evaluate(checkpoint, both, workspace, progress=lines)
-    assert list(found.results) == ["first"]
+    with_piqa = settings.model_copy(update={"suite": "first,piqa"})
+    evaluation = evaluate(checkpoint, with_piqa, workspace, progress=lines)
+    assert list(evaluation.results) == ["first"]
     assert ["piqa" in note for note in lines.notes] == [True]
     assert "without piqa" in lines.summaries[-1]
 
@@ -231,27 +234,27 @@ def counted_passes() -> Iterator[list[int]]:
 
 def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> dict[str, str]:
     """Return what a dry run says about each task."""
-    found = plan_evaluate(Settings(evaluation=settings), workspace=workspace, models=[model])
-    return {row["task"]: row["state"] for row in found.rows()}
+    plan = plan_evaluate(Settings(evaluation=settings), workspace=workspace, models=[model])
+    return {row["task"]: row["state"] for row in plan.rows()}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
     settings = kinds.model_copy(update={"suite": name})
-    with counted_passes() as whole:
-        usual = evaluate(longer, settings, open_workspace(tmp_path / "other"))
+    with counted_passes() as all_passes:
+        undisturbed = evaluate(longer, settings, open_workspace(tmp_path / "other"))
     workspace = open_workspace(tmp_path / "workspace")
-    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+    with counted_passes() as first_passes, pytest.raises(KeyboardInterrupt):
         evaluate(longer, settings, workspace, progress=KeptProgress(1))
     assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
     states = [planned(longer, settings, workspace)]
     progress = KeptProgress()
-    with counted_passes() as rest:
+    with counted_passes() as later_passes:
         resumed = evaluate(longer, settings, workspace, progress=progress)
-    assert before
-    assert rest
-    assert sorted(before + rest) == sorted(whole), "each pass ran once"
-    assert resumed == usual
+    assert first_passes
+    assert later_passes
+    assert sorted(first_passes + later_passes) == sorted(all_passes), "each pass ran once"
+    assert resumed == undisturbed
     assert f"{name}: " in progress.notes[0]
     assert "answers" in progress.notes[0]
     assert progress.done == sorted(progress.done)
@@ -263,29 +266,29 @@ def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
 
 def test_a_trial_uses_what_an_interrupted_command_measured(longer, kinds, tiny_tokens, tmp_path):
     settings = kinds.model_copy(update={"suite": "choices"})
-    workspace, other = (open_workspace(tmp_path / name) for name in ("workspace", "other"))
-    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+    workspace, untouched = (open_workspace(tmp_path / name) for name in ("workspace", "other"))
+    with counted_passes() as first_passes, pytest.raises(KeyboardInterrupt):
         evaluate(longer, settings, workspace, progress=KeptProgress(1))
     config = load_config(longer)
-    found = []
+    measured = []
     fingerprints = load_tasks(settings, tiny_tokens, config, Progress())
     suite = plan_suite(settings, tiny_tokens, config, fingerprints)
-    for place in (workspace, other):
+    for place in (workspace, untouched):
         trial = checkpoint_trial("trial", "x", longer, config, suite, place)
         with counted_passes() as passes:
             result = run_trial(trial)
         assert result
-        found.append((result.numbers, passes))
-    (numbers, rest), (usual, whole) = found
-    assert numbers == usual
-    assert sorted(before + rest) == sorted(whole), "each pass ran once"
-    # Other batches may round otherwise, so they use no answer of these.
+        measured.append((result.numbers, passes))
+    (numbers, later_passes), (usual_numbers, all_passes) = measured
+    assert numbers == usual_numbers
+    assert sorted(first_passes + later_passes) == sorted(all_passes), "each pass ran once"
+    # Batches of another size may round otherwise, so they use no answer of these.
     wider = settings.model_copy(update={"batch_size": 3, "limit": 7})
     narrower = wider.model_copy(update={"batch_size": 2})
     with pytest.raises(KeyboardInterrupt):
         evaluate(longer, narrower, workspace, progress=KeptProgress(1))
-    found_here = evaluate(longer, wider, workspace)
-    assert found_here == evaluate(longer, wider, other)
+    evaluation = evaluate(longer, wider, workspace)
+    assert evaluation == evaluate(longer, wider, untouched)
 
 
 @pytest.mark.slow
@@ -298,13 +301,13 @@ def test_a_model_of_transformers_resumes_too(kinds, tiny_tokens, tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
     ).save_pretrained(tmp_path / "gpt2")
-    only = kinds.model_copy(update={"suite": "choices"})
-    usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"))
+    choices = kinds.model_copy(update={"suite": "choices"})
+    undisturbed = evaluate(tmp_path / "gpt2", choices, open_workspace(tmp_path / "other"))
     workspace = open_workspace(tmp_path / "workspace")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "gpt2", only, workspace, progress=KeptProgress(1))
+        evaluate(tmp_path / "gpt2", choices, workspace, progress=KeptProgress(1))
     assert list(workspace.evaluations.glob("*.answers"))
     progress = KeptProgress()
-    assert evaluate(tmp_path / "gpt2", only, workspace, progress=progress) == usual
+    assert evaluate(tmp_path / "gpt2", choices, workspace, progress=progress) == undisturbed
     assert "choices: " in progress.notes[0]
     assert not list(workspace.evaluations.glob("*.answers"))

@@ -147,12 +147,12 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint, tmp_path):
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     for name in ("notes.md", "results/table.csv", CARD):
-        own = folder / name
-        own.parent.mkdir(exist_ok=True)
-        own.write_text("an afternoon's work")
+        users_file = folder / name
+        users_file.parent.mkdir(exist_ok=True)
+        users_file.write_text("an afternoon's work")
         with refused(UserError, name.split("/")[0]):
             exported(checkpoint, folder)
-        assert own.read_text() == "an afternoon's work"
+        assert users_file.read_text() == "an afternoon's work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
 
 
@@ -215,11 +215,11 @@ def test_a_folder_has_the_schedule_and_the_type_that_were_asked_for(
     checkpoint, workspace, tmp_path
 ):
     options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "measure": False}
-    own = export(to=tmp_path / "own", **options)
+    unchanged = export(to=tmp_path / "own", **options)
     rounded = export(to=tmp_path / "cheap", schedule="1,0", dtype="bf16", **options)
-    assert {weights.dtype for weights in stored(own).values()} == {torch.float32}
+    assert {weights.dtype for weights in stored(unchanged).values()} == {torch.float32}
     for name, weights in stored(rounded).items():
-        assert torch.equal(weights, stored(own)[name].to(weights.dtype)), name
+        assert torch.equal(weights, stored(unchanged)[name].to(weights.dtype)), name
     assert weights_precision(rounded) == "bf16"
     assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_model(rounded).config.corrections == (1, 0)
@@ -271,12 +271,12 @@ def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tin
     assert "`2,1`" in text
     assert "`1,0`; `0,0`" in text
     assert "| field evaluations (NFE) per token | 5 |" in text
-    # Each evaluation reads keys and values of all tokens that it sees.
-    read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
-    assert f"| key/value bytes read per token (float32) | {read:,} |" in text
+    # Each of the 5 evaluations reads keys and values of the whole context, in numbers of 4 bytes.
+    num_bytes = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
+    assert f"| key/value bytes read per token (float32) | {num_bytes:,} |" in text
     assert "Not measured." in text
     assert "Influence" not in text
-    # It names the versions that this project declares.
+    # The card names the versions that this project declares.
     file = Path(__file__).parents[3] / "pyproject.toml"
     declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)

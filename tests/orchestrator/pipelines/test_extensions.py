@@ -49,8 +49,8 @@ def site(tmp_path) -> Iterator[Path]:
 
 
 def test_the_tables_hold_this_projects_classes_first():
-    first = {group: next(iter(table)) for group, table in GROUPS.items()}
-    assert first == {
+    first_names = {group: next(iter(table)) for group, table in GROUPS.items()}
+    assert first_names == {
         "iiet.methods": "vanilla",
         "iiet.influence_metrics": "cosine",
         "iiet_orch.depth": "ouro",
@@ -76,11 +76,11 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site):
     assert METHODS.get("no such") is None
     with refused(ExtensionError, "'no such'", "vanilla"):
         METHODS["no such"]
-    # Of one name, the project's own class is used.
-    own = METHODS["iiet"]
+    # If a package uses a name of this project, the project's own class stays.
+    own_class = METHODS["iiet"]
     install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
     with on_path(site / "other"):
-        assert METHODS["iiet"] is own
+        assert METHODS["iiet"] is own_class
         assert METHODS.package("iiet") is None
 
 
@@ -121,9 +121,9 @@ def test_settings_take_the_names_of_packages(site):
 def test_doctor_lists_what_packages_add(site, tmp_path, capsys):
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
-    found = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(found) == 5
-    usable = {finding["text"] for finding in found if finding["state"] == "ok"}
+    of_extensions = [finding for finding in findings if finding["check"] == "extensions"]
+    assert len(of_extensions) == 5
+    usable = {finding["text"] for finding in of_extensions if finding["state"] == "ok"}
     assert usable == {f"the influence metric distance of {PACKAGE} 1.0"}
-    remedies = {finding["remedy"] for finding in found if finding["state"] == "broken"}
+    remedies = {finding["remedy"] for finding in of_extensions if finding["state"] == "broken"}
     assert remedies == {f"repair the package {PACKAGE} 1.0, or uninstall it"}

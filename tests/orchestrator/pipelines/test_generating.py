@@ -71,18 +71,20 @@ def test_a_batch_of_different_lengths_says_what_each_says_alone(writer):
 
 def test_a_seed_decides_and_no_seed_does_not(writer):
     sampled = replace(FEW, temperature=1.5, top_k=50, seed=3)
-    first = "".join(writer.stream("abc", sampled))
-    assert "".join(writer.stream("abc", sampled)) == first
-    others = {"".join(writer.stream("abc", replace(sampled, seed=seed))) for seed in range(4, 9)}
-    assert others != {first}
+    text = "".join(writer.stream("abc", sampled))
+    assert "".join(writer.stream("abc", sampled)) == text
+    texts_of_other_seeds = {
+        "".join(writer.stream("abc", replace(sampled, seed=seed))) for seed in range(4, 9)
+    }
+    assert texts_of_other_seeds != {text}
     # In a batch, each prompt has a seed of its own.
-    assert writer.continue_all(["abc", "a"], sampled)[0] == first
+    assert writer.continue_all(["abc", "a"], sampled)[0] == text
     assert len(set(writer.continue_all(["abc"] * 4, sampled))) > 1
 
 
 @pytest.mark.parametrize("draft", ["0", "2,0", "3,1", "auto"])
 def test_drafts_change_no_text(writer, draft):
-    """Neither of one prompt nor of a batch, greedy or sampled, with a stop text."""
+    """Drafts change neither one prompt's text nor a batch's: greedy, sampled, with a stop text."""
     notes: list[str] = []
     drafting = TextGenerator(
         open_model(writer.checkpoint), Drafting(draft=draft, num_tokens=3), note=notes.append
@@ -121,13 +123,13 @@ def test_text_ends_before_the_stop_token(writer):
 
 def test_a_stop_text_may_span_tokens(writer):
     sampled = replace(FEW, temperature=1.0, seed=5)
-    whole = "".join(writer.stream("abc def", sampled))
+    full_text = "".join(writer.stream("abc def", sampled))
     for size in (2, 3, 4):
-        stop = whole[len(whole) // 2 :][:size]
+        stop = full_text[len(full_text) // 2 :][:size]
         assert len(writer.tokenizer.encode(stop, add_special_tokens=False)) > 1
         sampling = replace(sampled, stop=("not there", "", stop))
         pieces = list(writer.stream("abc def", sampling))
-        assert "".join(pieces) == whole[: whole.index(stop)]
+        assert "".join(pieces) == full_text[: full_text.index(stop)]
         assert writer.continue_all(["abc def"], sampling) == ["".join(pieces)]
 
 

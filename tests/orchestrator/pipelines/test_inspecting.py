@@ -1,4 +1,4 @@
-"""What `inspect` says of models of every kind, without running them or writing anything."""
+"""`inspect` describes models of every kind, without running them or writing anything."""
 
 from __future__ import annotations
 
@@ -49,17 +49,21 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     checkpoint = workspace.runs / "teacher" / "step_00000002"
     config = load_config(checkpoint)
     before = files_in(workspace)
-    found = inspect("teacher")
+    description = inspect("teacher")
     cost = inference_cost(config)
-    assert (found["kind"], found["is_native"], found["reason"]) == ("iiet", True, "")
-    assert found["schedule"] == "2,1"
-    assert found["evaluations_per_token"] == cost.evaluations_per_token == 5
-    assert found["flops_per_token"] == cost.forward_flops_per_token
-    assert found["kv_bytes_per_token"] == cost.kv_bytes_per_token
-    assert found["num_parameters"] == cost.num_parameters
-    assert found["retrofit"]["num_tokens"] > 0
-    assert found["retrofit_problems"] == {"this machine": None}
-    assert found["block_influence"] == []
+    assert (description["kind"], description["is_native"], description["reason"]) == (
+        "iiet",
+        True,
+        "",
+    )
+    assert description["schedule"] == "2,1"
+    assert description["evaluations_per_token"] == cost.evaluations_per_token == 5
+    assert description["flops_per_token"] == cost.forward_flops_per_token
+    assert description["kv_bytes_per_token"] == cost.kv_bytes_per_token
+    assert description["num_parameters"] == cost.num_parameters
+    assert description["retrofit"]["num_tokens"] > 0
+    assert description["retrofit_problems"] == {"this machine": None}
+    assert description["block_influence"] == []
     # Another schedule costs something else.
     assert inspect("teacher", "-r", "0")["evaluations_per_token"] == 2
     assert files_in(workspace) == before
@@ -73,15 +77,15 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
         layer_values=(0.2, 0.8),
     )
     StoredInfluence(key="any", table=table).write(influence_path(checkpoint, "cosine"))
-    found = inspect("teacher")
-    assert found["block_influence"] == [0.2, 0.8]
-    assert found["corrections_influence"] == [[0.1, 0.0], [0.3]]
+    description = inspect("teacher")
+    assert description["block_influence"] == [0.2, 0.8]
+    assert description["corrections_influence"] == [[0.1, 0.0], [0.3]]
     page = tmp_path / "teacher.html"
     command = ["inspect", "teacher", "--page", str(page), "--workspace", str(workspace.root)]
     assert cli.main(command) == 0
     shown = capfd.readouterr().out
-    first, second = (line for line in shown.splitlines() if "█" in line)
-    assert second.count("█") == 4 * first.count("█") == 40
+    shorter_bar, longer_bar = (line for line in shown.splitlines() if "█" in line)
+    assert longer_bar.count("█") == 4 * shorter_bar.count("█") == 40
     assert "most first: 2, 1" in shown
     for text in ("<html", "0.8", "Block influence", "Correction", "2,1", "keys and values"):
         assert text in page.read_text(encoding="utf-8")
@@ -90,17 +94,21 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
 @pytest.mark.parametrize("case", ["llama3", "qwen3", "smollm3 windows"])
 def test_a_plain_model_of_transformers_is_read_natively(case, tmp_path, inspect):
     random_model(case).save_pretrained(tmp_path / "model")
-    found = inspect(tmp_path / "model")
-    assert (found["kind"], found["is_native"], found["schedule"]) == ("vanilla", True, None)
+    description = inspect(tmp_path / "model")
+    assert (description["kind"], description["is_native"], description["schedule"]) == (
+        "vanilla",
+        True,
+        None,
+    )
     values = config_of(case)
-    assert found["sizes"]["layers"] == values.num_hidden_layers
-    assert found["sizes"]["key/value heads"] == values.num_key_value_heads
-    assert ("beyond a plain Llama" in found["sizes"]) == (case != "llama")
-    assert found["retrofit"]["num_tokens"] > 0
-    # Settings with which no training from it can start.
-    found = inspect(tmp_path / "model", "--set", "model.dim=1000")
-    assert found["retrofit"] is None
-    assert "model.dim" in found["retrofit_problems"]["this machine"]
+    assert description["sizes"]["layers"] == values.num_hidden_layers
+    assert description["sizes"]["key/value heads"] == values.num_key_value_heads
+    assert ("beyond a plain Llama" in description["sizes"]) == (case != "llama")
+    assert description["retrofit"]["num_tokens"] > 0
+    # With these settings no training can start from the model.
+    description = inspect(tmp_path / "model", "--set", "model.dim=1000")
+    assert description["retrofit"] is None
+    assert "model.dim" in description["retrofit_problems"]["this machine"]
 
 
 def save_random(folder: Path, model_type: str, **values: Any) -> Any:
@@ -114,32 +122,32 @@ def save_random(folder: Path, model_type: str, **values: Any) -> Any:
 def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path, inspect, capfd):
     sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
     model = save_random(tmp_path / "gpt", "gpt2", **sizes)
-    found = inspect(tmp_path / "gpt")
-    assert (found["kind"], found["is_native"]) == ("gpt2", False)
-    assert "gpt2" in found["reason"]
+    description = inspect(tmp_path / "gpt")
+    assert (description["kind"], description["is_native"]) == ("gpt2", False)
+    assert "gpt2" in description["reason"]
     expected = {"layers": 3, "width": 16, "heads": 2, "vocabulary": 40, "context": 32}
-    assert found["sizes"] == expected
-    assert found["num_parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert description["sizes"] == expected
+    assert description["num_parameters"] == sum(weight.numel() for weight in model.parameters())
     # Each layer has 12 matrices of 16 x 16; the head is the embeddings; positions are only read.
-    assert found["flops_per_token"] == 2 * (3 * 12 * 16 * 16 + 16 * 40)
-    assert found["retrofit"] is None
+    assert description["flops_per_token"] == 2 * (3 * 12 * 16 * 16 + 16 * 40)
+    assert description["retrofit"] is None
 
     # A mixture of experts does not use every weight for each token.
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
     sizes |= {"num_key_value_heads": 1, "intermediate_size": 8, "num_local_experts": 2}
     save_random(tmp_path / "experts", "mixtral", **sizes)
-    found = inspect(tmp_path / "experts")
-    assert (found["is_native"], found["flops_per_token"]) == (False, None)
+    description = inspect(tmp_path / "experts")
+    assert (description["is_native"], description["flops_per_token"]) == (False, None)
     assert cli.main(["inspect", str(tmp_path / "experts")]) == 0
     assert "not every weight" in " ".join(capfd.readouterr().out.split())
 
 
 def test_a_looped_model_has_the_evaluations_of_its_depth(tmp_path, inspect, tiny_tokens):
     write_looped(tmp_path / "loops", "ouro", tiny_tokens / TOKENIZER)
-    usual = inspect(tmp_path / "loops")
+    default_depth = inspect(tmp_path / "loops")
     twice = inspect(tmp_path / "loops", "-r", "2")
     once = inspect(tmp_path / "loops", "-r", "1")
-    assert not usual["is_native"]
+    assert not default_depth["is_native"]
     assert twice["evaluations_per_token"] == 2 * once["evaluations_per_token"]
     assert twice["kv_bytes_per_token"] == 2 * once["kv_bytes_per_token"]
     assert once["flops_per_token"] < twice["flops_per_token"] < 2 * once["flops_per_token"]

@@ -125,7 +125,7 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
         config = json.loads((stock / "config.json").read_text())
         config |= model.loops.changes(model.depth)
         (stock / "config.json").write_text(json.dumps(config))
-        found = simple_evaluate(
+        stock_results = simple_evaluate(
             model="hf",
             model_args={"pretrained": str(stock), "trust_remote_code": True},
             tasks=SUITE.split(","),
@@ -136,7 +136,7 @@ def test_all_kinds_stand_on_one_front_with_the_scores_of_stock_lm_eval(
         )["results"]
         row = by_name[model.label]
         for task, metric in (("choices", "acc_norm"), ("rolling", "bits_per_byte")):
-            expected = found[task][f"{metric},none"]
+            expected = stock_results[task][f"{metric},none"]
             assert row[f"quality/{task}/{metric}"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -167,15 +167,16 @@ def test_an_exported_model_has_the_same_front_through_its_class(
     native = front_of([open_model(run, schedule=str(r)) for r in (0, 1, 2)], tasks, workspace)
     through_class = front_of(exported, tasks, workspace)
     shared = {"on_front", *(name for name in native[0] if name.startswith("cost/"))}
-    shared -= {"cost/weight_bytes_per_token"}  # Of models of other projects they are unknown.
+    # The bytes of weights are unknown for models of other projects, and times differ.
+    shared -= {"cost/weight_bytes_per_token"}
     shared = {name for name in shared if "ms" not in name}
     assert shared >= {"cost/flops_per_token", "cost/prefill_flops_per_token", "cost/num_parameters"}
     # An exponential of a sum would magnify the last digit.
     shared |= {name for name in native[0] if name[:8] == "quality/" and "perplexity" not in name}
     assert len(shared) > 12
-    for one, other in zip(native, through_class, strict=True):
+    for native_row, row_of_class in zip(native, through_class, strict=True):
         for name in shared:
-            assert one[name] == pytest.approx(other[name], rel=1e-6), name
+            assert native_row[name] == pytest.approx(row_of_class[name], rel=1e-6), name
 
 
 @pytest.mark.slow
@@ -236,22 +237,22 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
     planned = run("sweep", str(depths), "--dry-run", *trusted)
     assert {row["state"] for row in planned["tasks"]} == {"6 items to measure"}
     assert len(planned["tasks"]) == 4 * 2
-    both = run("sweep", str(depths), *trusted)
-    assert len(both["results"]) == 4
+    swept = run("sweep", str(depths), *trusted)
+    assert len(swept["results"]) == 4
     [costs] = workspace.sweeps.glob("depth-*/times.json")
     written = costs.stat().st_mtime_ns
-    again = run("sweep", str(depths), *trusted)
-    assert again["results"] == both["results"]
+    row_of_sweep = run("sweep", str(depths), *trusted)
+    assert row_of_sweep["results"] == swept["results"]
     assert costs.stat().st_mtime_ns == written, "times are not measured again"
-    (alone,) = run("evaluate", str(folder), "-r", "3", *suite, *trusted)["models"]
-    (again,) = [row for row in both["results"] if row["name"] == "loops depth=3"]
+    (evaluated,) = run("evaluate", str(folder), "-r", "3", *suite, *trusted)["models"]
+    (row_of_sweep,) = [row for row in swept["results"] if row["name"] == "loops depth=3"]
     bits = "rolling/bits_per_byte"
-    assert alone["quality"][bits] == pytest.approx(again[f"quality/{bits}"], rel=1e-11)
+    assert evaluated["quality"][bits] == pytest.approx(row_of_sweep[f"quality/{bits}"], rel=1e-11)
     assert "Quality by depth" in (costs.parent / "front.html").read_text("utf-8")
     axes = "--cost", "flops", "--quality", "accuracy"  # Few answers are right.
     assert len(run("report", costs.parent.name, *axes, *where)["front"]) > 1
     compared = run("evaluate", str(folder), "ours", "-r", "3", *suite, *trusted)
-    names = {(one["against"], one["model"]) for one in compared["differences"]}
+    names = {(difference["against"], difference["model"]) for difference in compared["differences"]}
     assert names == {("loops depth=3", "ours r=3")}
 
     timed = run("benchmark", str(folder), "ours", "-r1", "-r3", "--repetitions", "2",
@@ -272,8 +273,10 @@ def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("factor", "first"), [(0.5, None), (2.0, 3)])
-def test_influence_says_where_steps_stop_shrinking(factor, first, workspace, tokenizer, tmp_path):
+@pytest.mark.parametrize(("factor", "growing_loop"), [(0.5, None), (2.0, 3)])
+def test_influence_says_where_steps_stop_shrinking(
+    factor, growing_loop, workspace, tokenizer, tmp_path
+):
     folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
@@ -289,9 +292,10 @@ def test_influence_says_where_steps_stop_shrinking(factor, first, workspace, tok
     plan = plan_loop_influence(
         settings, workspace=workspace, model=folder, schedule="5", trust_remote_code=True
     )
-    found = run_loop_influence(plan, untracked(workspace))
-    steps = [row["step"] for row in found.loops]
+    influence = run_loop_influence(plan, untracked(workspace))
+    steps = [row["step"] for row in influence.loops]
     assert [b / a for a, b in pairwise(steps)] == pytest.approx([factor] * 3, rel=1e-4)
-    assert all(row["turned"] == pytest.approx(0, abs=1e-6) for row in found.loops)
-    assert len(found.notes) == (first is not None)
-    assert first is None or f"do not shrink from loop {first} on" in found.notes[0]
+    assert all(row["turned"] == pytest.approx(0, abs=1e-6) for row in influence.loops)
+    assert len(influence.notes) == (growing_loop is not None)
+    if growing_loop is not None:
+        assert f"do not shrink from loop {growing_loop} on" in influence.notes[0]

@@ -54,7 +54,7 @@ def measured_or_stored(
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """Metric of each measurement that was really made."""
+    """The metric of each measurement that was made, and not read."""
     metrics: list[str] = []
 
     def recorded(*arguments: Any, **options: Any) -> InfluenceTable:
@@ -67,21 +67,21 @@ def measured(monkeypatch) -> list[str]:
 
 def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tiny_tokens, context):
     checkpoint = make_checkpoint()
-    found = measured_or_stored(checkpoint, context)
+    table = measured_or_stored(checkpoint, context)
     batches = open_tokens(tiny_tokens).validation_batches(
         context_length=16, num_tokens=512, batch_size=8
     )
-    assert found == influence_table(load_model(checkpoint), batches)
-    assert found.num_tokens == 512
-    result = InfluenceResult(checkpoint=checkpoint, table=found)
+    assert table == influence_table(load_model(checkpoint), batches)
+    assert table.num_tokens == 512
+    result = InfluenceResult(checkpoint=checkpoint, table=table)
     assert next(iter(result.shown())) == f"model: {checkpoint}"
-    table = result.to_pandas()
-    assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
-    assert table["influence"].tolist() == [value for row in found.rows() for value in row]
+    frame = result.to_pandas()
+    assert list(zip(frame["layer"], frame["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
+    assert frame["influence"].tolist() == [value for row in table.rows() for value in row]
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())["table"]
-    assert InfluenceTable.from_dict(stored) == found
-    assert stored["residuals"] == [list(row) for row in found.residual_rows]
-    assert stored["contractions"] == [found.contractions[0], None]
+    assert InfluenceTable.from_dict(stored) == table
+    assert stored["residuals"] == [list(row) for row in table.residual_rows]
+    assert stored["contractions"] == [table.contractions[0], None]
     assert (checkpoint / "influence-cosine.png").read_bytes().startswith(b"\x89PNG")
     check_checkpoint(checkpoint)  # It is still whole.
 
@@ -89,7 +89,7 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
 def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
     make_checkpoint, tiny_tokens, context
 ):
-    """A retrofit of a published model has its long context, and learns from short sequences."""
+    """A retrofit has the long context of the published model, and learns from short sequences."""
     checkpoint = make_checkpoint(provenance={"recipe": {"sequence_length": 8}})
     batches = open_tokens(tiny_tokens).validation_batches(
         context_length=8, num_tokens=512, batch_size=8
@@ -101,8 +101,8 @@ def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
 
 def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens, context, measured):
     checkpoint = make_checkpoint()
-    first = measured_or_stored(checkpoint, context)
-    assert measured_or_stored(checkpoint, context) == first
+    table = measured_or_stored(checkpoint, context)
+    assert measured_or_stored(checkpoint, context) == table
     assert measured == ["cosine"]
     measured_or_stored(checkpoint, context, InfluenceSettings(num_tokens=256))
     measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))

@@ -1,4 +1,4 @@
-"""From a front to a folder that transformers load, and to a version in MLflow's registry."""
+"""A model of a front becomes a folder for transformers, and a version in MLflow's registry."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sweep(context, save_tiny) -> StoredSweep:
         quality={"accuracy": 0.5},
         checkpoint=str(teacher),
     )
-    found = StoredSweep(
+    stored_sweep = StoredSweep(
         name="two-models",
         key="sweep-key",
         results=(
@@ -74,14 +74,14 @@ def sweep(context, save_tiny) -> StoredSweep:
             ),
         ),
     )  # fmt: skip
-    found.store(context.workspace)
-    return found
+    stored_sweep.store(context.workspace)
+    return stored_sweep
 
 
 def test_the_reason_names_a_better_baseline(context, sweep):
     baseline = sample_trial(
         key="plain", role="baseline", label="vanilla", method="vanilla", schedule=(0, 0),
-        cost={"evaluations": 2}, quality={"accuracy": 0.499},
+        cost={"evaluations": 2}, quality={"accuracy": 0.499, "accuracy_stderr": 0.0004},
     )  # fmt: skip
     with_vanilla = sweep.model_copy(
         update={"name": "with-vanilla", "results": (*sweep.results, baseline)}
@@ -89,7 +89,7 @@ def test_the_reason_names_a_better_baseline(context, sweep):
     with_vanilla.store(context.workspace)
     choice = plan_pick("with-vanilla", workspace=context.workspace)
     assert choice.name == "1,0"
-    expected = "vanilla (accuracy 49.9%) costs no more and is better by 0.1 points"
+    expected = "costs no more and is better by 0.1 points, 95% interval 0.0 to 0.2"
     assert expected in choice.sentence
     assert expected in choice.to_json()["sentence"]
 
@@ -125,8 +125,8 @@ def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     (output,) = run.outputs.model_outputs
     logged = client.get_logged_model(output.model_id)
     assert version.source == logged.artifact_location
-    own = {"name": NAME, "version": str(version.version)}
-    assert own in json.loads(logged.tags["mlflow.modelVersions"])
+    entry = {"name": NAME, "version": str(version.version)}
+    assert entry in json.loads(logged.tags["mlflow.modelVersions"])
     assert choice.folder is not None
     card = (choice.folder / "README.md").read_text()
     assert_names(card, "`keep-99`", "`two-models`", choice.sentence)
@@ -137,10 +137,10 @@ def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
     # The database of a copied workspace gets nothing.
     copied = shutil.copytree(context.workspace.root, tmp_path / "copied")
-    own = pick(workspace=copied, cheapest=True)
-    assert own.version is None
-    assert own.folder == copied / "exports" / "two-models" / "cheapest"
-    assert [*own.shown()][1:] == [f"exported: {own.folder}"]
+    choice = pick(workspace=copied, cheapest=True)
+    assert choice.version is None
+    assert choice.folder == copied / "exports" / "two-models" / "cheapest"
+    assert [*choice.shown()][1:] == [f"exported: {choice.folder}"]
 
 
 def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path):
@@ -158,9 +158,9 @@ def test_nothing_of_a_model_runs_when_it_is_registered(context, sweep, tmp_path)
         )
         context.tracking.register(registered)
         versions.append(version_of(context, "other", "best"))
-    first, second = versions
-    assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()
-    assert first.version == second.version
+    first_version, second_version = versions
+    assert (Path(first_version.source.removeprefix("file://")) / "MLmodel").is_file()
+    assert first_version.version == second_version.version
     assert not (tmp_path / "ran").exists()
 
 
@@ -176,11 +176,11 @@ def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny,
     pick_from(context, "two-models", cheapest=True, to=folder)
     assert used() == used("two-models") == (teacher, (0, 0))
     assert used(folder) == (folder, (0, 0))
-    read = [
+    token_ids = [
         open_generator(context.workspace, model).tokenizer.encode_document("abc")
         for model in (folder, None)
     ]
-    assert read[0] == read[1], "an exported model reads text as it did before"
+    assert token_ids[0] == token_ids[1], "an exported model reads text as it did before"
     later = save_tiny(context.workspace.runs / "later", seed=2)
     assert used() == (later, (2, 1))
     assert used("two-models") == (teacher, (0, 0))
@@ -191,12 +191,12 @@ def test_a_pick_replaces_another_model_only_if_asked_to(context, sweep, tmp_path
     for rule in rules:
         choice = pick_from(context, "two-models", **rule, to=tmp_path / "mine")
     # Picking again makes no second version.
-    best, kept = (version_of(context, NAME, alias) for alias in ("best", "keep-100"))
-    assert best.version == kept.version
-    assert kept.description == choice.sentence
+    best, keeping = (version_of(context, NAME, alias) for alias in ("best", "keep-100"))
+    assert best.version == keeping.version
+    assert keeping.description == choice.sentence
     client = context.tracking.store.connect()
-    found = client.search_model_versions(f"name = '{NAME}'")
-    assert [v.version for v in found if v.run_id == best.run_id] == [best.version]
+    versions = client.search_model_versions(f"name = '{NAME}'")
+    assert [v.version for v in versions if v.run_id == best.run_id] == [best.version]
     # The same weights under another schedule.
     plan = plan_pick("two-models", workspace=context.workspace, budget=2)
     assert (plan.point.key, plan.folder) == ("pruned", None)
@@ -272,19 +272,19 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
         )
         return (folder / "README.md").read_text()
 
-    usual = card("usual")
-    assert_names(usual, "correction (cosine)", "64 tokens")
-    assert "Not measured." in usual
+    text = card("usual")
+    assert_names(text, "correction (cosine)", "64 tokens")
+    assert "Not measured." in text
     assert "under the schedule `2,1`" in card("again")
     assert "correction (loss)" in card("loss", "influence.metric=loss")
     result = sweep.results[1].model_copy(update={"checkpoint": str(student)})
-    found = StoredSweep(
+    stored_sweep = StoredSweep(
         name="by-relative",
         key=sweep.key,
         results=(sweep.results[0], result),
         influence=table_of("relative", (2, 1)),
     )
-    found.store(context.workspace)
+    stored_sweep.store(context.workspace)
     choice = pick_from(context, "by-relative", cheapest=True)
     assert choice.folder is not None
     assert "correction (relative)" in (choice.folder / "README.md").read_text()
@@ -293,9 +293,9 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
 def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny):
     checkpoint = save_tiny(context.workspace.runs / "measured")
 
-    def metric(wanted: str | None = None) -> str | None:
-        found = load_influence_table(checkpoint, wanted)
-        return found.metric if found else None
+    def metric(preferred: str | None = None) -> str | None:
+        table = load_influence_table(checkpoint, preferred)
+        return table.metric if table else None
 
     assert metric() is None
     store_table(checkpoint, "relative", (2, 1))

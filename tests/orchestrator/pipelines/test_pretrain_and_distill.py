@@ -58,9 +58,9 @@ def train(
 
 def students(context: Context, teacher: Path, tokens: Path, *schedules: str) -> list[DistillResult]:
     """Plan and distill students of a teacher."""
-    own = context.workspace.tokens / tokens.name
-    if not own.exists():
-        shutil.copytree(tokens, own)
+    copied_tokens = context.workspace.tokens / tokens.name
+    if not copied_tokens.exists():
+        shutil.copytree(tokens, copied_tokens)
     plan = plan_distill(
         settings(), workspace=context.workspace, schedules=schedules, teacher=teacher, local=True
     )
@@ -84,7 +84,7 @@ def workspace(tmp_path) -> Workspace:
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch) -> None:
+def jobs_run_here(monkeypatch) -> None:
     """Run jobs in this process instead of under Ray."""
 
     def run_here(
@@ -114,24 +114,24 @@ def context(workspace, notes, tracking) -> Context:
 
 def test_several_models_are_trained_and_found_again(context, tiny_tokens, tracking, notes):
     models = {"teacher": settings(), "vanilla": settings("vanilla")}
-    first = train(models, context, tiny_tokens)
-    assert list(first) == ["teacher", "vanilla"]
-    folders = {label: result.checkpoint for label, result in first.items()}
+    results = train(models, context, tiny_tokens)
+    assert list(results) == ["teacher", "vanilla"]
+    folders = {label: result.checkpoint for label, result in results.items()}
     assert [load_config(folder).method for folder in folders.values()] == ["iiet", "vanilla"]
     assert folders["teacher"].parent.name.startswith("iiet-r2-")
     assert folders["vanilla"].parent.name.startswith("vanilla-")
     assert (folders["teacher"].parent / "settings.yaml").is_file()
     assert tracking.statuses == [("pretrain", "FINISHED")] * 2
     assert "teacher" in notes.summaries[0]
-    assert train(models, context, tiny_tokens) == first
+    assert train(models, context, tiny_tokens) == results
     assert "found again" in notes.summaries[1]
-    # Of each logged step, a row.
-    table = first["teacher"].to_pandas()
+    # The table has a row for each logged step.
+    table = results["teacher"].to_pandas()
     assert list(table["step"]) == sorted(set(table["step"]))
     assert table["step"].iloc[-1] == RECIPE["num_steps"]
     assert table["train/loss"].notna().any()
     last = table["validation/loss"].dropna().iloc[-1]
-    assert last == pytest.approx(first["teacher"].validation_loss)
+    assert last == pytest.approx(results["teacher"].validation_loss)
 
     # A name that is taken changes nothing.
     train({"a": settings()}, context, tiny_tokens, name="mine")
@@ -223,9 +223,13 @@ def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tra
     origins = [tag for run in tracking.published if (tag := run.tags.get("iiet.continued_from"))]
     assert [Path(origin).parent.name for origin in origins] == ["short"]
 
-    other = read_settings(run / SETTINGS_NAME, ["training.num_steps=12", "data.vocab_size=500"])
+    of_other_tokens = read_settings(
+        run / SETTINGS_NAME, ["training.num_steps=12", "data.vocab_size=500"]
+    )
     with refused(UserError, "tokens"):
-        run_pretrain(plan_pretrain(other, workspace=context.workspace, continued="short"), context)
+        run_pretrain(
+            plan_pretrain(of_other_tokens, workspace=context.workspace, continued="short"), context
+        )
     (run / SETTINGS_NAME).unlink()
     with refused(UserError, "iiet-orch pretrain"):
         run_pretrain(plan_pretrain(longer, workspace=context.workspace, continued=run), context)
@@ -255,34 +259,34 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
 def test_a_student_may_have_a_name_and_its_steps(context, teacher, tiny_tokens, save_tiny):
     save_tiny(context.workspace.runs / "imported", provenance={"imported": {"from": "elsewhere"}})
     shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
-    wanted = settings()
+    chosen = settings()
     options = {"workspace": context.workspace, "teacher": teacher, "local": True}
-    plan = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
+    plan = plan_distill(chosen, schedules=["1,0"], name="mine", **options)
     (student,) = run_distill(plan, context).students
     assert student.checkpoint.parent == context.workspace.runs / "mine"
-    again = plan_distill(wanted, schedules=["1,0"], name="mine", **options)
-    assert list(again.finished.values()) == [student.checkpoint]
+    planned_again = plan_distill(chosen, schedules=["1,0"], name="mine", **options)
+    assert list(planned_again.finished.values()) == [student.checkpoint]
     for schedules, name, words in (
         (["1,0", "1"], "two", "--name two names one student"),
         (["0,0"], "mine", "holds a run with other settings"),
         (["1,0"], "imported", "holds an imported model"),
     ):
         with pytest.raises(UserError, match=words):
-            plan_distill(wanted, schedules=schedules, name=name, **options)
+            plan_distill(chosen, schedules=schedules, name=name, **options)
     command = [
         "distill", str(teacher), "-r", "1,0", "--steps", "5", "--name", "other", "--dry-run",
         "-w", str(context.workspace.root), "--json",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        asked: list[Any] = []
+        requests: list[Any] = []
 
-        def noted(given: Settings, **more: Any) -> Any:
-            asked.append((given.distillation.training.num_steps, more["name"]))
+        def note_request(requested: Settings, **more: Any) -> Any:
+            requests.append((requested.distillation.training.num_steps, more["name"]))
             return plan
 
-        patch.setattr(training, "plan_distill", noted)
+        patch.setattr(training, "plan_distill", note_request)
         assert cli.main(command) == 0
-    assert asked == [(5, "other")]
+    assert requests == [(5, "other")]
 
 
 def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
@@ -325,7 +329,7 @@ def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tok
     [(label, bound)] = unknown.jobs.items()
     assert label == "1 of 2 layers"
 
-    (first,) = run_distill(unknown, context).students
+    (student_of_trials,) = run_distill(unknown, context).students
     table = load_influence_table(teacher)
     assert table is not None
     least = min(range(2), key=lambda layer: table.layer_values[layer])
@@ -337,14 +341,14 @@ def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tok
     assert (job.model.num_layers, job.model.method) == (1, method)
     assert (job.objective, job.teacher_folder) == ("distill", str(teacher))
     assert known.price.num_tokens == 0
-    assert first.checkpoint.parent == context.workspace.trials / job_key(job)
-    assert load_config(first.checkpoint).num_layers == 1
-    assert load_provenance(first.checkpoint)["kept_layers"] == [1 - least]
+    assert student_of_trials.checkpoint.parent == context.workspace.trials / job_key(job)
+    assert load_config(student_of_trials.checkpoint).num_layers == 1
+    assert load_provenance(student_of_trials.checkpoint)["kept_layers"] == [1 - least]
     (run,) = [run for run in tracking.published if run.kind == "distill"][-1:]
     assert run.params["kept_layers"] == str(1 - least)
-    assert run_distill(known, context).students == [first], "it is found again"
+    assert run_distill(known, context).students == [student_of_trials], "it is found again"
 
-    named = plan_distill(
+    named_plan = plan_distill(
         settings(),
         workspace=context.workspace,
         drop_layers=1,
@@ -352,15 +356,15 @@ def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tok
         name="smaller",
         local=True,
     )
-    (smaller,) = run_distill(named, context).students
+    (smaller,) = run_distill(named_plan, context).students
     assert smaller.checkpoint.parent == context.workspace.runs / "smaller"
-    assert weights_key(smaller.checkpoint) == weights_key(first.checkpoint)
+    assert weights_key(smaller.checkpoint) == weights_key(student_of_trials.checkpoint)
 
     # Another influence is another student.
     set_importance(known.layers.path, *(0.9 if layer == least else 0.1 for layer in range(2)))
-    other = plan()
-    assert other.dropped_layers == (2 - least,)
-    assert job_key(next(iter(other.jobs.values()))) != job_key(job)
+    changed_plan = plan()
+    assert changed_plan.dropped_layers == (2 - least,)
+    assert job_key(next(iter(changed_plan.jobs.values()))) != job_key(job)
     assert bound.model.num_layers == 1
 
 

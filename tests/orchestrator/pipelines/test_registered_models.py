@@ -81,10 +81,10 @@ def checkpoints(tmp_path, save_tiny) -> dict[str, Path]:
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
     """The environment of a process that has the store, and not this package's path."""
-    kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    without_path = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     database = Workspace(tmp_path / "workspace").database
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
-    return {**kept, **store, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return {**without_path, **store, "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
 
 def test_a_clean_process_loads_registered_models_with_transformers(
@@ -95,17 +95,17 @@ def test_a_clean_process_loads_registered_models_with_transformers(
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    read = json.loads(done.stdout.splitlines()[-1])
+    answers = json.loads(done.stdout.splitlines()[-1])
     for name, checkpoint in checkpoints.items():
         ids = load_tokenizer(checkpoint / TOKENIZER).encode(PROMPT).ids
         with torch.no_grad():
             expected = load_model(checkpoint)(torch.tensor([ids])).flatten()
-        torch.testing.assert_close(torch.tensor(read[name]["logits"]), expected)
+        torch.testing.assert_close(torch.tensor(answers[name]["logits"]), expected)
         sampling = Sampling(max_new_tokens=5, temperature=0.0)
-        assert read[name]["text"] == "".join(
+        assert answers[name]["text"] == "".join(
             TextGenerator(open_model(checkpoint)).stream(PROMPT, sampling)
         )
-        folder = Path(read[name]["folder"])
+        folder = Path(answers[name]["folder"])
         digests = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
         assert digests
         assert all(file_digest(folder / file) == digest for digest, file in digests)

@@ -47,7 +47,7 @@ class Machine:
         self.fails_at_rate: float | None = None
         """Peak learning rate of trainings that diverge."""
         self.finishes = 1000
-        """After so many more, the next one is stopped at its second step."""
+        """After so many more trainings, the next one is stopped at its second step."""
 
     def run(self, jobs: Sequence[TrainingJob], *_: Any, **__: Any) -> list[TrainingOutcome]:
         outcomes = []
@@ -92,9 +92,9 @@ def checkpoints_of(result: SweepResult) -> dict[str, Path]:
 def test_source_teacher_and_controls_are_trained_one_after_another(machine, workspace):
     planned = plan_sweep(resolve_settings(TREE), workspace=workspace)
     assert not workspace.runs.exists(), "a plan writes nothing"
-    found = json.loads(planned.to_text())
-    assert found["source_controls"][SOURCE]["flops"] == 0, "it is measured alone"
-    assert found["source_controls"][SOURCE_CONTINUED]["num_trainings"] == 3
+    plan_json = json.loads(planned.to_text())
+    assert plan_json["source_controls"][SOURCE]["flops"] == 0, "it is measured alone"
+    assert plan_json["source_controls"][SOURCE_CONTINUED]["num_trainings"] == 3
 
     result = run(workspace)
     roles = {trial.label: trial.role for trial in result.trials}
@@ -111,18 +111,18 @@ def test_source_teacher_and_controls_are_trained_one_after_another(machine, work
     assert training_flops(continued) >= training_flops(teacher) > training_flops(candidates[0])
     flops = sum(map(training_flops, machine.trained))
     assert sum(e.total_flops for e in planned.pretraining_left) == pytest.approx(flops)
-    assert found["source_controls"][SOURCE_CONTINUED]["flops"] == pytest.approx(
+    assert plan_json["source_controls"][SOURCE_CONTINUED]["flops"] == pytest.approx(
         sum(map(training_flops, (*candidates, continued)))
     )
     stored = read_settings(teacher.folder / SETTINGS_NAME)
     assert (stored.training.source, stored.source_training) == (str(checkpoints[SOURCE]), None)
 
     # The same controls belong to the trained teacher.
-    again = run(
+    of_trained_teacher = run(
         workspace, "source_training=null", "sweep.num_schedules=3", teacher=checkpoints["teacher"]
     )
     assert len(machine.trained) == 5
-    assert {SOURCE, SOURCE_CONTINUED, EQUAL_TOKENS} <= checkpoints_of(again).keys()
+    assert {SOURCE, SOURCE_CONTINUED, EQUAL_TOKENS} <= checkpoints_of(of_trained_teacher).keys()
 
 
 @pytest.mark.slow

@@ -71,5 +71,5 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(
     assert complete.is_complete
     monkeypatch.setattr(sweeps.trial_plans, "plan_students", pytest.fail)
     monkeypatch.setattr(sweep_stages, "plan_influence", pytest.fail)
-    again = sweeps.run_sweep(complete, context)
-    assert [trial.key for trial in again.trials] == [trial.key for trial in result.trials]
+    second_result = sweeps.run_sweep(complete, context)
+    assert [trial.key for trial in second_result.trials] == [trial.key for trial in result.trials]

@@ -79,8 +79,8 @@ def test_a_command_takes_one_schedule(workspace):
 def test_a_cheap_training_of_what_is_added_proposes_the_schedule_of_a_retrofit(
     tmp_path, monkeypatch
 ):
-    """A plain model; its added weights alone; their sweep; then the same model under a trial's
-    schedule."""
+    """The steps: a plain model; a training of its added weights alone; a sweep of their schedules;
+    then the same plain model is trained under the schedule of a trial."""
     context = untracked(open_workspace(tmp_path))
     space = context.workspace
     end_trials(monkeypatch, trained)
@@ -101,8 +101,8 @@ def test_a_cheap_training_of_what_is_added_proposes_the_schedule_of_a_retrofit(
         return resolve_settings(tree, assignments)
 
     def trained_as(name: str, *assignments: str, source: str | None = None) -> Path:
-        asked = settings(*assignments)
-        plan = plan_pretrain(asked, workspace=space, source=source, name=name, local=True)
+        chosen = settings(*assignments)
+        plan = plan_pretrain(chosen, workspace=space, source=source, name=name, local=True)
         return run_pretrain(plan, context).checkpoint
 
     sizes = {"num_layers": 3, "dim": 16, "num_heads": 2, "ffn_dim": 32, "method": "vanilla"}

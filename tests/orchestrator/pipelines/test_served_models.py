@@ -32,14 +32,18 @@ import sys
 from orchestrator.cli import main
 from orchestrator.evaluation import serving
 
-serving.PROGRAM, serving.NEEDED_PACKAGES = (sys.argv[1],), ()
+serving.PROGRAM = (sys.argv[1],)
+serving.NEEDED_PACKAGES = ()
 raise SystemExit(main(sys.argv[2:]))
 """
 
 
 @pytest.fixture
 def requests(tmp_path, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
-    """A server that starts at once takes the place of transformers'; what it was asked so far."""
+    """A function that returns the requests so far to a server in the place of transformers'.
+
+    The server in its place starts at once.
+    """
     file = tmp_path / "requests"
     file.touch()
     monkeypatch.setattr(serving, "PROGRAM", (str(FAKE),))
@@ -85,7 +89,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         ("--serve --port {taken}", "port {taken} cannot be used"),
         ("--serve --repetitions 3", "--requests"),
@@ -94,15 +98,15 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_starts(
         ("--port 3000", "--serve"),
     ],
 )
-def test_a_mistake_is_one_sentence(requests, tmp_path, capfd, words, said):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_mistake_is_one_sentence(requests, tmp_path, capfd, words, sentence):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         typed = words.format(taken=port).split()
         assert cli.main(["benchmark", *typed, "--workspace", str(tmp_path / "ws")]) == 2
     printed = capfd.readouterr().err
-    assert said.format(taken=port) in printed
+    assert sentence.format(taken=port) in printed
     assert "Traceback" not in printed
 
 
@@ -112,13 +116,13 @@ def test_what_transformers_reads_is_served_as_it_is_and_anything_else_as_an_expo
     tiny = save_tiny(tmp_path / "tiny", context_length=32)
     llama = save_llama()
     result = measure_serving(workspace=workspace, models=[tiny, llama], **CONDITIONS)
-    first, second = folders_of(requests())
-    assert second == str(llama)
-    assert not Path(first).exists()
+    export, folder = folders_of(requests())
+    assert folder == str(llama)
+    assert not Path(export).exists()
     arguments = {request["model"]: request["arguments"] for request in requests()}
-    assert "--trust-remote-code" in arguments[first]
-    assert "--trust-remote-code" not in arguments[second]
-    assert "--continuous-batching" in arguments[second]
+    assert "--trust-remote-code" in arguments[export]
+    assert "--trust-remote-code" not in arguments[folder]
+    assert "--continuous-batching" in arguments[folder]
     assert [(cost.model, cost.at_once) for cost in result.costs] == [
         ("tiny", 1), ("llama", 1), ("tiny", 2), ("llama", 2),
     ]  # fmt: skip
@@ -136,17 +140,17 @@ def test_reports_get_the_newest_times_under_the_same_conditions(
     assert full is not None
     assert cheap is not None
     options: dict[str, Any] = {"workspace": workspace, "models": [tiny], **CONDITIONS}
-    first = measure_serving(schedules=["2,1"], **options)
-    [_, busiest] = first.costs
-    times = newest_served_times(workspace)
-    assert times is not None
-    assert times.ms_per_token(full) == busiest.ms_per_token
-    assert times.ms_per_token(cheap) is None
-    second = measure_serving(schedules=["0"], **options)
-    assert second.path == first.path
-    both = newest_served_times(workspace)
-    assert both is not None
-    assert None not in (both.ms_per_token(full), both.ms_per_token(cheap))
+    full_result = measure_serving(schedules=["2,1"], **options)
+    [_, busiest] = full_result.costs
+    times_of_full = newest_served_times(workspace)
+    assert times_of_full is not None
+    assert times_of_full.ms_per_token(full) == busiest.ms_per_token
+    assert times_of_full.ms_per_token(cheap) is None
+    cheap_result = measure_serving(schedules=["0"], **options)
+    assert cheap_result.path == full_result.path
+    times_of_both = newest_served_times(workspace)
+    assert times_of_both is not None
+    assert None not in (times_of_both.ms_per_token(full), times_of_both.ms_per_token(cheap))
     # Other requests do not compare.
     measure_serving(schedules=["0"], **{**options, "num_requests": 3})
     newest = newest_served_times(workspace)
@@ -182,9 +186,8 @@ def test_no_server_is_left_when_the_command_is_ended(
     assert started
     process.send_signal(number)
     printed, _ = process.communicate()
-    if number == signal.SIGKILL:
-        psutil.wait_procs(started, timeout=10)
-    else:
+    psutil.wait_procs(started, timeout=10)  # A killed process may need a moment to be gone.
+    if number != signal.SIGKILL:
         assert process.returncode == 130
         assert "interrupted; the server has ended" in printed
         assert "Traceback" not in printed

@@ -35,9 +35,9 @@ def stored_runs(database: Path) -> dict[tuple[str, str], Run]:
     client = MlflowClient(tracking_uri=f"sqlite:///{database}")
     experiment = client.get_experiment_by_name("iiet-orch")
     runs = client.search_runs([experiment.experiment_id])
-    found = {(run.data.tags["iiet.kind"], run.data.tags["iiet.key"]): run for run in runs}
-    assert len(found) == len(runs), "a run was made twice"
-    return found
+    by_kind_and_key = {(run.data.tags["iiet.kind"], run.data.tags["iiet.key"]): run for run in runs}
+    assert len(by_kind_and_key) == len(runs), "a run was made twice"
+    return by_kind_and_key
 
 
 def points(database: Path) -> list[Any]:
@@ -102,16 +102,16 @@ def workspace(tiny_plan, tiny_job, tmp_path, monkeypatch) -> Workspace:
         ended.append(trial)
         if len(ended) == 3:
             return "no space"
-        found = finished(trial, 0.5 - 0.01 * len(ended), last_checkpoint(trial))
-        # A file system's clock may lag by some ms; here nothing lies between start and result.
+        sweep = finished(trial, 0.5 - 0.01 * len(ended), last_checkpoint(trial))
+        # A file system's clock may lag by some ms, and here no work lies between start and result.
         os.utime(trial.result_path, ns=(time.time_ns(), time.time_ns()))
-        return found
+        return sweep
 
     end_trials(monkeypatch, end)
     outcome = run_plan(tiny_plan, settings, workspace, tracking=context.tracking)
     assert set(outcome.failures.values()) == {"no space"}
-    found = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
-    write_sweep_report(workspace, found, tracking=lambda: context.tracking)
+    sweep = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
+    write_sweep_report(workspace, sweep, tracking=lambda: context.tracking)
     journal = Journal(workspace.sweeps / outcome.plan.name)
     journal.event("finished")
     journal.close()
@@ -170,8 +170,8 @@ def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path, monkeypa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     (workspace.tracked / "sweep").mkdir(parents=True)
-    whole = TrackedRun(key="whole", kind="trial", name="t", parent="sweep")
-    whole.write(whole.path(workspace))
+    readable = TrackedRun(key="whole", kind="trial", name="t", parent="sweep")
+    readable.write(readable.path(workspace))
     (workspace.tracked / "sweep" / "trial-broken.json").write_text("{")
     (workspace.tracked / "registered").mkdir()
     (workspace.tracked / "registered" / "toy@best.json").write_text("{")
@@ -198,16 +198,16 @@ def test_what_was_killed_without_a_word_is_shown_as_killed_and_what_runs_is_left
             folder=str(folder), journal=str(folder),
         )  # fmt: skip
         run.write(run.path(workspace))
-        whole = TrackedRun(key=sweep, kind="sweep", name=sweep, status="RUNNING")
-        whole.write(whole.path(workspace))
+        sweep_run = TrackedRun(key=sweep, kind="sweep", name=sweep, status="RUNNING")
+        sweep_run.write(sweep_run.path(workspace))
     shutil.rmtree(workspace.trials / "gone")
     with lock_run_folder(workspace.trials / "running"):
         assert sync(workspace=workspace).sweeps == ("sweep-dead",)
-    found = stored_runs(workspace.database)
-    assert {key: run.info.status for (_, key), run in found.items()} == {
+    stored = stored_runs(workspace.database)
+    assert {key: run.info.status for (_, key), run in stored.items()} == {
         "dead": "KILLED", "killed": "KILLED",
     }  # fmt: skip
     times = recorded_times(workspace.trials / "killed")
     assert times is not None
-    assert found["trial", "killed"].info.end_time >= times[1]
-    assert found["trial", "killed"].data.metrics == {"train/loss": 2.0}
+    assert stored["trial", "killed"].info.end_time >= times[1]
+    assert stored["trial", "killed"].data.metrics == {"train/loss": 2.0}

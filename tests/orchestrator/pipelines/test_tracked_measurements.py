@@ -1,4 +1,4 @@
-"""What is measured is a run of MLflow, once: evaluations, influence and costs."""
+"""Each measurement is one run of MLflow: evaluations, influence and costs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
     runs: dict[str, list[Run]] = {}
     for run in client.search_runs([str(context.tracking.open_experiment())]):
         runs.setdefault(run.data.tags["iiet.kind"], []).append(run)
-    assert {kind: len(found) for kind, found in runs.items()} == {
+    assert {kind: len(runs_of_kind) for kind, runs_of_kind in runs.items()} == {
         "evaluation": 1, "influence": 1, "benchmark": 4,
     }, "the benchmark has the schedules of the influence"  # fmt: skip
 
@@ -54,10 +54,13 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
     assert run.data.metrics["quality/accuracy"] == pytest.approx(evaluation.accuracy)
     assert run.data.params["schedule"] == "2,1"
     assert run.inputs is not None
-    [read] = run.inputs.dataset_inputs
-    assert (read.dataset.name, read.tags[0].value) == (", ".join(evaluation.results), "evaluation")
+    [dataset_input] = run.inputs.dataset_inputs
+    assert (dataset_input.dataset.name, dataset_input.tags[0].value) == (
+        ", ".join(evaluation.results),
+        "evaluation",
+    )
 
-    # A curve a layer.
+    # The influence of each layer is a curve over its corrections.
     (run,) = runs["influence"]
 
     def curve(name: str) -> dict[int, float]:

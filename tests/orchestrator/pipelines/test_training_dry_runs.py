@@ -94,8 +94,8 @@ def test_a_dry_run_of_seven_billion_parameters_on_256_gpus_says_what_does_not_fi
     assert (problem is None) is fits
     if problem:
         missing = set(LEAN) - set(changes)
-        asked = {name.partition("=")[0] for name in missing} | {"cluster.parallel=fsdp"}
-        assert all(name in problem for name in asked)
+        remedies = {name.partition("=")[0] for name in missing} | {"cluster.parallel=fsdp"}
+        assert all(name in problem for name in remedies)
     assert "cluster.num_gpus=256" in plan["problems"]["this machine"], "there are none here"
 
 
@@ -113,8 +113,11 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     assert "tokens " in before["disk"]
     assert "not prepared" in before["state"]
     folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
-    os.utime(text, (0, 0))  # As of a copy.
-    assert "`iiet-orch prepare` finds" in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    os.utime(text, (0, 0))  # Copying a file may change its time.
+    assert (
+        "`iiet-orch prepare` does it alone"
+        in printed(capsys, *options, "-w", str(tmp_path))["state"]
+    )
     assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder
     after = printed(capsys, *options, "-w", str(tmp_path))
     assert "prepared tokens" in after["vocabulary"]
@@ -175,7 +178,7 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         (8.5, UserError, "the run would write about"),
     ):
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, disk=usage: disk)
         with pytest.raises(error, match=words):
             sweeps.sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
 
@@ -195,14 +198,14 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
         )  # fmt: skip
         return "\n".join(plan_sweep(settings, workspace=tmp_path / "workspace").notes)
 
-    told = notes()
-    assert "vanilla learns at 0.004, the default of sweep.learning_rates" in told
-    assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in told
-    assert "first stage is trained once: teacher, r = 0" in told
-    assert "times" not in told, "nobody knows how many tokens the text has"
-    told = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
-    assert "learns at" not in told
-    assert "step" not in told
+    lines = notes()
+    assert "vanilla learns at 0.004, the default of sweep.learning_rates" in lines
+    assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in lines
+    assert "first stage is trained once: teacher, r = 0" in lines
+    assert "times" not in lines, "nobody knows how many tokens the text has"
+    lines = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
+    assert "learns at" not in lines
+    assert "step" not in lines
 
     chosen = ["data.source=files", f"data.files=[{text}]", "data.vocab_size=300"]
     tokens = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path / "workspace"))

@@ -31,10 +31,10 @@ def workspace(tmp_path, monkeypatch) -> Workspace:
 
 
 def test_a_taken_port_is_named_with_another():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with refused(UserError, port, "--port"):
             check_port(port)
     check_port(port)
@@ -75,15 +75,15 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
     monkeypatch.chdir(workspace.root)  # Where a person may well type the command.
     port = free_port()
     lines = []
-    seen = []
+    answers = []
     linked: list[str] = []
 
     def look_once() -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
-            seen.append(answer.status)
+            answers.append(answer.status)
         if BROWSER is not None:
-            seen.append(page_text(lines[2].partition(": ")[2], workspace.root / "profile"))
+            answers.append(page_text(lines[2].partition(": ")[2], workspace.root / "profile"))
         # To another command this server is one elsewhere: it links to its pages and starts none.
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
@@ -92,7 +92,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
 
     serve(workspace, port=port, say=lines.append, should_stop=look_once)
     assert not ran.exists()
-    assert seen[0] == 200
+    assert answers[0] == 200
     assert lines[0] == linked[0] == f"newest sweep: {page.as_uri()}"
     assert lines[2].startswith("training runs: http://127.0.0.1:")
     assert any(f"/runs/{run_id}?workflowType=machine_learning" in line for line in lines)
@@ -100,8 +100,8 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(workspace, 
     assert any(f"/runs/{run_id}/artifacts/a.html?" in line for line in lines)
     assert linked[1:] == [line for line in lines if "http://" in line][1:]
     if BROWSER is not None:
-        assert "Model training" in seen[1]
-        assert "toy student" in seen[1]
+        assert "Model training" in answers[1]
+        assert "toy student" in answers[1]
     assert servers(port) == []
     check_port(port)
 

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.slow  # Most of a second draws a chart.
 
 CHARACTER_WIDTH = 6.7
 LETTER_SIZE = 8.0
-"""Pixels of a name's letters, about."""
+"""The height of a name's letters, about, in pixels."""
 
 
 def menu(chart: Spec, name: str) -> list[str]:
     """Return the names of metrics that a menu offers."""
-    found = next(param for param in chart["params"] if param["name"] == name)
-    return list(found["bind"]["options"])
+    parameter = next(param for param in chart["params"] if param["name"] == name)
+    return list(parameter["bind"]["options"])
 
 
 def texts_in(svg: str) -> set[str]:
@@ -70,8 +70,8 @@ def drawn(chart: Spec) -> str:
 
 def test_the_subtitle_says_whose_line_it_is(sample_results):
     """A baseline may stand above the line, in which it does not compete."""
-    beside = front_chart(sample_front(sample_results), title="Toy")
-    assert "best of teacher and students at each cost" in beside["title"]["subtitle"]
+    chart = front_chart(sample_front(sample_results), title="Toy")
+    assert "best of teacher and students at each cost" in chart["title"]["subtitle"]
     competing = sample_front([r for r in sample_results if r.role != "teacher"])
     assert "teacher" not in front_chart(competing, title="Toy")["title"]["subtitle"]
 
@@ -90,9 +90,9 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= texts_in(svg)
     names = names_in(svg)
     assert {"0,1,1,1,1,1 (knee)", "0,0,0,0,0,0", "vanilla", "teacher"} <= set(names)
-    others = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
-    assert others
-    assert len(names) == len(front.rows) - len(others) > 5
+    off_front = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
+    assert off_front
+    assert len(names) == len(front.rows) - len(off_front) > 5
     # No name covers another one, on a page and on a phone, where those without room are left out.
     on_phone = drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]})
     phone = names_in(on_phone)
@@ -100,9 +100,12 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     unmarked = drawn({**front_chart(front), "width": NAME_WIDTHS[1]})
     assert width_of(on_phone) == width_of(unmarked)
     assert {"0,0,0,0,0,0", "teacher"} <= set(phone) <= set(names)
-    for found in (names, phone):
-        for one, other in itertools.combinations(found.values(), 2):
-            assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
+    for names_of_width in (names, phone):
+        for letters, letters_of_another in itertools.combinations(names_of_width.values(), 2):
+            assert (
+                min(math.dist(*pair) for pair in itertools.product(letters, letters_of_another))
+                > LETTER_SIZE
+            )
     bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
     errors = sorted(row["error"] for row in front.rows)
     lengths = sorted(abs(float(bar)) for bar in bars)
@@ -113,7 +116,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
         assert [path.suffix for path in chart] == [".png", ".svg"]
     for kind in ("png", "svg"):  # The same picture has the same bytes.
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
-    # A model with an infinite loss is not drawn on it.
+    # A model with an infinite loss is not drawn on a front of losses.
     infinite = {"cost/evaluations": 1.0, "quality/validation_loss": math.inf}
     lost = sample_results[0].model_copy(
         update={"key": "lost", "label": "lost", "role": "baseline", "numbers": infinite}
@@ -127,7 +130,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
 
 
 def test_no_name_stands_on_the_line_of_the_front():
-    """In a low chart, where the place above the full model's star would be on it."""
+    """The chart is low, so that the place above the full model's star would be on the line."""
     points = {"source": (2, 0.766), "0,2": (4, 0.888), "1,3": (6, 0.992), "3,3": (8, 0.992)}
     trials = [
         sample_trial(key=name, label=name, cost={"evaluations": x}, quality={"accuracy": y})
@@ -157,18 +160,18 @@ def test_every_pair_of_axes_has_its_front(sample_results):
 @pytest.mark.parametrize("cost", ["cost/evaluations", "cost/decode_ms_per_token"])
 def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_results, cost):
     def place(pattern: str) -> float:
-        found = re.search(r'<path transform="translate\(([\d.]+),[\d.]+\)" ' + pattern, svg)
-        assert found
-        return float(found[1])
+        match = re.search(r'<path transform="translate\(([\d.]+),[\d.]+\)" ' + pattern, svg)
+        assert match
+        return float(match[1])
 
-    few = [result for result in sample_results if result.role != "trial"][:2]
-    svg = drawn(front_chart(sample_front(few, FrontAxes(cost)), mark_paper=True))
+    full_and_vanilla = [result for result in sample_results if result.role != "trial"][:2]
+    svg = drawn(front_chart(sample_front(full_and_vanilla, FrontAxes(cost)), mark_paper=True))
     vanilla = place('d="M-[\\d.]+,0L0,-')
     full = place('d="M0,-')
     mark = place('[^>]*stroke="#ffffff" stroke-width="8"')
     assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
-    # Without vanilla its evaluations are known, but not its time.
-    svg = drawn(front_chart(sample_front(few[:1], FrontAxes(cost)), mark_paper=True))
+    # Where vanilla was not trained, its evaluations are known, but not its time.
+    svg = drawn(front_chart(sample_front(full_and_vanilla[:1], FrontAxes(cost)), mark_paper=True))
     assert ('stroke-width="8"' in svg) == (cost == "cost/evaluations")
 
 
@@ -176,7 +179,7 @@ def test_the_papers_mark_stands_between_vanilla_and_the_full_model(sample_result
 def test_the_better_model_is_higher_also_on_a_loss(sample_results, quality):
     axes = FrontAxes("cost/decode_ms_per_token", f"quality/{quality}")
     svg = drawn(front_chart(sample_front(sample_results, axes), mark_paper=True))
-    # The paper's headline is about accuracy and means nothing on a loss.
+    # The paper's headline is about accuracy, and means nothing of a loss.
     assert (PAPER_MARK in texts_in(svg)) == (quality == "accuracy")
     names = names_in(svg)
     assert names["teacher"][-1][1] < names["0,0,0,0,0,0"][-1][1]
@@ -213,9 +216,9 @@ def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations)
 
 
 def test_the_heat_map_has_every_number_and_the_cut(sample_influence):
-    kept = (0, 1, 1, 1, 1, 1)
+    schedule = (0, 1, 1, 1, 1, 1)
     chart = influence_chart(
-        sample_influence, metric="cosine", marked_schedule=kept, marked_name="knee"
+        sample_influence, metric="cosine", marked_schedule=schedule, marked_name="knee"
     )
     texts = {f"{value:.2g}" for row in sample_influence for value in row}
     assert texts | {"kept: knee"} <= texts_in(drawn(chart))

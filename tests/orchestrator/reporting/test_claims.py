@@ -28,7 +28,7 @@ from orchestrator.reporting.front import with_confidence
 from orchestrator.reporting.sections import render_terminal
 
 HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
-"""Of each item; a model answers those that are easier than its accuracy."""
+"""The hardness of each item. A model answers items right whose hardness is below its accuracy."""
 KEYS = (
     *("iiet_over_vanilla", "iiet_over_pcformer", "saved_overhead_nfe", "saved_overhead_ms"),
     *("student_over_vanilla_nfe", "student_over_vanilla_ms", "kept_over_pcformer"),
@@ -49,7 +49,7 @@ def model(name: str, accuracy: float, **more: Any) -> Trial:
     if method != "vanilla" and "," in name:
         more = {"parent": f"weights of {teacher}", "checkpoint": teacher, **more}
     roles = {"vanilla": "baseline", "r = 2": "teacher", "pcformer": "teacher"}
-    given = {
+    fields = {
         "key": name,
         "label": name,
         "method": method or "iiet",
@@ -60,8 +60,8 @@ def model(name: str, accuracy: float, **more: Any) -> Trial:
         "quality": {"accuracy": accuracy},
     }
     if method == "vanilla":
-        given["cost"]["decode_ms_per_token"] = 1.0
-    return sample_trial(**{**given, **more})
+        fields["cost"]["decode_ms_per_token"] = 1.0
+    return sample_trial(**{**fields, **more})
 
 
 def answers(trial: Trial) -> EvaluationResult:
@@ -70,19 +70,19 @@ def answers(trial: Trial) -> EvaluationResult:
         name="hops", version="1", num_items=len(right), metrics={"acc": float(right.mean())},
         items=[f"item {n}" for n in range(len(right))], values={"acc": right.tolist()},
     )  # fmt: skip
-    bits = TaskResult(  # Of no accuracy.
+    bits = TaskResult(  # This task has no accuracy.
         name="bits_per_byte", version="1", num_items=50, metrics={"bits_per_byte": 1.0},
         items=[f"text {n}" for n in range(50)], values={"bits_per_byte": [(-7.0, 10.0)] * 50},
     )  # fmt: skip
     return EvaluationResult(results={"hops": task, "bits_per_byte": bits})
 
 
-def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
+def claims_of(trials: Sequence[Trial]) -> dict[str, Claim]:
     items = {trial.key: answers(trial) for trial in trials}
     front = with_confidence(sample_front(trials), items, num_resamples=400)
-    found = find_claims(front)
-    assert [claim.key for claim in found] == [*KEYS]
-    return {claim.key: claim for claim in found}
+    claims = find_claims(front)
+    assert [claim.key for claim in claims] == [*KEYS]
+    return {claim.key: claim for claim in claims}
 
 
 def trials_with(changes: dict[str, float | None]) -> list[Trial]:
@@ -91,26 +91,26 @@ def trials_with(changes: dict[str, float | None]) -> list[Trial]:
 
 
 def test_all_claims_hold_by_what_was_made_up():
-    found = found_of(trials_with({}))
-    assert {claim.verdict for claim in found.values()} == {"holds"}
-    kept = (0.899 / 0.9 + 0.81 / 0.9) / 2 - (0.72 / 0.8 + 0.60 / 0.8) / 2
+    claims = claims_of(trials_with({}))
+    assert {claim.verdict for claim in claims.values()} == {"holds"}
+    difference_of_shares = (0.899 / 0.9 + 0.81 / 0.9) / 2 - (0.72 / 0.8 + 0.60 / 0.8) / 2
     half = np.mean(HARDNESS < 0.75) - np.mean(HARDNESS < 0.7)
-    expected = [20, 10, 50, 40, 100 * half, 100 * half, 100 * kept]
-    for (key, claim), number in zip(found.items(), expected, strict=True):
+    expected = [20, 10, 50, 40, 100 * half, 100 * half, 100 * difference_of_shares]
+    for (key, claim), number in zip(claims.items(), expected, strict=True):
         assert claim.here == pytest.approx(number, abs=2.0 if "student" in key else 1e-6), key
         assert claim.low is not None
         assert claim.high is not None
         if claim.number != 3:
             assert 0 < claim.low < claim.here < claim.high < claim.here + 5
     # Claim 3's interval is that of the kept share.
-    saved = found["saved_overhead_nfe"]
+    saved = claims["saved_overhead_nfe"]
     assert (saved.low, saved.high) == pytest.approx((99.7, 100), abs=0.2)
     assert_names(saved.about, "1,1 (89.9%, 4 NFE)", "2 of 4 NFE")
-    assert "1.04 times" in found["student_over_vanilla_ms"].about
-    judged = found["student_over_vanilla_nfe"].about
+    assert "1.04 times" in claims["student_over_vanilla_ms"].about
+    judged = claims["student_over_vanilla_nfe"].about
     counts = re.findall("on ([0-9,]+) items, and judged on ([0-9,]+) others", judged)[0]
     assert sum(int(count.replace(",", "")) for count in counts) == len(HARDNESS)
-    metrics = claim_metrics(found.values())
+    metrics = claim_metrics(claims.values())
     assert metrics["claims/iiet_over_vanilla"] == pytest.approx(20)
     assert metrics["claims/iiet_over_vanilla_verdict"] == 1
 
@@ -127,8 +127,8 @@ def test_luck_on_the_items_that_choose_a_student_does_not_count_for_it():
     lucky = vanilla.model_copy(update={"values": {"acc": is_right}})
     items["0,0"] = EvaluationResult(results={"hops": lucky})
     front = with_confidence(sample_front(trials), items, num_resamples=400)
-    found = {claim.key: claim for claim in find_claims(front)}["student_over_vanilla_nfe"]
-    assert (found.here, found.verdict) == (0.0, "not decided")
+    claim = {claim.key: claim for claim in find_claims(front)}["student_over_vanilla_nfe"]
+    assert (claim.here, claim.verdict) == (0.0, "not decided")
 
 
 @pytest.mark.parametrize(("num_items", "verdict"), [(2000, "holds"), (40, "not decided")])
@@ -144,8 +144,8 @@ def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
     front = with_confidence(
         sample_front(trials), items, demanded_share=PAPER_SHARE_OF_FULL, num_resamples=400
     )
-    found = find_claims(front)
-    saved = next(claim for claim in found if claim.key == "saved_overhead_nfe")
+    claims = find_claims(front)
+    saved = next(claim for claim in claims if claim.key == "saved_overhead_nfe")
     # `pick` goes by the same confidence.
     [student] = [row for row in front.rows if row["key"] == "0,0"]
     confidence = front.confidence_keeps(student)
@@ -163,8 +163,8 @@ OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
         {"vanilla": 0.95, "pcformer": 0.97, "pc 1,1": 0.97, "pc 1,0": 0.97, "1,1": 0.8},
         {
             **dict.fromkeys(KEYS, "does not hold"),
-            "saved_overhead_nfe": "the teacher gains nothing: r = 2 (90.0%, 6 NFE) is not better",
-            "saved_overhead_ms": "the teacher gains nothing",
+            "saved_overhead_nfe": "no gain of the teacher is shown: r = 2 (90.0%, 6 NFE) is",
+            "saved_overhead_ms": "no gain of the teacher is shown",
         },
     ),
     "students that lose": ({"1,1": 0.8}, {"saved_overhead_nfe": "does not hold"}),
@@ -173,8 +173,8 @@ OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
          "1,0": 0.9},
         {
             **dict.fromkeys(KEYS, "not decided"),
-            "saved_overhead_nfe": "the teacher gains nothing",  # Though 0,0 keeps all of it.
-            "saved_overhead_ms": "the teacher gains nothing",
+            "saved_overhead_nfe": "no gain of the teacher is shown",  # Though 0,0 keeps all of it.
+            "saved_overhead_ms": "no gain of the teacher is shown",
             "kept_over_pcformer": "does not hold",
         },
     ),
@@ -209,9 +209,9 @@ OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_each_verdict_follows_from_the_interval_or_names_what_is_missing(case):
     changes, expected = OTHERS[case]
-    found = found_of(trials_with(changes))
+    claims = claims_of(trials_with(changes))
     for key, verdict in expected.items():
-        claim = found[key]
+        claim = claims[key]
         if verdict not in VERDICTS:
             assert (claim.verdict, claim.here) == ("not measured", None)
             assert claim.about.startswith(verdict), claim
@@ -226,22 +226,26 @@ def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured
         t.with_numbers("cost", {"decode_ms_per_token": 1.3}) if t.key == "0,0" else t
         for t in trials
     ]
-    claim = found_of(slow)["student_over_vanilla_ms"]
+    claim = claims_of(slow)["student_over_vanilla_ms"]
     assert "1.30 times" in claim.about
     untimed = [
         t.model_copy(update={"numbers": {n: v for n, v in t.numbers.items() if "_ms" not in n}})
         for t in trials
     ]
-    found = found_of(untimed)
-    assert "no time of vanilla" in found["student_over_vanilla_ms"].about
+    claims = claims_of(untimed)
+    assert "no time of vanilla" in claims["student_over_vanilla_ms"].about
     assert (
-        found["saved_overhead_nfe"].verdict == found["student_over_vanilla_nfe"].verdict == "holds"
+        claims["saved_overhead_nfe"].verdict
+        == claims["student_over_vanilla_nfe"].verdict
+        == "holds"
     )
-    # Two students of one share would be compared, if both were distilled alike.
-    other = [t.model_copy(update={"is_elastic": True}) if t.key == "pc 1,0" else t for t in trials]
-    assert "distilled alike" in found_of(other)["kept_over_pcformer"].about
-    found = {c.key: c for c in find_claims(sample_front(trials))}
-    assert "r = 2, vanilla" in found["iiet_over_vanilla"].about
+    # Students of one share of corrections are compared only if both were distilled alike.
+    with_elastic = [
+        t.model_copy(update={"is_elastic": True}) if t.key == "pc 1,0" else t for t in trials
+    ]
+    assert "distilled alike" in claims_of(with_elastic)["kept_over_pcformer"].about
+    claims = {c.key: c for c in find_claims(sample_front(trials))}
+    assert "r = 2, vanilla" in claims["iiet_over_vanilla"].about
 
 
 @pytest.mark.parametrize(("spread", "is_measured"), [(0.09, True), (0.11, False)])
@@ -252,13 +256,13 @@ def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
         else t
         for t in trials_with({})
     ]
-    found = found_of(trials)
-    assert found["saved_overhead_nfe"].verdict == "holds"
+    claims = claims_of(trials)
+    assert claims["saved_overhead_nfe"].verdict == "holds"
     for key in ("saved_overhead_ms", "student_over_vanilla_ms"):
-        claim = found[key]
+        claim = claims[key]
         assert claim.is_measured == is_measured
         assert is_measured or claim.about.startswith("the machine was busy")
-    [table] = claims_section([*found.values()]).tables
+    [table] = claims_section([*claims.values()]).tables
     cells = [row.cells for row in table.rows if row.cells[0].endswith("at less ms")]
     assert is_measured or cells[0][1:] == ("not measured", "-55%", "the machine was busy")
 
@@ -268,28 +272,28 @@ def test_seeds_of_a_student_are_compared_with_their_own_teachers():
     for seed, share in enumerate((1.0, 0.9, 0.8)):
         for name in ("vanilla", "r = 2", "1,1"):
             accuracy = share * (0.7 if name == "vanilla" else 0.9)
-            own = {
+            fields = {
                 "key": f"{name}, {seed}",
                 "label": f"{name}, {seed}",
                 "seed": seed,
                 "group": name,
             }
-            own["checkpoint"] = f"{name if name == 'vanilla' else 'r = 2'}, {seed}"
+            fields["checkpoint"] = f"{name if name == 'vanilla' else 'r = 2'}, {seed}"
             if name == "1,1":
-                own["parent"] = f"weights {seed}"
-            trials.append(model(name, accuracy, **own))
-    found = found_of(trials)
-    saved = found["saved_overhead_nfe"]
+                fields["parent"] = f"weights {seed}"
+            trials.append(model(name, accuracy, **fields))
+    claims = claims_of(trials)
+    saved = claims["saved_overhead_nfe"]
     assert (saved.verdict, saved.here, saved.high) == ("holds", 50, 100)
     assert saved.low == pytest.approx(100, abs=0.3), "all items answered alike"
-    over = found["iiet_over_vanilla"]
+    over = claims["iiet_over_vanilla"]
     assert over.here == pytest.approx(18, abs=0.1)
     assert (over.low, over.high) == pytest.approx((15.6, 20.4), abs=1)
 
 
 def test_the_table_fits_a_terminal_and_says_why():
-    found = [*found_of(trials_with(dict.fromkeys(["pcformer", "pc 1,1", "pc 1,0"]))).values()]
-    section = claims_section(found, "Claims")
+    claims = [*claims_of(trials_with(dict.fromkeys(["pcformer", "pc 1,1", "pc 1,0"]))).values()]
+    section = claims_section(claims, "Claims")
     console = Console(width=80, record=True, file=io.StringIO())
     for part in render_terminal([section]):
         console.print(part)

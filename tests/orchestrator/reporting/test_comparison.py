@@ -15,7 +15,7 @@ from orchestrator.reporting.statistics import pair_scores
 
 
 def task(
-    values: Sequence[Any], *, name: str = "task", metric: str = "acc", first: int = 0
+    values: Sequence[Any], *, name: str = "task", metric: str = "acc", first_number: int = 0
 ) -> TaskResult:
     """Return a result whose items are numbered from `first` on."""
     return TaskResult(
@@ -23,7 +23,7 @@ def task(
         version="1.0",
         num_items=len(values),
         metrics={},
-        items=[f"{name}-{number}" for number in range(first, first + len(values))],
+        items=[f"{name}-{number}" for number in range(first_number, first_number + len(values))],
         values={metric: list(values)},
     )
 
@@ -39,44 +39,49 @@ def differences(
         name: EvaluationResult(results={t.name: t for t in tasks}, groups=groups)
         for name, tasks in models.items()
     }
-    found = differences_from_first(evaluations)
-    assert all(one.against == next(iter(models)) for one in found)
-    return {(one.model, one.task, one.metric): one for one in found}
+    list_of_differences = differences_from_first(evaluations)
+    assert all(difference.against == next(iter(models)) for difference in list_of_differences)
+    return {
+        (difference.model, difference.task, difference.metric): difference
+        for difference in list_of_differences
+    }
 
 
 def test_a_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_one():
     models = {"a": answers(300, 200), "b": answers(320, 180), "c": answers(280, 220)}
-    found = differences({name: [task(values)] for name, values in models.items()})
-    assert [*found] == [
+    by_model = differences({name: [task(values)] for name, values in models.items()})
+    assert [*by_model] == [
         (model, name, metric)
         for name, metric in (("task", "acc"), (AVERAGE, "accuracy"))
         for model in ("b", "c")
     ]
-    one = found["b", "task", "acc"]
-    assert one.interval.value == pytest.approx(0.04)
-    assert one.num_items == 500
+    difference = by_model["b", "task", "acc"]
+    assert difference.interval.value == pytest.approx(0.04)
+    assert difference.num_items == 500
     # Of 500 items 20 changed, all in one direction: a standard error of sqrt(0.04 * 0.96 / 500).
     error = math.sqrt(0.04 * 0.96 / 500)
-    assert one.interval.high - one.interval.low == pytest.approx(2 * 1.96 * error, rel=0.06)
-    assert found["c", AVERAGE, "accuracy"].interval.value == pytest.approx(-0.04)
+    assert difference.interval.high - difference.interval.low == pytest.approx(
+        2 * 1.96 * error, rel=0.06
+    )
+    assert by_model["c", AVERAGE, "accuracy"].interval.value == pytest.approx(-0.04)
 
 
 def test_differences_are_those_of_the_function_that_fronts_use():
-    tasks = {"a": [task(answers(6, 4))], "b": [task([1.0] * 8, first=4)]}
-    [one, _] = differences(tasks).values()
+    tasks = {"a": [task(answers(6, 4))], "b": [task([1.0] * 8, first_number=4)]}
+    [difference, _] = differences(tasks).values()
     paired = pair_scores(
-        {name: [EvaluationResult(results={"task": own})] for name, [own] in tasks.items()}
+        {name: [EvaluationResult(results={"task": result})] for name, [result] in tasks.items()}
     )
     assert paired is not None
     # Items of one model only are left out.
-    assert one.num_items == 6
-    assert one.interval == paired.scores["task"].difference(1, 0)
-    assert one.interval.value == pytest.approx(1 - 2 / 6)
+    assert difference.num_items == 6
+    assert difference.interval == paired.scores["task"].difference(1, 0)
+    assert difference.interval.value == pytest.approx(1 - 2 / 6)
 
 
 def test_an_average_counts_a_group_once_and_bits_have_their_own():
-    first = [task(answers(50, 50), name=name) for name in ("x", "y", "z")]
-    second = [
+    results_of_a = [task(answers(50, 50), name=name) for name in ("x", "y", "z")]
+    results_of_b = [
         task(answers(50 + more, 50 - more), name=name)
         for name, more in (("x", 10), ("y", -4), ("z", 20))
     ]
@@ -86,16 +91,19 @@ def test_an_average_counts_a_group_once_and_bits_have_their_own():
              metric="bits_per_byte")
         for less in (0.0, 0.05)
     ]  # fmt: skip
-    found = differences({"a": [*first, texts[0]], "b": [*second, texts[1]]}, xy=("x", "y"))
-    average = found["b", AVERAGE, "accuracy"]
+    by_model = differences(
+        {"a": [*results_of_a, texts[0]], "b": [*results_of_b, texts[1]]}, xy=("x", "y")
+    )
+    average = by_model["b", AVERAGE, "accuracy"]
     assert average.interval.value == pytest.approx(((0.10 - 0.04) / 2 + 0.20) / 2)
     assert average.num_items == 300
     for name in ("text", AVERAGE):
-        better = found["b", name, "bits_per_byte"]
+        better = by_model["b", name, "bits_per_byte"]
         assert better.interval.value == pytest.approx(-0.05)
         assert better.interval.excludes_zero
 
 
 def test_one_model_and_models_without_a_common_item_have_no_differences():
     assert differences({"a": [task(answers(5, 5))]}) == {}
-    assert differences({"a": [task(answers(5, 5))], "b": [task(answers(5, 5), first=10)]}) == {}
+    without_a_common_item = [task(answers(5, 5), first_number=10)]
+    assert differences({"a": [task(answers(5, 5))], "b": without_a_common_item}) == {}

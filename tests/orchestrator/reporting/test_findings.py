@@ -62,8 +62,8 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
     [sentence] = findings(sample_front(busy, axes))
     assert sentence.startswith("Not measured")
     assert "report --time-again" in sentence
-    *others, about_times = findings(sample_front(busy))
-    assert others == findings(sample_front(sample_results))
+    *other_sentences, about_times = findings(sample_front(busy))
+    assert other_sentences == findings(sample_front(sample_results))
     [marked] = [
         row for row in models_table(sample_front(busy)).rows if any(" *" in c for c in row.cells)
     ]
@@ -81,12 +81,14 @@ def test_sentences_of_a_front_without_items(sample_results, front):
     assert metrics["front/reference_cost"] == 24
     assert metrics["front/keeping_99_share_of_full"] > 0.99
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    none = "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
-    assert findings(sample_front(results))[0].startswith(none)
-    other = sample_front(sample_results, FrontAxes(quality="quality/other"))
-    none = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
-    with pytest.raises(UserError, match=none):
-        pick_from_front(other, PickRule(name="knee"))
+    expected = (
+        "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
+    )
+    assert findings(sample_front(results))[0].startswith(expected)
+    without_points = sample_front(sample_results, FrontAxes(quality="quality/other"))
+    expected = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
+    with pytest.raises(UserError, match=expected):
+        pick_from_front(without_points, PickRule(name="knee"))
     assert findings(sample_front([])) == [
         "No trial of this sweep has accuracy and NFE per token; nothing of it is measured yet."
     ]
@@ -99,18 +101,19 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
         ]
         return next(s for s in findings(sample_front(results)) if s.startswith("vanilla"))
 
-    # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
+    # Each accuracy has an error of 1.21 points, so the difference has one of 1.71: 1.96 times that
+    # is 3.35.
     sentences = about_vanilla(0.4437 - 0.034)
     assert_names(sentences, "worse than 0,1,1,1,1,1", "3.4 points", "0.0 to 6.8")
     for accuracy in (0.4437 - 0.033, 0.4176, 0.44, 0.4437 + 0.033):
         assert "differ by less" in about_vanilla(accuracy)
     assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
-    # It costs as little as the cheapest, so it beats every member that is not better.
+    # Vanilla costs as little as the cheapest, so it beats every member that is not better.
     assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
 def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sample_evaluations):
-    """Its students pass it, because they were trained for further steps."""
+    """Students of such a teacher pass it, because they were trained for further steps."""
     front = sample_front(sample_results)
     by_label = {result.label: result.key for result in sample_results}
     [headline, *_] = findings(with_confidence(front, sample_evaluations, num_resamples=200))
@@ -121,30 +124,30 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     nearly_as_good = next(r.key for r in sample_results if r.numbers["quality/accuracy"] == 0.4452)
     answers[by_label["r = 0 from scratch"]] = answers[nearly_as_good]
     measured = with_confidence(front, answers, num_resamples=200)
-    [warning, *others] = findings(measured)
+    [warning, *other_sentences] = findings(measured)
     assert warning.startswith("The teacher differs from r = 0 from scratch by less than")
-    assert "vanilla" not in warning, "the teacher beats it"
-    assert not any("% of the teacher's" in sentence for sentence in [warning, *others])
-    assert not any("confidence" in sentence for sentence in [warning, *others])
-    assert any(sentence.startswith("vanilla") for sentence in others)
+    assert_names(warning, "beats vanilla", "no gain over r = 0 from scratch is shown")
+    assert not any("% of the teacher's" in sentence for sentence in [warning, *other_sentences])
+    assert not any("confidence" in sentence for sentence in [warning, *other_sentences])
+    assert any(sentence.startswith("vanilla") for sentence in other_sentences)
 
     # Separate errors of 1.2 points resolve nothing, so the values alone decide.
     for accuracy, is_beaten in ((0.4464, True), (0.4465, False), (0.45, False)):
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
         ]
-        [first, *_] = findings(sample_front(results))
-        assert (" keeps " in first) == is_beaten
-        assert first.startswith("The teacher differs from vanilla by less") != is_beaten
-    # Of a loss, lower is better.
+        [first_sentence, *_] = findings(sample_front(results))
+        assert (" keeps " in first_sentence) == is_beaten
+        assert ("no gain over vanilla is shown" in first_sentence) != is_beaten
+    # A lower loss is better.
     by_loss = FrontAxes(quality="quality/validation_loss")
     for loss, is_beaten in ((5.0, True), (4.0, False)):
         results = [
             r.with_numbers("quality", {"validation_loss": loss}) if r.role == "baseline" else r
             for r in sample_results
         ]
-        [first, *_] = findings(sample_front(results, by_loss))
-        assert (" keeps " in first) == is_beaten
+        [first_sentence, *_] = findings(sample_front(results, by_loss))
+        assert (" keeps " in first_sentence) == is_beaten
 
 
 def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(
@@ -174,23 +177,23 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     unsure = front
     front = with_confidence(front, sample_evaluations, num_resamples=1000)
     sentences = findings(front)
-    kept = front.cheapest_keeping(0.99)
-    assert kept is not None
-    keeps = front.confidence_keeps(kept)
+    cheapest = front.cheapest_keeping(0.99)
+    assert cheapest is not None
+    keeps = front.confidence_keeps(cheapest)
     assert keeps is not None
     assert 0.8 < keeps < 0.95
-    few = ", as far as 2,000 items can tell."
-    assert sentences[0].endswith(few)
-    assert sentences[1].startswith(f"That {kept['label']} keeps 99%")
+    unsure_ending = ", as far as 2,000 items can tell."
+    assert sentences[0].endswith(unsure_ending)
+    assert sentences[1].startswith(f"That {cheapest['label']} keeps 99%")
     assert f"{keeps:.2f}" in sentences[1]
     # The cheapest is not certain enough; a costlier one is.
     sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
     assert sure in sentences[1]
     assert "with confidence >0.99" in sentences[1]
     # A model is described with the interval of its share; the full model has all of its own.
-    ends = [kept[name] for name in interval_end_names(PAIRED_SHARE_OF_FULL)]
+    ends = [cheapest[name] for name in interval_end_names(PAIRED_SHARE_OF_FULL)]
     interval = "(95% interval {:.1f} to {:.1f}%)".format(*(100 * end for end in ends))
-    assert interval in describe_model(front, kept)
+    assert interval in describe_model(front, cheapest)
     assert "interval" not in describe_model(front, front.full)
     vanilla = next(s for s in sentences if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
@@ -200,16 +203,16 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == keeps
 
     # A confidence of exactly 0.95 is enough.
-    dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > kept["cost"])
-    sentences = findings(keeping(front, {kept["key"]: 0.95}))
+    dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > cheapest["cost"])
+    sentences = findings(keeping(front, {cheapest["key"]: 0.95}))
     assert sure not in " ".join(sentences)
-    assert not sentences[0].endswith(few)
-    sentences = findings(keeping(front, {kept["key"]: 0.94, dearer["key"]: 0.95}))
+    assert not sentences[0].endswith(unsure_ending)
+    sentences = findings(keeping(front, {cheapest["key"]: 0.94, dearer["key"]: 0.95}))
     assert sure + dearer["label"] in " ".join(sentences)
 
-    other = next(r.key for r in sample_results if r.label == "vanilla")
-    same = {**sample_evaluations, other: sample_evaluations[kept["key"]]}
-    sentences = findings(with_confidence(unsure, same, num_resamples=200))
+    vanilla_key = next(r.key for r in sample_results if r.label == "vanilla")
+    with_equal_answers = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest["key"]]}
+    sentences = findings(with_confidence(unsure, with_equal_answers, num_resamples=200))
     vanilla = next(s for s in sentences if s.startswith("vanilla"))
     assert (
         "differ by less than these items can resolve (0.0 points, 95% interval 0.0 to 0.0)"
@@ -227,8 +230,8 @@ def test_rules_pick_the_model_they_say(front):
     for share in (0.9, 0.93, 0.97, 0.985, 0.99, 1.0):
         chosen = pick_from_front(front, PickRule(name="keep", demanded_share=share))
         costs.append(chosen["cost"])
-        kept = [row for row in front.members if (front.share_of_full(row) or 0) >= share]
-        assert chosen["cost"] == min(row["cost"] for row in kept)
+        rows_that_keep = [row for row in front.members if (front.share_of_full(row) or 0) >= share]
+        assert chosen["cost"] == min(row["cost"] for row in rows_that_keep)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
     chosen = pick_from_front(front, PickRule(name="budget", budget=12))

@@ -110,9 +110,9 @@ def test_picks():
     }  # fmt: skip
     assert front.full
     assert (front.full["role"], front.share_of_full(front.full)) == ("teacher", 1.0)
-    kept = front.cheapest_keeping(0.98)
-    assert kept
-    assert kept["cost"] == 12
+    cheapest = front.cheapest_keeping(0.98)
+    assert cheapest
+    assert cheapest["cost"] == 12
     assert front.cheapest_keeping(1.5) is None
     for straight in (((1, 0.1), (2, 0.2), (3, 0.3)), ((1, 0.1),), ()):
         assert "knee" not in front_of(*straight).picks
@@ -137,7 +137,7 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets():
     # A baseline is placed, and no model that competes.
     lacking = sample_trial(key="x", role="teacher", cost={"evaluations": 24})
     assert sample_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
-    # That of a loss counts from the worst, and the share of a loss is inverted.
+    # The hypervolume of a loss counts from the worst loss, and the share of a loss is inverted.
     front = sample_front([result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")], LOSS)
     assert front.hypervolume_box
     assert front.hypervolume_box["quality"][0] == pytest.approx(0.7)
@@ -160,21 +160,21 @@ def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
 
 def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
     table = result_table([seed_of(0, 0.30), seed_of(1, 0.32), seed_of(2, 0.37)])
-    (one,) = table["trial"]
-    assert (one.label, one.numbers["train/seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
-    assert one.numbers["quality/accuracy"] == pytest.approx(0.33)
+    (mean,) = table["trial"]
+    assert (mean.label, mean.numbers["train/seeds"], mean.checkpoint) == ("r = 1", 3, "/runs/0")
+    assert mean.numbers["quality/accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
-    assert one.numbers["quality/accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
-    assert one.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
-    assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
-    assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
+    assert mean.numbers["quality/accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
+    assert mean.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
+    assert [seed.seed for seed in table["seeds"][mean.key]] == [0, 1, 2]
+    assert table["quality/accuracy"][mean.key] == mean.numbers["quality/accuracy"]
     (tie,) = result_table([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])["trial"]
     assert tie.numbers["quality/accuracy"] == 0.7395, "not 0.7394999999999999"
     alone = seed_of(0, 0.3)
-    other = seed_of(0, 0.4, None).model_copy(update={"key": "other"})
-    table = result_table([alone, other])
-    assert [*table["trial"]] == [alone, other]
-    assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
+    of_no_group = seed_of(0, 0.4, None).model_copy(update={"key": "other"})
+    table = result_table([alone, of_no_group])
+    assert [*table["trial"]] == [alone, of_no_group]
+    assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (of_no_group,)}
 
 
 def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
@@ -186,8 +186,8 @@ def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
     teacher = costing(3.0, (2, 2), key="t", role="teacher", checkpoint="t")
     pruned = costing(1.8, (1, 0), key="p", parent="w", checkpoint="t")
     trained = costing(None, (0, 0), key="s", parent="w", checkpoint="s", is_elastic=True)
-    other = costing(5.0, (3, 3, 3), key="o", checkpoint="o")
-    found = result_table([vanilla, teacher, pruned, trained, other])
+    of_another_shape = costing(5.0, (3, 3, 3), key="o", checkpoint="o")
+    results = result_table([vanilla, teacher, pruned, trained, of_another_shape])
     nan = math.nan
     expected = {
         "cost/overhead_evaluations": [0, 4, 1, 0, 8],
@@ -196,12 +196,12 @@ def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
         "cost/overhead_ms_share": [nan, nan, 0.4, nan, nan],
     }
     for name, values in expected.items():
-        assert [*found[name]] == pytest.approx(values, nan_ok=True)
-    # Without vanilla, only its evaluations are known; a sweep on the same front may bring it.
+        assert [*results[name]] == pytest.approx(values, nan_ok=True)
+    # Without vanilla, its evaluations alone are known; a second sweep on the front may bring it.
     alone = result_table([teacher, pruned])
     assert [name for name in expected if name in alone] == [*expected][:2]
-    both = with_overhead(pandas.concat([alone, result_table([vanilla])]))
-    assert [*both["cost/overhead_ms_per_token"]] == pytest.approx([2, 0.8, 0])
+    with_vanilla = with_overhead(pandas.concat([alone, result_table([vanilla])]))
+    assert [*with_vanilla["cost/overhead_ms_per_token"]] == pytest.approx([2, 0.8, 0])
 
 
 # Confidence
@@ -240,11 +240,11 @@ Points = dict[str, tuple[Role, float, EvaluationResult]]
 def sure_front(points: Points, axes: FrontAxes | None = None, share: float = 0.99) -> Front:
     results = [
         sample_trial(
-            key=name, role=role, label=name, cost={"evaluations": cost}, quality=found.quality()
+            key=name, role=role, label=name, cost={"evaluations": cost}, quality=evaluated.quality()
         )
-        for name, (role, cost, found) in points.items()
+        for name, (role, cost, evaluated) in points.items()
     ]
-    runs = {name: found for name, (_, _, found) in points.items()}
+    runs = {name: evaluated for name, (_, _, evaluated) in points.items()}
     front = sample_front(results, axes)
     return with_confidence(front, runs, demanded_share=share, num_resamples=2000)
 
@@ -253,8 +253,8 @@ def at(front: Front, key: str, name: str) -> float | None:
     return known(next(row for row in front.rows if row["key"] == key), f"paired/{name}")
 
 
-def against(front: Front, key: str, other: str, measured: str = "quality/accuracy") -> Interval:
-    return front.intervals[key, measured, other]
+def against(front: Front, key: str, reference: str, measured: str = "quality/accuracy") -> Interval:
+    return front.intervals[key, measured, reference]
 
 
 @pytest.fixture
@@ -275,8 +275,8 @@ def front() -> Front:
 
 def test_scores_equal_those_of_the_evaluation():
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
-    found = evaluation(*tasks, bits_task(2.2), both=("a", "b"))
-    paired = pair_scores({"one": [found], "two": [found]}, num_resamples=50)
+    evaluated = evaluation(*tasks, bits_task(2.2), both=("a", "b"))
+    paired = pair_scores({"one": [evaluated], "two": [evaluated]}, num_resamples=50)
     assert paired is not None
     expected = {"quality/accuracy": 0.65, "quality/bits_per_byte": 2.2, "quality/c/acc": 0.9}
     for name, value in expected.items():
@@ -287,16 +287,16 @@ def test_scores_equal_those_of_the_evaluation():
     of_bits = 40
     counts = [paired.num_items(name) for name in expected]
     assert counts == [3 * of_words, of_bits, of_words]
-    assert found.accuracy == pytest.approx(0.65)
+    assert evaluated.accuracy == pytest.approx(0.65)
     assert paired.quality("quality/validation_loss") is None
 
 
 def test_items_are_matched_by_hash_and_unmatched_ones_counted():
-    one = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
-    other = evaluation(
+    evaluated = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
+    evaluated_elsewhere = evaluation(
         task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
     )
-    paired = pair_scores({"one": [one], "other": [other]})
+    paired = pair_scores({"one": [evaluated], "other": [evaluated_elsewhere]})
     assert paired is not None
     # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
     assert paired.items["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
@@ -304,7 +304,7 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted():
         2,
         {"words": 3, "more": 2},
     )
-    assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
+    assert pair_scores({"one": [evaluated], "other": [evaluation(task("more", [1.0]))]}) is None
 
 
 def test_draws_depend_on_no_other_task_and_include_the_seeds():
@@ -323,15 +323,19 @@ def test_draws_depend_on_no_other_task_and_include_the_seeds():
     assert scores.observed == pytest.approx([0.5, 0.4])
     assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
 
-    def width(first: float, second: float) -> float:
+    def width(accuracy_of_seed_0: float, accuracy_of_seed_1: float) -> float:
         full = seed_of(0, 0.5, None).model_copy(update={"key": "full"})
-        results = [seed_of(0, first), seed_of(1, second), full]
-        shares = dict(zip((r.key for r in results), (first, second, 0.5), strict=True))
+        results = [seed_of(0, accuracy_of_seed_0), seed_of(1, accuracy_of_seed_1), full]
+        shares = dict(
+            zip(
+                (r.key for r in results), (accuracy_of_seed_0, accuracy_of_seed_1, 0.5), strict=True
+            )
+        )
         items = {key: evaluation(task("t", answers(share))) for key, share in shares.items()}
         front = sample_front(results)
         front = with_confidence(front, items, num_resamples=2000)
-        own = against(front, next(r["key"] for r in front.rows if r["key"] != "full"), "")
-        return own.high - own.low
+        interval = against(front, next(r["key"] for r in front.rows if r["key"] != "full"), "")
+        return interval.high - interval.low
 
     assert width(0.2, 0.6) > 1.5 * width(0.4, 0.4)
 
@@ -370,12 +374,12 @@ def test_the_share_of_a_loss_is_inverted_and_a_twin_is_not_sure_to_keep_all():
     for name, keeps in (("close", 1.0), ("poor", 0.0)):
         assert at(front, name, "confidence_keeps_99") == keeps
         assert at(front, name, "confidence_on_front") == 1.0
-    same = evaluation(bits_task(2.0))
-    points = {"teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)}
+    answered = evaluation(bits_task(2.0))
+    points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
     in_bits = sure_front(points, FrontAxes(quality="quality/bits_per_byte"), share=1.0)
     assert at(in_bits, "twin", "confidence_keeps_100") == 1.0
-    same = evaluation(task("words", answers(0.5)))
-    points = {"teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)}
+    answered = evaluation(task("words", answers(0.5)))
+    points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
     # No item tells them apart, so the share of items that would has its posterior, Beta(1, 401);
     # at an accuracy of a half, it may be 0.5 % for 99 % to be kept.
     keeps = at(sure_front(points), "twin", "confidence_keeps_99")

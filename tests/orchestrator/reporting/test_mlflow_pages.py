@@ -59,8 +59,10 @@ class Proxy(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> None:
         connection = HTTPConnection("127.0.0.1", self.server_port, timeout=120)
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in HEADERS_OF_ONE_HOP}
-        connection.request(self.command, self.path.removeprefix(PREFIX), body, kept)
+        forwarded_headers = {
+            k: v for k, v in self.headers.items() if k.lower() not in HEADERS_OF_ONE_HOP
+        }
+        connection.request(self.command, self.path.removeprefix(PREFIX), body, forwarded_headers)
         answer = connection.getresponse()
         headers = {k: v for k, v in answer.getheaders() if k.lower() not in HEADERS_OF_ONE_HOP}
         self._send(answer.status, headers, answer.read())
@@ -81,12 +83,12 @@ class Proxy(BaseHTTPRequestHandler):
 @contextmanager
 def proxy_of(port: int) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """Run a proxy of a server; yield its host, and the paths and states of its answers."""
-    seen: list[tuple[str, int]] = []
-    handler = type("ProxyOfServer", (Proxy,), {"server_port": port, "seen": seen})
+    answers: list[tuple[str, int]] = []
+    handler = type("ProxyOfServer", (Proxy,), {"server_port": port, "seen": answers})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield f"127.0.0.1:{server.server_address[1]}", seen
+            yield f"127.0.0.1:{server.server_address[1]}", answers
         finally:
             server.shutdown()
 
@@ -118,27 +120,29 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch
         checkpoint = workspace.trials / result.key / "step_00000030"
         placed.append(result.model_copy(update={"checkpoint": str(checkpoint)}))
     sweep = StoredSweep(name="toy", key="0123456789abcdef", results=tuple(placed))
-    said: list[str] = []
+    lines: list[str] = []
     pages: dict[str, str] = {}
     port = free_port()
 
     def look_once() -> bool:
-        with proxy_of(port) as (host, seen), monkeypatch.context() as elsewhere:
+        with proxy_of(port) as (host, answers), monkeypatch.context() as elsewhere:
             uri = f"http://{USER}:{PASSWORD}@{host}{PREFIX}"
             elsewhere.setenv("MLFLOW_TRACKING_URI", uri)
             tracking = open_tracking(workspace, warn=pytest.fail)
             write_sweep_report(workspace, sweep, tracking=lambda tracking=tracking: tracking)
-            serve(workspace, say=said.append)
-            links = dict(re.findall(r"(.+?): +http(.+)", "\n".join(said)))
+            serve(workspace, say=lines.append)
+            links = dict(re.findall(r"(.+?): +http(.+)", "\n".join(lines)))
             assert all(link.startswith(f"://{host}{PREFIX}/#/") for link in links.values())
             runs = tracking.store.connect().search_runs([str(tracking.open_experiment())])
             trials = [run.info.run_id for run in runs if run.data.tags["iiet.kind"] != "sweep"][:4]
             chosen = f"runs={json.dumps(trials)}&experiments=[%22{tracking.open_experiment()}%22]"
             links["compared"] = f"://{host}{PREFIX}/#/compare-runs?{chosen}"
             for name, link in links.items():
-                first = f"http://{USER}:{PASSWORD}@{host}/start?{quote(f'http{link}')}"
-                pages[name] = page_text(first, tmp_path / "profile")
-            pictures = [state for path, state in seen if "get-artifact" in path and ".svg" in path]
+                start_page = f"http://{USER}:{PASSWORD}@{host}/start?{quote(f'http{link}')}"
+                pages[name] = page_text(start_page, tmp_path / "profile")
+            pictures = [
+                state for path, state in answers if "get-artifact" in path and ".svg" in path
+            ]
             assert pictures
             assert set(pictures) == {200}
             tags = [value for run in runs for value in run.data.tags.values()]
@@ -147,7 +151,7 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch
 
     serve(at_home, port=port, say=lambda _: None, should_stop=look_once)
     names = ("teacher 3,3,3,3,3,3", "0,1,1,1,1,1", "vanilla", "cost/evaluations")
-    # Those of a sweep, too.
+    # The page of training runs shows the runs of a sweep, too.
     assert all(name in pages["training runs"] for name in ("quality/accuracy", *names[:3]))
     assert all(name in pages["sweep toy, table"] for name in names)
     assert "0,1,1,1,1,1 keeps 99.4%" in pages["sweep toy, run"]
@@ -157,12 +161,12 @@ def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch
     # The losses are 4.5, 4.0 and 5.0. If they were smoothed, the steps would not be as 1 to -2.
     heights = [curve for curve in curve_heights(charts) if len(curve) == 3]
     assert heights
-    for first, second, third in heights:
-        assert (third - second) / (second - first) == pytest.approx(-2.0, abs=0.02)
+    for start_page, second, third in heights:
+        assert (third - second) / (second - start_page) == pytest.approx(-2.0, abs=0.02)
     assert "<iframe" in pages["sweep toy, report"]
     assert "Comparing 4 Runs" in pages["compared"]
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "profile" not in path.parts]
     assert len(files) > 20
     holders = [path for path in files if PASSWORD.encode() in path.read_bytes()]
     assert holders == []
-    assert not any(PASSWORD in line for line in said)
+    assert not any(PASSWORD in line for line in lines)

@@ -51,17 +51,19 @@ def page_of(front: Front, *, name: str = "toy", notes: Sequence[str] = (), **con
 
 
 def charts_in(page: str) -> list[dict[str, Any]]:
-    found = re.search(r'id="charts">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return list(json.loads(found[1]))
+    match = re.search(r'id="charts">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    return list(json.loads(match[1]))
 
 
 @pytest.mark.slow
 def test_the_page_needs_no_network(front):
     page = page_of(front)
     assert len(page) < 1_500_000
-    own = page.replace(chart_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
-    assert not re.search(r"https?://|src=|@import|url\(", own)
+    without_scripts = page.replace(chart_scripts(), "").replace(
+        "https://vega.github.io/schema/vega-lite", ""
+    )
+    assert not re.search(r"https?://|src=|@import|url\(", without_scripts)
     assert page.count("<tr class=") == len(front.rows)
     assert page == page_of(front), "the same results give the same bytes"
 
@@ -110,23 +112,23 @@ def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, samp
         for name in ("cost", "quality")
     )
     pairs = list(itertools.product(costs, qualities))
-    said = dict(zip(pairs, chart["usermeta"]["sentences"], strict=True))
-    assert said[NFE, ACCURACY] == ["The headline.", "A note."], "those of the report"
-    for (cost, quality), sentences in said.items():
+    sentences_of_axes = dict(zip(pairs, chart["usermeta"]["sentences"], strict=True))
+    assert sentences_of_axes[NFE, ACCURACY] == ["The headline.", "A note."], "those of the report"
+    for (cost, quality), sentences in sentences_of_axes.items():
         assert sentences[1] == "A note."
         if (cost, quality) != (NFE, ACCURACY):
             of_axes = front.on(FrontAxes(cost, quality))
             assert [sentences[0], *sentences[2:]] == findings(of_axes)
-    assert "decoding time" in said[DECODE_MS, ACCURACY][0]
-    assert "bits per byte" in said[NFE, BITS_PER_BYTE][0]
+    assert "decoding time" in sentences_of_axes[DECODE_MS, ACCURACY][0]
+    assert "bits per byte" in sentences_of_axes[NFE, BITS_PER_BYTE][0]
     # The draws of a quality hold for every cost, but who is on the front does not.
     on_time = front.on(FrontAxes(DECODE_MS, ACCURACY))
     assert on_time.intervals == front.intervals
     assert CONFIDENCE_KEEPS_99 in on_time.table
     assert CONFIDENCE_ON_FRONT not in on_time.table
-    other = front.on(FrontAxes(NFE, BITS_PER_BYTE))
-    assert not other.intervals
-    assert not any(name.startswith("paired/") for name in other.table)
+    in_bits = front.on(FrontAxes(NFE, BITS_PER_BYTE))
+    assert not in_bits.intervals
+    assert not any(name.startswith("paired/") for name in in_bits.table)
 
 
 @pytest.mark.slow

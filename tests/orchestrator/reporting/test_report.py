@@ -93,23 +93,23 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert "distillation.kl_weight" in page
     assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
-    again = write_sweep_report(workspace, "toy")
-    assert {path.name: path.read_bytes() for path in again.files} == before
+    rewritten = write_sweep_report(workspace, "toy")
+    assert {path.name: path.read_bytes() for path in rewritten.files} == before
 
     assert written.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
     # Other axes get their own folder.
-    other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
-    assert other.folder == written.folder / "perplexity-ms"
-    assert {path.name for path in other.files} == FILES
-    assert other.front.axes.quality == "quality/perplexity"
+    on_other_axes = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
+    assert on_other_axes.folder == written.folder / "perplexity-ms"
+    assert {path.name for path in on_other_axes.files} == FILES
+    assert on_other_axes.front.axes.quality == "quality/perplexity"
     assert {path.name: path.read_bytes() for path in written.files} == before
 
 
 def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(workspace, sweep):
     axes = parse_axes("served_ms", "bits")
-    none = write_sweep_report(workspace, sweep, axes=axes)
-    assert none.front.rows == []
-    assert any("benchmark --serve" in sentence for sentence in none.sentences)
+    unserved = write_sweep_report(workspace, sweep, axes=axes)
+    assert unserved.front.rows == []
+    assert any("benchmark --serve" in sentence for sentence in unserved.sentences)
     students = [trial for trial in sweep.results if trial.role == "trial"]
     costs = {
         shape_key(trial.model): (served_cost(1, 10.0), served_cost(16, 100.0 * number))
@@ -129,7 +129,10 @@ def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(wor
         students[1].schedule_text: 5.0,
     }
     assert written.folder.name == "bits-served_ms"
-    assert any("16 requests at a time" in said and "128 + 32" in said for said in written.sentences)
+    assert any(
+        "16 requests at a time" in sentence and "128 + 32" in sentence
+        for sentence in written.sentences
+    )
     sweep.store(workspace)
     picked = plan_pick("toy", workspace=workspace, cost="served_ms", quality="bits", budget=6.0)
     assert picked.point.key == students[1].key
@@ -159,16 +162,18 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     assert written.page.read_bytes() == page, "nothing is overwritten"
     # A model without a stored evaluation has no confidence; the report is written all the same.
     shutil.rmtree(folder)
-    again = write_sweep_report(workspace, sweep)
-    front = again.front
+    partial = write_sweep_report(workspace, sweep)
+    front = partial.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
-    said = again.sentences[1]
-    assert "no paired errors" in said
-    assert said.endswith(f": {lost.name}.")
-    assert said in write_sweep_report(workspace, "toy", "toy").sentences
+    sentence = partial.sentences[1]
+    assert "no paired errors" in sentence
+    assert sentence.endswith(f": {lost.name}.")
+    assert sentence in write_sweep_report(workspace, "toy", "toy").sentences
     skipped = {"skipped": {"piqa": "it needs the hub"}}
-    less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
-    results = with_items(workspace, sweep.results, less)
+    without_piqa = {
+        key: evaluation.model_copy(update=skipped) for key, evaluation in sample_evaluations.items()
+    }
+    results = with_items(workspace, sweep.results, without_piqa)
     written = write_sweep_report(workspace, changed(sweep, results=results))
     sentence = "Averages do not include piqa: it needs the hub."
     assert written.sentences[1] == sentence
@@ -187,24 +192,24 @@ def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep
             items=[str(n) for n in range(700)], values={"acc": right},
         )  # fmt: skip
         evaluations[result.key] = EvaluationResult(results={"lastword": task})
-    few = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
-    written = write_sweep_report(workspace, few)
-    assert written.folder == few.folder(workspace)
+    judged = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
+    written = write_sweep_report(workspace, judged)
+    assert written.folder == judged.folder(workspace)
     in_bits = num_right < 30
     quality = "bits_per_byte" if in_bits else "accuracy"
     assert written.front.axes.quality == f"quality/{quality}"
     assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == in_bits
     # Either quality can be asked for; the one that is no default has its own folder.
     for option, is_default in (("accuracy", not in_bits), ("bits", in_bits)):
-        found = report(workspace=workspace, sweeps=[few.name], quality=option)
-        assert (found.folder == written.folder) == is_default
-    picked = plan_pick(few.name, workspace=workspace, best=True)
+        chosen_report = report(workspace=workspace, sweeps=[judged.name], quality=option)
+        assert (chosen_report.folder == written.folder) == is_default
+    picked = plan_pick(judged.name, workspace=workspace, best=True)
     assert picked.axes == written.front.axes
     # Where some model has no bits per byte, accuracy stays.
-    first, *others = few.results
-    numbers = {n: v for n, v in others[0].numbers.items() if n != "quality/bits_per_byte"}
-    others[0] = others[0].model_copy(update={"numbers": numbers})
-    assert reason_against_accuracy(workspace, [first, *others]) == ""
+    teacher, *other_results = judged.results
+    numbers = {n: v for n, v in other_results[0].numbers.items() if n != "quality/bits_per_byte"}
+    other_results[0] = other_results[0].model_copy(update={"numbers": numbers})
+    assert reason_against_accuracy(workspace, [teacher, *other_results]) == ""
 
 
 @pytest.mark.slow
@@ -225,15 +230,16 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
                 "checkpoint": str(folder / "step_00000020"),
             }
             results.append(result.model_copy(update=changes))
-    found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in results}
-    seeded = changed(sweep, results=with_items(workspace, results, found))
+    evaluations = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in results}
+    seeded = changed(sweep, results=with_items(workspace, results, evaluations))
     teacher, trial = sweep.results[:2]  # A pruned teacher was only measured.
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
-    both = changed(sweep, results=(teacher, pruned))
-    assert [both.journal_of(one_sweep) is None for one_sweep in (teacher, pruned)] == [False, True]
-    alone, several = (
-        write_sweep_report(workspace, one_sweep).curves for one_sweep in (sweep, seeded)
-    )
+    with_pruned_teacher = changed(sweep, results=(teacher, pruned))
+    assert [with_pruned_teacher.journal_of(member) is None for member in (teacher, pruned)] == [
+        False,
+        True,
+    ]
+    alone, several = (write_sweep_report(workspace, member).curves for member in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
     names = [f"{name}, seed {seed}" for name, _ in alone[title] for seed in (0, 1)]
@@ -264,11 +270,11 @@ def num_points(workspace: Workspace) -> int:
 def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     tracking = open_tracking(workspace, warn=pytest.fail)
-    first = write_sweep_report(workspace, sweep, tracking=lambda: tracking)
+    written = write_sweep_report(workspace, sweep, tracking=lambda: tracking)
     points = num_points(workspace)
     # What MLflow shows already is not shown again, so the store is not opened.
     write_sweep_report(workspace, "toy", tracking=pytest.fail)
-    (first.folder / "front.csv").write_text("changed", encoding="utf-8")
+    (written.folder / "front.csv").write_text("changed", encoding="utf-8")
     write_sweep_report(workspace, "toy", tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
@@ -284,15 +290,15 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     assert knee.data.metrics["quality/accuracy"] == pytest.approx(0.4437)
     assert 0 < knee.data.metrics["paired/confidence_keeps_99"] < 1
     # Differences to others are rows of a table.
-    named = [n for n in knee.data.metrics if n.startswith("paired/")]
-    assert sorted(named) == sorted(SUMMARY_METRICS)
+    paired_metrics = [n for n in knee.data.metrics if n.startswith("paired/")]
+    assert sorted(paired_metrics) == sorted(SUMMARY_METRICS)
     assert "quality/accuracy_stderr" in knee.data.metrics
     assert not any(n.endswith("_stderr") and n.count("/") > 1 for n in knee.data.metrics)
     path = client.download_artifacts(run_id, "front/intervals.json", str(workspace.root))
     table = json.loads(Path(path).read_text("utf-8"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    wanted = ("0,1,1,1,1,1", "teacher", "quality/accuracy")
-    [row] = [r for r in rows if (r["model"], r["against"], r["measured"]) == wanted]
+    identity = ("0,1,1,1,1,1", "teacher", "quality/accuracy")
+    [row] = [r for r in rows if (r["model"], r["against"], r["measured"]) == identity]
     assert row["difference"] == pytest.approx(-0.003)
     assert row["low"] < row["difference"] < row["high"]
     losses = client.get_metric_history(knee.info.run_id, "train/loss")
@@ -318,7 +324,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
 
 @pytest.mark.slow
 def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
-    """A changed trial leaves its old page, also in the place of a baseline."""
+    """No trial has a quality at first; then the baselines alone have one."""
     bare = []
     for result in sweep.results:
         numbers = {n: v for n, v in result.numbers.items() if n[:8] != "quality/"}
@@ -326,8 +332,8 @@ def test_a_sweep_without_measured_results_has_a_report(workspace, sweep):
     written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
     front = written.front
-    said = ["x" * 200] * 40
-    note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
+    long_sentences = ["x" * 200] * 40
+    note = run_note(front, long_sentences, ["front"])  # A long note refers to the artifacts.
     assert len(note) <= 8000
     assert "`front/front.html`" in note
     many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
@@ -357,9 +363,9 @@ def test_a_sweep_without_a_report_says_how_far_it_is(tmp_path, sample_results):
     )  # fmt: skip
     plan.write(space.sweeps / "begun" / PLAN_FILE)
     trials[0].write(trials[0].result_path)
-    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials have ended"):
         newest_sweep(space)
-    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials are finished"):
+    with pytest.raises(UserError, match=r"begun has no report .* 1 of 3 trials have ended"):
         load_sweep_results(space, "begun")
 
 
@@ -400,7 +406,7 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(workspace, sweep, tmp_path)
 def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_results):
     """Both sweeps share the teacher and the baselines; the trials of the second are better."""
     trials = [result for result in sample_results if result.role == "trial"]
-    others = [result for result in sample_results if result.role != "trial"]
+    shared = [result for result in sample_results if result.role != "trial"]
     better = [
         t.model_copy(update={"key": f"b{t.key}"}).with_numbers(
             "quality", {"accuracy": t.numbers["quality/accuracy"] + 0.01}
@@ -408,9 +414,9 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
         for t in trials[::2]
     ]
 
-    def store(name: str, own: list[Trial], suite: str = "heldout-1") -> None:
+    def store(name: str, own_trials: list[Trial], suite: str = "heldout-1") -> None:
         measured = Suite(suite=suite, tokens_folder=name)
-        results = tuple(r.model_copy(update={"suite": measured}) for r in (*others, *own))
+        results = tuple(r.model_copy(update={"suite": measured}) for r in (*shared, *own_trials))
         StoredSweep(name=name, key=name, results=results, facts={"Settings": {"n": name}}).store(
             workspace
         )
@@ -430,9 +436,9 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     rows = json.loads((written.folder / "front.json").read_text("utf-8"))["results"]
     assert sum(row["role"] == "teacher" for row in rows) == 1
     # Only names that two sweeps share include the sweep.
-    said = " ".join(written.sentences)
-    assert "vanilla (accuracy" in said
-    assert "0,1,1,1,0,1 (second)" in said
+    text = " ".join(written.sentences)
+    assert "vanilla (accuracy" in text
+    assert "0,1,1,1,0,1 (second)" in text
 
     written = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms", "bits"))
     assert written.folder.name == "first+second-bits-ms"

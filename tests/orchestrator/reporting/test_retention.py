@@ -1,4 +1,4 @@
-"""What models have lost against the source of their sweep's teacher: never against the teacher, in
+"""The losses of models against the source of their sweep's teacher, never against the teacher: in
 the table, in JSON, and where a model is picked."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def bits_of(bits: float, name: str = PYTHON_BITS) -> TaskResult:
 
 
 def evaluation(hops: float, questions: float, bits: float) -> EvaluationResult:
-    """Return what a model answers: of its own task, and of two that it should not forget."""
+    """Return a model's answers: to its own task, and to two tasks that it should not forget."""
     tasks = [right_of("hops", hops), right_of("questions", questions), bits_of(bits)]
     other_tasks = ("questions", PYTHON_BITS)
     return EvaluationResult(results={task.name: task for task in tasks}, beside=other_tasks)
@@ -75,11 +75,11 @@ def workspace(tmp_path) -> Workspace:
     trials = [
         sample_trial(
             key=label.replace(",", "-"), label=label, role=role, schedule=(2, 2),
-            cost={"evaluations": nfe}, quality={"accuracy": found.accuracy},
+            cost={"evaluations": nfe}, quality={"accuracy": evaluated.accuracy},
         )
-        for label, (role, nfe, found) in MODELS.items()
+        for label, (role, nfe, evaluated) in MODELS.items()
     ]  # fmt: skip
-    items = {label.replace(",", "-"): found for label, (*_, found) in MODELS.items()}
+    items = {label.replace(",", "-"): evaluated for label, (*_, evaluated) in MODELS.items()}
     stored = with_items(space, trials, items)
     # The averages do not have the tasks beside, and a stored evaluation says so.
     stored = [trial.model_copy(update={"evaluation": _beside(trial)}) for trial in stored]
@@ -99,14 +99,14 @@ def front_of(workspace: Workspace) -> tuple[Front, list[str]]:
 
 
 def test_tasks_beside_are_in_no_average():
-    found = evaluation(0.5, 0.8, 1.0)
-    assert found.accuracy == 0.5
-    assert found.num_accuracy_items == NUM_ITEMS
-    quality = found.quality()
+    evaluated = evaluation(0.5, 0.8, 1.0)
+    assert evaluated.accuracy == 0.5
+    assert evaluated.num_accuracy_items == NUM_ITEMS
+    quality = evaluated.quality()
     assert quality["accuracy"] == 0.5
     assert BITS_METRIC not in quality
     assert quality["questions/acc"] == 0.8
-    paired = pair_scores({"a": [found], "b": [evaluation(0.4, 0.1, 2.0)]}, num_resamples=50)
+    paired = pair_scores({"a": [evaluated], "b": [evaluation(0.4, 0.1, 2.0)]}, num_resamples=50)
     assert paired is not None
     scores = paired.quality("quality/accuracy")
     assert scores is not None
@@ -129,8 +129,10 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
         assert (points.lost.value, bits.lost.value) == pytest.approx(expected), label
         for loss in (points, bits):
             assert loss.lost.low <= loss.lost.value <= loss.lost.high
-    kept = {label: all(loss.is_within_bound for loss in of.values()) for label, of in lost.items()}
-    assert kept == {"source": True, "teacher": False, "2,1": False, "1,1": True, "0,1": False}
+    is_kept = {
+        label: all(loss.is_within_bound for loss in of.values()) for label, of in lost.items()
+    }
+    assert is_kept == {"source": True, "teacher": False, "2,1": False, "1,1": True, "0,1": False}
 
 
 def test_the_report_has_a_column_a_sentence_and_values(workspace):

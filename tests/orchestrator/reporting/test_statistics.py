@@ -1,4 +1,4 @@
-"""The bootstrap against closed forms."""
+"""The bootstrap's errors and intervals equal closed forms."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_the_error_of_a_ratio_of_sums_matches_the_delta_method():
 def test_equal_models_differ_by_exactly_zero():
     row = np.random.default_rng(3).standard_normal(301) + 9
     scores = drawn(np.stack([row, row - 1, row]))
-    same = scores.difference(0, 2)
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    found = scores.ratio(0, 2)
-    assert found is not None
-    assert (found[0].low, found[0].high) == (1.0, 1.0)
+    difference = scores.difference(0, 2)
+    assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
+    ratio = scores.ratio(0, 2)
+    assert ratio is not None
+    assert (ratio[0].low, ratio[0].high) == (1.0, 1.0)
     assert drawn(np.array([[1.0, 1.0], [0.0, 0.0]])).ratio(0, 1) is None
 
 
@@ -98,9 +98,9 @@ def test_seeds_are_drawn_before_items():
     assert np.allclose(weights[:, :4].sum(axis=1), 1.0)
     assert np.all(weights[:, 4] == 1.0)
     # Models that have as many seeds share them, so what a seed does to both cancels.
-    both = draw_seed_weights(np.array([0, 0, 1, 1]), 100, np.random.default_rng(5))
-    assert np.array_equal(both[:, :2], both[:, 2:])
-    assert len(np.unique(both[:, 0])) == 3
+    shared_weights = draw_seed_weights(np.array([0, 0, 1, 1]), 100, np.random.default_rng(5))
+    assert np.array_equal(shared_weights[:, :2], shared_weights[:, 2:])
+    assert len(np.unique(shared_weights[:, 0])) == 3
     counts = draw_item_counts(50, 8000, (6,))
     scores = resample(ItemValues("acc", values, np.ones(50)), weights, model_of_run, counts)
     assert scores.observed == pytest.approx([seeds.mean(), 0.3])
@@ -122,9 +122,9 @@ def test_the_variances_of_seeds_and_items_add_up():
 
 
 def test_the_mean_of_tasks_is_taken_of_what_was_measured_and_of_each_draw():
-    first = Scores(np.array([0.5, 0.7]), np.array([[0.4, 0.6], [0.6, 0.9], [0.5, 0.6]]))
-    second = Scores(np.array([0.1, 0.3]), np.array([[0.2, 0.2], [0.0, 0.5], [0.1, 0.2]]))
-    mean = mean_scores([first, second])
+    first_task = Scores(np.array([0.5, 0.7]), np.array([[0.4, 0.6], [0.6, 0.9], [0.5, 0.6]]))
+    second_task = Scores(np.array([0.1, 0.3]), np.array([[0.2, 0.2], [0.0, 0.5], [0.1, 0.2]]))
+    mean = mean_scores([first_task, second_task])
     np.testing.assert_allclose(mean.observed, [0.3, 0.5])
     np.testing.assert_allclose(mean.drawn, [[0.3, 0.4], [0.3, 0.7], [0.3, 0.4]])
     assert mean.interval(0).value == pytest.approx(0.3)

@@ -50,8 +50,8 @@ def printed(*shown: RenderableType, width: int = 120) -> str:
     """Return what a terminal of some width shows."""
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
-    for one in shown:
-        console.print(one)
+    for renderable in shown:
+        console.print(renderable)
     return Text.from_ansi(file.getvalue()).plain
 
 
@@ -82,12 +82,12 @@ def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, s
         (80, "schedule NFE FLOPs ms/token accuracy of front"),
         (56, "schedule NFE accuracy front"),
     ):
-        head, _, *found = lines(front, width)
-        assert max(len(line) for line in [head, *found]) <= width
+        head, _, *body = lines(front, width)
+        assert max(len(line) for line in [head, *body]) <= width
         assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
-        assert len(found) == 12
-        assert not any("…" in line for line in found)
-        knee = next(line for line in found if "knee" in line)
+        assert len(body) == 12
+        assert not any("…" in line for line in body)
+        knee = next(line for line in body if "knee" in line)
         assert knee.split()[0] == "0,1,1,1,1,1"
         assert "44.4 ± 1.2" in knee
         assert ("3.96 ± 0.05" in knee) == ("ms/token" in head)
@@ -101,10 +101,10 @@ def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, s
     head = lines(sample_front(sample_results, axes), 110)[0]
     assert ("FLOPs/token" in head, head.count("bits/byte"), "accuracy" in head) == (True, 1, False)
     # The overheads are dropped first, then confidences.
-    head, _, *found = lines(sure_front, 163)
+    head, _, *body = lines(sure_front, 163)
     assert "vs teacher  P(99%)  P(front)  front" in head
-    assert "-0.3 (-0.5 to -0.1)" in next(line for line in found if "knee" in line)
-    assert " to " not in next(line for line in found if "teacher" in line)
+    assert "-0.3 (-0.5 to -0.1)" in next(line for line in body if "knee" in line)
+    assert " to " not in next(line for line in body if "teacher" in line)
     assert "P(front)" not in lines(sure_front, 148)[0]
     assert "vs teacher" not in lines(sure_front, 100)[0]
     assert "vs teacher" in models_table(sure_front).to_markdown()
@@ -115,9 +115,9 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
     last = sample_results[-1]
     deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
     results = [*sample_results[:-1], last.model_copy(update={"config": deep})]
-    head, _, *found = lines(sample_front(results), 160)
+    head, _, *body = lines(sample_front(results), 160)
     assert " layers " in head
-    assert sum(" 99 " in row for row in found) == 1
+    assert sum(" 99 " in row for row in body) == 1
 
     def sized(last: int) -> str:
         counts = [1_480_000] * (len(sample_results) - 1) + [last]
@@ -132,21 +132,21 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
 
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
     several = sample_front(sample_results, sweep_of=sweep_of)
-    head, _, *found = lines(several, 120)
+    head, _, *body = lines(several, 120)
     assert head.split()[:2] == ["schedule", "sweep"]
-    assert all(("first" in row) != ("second" in row) for row in found)
+    assert all(("first" in row) != ("second" in row) for row in body)
     assert {row["sweep"] for row in model_rows(several)} == {"first", "second"}
 
 
 def test_csv_and_json_hold_every_number(front, sure_front, sample_results):
-    found = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
+    csv_rows = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
     values = json.loads(json.dumps(front_values(front), allow_nan=False))
-    by_key = {row["key"]: row for row in found}
+    by_key = {row["key"]: row for row in csv_rows}
     for result in sample_results:
         for name, number in result.metrics().items():
             assert float(by_key[result.key][name]) == pytest.approx(number)
     assert {row["key"] for row in values["results"]} == set(by_key)
-    assert values["picks"]["knee"] == next(r["key"] for r in found if "knee" in r["verdict"])
+    assert values["picks"]["knee"] == next(r["key"] for r in csv_rows if "knee" in r["verdict"])
     assert values["hypervolume"] == front.hypervolume
     assert values["results"][0]["details"] in [
         result.model_dump(mode="json", exclude={"job", "suite"}) for result in sample_results
@@ -208,23 +208,23 @@ CHOICES = {"acc": 0.25, "acc_stderr": 0.125, "acc_norm": 0.5, "perplexity": 1234
 
 
 def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
-    one = evaluation(task("choices", **CHOICES))
-    other = evaluation(task("choices", acc=0.75), task("more", **CHOICES))
-    found = rows(evaluation_table({"model0": one, "model1": other}))
-    assert ["task", "metric", "model0", "model1", "items"] in found
-    assert ["choices", "acc", "0.2500±0.1250", "0.7500", "2"] in found
-    assert ["choices", "perplexity", "1.23e+05", "2"] in found
-    assert ["more", "acc", "0.2500±0.1250", "2"] in found
-    found = rows(evaluation_table({"model": one}))
-    assert ["choices", "acc_norm", "*", "0.5000", "2"] in found
-    assert any(row[:4] == ["average", "accuracy", "*", "0.5000"] for row in found)
+    evaluated = evaluation(task("choices", **CHOICES))
+    of_two_tasks = evaluation(task("choices", acc=0.75), task("more", **CHOICES))
+    cells = rows(evaluation_table({"model0": evaluated, "model1": of_two_tasks}))
+    assert ["task", "metric", "model0", "model1", "items"] in cells
+    assert ["choices", "acc", "0.2500±0.1250", "0.7500", "2"] in cells
+    assert ["choices", "perplexity", "1.23e+05", "2"] in cells
+    assert ["more", "acc", "0.2500±0.1250", "2"] in cells
+    cells = rows(evaluation_table({"model": evaluated}))
+    assert ["choices", "acc_norm", "*", "0.5000", "2"] in cells
+    assert any(row[:4] == ["average", "accuracy", "*", "0.5000"] for row in cells)
     text = evaluation(task("text", bits_per_byte=2.0))
     assert "average" not in printed(evaluation_table({"model": text}))
 
-    less = one.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
-    assert average_notes({"a": one}) == []
-    assert average_notes({"a": less}) == ["the average is over choices, without piqa"]
-    assert average_notes({"a": one, "b": less}) == [
+    without_piqa = evaluated.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
+    assert average_notes({"a": evaluated}) == []
+    assert average_notes({"a": without_piqa}) == ["the average is over choices, without piqa"]
+    assert average_notes({"a": evaluated, "b": without_piqa}) == [
         "the average of b is over choices, without piqa"
     ]
     # Beside the score of the second model stands its difference to the first.
@@ -232,15 +232,15 @@ def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
     difference = Difference(
         model="b", against="a", task="choices", metric="acc_norm", num_items=2, interval=interval
     )
-    found = rows(evaluation_table({"a": one, "b": one}, [difference]))
-    assert ["task", "metric", "a", "b", "vs", "a", "items"] in found
+    cells = rows(evaluation_table({"a": evaluated, "b": evaluated}, [difference]))
+    assert ["task", "metric", "a", "b", "vs", "a", "items"] in cells
     values = ["choices", "acc_norm", "*", "0.5000", "0.5000"]
-    assert [*values, "+0.2500", "(-0.1250", "to", "+0.5000)", "2"] in found
+    assert [*values, "+0.2500", "(-0.1250", "to", "+0.5000)", "2"] in cells
     assert difference_notes([]) == []
     assert difference_notes([difference])[0].startswith("vs a: ")
     changed = evaluation(task("choices", **CHOICES).model_copy(update={"items": ["one", "three"]}))
-    assert tasks_with_other_items([one, one]) == []
-    assert tasks_with_other_items([one, changed]) == ["choices"]
+    assert tasks_with_other_items([evaluated, evaluated]) == []
+    assert tasks_with_other_items([evaluated, changed]) == ["choices"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -252,9 +252,9 @@ def test_no_width_breaks_a_name_or_a_number(width):
     several = ["r=3,3,3,3,3,3", "r=2,2,1,1,1,1", "r=0", "a-model"]
     for models in (["teacher"], ["teacher", "SmolLM2-135M-Instruct"], several):
         text = printed(evaluation_table(dict.fromkeys(models, measured)), width=width)
-        wanted = ["lambada_openai", "heldout_continuation", "perplexity", "acc *", "bits_per_byte"]
+        names = ["lambada_openai", "heldout_continuation", "perplexity", "acc *", "bits_per_byte"]
         numbers = ["6.2e+07 ± 1.2e+06", "0.4432 ± 0.0155"]
-        for part in [*wanted, *numbers, *(models if len(models) > 1 else [])]:
+        for part in [*names, *numbers, *(models if len(models) > 1 else [])]:
             assert part in text
         assert text.count(numbers[0]) == len(models)
         assert all(len(line.rstrip()) <= width for line in text.splitlines())
@@ -287,17 +287,17 @@ def test_no_width_breaks_a_name_or_a_number(width):
 def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers():
     values = ((0.05234, 3e-5), (0.5, 0.0123))
     errors = ((0.00021, 2e-6), (0.0, math.nan))
-    found = rows(*influence_tables(InfluenceTable("loss", values, errors, 64)))
-    assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in found
-    assert ["2", "0.5±0", "0.012"] in found, "a single batch has no error"
+    cells = rows(*influence_tables(InfluenceTable("loss", values, errors, 64)))
+    assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in cells
+    assert ["2", "0.5±0", "0.012"] in cells, "a single batch has no error"
 
     influence = ((0.04, 0.02, 0.01), (0.5,))
     residuals = ((0.8, 0.4, 0.2), (0.25,))
     table = InfluenceTable("cosine", influence, influence, 64, residuals)
     assert max(map(len, printed(*influence_tables(table), width=80).splitlines())) <= 80
-    found = rows(*influence_tables(table))
-    assert ["1", "0.8", "0.4", "0.2", "0.5"] in found
-    assert ["2", "0.25"] in found
+    cells = rows(*influence_tables(table))
+    assert ["1", "0.8", "0.4", "0.2", "0.5"] in cells
+    assert ["2", "0.25"] in cells
     without = replace(table, residual_rows=())
     assert "Residual" not in printed(*influence_tables(without))
     assert influence_table(table).to_markdown().splitlines() == [
@@ -309,6 +309,6 @@ def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layer
     assert influence_table(without).to_markdown().splitlines()[2] == "| 1 | 0.04 | 0.02 | 0.01 |  |"
     table = replace(table, layer_values=(0.31, 0.024))
     assert ["2", "0.5±0.5", "0.024"] in rows(*influence_tables(table))
-    heads, _, first, second = influence_table(table).to_markdown().splitlines()
+    heads, _, first_row, second_row = influence_table(table).to_markdown().splitlines()
     assert heads.endswith("| contraction | whole layer |")
-    assert (first.endswith("| 0.31 |"), second.endswith("| 0.024 |")) == (True, True)
+    assert (first_row.endswith("| 0.31 |"), second_row.endswith("| 0.024 |")) == (True, True)

@@ -52,9 +52,9 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, spac
     assert len({result.numbers["quality/validation_loss"] for result in results}) == 4
     assert len({result.checkpoint for result in results}) == 1
     assert len(list(space.trials.glob("*/done.json"))) == 1
-    again = plan_of()
+    planned_again = plan_of()
     monkeypatch.setattr(trial_module, "measure_trial", pytest.fail)
-    assert [run_trial(trial) for trial in again.trials[1:]] == results
+    assert [run_trial(trial) for trial in planned_again.trials[1:]] == results
 
 
 def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], RunningSweep]:
@@ -131,8 +131,8 @@ def test_one_report_of_two_sweeps_holds_elastic_weights_and_students(plan_of, sp
     report = write_sweep_report(space, *sweeps)
     by_name = {row["label"]: row for row in report.front.rows}
     schedules = ("2,1", "1,1", "1,0", "0,0")
-    own = {name for one in schedules for name in (one, f"{one}, elastic")}
-    assert by_name.keys() == {"teacher", *own}
+    trained_labels = {name for schedule in schedules for name in (schedule, f"{schedule}, elastic")}
+    assert by_name.keys() == {"teacher", *trained_labels}
     stored = json.loads((report.folder / "front.json").read_text("utf-8"))
     assert {row["name"] for row in stored["results"]} == by_name.keys()
     quality = report.front.axes.quality

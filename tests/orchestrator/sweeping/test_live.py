@@ -82,11 +82,11 @@ def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
 
 def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_path, monkeypatch):
     looks = list[Path]()
-    read = JournalReader.read
+    real_read = JournalReader.read
 
     def counted_read(reader: JournalReader) -> list[dict[str, Any]]:
         looks.append(reader.folder)
-        return read(reader)
+        return real_read(reader)
 
     monkeypatch.setattr(JournalReader, "read", counted_read)
     trainings = [trial for trial in tiny_plan.trials if trial.job]
@@ -120,24 +120,24 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     watched.finish(third, 0.4)
     assert NOTE_TAG not in watched.sweep.data.tags
 
-    # The teacher is only measured; its run has the times and the curve of its own training.
+    # The teacher is only measured; its run has the times and the curve of the teacher's training.
     watched.start(teacher)
     assert watched.trial(teacher).info.status == "RUNNING"
     times = recorded_times(Path(str(teacher.checkpoint)).parent)
     watched.finish(teacher, 0.5)
-    found = watched.trial(teacher)
-    assert (found.info.start_time, found.info.end_time) == times
-    assert found.info.status == "FINISHED"
+    tracked = watched.trial(teacher)
+    assert (tracked.info.start_time, tracked.info.end_time) == times
+    assert tracked.info.status == "FINISHED"
     assert watched.losses(teacher)
 
     # A trial appears when it starts, with its parameters and its cost, and has a curve soon.
     journal = Journal(Path(first.folder))
     journal.event("started")
     watched.start(first)
-    found = watched.trial(first)
-    assert found.info.status == "RUNNING"
-    assert found.data.params["schedule"] == first.schedule_text
-    assert 0 < found.data.metrics["cost/relative_evaluations"] <= 1
+    tracked = watched.trial(first)
+    assert tracked.info.status == "RUNNING"
+    assert tracked.data.params["schedule"] == first.schedule_text
+    assert 0 < tracked.data.metrics["cost/relative_evaluations"] <= 1
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
     watched.view.update()
@@ -157,11 +157,11 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     journal.metrics(3, {"train/loss": 1.0})
     journal.close()
     watched.finish(first, 0.49)
-    found = watched.trial(first)
+    tracked = watched.trial(first)
     times = recorded_times(Path(first.folder))
     assert watched.losses(first) == [1, 2, 3]
-    assert (found.info.start_time, found.info.end_time) == times
-    assert found.data.metrics["quality/accuracy"] == 0.49
+    assert (tracked.info.start_time, tracked.info.end_time) == times
+    assert tracked.data.metrics["quality/accuracy"] == 0.49
     for num_shown in (2, 3):
         watched.start(second)
         note = watched.sweep.data.tags[NOTE_TAG]
@@ -178,19 +178,19 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched):
     watched.run.on_early_stop(second.key, stop)
     watched.run.on_end(second.key, None, "")
     watched.view.end_trials()
-    found = watched.trial(first)
-    assert found.info.status == "FAILED"
-    assert "loss" in found.data.tags[REASON_TAG]
-    assert found.data.tags[REASON_TAG][1:] in found.data.tags[NOTE_TAG]
-    found = watched.trial(second)
-    assert (found.info.status, found.data.tags[NOTE_TAG][:13]) == ("KILLED", "Stopped early")
+    tracked = watched.trial(first)
+    assert tracked.info.status == "FAILED"
+    assert "loss" in tracked.data.tags[REASON_TAG]
+    assert tracked.data.tags[REASON_TAG][1:] in tracked.data.tags[NOTE_TAG]
+    tracked = watched.trial(second)
+    assert (tracked.info.status, tracked.data.tags[NOTE_TAG][:13]) == ("KILLED", "Stopped early")
     assert watched.trial(third).info.status == "KILLED"
     assert REASON_TAG not in watched.trial(third).data.tags
 
     watched.finish(teacher, 0.5)
     watched.start(first)
     assert "loss" in watched.sweep.data.tags[NOTE_TAG]
-    found = watched.trial(first)
-    assert found.info.status == "RUNNING"
-    assert not {REASON_TAG, NOTE_TAG} & found.data.tags.keys()
+    tracked = watched.trial(first)
+    assert tracked.info.status == "RUNNING"
+    assert not {REASON_TAG, NOTE_TAG} & tracked.data.tags.keys()
     assert len(watched.trials()) == 4, "no run is made twice"

@@ -41,7 +41,7 @@ class Other(ImplicitEuler):
 
 
 @pytest.fixture
-def other(monkeypatch) -> str:
+def other_method(monkeypatch) -> str:
     monkeypatch.setattr(METHODS, "own_classes", {**METHODS.own_classes, "other": Other})
     return "other"
 
@@ -58,13 +58,13 @@ def models_of(*assignments: str) -> dict[str, tuple[Any, ...]]:
         chosen = {v.label: settings_of(settings, v) for v in swept_variants(settings)}
     else:
         chosen = teacher_and_baselines(settings)
-    found = {}
-    for label, settings_of_one in chosen.items():
-        config = settings_of_one.model.build(vocab_size=300)
-        recipe = settings_of_one.training
+    models = {}
+    for label, model_settings in chosen.items():
+        config = model_settings.model.build(vocab_size=300)
+        recipe = model_settings.training
         shape = (config.method, max(config.corrections), config.num_layers)
-        found[label] = (*shape, recipe.learning_rate, recipe.seed)
-    return found
+        models[label] = (*shape, recipe.learning_rate, recipe.seed)
+    return models
 
 
 ITERATIONS = {
@@ -150,20 +150,20 @@ WITH_TEACHERS = {
 """Settings -> label of a model -> method, corrections, layers, learning rate, seed."""
 
 
-def test_the_models_of_a_sweep_and_their_names(other):
+def test_the_models_of_a_sweep_and_their_names(other_method):
     for assignments, expected in ITERATIONS.items():
         assert models_of("sweep.kind=iterations", *assignments.split("; ")) == expected
     for assignments, expected in WITH_TEACHERS.items():
         assert list(models_of(*assignments.split("; ")).items()) == [*expected.items()]
-    for number in ("6", "[6]"):  # That of the preset.
+    for number in ("6", "[6]"):  # The preset has six layers, too.
         depth = f"sweep.num_layers={{iiet: {number}}}"
         assert models_of("sweep.kind=iterations", depth) == models_of("sweep.kind=iterations")
-    one, several = (
+    of_one_teacher, of_several_teachers = (
         claims_answered(resolve_settings({}, ["model.corrections=3", teachers]))
         for teachers in ("sweep.teachers=[]", "sweep.teachers=[r = 2, pcformer]")
     )
-    assert one.endswith("1, 3, 4")
-    assert "all five claims" in several
+    assert of_one_teacher.endswith("1, 3, 4")
+    assert "all five claims" in of_several_teachers
     with refused(UserError, "model.method=vanilla"):
         check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
 
@@ -171,27 +171,25 @@ def test_the_models_of_a_sweep_and_their_names(other):
 def test_beside_a_teacher_with_a_source_only_named_baselines_are_trained_from_random_weights():
     recipe = "training.source=plain", "training.source_kl_weight=0.5", "training.learning_rate=0.1"
     settings = resolve_settings({}, [*recipe, "sweep.baselines=[r = 1]"])
-    found = teacher_and_baselines(settings, settings)
-    assert [*found] == ["teacher", "r = 1"]
-    assert (found["teacher"].training.source, found["teacher"].training.source_kl_weight) == (
+    models = teacher_and_baselines(settings, settings)
+    assert [*models] == ["teacher", "r = 1"]
+    assert (models["teacher"].training.source, models["teacher"].training.source_kl_weight) == (
         "plain", 0.5,
     )  # fmt: skip
-    baseline = found["r = 1"].training
+    baseline = models["r = 1"].training
     assert (baseline.source, baseline.source_kl_weight) == (None, 0.0)
     assert "none" in claims_answered(settings)
 
 
-def test_options_are_of_the_models_own_method(other):
+def test_options_are_of_the_models_own_method(other_method):
     damping = "model.method_options={damping: 0.5}"
     methods = "sweep.methods=[vanilla, iiet, other]"
     settings = resolve_settings({}, ["sweep.kind=iterations", methods, damping])
-    options = {
-        settings_of_one.name: settings_of(settings, settings_of_one)
-        .model.build(vocab_size=300)
-        .to_dict()
-        for settings_of_one in swept_variants(settings)
+    configs = {
+        variant.name: settings_of(settings, variant).model.build(vocab_size=300).to_dict()
+        for variant in swept_variants(settings)
     }
-    damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
+    damped = {name: c["method_options"] for name, c in configs.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
     check_models(settings)
 
@@ -261,8 +259,8 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     }
     baselines = {f"vanilla, seed {n}": pretrain(f"v {n}", VANILLA, tokens, seed=n) for n in (0, 7)}
 
-    def influence(first: float, rows: tuple[int, int]) -> InfluenceTable:
-        values = ((first, 0.1)[: rows[0]], (0.3, 0.01)[: rows[1]])
+    def influence(of_first_correction: float, rows: tuple[int, int]) -> InfluenceTable:
+        values = ((of_first_correction, 0.1)[: rows[0]], (0.3, 0.01)[: rows[1]])
         zeros = tuple((0.0,) * count for count in rows)
         layers = (0.1, 0.2)
         return InfluenceTable("cosine", values, zeros, num_tokens=64, layer_values=layers)
@@ -278,18 +276,18 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
         plan = plan_students(settings, space, teachers, tables, baselines=baselines)
         groups = {trial.group for trial in plan.trials}
         assert groups == {*of_teacher, "vanilla"}
-    found = {trial.label: trial for trial in plan.trials}
-    assert len(found) == 2 * len(groups) == len(plan.trials)
+    by_label = {trial.label: trial for trial in plan.trials}
+    assert len(by_label) == 2 * len(groups) == len(plan.trials)
     assert plan.teacher == str(teachers["r = 2,1, seed 0"])
-    for label, trial in found.items():
+    for label, trial in by_label.items():
         assert trial.seed == int(label[-1])
         if trial.job:
             teacher = f"{str(trial.group).partition(': ')[0]}, seed {trial.seed}"
             assert trial.job.teacher_folder == str(teachers[teacher])
             assert trial.job.recipe.seed == trial.seed
     for label, checkpoint in baselines.items():
-        assert found[label].checkpoint == str(checkpoint)
-    # Trained alike, but for the seed and the method.
+        assert by_label[label].checkpoint == str(checkpoint)
+    # The teachers are trained alike, but for the seed and the method.
     teachers_in_table = teachers_of(result_table(plan.trials))
     assert len(teachers_in_table) == 4
     bare = plan_students(settings, space, teachers, {}, baselines=baselines)
@@ -308,30 +306,32 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     }
     names = [*runs, f"runs/v/{runs['v'].name}"]
     settings = resolve_settings({}, [f"sweep.baseline_runs={names}"])
-    found = named_baselines(settings, space, teacher)
-    assert found == {
+    baselines = named_baselines(settings, space, teacher)
+    assert baselines == {
         "vanilla": runs["v"],
         "vanilla (again)": runs["again"],
         "vanilla, 3 layers": runs["deep"],
         "r = 1,0": runs["ragged"],
         "pcformer": runs["pc"],
     }, "one that is named twice stands there once"
-    check_named_baselines(found, tokens, [load_config(teacher)])
+    check_named_baselines(baselines, tokens, [load_config(teacher)])
 
-    plan = plan_students(settings, space, {TEACHER: teacher}, {}, named_baselines=found)
+    plan = plan_students(settings, space, {TEACHER: teacher}, {}, named_baselines=baselines)
     assert [(trial.role, trial.label) for trial in plan.trials] == [
-        ("teacher", "teacher"), *(("baseline", label) for label in found)
+        ("teacher", "teacher"), *(("baseline", label) for label in baselines)
     ]  # fmt: skip
     assert [trial.checkpoint for trial in plan.trials] == [
-        str(checkpoint) for checkpoint in (teacher, *found.values())
+        str(checkpoint) for checkpoint in (teacher, *baselines.values())
     ]
     bare = plan_students(settings, space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
-    # Of models that the sweep trains, names are taken; the teacher of a plan stays one.
-    settings_of_one = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
-    assert named_baselines(settings_of_one, space, None) == {"vanilla (v)": runs["v"]}
-    again = {"r = 2,1 (teacher)": teacher}
-    plan = plan_students(settings_of_one, space, {TEACHER: teacher}, {}, named_baselines=again)
+    # A sweep that trains its models has used their labels. The teacher of a plan is listed once.
+    trains_models = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
+    assert named_baselines(trains_models, space, None) == {"vanilla (v)": runs["v"]}
+    named_teacher = {"r = 2,1 (teacher)": teacher}
+    plan = plan_students(
+        trains_models, space, {TEACHER: teacher}, {}, named_baselines=named_teacher
+    )
     assert [trial.role for trial in plan.trials] == ["teacher"]
 
 
@@ -344,11 +344,16 @@ def test_a_sweep_that_trains_its_models_measures_the_named_ones_too(space, pretr
          "model.context_length=32", "training.num_tokens_per_step=64"],
     )  # fmt: skip
     plain = plan_iterations(settings, space, tokens)
-    named = plan_iterations(settings, space, tokens, named_baselines={"vanilla": checkpoint})
-    assert named.trials[:-1] == plain.trials
-    assert (named.trials[-1].role, named.trials[-1].job) == ("baseline", None)
-    assert (named.num_distinct, named.num_requested) == (plain.num_distinct, plain.num_requested)
-    assert named.key != plain.key
+    with_baseline = plan_iterations(
+        settings, space, tokens, named_baselines={"vanilla": checkpoint}
+    )
+    assert with_baseline.trials[:-1] == plain.trials
+    assert (with_baseline.trials[-1].role, with_baseline.trials[-1].job) == ("baseline", None)
+    assert (with_baseline.num_distinct, with_baseline.num_requested) == (
+        plain.num_distinct,
+        plain.num_requested,
+    )
+    assert with_baseline.key != plain.key
 
 
 def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
@@ -357,14 +362,16 @@ def test_a_run_that_cannot_be_compared_is_refused_by_the_name_of_the_setting(
     texts = [f"word {number} " * 40 for number in range(40)]
     tokens = shutil.copytree(tiny_tokens, space.tokens / tiny_tokens.name)
     teacher = pretrain("teacher", {}, tokens)
-    others = pretrain("others", VANILLA, tokens_of(texts, tmp_path / "other", vocab_size=300))
+    of_other_tokens = pretrain(
+        "others", VANILLA, tokens_of(texts, tmp_path / "other", vocab_size=300)
+    )
     half = load_config(teacher).context_length // 2
     short = pretrain("short", {**VANILLA, "context_length": half}, tokens)
     for name in ("nothing", "teacher"):
         settings = resolve_settings({}, [f"sweep.baseline_runs=[{name}]"])
         with pytest.raises(UserError, match=rf"^sweep\.baseline_runs: .*{name}"):
             plan_sweep(settings, workspace=space, teacher=teacher)
-    for checkpoint, words in ((others, "other tokens"), (short, f"reads {half} tokens")):
+    for checkpoint, words in ((of_other_tokens, "other tokens"), (short, f"reads {half} tokens")):
         with pytest.raises(UserError, match=rf"^sweep\.baseline_runs: .*{words}"):
             check_named_baselines({"vanilla": checkpoint}, tokens, [load_config(teacher)])
 

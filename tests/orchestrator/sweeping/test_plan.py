@@ -1,4 +1,4 @@
-"""What a dry run tells of a sweep, against numbers made by hand.
+"""A dry run's sentences, table and price of a sweep equal numbers made by hand.
 
 The tiny model's training FLOPs of a token are 114,816 under 2,1, then 97,728, 80,448 and 63,264
 under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters.
@@ -40,7 +40,9 @@ from orchestrator.workspace.errors import UserError
 STEP = 64
 """Tokens of a step."""
 ALL_FOUR = 114_816 + 97_728 + 80_448 + 63_264
+"""FLOPs of a token in the trainings of all four students, without their teacher."""
 TEACHER = 38_272
+"""FLOPs of a token that the teacher reads for a student: a third of those of 2,1."""
 
 
 def settings(*assignments: str) -> Settings:
@@ -53,12 +55,14 @@ def price_left(plan: SweepTrials, chosen: Settings, folder: Path) -> Price:
     return price_of(on_trial_devices(trainings, placed), folder)
 
 
-def told(plan: SweepTrials, chosen: Settings) -> list[str]:
+def sentences_of(plan: SweepTrials, chosen: Settings) -> list[str]:
     return plan_sentences(plan, chosen.sweep, trial_states(plan, chosen.sweep))
 
 
 def rows(plan: SweepTrials, chosen: Settings, *others: SweepTrials) -> list[str]:
-    states = [state for one in (plan, *others) for state in trial_states(one, chosen.sweep)]
+    states = [
+        state for each_plan in (plan, *others) for state in trial_states(each_plan, chosen.sweep)
+    ]
     console = Console(width=120)
     with console.capture() as captured:
         console.print(plan_table(plan, states))
@@ -67,12 +71,12 @@ def rows(plan: SweepTrials, chosen: Settings, *others: SweepTrials) -> list[str]
 
 def begin(trial: Trial, num_steps: int) -> float:
     """Train a trial until it is stopped, and return the FLOPs so far."""
-    done = 0
+    num_begun = 0
 
     def should_stop() -> bool:
-        nonlocal done
-        done += 1
-        return done > num_steps
+        nonlocal num_begun
+        num_begun += 1
+        return num_begun > num_steps
 
     outcome = run_job(trial.job, should_stop=should_stop)
     assert outcome.step == num_steps
@@ -84,19 +88,19 @@ def begin(trial: Trial, num_steps: int) -> float:
 
 def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     tiny_plan.trials[-1].write(tiny_plan.trials[-1].result_path)
-    found = rows(tiny_plan, settings())
-    assert "model thresholds NFE FLOPs KV/token state" in found
+    lines = rows(tiny_plan, settings())
+    assert "model thresholds NFE FLOPs KV/token state" in lines
     # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
-    assert "teacher 5 100% 640 B to measure" in found
-    assert "2,1 <=0.1 5 100% 640 B to train" in found
-    assert "1,1 0.1 to 0.3 4 85% 512 B to train" in found
-    assert "1,0 0.3 to 0.5 3 69% 384 B to train" in found
-    assert "0,0 >0.5 2 54% 256 B finished" in found
+    assert "teacher 5 100% 640 B to measure" in lines
+    assert "2,1 <=0.1 5 100% 640 B to train" in lines
+    assert "1,1 0.1 to 0.3 4 85% 512 B to train" in lines
+    assert "1,0 0.3 to 0.5 3 69% 384 B to train" in lines
+    assert "0,0 >0.5 2 54% 256 B finished" in lines
     rated = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
     with_rates = tiny_plan.model_copy(update={"trials": (rated,)})
-    found = rows(tiny_plan, settings(), with_rates)
-    assert "model thresholds rate NFE FLOPs KV/token state" in found
-    assert "2,1 <=0.1 1 5 100% 640 B to train" in found
+    lines = rows(tiny_plan, settings(), with_rates)
+    assert "model thresholds rate NFE FLOPs KV/token state" in lines
+    assert "2,1 <=0.1 1 5 100% 640 B to train" in lines
 
 
 def test_the_price_by_hand(tiny_plan, tmp_path):
@@ -139,28 +143,28 @@ def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     assert spent == 30 * STEP * (114_816 + TEACHER)
     assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
-    assert_names(told(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
+    assert_names(sentences_of(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
     begin(student, 40)
     assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
 
 
 def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
-    *first, better, worse = tiny_plan.trials
+    *finished_trials, better, worse = tiny_plan.trials
     rated = with_job(better, {"learning_rate": 1.0})
     worse = worse.model_copy(update={"job": rated.job})
-    trials = (*first, better, worse)
+    trials = (*finished_trials, better, worse)
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": trials})
     chosen = settings("sweep.asha=true")
-    for trial in first:
+    for trial in finished_trials:
         trial.write(trial.result_path)
     stop_early(worse, better, chosen.sweep, 20)
     assert price_left(plan, chosen, tmp_path).num_tokens == 40 * STEP
-    assert told(plan, chosen)[1] == (
+    assert sentences_of(plan, chosen)[1] == (
         "3 of 5 trials are finished and reused, 1 stopped early and left so"
     )
     for trial in (better, worse):
         trial.write(trial.result_path)
-    assert "5 of 5 trials" in told(plan, chosen)[1]
+    assert "5 of 5 trials" in sentences_of(plan, chosen)[1]
     nothing = price_left(plan, chosen, tmp_path)
     assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
 
@@ -177,7 +181,7 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
         models: list[dict[str, Any]], *, seeds: tuple[int, ...] = (), rates: tuple[float, ...] = (),
         **recipe: Any,
     ) -> SweepTrials:  # fmt: skip
-        own = settings("training.num_steps=10", "training.num_tokens_per_step=64").training
+        usual_recipe = settings("training.num_steps=10", "training.num_tokens_per_step=64").training
         jobs = {}
         for number, model in enumerate(models):
             for seed in seeds or (None,):
@@ -188,7 +192,7 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
                     run_folder=str(tmp_path / f"{model}-{seed}"),
                     tokens_folder=str(tiny_tokens),
                     model={**tiny_model, **model},
-                    recipe=own.model_copy(update=changes),
+                    recipe=usual_recipe.model_copy(update=changes),
                     first_stages=str(tmp_path),
                 )
         return iterations_plan(jobs, Suite(suite="x", tokens_folder=str(tiny_tokens)))
@@ -217,16 +221,19 @@ def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
 
 def test_relative_costs_relate_to_the_full_model(tiny_model):
     full = ModelConfig.from_dict(tiny_model)
-    none = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
-    cost = exact_cost(none, full)
+    without_corrections = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
+    cost = exact_cost(without_corrections, full)
     assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
-    most = inference_cost(full).decode_flops_per_token
-    assert cost["relative_flops"] == inference_cost(none).decode_flops_per_token / most
+    full_flops = inference_cost(full).decode_flops_per_token
+    assert (
+        cost["relative_flops"]
+        == inference_cost(without_corrections).decode_flops_per_token / full_flops
+    )
     assert cost["relative_flops"] != 2 / 5, "the head is not evaluated more often"
     assert exact_cost(full, full)["relative_flops"] == 1.0
     # One token after a full context: a forward pass over one gives its tokens less attention.
-    assert exact_cost(full, full)["flops_per_token"] == most == 40_672
-    assert none.corrections == IterationSchedule((0, 0))
+    assert exact_cost(full, full)["flops_per_token"] == full_flops == 40_672
+    assert without_corrections.corrections == IterationSchedule((0, 0))
 
 
 TASK = """task: first
@@ -253,21 +260,21 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
         for old, new in changes:
             text = text.replace(old, new)
         (file.parent / "first.yaml").write_text(text)
-        own = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
+        evaluation = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
         suite = plan_suite(
-            own, tiny_tokens, config, load_tasks(own, tiny_tokens, config, Progress())
+            evaluation, tiny_tokens, config, load_tasks(evaluation, tiny_tokens, config, Progress())
         )
         values = suite.model_dump(mode="json").items()
         return {name: value for name, value in values if not name.endswith("_folder")}
 
-    first = suite_of("one", "b")
-    assert suite_of("one", "b") == first
-    assert suite_of("two", "b") == first, "where the files stand does not matter"
-    assert suite_of("two", "c") != first
-    assert suite_of("one", "b", precision="fp32") == first
-    assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
+    expected = suite_of("one", "b")
+    assert suite_of("one", "b") == expected
+    assert suite_of("two", "b") == expected, "where the files stand does not matter"
+    assert suite_of("two", "c") != expected
+    assert suite_of("one", "b", precision="fp32") == expected
+    assert suite_of("one", "b", precision="bf16") == {**expected, "precision": "bf16"}
     with_instruction = suite_of("one", "b", system_instruction="Answer.")
-    assert with_instruction["fingerprints"] != first["fingerprints"]
+    assert with_instruction["fingerprints"] != expected["fingerprints"]
     long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
     with refused(UserError, "first", "999"):
         suite_of("one", "b", long, (": loglikelihood", ": generate_until"))

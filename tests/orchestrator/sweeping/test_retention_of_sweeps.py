@@ -49,8 +49,8 @@ def trained_pair(workspace: Workspace, data: dict[str, Any]) -> None:
         sizes.append(f"model.context_length={SIZES['context_length']}")
     plain = settings_of(data, "model.method=vanilla", "training.num_steps=20", *sizes)
     run_pretrain(plan_pretrain(plain, workspace=workspace, name="plain", local=True), context)
-    asked = settings_of(data, "model.corrections=1", "training.learning_rate=0.3")
-    plan = plan_pretrain(asked, workspace=workspace, source="plain", name="retrofit", local=True)
+    retrofit = settings_of(data, "model.corrections=1", "training.learning_rate=0.3")
+    plan = plan_pretrain(retrofit, workspace=workspace, source="plain", name="retrofit", local=True)
     run_pretrain(plan, context)
 
 
@@ -94,8 +94,12 @@ def test_without_a_source_there_is_nothing_to_lose(tmp_path):
     assert planned(space).settings.evaluation.retention == {}
     with pytest.raises(UserError, match=r"evaluation\.retention"):
         planned(space, "evaluation.retention={lastword: 1.0}")
-    asked = settings_of(TEXT, "evaluation.retention={lastword: 1.0}", "sweep.kind=iterations")
-    assert any("evaluation.retention" in rule for rule in broken_rules(asked, of_sweep=True))
+    of_iterations = settings_of(
+        TEXT, "evaluation.retention={lastword: 1.0}", "sweep.kind=iterations"
+    )
+    assert any(
+        "evaluation.retention" in rule for rule in broken_rules(of_iterations, of_sweep=True)
+    )
 
 
 @pytest.mark.slow
@@ -111,8 +115,8 @@ def test_a_sweep_reports_what_was_lost_and_another_bound_measures_nothing_again(
     # The average is of the data's own text alone.
     bits = source.numbers["quality/bits_per_byte"]
     assert bits == source.numbers["quality/bits_per_byte/bits_per_byte"]
-    found = json.loads((Path(result.folder) / "front.json").read_text())
-    lost = {row["role"]: found["retention"].get(row["key"]) for row in found["results"]}
+    front = json.loads((Path(result.folder) / "front.json").read_text())
+    lost = {row["role"]: front["retention"].get(row["key"]) for row in front["results"]}
     assert lost["source"] is None
     [of_teacher] = lost["teacher"]
     assert of_teacher["lost"] > 0.02
@@ -122,6 +126,8 @@ def test_a_sweep_reports_what_was_lost_and_another_bound_measures_nothing_again(
         plan_pick(result.name, workspace=workspace, best=True)
 
     end_trials(monkeypatch, lambda trial: pytest.fail(f"{trial.label} is measured again"))
-    again = run_sweep(planned(workspace, "evaluation.retention={bits_per_byte: 100}"), context)
-    assert again.name == result.name
+    second_result = run_sweep(
+        planned(workspace, "evaluation.retention={bits_per_byte: 100}"), context
+    )
+    assert second_result.name == result.name
     assert plan_pick(result.name, workspace=workspace, best=True)

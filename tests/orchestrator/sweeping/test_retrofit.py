@@ -106,19 +106,19 @@ def test_the_source_is_trained_on_until_its_flops_are_the_teachers(make, kl_weig
 
 def test_the_control_reads_the_same_data_in_the_same_order(make, monkeypatch):
     retrofit = with_trained_candidates(make(seed=3, sequence_length=8))
-    read: list[dict[int, torch.Tensor]] = []
+    tokens_by_step: list[dict[int, torch.Tensor]] = []
     batch = TokenStore.batch
 
     def recorded(self: TokenStore, step: int, **options: Any) -> Any:
-        found = batch(self, step, **options)
-        read[-1][step] = found.input_ids
-        return found
+        sequences = batch(self, step, **options)
+        tokens_by_step[-1][step] = sequences.input_ids
+        return sequences
 
     monkeypatch.setattr(TokenStore, "batch", recorded)
     for job in (retrofit.teacher, continued_job(retrofit)):
-        read.append({})
+        tokens_by_step.append({})
         outcome_of(job)
-    of_teacher, of_control = read
+    of_teacher, of_control = tokens_by_step
     assert len(of_teacher) == 4 < len(of_control)
     for step, tokens in of_teacher.items():
         assert torch.equal(of_control[step], tokens)
@@ -145,9 +145,9 @@ def test_its_rate_is_the_better_of_two(make, monkeypatch, losses, factor):
     retrofit = make(learning_rate=1e-3)
     rates = [job.recipe.learning_rate for job in retrofit.candidates.values()]
     assert rates == [1e-3, 2e-3]
-    for own_rate, other in ((1e-3, 2e-3), (5e-4, 5e-4)):
+    for own_rate, other_rate in ((1e-3, 2e-3), (5e-4, 5e-4)):
         known = replace(retrofit, source=replace(retrofit.source, learning_rate=own_rate))
-        assert [job.recipe.learning_rate for job in known.candidates.values()] == [1e-3, other]
+        assert [job.recipe.learning_rate for job in known.candidates.values()] == [1e-3, other_rate]
     folders = [job.run_folder for job in retrofit.candidates.values()]
     by_folder = dict(zip(folders, losses, strict=True))
     monkeypatch.setattr(
@@ -167,8 +167,12 @@ def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):
     retrofit = with_trained_candidates(retrofit)
     finished = dict.fromkeys((*retrofit.candidates, SOURCE_CONTINUED), Path("c"))
     assert list(retrofit.measurable_controls(finished)) == [SOURCE, EQUAL_TOKENS, SOURCE_CONTINUED]
-    none = make("sweep.source_controls=[]")
-    assert (none.candidates, none.continued, none.measurable_controls({})) == ({}, None, {})
+    without_controls = make("sweep.source_controls=[]")
+    assert (
+        without_controls.candidates,
+        without_controls.continued,
+        without_controls.measurable_controls({}),
+    ) == ({}, None, {})
 
 
 def test_models_from_random_weights_have_the_flops_of_teacher_and_source(make):

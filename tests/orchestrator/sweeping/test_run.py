@@ -86,15 +86,15 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finished(trial)
     stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
-    asked_devices: list[str] = []
+    started_keys: list[str] = []
 
     def end(trial: Trial) -> str:
-        asked_devices.append(trial.key)
+        started_keys.append(trial.key)
         return "no luck"
 
     end_trials(monkeypatch, end)
     outcome = sweep.run(plan, "sweep.asha=true")
-    assert asked_devices == []
+    assert started_keys == []
     assert outcome.stopped == {stopped.label: stop}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
@@ -108,7 +108,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert status.has_failed(open_workspace(tmp_path).sweeps / plan.name)
-    assert asked_devices == [stopped.key]
+    assert started_keys == [stopped.key]
     assert sweep.ended[stopped.key] == "FAILED"
 
 
@@ -135,8 +135,8 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
     assert spreads() == {0.5}
     assert spreads(time_again=True) == {0.01}
     assert spreads() == {0.01}, "it is stored"
-    again = sweep.run(tiny_plan)
-    assert {t.numbers["cost/decode_ms_spread"] for t in again.results} == {0.01}
+    second_outcome = sweep.run(tiny_plan)
+    assert {t.numbers["cost/decode_ms_spread"] for t in second_outcome.results} == {0.01}
     shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (
@@ -155,20 +155,22 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     """
     run_trials = tune.run_trials
 
-    def run(function: Any, *given: Any, **named: Any) -> None:
+    def run(function: Any, *arguments: Any, **options: Any) -> None:
         def quick(trial: Trial, process: tune.TuneProcess) -> Trial | None:
             from orchestrator.sweeping import trial as module
 
-            module.measure_trial = lambda one, *_: one.with_numbers("quality", {"accuracy": 0.5})
-            found: Trial | None = function(trial, process)
-            if fails and not found:
+            module.measure_trial = lambda trial, *_: trial.with_numbers(
+                "quality", {"accuracy": 0.5}
+            )
+            result: Trial | None = function(trial, process)
+            if fails and not result:
                 raise OSError("no room")
-            return found
+            return result
 
-        run_trials(quick, *given, **named)
+        run_trials(quick, *arguments, **options)
 
     monkeypatch.setattr(tune, "run_trials", run)
-    monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda one, *_: one)
+    monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda trial, *_: trial)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 
@@ -225,8 +227,8 @@ def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, swee
         journal.metrics(job.recipe.num_steps, {"train/loss": 1.0})
         journal.close()
         view.update()
-    assert texts[0] == f"measuring {teacher.label}"
-    assert set(texts[-1].split("; ")) == {
+    assert texts[0].endswith(f"; measuring {teacher.label}")
+    assert {*texts[-1].split("; ")} > {
         f"measuring {teacher.label}",
         f"measuring {student.label}",
     }
@@ -246,19 +248,19 @@ def test_a_stop_waits_for_trials_that_train_and_not_for_those_that_are_measured(
 
 def test_what_a_tune_that_ended_had_taken_is_taken_again_first(tiny_plan):
     queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
-    taken = [queue.take(), queue.take()]
+    taken_trials = [queue.take(), queue.take()]
     queue.start_again("memory ran low")
     assert queue.notes == ["memory ran low"]
     assert queue.num_taken == 0
-    assert [queue.take(), queue.take()] == taken
+    assert [queue.take(), queue.take()] == taken_trials
     assert queue.failures == {}
 
 
 def test_the_teacher_starts_first_and_then_the_costliest(tiny_plan):
     queue = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
-    first, *others = [trial for _ in tiny_plan.trials if (trial := queue.take())]
-    assert first.role == "teacher"
-    evaluations = [inference_cost(trial.model).evaluations_per_token for trial in others]
+    first_trial, *later_trials = [trial for _ in tiny_plan.trials if (trial := queue.take())]
+    assert first_trial.role == "teacher"
+    evaluations = [inference_cost(trial.model).evaluations_per_token for trial in later_trials]
     assert evaluations == sorted(evaluations, reverse=True)
     assert len(set(evaluations)) > 1
 

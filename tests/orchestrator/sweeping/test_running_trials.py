@@ -93,7 +93,7 @@ def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):
 def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, measured):
     trial = trials[1]
     folder = Path(trial.folder)
-    made = run_trial(trial)
+    result = run_trial(trial)
     num_records = len(read_journal(folder)[0])
     text = trial.result_path.read_text()
     trial.result_path.unlink()
@@ -106,7 +106,7 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, mea
         return False
 
     with stop_when(finish_it):
-        assert run_trial(trial) == made
+        assert run_trial(trial) == result
     assert len(read_journal(folder)[0]) == num_records
 
 

@@ -31,7 +31,7 @@ from orchestrator.workspace.layout import open_workspace
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]
 GAINS = (0.01, 0.04, 0.0, 0.02, 0.08, 0.03)
-"""What a first correction of a layer gives; a second one gives a tenth of it."""
+"""The accuracy that a layer's first correction adds; a second one adds a tenth of it."""
 
 
 def accuracy(schedule: IterationSchedule) -> float:
@@ -46,7 +46,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.workspace = open_workspace(folder)
         self.folder = folder
-        self.made = 0
+        self.num_made = 0
         self.full = FULL
         self.accuracy = accuracy
         teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
@@ -68,7 +68,7 @@ class World:
 
     def finish(self, trial: Trial) -> None:
         if trial.result() is None:
-            self.made += trial.role == "trial"
+            self.num_made += trial.role == "trial"
             right = self.accuracy(trial.model.corrections)
             quality = {"accuracy": right, "bits_per_byte": 1.0 - right}
             trial.with_numbers("quality", quality).write(trial.result_path)
@@ -125,21 +125,21 @@ class World:
 
 @pytest.mark.parametrize("sampler", ["nsga2", "gp"])
 def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sampler):
-    num_trials = 2 if sampler == "gp" else 20  # It takes seconds for each.
+    num_trials = 2 if sampler == "gp" else 20  # A Gaussian process takes seconds for each trial.
     world = World(tmp_path / "a")
-    other = World(tmp_path / "b")
-    first = world.run(sampler=sampler, num_trials=num_trials)
-    assert len(first) == len(set(first)) == num_trials
-    assert not set(first) & {str(schedule) for schedule in FAMILY}
-    assert all(text.split(",")[2] == "0" for text in first), "no more than the teacher has"
-    assert other.run(sampler=sampler, num_trials=num_trials) == first, "the seed decides"
+    same_world = World(tmp_path / "b")
+    suggested = world.run(sampler=sampler, num_trials=num_trials)
+    assert len(suggested) == len(set(suggested)) == num_trials
+    assert not set(suggested) & {str(schedule) for schedule in FAMILY}
+    assert all(text.split(",")[2] == "0" for text in suggested), "no more than the teacher has"
+    assert same_world.run(sampler=sampler, num_trials=num_trials) == suggested, "the seed decides"
     assert world.study().directions == [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
     assert len(world.complete()) == len(set(world.complete())) == num_trials + len(FAMILY)
-    made = world.made
+    num_made = world.num_made
     assert world.run(sampler=sampler, num_trials=num_trials) == []
-    assert [trial.label for trial in world.search(sampler=sampler).suggested_trials()] == first
+    assert [trial.label for trial in world.search(sampler=sampler).suggested_trials()] == suggested
     assert len(world.run(sampler=sampler, num_trials=num_trials + 1)) == 1, "a longer one goes on"
-    assert world.made == made + 1
+    assert world.num_made == num_made + 1
 
 
 def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
@@ -177,10 +177,10 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(tmp
     assert len(running) == 2, "as a killed process leaves them"
     half_trained = [trial for trial in world.search().suggested_trials() if not trial.result()]
     assert len(half_trained) == 2, "they are run first"
-    made = world.made
+    num_made = world.num_made
     after = world.run(num_trials=12, at_once=3)
     assert len(set(before) | set(after)) == len(before) + len(after) == 12
-    assert world.made == made + len(half_trained) + len(after) == 12 + len(FAMILY)
+    assert world.num_made == num_made + len(half_trained) + len(after) == 12 + len(FAMILY)
     assert world.study().get_trials(states=(TrialState.RUNNING,)) == []
     assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
 
@@ -217,9 +217,9 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
 def test_it_finds_a_better_front_than_the_family(tmp_path):
     world = World(tmp_path)
     family_names = {str(schedule) for schedule in FAMILY}
-    asked = world.run(num_trials=60)
+    suggested = world.run(num_trials=60)
 
-    def front(labels: set[str]) -> float:
+    def volume_of(labels: set[str]) -> float:
         results = [
             sample_trial(
                 key=label, role="teacher" if label == str(FULL) else "trial", method="iiet",
@@ -231,11 +231,13 @@ def test_it_finds_a_better_front_than_the_family(tmp_path):
         return sample_front(results).hypervolume or math.nan
 
     every = {",".join(map(str, s)) for s in itertools.product(*(range(r + 1) for r in FULL))}
-    best = front(every)
-    found = front(family_names | set(asked))
-    start = front(family_names)
-    assert start < found <= best
-    assert found - start > 0.6 * (best - start), "a quarter of the schedules, most of the gain"
+    best_volume = volume_of(every)
+    searched_volume = volume_of(family_names | set(suggested))
+    family_volume = volume_of(family_names)
+    assert family_volume < searched_volume <= best_volume
+    assert searched_volume - family_volume > 0.6 * (best_volume - family_volume), (
+        "a quarter of the schedules, most of the gain"
+    )
 
 
 def test_a_failed_trial_does_not_end_the_search(tmp_path):
@@ -243,8 +245,8 @@ def test_a_failed_trial_does_not_end_the_search(tmp_path):
     victim = world.run(num_trials=3)[1]
     other = World(tmp_path / "other")
     assert len(set(other.run(num_trials=12, failing=victim))) == 12
-    [left] = [trial for trial in other.search().suggested_trials() if not trial.result()]
-    assert left.label == victim, "the same command tries it again"
+    [unfinished] = [trial for trial in other.search().suggested_trials() if not trial.result()]
+    assert unfinished.label == victim, "the same command tries it again"
 
 
 def test_a_quality_that_is_no_number_closes_its_trial(tmp_path):

@@ -94,9 +94,9 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     usual = plan()
     assert [t.role for t in usual.trials] == ["teacher", *["trial"] * 4]
     assert len({t.key for t in usual.trials}) == 5
-    few = plan("sweep.num_schedules=2")
-    assert {t.key for t in few.trials} < {t.key for t in usual.trials}, "of another sweep"
-    assert few.key != usual.key
+    of_two = plan("sweep.num_schedules=2")
+    assert {t.key for t in of_two.trials} < {t.key for t in usual.trials}, "of another sweep"
+    assert of_two.key != usual.key
     explicit = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
     assert explicit.num_requested == 5
     bounds = [(t.threshold_above, t.threshold_up_to) for t in explicit.trials[1:]]
@@ -104,22 +104,22 @@ def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan):
     trial = usual.trials[1]
     assert trial.result() is None
     trial.model_copy(update={"role": "baseline", "label": "another"}).write(trial.result_path)
-    found = trial.result()
-    assert (found.role, found.label) == ("trial", trial.label), "under the names of this sweep"
+    result = trial.result()
+    assert (result.role, result.label) == ("trial", trial.label), "under the names of this sweep"
 
 
 def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_key(plan):
     usual = plan()
     for change in ("kl_weight=0.5", "training.num_steps=7", "training.seed=1"):
-        other = plan(f"distillation.{change}")
-        pairs = list(zip(usual.trials, other.trials, strict=True))
+        changed = plan(f"distillation.{change}")
+        pairs = list(zip(usual.trials, changed.trials, strict=True))
         assert all(a.folder != b.folder and a.key != b.key for a, b in pairs[1:])
         assert pairs[0][0].key == pairs[0][1].key, "the teacher is measured as it is"
-    other = plan("distillation.training.checkpoint_every_steps=3")
-    assert [t.key for t in usual.trials] == [t.key for t in other.trials]
-    other = plan(suite="y")
+    changed = plan("distillation.training.checkpoint_every_steps=3")
+    assert [t.key for t in usual.trials] == [t.key for t in changed.trials]
+    changed = plan(suite="y")
     moved = plan(suite_folder="/b")
-    for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
+    for a, b, c in zip(usual.trials, changed.trials, moved.trials, strict=True):
         assert a.folder == b.folder == c.folder, "other tasks are put to the same weights"
         assert a.key != b.key
         assert a.key == c.key, "where files stand does not matter"
@@ -141,16 +141,16 @@ def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, 
         "scratch": ("pretrain", False, False),
     }
     assert sections == {"distillation.training"}, "advice names the settings they are trained by"
-    two = "sweep.num_schedules=2"
-    seeded = plan("sweep.seeds=[0, 1]", two).trials[1:]
-    alone = plan(two).trials[1:]
+    two_schedules = "sweep.num_schedules=2"
+    seeded = plan("sweep.seeds=[0, 1]", two_schedules).trials[1:]
+    alone = plan(two_schedules).trials[1:]
     assert [(t.group, t.seed) for t in seeded] == [
         ("2,1", 0), ("0,0", 0), ("2,1", 1), ("0,0", 1)
     ]  # fmt: skip
     assert len({t.key for t in seeded}) == 4
     # The recipe's own seed is 0: what a sweep without seeds has trained is found again.
     assert alone[0].key == seeded[0].key
-    pruned = plan("sweep.seeds=[0, 1, 2]", two, "distillation.control=pruned").trials[1:]
+    pruned = plan("sweep.seeds=[0, 1, 2]", two_schedules, "distillation.control=pruned").trials[1:]
     assert [(t.label, t.seed, t.job) for t in pruned] == [
         ("2,1, pruned", None, None), ("0,0, pruned", None, None)
     ]  # fmt: skip
@@ -163,9 +163,9 @@ def test_finished_weights_are_found_whatever_they_were_trained_for(students, spa
     usual = students(*assignments).student(member)
     assert Path(usual.folder).parent == space.trials
     run_job(usual.job.model_copy(update={"run_folder": str(space.runs / "mine")}))
-    found = students(*assignments).student(member)
-    assert (found.key, found.folder) == (usual.key, str(space.runs / "mine"))
-    assert finished_outcome(found.job), "nothing is left to train"
+    student = students(*assignments).student(member)
+    assert (student.key, student.folder) == (usual.key, str(space.runs / "mine"))
+    assert finished_outcome(student.job), "nothing is left to train"
     # What was begun in its usual place goes on there.
     run_job(usual.job, should_stop=lambda: True)
     assert students(*assignments).student(member).folder == usual.folder
@@ -177,21 +177,21 @@ ELASTIC = (*SMALL, "sweep.elastic=true")
 
 
 def test_one_training_serves_all_schedules(plan, teacher):
-    found = plan(*ELASTIC, "sweep.elastic_steps=5")
-    assert [trial.label for trial in found.trials] == [
+    elastic = plan(*ELASTIC, "sweep.elastic_steps=5")
+    assert [trial.label for trial in elastic.trials] == [
         "teacher", "2,1, elastic", "1,1, elastic", "1,0, elastic", "0,0, elastic",
     ]  # fmt: skip
-    _, trained, *served = found.trials
-    (job,) = [trial.job for trial in found.trials if trial.job]
+    _, trained, *served = elastic.trials
+    (job,) = [trial.job for trial in elastic.trials if trial.job]
     assert trained.job is job
     assert job.objective == "distill"
     assert job.teacher_folder == job.initial_folder == str(teacher)
     assert job.recipe.num_steps == 5
     assert job.recipe.elastic.schedules == ("1,1", "1,0", "0,0")
     assert {trial.checkpoint for trial in served} == {f"{trained.folder}/step_00000005"}
-    assert len({trial.key for trial in found.trials}) == 5
+    assert len({trial.key for trial in elastic.trials}) == 5
     assert served[0].threshold_text == "0.1 to 0.3"
-    assert found.num_distinct == 4
+    assert elastic.num_distinct == 4
     # Another family, or other steps, give other weights.
     for change in ("sweep.thresholds=[0.2]", "sweep.elastic_steps=6"):
         assert plan(*ELASTIC, change).trials[1].key != trained.key
@@ -221,7 +221,10 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     with refused(UserError, "distillation.training.elastic.schedules"):
         job("0,1")
     # The control has no teacher, so the members learn from the full schedule.
-    own = "distillation.training.elastic.kl_weight=2"
-    assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
+    elastic_weight = "distillation.training.elastic.kl_weight=2"
+    assert (
+        job("2,1", "distillation.control=cross_entropy", elastic_weight).objective
+        == "cross_entropy"
+    )
     with refused(UserError, "elastic.kl_weight=2.0", "distillation.kl_weight"):
-        job("2,1", own)
+        job("2,1", elastic_weight)

@@ -62,9 +62,13 @@ def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch)
     assert steps == list(range(1, 9))
     for path in find_checkpoints(job.folder):
         check_checkpoint(path, with_training_state=True)
-        here = outcome.model_copy(update={"checkpoint": str(path)})
-        there = here.model_copy(update={"checkpoint": str(make_job("plain").folder / path.name)})
-        assert state_of(here) == state_of(there), "a checkpoint holds the state of its own step"
+        delayed = outcome.model_copy(update={"checkpoint": str(path)})
+        undelayed = delayed.model_copy(
+            update={"checkpoint": str(make_job("plain").folder / path.name)}
+        )
+        assert state_of(delayed) == state_of(undelayed), (
+            "a checkpoint holds the state of its own step"
+        )
 
 
 def test_a_copy_holds_the_state_of_its_time_in_memory_that_the_next_one_uses_again():
@@ -76,15 +80,15 @@ def test_a_copy_holds_the_state_of_its_time_in_memory_that_the_next_one_uses_aga
         weight.zero_()
     assert copied["weights"]["a"].tolist() == [1.0, 1.0, 1.0]
     assert copied["groups"][0] == {"rate": 0.1, "step": torch.tensor(1.0)}
-    again = buffers.copy(state)
-    assert again["weights"]["a"] is copied["weights"]["a"]
+    copied_again = buffers.copy(state)
+    assert copied_again["weights"]["a"] is copied["weights"]["a"]
     assert copied["weights"]["a"].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):
     seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
     clock = iter(range(0, 10**6, 45))  # Seconds; read once for each step and when saving.
-    # Of this module alone: threads of other tests may read the time, too.
+    # Only this module gets the clock, because threads of other tests may read the time, too.
     watch = SimpleNamespace(
         monotonic=lambda: float(next(clock)), perf_counter=checkpoint_module.time.perf_counter
     )
@@ -129,18 +133,18 @@ def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
 
 def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_job, tmp_path):
     storage = tmp_path / "store"
-    one, other = (on_machine(make_job(seed=n), f"seed {n}", storage) for n in (0, 1))
-    run_job(one)
+    of_seed_0, of_seed_1 = (on_machine(make_job(seed=n), f"seed {n}", storage) for n in (0, 1))
+    run_job(of_seed_0)
     before = sorted(storage.rglob("*"))
-    run_job(other)
-    assert not events(other, "resumed")
+    run_job(of_seed_1)
+    assert not events(of_seed_1, "resumed")
     assert set(before) <= set(storage.rglob("*")), "nothing of the other is deleted"
-    shutil.rmtree(store_of(other))
-    store_of(one).rename(store_of(other))  # By hand.
-    again = on_machine(make_job(seed=1), "new", storage)
-    run_job(again)
-    assert not events(again, "resumed")
-    assert "another training" in events(again, "damaged")[0]["text"]
+    shutil.rmtree(store_of(of_seed_1))
+    store_of(of_seed_0).rename(store_of(of_seed_1))  # A person may do so by hand.
+    of_new_machine = on_machine(make_job(seed=1), "new", storage)
+    run_job(of_new_machine)
+    assert not events(of_new_machine, "resumed")
+    assert "another training" in events(of_new_machine, "damaged")[0]["text"]
 
 
 def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on_where_it_was(
@@ -158,7 +162,7 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on
     def note(name: str, **_: object) -> None:
         notes.append(name)
 
-    for number in range(len(files)):  # It ends before this file.
+    for number in range(len(files)):  # The upload ends before this file.
         copied = list[str]()
 
         def copy(
@@ -186,8 +190,8 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on
             remote.wait()
         assert notes == ["not copied", "uploaded"]
         assert sorted(copied) == sorted(files)
-        [copy_of_it] = find_checkpoints(store / store_of(job).name)
-        assert {path.name for path in copy_of_it.iterdir()} == files
+        [copied_checkpoint] = find_checkpoints(store / store_of(job).name)
+        assert {path.name for path in copied_checkpoint.iterdir()} == files
         remote.close()
 
 
@@ -196,17 +200,17 @@ def test_what_was_sent_of_another_checkpoint_of_that_step_is_sent_again(make_job
     run_job(job)
     [checkpoint] = find_checkpoints(job.folder)
     remote = RemoteCopy(str(tmp_path / "store"), job.folder, job_key(job))
-    copy_of_it = tmp_path / "store" / store_of(job).name / checkpoint.name
-    copy_of_it.mkdir(parents=True)
-    for path in checkpoint.iterdir():  # Of the same sizes.
+    copied_checkpoint = tmp_path / "store" / store_of(job).name / checkpoint.name
+    copied_checkpoint.mkdir(parents=True)
+    for path in checkpoint.iterdir():  # The files that were sent have the same sizes.
         if path.name != PROVENANCE:
-            (copy_of_it / path.name).write_bytes(bytes(path.stat().st_size))
-    other = bytes((checkpoint / PROVENANCE).stat().st_size)
-    (copy_of_it / remote_copy.BEGUN).write_bytes(other)
+            (copied_checkpoint / path.name).write_bytes(bytes(path.stat().st_size))
+    other_provenance = bytes((checkpoint / PROVENANCE).stat().st_size)
+    (copied_checkpoint / remote_copy.BEGUN).write_bytes(other_provenance)
     remote.start(lambda *_, **__: None, num_kept=2)
     remote.wait()
     remote.close()
-    check_checkpoint(copy_of_it, with_training_state=True)
+    check_checkpoint(copied_checkpoint, with_training_state=True)
 
 
 def test_copies_of_another_machine_stay_and_a_damaged_checkpoint_is_not_copied(make_job, tmp_path):
@@ -281,7 +285,7 @@ def test_uploads_hold_neither_steps_nor_checkpoints_and_keep_what_they_send(
 def test_an_upload_that_is_killed_is_finished_by_the_next_run(make_job, tmp_path):
     job = on_machine(make_job(num_steps=4), "one", tmp_path / "store")
     last = store_of(job) / "step_00000004"
-    # The last checkpoint of all, after one of its files.
+    # The upload of the last checkpoint is killed after one of its files.
     kill("training.remote_copy", "send", str(last / "model.safetensors"))(job)
     assert not (last / "model.safetensors").exists()
     assert (last / "config.json").exists()

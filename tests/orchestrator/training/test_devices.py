@@ -88,14 +88,14 @@ def test_tf32_is_for_gpus_only(tiny_job):
 
 
 def test_numbers_are_the_mean_of_those_of_all_workers(monkeypatch):
-    added = {"tokens": 10.0, "loss": 3.0}  # Of the two others.
+    added = {"tokens": 10.0, "loss": 3.0}  # The sums of the two other workers.
     monkeypatch.setattr(
         dist, "all_reduce", lambda numbers: numbers.add_(torch.tensor([*added.values()]))
     )
-    own = {"loss": torch.tensor(1.5), "tokens": 2}
-    mean = mean_over_workers(own, World(rank=1, size=3))
+    numbers_of_worker = {"loss": torch.tensor(1.5), "tokens": 2}
+    mean = mean_over_workers(numbers_of_worker, World(rank=1, size=3))
     assert mean == {"loss": 1.5, "tokens": 4.0}
-    assert mean_over_workers(own, World()) == {"loss": 1.5, "tokens": 2.0}
+    assert mean_over_workers(numbers_of_worker, World()) == {"loss": 1.5, "tokens": 2.0}
 
 
 # Compiled layers
@@ -112,13 +112,13 @@ pytestmark = pytest.mark.usefixtures("_nothing_compiled")
 
 @pytest.fixture
 def job(tiny_job) -> TrainingJob:
-    """One step without corrections, then a ramp to all."""
+    """A job of one step without corrections, and then a ramp to all of them."""
     return tiny_job(num_steps=6, iterate_from_fraction=0.2, iterate_ramp_fraction=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+@pytest.mark.filterwarnings("ignore")  # The compiler gives warnings about its own code.
 def test_compiled_fields_give_the_losses_of_plain_ones(job):
     compiled = same_run(job, recipe(compile=True), rel=1e-5)
     assert job_key(compiled) == job_key(job)
@@ -134,7 +134,7 @@ def test_compiled_fields_give_the_losses_of_plain_ones(job):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+@pytest.mark.filterwarnings("ignore")  # The compiler gives warnings about its own code.
 def test_compiled_fields_of_a_retrofit_give_the_losses_of_plain_ones(tiny_job, tiny_model):
     identity = {"method_options": {"start": "identity"}, "schedule": [0, 2]}
     job = tiny_job(num_steps=4, iterate_from_fraction=0.0, trained_layers="corrected")
@@ -164,13 +164,13 @@ def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
     sizes = set[int]()
     split = Batch.split
 
-    def seen_split(batch: Batch, size: int) -> list[Batch]:
+    def recorded_split(batch: Batch, size: int) -> list[Batch]:
         parts = split(batch, size)
         sizes.update(map(len, parts))
         return parts
 
     monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
-    monkeypatch.setattr(Batch, "split", seen_split)
+    monkeypatch.setattr(Batch, "split", recorded_split)
     compiled = recipe(compile=True, num_sequences_per_pass=4)(job)
     assert run_job(compiled, sequences_if_uncompiled=1).finished
     assert sizes == {1}
@@ -180,21 +180,24 @@ def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
 
 def test_every_training_of_a_process_compiles():
     """Tune reuses a process for its trials; Dynamo keeps graphs for 8 backends, here for 2."""
-    found: list[str] = []
+    event_names: list[str] = []
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(3):
             decoder = tiny_decoder(1)
             graphs = CompileCounter()
-            compile_layers(decoder, lambda name, **_: found.append(name), backend=graphs)
+            compile_layers(decoder, lambda name, **_: event_names.append(name), backend=graphs)
             decoder(torch.zeros(2, 8, dtype=torch.long))
             assert graphs.frame_count
-    assert found == ["compiled"] * 3
+    assert event_names == ["compiled"] * 3
 
 
 @pytest.mark.slow
 def test_a_few_graphs_serve_the_sums_of_any_number_of_layers():
-    """Lists of 1 to 24 estimates, under three schedules. None runs uncompiled: Dynamo would then
-    have refused a graph, which this setting makes an error."""
+    """The sums are of 1 to 24 estimates, under three schedules.
+
+    None of them runs uncompiled: Dynamo would then have refused a graph, which the setting
+    `fail_on_recompile_limit_hit` makes an error.
+    """
     decoder = tiny_decoder(24)
     backend = CompileCounterWithBackend("aot_eager")
     tokens = torch.randint(13, (2, 8))
@@ -261,10 +264,10 @@ def test_copies_add_gradients_up_where_they_send_them_and_have_none_of_what_a_st
             alone(tokens, schedule=schedule, loss_fn=loss_fn).backward()
         expected = dict(alone.named_parameters())
         for name, parameter in decoder.named_parameters():
-            own = expected[name].grad
-            assert (parameter.grad is None) == (own is None), name
-            if own is not None:
-                torch.testing.assert_close(parameter.grad, own)
+            gradient = expected[name].grad
+            assert (parameter.grad is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(parameter.grad, gradient)
         clear_gradients(model, optimizer)
 
 
@@ -279,10 +282,10 @@ def test_copies_follow_the_schedule_and_train_what_was_frozen_as_little_as_befor
     norm = decoder.model.layers[0].correction_norm.weight
     copies_of_decoder = Copies(decoder, copies)
     none, all_layers = (decoder.schedule.parse(text, num_layers=LAYERS) for text in ("0", "1"))
-    first = copies_of_decoder.model_for([none])
-    assert copies_of_decoder.model_for([none]) is first
+    model = copies_of_decoder.model_for([none])
+    assert copies_of_decoder.model_for([none]) is model
     assert not norm.requires_grad
-    assert copies_of_decoder.model_for([all_layers]) is not first
+    assert copies_of_decoder.model_for([all_layers]) is not model
     assert norm.requires_grad
     assert norm.grad is not None
     copies_of_decoder.model_for([none])
@@ -297,7 +300,7 @@ def tiny_decoder(num_layers: int) -> Decoder:
 
 @pytest.fixture
 def teacher_job(tmp_path) -> TrainingJob:
-    """Train with a teacher of some layers, most of whose weights belong to them."""
+    """The job of a student whose teacher has most of its weights in its layers."""
     teacher = make_decoder(num_layers=8, dim=64, ffn_dim=192, vocab_size=128, context_length=16)
     teacher.save_pretrained(tmp_path / "teacher")
     return TrainingJob(
@@ -355,14 +358,14 @@ def make_decoder(method: str = "iiet", **sizes: Any) -> Decoder:
 
 def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) -> Counter[str]:
     tokens = torch.zeros(1, decoder.config.context_length, dtype=torch.long)
-    with Collectives() as seen:
+    with Collectives() as collectives:
         for number in range(num_passes):
             several = pass_of_several(decoder, world, is_last=number == num_passes - 1)
             with several if num_passes > 1 else nullcontext():
                 with autocast(precision, world):
                     loss = decoder(tokens, loss_fn=partial(next_token_loss, input_ids=tokens))
                 loss.backward()  # type: ignore[no-untyped-call]
-    return seen.counts
+    return collectives.counts
 
 
 @pytest.mark.parametrize(
@@ -390,9 +393,9 @@ def test_the_passes_of_a_step_gather_once_together(world, precision):
         assert counts == {"allgather": LAYERS + 1, "reduce_scatter": 3 * (LAYERS + 1)}
         assert all(isinstance(p, DTensor) for p in decoder.parameters())
     # Validation and a step of one pass gather as if there had been no passes.
-    with torch.no_grad(), autocast(precision, world), Collectives() as seen:
+    with torch.no_grad(), autocast(precision, world), Collectives() as collectives:
         decoder(torch.zeros(1, 8, dtype=torch.long))
-    assert seen.counts == {"allgather": LAYERS + 1}
+    assert collectives.counts == {"allgather": LAYERS + 1}
     assert step(decoder, world, precision)["allgather"] == 2 * LAYERS
 
 
@@ -413,18 +416,18 @@ def test_replicas_of_shards_average_gradients_in_the_last_pass_only():
 def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world, method):
     decoder = make_decoder(method)
     shard(decoder, world, precision="bf16")
-    seen: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
 
     def note(module: nn.Module, prefix: str) -> None:
         # A layer reads its mix without calling it as a module.
         for name, parameter in module.named_parameters(prefix, recurse=isinstance(module, Layer)):
-            seen[name] = parameter.dtype
+            dtypes[name] = parameter.dtype
 
     for prefix, module in decoder.named_modules():
         module.register_forward_pre_hook(lambda module, _, prefix=prefix: note(module, prefix))
     step(decoder, world, "bf16")
-    assert seen.keys() == dict(decoder.named_parameters()).keys()
-    for name, dtype in seen.items():
+    assert dtypes.keys() == dict(decoder.named_parameters()).keys()
+    for name, dtype in dtypes.items():
         is_matrix = "_proj." in name
         assert dtype == (torch.bfloat16 if is_matrix else torch.float32), name
 
@@ -459,14 +462,14 @@ def test_the_planned_memory_is_that_of_a_step(precision, num_passes, checkpointi
 def test_a_worker_holds_its_rows_of_a_sharded_teacher(teacher_job, dtype, monkeypatch):
     # Half precision is for GPUs, where the norms of its methods stay float32.
     monkeypatch.setattr("orchestrator.training.devices.frozen_dtype", lambda *_: dtype)
-    whole = load_teacher(teacher_job, World())
-    assert whole is not None
+    whole_teacher = load_teacher(teacher_job, World())
+    assert whole_teacher is not None
     num_shards = 4
     for rank in range(num_shards):
         with fake_workers(num_shards, rank=rank) as world:
             teacher = load_teacher(teacher_job, world)
             assert teacher is not None
-            expected = dict(whole.named_parameters())
+            expected = dict(whole_teacher.named_parameters())
             held_bytes = 0
             for name, parameter in teacher.named_parameters():
                 assert isinstance(parameter, DTensor)
@@ -476,7 +479,7 @@ def test_a_worker_holds_its_rows_of_a_sharded_teacher(teacher_job, dtype, monkey
                 assert torch.equal(local, rows[rank] if rank < len(rows) else rows[0][:0]), name
                 held_bytes += local.nbytes
         # The rows of the mix, of one to seven numbers, do not divide by four.
-        whole_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+        whole_bytes = sum(parameter.nbytes for parameter in whole_teacher.parameters())
         assert held_bytes == pytest.approx(whole_bytes / num_shards, rel=2e-3)
 
 
@@ -521,7 +524,7 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):
     loaded = new.model_copy(update={"initial_folder": str(tmp_path / "initial")})
     Decoder(config).save_pretrained(tmp_path / "initial")
     for job in (new, loaded):
-        whole = decoder_to_train(job, World(), None).state_dict()
+        whole_weights = decoder_to_train(job, World(), None).state_dict()
         random_state = torch.get_rng_state()
         for rank in range(num_shards):
             with fake_workers(num_shards, rank=rank) as world, counted_reads() as reads:
@@ -533,6 +536,6 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(tmp_path):
                 assert torch.equal(torch.get_rng_state(), random_state)
                 for name, parameter in decoder.named_parameters():
                     assert isinstance(parameter, DTensor)
-                    expected = list(whole[name].chunk(num_shards))
-                    expected += [whole[name][:0]] * (num_shards - len(expected))
+                    expected = list(whole_weights[name].chunk(num_shards))
+                    expected += [whole_weights[name][:0]] * (num_shards - len(expected))
                     assert torch.equal(parameter.to_local(), expected[rank]), name

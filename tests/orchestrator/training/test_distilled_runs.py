@@ -82,8 +82,8 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(student, teacher, 
     (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     job = student(recipe={"num_steps": 1})
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
-    kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
-    checkpoint = Path(str(run_job(job.model_copy(update=kept)).checkpoint))
+    imported_folders = {name: folder for name, folder in folders.items() if getattr(job, name)}
+    checkpoint = Path(str(run_job(job.model_copy(update=imported_folders)).checkpoint))
     assert read_text_files(checkpoint) == read_text_files(imported)
 
 
@@ -94,9 +94,9 @@ def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
     assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
     start = decoder_to_train(smaller, World(), None)
     full = load_model(teacher)
-    kept = start.model.layers[0].state_dict()
+    first_weights = start.model.layers[0].state_dict()
     for name, weights in full.model.layers[1].state_dict().items():
-        assert torch.equal(kept[name], weights) or name.startswith("mix.")
+        assert torch.equal(first_weights[name], weights) or name.startswith("mix.")
     trained = load_model(Path(str(run_job(smaller).checkpoint)))
     assert trained.config == config
     assert all(value > 0 for value in curve(smaller, "train/kl").values())
@@ -107,14 +107,16 @@ def test_the_teacher_contributes_only_within_its_window(student):
     always = student("always")
     assert job_key(job) != job_key(always)
     outcome = run_job(job)
-    usual = run_job(always)
+    outcome_of_always = run_job(always)
     assert list(curve(job, "train/kl")) == [3, 4]
     assert all(value > 0 for value in curve(job, "train/kl").values())
     losses, entropies = (curve(job, f"train/{name}") for name in ("loss", "cross_entropy"))
     assert list(entropies) == [1, 2, 3, 4, 5, 6]
     assert [step for step in losses if losses[step] != entropies[step]] == [3, 4]
     assert list(curve(always, "train/kl")) == [1, 2, 3, 4, 5, 6]
-    assert outcome.training_flops < usual.training_flops, "a teacher outside its window is not run"
+    assert outcome.training_flops < outcome_of_always.training_flops, (
+        "a teacher outside its window is not run"
+    )
     for window in ("teacher_until_step=0", "teacher_from_step=-1"):
         with pytest.raises(UserError, match=rf"distillation\.{window.partition('=')[0]}"):
             resolve_settings({}, [f"distillation.{window}"])
@@ -129,9 +131,9 @@ def test_a_control_is_trained_without_a_teacher(control, student, teacher):
     torch.manual_seed(job.recipe.seed)
     fresh = Decoder(job.model).state_dict()
     taught = load_model(teacher).state_dict()
-    expected, other = (fresh, taught) if control == "scratch" else (taught, fresh)
+    expected, unexpected = (fresh, taught) if control == "scratch" else (taught, fresh)
     assert all(torch.equal(start[name], expected[name]) for name in expected)
-    assert not all(torch.equal(start[name], other[name]) for name in other)
+    assert not all(torch.equal(start[name], unexpected[name]) for name in unexpected)
     run_job(job)
     assert curve(job, "train/kl") == {}
     assert len(curve(job)) == RECIPE["num_steps"]

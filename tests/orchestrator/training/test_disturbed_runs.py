@@ -85,8 +85,8 @@ def spoil(*arguments):
     inner = make_objective(*arguments)
 
     def compute(model, batch, step):
-        loss, found = inner(model, batch, step)
-        return (loss * math.nan if step == 3 and rank == "1" else loss), found
+        loss, parts = inner(model, batch, step)
+        return (loss * math.nan if step == 3 and rank == "1" else loss), parts
 
     return compute
 
@@ -97,13 +97,13 @@ PATCHES = {"masked": MASKED, "bad": BAD}
 
 
 class Row(NamedTuple):
-    """What happens to a job's run, and what its journal then says."""
+    """The disturbances of a job's run, and the events of its journal after them."""
 
     job: str
     disturbances: list[Disturbance]
     resumed: list[int]
     """Steps after which a process went on."""
-    said: str = ""
+    words: str = ""
     """Words of each event about damage, of which there are `num_damaged`."""
     num_damaged: int = 0
     rel: float = 0.0
@@ -137,7 +137,7 @@ SLOW = {
         "plain", [stop(9), damage(MOMENTS), crash(11)], [8, 8], "step_00000008 is used", 2
     ),
     "a damaged end": Row("plain", [train, damage(WEIGHTS, b"")], [8], "step_00000008 is used", 1),
-    # What memory a step takes, and a profile, are not part of a result's key.
+    # The memory that a step takes, and a profile, are not part of a result's key.
     "activations computed again": Row("plain", [recipe(activation_checkpointing=True)], []),
     "several passes": Row("plain", [recipe(num_sequences_per_pass=3)], [], rel=1e-4),
     "a profile": Row("plain", [recipe(profile_steps=2)], []),
@@ -217,7 +217,7 @@ def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job, name):
     assert [event["step"] for event in events(job, "resumed")] == row.resumed
     damaged = events(job, "damaged")
     assert len(damaged) == row.num_damaged
-    assert all(row.said in event["text"] for event in damaged)
+    assert all(row.words in event["text"] for event in damaged)
 
 
 @pytest.mark.slow
@@ -225,7 +225,8 @@ def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job, name):
 def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
     row = SEVERAL[name]
     for owner, attribute in ((TokenStore, "batch"), (trainer, "make_objective")):
-        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))  # So that it comes back.
+        # The patches assign to these attributes, and monkeypatch puts them back afterwards.
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
     exec(PATCHES.get(row.job, ""), {"rank": "1"})
     job = same_run(make_job(row.job), *row.disturbances, rel=row.rel or 1e-4)
     assert [event["step"] for event in events(job, "resumed")] == row.resumed

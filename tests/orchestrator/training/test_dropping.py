@@ -49,23 +49,23 @@ class Repeat(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_a_decoder_whose_dropped_layers_repeat(method):
     decoder = decoder_of(method)
-    for kept in ((0, 1, 3), (1, 2), (3,), (0,)):
-        check_dropping(decoder, kept)
-    same = drop_layers(decoder, range(4))
-    assert torch.equal(same(TOKENS), decoder(TOKENS))
-    same.model.embed_tokens.weight.zero_()  # The weights are copies.
+    for kept_layers in ((0, 1, 3), (1, 2), (3,), (0,)):
+        check_dropping(decoder, kept_layers)
+    complete_copy = drop_layers(decoder, range(4))
+    assert torch.equal(complete_copy(TOKENS), decoder(TOKENS))
+    complete_copy.model.embed_tokens.weight.zero_()  # The weights are copies.
     assert decoder.model.embed_tokens.weight.abs().min() > 0
 
 
-def check_dropping(decoder, kept):
+def check_dropping(decoder, kept_layers):
     expected = copy.deepcopy(decoder)
-    for layer in set(range(4)) - set(kept):
+    for layer in set(range(4)) - set(kept_layers):
         expected.model.layers[layer] = Repeat()
-    smaller = drop_layers(decoder, kept)
+    smaller = drop_layers(decoder, kept_layers)
     with plain_formulas():
         torch.testing.assert_close(smaller(TOKENS), expected(TOKENS), rtol=0, atol=1e-12)
         assert (smaller(TOKENS) - decoder(TOKENS)).abs().max() > 1e-3
-    assert smaller.config == kept_config(decoder.config, kept)
+    assert smaller.config == kept_config(decoder.config, kept_layers)
 
 
 def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():
@@ -82,6 +82,9 @@ def test_kept_layers_keep_their_rotation_and_window():
         context_length=16, rotary_layers=(True, False, True, False),
         sliding_windows=(4, None, 5, 6),
     )  # fmt: skip
-    kept = kept_config(config, (1, 2))
-    assert (kept.rotary_layers, kept.sliding_windows) == ((False, True), (None, 5))
+    smaller_config = kept_config(config, (1, 2))
+    assert (smaller_config.rotary_layers, smaller_config.sliding_windows) == (
+        (False, True),
+        (None, 5),
+    )
     assert kept_config(config, (0, 2)).rotary_layers is None

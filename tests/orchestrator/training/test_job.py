@@ -31,7 +31,7 @@ def make(tiny_job) -> MakeJob:
 def test_the_key_depends_on_what_determines_the_result(make, tiny_model, save_tiny, tmp_path):
     teacher = str(save_tiny(tmp_path / "teacher"))
     taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
-    same = [
+    equal_jobs = [
         make(),
         make("elsewhere", provenance={"note": "x"}, section="distillation.training"),
         make(storage=str(tmp_path / "store")),
@@ -39,7 +39,7 @@ def test_the_key_depends_on_what_determines_the_result(make, tiny_model, save_ti
         make(model={**tiny_model, "method_options": {"damping": 1.0}}),
         make(changes={"sequence_length": tiny_model["context_length"]}),
     ]
-    others = [
+    other_jobs = [
         make(changes={"learning_rate": 2e-2}),
         make(changes={"seed": 1}),
         make(changes={"iterate_ramp_fraction": 0.1}),
@@ -51,8 +51,8 @@ def test_the_key_depends_on_what_determines_the_result(make, tiny_model, save_ti
         make(**taught, distillation=DistillationConfig(start_step=1)),
         make(**taught | {"objective": "cross_entropy"}),
     ]
-    assert len({job_key(job) for job in same}) == 1
-    assert len({job_key(job) for job in (same[0], *others)}) == 1 + len(others)
+    assert len({job_key(job) for job in equal_jobs}) == 1
+    assert len({job_key(job) for job in (equal_jobs[0], *other_jobs)}) == 1 + len(other_jobs)
 
 
 def test_a_folder_holds_one_job_of_one_version(make):
@@ -86,10 +86,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
 def test_mistakes_are_found_before_anything_is_written(changes, sentence, make, tiny_model):
-    given = {**changes}
-    if "model" in given:
-        given["model"] = {**tiny_model, **given["model"]}
-    job = make(**given)
+    fields = {**changes}
+    if "model" in fields:
+        fields["model"] = {**tiny_model, **fields["model"]}
+    job = make(**fields)
     with pytest.raises(UserError, match=sentence):
         check_job(job, num_workers=2)
     check_job(make(), num_workers=4)

@@ -1,4 +1,4 @@
-"""Speed, load and memory in the journal are those of the steps."""
+"""The journal records the speed, load and memory of the steps."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_peaks_are_found_by_full_name():
 
 
 def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(monkeypatch):
-    def gather(own: dict[str, float], world: World) -> list[dict[str, float]]:
+    def gather(loads: dict[str, float], world: World) -> list[dict[str, float]]:
         assert world.rank == 1
-        return [{"power_usage_watts": 310.0, "utilization_percentage": 97.0}, own]
+        return [{"power_usage_watts": 310.0, "utilization_percentage": 97.0}, loads]
 
     def broken(device: torch.device) -> float:
         raise RuntimeError("Not Supported")
@@ -64,7 +64,7 @@ def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(mo
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch):
-    peak = {"bytes": 9 * 10**9}  # Of the trial before.
+    peak = {"bytes": 9 * 10**9}  # The process has the peak of the trial before.
     for name, answer in {
         "get_device_name": lambda _: "NVIDIA H100 80GB HBM3",
         "reset_peak_memory_stats": lambda _: peak.update(bytes=3 * 10**9),
@@ -79,10 +79,10 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch):
     position.num_tokens = 10
     position.flops = 8e15
     position.seconds = 5.0
-    found = meter.measure(position)
-    assert found["train/mfu"] == pytest.approx(0.4)
-    assert found["train/memory_gb"] == 3.0
-    assert found.items() >= loads.items()
+    numbers = meter.measure(position)
+    assert numbers["train/mfu"] == pytest.approx(0.4)
+    assert numbers["train/memory_gb"] == 3.0
+    assert numbers.items() >= loads.items()
 
 
 def test_a_run_records_its_speed_memory_and_machine(tiny_job):

@@ -137,14 +137,15 @@ def test_passes_of_any_size_equal_one_pass(source, distills):
     objective = make_objective(
         lambda _: SCHEDULE, teacher, DistillationConfig(hidden_weight=0.5 * distills)
     )
-    whole, numbers = trained(source, objective, per_pass=None)
+    expected_decoder, numbers = trained(source, objective, per_pass=None)
     assert len(numbers) == NUM_STEPS
     for per_pass in (4, 1):
         cut, numbers_of_passes = trained(source, objective, per_pass=per_pass)
-        for found, expected in zip(numbers_of_passes, numbers, strict=True):
-            assert found == pytest.approx(expected, rel=1e-9)
-        for parameter, same in zip(cut.parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(parameter, same, rtol=1e-9, atol=1e-13)
+        for actual_numbers, expected_numbers in zip(numbers_of_passes, numbers, strict=True):
+            assert actual_numbers == pytest.approx(expected_numbers, rel=1e-9)
+        pairs = zip(cut.parameters(), expected_decoder.parameters(), strict=True)
+        for parameter, expected in pairs:
+            torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-13)
 
 
 def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes():
@@ -162,24 +163,24 @@ def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes()
     decoder, numbers = trained(nothing, objective, per_pass=4)
     assert [n["train/loss"] for n in numbers] == [0.0] * NUM_STEPS
     assert [n["train/gradient_norm"] for n in numbers] == [0.0] * NUM_STEPS
-    for found, expected in zip(decoder.parameters(), fresh_decoder().parameters(), strict=True):
-        assert torch.equal(found, expected)
+    for parameter, expected in zip(decoder.parameters(), fresh_decoder().parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 @pytest.mark.parametrize("source", [completions, answers])
 def test_validation_weighs_batches_by_their_targets(source):
     decoder = fresh_decoder()
     batches = [*source(0).split(4), nothing(0), *source(1).split(5)]
-    found = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
-    both = [source(0), source(1)]
-    logits = torch.cat([decoder(b.input_ids) for b in both])
-    targets = torch.cat([b.targets for b in both])
-    counted = torch.cat([b.counted for b in both])
+    metrics = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
+    unsplit = [source(0), source(1)]
+    logits = torch.cat([decoder(b.input_ids) for b in unsplit])
+    targets = torch.cat([b.targets for b in unsplit])
+    counted = torch.cat([b.counted for b in unsplit])
     expected = cross_entropy(logits, targets, mask=counted).item()
-    assert found[VALIDATION_METRIC] == pytest.approx(expected, rel=1e-12)
+    assert metrics[VALIDATION_METRIC] == pytest.approx(expected, rel=1e-12)
     right = (logits.argmax(-1) == targets)[counted].double().mean().item()
     accuracy = None if batches[0].is_text else pytest.approx(right)
-    assert found.get("validation/accuracy") == accuracy
+    assert metrics.get("validation/accuracy") == accuracy
     empty = validation_metrics(decoder, [nothing(0)], SCHEDULE, precision="fp32", world=World())
     assert empty.keys() == {VALIDATION_METRIC}
     assert math.isnan(empty[VALIDATION_METRIC])
@@ -192,18 +193,18 @@ def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
     objective = make_objective(lambda _: SCHEDULE)
     plain, plain_numbers = trained(of_two_sources, objective, per_pass=3)
     batch = of_two_sources(0)
-    first = numbers[0]
+    first_numbers = numbers[0]
     logits = fresh_decoder()(batch.input_ids)
     total = 0.0
     for number, name in enumerate(names):
         chosen = (batch.sources == number) & batch.counted
         expected = cross_entropy(logits, batch.targets, mask=chosen).item()
-        assert first[f"train/loss_{name}"] == pytest.approx(expected, rel=1e-9)
+        assert first_numbers[f"train/loss_{name}"] == pytest.approx(expected, rel=1e-9)
         total += expected * chosen.sum().item()
-    assert first["train/loss"] == pytest.approx(total / batch.num_targets, rel=1e-9)
-    assert set(first) - set(plain_numbers[0]) == {f"train/loss_{name}" for name in names}
-    for found, same in zip(decoder.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found, same, rtol=1e-9, atol=1e-13)
+    assert first_numbers["train/loss"] == pytest.approx(total / batch.num_targets, rel=1e-9)
+    assert set(first_numbers) - set(plain_numbers[0]) == {f"train/loss_{name}" for name in names}
+    for parameter, expected in zip(decoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-13)
 
 
 def test_validation_by_source_weighs_up_to_the_total():
@@ -215,20 +216,22 @@ def test_validation_by_source_weighs_up_to_the_total():
         for batch in source(0).split(3)
     ]
     options: dict[str, Any] = {"precision": "fp32", "world": World()}
-    found = validation_metrics(decoder, batches, SCHEDULE, **options, source_names=names)
-    alone = {
+    metrics = validation_metrics(decoder, batches, SCHEDULE, **options, source_names=names)
+    metrics_of_sources = {
         name: validation_metrics(decoder, [source(0)], SCHEDULE, **options)
         for name, source in zip(names, (completions, answers), strict=False)
     }
     expected = {
-        f"{metric}_{name}": value for name, own in alone.items() for metric, value in own.items()
+        f"{metric}_{name}": value
+        for name, metrics_of_one in metrics_of_sources.items()
+        for metric, value in metrics_of_one.items()
     }
     weights = [completions(0).num_targets, answers(0).num_targets]
-    losses = [own[VALIDATION_METRIC] for own in alone.values()]
+    losses = [metrics_of_one[VALIDATION_METRIC] for metrics_of_one in metrics_of_sources.values()]
     expected[VALIDATION_METRIC] = float(np.average(losses, weights=weights))
-    expected["validation/accuracy"] = alone["phop_2"]["validation/accuracy"]
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert "validation/accuracy_phop_2" in found
+    expected["validation/accuracy"] = metrics_of_sources["phop_2"]["validation/accuracy"]
+    assert metrics == pytest.approx(expected, rel=1e-12)
+    assert "validation/accuracy_phop_2" in metrics
 
 
 # Elastic training
@@ -251,7 +254,7 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
     )
     mask = torch.rand(2, LENGTH) > 0.3
     numbers = trainer.gradients(Batch.of_text(tokens, mask))
-    found = [parameter.grad for parameter in decoder.parameters()]
+    gradients = [parameter.grad for parameter in decoder.parameters()]
 
     counted = mask[:, 1:]
     taught = torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
@@ -261,12 +264,12 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
         schedule: F.cross_entropy(of[:, :-1][counted], tokens[:, 1:][counted])
         for schedule, of in logits.items()
     }
-    soft = {s: torch.log_softmax(of / 1.5, dim=-1)[taught] for s, of in logits.items()}
-    own = soft[FULL].detach()
-    kl = {s: 1.5**2 * (own.exp() * (own - soft[s])).sum(-1).mean() for s in cheaper}
+    log_p = {s: torch.log_softmax(of / 1.5, dim=-1)[taught] for s, of in logits.items()}
+    full_log_p = log_p[FULL].detach()
+    kl = {s: 1.5**2 * (full_log_p.exp() * (full_log_p - log_p[s])).sum(-1).mean() for s in cheaper}
     loss = entropy[FULL] + 0.3 * sum(entropy[s] + 0.7 * kl[s] for s in cheaper)
     expected = list(torch.autograd.grad(loss, list(decoder.parameters())))
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-12)
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert numbers["full_loss"] == pytest.approx(entropy[FULL].item(), rel=1e-9)
     means = [sum(of[s].item() for s in cheaper) / num_drawn for of in (entropy, kl)]
@@ -277,11 +280,11 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
 def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight):
     decoder = fresh_decoder(schedule=FULL)
     teacher = frozen_teacher(decoder)
-    read = list[int]()
+    teacher_calls = list[int]()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    teacher.register_forward_pre_hook(lambda *_: read.append(1))
+    teacher.register_forward_pre_hook(lambda *_: teacher_calls.append(1))
     cheaper = (NONE, IterationSchedule((1, 0)))
     config = DistillationConfig(kl_weight=0.7, temperature=1.5, hidden_weight=hidden_weight)
     remembering = RememberingTeacher(teacher)
@@ -297,19 +300,19 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight)
     )
     batch = Batch.of_text(torch.randint(decoder.config.vocab_size, (2, LENGTH)))
     numbers = trainer.gradients(batch)
-    found = [parameter.grad for parameter in decoder.parameters()]
-    assert len(read) == 2  # Each part of the batch once, for three schedules.
+    gradients = [parameter.grad for parameter in decoder.parameters()]
+    assert len(teacher_calls) == 2  # Each part of the batch once, for three schedules.
 
     losses, parts = zip(
         *(
-            distillation_loss(decoder.with_schedule(one), teacher, batch, config=config)
-            for one in (FULL, *cheaper)
+            distillation_loss(decoder.with_schedule(schedule), teacher, batch, config=config)
+            for schedule in (FULL, *cheaper)
         ),
         strict=True,
     )
     loss = losses[0] + 0.3 * (losses[1] + losses[2])
     expected = list(torch.autograd.grad(loss, list(decoder.parameters())))
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-12)
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert numbers["full_loss"] == pytest.approx(losses[0].item(), rel=1e-9)
     names = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
@@ -332,12 +335,12 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     # The number of evaluations is that of the draws.
     drawn_at = drawn_by_step(job.model.corrections, job.recipe)
     full = job.model.corrections
-    drawn_ones = [schedule for step in range(8) for schedule in drawn_at(step)]
-    assert len(drawn_ones) == 6 * 2
-    trained_ones = [NONE] * 2 + [full] * 6 + drawn_ones
-    flops = sum(training_flops_per_token(job.model, one) for one in trained_ones)
+    drawn_schedules = [schedule for step in range(8) for schedule in drawn_at(step)]
+    assert len(drawn_schedules) == 6 * 2
+    trained_schedules = [NONE] * 2 + [full] * 6 + drawn_schedules
+    flops = sum(training_flops_per_token(job.model, schedule) for schedule in trained_schedules)
     # Each member computes the full schedule's logits again.
-    flops += len(drawn_ones) * 2 * job.model.dim * job.model.vocab_size
+    flops += len(drawn_schedules) * 2 * job.model.dim * job.model.vocab_size
     assert outcome.training_flops == pytest.approx(32 * flops)
     assert Estimate(config=job.model, recipe=job.recipe).flops == pytest.approx(32 * flops)
     # The weights are saved once, and say whom they serve.
@@ -351,14 +354,16 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
 
     plain = tiny_job("plain", **ELASTIC)
     weightless = tiny_job("weightless", **ELASTIC, elastic=ElasticSettings(weight=0))
-    ends = [run_job(job_of_two) for job_of_two in (plain, weightless)]
-    assert ends[0].validation_loss == ends[1].validation_loss != outcome.validation_loss
-    assert ends[0].training_flops == ends[1].training_flops
+    outcome_of_plain = run_job(plain)
+    outcome_of_weightless = run_job(weightless)
+    assert outcome_of_plain.validation_loss == outcome_of_weightless.validation_loss
+    assert outcome_of_plain.validation_loss != outcome.validation_loss
+    assert outcome_of_plain.training_flops == outcome_of_weightless.training_flops
     assert job_key(plain) != job_key(job)
     assert "elastic" not in key_fields(plain)["recipe"]
     # Nothing is drawn in the first stage, so both may share it.
-    jobs = [one.model_copy(update={"first_stages": str(tmp_path)}) for one in (plain, job)]
-    stages = [first_stage_of(one) for one in jobs]
+    sharing = {"first_stages": str(tmp_path)}
+    stages = [first_stage_of(sharer.model_copy(update=sharing)) for sharer in (plain, job)]
     assert len({stage.key for stage in stages if stage}) == 1
     assert all(stages)
 
@@ -380,6 +385,3 @@ def test_a_family_has_one_key_however_it_is_written_and_models_without_correctio
     ):  # fmt: skip
         variant = ModelVariant(method=method, corrections=corrections)
         assert (settings_of(settings, variant).training.elastic is not None) == is_elastic
-
-
-# The optimizer

@@ -49,10 +49,13 @@ def plain_loop(
     model: Decoder, tokens: Path, schedules: list[IterationSchedule], teacher: Decoder | None
 ) -> Iterator[float]:
     """Train in place; yield the norm of the gradient of each step, before it is clipped."""
-    named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if "_proj." in name]
-    others = [p for name, p in named.items() if "_proj." not in name]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    parameters = dict(model.named_parameters())
+    matrices = [p for name, p in parameters.items() if "_proj." in name]
+    other_parameters = [p for name, p in parameters.items() if "_proj." not in name]
+    groups = [
+        {"params": matrices, "weight_decay": DECAY},
+        {"params": other_parameters, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS)
     order = {"context_length": LENGTH, "seed": SEED, "global_batch": SEQUENCES}
     for step, schedule in enumerate(schedules):
@@ -85,7 +88,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
     torch.manual_seed(SEED)
     model = Decoder(ModelConfig.from_dict(tiny_model))
     teacher = None
-    more = {}
+    folders = {}
     schedules = [NONE] * 2 + [FULL] * 3
     if objective == "distill":
         folder = save_tiny(tmp_path / "teacher")
@@ -94,7 +97,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         schedules = [IterationSchedule((1, 0))] * STEPS
         tiny_model = {**tiny_model, "schedule": [1, 0]}
-        more = {"teacher_folder": str(folder), "initial_folder": str(folder)}
+        folders = {"teacher_folder": str(folder), "initial_folder": str(folder)}
     recipe = {**RECIPE, "iterate_from_fraction": 0.4 if objective == "pretrain" else 0.0}
     job = TrainingJob(
         run_folder=str(tmp_path / "run"),
@@ -103,12 +106,12 @@ def test_a_plain_loop_ends_with_the_same_weights(
         recipe=TrainingSettings(**recipe),
         objective=objective,
         distillation=DistillationConfig(kl_weight=KL_WEIGHT, temperature=TEMPERATURE),
-        **more,
+        **folders,
     )
     norms = list(plain_loop(model, tiny_tokens, schedules, teacher))
     assert max(norms) > CLIP
-    found = load_file(Path(str(run_job(job).checkpoint)) / "model.safetensors")
+    weights = load_file(Path(str(run_job(job).checkpoint)) / "model.safetensors")
     expected = {name: p.detach() for name, p in model.named_parameters()}
-    print({n: float((found[n] - expected[n]).abs().max()) for n in expected})
-    assert found.keys() == expected.keys()
-    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+    print({n: float((weights[n] - expected[n]).abs().max()) for n in expected})
+    assert weights.keys() == expected.keys()
+    assert not [name for name in weights if not torch.equal(weights[name], expected[name])]

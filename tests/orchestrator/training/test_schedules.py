@@ -25,10 +25,10 @@ def rates(**changes: Any) -> list[float]:
 
 @pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
 def test_the_rate_rises_linearly_to_the_peak_and_then_only_falls(decay):
-    found = rates(decay=decay)
-    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(later <= earlier for earlier, later in itertools.pairwise(found[10:]))
-    assert found[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
+    values = rates(decay=decay)
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values[10:]))
+    assert values[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
 
 
 def test_each_decay_has_its_shape_and_short_runs_have_a_rate():
@@ -43,7 +43,7 @@ def test_each_decay_has_its_shape_and_short_runs_have_a_rate():
 
 
 @pytest.mark.parametrize(
-    ("corrections", "first", "ramp", "stages"),
+    ("corrections", "from_fraction", "ramp_fraction", "stages"),
     [
         ((3, 1), 0.75, 0.0, [((0, 0), 75), ((3, 1), 25)]),
         ((3, 1), 0.0, 0.0, [((3, 1), 100)]),
@@ -53,9 +53,9 @@ def test_each_decay_has_its_shape_and_short_runs_have_a_rate():
         ((0, 0), 0.0, 0.2, [((0, 0), 100)]),
     ],
 )  # fmt: skip
-def test_corrections_come_at_once_or_over_a_ramp(corrections, first, ramp, stages):
+def test_corrections_come_at_once_or_over_a_ramp(corrections, from_fraction, ramp_fraction, stages):
     recipe = TrainingSettings(
-        num_steps=100, iterate_from_fraction=first, iterate_ramp_fraction=ramp
+        num_steps=100, iterate_from_fraction=from_fraction, iterate_ramp_fraction=ramp_fraction
     )
     schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
     schedules = [schedule_at(step).corrections for step in range(100)]
@@ -75,16 +75,16 @@ def drawn(
 
 
 def test_members_are_drawn_from_seed_and_step_alone():
-    two = ElasticSettings(schedules=NESTED, num_drawn=2)
-    found = drawn(3, 3, elastic=two)
-    assert found[:100] == [()] * 100
-    assert all(len(set(members)) == 2 for members in found[100:])
-    assert found == drawn(3, 3, elastic=two) != drawn(3, 3, elastic=two, seed=1)
+    two_members = ElasticSettings(schedules=NESTED, num_drawn=2)
+    by_step = drawn(3, 3, elastic=two_members)
+    assert by_step[:100] == [()] * 100
+    assert all(len(set(members)) == 2 for members in by_step[100:])
+    assert by_step == drawn(3, 3, elastic=two_members) != drawn(3, 3, elastic=two_members, seed=1)
     # More draws leave the first ones as they are; the order of the family does not matter.
-    three = ElasticSettings(schedules=NESTED, num_drawn=3)
-    assert [one[:2] for one in drawn(3, 3, elastic=three)] == found
+    three_members = ElasticSettings(schedules=NESTED, num_drawn=3)
+    assert [members[:2] for members in drawn(3, 3, elastic=three_members)] == by_step
     backwards = ElasticSettings(schedules=NESTED[::-1], num_drawn=2)
-    assert drawn(3, 3, elastic=backwards) == found
+    assert drawn(3, 3, elastic=backwards) == by_step
 
 
 def test_members_are_drawn_in_proportion_to_what_they_leave_out():
@@ -98,14 +98,14 @@ def test_members_are_drawn_in_proportion_to_what_they_leave_out():
 
 
 def test_a_family_follows_from_the_schedule_of_the_step():
-    of_step = drawn(3, 1)[100:]
-    assert {one for step in of_step for one in step} == {(0, 0), (1, 1), (2, 1)}
-    few = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))
-    assert few[100:] == [((0, 0),)] * 300  # There are no others.
+    by_step = drawn(3, 1)[100:]
+    assert {member for members in by_step for member in members} == {(0, 0), (1, 1), (2, 1)}
+    small_family = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))
+    assert small_family[100:] == [((0, 0),)] * 300  # Below 1,1 there is no other schedule.
     family = ElasticSettings(schedules=NESTED, num_drawn=9)
     ramp = drawn(3, 3, elastic=family, iterate_from_fraction=0, iterate_ramp_fraction=0.75)
-    assert {frozenset(step) for step in ramp[:100]} == {frozenset({(1, 0), (0, 0)})}
+    assert {frozenset(members) for members in ramp[:100]} == {frozenset({(1, 0), (0, 0)})}
     below = {frozenset({(2, 1), (2, 0), (1, 0), (0, 0)})}
-    assert {frozenset(step) for step in ramp[100:200]} == below
+    assert {frozenset(members) for members in ramp[100:200]} == below
     no_weight = drawn(3, 1, elastic=ElasticSettings(weight=0))
     assert drawn(0, 0) == no_weight == [()] * 400

@@ -56,16 +56,16 @@ def make_job(tiny_job) -> Callable[..., TrainingJob]:
 
 
 def test_whole_tensors_have_the_bytes_of_the_library(tmp_path):
-    whole = {"b": torch.rand(7, 3), "a.weight": torch.rand(5), "empty": torch.zeros(0, 2)}
-    save_file(whole, tmp_path / "expected")
-    pieces: dict[str, list[Path]] = {name: [] for name in whole}
+    tensors = {"b": torch.rand(7, 3), "a.weight": torch.rand(5), "empty": torch.zeros(0, 2)}
+    save_file(tensors, tmp_path / "expected")
+    pieces: dict[str, list[Path]] = {name: [] for name in tensors}
     for number in range(4):  # The last piece of `b` has one row, that of `a.weight` none.
         file = tmp_path / f"piece-{number}"
-        rows = {name: tensor[2 * number : 2 * number + 2] for name, tensor in whole.items()}
+        rows = {name: tensor[2 * number : 2 * number + 2] for name, tensor in tensors.items()}
         save_file(rows, file)
-        for name in whole:
+        for name in tensors:
             pieces[name].append(file)
-    shapes = {name: tensor.shape for name, tensor in whole.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     digest = write_whole(tmp_path / "found", shapes, pieces)
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
     assert digest == file_digest(tmp_path / "expected")
@@ -73,7 +73,7 @@ def test_whole_tensors_have_the_bytes_of_the_library(tmp_path):
 
 @pytest.fixture
 def saver() -> Iterator[ShardSaver]:
-    """What saves a model that one worker has all shards of."""
+    """A saver of a model of which one worker has all shards."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     saver = ShardSaver(World())
     try:
@@ -135,7 +135,7 @@ def test_an_error_is_that_of_its_place_and_leaves_nothing(saver, tmp_path, place
 
 
 def test_a_lost_worker_is_no_fault_of_the_disk(saver, tmp_path, monkeypatch):
-    # A full disk ends a job, and a lost worker starts it again.
+    # A full disk ends a job, and a lost worker starts it again, so the errors differ.
     lost = Future[Any]()
     lost.set_exception(RuntimeError("connection closed by peer"))
     monkeypatch.setattr(shards, "async_save", lambda *_, **__: lost)
@@ -201,7 +201,7 @@ else:
 shards.file_digest = digest
 assert train("full").finished
 """
-"""What four workers do instead of one training."""
+"""The scenes that four workers play in place of one training."""
 
 
 @pytest.mark.slow
@@ -210,16 +210,16 @@ def test_four_workers_train_on_while_they_write_and_outlive_the_full_disk_of_one
     training = next(line for line in WORKER.splitlines() if line.startswith("run_job("))
     arguments = worker_arguments(job, 4, "fsdp")
     run_workers(WORKER.replace(training, SCENES), 4, *arguments)
-    plain, *others = (in_folder(job, f"run-{name}") for name in ("plain", "late", "full"))
+    plain, *disturbed_jobs = (in_folder(job, f"run-{name}") for name in ("plain", "late", "full"))
     expected = run_job(plain)
-    for other in others:
-        assert curve(other) == curve(plain)
-        assert state_of(run_job(other)) == state_of(expected)
-        assert steps_of(other) == steps_of(plain) == [2, 4, 6]
-        for checkpoint in find_checkpoints(other.folder):
+    for disturbed in disturbed_jobs:
+        assert curve(disturbed) == curve(plain)
+        assert state_of(run_job(disturbed)) == state_of(expected)
+        assert steps_of(disturbed) == steps_of(plain) == [2, 4, 6]
+        for checkpoint in find_checkpoints(disturbed.folder):
             assert weights_key(checkpoint) == weights_key(plain.folder / checkpoint.name)
             check_checkpoint(checkpoint, with_training_state=True)
-    assert [event["step"] for event in events(others[1], "resumed")] == [2]
+    assert [event["step"] for event in events(disturbed_jobs[1], "resumed")] == [2]
 
 
 RESAVED = """
@@ -291,14 +291,14 @@ MORE_KILLS = {
     ],
 )
 def test_four_workers_killed_at_any_moment_go_on_from_their_last_whole_checkpoint(make_job, kills):
-    job, whole = (make_job(name, num_checkpoints_kept=1) for name in ("killed", "whole"))
-    workers(4, "fsdp")(whole)
+    job, undisturbed = (make_job(name, num_checkpoints_kept=1) for name in ("killed", "whole"))
+    workers(4, "fsdp")(undisturbed)
     workers(4, "fsdp", until=EVERY)(job)
     for place in kills:
         kill_workers(4, *place)(job)
     workers(4, "fsdp")(job)
     assert [event["step"] for event in events(job, "resumed")] == [EVERY, *kills.values()]
-    assert curve(job) == curve(whole)
-    assert state_of(run_job(job)) == state_of(run_job(whole))
+    assert curve(job) == curve(undisturbed)
+    assert state_of(run_job(job)) == state_of(run_job(undisturbed))
     assert steps_of(job) == [NUM_STEPS]
     assert not list(job.folder.glob(".*.iiet-temporary"))

@@ -75,23 +75,23 @@ def after_stage(of: TrainingJob) -> Callable[[TrainingJob], TrainingJob]:
 @pytest.mark.parametrize("schedule", [(0, 0), (3, 0)])
 def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(staged, schedule):
     job = staged(schedule).model_copy(update={"first_stages": None})
-    found = same_run(job, after_stage(staged((2, 1), "first")))
-    assert starts(found) == [SWITCH]
-    assert set(curve(found, "validation/loss")) == {2, 4, 6, 8}
-    none = training_flops_per_token(job.model, IterationSchedule((0, 0)))
-    assert run_job(found).shared_flops == pytest.approx(SWITCH * 32 * none)
+    continued = same_run(job, after_stage(staged((2, 1), "first")))
+    assert starts(continued) == [SWITCH]
+    assert set(curve(continued, "validation/loss")) == {2, 4, 6, 8}
+    flops_per_token = training_flops_per_token(job.model, IterationSchedule((0, 0)))
+    assert run_job(continued).shared_flops == pytest.approx(SWITCH * 32 * flops_per_token)
     assert run_job(in_folder(job, "run-alone")).shared_flops == 0.0
-    if schedule == (0, 0):  # It can store the stage, too; with a ramp it is the same one.
-        (again,) = share_first_stages([staged((2, 1), "again", iterate_ramp_fraction=0.25)])
-        run_job(again)
-        assert starts(again) == [SWITCH]
+    if schedule == (0, 0):  # Such a job can store the stage, too; a ramp does not change it.
+        (storing,) = share_first_stages([staged((2, 1), "again", iterate_ramp_fraction=0.25)])
+        run_job(storing)
+        assert starts(storing) == [SWITCH]
 
 
 def test_only_a_run_before_the_end_of_the_stage_continues_it(staged):
     job = staged((1, 1)).model_copy(update={"first_stages": None})
-    first = after_stage(staged((2, 1), "first"))
-    assert starts(same_run(job, stop(2), first)) == [0, SWITCH]
-    assert starts(same_run(job, stop(SWITCH + 1), first)) == [0, SWITCH + 1]
+    train_stage = after_stage(staged((2, 1), "first"))
+    assert starts(same_run(job, stop(2), train_stage)) == [0, SWITCH]
+    assert starts(same_run(job, stop(SWITCH + 1), train_stage)) == [0, SWITCH + 1]
 
 
 def test_a_damaged_first_stage_is_reported_and_trained_again(staged):
@@ -108,9 +108,9 @@ def test_a_damaged_first_stage_is_reported_and_trained_again(staged):
     assert starts(job) == [0]
     run_job(third := staged((0, 0), "third"))
     assert starts(third) == [SWITCH], "the second run has trained it again"
-    found = list(stage_of(third).checkpoints())
-    assert [folder.parent.name for folder in found] == ["first", "run-0"]
-    for folder in found:
+    checkpoints = list(stage_of(third).checkpoints())
+    assert [folder.parent.name for folder in checkpoints] == ["first", "run-0"]
+    for folder in checkpoints:
         (folder / PROVENANCE).unlink()
     assert not stage_of(third).exists
 
@@ -133,7 +133,7 @@ def test_only_models_with_the_same_first_stage_share_it(staged):
     assert stage_of(jobs[0]).key == stage_of(jobs[1]).key
     assert len({stage_of(job).key for job in jobs[:6]}) == 5
     assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
-    # Of two schedules that correct other layers, other layers are trained from the start.
+    # If only corrected layers are trained, schedules of different layers share no stage.
     frozen = [staged(schedule, trained_layers="corrected") for schedule in ((1, 0), (0, 1))]
     assert stage_of(frozen[0]).key != stage_of(frozen[1]).key
 
@@ -156,9 +156,9 @@ def make(tiny_job) -> MakeJob:
 
 def longer(earlier: TrainingJob, make: MakeJob, **changes: Any) -> TrainingJob:
     """Return the job that continues a finished one, before its start is chosen."""
-    wanted = make("long", **{**earlier.recipe.model_dump(), **LONG, **changes})
-    recipe = continued_recipe(earlier.recipe, wanted.recipe)
-    return wanted.model_copy(update={"recipe": recipe})
+    requested = make("long", **{**earlier.recipe.model_dump(), **LONG, **changes})
+    recipe = continued_recipe(earlier.recipe, requested.recipe)
+    return requested.model_copy(update={"recipe": recipe})
 
 
 @pytest.mark.slow
@@ -174,11 +174,11 @@ def longer(earlier: TrainingJob, make: MakeJob, **changes: Any) -> TrainingJob:
 def test_a_continued_run_equals_one_longer_training(make, recipe, start):
     short = make("short", **recipe)
     notes = list[str]()
-    first = run_job(short)
+    short_outcome = run_job(short)
     before = {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")}
 
     def interrupt_twice(job: TrainingJob) -> TrainingJob:
-        """Continue it; it is interrupted on the way, once before a checkpoint of its own."""
+        """Continue `short`, interrupted on the way; once before a checkpoint of its own."""
         job = continue_job(short, job, notes.append)
         assert not run_job(job, should_stop=stop_at(0)).finished
         assert describe_saved_state({"long": job}) == f"saved at step {start}"
@@ -189,7 +189,7 @@ def test_a_continued_run_equals_one_longer_training(make, recipe, start):
     job = same_run(longer(short, make), interrupt_twice)
     assert f"short from step {start} of 60" in notes[0]
     share = curve(job, "train/flops")[start]
-    assert run_job(job).shared_flops == share <= first.training_flops
+    assert run_job(job).shared_flops == share <= short_outcome.training_flops
     # The finished run is untouched.
     assert {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")} == before
 
@@ -202,9 +202,9 @@ def test_a_constant_run_can_get_a_decay_and_be_continued_again(make):
     assert job.continued_from == str(short.folder / "step_00000020")
     run_job(job)
     assert steps_of(job) == [24, 32], "the checkpoint before the decay is kept"
-    again = make("again", decay="wsd", num_steps=40, iterate_from_fraction=0.0)
-    again = continue_job(job, again, print)
-    assert again.continued_from == str(job.folder / "step_00000024")
+    third_job = make("again", decay="wsd", num_steps=40, iterate_from_fraction=0.0)
+    third_job = continue_job(job, third_job, print)
+    assert third_job.continued_from == str(job.folder / "step_00000024")
     rates = [learning_rate_at(step, make("run").recipe) for step in range(20)]
     assert rates[3:16] == [rates[3]] * 13
     assert rates[16] < rates[15]
@@ -215,8 +215,8 @@ def test_a_run_is_continued_with_other_corrections_from_the_end_of_its_first_sta
     run_job(short)
     longer = {"decay": "constant", "num_steps": 12, "iterate_from_fraction": 0.5}
     job = staged((1, 0), **longer).model_copy(update={"first_stages": None})
-    found = same_run(job, lambda alone: continue_job(short, alone, print))
-    assert starts(found) == [SWITCH]
+    continued = same_run(job, lambda alone: continue_job(short, alone, print))
+    assert starts(continued) == [SWITCH]
 
 
 def test_what_cannot_be_continued_exactly_is_refused(make):

@@ -115,16 +115,16 @@ def test_a_plain_models_weights_are_copied_and_the_methods_are_as_ever(
     plain_run, settings, workspace
 ):
     for options in ({}, {"start": "identity"}):
-        asked = settings(f"model.method_options={json.dumps(options)}", "model.corrections=3,0")
-        job = job_from(plan_pretrain(asked, workspace=workspace, source="plain", local=True))
+        chosen = settings(f"model.method_options={json.dumps(options)}", "model.corrections=3,0")
+        job = job_from(plan_pretrain(chosen, workspace=workspace, source="plain", local=True))
         decoder = decoder_to_train(job, World(), None)
         source = load_model(plain_run)
-        own = decoder.method_parameters()
+        added_weights = decoder.method_parameters()
         fresh = Decoder(decoder.config).method_parameters()
         for name, weight in decoder.state_dict().items():
-            expected = fresh[name] if name in own else source.state_dict()[name]
+            expected = fresh[name] if name in added_weights else source.state_dict()[name]
             assert torch.equal(weight, expected), name
-        assert own
+        assert added_weights
         assert job.model.corrections == (3, 0)
 
 
@@ -177,8 +177,8 @@ def test_sizes_tokenizer_and_defaults_follow_the_source(plain_run, settings, wor
         "training.learning_rate": 3e-3, "training.iterate_from_fraction": 0.0,
     }  # fmt: skip
     assert job.tokens_folder, "the source's tokens are found again"
-    given = settings("training.learning_rate=1e-3", "training.iterate_from_fraction=0.5")
-    plan = plan_pretrain(given, workspace=workspace, source="plain", local=True)
+    with_own_recipe = settings("training.learning_rate=1e-3", "training.iterate_from_fraction=0.5")
+    plan = plan_pretrain(with_own_recipe, workspace=workspace, source="plain", local=True)
     assert job_from(plan).recipe.learning_rate == 1e-3
     assert job_from(plan).recipe.iterate_from_fraction == 0.5
     assert plan.source_defaults == {}
@@ -192,8 +192,8 @@ def test_a_step_of_fewer_tokens_than_the_context_of_the_source_has_one_sequence(
     plan = plan_pretrain(small, workspace=workspace, source="plain", local=True)
     assert plan.source_defaults["training.sequence_length"] == context // 2
     assert job_from(plan).sequence_length == context // 2
-    given = settings(f"training.num_tokens_per_step={context}")
-    plan = plan_pretrain(given, workspace=workspace, source="plain", local=True)
+    of_one_context = settings(f"training.num_tokens_per_step={context}")
+    plan = plan_pretrain(of_one_context, workspace=workspace, source="plain", local=True)
     assert "training.sequence_length" not in plan.source_defaults
 
 
@@ -213,8 +213,8 @@ def test_a_model_from_elsewhere_is_imported_and_trained(model_folder, settings, 
     assert (result.checkpoint / "tokenizer_config.json").is_file(), "its chat files stay with it"
     job = job_from(plan)
     assert job_parameters(job)["source"] == str(checkpoint)
-    again = plan_pretrain(settings(), workspace=workspace, source=checkpoint, local=True)
-    assert list(again.finished.values()) == [result.checkpoint]
+    planned_again = plan_pretrain(settings(), workspace=workspace, source=checkpoint, local=True)
+    assert list(planned_again.finished.values()) == [result.checkpoint]
 
 
 def test_a_config_alone_has_a_plan_and_no_run(model_folder, settings, workspace):
@@ -262,8 +262,8 @@ def test_a_task_in_words_has_the_tokenizer_of_the_source(
     )  # fmt: skip
     train_plain("words", *task)
     plan = plan_pretrain(settings(*task[:-1]), workspace=workspace, source="words", local=True)
-    (taken,) = {each.data.tokenizer for each in plan.models.values()}
-    assert load_tokenizer(taken).to_str() == load_tokenizer(tokenizer_file).to_str()
+    (tokenizer,) = {model_settings.data.tokenizer for model_settings in plan.models.values()}
+    assert load_tokenizer(tokenizer).to_str() == load_tokenizer(tokenizer_file).to_str()
     run_pretrain(plan, context)
     with pytest.raises(UserError, match=r"set data\.tokenizer"):
         plan_pretrain(settings(*task[:-1]), workspace=workspace, local=True)
@@ -282,13 +282,13 @@ def test_a_task_in_words_has_the_tokenizer_of_the_source(
 def test_another_shape_or_tokenizer_is_refused(
     assignment, name, plain_run, settings, workspace, tmp_path
 ):
-    other = tmp_path / "other.json"
+    other_tokenizer = tmp_path / "other.json"
     values = json.loads((plain_run / "tokenizer.json").read_text())
     values["added_tokens"][0]["lstrip"] = True
-    other.write_text(json.dumps(values))
+    other_tokenizer.write_text(json.dumps(values))
     with pytest.raises(UserError, match=name):
         plan_pretrain(
-            settings(assignment.replace("TOKENIZER", str(other))), workspace=workspace,
+            settings(assignment.replace("TOKENIZER", str(other_tokenizer))), workspace=workspace,
             source="plain", local=True,
         )  # fmt: skip
 
@@ -313,11 +313,11 @@ def test_the_sources_weights_are_part_of_the_key_and_a_changed_source_is_named(
     plan = plan_pretrain(settings(), workspace=workspace, source="plain", name="mine", local=True)
     run_pretrain(plan, context)
     job = job_from(plan)
-    other = save_tiny(workspace.runs / "other", method="vanilla", schedule=None)
-    assert job_key(job.model_copy(update={"initial_folder": str(other)})) != job_key(job)
+    other_source = save_tiny(workspace.runs / "other", method="vanilla", schedule=None)
+    assert job_key(job.model_copy(update={"initial_folder": str(other_source)})) != job_key(job)
     assert job_key(job.model_copy(update={"initial_folder": None})) != job_key(job)
     shutil.rmtree(plain_run)
-    shutil.copytree(other, plain_run)
+    shutil.copytree(other_source, plain_run)
     with pytest.raises(UserError, match=r"training\.source="):
         check_job(job)
     shutil.rmtree(plain_run)
@@ -326,8 +326,8 @@ def test_the_sources_weights_are_part_of_the_key_and_a_changed_source_is_named(
 
 
 def test_a_retrofit_is_continued_with_its_source(plain_run, settings, workspace, context):
-    asked = settings("training.decay=constant")
-    plan = plan_pretrain(asked, workspace=workspace, source="plain", name="mine", local=True)
+    constant = settings("training.decay=constant")
+    plan = plan_pretrain(constant, workspace=workspace, source="plain", name="mine", local=True)
     run_pretrain(plan, context)
     longer = plan.models["iiet"].model_copy(
         update={"training": plan.models["iiet"].training.model_copy(update={"num_steps": 4})}
@@ -350,10 +350,10 @@ def test_from_is_an_option_of_pretrain_and_goes_with_no_continuation(
     recipe = [
         part for name, value in RECIPE.items() for part in ("--set", f"training.{name}={value}")
     ]
-    found = json.loads(run_here(*options, *recipe, workspace=workspace.root))
-    assert found["source"] == str(plain_run)
-    assert found["source_defaults"]["training.iterate_from_fraction"] == 0.0
-    assert found["state"] == "not begun"
+    plan = json.loads(run_here(*options, *recipe, workspace=workspace.root))
+    assert plan["source"] == str(plain_run)
+    assert plan["source_defaults"]["training.iterate_from_fraction"] == 0.0
+    assert plan["state"] == "not begun"
     with redirect_stderr(StringIO()) as printed:
         words = ["pretrain", "--from", "plain", "--continue", "plain"]
         assert main([*words, "--workspace", str(workspace.root)]) == 2
@@ -364,9 +364,9 @@ def test_from_is_an_option_of_pretrain_and_goes_with_no_continuation(
 def test_sweeps_of_other_kinds_refuse_a_source(settings, source):
     name = source.partition("=")[0].removesuffix(".num_steps")
     assert not broken_rules(settings(source), of_sweep=True)
-    for other in ("sweep.kind=iterations", "sweep.teachers=[r = 1]"):
-        [rule] = broken_rules(settings(source, other), of_sweep=True)
-        assert rule.startswith(other.partition("=")[0])
+    for assignment in ("sweep.kind=iterations", "sweep.teachers=[r = 1]"):
+        [rule] = broken_rules(settings(source, assignment), of_sweep=True)
+        assert rule.startswith(assignment.partition("=")[0])
         assert name in rule
 
 
@@ -377,11 +377,11 @@ def test_a_source_is_named_or_trained_first_and_only_in_a_sweep(settings, worksp
         settings("training.source=plain", "source_training.num_steps=9")
     with pytest.raises(UserError, match=r"source_training\.source_kl_weight"):
         settings("source_training.source_kl_weight=1.0")
-    asked = settings("source_training.num_steps=9")
+    trains_source = settings("source_training.num_steps=9")
     with pytest.raises(UserError, match="source_training"):
-        plan_pretrain(asked, workspace=workspace, local=True)
+        plan_pretrain(trains_source, workspace=workspace, local=True)
     with pytest.raises(UserError, match="source_training"):
-        plan_sweep(asked, workspace=workspace, teacher="a run")
+        plan_sweep(trains_source, workspace=workspace, teacher="a run")
 
 
 @pytest.mark.slow
@@ -394,11 +394,11 @@ def test_a_sweep_imports_its_source_first(model_folder, settings, workspace, con
     # The made-up text is too poor for held-out tasks.
     monkeypatch.setattr(sweeps.trial_plans, "load_tasks", lambda *_: {})
     steps = [f"distillation.training.{name}={value}" for name, value in RECIPE.items()]
-    asked = settings(
+    chosen = settings(
         f"training.source={model_folder}", "model.corrections=1", "sweep.num_schedules=2",
         "influence.num_tokens=64", *steps,
     )  # fmt: skip
-    plan = plan_sweep(asked, workspace=workspace)
+    plan = plan_sweep(chosen, workspace=workspace)
     assert not plan.source.is_checkpoint
     assert plan.control_prices[SOURCE_CONTINUED].flops > 0
     assert not (workspace.runs / model_folder.name).exists(), "a plan writes nothing"
@@ -419,17 +419,17 @@ def test_in_one_call(model_folder, settings, workspace):
 
 
 def test_the_divergence_from_the_source_is_added_to_the_loss(plain_run, settings, workspace):
-    asked = settings(
+    chosen = settings(
         "training.source_kl_weight=0.5", "training.learning_rate=0.02", "training.warmup_steps=0",
         "training.checkpoint_every_steps=1", "model.method_options={start: identity}",
     )  # fmt: skip
-    plan = plan_pretrain(asked, workspace=workspace, source="plain", local=True)
+    plan = plan_pretrain(chosen, workspace=workspace, source="plain", local=True)
     job = job_from(plan)
     assert Estimate.of(job).teacher_flops > 0
     outcome = run_job(job)
     assert outcome.training_flops == pytest.approx(plan.price.flops)
-    (first, kl), (second, moved_kl) = curve(job, "train/kl").items()
-    assert (first, second) == (1, 2)
+    (first_step, kl), (second_step, moved_kl) = curve(job, "train/kl").items()
+    assert (first_step, second_step) == (1, 2)
     assert kl == 0.0, "an identity start is its source"
     # The second step by hand.
     batch = open_data(job.tokens_folder).batch(

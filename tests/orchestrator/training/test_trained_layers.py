@@ -34,10 +34,10 @@ def make(tiny_job, tiny_model, save_tiny, tmp_path):
         source = save_tiny(tmp_path / f"source {trained} {tied}", **plain)
         model = ModelConfig.from_dict({**tiny_model, **sizes, "method_options": IDENTITY})
         options = {"num_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, **recipe}
-        made: TrainingJob = tiny_job(
+        job_of_source: TrainingJob = tiny_job(
             f"run {trained}", trained_layers=trained, iterate_from_fraction=0.0, **options
         )
-        return made.model_copy(update={"model": model, "initial_folder": str(source)})
+        return job_of_source.model_copy(update={"model": model, "initial_folder": str(source)})
 
     return job
 
@@ -70,7 +70,7 @@ def test_only_the_trained_part_changes_and_has_an_optimizer_state(trained, tied,
     assert fields == ({"1", "3"} if trained == "corrected" else set())
     folder = job.folder / "step_00000002"
     moments = load_training_state(folder)["optimizer"]["state"]
-    shapes = sorted(tuple(one["exp_avg"].shape) for one in moments.values())
+    shapes = sorted(tuple(moment["exp_avg"].shape) for moment in moments.values())
     decoder = load_model(folder)
     added = decoder.method_parameters()
     expected = [

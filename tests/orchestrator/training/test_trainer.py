@@ -58,7 +58,7 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
-    (job.folder / DONE_NAME).unlink()  # As a kill before its last write leaves it.
+    (job.folder / DONE_NAME).unlink()  # A kill before the last write leaves the folder so.
     assert run_job(job) == outcome.model_copy(update={"train_seconds": outcome.train_seconds})
     monkeypatch.setattr(trainer_module, "Trainer", None)
     assert run_job(job) == finished_outcome(job) == outcome
@@ -89,20 +89,20 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     make_job, monkeypatch
 ):
-    read: list[torch.Tensor] = []
-    held_out: list[int] = []
+    train_tokens: list[torch.Tensor] = []
+    held_out_lengths: list[int] = []
     batch = TokenStore.batch
     validation_batches = TokenStore.validation_batches
 
     def noted(store: TokenStore, step: int, **options: Any) -> Batch:
-        found = batch(store, step, **options)
-        read.append(found.input_ids)
-        return found
+        sequences = batch(store, step, **options)
+        train_tokens.append(sequences.input_ids)
+        return sequences
 
     def noted_validation(store: TokenStore, **options: Any) -> Iterator[Batch]:
-        for found in validation_batches(store, **options):
-            held_out.append(found.input_ids.size(1))
-            yield found
+        for sequences in validation_batches(store, **options):
+            held_out_lengths.append(sequences.input_ids.size(1))
+            yield sequences
 
     monkeypatch.setattr(TokenStore, "batch", noted)
     monkeypatch.setattr(TokenStore, "validation_batches", noted_validation)
@@ -110,8 +110,8 @@ def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
     outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
     starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
-    assert torch.equal(torch.cat(read), gather(tokens, starts, 8))
-    assert set(held_out) == {8}
+    assert torch.equal(torch.cat(train_tokens), gather(tokens, starts, 8))
+    assert set(held_out_lengths) == {8}
     assert outcome.num_tokens == 9 * 64
 
 
@@ -149,8 +149,12 @@ def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
 def test_two_seeds_are_two_initial_models(make_job):
     still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     outcomes = [run_job(make_job(str(seed), **still, seed=seed)) for seed in (0, 1)]
-    first, second = (load_model(Path(outcome.checkpoint or "")) for outcome in outcomes)
-    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    decoder, decoder_of_other_seed = (
+        load_model(Path(outcome.checkpoint or "")) for outcome in outcomes
+    )
+    assert not torch.equal(
+        decoder.model.embed_tokens.weight, decoder_of_other_seed.model.embed_tokens.weight
+    )
 
 
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
@@ -239,7 +243,7 @@ def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(make_job, monkeypatch
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 16)  # Four steps are enough to start.
     spoil(monkeypatch, 6, name="spike")
     assert run_job(make_job("blind")).finished
-    # It resumes from step 4 with the saved norms, and skips the spike.
+    # The run resumes from step 4 with the saved norms, and skips the spike.
     spike = diverging(r"spiked .* times the usual norm\) at step 7: loss", skip_bad_steps=0)
     job = same_run(make_job("watched", spike_factor=20.0, skip_bad_steps=1), spike)
     assert [event["step"] for event in events(job, "skipped")] == [7]

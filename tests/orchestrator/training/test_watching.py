@@ -1,4 +1,4 @@
-"""The terminal shows speed, time left and problems of jobs; a model is one for MLflow."""
+"""The terminal shows speed, time left and problems of jobs; MLflow has one model per weights."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     monitor.poll()
     assert progress.shown[-1] == (0, STARTING, UNKNOWN)
     journal.event("started")
-    journal.metrics(2, {**SPEED, "train/tokens_per_second": 1.0})  # With what is done once.
+    # The first record includes what is done once, so its speed does not count.
+    journal.metrics(2, {**SPEED, "train/tokens_per_second": 1.0})
     monitor.poll()
     assert progress.shown[-1] == (2, f"loss iiet 5.50{FIRST_STAGE}", UNKNOWN)
     journal.metrics(6, SPEED)
@@ -81,11 +82,11 @@ def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     assert progress.shown[-1] == (6, f"loss iiet 5.50{FIRST_STAGE}, 640 tokens/s", UNKNOWN)
     journal.metrics(10, SPEED)
     monitor.poll()
-    done, text, first = progress.shown[-1]
-    assert (done, text) == (10, f"loss iiet 5.50{FIRST_STAGE}, 640 tokens/s")
+    num_done, text, seconds_left = progress.shown[-1]
+    assert (num_done, text) == (10, f"loss iiet 5.50{FIRST_STAGE}, 640 tokens/s")
     # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
-    assert first is not None
-    assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
+    assert seconds_left is not None
+    assert 40 * 0.1 + 50 * 0.1 < seconds_left < 40 * 0.1 + 50 * 0.25
     journal.metrics(60, SPEED)
     monitor.poll()
     assert progress.shown[-1][1:] == ("loss iiet 5.50, 640 tokens/s", pytest.approx(40 * 0.1))
@@ -123,9 +124,9 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
     journal.close()
     # 16 steps of 64 tokens.
     assert progress.shown == [(4, "loss first 2.00, 32 tokens/s", pytest.approx(32.0))]
-    other = Journal(jobs["second"].folder)
-    other.event("started")
-    other.close()
+    second_journal = Journal(jobs["second"].folder)
+    second_journal.event("started")
+    second_journal.close()
     monitor.poll()
     assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
 
@@ -140,9 +141,9 @@ def test_the_time_left_includes_a_teacher_in_its_window(trained_run, tiny_tokens
     flops = remaining_flops(job.model_copy(update={"run_folder": str(tmp_path / "student")}))
     of_steps = [before - after for before, after in pairwise(flops)]
     assert flops[-1] == 0
-    read = inference_cost(config).forward_flops_per_token
+    teacher_flops = inference_cost(config).forward_flops_per_token
     assert of_steps[0] == pytest.approx(64 * training_flops_per_token(config))
-    expected = [of_steps[0]] * 2 + [of_steps[0] + 64 * read] * 2
+    expected = [of_steps[0]] * 2 + [of_steps[0] + 64 * teacher_flops] * 2
     assert of_steps == pytest.approx(expected)
 
 
@@ -165,10 +166,10 @@ def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
         for schedule in ((2, 1), (1, 0))
     )
     measured = trial_model(teacher)
-    other = trial_model(pruned)
+    measured_pruned = trial_model(pruned)
     assert measured is not None
-    assert other is not None
-    assert measured.key == trained.key != other.key
+    assert measured_pruned is not None
+    assert measured.key == trained.key != measured_pruned.key
     evaluated = tracked_model(checkpoint, job.model, {"quality/accuracy": ("copy", "1")})
     assert evaluated is not None
     assert evaluated.key == trained.key
@@ -185,7 +186,7 @@ def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
         model = trial_model(alike)
         assert model is not None
         names.append(model.name)
-    family, _, _ = other.name.partition(" ")
+    family, _, _ = measured_pruned.name.partition(" ")
     expected = (f"{family} 0,0", f"{family} 0,0, r = 0", f"{family} 0,0, teacher")
     assert tuple(names) == expected
     vanilla = {"method": "vanilla", "schedule": (0, 0), "checkpoint": checkpoint}
