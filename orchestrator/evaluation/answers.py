@@ -52,7 +52,11 @@ class Sampling:
     """Random seed for sampling; random when unset."""
 
     def options(self, free_tokens: int) -> dict[str, Any]:
-        """Return options of `iiet.Decoder.stream` for contexts with room for so many tokens."""
+        """Return options of `iiet.Decoder.stream`.
+
+        Args:
+            free_tokens: Tokens of the context that the longest prompt leaves for the answer.
+        """
         options = asdict(self)
         del options["stop"]
         if self.max_new_tokens is None:

@@ -47,7 +47,7 @@ from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.settings import Settings
 from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_bytes, format_parameters, join_names
+from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_file, new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
@@ -634,15 +634,7 @@ def plan_pick(
         _refuse_loss(picked["label"], losses)
     point = picked["trial"]
     seeds = picked["seeds"]
-    unbeaten = [row["label"] for row in findings.unbeaten_baselines(front)]
-    description = findings.describe_model(front, picked, with_share=not unbeaten)
-    sentence = "; ".join([description, *findings.better_baselines(front, picked)])
-    if unbeaten:
-        rivals = join_names(unbeaten)
-        sentence += (
-            f"; no gain of its teacher over {rivals} is shown, so a share of the teacher's quality "
-            "would say nothing"
-        )
+    sentence = findings.describe_pick(front, picked)
     if any(not loss.is_within_bound for loss in losses):
         sentence += f"; it {loss_text(losses)} against the source"
     result = results.lowest_seed(seeds)

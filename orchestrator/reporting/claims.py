@@ -274,8 +274,8 @@ class _Evidence:
         for row in plain_rivals(self._rows, teacher):
             if paired is None or row["key"] not in paired.number_of:
                 continue
-            scores, (teacher_place, place) = self._scores(teacher, row)
-            if scores.difference(teacher_place, place).low <= 0:
+            scores, (teacher_number, number) = self._scores(teacher, row)
+            if scores.difference(teacher_number, number).low <= 0:
                 unbeaten.append(row)
         if unbeaten:
             rivals = " and ".join(_described(row) for row in unbeaten)

@@ -319,6 +319,23 @@ def better_baselines(front: Front, picked: Row) -> list[str]:
     return clauses
 
 
+def describe_pick(front: Front, picked: Row) -> str:
+    """Return what a person should know of a picked model: its clause, the baselines that are better
+    for as little, and whether a share of its teacher's quality would say anything."""
+    unbeaten = unbeaten_baselines(front)
+    clauses = [
+        describe_model(front, picked, with_share=not unbeaten),
+        *better_baselines(front, picked),
+    ]
+    if unbeaten:
+        names = join_names([row["label"] for row in unbeaten])
+        clauses.append(
+            f"no gain of its teacher over {names} is shown, so a share of the teacher's quality "
+            "would say nothing"
+        )
+    return "; ".join(clauses)
+
+
 def _quality(front: Front, row: Row) -> str:
     metric = front.axes.quality_metric
     return f"{metric.title.lower()} {quality_text(front, row)}{'%' if metric.is_percent else ''}"

@@ -53,6 +53,7 @@ from orchestrator.terminal.metrics import (
     PAIRED_SHARE_OF_FULL,
     QUALITIES,
     SERVED_MS,
+    TRAINING_TOKENS,
     Metric,
     confidence_keeps_name,
     difference_name,
@@ -406,10 +407,6 @@ def relative_time_spread(row: Row) -> float | None:
     time = known(row, DECODE_MS)
     spread = known(row, DECODE_MS_SPREAD)
     return spread / time if time and spread is not None else None
-
-
-TRAINING_TOKENS = "train/tokens"
-"""Column of the tokens that a model was trained on."""
 
 
 def known(row: Row, name: str) -> float | None:

@@ -34,7 +34,7 @@ from orchestrator.reporting.results import (
     suite_notes,
 )
 from orchestrator.reporting.sweep_report import ReportResult, sentences_of, sweeps_text
-from orchestrator.terminal.metrics import DECODE_MS, NUM_PARAMETERS
+from orchestrator.terminal.metrics import DECODE_MS, NUM_PARAMETERS, TRAINING_TOKENS
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import Workspace
@@ -182,7 +182,7 @@ def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | Non
     if front.full is not None:
         trial = front.full["trial"]
         parts.append(f"{trial.method} {trial.schedule_text}".strip())
-        for name, noun in ((NUM_PARAMETERS, "parameters"), ("train/tokens", "tokens")):
+        for name, noun in ((NUM_PARAMETERS, "parameters"), (TRAINING_TOKENS, "tokens")):
             if number := known(trial.numbers, name):
                 parts.append(f"{format_parameters(number)} {noun}")
     if times:

@@ -104,9 +104,12 @@ class Table:
             yield self._part(sorted([*name_columns, *part]), title)
 
     def fitting(self, width: int) -> list[int]:
-        """Return the numbers of the columns that fit into so many letters.
+        """Return the numbers of the columns that a table of this width has room for.
 
         The least important columns are dropped first, and those of priority 0 never.
+
+        Args:
+            width: Characters of a line.
         """
         shown = [*range(len(self.columns))]
         while self._width(shown) > width:

@@ -36,8 +36,10 @@ from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
 class TrialProcess(Protocol):
-    """The process in which a trial runs, and who hears of it: `ThisProcess`, or under Ray Tune
-    `TuneProcess`."""
+    """The process in which a trial runs: its devices, and where its validation losses are reported.
+
+    `ThisProcess` reports to nobody; under Ray Tune, `TuneProcess` reports to the sweep.
+    """
 
     @property
     def num_workers(self) -> int:

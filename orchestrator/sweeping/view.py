@@ -191,28 +191,19 @@ class SweepView:
         for number in range(first, first + min(JOURNALS_AT_ONCE, len(readers))):
             readers[number % len(readers)].read()
         self._num_updates += 1
-        shares = {
-            label: TRAINING_SHARE * reader.step / job.recipe.num_steps
-            for (label, job), reader in zip(jobs.items(), readers, strict=True)
-        }
-        trained = {
-            label
-            for (label, job), reader in zip(jobs.items(), readers, strict=True)
-            if reader.step >= job.recipe.num_steps
-        }
-        shown = [
-            f"measuring {label}" if label in trained else label
-            for label, share in shares.items()
-            if share
-        ]
-        shown += [
-            f"measuring {state.trial.label}"
-            for state in self._sweep.with_status("running")
-            if not state.trial.job
-        ]
-        num_done = self._sweep.num_ended + sum(shares.values())
+        num_done: float = self._sweep.num_ended
+        activities = []
+        for (label, job), reader in zip(jobs.items(), readers, strict=True):
+            num_done += TRAINING_SHARE * reader.step / job.recipe.num_steps
+            if reader.step >= job.recipe.num_steps:
+                activities.append(f"measuring {label}")
+            elif reader.step:
+                activities.append(label)
+        for state in self._sweep.with_status("running"):
+            if not state.trial.job:
+                activities.append(f"measuring {state.trial.label}")
         num_trials = f"{self._sweep.num_ended} of {self._sweep.num_all} trials"
-        self._progress.advance(num_done, "; ".join([num_trials, *shown[:MAX_NAMED]]))
+        self._progress.advance(num_done, "; ".join([num_trials, *activities[:MAX_NAMED]]))
 
     def _show_front(self) -> None:
         """Show the front so far, once the full model is measured."""

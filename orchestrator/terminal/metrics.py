@@ -39,6 +39,8 @@ DECODE_MS_SPREAD = "cost/decode_ms_spread"
 KV_BYTES = "cost/kv_bytes_per_token"
 SERVED_MS = "cost/served_ms_per_token"
 NUM_PARAMETERS = "cost/num_parameters"
+TRAINING_TOKENS = "train/tokens"
+"""Tokens that a model was trained on."""
 OVERHEAD_NFE = "cost/overhead_evaluations"
 OVERHEAD_NFE_SHARE = "cost/overhead_share"
 OVERHEAD_MS = "cost/overhead_ms_per_token"
@@ -291,8 +293,12 @@ def timed_name(number: str, *, batch_size: int, context: int) -> str:
 
 
 def served_name(number: str, *, at_once: int) -> str:
-    """Return the tracked name of what a server was measured to do with so many requests at a time:
-    `cost/served_8/latency_ms`."""
+    """Return the tracked name of a measurement of a server: `cost/served_8/latency_ms`.
+
+    Args:
+        number: What was measured.
+        at_once: Requests that the server answered at the same time.
+    """
     return f"{COST}served_{at_once}/{number}"
 
 

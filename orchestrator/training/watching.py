@@ -46,11 +46,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
 from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.schedules import (
-    flops_per_token_by_step,
-    schedule_by_step,
-    steps_before_corrections,
-)
+from orchestrator.training.schedules import flops_per_token_by_step, steps_before_corrections
 from orchestrator.training.shared_steps import first_step
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
@@ -239,11 +235,10 @@ class RunMonitor:
     def _stage_text(self, label: str, step: int) -> str:
         """Say that a model with corrections is still trained without; empty once it makes them."""
         job = self._jobs[label]
-        full_schedule = job.model.corrections
-        schedule = schedule_by_step(full_schedule, job.recipe)(step)
-        if not full_schedule.max_corrections or schedule.max_corrections:
+        num_steps = steps_before_corrections(job.recipe)
+        if step >= num_steps or not job.model.corrections.max_corrections:
             return ""
-        return f" (r = 0 until step {steps_before_corrections(job.recipe):,})"
+        return f" (r = 0 until step {num_steps:,})"
 
     def _seconds_left(self) -> float:
         """Return the time that all jobs still take; NaN while a running one has no known speed.

@@ -16,6 +16,7 @@ from orchestrator.reporting.findings import (
     better_baselines,
     confidence_note,
     describe_model,
+    describe_pick,
     findings,
     pick_from_front,
 )
@@ -130,6 +131,10 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     assert not any("% of the teacher's" in sentence for sentence in [warning, *other_sentences])
     assert not any("confidence" in sentence for sentence in [warning, *other_sentences])
     assert any(sentence.startswith("vanilla") for sentence in other_sentences)
+    picked = pick_from_front(measured, PickRule(name="cheapest"))
+    pick_text = describe_pick(measured, picked)
+    assert_names(pick_text, "no gain of its teacher over r = 0 from scratch is shown")
+    assert "% of the teacher's" not in pick_text
 
     # Separate errors of 1.2 points resolve nothing, so the values alone decide.
     for accuracy, is_beaten in ((0.4464, True), (0.4465, False), (0.45, False)):
@@ -139,6 +144,14 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
         [first_sentence, *_] = findings(sample_front(results))
         assert (" keeps " in first_sentence) == is_beaten
         assert ("no gain over vanilla is shown" in first_sentence) != is_beaten
+        # A model that was trained for longer is no measure of what corrections gain.
+        tokens = {"vanilla": 2000, "teacher": 1000}
+        results = [
+            r.with_numbers("train", {"tokens": tokens[r.label]}) if r.label in tokens else r
+            for r in results
+        ]
+        [first_sentence, *_] = findings(sample_front(results))
+        assert " keeps " in first_sentence
     # A lower loss is better.
     by_loss = FrontAxes(quality="quality/validation_loss")
     for loss, is_beaten in ((5.0, True), (4.0, False)):
