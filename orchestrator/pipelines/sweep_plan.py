@@ -21,6 +21,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.price import Price, price_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import AshaRule, SweepTrials
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.result import Result
@@ -227,8 +228,12 @@ class SweepPlan(Result):
             for state in self.states
             if state.training and state.trial.job and state.trial.job.objective == "pretrain"
         }
-        if not jobs:
-            return
+        yield from self._rate_notes(jobs)
+        yield from first_stage_notes(jobs)
+        yield from self._text_notes(jobs)
+
+    def _rate_notes(self, jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
+        """Say why a baseline learns at another rate than its teacher, if nobody chose that."""
         usual_rates = SweepSettings().learning_rates
         vanilla_rate = usual_rates[BASELINE_METHOD]
         vanilla_rates = {
@@ -240,35 +245,22 @@ class SweepPlan(Result):
                 f"vanilla learns at {vanilla_rate:g}, the default of sweep.learning_rates for it: "
                 "each method has the rate that suits it, so that none looks worse by its rate"
             )
-        first_stages: dict[tuple[int, int], list[str]] = {}
-        for label, job in jobs.items():
-            num_steps = steps_before_corrections(job.recipe)
-            if num_steps and job.model.corrections.max_corrections:
-                first_stages.setdefault((num_steps, job.recipe.num_steps), []).append(label)
-        for (num_steps, num_all), labels in first_stages.items():
+
+    def _text_notes(self, jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
+        """Say how often each length of training reads a prepared text."""
+        tokens_folders = [Path(job.tokens_folder) for job in jobs.values() if job.tokens_folder]
+        if not tokens_folders:
+            return
+        text_tokens = expected_tokens(self.settings.data, tokens_folders[0]).num_train_tokens
+        if not text_tokens:  # Not prepared yet.
+            return
+        lengths = {(job.recipe.num_steps, job.recipe.num_tokens_per_step) for job in jobs.values()}
+        for num_steps, num_tokens in sorted(lengths):
+            num_times = num_steps * num_tokens / text_tokens
             yield (
-                f"no corrections before step {num_steps:,} of {num_all:,} "
-                f"(training.iterate_from_fraction): {join_names(labels)}"
+                f"{num_steps:,} steps of {num_tokens:,} tokens read the {text_tokens:,} tokens "
+                f"of the text {num_times:.2g} times"
             )
-        users: dict[str, list[str]] = {}
-        for label, job in jobs.items():
-            if stage := first_stage_of(job):
-                users.setdefault(stage.key, []).append(label)
-        for labels in users.values():
-            if len(labels) > 1:
-                yield f"their shared first stage is trained once: {join_names(labels)}"
-        recipes = {(job.recipe.num_steps, job.recipe.num_tokens_per_step) for job in jobs.values()}
-        tokens_folder = next(iter(jobs.values())).tokens_folder
-        if tokens_folder:
-            text_tokens = expected_tokens(self.settings.data, Path(tokens_folder)).num_train_tokens
-            if not text_tokens:  # Not prepared yet.
-                return
-            for num_steps, num_tokens in sorted(recipes):
-                num_times = num_steps * num_tokens / text_tokens
-                yield (
-                    f"{num_steps:,} steps of {num_tokens:,} tokens read the {text_tokens:,} tokens "
-                    f"of the text {num_times:.2g} times"
-                )
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -323,3 +315,29 @@ class SweepPlan(Result):
         yield trial_plans.plan_table(self.trials, self.states)
         yield from (f"  {note}" for note in self.notes)
         yield two_column_table(None, [*price_rows(self.price, self.problems)])
+
+
+def first_stage_notes(jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
+    """Say which models are trained without corrections first, and which share that stage.
+
+    Args:
+        jobs: Label -> training.
+    """
+    labels_by_length: dict[tuple[int, int], list[str]] = {}
+    labels_by_stage: dict[str, list[str]] = {}
+    for label, job in jobs.items():
+        first_steps = steps_before_corrections(job.recipe)
+        if first_steps and job.model.corrections.max_corrections:
+            length = (first_steps, job.recipe.num_steps)
+            labels_by_length.setdefault(length, []).append(label)
+        stage = first_stage_of(job)
+        if stage is not None:
+            labels_by_stage.setdefault(stage.key, []).append(label)
+    for (first_steps, num_steps), labels in labels_by_length.items():
+        yield (
+            f"no corrections before step {first_steps:,} of {num_steps:,} "
+            f"(training.iterate_from_fraction): {join_names(labels)}"
+        )
+    for labels in labels_by_stage.values():
+        if len(labels) > 1:
+            yield f"their shared first stage is trained once: {join_names(labels)}"
