@@ -17,15 +17,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.exporting import export
-from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
 from orchestrator.models.tokenizer import token_ids
-from orchestrator.pipelines.generating import TextGenerator, open_generator
-from orchestrator.pipelines.models import export_checkpoint, import_model
-from orchestrator.reporting.model_card import ModelCard
+from orchestrator.pipelines.generating import TextGenerator
+from orchestrator.pipelines.models import import_model
 from orchestrator.workspace.errors import UserError
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -130,26 +128,6 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(before | values))
 
 
-def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(llama, workspace, tmp_path):
-    checkpoint = import_model(llama, workspace=workspace)
-    decoder = load_model(checkpoint)
-    card = ModelCard(name="tiny", config=decoder.config)
-    folder = export_checkpoint(checkpoint, tmp_path / "out", decoder=decoder, card=card)
-    config = IIETConfig.from_pretrained(folder)
-    ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
-    assert ids == (300, [301, 7], 301)
-    name = "generation_config.json"
-    assert json.loads((folder / name).read_text()) == json.loads((llama / name).read_text())
-    # And back again.
-    again = import_model(folder, workspace=workspace, name="again")
-    theirs, *ours = (AutoTokenizer.from_pretrained(path) for path in (llama, folder, again))
-    messages = [{"role": "user", "content": "a bag"}]
-    for tokenizer in ours:
-        assert (tokenizer.bos_token, tokenizer.eos_token) == (theirs.bos_token, theirs.eos_token)
-        assert tokenizer("a bag").input_ids == theirs("a bag").input_ids
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>user: a bag\n"
-
-
 @pytest.mark.parametrize("place", ["config", "generation_config", "tokenizer"])
 def test_generation_begins_and_ends_as_in_transformers(place, llama, workspace):
     model = LlamaForCausalLM.from_pretrained(llama).eval()
@@ -239,17 +217,3 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     change(llama / "tokenizer_config.json", bos_token=tokenizer.id_to_token(0))
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.tokenizer.encode_document("") == (0,)
-
-
-def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
-    own_tokenizer_config = {
-        "tokenizer_class": "Own",
-        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
-    }
-    change(llama / "tokenizer_config.json", **own_tokenizer_config)
-    (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
-    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    assert writer.tokenizer.encode_document("a bag")[0] == 300
-    # Beside the folder, its name means the run, as `generate` cannot use the folder.
-    monkeypatch.chdir(llama.parent)
-    assert open_generator(workspace, llama.name).checkpoint == writer.checkpoint

@@ -14,7 +14,6 @@ import torch
 from commands import run_here
 from lm_eval_tasks import write_choices
 from plain_models import CASES, random_model, random_values
-from refusals import refused
 from sample_texts import lines_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -28,14 +27,12 @@ from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.workspace.errors import UserError
 
+GENERATION = "generation_config.json"
 VOCABULARY = 320
 """Rows of the embedding; the tokenizer has 302 entries."""
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 WORDS = ("bag", "fog", "hen", "pig", "cab", "deed")
-OF_EACH_TYPE = ("llama3", "mistral window", "qwen2 windows", "qwen3 yarn", "smollm3 windows")
-"""Of each type of model, the case with the most options."""
 
 
 @pytest.fixture
@@ -84,6 +81,8 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
         for model in models for config in (model.config, model.generation_config)
     ]  # fmt: skip
     assert ids == 4 * [(300, [301, 7])]
+    generation = [json.loads((path / GENERATION).read_text()) for path in (source, folder)]
+    assert generation[0] == generation[1]
     theirs, ours = (AutoTokenizer.from_pretrained(path) for path in (source, folder))
     messages = [{"role": "user", "content": "a bag"}]
     texts = [fast.apply_chat_template(messages, tokenize=False) for fast in (theirs, ours)]
@@ -131,23 +130,6 @@ def test_half_precision_in_several_files_becomes_float32(dtype, make_folder, wor
     assert all(torch.equal(tensor, theirs[n]) for n, tensor in decoder.state_dict().items())
 
 
-def test_a_file_of_several_that_is_missing_or_damaged_is_named(make_folder, workspace):
-    source = make_folder("llama", max_shard_size="20KB")
-    file = sorted(source.glob("*.safetensors"))[1]
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    with pytest.raises(UserError, match=f"cannot read .*{file.name}"):
-        import_model(source, workspace=workspace)
-    file.unlink()
-    with refused(UserError, file.name, "model.safetensors.index"):
-        import_model(source, workspace=workspace)
-    index = source / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
-    with refused(UserError, "weight_map"):
-        import_model(source, workspace=workspace)
-    assert not workspace.runs.exists()
-
-
 @pytest.fixture
 def answer(workspace) -> Callable[..., dict[str, Any]]:
     """A function that runs a command in the workspace and returns the JSON that it prints."""
@@ -160,7 +142,7 @@ def answer(workspace) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OF_EACH_TYPE)
+@pytest.mark.parametrize("case", ["qwen2 windows", "smollm3 windows"])
 def test_every_command_works_on_an_import(case, make_folder, answer, tmp_path):
     source = make_folder(case)
     theirs = AutoModelForCausalLM.from_pretrained(source).eval()
