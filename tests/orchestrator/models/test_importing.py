@@ -12,7 +12,7 @@ from kept_progress import KeptProgress
 from refusals import refused
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -26,7 +26,6 @@ from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.pipelines.models import import_model
 from orchestrator.workspace.errors import UserError
 
-CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FEW = Sampling(max_new_tokens=12)
 
 
@@ -101,26 +100,8 @@ def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
 
 
 @pytest.fixture
-def llama(tmp_path, tokenizer) -> Path:
-    """A chat model whose tokenizer puts <s> before every text and whose texts end at <|end|>."""
-    folder = tmp_path / "llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.3, bos_token_id=300, eos_token_id=[301, 7], pad_token_id=301,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    with_own_tokens = Tokenizer.from_file(str(tokenizer))
-    with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
-    first = ("<s>", with_own_tokens.token_to_id("<s>"))
-    with_own_tokens.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[first]
-    )
-    with_own_tokens.save(str(folder / "tokenizer.json"))
-    change(folder / "tokenizer_config.json", bos_token="<s>", eos_token="<|end|>")
-    (folder / "chat_template.jinja").write_text(CHAT)
-    return folder
+def llama(make_folder) -> Path:
+    return make_folder("llama")
 
 
 def change(path: Path, **values: Any) -> None:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import run_here
 from lm_eval_tasks import write_choices
 from plain_models import CASES, random_model, random_values
 from sample_texts import lines_of
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iiet.plain_models import MODEL_TYPES
+from orchestrator import cli
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.load import load_model
@@ -29,34 +29,7 @@ from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 
 GENERATION = "generation_config.json"
-VOCABULARY = 320
-"""Rows of the embedding; the tokenizer has 302 entries."""
-CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 WORDS = ("bag", "fog", "hen", "pig", "cab", "deed")
-
-
-@pytest.fixture
-def make_folder(tmp_path, tokenizer):
-    """Write a random model of a case, with a tokenizer that puts <s> before every text."""
-
-    def make(case: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        folder = tmp_path / "model"
-        model = random_model(case, vocab_size=VOCABULARY, bos_token_id=300, eos_token_id=[301, 7])
-        model.to(dtype).save_pretrained(folder, **options)
-        with_own_tokens = Tokenizer.from_file(str(tokenizer))
-        with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
-        with_own_tokens.post_processor = TemplateProcessing(
-            single="<s> $A",
-            pair="<s> $A $B",
-            special_tokens=[("<s>", with_own_tokens.token_to_id("<s>"))],
-        )
-        with_own_tokens.save(str(folder / "tokenizer.json"))
-        specials = {"bos_token": "<s>", "eos_token": "<|end|>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(specials))
-        (folder / "chat_template.jinja").write_text(CHAT)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +44,7 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
     assert "trust_remote_code" not in (folder / "README.md").read_text()
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, folder)]
     assert type(models[0]) is type(models[1])
-    tokens = torch.arange(VOCABULARY)[-40:].view(2, 20)  # Rows beyond the tokenizer's, too.
+    tokens = torch.arange(280, 320).view(2, 20)  # Rows beyond the tokenizer's, too.
     with torch.no_grad():
         expected, again = (model(tokens).logits for model in models)
         torch.testing.assert_close(decoder(tokens), expected, rtol=0, atol=1e-5)
@@ -135,8 +108,9 @@ def answer(workspace) -> Callable[..., dict[str, Any]]:
     """A function that runs a command in the workspace and returns the JSON that it prints."""
 
     def run(*words: str) -> dict[str, Any]:
-        printed = run_here(*words, "--json", "--quiet", workspace=workspace.root)
-        return dict(json.loads(printed))
+        with redirect_stdout(StringIO()) as printed:
+            assert cli.main([*words, "--json", "--workspace", str(workspace.root)]) == 0
+        return dict(json.loads(printed.getvalue()))
 
     return run
 

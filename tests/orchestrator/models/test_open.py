@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from plain_models import random_model
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from iiet.config import preset
 from iiet.decoder import Decoder
@@ -27,7 +27,6 @@ from orchestrator.pipelines.models import import_model
 from orchestrator.workspace.errors import UserError
 
 WEIGHTS = "model.safetensors"
-FIRST = "model-00001-of-00005.safetensors"
 INDEX = "model.safetensors.index.json"
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -45,18 +44,7 @@ def test_a_published_folder_gives_the_published_logits(tmp_path):
 
 
 def write_llama_folder(folder: Path, max_shard_size: str = "1GB") -> None:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=max_shard_size)
+    random_model("llama").save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def test_an_exported_folder_gives_the_same_model(tmp_path):
@@ -92,6 +80,11 @@ def with_nan(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
+def first_file(folder: Path) -> Path:
+    [file] = folder.glob("model-00001-of-*.safetensors")
+    return file
+
+
 def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -104,8 +97,11 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights"),
     "weights that end early": (lambda f: cut_off(f / WEIGHTS), WEIGHTS),
     "weights that are no numbers": (with_nan, "model.norm.weight"),
-    "no first file of several": (lambda f: (f / FIRST).unlink(), FIRST),
-    "a first file of several that ends early": (lambda f: cut_off(f / FIRST), FIRST),
+    "no first file of several": (lambda f: first_file(f).unlink(), "model-00001-of"),
+    "a first file of several that ends early": (
+        lambda f: cut_off(first_file(f)),
+        "model-00001-of",
+    ),
     "files elsewhere": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}'),
         "weight_map",
@@ -117,7 +113,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("harm", HARMS)
 def test_what_is_wrong_with_a_folder_is_named_and_nothing_is_imported(harm, tmp_path, workspace):
     folder = tmp_path / "llama"
-    write_llama_folder(folder, max_shard_size="5KB" if "file" in harm else "1GB")
+    write_llama_folder(folder, max_shard_size="20KB" if "file" in harm else "1GB")
     do_harm, name = HARMS[harm]
     do_harm(folder)
     for read in (load_model, partial(import_model, workspace=workspace)):
