@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from changed_trials import stop_early
+from commands import wait_until
 from fake_runs import finished
 from mlflow.entities import Run
 
@@ -141,8 +141,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
     watched.view.update()
-    while watched.losses(first) != [1, 2]:
-        time.sleep(0.1)
+    wait_until(lambda: watched.losses(first) == [1, 2])
     assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
 
     # The front so far is in the sweep's run, with its picture.
