@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import product
@@ -254,12 +252,3 @@ def test_records_of_other_types_are_skipped(two_runs, run):
         for value in (*_replaced(last), {**last, "time": 10**30}):
             file.write(json.dumps(value) + "\n")
     assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
-
-
-def test_a_listing_imports_no_pytorch(space):
-    program = (
-        "import sys; from orchestrator import cli\n"
-        f"for kind in ([], ['running']): cli.main(['list', *kind, '-w', {str(space.root)!r}])\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
