@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,14 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Started
-from pretended_cluster import LOOPBACK, environment_without_ray, listening_addresses
+from pretended_cluster import LOOPBACK, listening_addresses
 from refusals import assert_names
 from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import task, train
 from orchestrator.cluster.places import Placement
-from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.task import run_local_jobs
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning.machine import Node, Resources
@@ -200,6 +197,16 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, attempts):
     with expected:
         JobRun(job, placement, ClusterSettings(max_failures=1), NOT_STOPPED).fit()
     assert len(starts) == num_starts
+
+
+def test_a_job_that_is_stopped_before_its_turn_asks_ray_for_nothing(
+    make_job, attempts, monkeypatch
+):
+    stopped: Any = SimpleNamespace(is_sent=lambda: True)
+    attempts(pytest.fail)
+    monkeypatch.setattr(train, "asked_places", pytest.fail)  # Would start a Ray if none runs.
+    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
+    JobRun(make_job("run"), placement, ClusterSettings(), stopped).fit()
 
 
 def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
@@ -419,38 +426,3 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
             run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
     finally:
         remove_placement_group(all_cpus)
-
-
-STOPPED_DRIVER = """
-import json, os, signal, sys
-from orchestrator.cluster.train import run_train_jobs
-from orchestrator.records.training import TrainingJob
-from orchestrator.workspace.errors import Interrupted
-
-jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
-looks = []
-
-def watch():
-    looks.append(1)
-    if len(looks) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-try:
-    run_train_jobs(jobs, watch=watch)
-except Interrupted as error:
-    print("said:", error, flush=True)
-    sys.exit(130)
-"""
-
-
-@pytest.mark.slow
-def test_a_stop_before_the_first_step_ends_the_process_and_starts_no_other_ray(make_job):
-    jobs = [make_job(f"run-{number}") for number in range(5)]  # More than run at the same time.
-    values = json.dumps([job.model_dump(mode="json") for job in jobs])
-    local = {name: value for name, value in address_variables("local").items() if value}
-    process = Started(values, code=STOPPED_DRIVER, environment=environment_without_ray() | local)
-    printed, _ = process.communicate()
-    assert process.returncode == 130, printed
-    assert [line.partition(" ")[0] for line in printed.splitlines()][-1] == "said:"
-    ends = ("nothing was saved", "not started yet")
-    assert sum(map(printed.count, ends)) == len(jobs)
