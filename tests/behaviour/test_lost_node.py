@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_cluster import run_driver
-from same_run import curve
+from same_run import curve, stop_at
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
@@ -185,6 +185,5 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(tiny_job):
     assert [start["step"] % 1000 for start in starts[1:]] == [0, 0], "from the newest checkpoint"
     varied = curve(job)
     assert max(varied) > starts[2]["step"]
-    steps = iter(range(10**6))
-    run_job(undisturbed, should_stop=lambda: next(steps) == max(varied))
+    run_job(undisturbed, should_stop=stop_at(max(varied)))
     assert varied == pytest.approx(curve(undisturbed), abs=1e-4)

@@ -12,6 +12,7 @@ import pytest
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from refusals import refused
+from same_run import stop_at
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance, weights_key
@@ -173,8 +174,7 @@ def test_the_tracked_run_ends_with_the_status_of_the_training(
 
 def test_a_damaged_checkpoint_is_reported_once(context, tiny_tokens, notes):
     job = pretraining_job(settings(), context.workspace, tiny_tokens)
-    steps = iter(range(100))
-    run_job(job, should_stop=lambda: next(steps) == 5)
+    run_job(job, should_stop=stop_at(5))
     newest = find_checkpoints(job.folder)[-1]
     (newest / "training_state.pt").write_bytes(b"")
     for _ in range(2):
@@ -189,8 +189,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tra
     run = context.workspace.runs / "short"
     wsd = settings(decay="wsd", decay_fraction=0.5)
     job = pretraining_job(wsd, context.workspace, tokens, "short")
-    calls = iter([False, False, False, True])
-    run_job(job, should_stop=lambda: next(calls))
+    run_job(job, should_stop=stop_at(3))
     write_text(run / SETTINGS_NAME, to_yaml(wsd))
     longer = read_settings(run / SETTINGS_NAME, ["training.num_steps=12"])
     with refused(UserError, "finished"):

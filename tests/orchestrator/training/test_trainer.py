@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from same_run import curve, events, same_run, state_of, steps_of, stop
+from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
 
 from iiet.batch import Batch
 from iiet.schedule import IterationSchedule
@@ -70,8 +70,7 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
     run_job(each_step)
     monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 4)
     every_ten = make_job("every ten", **recipe)
-    stops = iter([False] * 15 + [True])
-    assert not run_job(every_ten, should_stop=lambda: next(stops)).finished
+    assert not run_job(every_ten, should_stop=stop_at(15)).finished
     run_job(every_ten)  # Resumes in the middle of the steps from 11 to 20.
     for name in ("train/loss", "train/gradient_norm"):
         expected = list(curve(each_step, name).values())
