@@ -239,19 +239,9 @@ RETROFIT = (
     "--set training.checkpoint_every_steps=20"
 )
 """Corrections in four of 30 layers; all others stay as they are."""
-STUDENTS = (
-    "iiet-orch sweep-threshold iterative --name cheaper --schedules 2 --set sweep.trials_at_once=1 "
-    "--set distillation.training.num_steps=10 --set distillation.training.sequence_length=256 "
-    "--set distillation.training.num_tokens_per_step=256 "
-    "--set distillation.training.num_validation_tokens=256 "
-    "--set distillation.training.warmup_steps=1 --set distillation.training.learning_rate=0.02 "
-    "--set influence.num_tokens=256 --set evaluation.suite=lastword "
-    "--set evaluation.sequence_length=256 --set evaluation.limit=4"
-)
-"""Two students of ten steps, at a rate so high that they forget; both controls."""
 
 
-@pytest.mark.timeout(3600)  # At most 15 minutes on two idle cores, and setup counts.
+@pytest.mark.timeout(3600)  # Minutes on two idle cores, and setup counts.
 def test_it_becomes_iterative_and_still_answers(walk):
     write_texts(walk.folder / "my-texts")
     walk.run(RETROFIT)
@@ -278,17 +268,3 @@ def test_it_becomes_iterative_and_still_answers(walk):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
         prompts = writer.texts_to_continue(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))
-
-    walk.run(STUDENTS)
-    front = json.loads((walk.folder / "iiet-workspace/sweeps/cheaper/front.json").read_text())
-    by_role = {row["role"]: row for row in front["results"]}
-    assert {"teacher", "trial", "source", "source_continued"} <= set(by_role)
-    assert len([row for row in front["results"] if row["role"] == "trial"]) == 2
-    [of_student] = front["retention"][by_role["trial"]["key"]]
-    assert of_student["task"] == "python_bits_per_byte"
-    assert not of_student["kept"]
-    assert of_student["lost"] > front["retention"][by_role["teacher"]["key"]][0]["lost"]
-    assert by_role["source"]["key"] not in front["retention"]
-    pick = "iiet-orch pick cheaper --cheapest --dry-run"
-    walk.run(f"if {pick}; then exit 1; else test $? = 2; fi")
-    assert "loses" in walk.run(f"{pick} --allow-loss")

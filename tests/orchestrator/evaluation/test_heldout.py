@@ -271,17 +271,7 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "symbols"),
-    [
-        ("phop_2", "letters"),
-        ("chain_3", "letters"),
-        ("lookup_2", "letters"),
-        ("s5_4", "letters"),
-        ("lookup_2", "words"),
-        ("phop_2", "words"),
-    ],
-)
+@pytest.mark.parametrize(("name", "symbols"), [("s5_4", "letters"), ("lookup_2", "words")])
 def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path, name, symbols):
     changes = {}
     if symbols == "words":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from looped_models import MODELS, write_looped
 from refusals import refused
-from transformers import AutoConfig, Inkling2LoopForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Inkling2LoopForConditionalGeneration
 
 from orchestrator.evaluation.looped import LoopedDecoder, check_loops, load_transformers
 from orchestrator.models.folder import TOKENIZER
@@ -49,6 +49,7 @@ FLOPS["nanbeige"] = FLOPS["ouro"]
 def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
     folder = write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER)
     outputs = []
+    read_tokens = []
     counted = []
     tokens = torch.arange(12)[None]
     for depth, costs in COSTS[kind].items():
@@ -65,11 +66,19 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
                 expected = FLOPS[kind](costs[0], num_seen, model.depth[0])
                 assert decoder.cost(context_length=num_seen).decode_flops_per_token == expected
         with torch.no_grad():
+            read_tokens.append(tokens)
             outputs.append(decoder.model(tokens).logits)
             for next_token in decoder.stream(tokens, 3):  # Its cache changes nothing.
                 assert next_token == decoder.model(tokens).logits[0, -1].argmax()
                 tokens = torch.cat([tokens, next_token[None]], -1)
     assert all(not torch.equal(outputs[0], output) for output in outputs[1:3]), "depths differ"
+    # As transformers runs it when its own configuration has the depth.
+    model = open_model(folder, schedule=[*COSTS[kind]][1])
+    config = json.loads((folder / "config.json").read_text()) | model.loops.changes(model.depth)
+    (folder / "config.json").write_text(json.dumps(config))
+    stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs[1], stock(read_tokens[1]).logits, rtol=0, atol=1e-6)
     per_run = {(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(counted) if a[0] != b[0]}
     assert len(per_run) == 1, "each further layer run takes the same"
 

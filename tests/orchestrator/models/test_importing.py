@@ -12,23 +12,20 @@ from kept_progress import KeptProgress
 from refusals import refused
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.exporting import export
-from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
 from orchestrator.models.tokenizer import token_ids
-from orchestrator.pipelines.generating import TextGenerator, open_generator
-from orchestrator.pipelines.models import export_checkpoint, import_model
-from orchestrator.reporting.model_card import ModelCard
+from orchestrator.pipelines.generating import TextGenerator
+from orchestrator.pipelines.models import import_model
 from orchestrator.workspace.errors import UserError
 
-CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FEW = Sampling(max_new_tokens=12)
 
 
@@ -103,51 +100,13 @@ def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
 
 
 @pytest.fixture
-def llama(tmp_path, tokenizer) -> Path:
-    """A chat model whose tokenizer puts <s> before every text and whose texts end at <|end|>."""
-    folder = tmp_path / "llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.3, bos_token_id=300, eos_token_id=[301, 7], pad_token_id=301,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    with_own_tokens = Tokenizer.from_file(str(tokenizer))
-    with_own_tokens.add_special_tokens(["<s>", "<|end|>"])
-    first = ("<s>", with_own_tokens.token_to_id("<s>"))
-    with_own_tokens.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[first]
-    )
-    with_own_tokens.save(str(folder / "tokenizer.json"))
-    change(folder / "tokenizer_config.json", bos_token="<s>", eos_token="<|end|>")
-    (folder / "chat_template.jinja").write_text(CHAT)
-    return folder
+def llama(make_folder) -> Path:
+    return make_folder("llama")
 
 
 def change(path: Path, **values: Any) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | values))
-
-
-def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(llama, workspace, tmp_path):
-    checkpoint = import_model(llama, workspace=workspace)
-    decoder = load_model(checkpoint)
-    card = ModelCard(name="tiny", config=decoder.config)
-    folder = export_checkpoint(checkpoint, tmp_path / "out", decoder=decoder, card=card)
-    config = IIETConfig.from_pretrained(folder)
-    ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
-    assert ids == (300, [301, 7], 301)
-    name = "generation_config.json"
-    assert json.loads((folder / name).read_text()) == json.loads((llama / name).read_text())
-    # And back again.
-    again = import_model(folder, workspace=workspace, name="again")
-    theirs, *ours = (AutoTokenizer.from_pretrained(path) for path in (llama, folder, again))
-    messages = [{"role": "user", "content": "a bag"}]
-    for tokenizer in ours:
-        assert (tokenizer.bos_token, tokenizer.eos_token) == (theirs.bos_token, theirs.eos_token)
-        assert tokenizer("a bag").input_ids == theirs("a bag").input_ids
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>user: a bag\n"
 
 
 @pytest.mark.parametrize("place", ["config", "generation_config", "tokenizer"])
@@ -239,17 +198,3 @@ def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_fi
     change(llama / "tokenizer_config.json", bos_token=tokenizer.id_to_token(0))
     writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
     assert writer.tokenizer.encode_document("") == (0,)
-
-
-def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace, monkeypatch):
-    own_tokenizer_config = {
-        "tokenizer_class": "Own",
-        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
-    }
-    change(llama / "tokenizer_config.json", **own_tokenizer_config)
-    (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
-    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
-    assert writer.tokenizer.encode_document("a bag")[0] == 300
-    # Beside the folder, its name means the run, as `generate` cannot use the folder.
-    monkeypatch.chdir(llama.parent)
-    assert open_generator(workspace, llama.name).checkpoint == writer.checkpoint

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plain_models import random_model
+from refusals import refused
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from iiet.config import preset
 from iiet.decoder import Decoder
@@ -21,9 +23,11 @@ from orchestrator import cli
 from orchestrator.models.folder import resolve_checkpoint
 from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
+from orchestrator.pipelines.models import import_model
 from orchestrator.workspace.errors import UserError
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
@@ -39,34 +43,8 @@ def test_a_published_folder_gives_the_published_logits(tmp_path):
     assert not decoder.training
 
 
-def llama_folder(folder: Path, **options: Any) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(config).eval()
-    llama.save_pretrained(folder, **options)
-    return llama
-
-
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "5KB"}])
-def test_a_llama_folder_becomes_a_vanilla_model(shards, tmp_path):
-    llama = llama_folder(tmp_path / "llama", **shards)
-    assert (len(list((tmp_path / "llama").glob("*.safetensors"))) > 1) == bool(shards)
-    decoder = load_model(tmp_path / "llama")
-    tokens = torch.arange(20).view(2, 10)
-    with torch.no_grad():
-        torch.testing.assert_close(decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
-    assert decoder.config.method == "vanilla"
-    llama.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    assert load_model(tmp_path / "half").model.embed_tokens.weight.dtype == torch.float32
+def write_llama_folder(folder: Path, max_shard_size: str = "1GB") -> None:
+    random_model("llama").save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def test_an_exported_folder_gives_the_same_model(tmp_path):
@@ -79,6 +57,9 @@ def test_an_exported_folder_gives_the_same_model(tmp_path):
     assert all(torch.equal(state[name], value) for name, value in decoder.state_dict().items())
     cheaper = load_model(folder, schedule=IterationSchedule((1, 0, 0, 0, 0, 0)))
     assert tuple(cheaper.schedule) == (1, 0, 0, 0, 0, 0)
+    opened = open_model(folder, schedule="1,0,0,0,0,0")
+    assert (opened.label, opened.schedule) == ("out r=1,0*5", cheaper.schedule)
+    assert opened.key != open_model(folder).key
     with pytest.raises(UserError, match="out: "):
         load_model(folder, schedule=IterationSchedule((1, 0)))
     weights = load_file(folder / "model.safetensors")
@@ -99,30 +80,52 @@ def with_nan(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
-def test_unreadable_folders_are_errors(tmp_path):
-    llama_folder(tmp_path / "whole")
-    harms: list[tuple[Callable[[Path], object], str]] = [
-        (lambda f: (f / "config.json").unlink(), "is not a model folder"),
-        (lambda f: (f / WEIGHTS).unlink(), "has no weights beside its config.json"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "cannot read"),
-        (with_nan, "model.norm.weight has 1 values that are NaN"),
-        (lambda f: changed_config(f, model_type="gpt2"), "'gpt2'"),
-        (lambda f: changed_config(f, sliding_window=128), "sliding_window 128"),
-        (lambda f: (f / "config.json").write_text("[1, 2"), r"config\.json is damaged"),
-    ]
-    for harm, words in harms:
-        folder = tmp_path / "llama"
-        shutil.copytree(tmp_path / "whole", folder)
-        harm(folder)
-        with pytest.raises(UserError, match=words):
-            load_model(folder)
-        shutil.rmtree(folder)
+def first_file(folder: Path) -> Path:
+    [file] = folder.glob("model-00001-of-*.safetensors")
+    return file
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "a config that ends early": (lambda f: (f / "config.json").write_text("[1, 2"), "config.json"),
+    "another type": (lambda f: changed_config(f, model_type="gpt2"), "'gpt2'"),
+    "another attention": (lambda f: changed_config(f, sliding_window=128), "sliding_window 128"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights"),
+    "weights that end early": (lambda f: cut_off(f / WEIGHTS), WEIGHTS),
+    "weights that are no numbers": (with_nan, "model.norm.weight"),
+    "no first file of several": (lambda f: first_file(f).unlink(), "model-00001-of"),
+    "a first file of several that ends early": (
+        lambda f: cut_off(first_file(f)),
+        "model-00001-of",
+    ),
+    "files elsewhere": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}'),
+        "weight_map",
+    ),
+}
+"""What is wrong -> how it comes about, and what the message names."""
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_wrong_with_a_folder_is_named_and_nothing_is_imported(harm, tmp_path, workspace):
+    folder = tmp_path / "llama"
+    write_llama_folder(folder, max_shard_size="20KB" if "file" in harm else "1GB")
+    do_harm, name = HARMS[harm]
+    do_harm(folder)
+    for read in (load_model, partial(import_model, workspace=workspace)):
+        with refused(UserError, name):
+            read(folder)
+    assert not [*workspace.runs.glob("*/step_*")]
 
 
 def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path):
     folder = tmp_path / "llama"
     moved = tmp_path / "moved"
-    llama_folder(folder)
+    write_llama_folder(folder)
     with pytest.raises(UserError, match="makes no corrections"):
         open_model(folder, schedule="1")
     before = open_model(folder).key
@@ -146,7 +149,7 @@ def test_a_folder_that_no_decoder_can_run_is_refused_with_the_reason_of_the_impo
     changes, reason, tmp_path, capfd
 ):
     """No command says that the import would help."""
-    llama_folder(tmp_path / "model")
+    write_llama_folder(tmp_path / "model")
     changed_config(tmp_path / "model", **changes)
     where = ["--workspace", str(tmp_path / "space")]
     folder = str(tmp_path / "model")
@@ -163,6 +166,6 @@ def test_a_folder_that_no_decoder_can_run_is_refused_with_the_reason_of_the_impo
 
 
 def test_a_folder_that_a_decoder_can_run_is_imported_first(tmp_path):
-    llama_folder(tmp_path / "model")
+    write_llama_folder(tmp_path / "model")
     with pytest.raises(UserError, match=f"`iiet-orch import {tmp_path / 'model'}`"):
         resolve_checkpoint(tmp_path / "model")

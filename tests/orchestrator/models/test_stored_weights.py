@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from live_tensors import LiveTensors, counted_reads
+from plain_models import random_model
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -28,14 +29,9 @@ FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 @pytest.fixture
 def llama(tmp_path) -> Path:
     """A published model of many layers, in bfloat16 and several files."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=12,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.3, tie_word_embeddings=False,
-    )  # fmt: skip
     folder = tmp_path / "llama"
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="40KB")
+    sizes = {"vocab_size": 320, "num_hidden_layers": 12, "intermediate_size": 64}
+    random_model("llama", **sizes).bfloat16().save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
 

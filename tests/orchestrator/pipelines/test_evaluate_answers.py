@@ -102,23 +102,6 @@ def evaluate(tmp_path, tasks, capfd) -> Callable[..., tuple[int, str, list[Any]]
 
 
 @pytest.mark.slow
-def test_answers_with_examples_and_a_template_from_the_command_line(llama, evaluate, prompts):
-    folder = llama()
-    code, text, stored = evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
-    assert code == 0, text
-    assert prompts[0] == (
-        "<|user|>Q: g and h? A:\n<|assistant|>g\n<|user|>Q: a and b? A:\n<|assistant|>"
-    )
-    ((result, answers),) = stored
-    assert result.num_fewshot == 1
-    assert {"exact_match:strict-match", "exact_match:lowercase"} < set(result.metrics)
-    assert len(answers) == len(prompts) == 3
-    assert "exact_match:strict-match" in text
-    evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
-    assert len(prompts) == 3, "the stored result is read again"
-
-
-@pytest.mark.slow
 def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
     folder = llama()
     chat = ("--apply-chat-template", "--num-fewshot", 1)

@@ -17,7 +17,6 @@ import pytest
 from kept_progress import KeptProgress
 from lm_eval_tasks import KINDS, logged_responses, write_task
 from one_evaluation import evaluate_model as evaluate
-from plain_models import random_model
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from sample_texts import add_opening
@@ -139,30 +138,12 @@ def by_lm_eval(
     }
 
 
-PLAIN_TYPES = ("llama3", "mistral", "qwen2 windows", "qwen3 yarn", "smollm3")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["decoder", "transformers", *PLAIN_TYPES])
-def test_a_folder_scores_as_with_lm_evals_own_class(case, settings, workspace, llama_of_kind):
-    folder = llama_of_kind(case)
-    if case in PLAIN_TYPES:
-        add_opening_token(folder)
-        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-        random_model(case, vocab_size=vocab_size).save_pretrained(folder)
-    model = open_model(folder)
-    assert (model.config is None) == (case == "transformers")
-    ours = evaluate(model, settings, workspace)
-    tolerance = 1e-6 if case in PLAIN_TYPES else 2e-3
-    assert_alike(scored(model, settings, workspace), by_lm_eval(folder, settings), tolerance)
-    assert evaluate(folder, settings, workspace) == ours
-
-
-@pytest.mark.slow
-def test_the_precision_of_the_settings_is_that_of_a_model_of_transformers(
+def test_a_model_that_transformers_runs_scores_as_with_lm_evals_own_class_in_each_precision(
     settings, workspace, llama_of_kind
 ):
     folder = llama_of_kind("transformers")
+    assert open_model(folder).config is None
     weights = load_file(folder / "model.safetensors")
     halves = {name: weight.bfloat16() for name, weight in weights.items()}
     save_file(halves, folder / "model.safetensors", {"format": "pt"})
@@ -180,7 +161,7 @@ def test_the_precision_of_the_settings_is_that_of_a_model_of_transformers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opens every text", "names a first token"])
-def test_an_imported_llama_scores_as_with_lm_evals_own_class(
+def test_a_llama_its_import_and_its_export_score_as_with_lm_evals_own_class(
     kind, settings, workspace, tokenizer_path, save_llama, tmp_path
 ):
     folder = save_llama()
@@ -189,12 +170,13 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         shutil.copy(tokenizer_path, folder / "tokenizer.json")
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
+    assert open_model(folder).config is not None, "a decoder runs it"
     theirs = by_lm_eval(folder, settings)
     checkpoint = import_model(folder, workspace=workspace)
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config)
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
-    for place in (checkpoint, exported):
+    for place in (folder, checkpoint, exported):
         ours = evaluate(place, settings, workspace)
         assert_alike(scored(place, settings, workspace), theirs)
     # A sweep measures students by the tokenizer of the model that they were made from.
@@ -213,20 +195,6 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     assert quality["quality/accuracy"] == pytest.approx(ours.accuracy)
     expected = pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
     assert quality["quality/bits_per_byte"] == expected
-
-
-def test_an_exported_folder_scores_as_its_checkpoint(settings, workspace, save_tiny, tmp_path):
-    checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3, context_length=32)
-    decoder = load_model(checkpoint)
-    card = ModelCard(name="tiny", config=decoder.config)
-    exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
-    expected = scored(checkpoint, settings, workspace)
-    assert_alike(expected, scored(exported, settings, workspace), 1e-5)
-    cheaper = open_model(exported, schedule="1,0")
-    assert cheaper.config is not None
-    assert tuple(cheaper.config.corrections) == (1, 0)
-    assert cheaper.label == "exported r=1,0"
-    assert cheaper.key != open_model(exported).key
 
 
 @pytest.fixture

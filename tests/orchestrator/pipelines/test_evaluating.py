@@ -18,7 +18,6 @@ from one_evaluation import evaluate_model as evaluate
 from refusals import refused
 
 from iiet.schedule import IterationSchedule
-from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
@@ -87,11 +86,10 @@ def test_results_of_each_sequence_length_are_stored_apart(checkpoint, settings, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
-    precision, checkpoint, settings, workspace, tiny_tokens, runs, tmp_path, monkeypatch
+    checkpoint, settings, workspace, tiny_tokens, runs, tmp_path, monkeypatch
 ):
-    settings = settings.model_copy(update={"precision": precision})
+    settings = settings.model_copy(update={"precision": "bf16"})
     config = load_config(checkpoint)
 
     def suite_of(settings: EvaluationSettings) -> Suite:
@@ -238,19 +236,28 @@ def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> 
     return {row["task"]: row["state"] for row in plan.rows()}
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
+CASES = [
+    *((name, "decoder") for name in TASKS),
+    pytest.param("choices", "transformers", marks=pytest.mark.slow),
+]
+"""Task, and what runs the model."""
+
+
+@pytest.mark.parametrize(("name", "runner"), CASES)
+def test_the_same_command_does_only_the_rest(name, runner, longer, kinds, save_llama, tmp_path):
+    scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+    model = longer if runner == "decoder" else save_llama(rope_parameters=scaled)
     settings = kinds.model_copy(update={"suite": name})
     with counted_passes() as all_passes:
-        undisturbed = evaluate(longer, settings, open_workspace(tmp_path / "other"))
+        undisturbed = evaluate(model, settings, open_workspace(tmp_path / "other"))
     workspace = open_workspace(tmp_path / "workspace")
     with counted_passes() as first_passes, pytest.raises(KeyboardInterrupt):
-        evaluate(longer, settings, workspace, progress=KeptProgress(1))
+        evaluate(model, settings, workspace, progress=KeptProgress(1))
     assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
-    states = [planned(longer, settings, workspace)]
+    states = [planned(model, settings, workspace)]
     progress = KeptProgress()
     with counted_passes() as later_passes:
-        resumed = evaluate(longer, settings, workspace, progress=progress)
+        resumed = evaluate(model, settings, workspace, progress=progress)
     assert first_passes
     assert later_passes
     assert sorted(first_passes + later_passes) == sorted(all_passes), "each pass ran once"
@@ -259,7 +266,7 @@ def test_the_same_command_does_only_the_rest(name, longer, kinds, tmp_path):
     assert "answers" in progress.notes[0]
     assert progress.done == sorted(progress.done)
     assert all(path.is_dir() for path in workspace.evaluations.iterdir())
-    states.append(planned(longer, settings, workspace))
+    states.append(planned(model, settings, workspace))
     assert re.fullmatch(r"8 items .* \d+ answers", states[0][name])
     assert states[1] == {name: "8 items, stored"}
 
@@ -289,25 +296,3 @@ def test_a_trial_uses_what_an_interrupted_command_measured(longer, kinds, tiny_t
         evaluate(longer, narrower, workspace, progress=KeptProgress(1))
     evaluation = evaluate(longer, wider, workspace)
     assert evaluation == evaluate(longer, wider, untouched)
-
-
-@pytest.mark.slow
-def test_a_model_of_transformers_resumes_too(kinds, tiny_tokens, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
-    GPT2LMHeadModel(GPT2Config(vocab_size=320, **sizes)).save_pretrained(tmp_path / "gpt2")
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
-    ).save_pretrained(tmp_path / "gpt2")
-    choices = kinds.model_copy(update={"suite": "choices"})
-    undisturbed = evaluate(tmp_path / "gpt2", choices, open_workspace(tmp_path / "other"))
-    workspace = open_workspace(tmp_path / "workspace")
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "gpt2", choices, workspace, progress=KeptProgress(1))
-    assert list(workspace.evaluations.glob("*.answers"))
-    progress = KeptProgress()
-    assert evaluate(tmp_path / "gpt2", choices, workspace, progress=progress) == undisturbed
-    assert "choices: " in progress.notes[0]
-    assert not list(workspace.evaluations.glob("*.answers"))

@@ -108,17 +108,6 @@ def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, 
     assert set(drafting.record.rounds_by_draft) <= {"1,1", "1,0"}
 
 
-def test_text_ends_before_the_stop_token(writer):
-    ids = [writer.tokenizer.prefix_id, *writer.tokenizer.tokenizer.encode("abc def").ids]
-    tokens = writer.decoder.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :].tolist()
-    stop = next(
-        t for t in tokens[1:] if t != tokens[0] and writer.tokenizer.tokenizer.decode([t]).isascii()
-    )
-    expected = writer.tokenizer.tokenizer.decode(tokens[: tokens.index(stop)])
-    sampling = replace(FEW, stop=(writer.tokenizer.tokenizer.decode([stop]),))
-    assert "".join(writer.stream("abc def", sampling)) == expected
-
-
 def test_a_stop_text_may_span_tokens(writer):
     sampled = replace(FEW, temperature=1.0, seed=5)
     full_text = "".join(writer.stream("abc def", sampled))

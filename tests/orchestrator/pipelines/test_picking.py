@@ -78,22 +78,6 @@ def sweep(context, save_tiny) -> StoredSweep:
     return stored_sweep
 
 
-def test_the_reason_names_a_better_baseline(context, sweep):
-    baseline = sample_trial(
-        key="plain", role="baseline", label="vanilla", method="vanilla", schedule=(0, 0),
-        cost={"evaluations": 2}, quality={"accuracy": 0.499, "accuracy_stderr": 0.0004},
-    )  # fmt: skip
-    with_vanilla = sweep.model_copy(
-        update={"name": "with-vanilla", "results": (*sweep.results, baseline)}
-    )
-    with_vanilla.store(context.workspace)
-    choice = plan_pick("with-vanilla", workspace=context.workspace)
-    assert choice.name == "1,0"
-    expected = "costs no more and is better by 0.1 points, 95% interval 0.0 to 0.2"
-    assert expected in choice.sentence
-    assert expected in choice.to_json()["sentence"]
-
-
 def version_of(context: Context, name: str, alias: str) -> Any:
     return context.tracking.store.connect().get_model_version_by_alias(name, alias)
 

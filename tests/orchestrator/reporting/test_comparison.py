@@ -11,7 +11,6 @@ import pytest
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.comparison import AVERAGE, Difference, differences_from_first
-from orchestrator.reporting.statistics import pair_scores
 
 
 def task(
@@ -64,19 +63,6 @@ def test_a_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_on
         2 * 1.96 * error, rel=0.06
     )
     assert by_model["c", AVERAGE, "accuracy"].interval.value == pytest.approx(-0.04)
-
-
-def test_differences_are_those_of_the_function_that_fronts_use():
-    tasks = {"a": [task(answers(6, 4))], "b": [task([1.0] * 8, first_number=4)]}
-    [difference, _] = differences(tasks).values()
-    paired = pair_scores(
-        {name: [EvaluationResult(results={"task": result})] for name, [result] in tasks.items()}
-    )
-    assert paired is not None
-    # Items of one model only are left out.
-    assert difference.num_items == 6
-    assert difference.interval == paired.scores["task"].difference(1, 0)
-    assert difference.interval.value == pytest.approx(1 - 2 / 6)
 
 
 def test_an_average_counts_a_group_once_and_bits_have_their_own():

@@ -39,7 +39,7 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.tables import model_rows
 from orchestrator.tracking.tracker import open_tracking
-from orchestrator.workspace.errors import DamagedFile, UserError
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import PLAN_FILE, RESULTS_FILE, Workspace, open_workspace
 
@@ -91,6 +91,11 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert written.page is not None
     page = written.page.read_text(encoding="utf-8")
     assert "distillation.kl_weight" in page
+    # A notebook shows the picture and the table, and a line where it shows no HTML.
+    shown = written._repr_html_()
+    assert all(part in shown for part in ("<svg", "NFE", written.title))
+    assert repr(written).startswith("ReportResult(title=")
+    assert len(repr(written)) < 400
     assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
     rewritten = write_sweep_report(workspace, "toy")
@@ -153,15 +158,9 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     assert written.front.basis.num_items == 2000
     assert written.page is not None
     assert "lastword (acc)" in written.page.read_text(encoding="utf-8")
-    lost = sweep.results[1]
-    folder = workspace.evaluations / f"{lost.key}-lastword"
-    (folder / "items.json").write_text("{")
-    page = written.page.read_bytes()
-    with pytest.raises(DamagedFile, match=folder.name):
-        write_sweep_report(workspace, sweep)
-    assert written.page.read_bytes() == page, "nothing is overwritten"
     # A model without a stored evaluation has no confidence; the report is written all the same.
-    shutil.rmtree(folder)
+    lost = sweep.results[1]
+    shutil.rmtree(workspace.evaluations / f"{lost.key}-lastword")
     partial = write_sweep_report(workspace, sweep)
     front = partial.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sample_trials import sample_trial, with_items
+from stored_texts import assert_as_stored
 
 from orchestrator.cli import main
 from orchestrator.pipelines.models import plan_pick
@@ -135,37 +136,25 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
     assert is_kept == {"source": True, "teacher": False, "2,1": False, "1,1": True, "0,1": False}
 
 
-def test_the_report_has_a_column_a_sentence_and_values(workspace):
+def test_the_report_reads_as_stored(workspace, tmp_path):
     front, notes = front_of(workspace)
     table = models_table(front)
-    titles = [column.title for column in table.columns]
-    verdicts, cells = (
-        {row.cells[0]: row.cells[titles.index(title)] for row in table.rows}
-        for title in ("retention", "lost against source")
-    )
-    assert verdicts == {
-        "source": "", "teacher": "loses", "2,1": "loses", "1,1": "kept", "0,1": "loses"
-    }  # fmt: skip
-    assert cells["source"] == ""
-    assert cells["1,1"].startswith("0.015 (")
-    assert cells["0,1"].startswith("0.050 (")
-    assert "questions" not in cells["0,1"], "of this, it has gained"
-    assert "20.0" in cells["2,1"]
-    assert "0.100" in cells["2,1"]
-    assert any("0.02 bits per byte" in note for note in notes)
-    values = front_values(front)["retention"]
-    assert {entry["kept"] for entry in values["1-1"]} == {True}
-    assert [entry["task"] for entry in values["0-1"] if not entry["kept"]] == [PYTHON_BITS]
-    json.dumps(values, allow_nan=False)
-    rows = {row["name"]: row for row in model_rows(front)}
-    assert rows["0,1"]["retention"] == f"loses {cells['0,1']}"
-    assert rows["1,1"]["retention"] == f"kept: {cells['1,1']}"
     # Where there is no room for numbers, the verdict stays.
     console = Console(width=80, record=True, file=StringIO())
     console.print(table)
-    printed = console.export_text()
-    assert "retention" in printed
-    assert "loses" in printed
+    json_text = json.dumps(front_values(front)["retention"], allow_nan=False)
+    parts = {
+        "notes": notes,
+        "Markdown": table.to_markdown().splitlines(),
+        "80 columns": console.export_text().splitlines(),
+        "rows": [f"{row['name']}: {row['retention']}" for row in model_rows(front)],
+        "JSON": [
+            f"{key}: {entry['task']}, lost {entry['lost']:.4g}, kept {entry['kept']}"
+            for key, entries in json.loads(json_text).items()
+            for entry in entries
+        ],
+    }
+    assert_as_stored("retention.txt", parts, tmp_path)
 
 
 def test_a_pick_that_has_lost_too_much_is_refused_unless_it_is_allowed(workspace):

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.text import Text
 from sample_trials import sample_front
+from stored_texts import assert_as_stored
 
 from iiet.pruning import InfluenceTable
 from orchestrator.evaluation.decode_timing import (
@@ -31,7 +32,9 @@ from orchestrator.reporting.command_tables import (
     tasks_with_other_items,
 )
 from orchestrator.reporting.comparison import Difference
+from orchestrator.reporting.findings import confidence_note, describe_pick, findings
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import Interval
 from orchestrator.reporting.tables import (
     confidence_text,
@@ -75,39 +78,37 @@ def sure_front(front, sample_evaluations) -> Front:
     return with_confidence(front, sample_evaluations, num_resamples=500)
 
 
-def test_the_terminal_table_fits_and_keeps_what_matters(sample_results, front, sure_front):
-    for width, titles in (
-        (113, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
-        (103, "schedule NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
-        (80, "schedule NFE FLOPs ms/token accuracy of front"),
-        (56, "schedule NFE accuracy front"),
-    ):
-        head, _, *body = lines(front, width)
-        assert max(len(line) for line in [head, *body]) <= width
-        assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
-        assert len(body) == 12
-        assert not any("…" in line for line in body)
-        knee = next(line for line in body if "knee" in line)
-        assert knee.split()[0] == "0,1,1,1,1,1"
-        assert "44.4 ± 1.2" in knee
-        assert ("3.96 ± 0.05" in knee) == ("ms/token" in head)
-    costs = [float(row["cost/evaluations"]) for row in model_rows(front)]
-    assert costs == sorted(costs)
-    assert "beats 1 ●" in next(line for line in lines(front, 100) if "vanilla" in line)
-    for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
-        axes = FrontAxes(cost=f"cost/{cost}")
-        assert title in lines(sample_front(sample_results, axes), 60)[0]
+def test_a_front_reads_as_stored(sample_results, front, sure_front, tmp_path):
+    in_ms = sample_front(sample_results, FrontAxes(cost="cost/decode_ms_per_token"))
     axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
-    head = lines(sample_front(sample_results, axes), 110)[0]
-    assert ("FLOPs/token" in head, head.count("bits/byte"), "accuracy" in head) == (True, 1, False)
-    # The overheads are dropped first, then confidences.
-    head, _, *body = lines(sure_front, 163)
-    assert "vs teacher  P(99%)  P(front)  front" in head
-    assert "-0.3 (-0.5 to -0.1)" in next(line for line in body if "knee" in line)
-    assert " to " not in next(line for line in body if "teacher" in line)
-    assert "P(front)" not in lines(sure_front, 148)[0]
-    assert "vs teacher" not in lines(sure_front, 100)[0]
-    assert "vs teacher" in models_table(sure_front).to_markdown()
+    picks = sure_front.picks.items()
+    parts = {
+        "without items": findings(front),
+        "with items": [*findings(sure_front), *confidence_note(sure_front)],
+        "picks": [f"{name}: {describe_pick(sure_front, row)}" for name, row in picks],
+        "metrics": [f"{name}: {value:.6g}" for name, value in front_metrics(sure_front).items()],
+        "56 columns": lines(front, 56),
+        "80 columns": lines(front, 80),
+        "100 columns, with items": lines(sure_front, 100),
+        "163 columns, with items": lines(sure_front, 163),
+        "60 columns, in ms": lines(in_ms, 60),
+        "110 columns, in FLOPs and bits": lines(sample_front(sample_results, axes), 110),
+    }
+    for table in (models_table(sure_front), *task_tables(sure_front)):
+        parts[table.title or "models"] = table.to_markdown().splitlines()
+    assert_as_stored("front.txt", parts, tmp_path)
+
+
+def test_the_terminal_table_fits_any_width_and_keeps_names_and_numbers(front, sure_front):
+    for width in range(56, 200, 24):
+        for shown in (front, sure_front):
+            head, _, *body = lines(shown, width)
+            assert max(len(line) for line in [head, *body]) <= width
+            assert len(body) == len(shown.rows)
+            assert not any("…" in line for line in body)
+            knee = next(line for line in body if "knee" in line)
+            assert knee.split()[0] == "0,1,1,1,1,1"
+            assert "44.4 ± 1.2" in knee
 
 
 def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
@@ -161,28 +162,8 @@ def test_csv_and_json_hold_every_number(front, sure_front, sample_results):
     assert (model_rows(empty), task_tables(empty), front_values(empty)["front"]) == ([], [], [])
     assert lines(empty, 80)
     values = json.loads(json.dumps(front_values(sure_front), allow_nan=False))
-    row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
-    assert row["paired/vs_teacher"] == pytest.approx(-0.003)
-    assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
-    assert 0 < row["paired/confidence_keeps_99"] < 1
     assert values["confidence_basis"]["num_items"] == 2000
     assert "paired/lastword/vs_r_0_from_scratch_high" in model_table(sure_front)
-
-
-def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(front, sure_front):
-    text = models_table(front).to_markdown().splitlines()
-    assert len(text) == 2 + len(front.rows)
-    assert len({line.count("|") for line in text}) == 1
-    assert sum(line.startswith("| **") for line in text) == len(front.members)
-    tables = task_tables(sure_front)
-    assert [t.title for t in tables] == ["Accuracy", "lastword (acc)", "continuation (acc)"]
-    for table in tables:
-        heads = [column.title for column in table.columns[3:]]
-        assert heads == ["vs teacher", "vs vanilla", "vs r = 0 from scratch"]
-        assert len(table.rows) == 12
-    text = tables[1].to_markdown().splitlines()
-    knee = next(line for line in text if "0,1,1,1,1,1" in line).split(" | ")
-    assert (knee[1], knee[3].startswith("-0.3 (-0.7 to ")) == ("32.4", True)
 
 
 def test_numbers_are_written_with_the_digits_that_matter():
@@ -207,37 +188,35 @@ def evaluation(*tasks: TaskResult) -> EvaluationResult:
 CHOICES = {"acc": 0.25, "acc_stderr": 0.125, "acc_norm": 0.5, "perplexity": 123456.0}
 
 
-def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model():
+def test_tables_of_evaluations_read_as_stored(tmp_path):
     evaluated = evaluation(task("choices", **CHOICES))
     of_two_tasks = evaluation(task("choices", acc=0.75), task("more", **CHOICES))
-    cells = rows(evaluation_table({"model0": evaluated, "model1": of_two_tasks}))
-    assert ["task", "metric", "model0", "model1", "items"] in cells
-    assert ["choices", "acc", "0.2500±0.1250", "0.7500", "2"] in cells
-    assert ["choices", "perplexity", "1.23e+05", "2"] in cells
-    assert ["more", "acc", "0.2500±0.1250", "2"] in cells
-    cells = rows(evaluation_table({"model": evaluated}))
-    assert ["choices", "acc_norm", "*", "0.5000", "2"] in cells
-    assert any(row[:4] == ["average", "accuracy", "*", "0.5000"] for row in cells)
-    text = evaluation(task("text", bits_per_byte=2.0))
-    assert "average" not in printed(evaluation_table({"model": text}))
+    of_text = evaluation(task("text", bits_per_byte=2.0))
+    # Beside the score of the second model stands its difference to the first.
+    interval = Interval(0.25, -0.125, 0.5)
+    difference = Difference(
+        model="b", against="a", task="choices", metric="acc_norm", num_items=2, interval=interval
+    )
+    tables = {
+        "two models": evaluation_table({"model0": evaluated, "model1": of_two_tasks}),
+        "one model": evaluation_table({"model": evaluated}),
+        "without an accuracy": evaluation_table({"model": of_text}),
+        "differences": evaluation_table({"a": evaluated, "b": evaluated}, [difference]),
+    }
+    parts = {title: printed(table).splitlines() for title, table in tables.items()}
+    parts["notes"] = difference_notes([difference])
+    assert_as_stored("evaluation.txt", parts, tmp_path)
 
+
+def test_notes_say_what_an_average_or_a_comparison_lacks():
+    evaluated = evaluation(task("choices", **CHOICES))
     without_piqa = evaluated.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
     assert average_notes({"a": evaluated}) == []
     assert average_notes({"a": without_piqa}) == ["the average is over choices, without piqa"]
     assert average_notes({"a": evaluated, "b": without_piqa}) == [
         "the average of b is over choices, without piqa"
     ]
-    # Beside the score of the second model stands its difference to the first.
-    interval = Interval(0.25, -0.125, 0.5)
-    difference = Difference(
-        model="b", against="a", task="choices", metric="acc_norm", num_items=2, interval=interval
-    )
-    cells = rows(evaluation_table({"a": evaluated, "b": evaluated}, [difference]))
-    assert ["task", "metric", "a", "b", "vs", "a", "items"] in cells
-    values = ["choices", "acc_norm", "*", "0.5000", "0.5000"]
-    assert [*values, "+0.2500", "(-0.1250", "to", "+0.5000)", "2"] in cells
     assert difference_notes([]) == []
-    assert difference_notes([difference])[0].startswith("vs a: ")
     changed = evaluation(task("choices", **CHOICES).model_copy(update={"items": ["one", "three"]}))
     assert tasks_with_other_items([evaluated, evaluated]) == []
     assert tasks_with_other_items([evaluated, changed]) == ["choices"]
@@ -284,31 +263,19 @@ def test_no_width_breaks_a_name_or_a_number(width):
     assert text.count("Influence (cosine") == 1
 
 
-def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers():
+def test_tables_of_influence_read_as_stored(tmp_path):
     values = ((0.05234, 3e-5), (0.5, 0.0123))
-    errors = ((0.00021, 2e-6), (0.0, math.nan))
-    cells = rows(*influence_tables(InfluenceTable("loss", values, errors, 64)))
-    assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in cells
-    assert ["2", "0.5±0", "0.012"] in cells, "a single batch has no error"
-
+    errors = ((0.00021, 2e-6), (0.0, math.nan))  # A single batch has no error.
     influence = ((0.04, 0.02, 0.01), (0.5,))
     residuals = ((0.8, 0.4, 0.2), (0.25,))
-    table = InfluenceTable("cosine", influence, influence, 64, residuals)
-    assert max(map(len, printed(*influence_tables(table), width=80).splitlines())) <= 80
-    cells = rows(*influence_tables(table))
-    assert ["1", "0.8", "0.4", "0.2", "0.5"] in cells
-    assert ["2", "0.25"] in cells
-    without = replace(table, residual_rows=())
-    assert "Residual" not in printed(*influence_tables(without))
-    assert influence_table(table).to_markdown().splitlines() == [
-        "| layer | correction 1 | correction 2 | correction 3 | contraction |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-        "| 1 | 0.04 | 0.02 | 0.01 | 0.5 |",
-        "| 2 | 0.5 |  |  |  |",
-    ]
-    assert influence_table(without).to_markdown().splitlines()[2] == "| 1 | 0.04 | 0.02 | 0.01 |  |"
-    table = replace(table, layer_values=(0.31, 0.024))
-    assert ["2", "0.5±0.5", "0.024"] in rows(*influence_tables(table))
-    heads, _, first_row, second_row = influence_table(table).to_markdown().splitlines()
-    assert heads.endswith("| contraction | whole layer |")
-    assert (first_row.endswith("| 0.31 |"), second_row.endswith("| 0.024 |")) == (True, True)
+    of_layers = InfluenceTable("cosine", influence, influence, 64, residuals, (0.31, 0.024))
+    tables = {
+        "errors": InfluenceTable("loss", values, errors, 64),
+        "residuals and whole layers": of_layers,
+        "neither": replace(of_layers, residual_rows=(), layer_values=()),
+    }
+    parts = {}
+    for title, table in tables.items():
+        parts[title] = printed(*influence_tables(table), width=80).splitlines()
+        parts[f"{title}, Markdown"] = influence_table(table).to_markdown().splitlines()
+    assert_as_stored("influence.txt", parts, tmp_path)
