@@ -195,16 +195,11 @@ def test_an_interrupted_sweep_says_what_is_saved_and_which_trial_failed_meanwhil
 
 
 def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, sweep):
-    texts: list[str] = []
-
-    class Texts(KeptProgress):
-        def advance(self, done: float, text: str = "", **more: Any) -> None:
-            texts.append(text)
-
+    progress = KeptProgress()
     run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     teacher, student, *_ = tiny_plan.trials
     workspace = open_workspace(sweep.folder)
-    with SweepView(run, resolve_settings({}), workspace, sweep.tracking, Texts()) as view:
+    with SweepView(run, resolve_settings({}), workspace, sweep.tracking, progress) as view:
         run.on_start(teacher.key)
         run.on_start(student.key)
         view.update()
@@ -214,8 +209,8 @@ def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, swee
         journal.metrics(job.recipe.num_steps, {"train/loss": 1.0})
         journal.close()
         view.update()
-    assert texts[0].endswith(f"; measuring {teacher.label}")
-    assert {*texts[-1].split("; ")} > {
+    assert progress.texts[0].endswith(f"; measuring {teacher.label}")
+    assert {*progress.texts[-1].split("; ")} > {
         f"measuring {teacher.label}",
         f"measuring {student.label}",
     }

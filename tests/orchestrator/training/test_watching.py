@@ -8,12 +8,12 @@ from itertools import count
 from typing import cast
 
 import pytest
+from kept_progress import KeptProgress
 from sample_trials import sample_trial
 
 from orchestrator.data.mixture import describe_data
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import (
@@ -28,18 +28,6 @@ from orchestrator.workspace.journal import Journal
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 STARTING = "starting, no step yet"
 FIRST_STAGE = " (r = 0 until step 50)"
-
-
-class RecordingProgress(Progress):
-    def __init__(self) -> None:
-        self.shown: list[tuple[float, str, float | None]] = []
-        self.notes: list[str] = []
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.shown.append((done, text, seconds_left))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -62,7 +50,7 @@ def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     clock = count()  # No two records have the same time.
     for name in ("orchestrator.workspace.journal.now_ms", "orchestrator.training.watching.now_ms"):
         monkeypatch.setattr(name, lambda: next(clock))
-    progress = RecordingProgress()
+    progress = KeptProgress()
     journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
@@ -110,7 +98,7 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
         name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
         for name in ("first", "second")
     }
-    progress = RecordingProgress()
+    progress = KeptProgress()
     journal = Journal(jobs["first"].folder)
     monitor = RunMonitor(jobs, cast("Tracking", None), progress)
     for step in (2, 3, 4):
