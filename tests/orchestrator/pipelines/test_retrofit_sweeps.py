@@ -73,11 +73,6 @@ def machine(monkeypatch) -> Machine:
     return machine
 
 
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
 def run(workspace: Workspace, *assignments: str, teacher: Path | None = None) -> SweepResult:
     settings = resolve_settings(TREE, assignments)
     plan = plan_sweep(settings, workspace=workspace, teacher=teacher)
