@@ -1,8 +1,5 @@
 """Rules between settings: each broken one is named with its settings, all of them at once."""
 
-import subprocess
-import sys
-
 import pytest
 from refusals import refused
 
@@ -98,16 +95,6 @@ def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right():
         resolve_settings({}, rules)
     with refused(UserError, "training.num_steps", "got 0"):
         resolve_settings({}, [*rules, "training.num_steps=0"])
-
-
-def test_importing_and_resolving_settings_loads_nothing_heavy():
-    code = (
-        "import sys, iiet, orchestrator.settings as settings\n"
-        "settings.read_settings('toy', ['sweep.methods=[vanilla, pcformer]'])\n"
-        "print(*{'torch', 'numpy', 'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 def test_a_part_of_several_gpus_is_refused():
