@@ -36,6 +36,14 @@ ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_t
 PATIENCE_SECONDS = 400
 
 
+def wait_until(has_come: Callable[[], object]) -> None:
+    """Wait until something has happened, but not for ever."""
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    while not has_come():
+        assert time.monotonic() < give_up_at, "it did not happen in time"
+        time.sleep(0.05)
+
+
 class Started:
     """A process, to be used as one of `subprocess.Popen`; all that it prints is `stdout`.
 
@@ -98,11 +106,13 @@ class Started:
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         """Wait while this process runs, until something has happened."""
-        give_up_at = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            assert self.poll() is None, self.communicate()[0]
-            assert time.monotonic() < give_up_at, "it did not come that far in time"
-            time.sleep(0.05)
+
+        def has_come() -> object:
+            happened = condition()
+            assert happened or self.poll() is None, self.communicate()[0]
+            return happened
+
+        wait_until(has_come)
 
     def communicate(self, timeout: float = PATIENCE_SECONDS) -> tuple[str, str]:
         """Close its input, wait for its end, and return what it printed, and an empty text."""

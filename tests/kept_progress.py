@@ -6,16 +6,27 @@ from orchestrator.terminal.progress import Progress
 
 
 class KeptProgress(Progress):
-    """Keeps notes, summaries and numbers; raises like Ctrl-C after some reports, if asked to."""
+    """Keeps notes, summaries and reports; raises like Ctrl-C after some reports, if asked to."""
 
     def __init__(self, reports: int = 10**9) -> None:
         self.reports_left = reports
         self.notes: list[str] = []
         self.summaries: list[str] = []
-        self.done: list[float] = []
+        self.shown: list[tuple[float, str, float | None]] = []
+        """What was reported: how much is done, the text, and the seconds that are left."""
+
+    @property
+    def done(self) -> list[float]:
+        """How much was reported as done."""
+        return [done for done, _, _ in self.shown]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that were reported."""
+        return [text for _, text, _ in self.shown]
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.done.append(done)
+        self.shown.append((done, text, seconds_left))
         self.reports_left -= 1
         if self.reports_left < 0:
             raise KeyboardInterrupt

@@ -1,10 +1,15 @@
-"""`same_run(job, ...)`: a training that is disturbed ends like one that is not, to the last bit."""
+"""`same_run(job, ...)`: a training that is disturbed ends like one that is not, to the last bit.
+
+It also takes the FLOPs that were planned.
+"""
 
 from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,24 @@ from commands import Started, run_workers
 from safetensors.torch import load_file
 
 from iiet.weights import WEIGHTS
+from orchestrator.cluster import task
+from orchestrator.cluster.task import run_local_jobs
 from orchestrator.data.store import TokenStore
+from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training.checkpoint import load_optimizer, load_training_state
+from orchestrator.training import trainer
+from orchestrator.training.checkpoint import (
+    CheckpointWriteFailed,
+    load_optimizer,
+    load_training_state,
+)
 from orchestrator.training.devices import decoder_to_train
 from orchestrator.training.objective import make_optimizer
 from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import remaining_flops
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -60,6 +75,11 @@ def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> 
         )
     for field in ("step", "num_tokens", "training_flops"):
         assert getattr(outcome, field) == getattr(expected, field)
+    planned = replace(Estimate.of(undisturbed), steps_done=0)
+    assert planned.num_tokens == expected.num_tokens
+    assert planned.total_flops == pytest.approx(expected.training_flops)
+    # The time left of a training that runs is told by these.
+    assert remaining_flops(undisturbed)[0] == pytest.approx(expected.training_flops)
     if rel:
         near = {"rtol": 0.0, "atol": max(10 * rel, 1e-3)}
         torch.testing.assert_close(tensors_of(outcome), tensors_of(expected), **near)
@@ -156,21 +176,61 @@ def crash(step: int) -> Disturbance:
     return disturb
 
 
+def press_ctrl_c(step: int, *, times: int = 1, on_full_disk: bool = False) -> Disturbance:
+    """Press Ctrl-C in a step of a training without Ray, which saves its state and stops.
+
+    Args:
+        step: Steps that are done before.
+        times: After the second time, it stops at once, with what was saved before.
+        on_full_disk: Whether the state cannot be saved.
+    """
+    learning_rate_at = trainer.learning_rate_at
+
+    def press(now: int, *arguments: Any) -> float:
+        if now == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return learning_rate_at(now, *arguments)
+
+    def disturb(job: TrainingJob) -> None:
+        one_thread = Resources((Node(1),))
+        handler = signal.getsignal(signal.SIGINT)
+        expected_error = CheckpointWriteFailed if on_full_disk else Interrupted
+        disk = small_files() if on_full_disk else nullcontext()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "learning_rate_at", press)
+            patch.setattr(task, "local_resources", lambda **_: one_thread)
+            with disk, pytest.raises(expected_error) as caught:
+                run_local_jobs([job])
+        steps = steps_of(job)
+        saved = f"saved at step {steps[-1]}" if steps else "nothing was saved"
+        assert saved in str(caught.value)
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    return disturb
+
+
 def train(job: TrainingJob) -> None:
     """Train to the end."""
     assert run_job(job).finished
 
 
-def full_disk(job: TrainingJob) -> None:
-    """Let files be so small that the next checkpoint does not fit, as on a full disk."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Let files be so small in the block that no checkpoint fits, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    steps_before = steps_of(job)
     try:
-        with pytest.raises(RunFailed, match="could not be written") as caught:
-            run_job(job)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk(job: TrainingJob) -> None:
+    """Train until the next checkpoint does not fit on the disk."""
+    steps_before = steps_of(job)
+    with small_files(), pytest.raises(RunFailed, match="could not be written") as caught:
+        run_job(job)
     assert str(caught.value).endswith(str(find_checkpoints(job.folder)[-1]))
     assert steps_of(job) == steps_before
     assert not list(job.folder.glob(".*.iiet-temporary"))

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.workspace.layout import open_workspace
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
@@ -240,15 +242,37 @@ def test_programs_inside_tests_import_names_that_exist():
                         assert str(node.module).split(".")[0] not in PACKAGES, (path, node.module)
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys, orchestrator.cli as cli\n"
-        "assert cli.main(['--help']) == 0\n"
-        "assert cli.main(['pretrain', '--help']) == 0\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'lm_eval', 'transformers', 'datasets', 'numpy'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert process.stderr.strip() == "[]"
+LIGHT_WORK = """
+import sys
+
+heavy = {"torch", "numpy", "pandas", "ray", "mlflow", "lm_eval", "transformers", "datasets"}
+
+def check(*others):
+    loaded = {*heavy, *others} & {*sys.modules}
+    assert not loaded, loaded
+
+import orchestrator
+check("typer")
+import iiet
+from orchestrator.settings import read_settings
+read_settings("toy", ["sweep.methods=[vanilla, pcformer]"])
+check("typer")
+from orchestrator.planning.machine import check_available
+check_available(1, 0)
+check("typer")
+from orchestrator.cli import main
+for words in ("--help", "pretrain --help", "list", "list running"):
+    assert main([*words.split(), *["-w", sys.argv[1]] * words.startswith("list")]) == 0, words
+    check()
+import orchestrator.pipelines.generating
+heavy -= {"torch", "numpy"}
+check()
+"""
+"""Each step loads no more than it needs, from what every program imports to what generates."""
+
+
+def test_light_work_imports_nothing_heavy(tmp_path):
+    workspace = open_workspace(tmp_path)
+    program = [sys.executable, "-c", LIGHT_WORK, str(workspace.root)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -66,11 +66,11 @@ FROM_MODELS = {
 """Dry runs about a model or a sweep of a workspace."""
 
 
-def dry_runs(workspace: Path) -> dict[str, tuple[int, str]]:
-    """Run all commands in a process without a network; return exit codes and what was printed."""
+def dry_runs(commands: dict[str, list[str]], workspace: Path) -> dict[str, tuple[int, str]]:
+    """Run commands in a process without a network; return exit codes and what was printed."""
     commands = {
         name: [*arguments, "--dry-run", "-w", str(workspace)]
-        for name, arguments in (FROM_SETTINGS | FROM_MODELS).items()
+        for name, arguments in commands.items()
     }
     command = [sys.executable, "-c", OFFLINE, json.dumps(commands)]
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,7 +95,7 @@ def test_every_command_with_a_dry_run_is_run_here():
 
 @pytest.mark.slow
 def test_a_missing_workspace_stays_missing(tmp_path):
-    for name, (code, printed) in dry_runs(tmp_path / "ws").items():
+    for name, (code, printed) in dry_runs(FROM_SETTINGS | FROM_MODELS, tmp_path / "ws").items():
         assert code == (0 if name in FROM_SETTINGS else 2), printed
         if name in FROM_SETTINGS:
             assert "not prepared" in printed
@@ -141,7 +141,7 @@ def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
     for stamp in workspace.root.rglob(VERIFIED_NAME):
         stamp.unlink()
     before = tree(workspace.root)
-    for name, (code, printed) in dry_runs(workspace.root).items():
+    for name, (code, printed) in dry_runs(FROM_MODELS, workspace.root).items():
         assert code == 0, printed
         if name in ("sweep-threshold", "search"):
             assert "4 of 4 trials" in printed

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_cluster import run_driver
-from same_run import curve
+from same_run import curve, stop_at
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
@@ -46,8 +46,9 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.tune import run_trials
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.evaluation import Suite
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -84,33 +85,6 @@ def watch(_=None):
     if "node is lost" in events and (notes or kind == "trial") and once("node joins"):
         nodes.add_node(**small)
 
-class OneTrial:
-    is_over = False
-    num_taken = 0
-    ended = None
-
-    def take(self):
-        if self.num_taken:
-            return None
-        self.num_taken = 1
-        suite = Suite(tokens_folder=job.tokens_folder)
-        return Trial(
-            key="x", role="trial", model=job.model, folder=job.run_folder, job=job, suite=suite
-        )
-
-    def on_start(self, key):
-        pass
-
-    def saved(self):
-        return ""
-
-    def begin_saving(self):
-        return True
-
-    def on_end(self, key, result, error):
-        self.is_over = True
-        self.ended = (result, error)
-
 def train_trial(trial, place):
     from orchestrator.training.trainer import run_job
     return trial if run_job(trial.job).finished else None
@@ -118,11 +92,19 @@ def train_trial(trial, place):
 try:
     with ray_cluster():
         if kind == "trial":
-            queue = OneTrial()
+            suite = Suite(tokens_folder=job.tokens_folder)
+            trial = Trial(
+                key="x", role="trial", model=job.model, folder=job.run_folder, job=job, suite=suite
+            )
+            plan = SweepTrials(
+                key="x", name="x", kind="threshold", tokens_folder=job.tokens_folder, teacher=None,
+                num_requested=1, trials=(trial,),
+            )
+            queue = RunningSweep(plan, trial_states(plan, SweepSettings()))
             folder = job.folder.with_name("sweep")
             settings = SweepSettings(), ClusterSettings()
             run_trials(train_trial, queue, folder, *settings, num_trials=1, watch=watch)
-            assert queue.ended[0], queue.ended
+            assert queue.num_of("finished") == 1, queue.failures
         else:
             # A loss that was announced is no failure.
             settings = ClusterSettings(max_failures=0)
@@ -203,6 +185,5 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(tiny_job):
     assert [start["step"] % 1000 for start in starts[1:]] == [0, 0], "from the newest checkpoint"
     varied = curve(job)
     assert max(varied) > starts[2]["step"]
-    steps = iter(range(10**6))
-    run_job(undisturbed, should_stop=lambda: next(steps) == max(varied))
+    run_job(undisturbed, should_stop=stop_at(max(varied)))
     assert varied == pytest.approx(curve(undisturbed), abs=1e-4)

@@ -9,20 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import settings_options
+from commands import settings_options, wait_until
 from pretended_cluster import environment_without_ray
 from small_size import SMALL
 
 from orchestrator.workspace.journal import read_journal
 
-PATIENCE_SECONDS = 300
 TOKEN = "a-token-of-this-test-and-of-nothing-else"
 
 
@@ -33,13 +31,6 @@ def free_port() -> int:
             port = 2000 + int.from_bytes(os.urandom(2), "big") % 7000
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def wait_until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def start(*words: str, folder: Path, **changes: str) -> subprocess.Popen[str]:

@@ -8,7 +8,6 @@ import shlex
 import signal
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import PATIENCE_SECONDS, wait_until
 from typer.main import get_command
 
 from orchestrator import cli
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
 SCRIPT = (DEPLOY / "slurm.sbatch").read_text(encoding="utf-8")
-PATIENCE_SECONDS = 30
 # What SLURM, Ray and this package install, as programs that write what they are told into a file.
 SAY = 'echo "$*" | sed "s/$port/PORT/g" >> "$RECORD"'
 PROGRAMS = {
@@ -94,12 +93,6 @@ def test_a_signal_reaches_the_command_alone_which_saves_its_state(
 ):
     def record() -> list[str]:
         return (tmp_path / "record").read_text().splitlines()
-
-    def wait_until(happened: Callable[[], object]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not happened():
-            assert time.monotonic() < deadline, record()
-            time.sleep(0.05)
 
     script = start("77")
     wait_until(lambda: len(record()) == 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from file_modes import only_readable
+from same_run import stop_at
 
 from orchestrator import cli
 from orchestrator.evaluation.store import StoredItems
@@ -90,8 +91,7 @@ def test_what_something_else_needs_stays(space, finished_run, clean):
 def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(tiny_job, clean):
     recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
     run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
-    checks = iter(range(99))
-    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(checks) >= 5)
+    run_job(tiny_job("runs/b", **recipe), should_stop=stop_at(5))
     # The decay begins after step 4.
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
 

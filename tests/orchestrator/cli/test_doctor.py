@@ -23,30 +23,44 @@ def environment(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def _broken(root: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    """Run the command and return what is broken; its exit code must say the same."""
+@pytest.fixture
+def _without_prices(monkeypatch) -> None:
+    """Price no shipped sweep, which takes most of the command's time."""
+    monkeypatch.setattr(doctor, "price_shipped_sweeps", lambda _: [])
+
+
+Answer = tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]
+"""What is broken, and the shipped sweeps by name."""
+
+
+def _doctor(root: Path, capsys: pytest.CaptureFixture[str]) -> Answer:
+    """Run the command; its exit code must say whether something is broken."""
     code = cli.main(["doctor", "--json", "--workspace", str(root)])
-    findings = json.loads(capsys.readouterr().out)["findings"]
+    answer = json.loads(capsys.readouterr().out)
+    findings = answer["findings"]
     broken = [finding for finding in findings if finding["state"] == "broken"]
     assert code == (1 if broken else 0)
     assert {"versions", "memory and disk", "gpus", "ray"} <= {f["check"] for f in findings}
+    return broken, {sweep["name"]: sweep for sweep in answer["sweeps"]}
+
+
+def _broken(root: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    broken, _ = _doctor(root, capsys)
     return broken
 
 
-def test_nothing_is_broken_here_and_nothing_is_written(tmp_path, capsys):
+@pytest.mark.usefixtures("_without_prices")
+def test_in_a_workspace_nothing_is_broken_and_nothing_is_written(tmp_path, capsys):
     root = open_workspace(tmp_path / "space").root
     before = sorted(root.rglob("*"))
     assert _broken(root, capsys) == []
-    assert _broken(tmp_path / "none", capsys) == []
     assert sorted(root.rglob("*")) == before
+
+
+def test_without_a_workspace_shipped_sweeps_are_priced_and_none_is_made(tmp_path, capsys):
+    broken, sweeps = _doctor(tmp_path / "none", capsys)
+    assert broken == []
     assert not (tmp_path / "none").exists()
-    assert cli.main(["doctor", "--workspace", str(root)]) == 0
-    assert "✓ versions: Python" in capsys.readouterr().out
-
-
-def test_shipped_sweeps_are_priced_and_say_what_they_need(tmp_path, capsys):
-    assert cli.main(["doctor", "--json", "--workspace", str(tmp_path / "none")]) == 0
-    sweeps = {sweep["name"]: sweep for sweep in json.loads(capsys.readouterr().out)["sweeps"]}
     assert sweeps.keys() == shipped_sweeps().keys()
     demo = sweeps["demo"]
     paper = sweeps["paper-340m"]
@@ -57,15 +71,18 @@ def test_shipped_sweeps_are_priced_and_say_what_they_need(tmp_path, capsys):
     assert all(sweep["fits"] == (sweep["problem"] is None) for sweep in sweeps.values())
 
 
+@pytest.mark.usefixtures("_without_prices")
 def test_bf16_is_recommended_for_processors_that_have_it(tmp_path, capsys, monkeypatch):
     """A study has shown that it costs no quality (research/bf16.md)."""
     for flags, recommends in ({"avx512_bf16"}, True), ({"avx2"}, False):
         monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
         assert cli.main(["doctor", "--workspace", str(tmp_path / "space")]) == 0
-        assert ("training.precision=bf16" in capsys.readouterr().out) == recommends
+        printed = capsys.readouterr().out
+        assert "✓ versions: Python" in printed
+        assert ("training.precision=bf16" in printed) == recommends
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_without_prices")
 def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch):
     for address, words in (
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import product
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from same_run import stop_at
 
 from orchestrator import cli
 from orchestrator.cli.session import open_session
@@ -52,16 +51,11 @@ def _files(root: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-def _stop_after(num_steps: int) -> Callable[[], bool]:
-    checks = iter(range(1000))
-    return lambda: next(checks) >= num_steps
-
-
 @pytest.fixture
 def two_runs(tiny_job, space) -> Path:
     """A finished run, and one of 8 steps that was stopped after 3, whose folder is returned."""
     run_job(tiny_job("runs/whole", num_steps=2))
-    run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))
+    run_job(tiny_job("runs/half", num_steps=8), should_stop=stop_at(3))
     return space.runs / "half"
 
 
@@ -135,7 +129,7 @@ def test_a_sweep_whose_trials_failed_says_so_until_it_is_started_again(space, ti
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
-    run_job(trial.job, should_stop=_stop_after(30))
+    run_job(trial.job, should_stop=stop_at(30))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
         listed = json.loads(run("list", "running", "--json"))
         printed = run("list", "running")
@@ -254,12 +248,3 @@ def test_records_of_other_types_are_skipped(two_runs, run):
         for value in (*_replaced(last), {**last, "time": 10**30}):
             file.write(json.dumps(value) + "\n")
     assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
-
-
-def test_a_listing_imports_no_pytorch(space):
-    program = (
-        "import sys; from orchestrator import cli\n"
-        f"for kind in ([], ['running']): cli.main(['list', *kind, '-w', {str(space.root)!r}])\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

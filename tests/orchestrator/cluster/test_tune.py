@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 from changed_trials import in_folder, with_job
-from commands import Started
+from commands import Started, wait_until
 from pretended_cluster import environment_without_ray
+from same_run import events
 
 from orchestrator.cluster import tune as module
 from orchestrator.cluster.places import Placement
@@ -28,94 +29,64 @@ from orchestrator.cluster.tune import (
     TuneProcess,
     run_trials,
 )
-from orchestrator.models.load import load_model
 from orchestrator.planning.machine import Node, Resources
-from orchestrator.records.trial import EarlyStop, SweepTrials, Trial
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
-from orchestrator.sweeping.states import competing_trials, early_stops
-from orchestrator.training.job import job_key
-from orchestrator.training.trainer import run_job
+from orchestrator.sweeping.states import (
+    RunningSweep,
+    competing_trials,
+    early_stops,
+    trial_states,
+)
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import STOPPED_NAME
+from orchestrator.workspace.layout import find_checkpoints, step_of
 
 
-class ListQueue:
-    """A queue of trials in a list; remembers how they ended."""
+class WatchedSweep(RunningSweep):
+    """A sweep that remembers how many trials ran at the same time, and in which threads it was
+    watched."""
 
-    def __init__(self, trials: list[Trial], *, watch: Callable[[], None] = lambda: None) -> None:
-        self.waiting = list(trials)
-        self.taken = dict[str, Trial]()
-        self.ended: dict[str, tuple[Trial | None, str]] = {}
-        self.reasons = list[str]()
-        self.stops: dict[str, EarlyStop] = {}
+    def __init__(self, plan: SweepTrials, *, watch: Callable[[], None] = lambda: None) -> None:
+        super().__init__(plan, trial_states(plan, SweepSettings()))
         self.most_at_once = 0
         self.threads = set[int]()
-        self.watch_too = watch
-
-    @property
-    def is_over(self) -> bool:
-        return not self.waiting and not self.taken
-
-    @property
-    def num_taken(self) -> int:
-        return len(self.taken)
+        self._watch_too = watch
 
     def take(self) -> Trial | None:
-        if not self.waiting:
-            return None
-        trial = self.waiting.pop(0)
-        self.taken[trial.key] = trial
-        self.most_at_once = max(self.most_at_once, len(self.taken))
+        trial = super().take()
+        self.most_at_once = max(self.most_at_once, self.num_taken)
         return trial
-
-    def on_start(self, key: str) -> None:
-        assert key in self.taken
-
-    def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        del self.taken[key]
-        self.ended[key] = result, error
-
-    def on_early_stop(self, key: str, stop: EarlyStop) -> None:
-        self.stops[key] = stop
-        stop.write(Path(self.taken[key].folder) / STOPPED_NAME)
-
-    def start_again(self, reason: str) -> None:
-        self.reasons.append(reason)
-        self.waiting = [*self.taken.values(), *self.waiting]
-        self.taken.clear()
 
     def watch(self) -> None:
         self.threads.add(threading.get_ident())
-        self.watch_too()
+        self._watch_too()
 
-    def saved(self) -> str:
-        return f"{len(self.waiting)} are left"
+    @property
+    def statuses(self) -> dict[str, str]:
+        """Key of a trial -> how far it is."""
+        return {key: state.status for key, state in self.states.items()}
 
-    def begin_saving(self) -> bool:
-        return True
 
-
-def run_queue(
-    queue: ListQueue,
+def run_sweep(
+    queue: WatchedSweep,
     function: TrialFunction,
     folder: Path,
     sweep: SweepSettings | None = None,
     **options: Any,
-) -> dict[str, tuple[Trial | None, str]]:
-    """Run the trials of a queue under Ray Tune, and return how they ended, by key."""
+) -> None:
+    """Run the trials of a sweep under Ray Tune."""
     cluster = options.pop("cluster", ClusterSettings())
-    num_trials = len(queue.waiting)
-    sweep = sweep or SweepSettings()
-    options |= {"num_trials": num_trials, "watch": queue.watch}
-    run_trials(function, queue, folder / "ray", sweep, cluster, **options)
+    options |= {"num_trials": queue.num_ready, "watch": queue.watch}
+    run_trials(function, queue, folder / "ray", sweep or SweepSettings(), cluster, **options)
     assert queue.is_over
     assert not (folder / "ray").exists(), "nothing of Tune's own stays"
-    return queue.ended
 
 
-def named_trials(plan: SweepTrials, *names: str) -> list[Trial]:
-    return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
+def with_trials(plan: SweepTrials, *names: str) -> SweepTrials:
+    """Return a plan of trials that differ in their names only."""
+    student = plan.trials[1]
+    trials = [student.model_copy(update={"key": name, "label": name}) for name in names]
+    return plan.model_copy(update={"trials": tuple(trials)})
 
 
 @pytest.mark.slow
@@ -136,24 +107,20 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
             raise ValueError("bad luck")
         if name == "mistaken":
             raise UserError("type something else")
-        if name == "unfinished":
-            return None
+        if name == "stopped" and earlier == 0:
+            return None  # By somebody else, so it waits again.
         assert process.device == "cpu"
         return trial.with_numbers("quality", {"threads": torch.get_num_threads()})
 
-    names = ["always", "killed", "mistaken", "fine", "unfinished"]
-    queue = ListQueue(named_trials(tiny_plan, *names))
-    ended = run_queue(queue, function, tmp_path, SweepSettings(max_failures_per_trial=1))
-    for name in ("killed", "fine"):
-        result, error = ended[name]
-        assert result is not None, error
-        assert result.label == name
+    names = ["always", "killed", "mistaken", "fine", "stopped"]
+    queue = WatchedSweep(with_trials(tiny_plan, *names))
+    run_sweep(queue, function, tmp_path, SweepSettings(max_failures_per_trial=1))
+    assert queue.failures == {"always": "ValueError: bad luck", "mistaken": "type something else"}
+    assert queue.results_by_key.keys() == {"killed", "fine", "stopped"}
+    for result in queue.results_by_key.values():
         assert result.numbers == {"quality/threads": 1}, "two CPUs, two trials, a thread each"
-    assert ended["always"] == (None, "ValueError: bad luck")
-    assert ended["mistaken"] == (None, "type something else")
-    assert ended["unfinished"] == (None, "")
     attempts = {name: len(list(tmp_path.glob(f"{name}.*"))) for name in names}
-    assert attempts == dict(zip(names, (2, 2, 1, 1, 1), strict=True))
+    assert attempts == dict(zip(names, (2, 2, 1, 1, 2), strict=True))
     processes = {path.read_text() for path in tmp_path.glob("*.[0-9]")}
     assert len(processes) < sum(attempts.values()), "processes serve again"
     assert queue.most_at_once == 2
@@ -165,8 +132,6 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_p
     folder = str(tmp_path)
 
     def function(trial: Trial, process: TuneProcess) -> Trial | None:
-        import time
-
         from orchestrator.terminal.stop import stop_requested
 
         path = Path(folder) / f"trial.{trial.key}"
@@ -185,18 +150,14 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_p
             pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)
 
-    queue = ListQueue(named_trials(tiny_plan, *map(str, range(20))), watch=press)
-    with pytest.raises(Interrupted, match="interrupted; 18 are left"):
-        run_queue(queue, function, tmp_path)
+    plan = with_trials(tiny_plan, *map(str, range(20)))
+    queue = WatchedSweep(plan, watch=press)
+    with pytest.raises(Interrupted, match="0 of 20 trials are finished"):
+        run_sweep(queue, function, tmp_path)
     assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
-    assert queue.ended == {"0": (None, "OSError: no room"), "1": (None, "")}
-    assert len(queue.waiting) == 18
-
-
-def shared(trial: Trial, folder: Path, *, num_steps: int = 12) -> Trial:
-    """Return a trial whose batch two workers can share, and the validation of which is quick."""
-    recipe = {"num_steps": num_steps, "checkpoint_every_steps": 10**6}
-    return in_folder(with_job(trial, recipe), folder, key=folder.name, label=folder.name)
+    assert queue.failures == {"0": "OSError: no room"}
+    assert queue.statuses["1"] == "interrupted"
+    assert queue.num_of("to train") == 18
 
 
 def trains_only() -> TrialFunction:
@@ -211,53 +172,16 @@ def trains_only() -> TrialFunction:
     return train
 
 
-def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **options: Any) -> Any:
+def run_with_two(plan: SweepTrials, folder: Path, **options: Any) -> WatchedSweep:
+    """Train trials on two workers each, and return how they ended."""
+    queue = WatchedSweep(plan)
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
-    queue = ListQueue(trials, watch=watch or (lambda: None))
-    return run_queue(queue, trains_only(), folder, sweep, **options)
+    run_sweep(queue, trains_only(), folder, sweep, **options)
+    return queue
 
 
 @pytest.mark.long
-def test_two_workers_make_what_one_makes_also_through_a_stop(tiny_plan, ray_session, tmp_path):
-    trial = shared(tiny_plan.trials[1], tmp_path / "trial", num_steps=300)
-    assert trial.job is not None
-    folder = Path(trial.folder)
-    pressed: list[int] = []
-
-    def press() -> None:
-        steps = [r["step"] for r in read_journal(folder)[0] if r["kind"] == "metrics"]
-        if steps and not pressed:
-            pressed.append(steps[-1])
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        run_with_two([trial], tmp_path / "first", press)
-    give_up = time.monotonic() + 300
-    while not (saved := list(folder.glob("step_*"))):
-        assert time.monotonic() < give_up, "the workers did not save their state"
-    step = int(saved[0].name.removeprefix("step_"))
-    assert 0 < step < 300
-
-    fsdp = ClusterSettings(num_workers=4, parallel="fsdp", num_shards=4)
-    result, error = run_with_two([trial], tmp_path / "second", cluster=fsdp)["trial"]
-    assert result is not None, error
-    assert result == trial.result()
-    events = [r for r in read_journal(folder)[0] if r["kind"] == "event"]
-    resumed = next(r for r in events if r["name"] == "resumed")
-    assert (resumed["num_workers"], resumed["step"]) == (2, step)
-    assert (resumed["parallel"], resumed["num_shards"]) == ("fsdp", 2)
-
-    job = trial.job.model_copy(update={"run_folder": str(tmp_path / "alone")})
-    assert job_key(job) == job_key(trial.job)
-    import torch
-
-    alone = load_model(Path(str(run_job(job).checkpoint))).state_dict()
-    for name, tensor in load_model(Path(str(result.checkpoint))).state_dict().items():
-        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.mark.long
-def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
+def test_a_trial_that_asha_ends_saves_its_state_frees_its_workers_and_can_go_on(
     tiny_plan, ray_session, tmp_path
 ):
     import ray
@@ -274,19 +198,23 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     )  # fmt: skip
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (good, bad)})
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
-    ended = run_with_two([good, bad], tmp_path, competitors=competing_trials(plan, sweep))
-    assert ended["good"][0] is not None, ended
-    assert ended["bad"] == (None, "")
+    competitors = competing_trials(plan, sweep)
+    first_sweep = run_with_two(plan, tmp_path / "first", competitors=competitors)
+    assert first_sweep.statuses == {"good": "finished", "bad": "stopped early"}
     stop = early_stops(plan, sweep)["bad"]
-    assert stop.step == 100
-    assert f"step {stop.step} of 400" in stop.text
-    assert "good had" in stop.text
-    [saved] = Path(bad.folder).glob("step_*")
-    assert stop.step <= int(saved.name.removeprefix("step_")) < 400
-    give_up = time.monotonic() + 300
-    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < give_up, "the workers keep their CPUs"
-        time.sleep(0.2)
+    assert (stop.step, stop.competitor) == (100, "good")
+    [saved] = find_checkpoints(Path(bad.folder))
+    assert stop.step <= step_of(saved) < 400
+    num_cpus = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == num_cpus)
+
+    # The shares of a model are those of the trial's workers, not of the cluster's.
+    sharded = ClusterSettings(num_workers=4, parallel="fsdp", num_shards=4)
+    second_sweep = run_with_two(plan, tmp_path / "second", cluster=sharded)
+    assert second_sweep.results_by_key["bad"] == bad.result()
+    [resumed] = events(bad.job, "resumed")
+    assert (resumed["num_workers"], resumed["step"]) == (2, step_of(saved))
+    assert (resumed["parallel"], resumed["num_shards"]) == ("fsdp", 2)
 
 
 NO_MEMORY = (
@@ -301,7 +229,7 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
     num_shortages, tiny_plan, tmp_path, monkeypatch
 ):
     starts: list[str] = []
-    queue = ListQueue(named_trials(tiny_plan, "a", "b"))
+    queue = WatchedSweep(with_trials(tiny_plan, "a", "b"))
 
     class Tuner:
         def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
@@ -322,22 +250,23 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
     facts = "5.81 of 23.54 GB were used; the largest processes were python (process 999) 0.68 GB, "
     if num_shortages > 3:
         with pytest.raises(RunFailed, match=re.escape(facts)):
-            run_queue(queue, lambda trial, _: trial, tmp_path)
-        assert queue.ended == {}, "no trial has failed"
+            run_sweep(queue, lambda trial, _: trial, tmp_path)
+        assert queue.failures == {}
+        assert not queue.is_over
     else:
-        run_queue(queue, lambda trial, _: trial, tmp_path)
-        assert {key: error for key, (_, error) in queue.ended.items()} == {"a": "", "b": ""}
+        run_sweep(queue, lambda trial, _: trial, tmp_path)
+        assert queue.statuses == {"a": "finished", "b": "finished"}
     assert starts == ["a"] * len(starts)
     assert len(starts) == min(num_shortages + 1, 4)
-    assert len(queue.reasons) == min(num_shortages, 3)
-    assert all(facts in reason and "SECRET" not in reason for reason in queue.reasons)
+    assert len(queue.notes) == min(num_shortages, 3)
+    assert all(facts in note and "SECRET" not in note for note in queue.notes)
 
 
 @pytest.mark.parametrize(("most", "num_cpus", "at_once"), [(2, 8, 2), (None, 3, 3), (5, 3, 3)])
 def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
     most, num_cpus, at_once, tiny_plan, tmp_path, monkeypatch
 ):
-    queue = ListQueue(named_trials(tiny_plan, *map(str, range(7))))
+    queue = WatchedSweep(with_trials(tiny_plan, *map(str, range(7))))
 
     class Tuner:
         """Asks for trials until it gets none, then ends the oldest."""
@@ -349,21 +278,22 @@ def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
             while not queue.is_over:
                 while isinstance(self.suggest(""), dict):
                     pass
-                key = next(iter(queue.taken))
-                queue.on_end(key, queue.taken[key], "")
+                oldest = next(queue.with_status("taken")).trial
+                queue.on_end(oldest.key, oldest, "")
 
     monkeypatch.setattr(module.tune, "Tuner", Tuner)
     monkeypatch.setattr(module, "ray_cluster", lambda: nullcontext(Resources((Node(num_cpus),))))
     monkeypatch.setattr(Placement, "num_places", lambda _: num_cpus)
     sweep = SweepSettings(trials_at_once=most)
-    assert len(run_queue(queue, lambda trial, _: trial, tmp_path, sweep)) == 7
+    run_sweep(queue, lambda trial, _: trial, tmp_path, sweep)
+    assert len(queue.results_by_key) == 7
     assert queue.most_at_once == at_once
 
 
 def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure(
     tiny_plan, tmp_path
 ):
-    queue = ListQueue(named_trials(tiny_plan, "short", "raised", "lost", "silent"))
+    queue = WatchedSweep(with_trials(tiny_plan, "short", "raised", "lost", "silent"))
     while queue.take():
         pass
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
@@ -385,7 +315,7 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
     listener.on_trial_error(trial=tune_trial("raised", "lost", "bad luck", pickled=error))
     listener.on_trial_error(trial=tune_trial("lost", "bad luck", "the node died", pickled=error))
     listener.on_trial_error(trial=tune_trial("silent"))
-    reasons = {key: reason for key, (_, reason) in queue.ended.items()}
+    reasons = queue.failures
     assert reasons.pop("silent")
     assert reasons == {"raised": "ValueError: bad luck", "lost": "the node died"}
     assert not suggester.is_short_of_memory
@@ -394,51 +324,33 @@ def test_what_a_trial_died_of_is_its_last_error_and_want_of_memory_is_no_failure
     assert suggester.is_short_of_memory, "no other trial starts until the running ones have ended"
     assert listener.shortage == NO_MEMORY
     listener.on_trial_error(trial=tune_trial("short", NO_MEMORY, "bad luck", pickled=error))
-    assert set(queue.taken) == {"short"}, "it starts again with the next Tune"
+    assert queue.statuses["short"] == "taken", "it starts again with the next Tune"
 
 
 SHORT_OF_MEMORY = """
 import sys
 from pathlib import Path
 from orchestrator.cluster import tune
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import ClusterSettings, SweepSettings
+from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.workspace.errors import RunFailed
-
-class Queue:
-    def __init__(self, trials):
-        self.waiting = trials
-        self.taken = []
-        self.is_over = False
-    @property
-    def num_taken(self):
-        return len(self.taken)
-    def take(self):
-        if self.waiting:
-            self.taken.append(self.waiting.pop())
-            return self.taken[-1]
-    def on_start(self, key):
-        pass
-    def on_end(self, key, result, error):
-        print("ended", key, error)
-    def start_again(self, reason):
-        print("again", reason)
-        self.waiting, self.taken = self.taken, []
-    def saved(self):
-        return ""
 
 def run(trial, process):
     import time
     time.sleep(1000)
 
-trial = Trial.model_validate_json(sys.argv[1])
-folder = Path(sys.argv[2])
-tune.RESTART_PAUSES_SECONDS = (0.0,)
+plan = SweepTrials.model_validate_json(sys.argv[1])
 sweep = SweepSettings(max_failures_per_trial=0)
+queue = RunningSweep(plan, trial_states(plan, sweep))
+tune.RESTART_PAUSES_SECONDS = (0.0,)
 try:
-    tune.run_trials(run, Queue([trial]), folder, sweep, ClusterSettings(), num_trials=1)
+    tune.run_trials(run, queue, Path(sys.argv[2]), sweep, ClusterSettings(), num_trials=1)
 except RunFailed as error:
+    for note in queue.notes:
+        print("again", note)
     print("failed", error)
+assert not queue.failures, queue.failures
 """
 
 
@@ -447,14 +359,12 @@ def test_ray_ends_trials_when_memory_runs_low_and_says_who_has_it(tiny_plan, tmp
     local = {name: value for name, value in address_variables("local").items() if value}
     variables = environment_without_ray() | local | {"RAY_memory_usage_threshold": "0.001"}
     process = Started(
-        tiny_plan.trials[0].model_dump_json(), str(tmp_path / "ray"),
+        with_trials(tiny_plan, "any").model_dump_json(), str(tmp_path / "ray"),
         code=SHORT_OF_MEMORY, environment=variables,
     )  # fmt: skip
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    outcome_lines = [
-        line for line in printed.splitlines() if line.startswith(("again", "failed", "ended"))
-    ]
+    outcome_lines = [line for line in printed.splitlines() if line.startswith(("again", "failed"))]
     assert [line.split()[0] for line in outcome_lines] == ["again", "failed"], printed
     for line in outcome_lines:
         assert re.search(r"[\d.]+ of [\d.]+ GB were used; .* \(process \d+\) [\d.]+ GB", line)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import zstandard
+from kept_progress import KeptProgress
 from refusals import refused
 from sample_texts import lines_of
 
@@ -16,7 +17,6 @@ from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -49,14 +49,11 @@ def test_finished_work_is_reused(workspace, settings, monkeypatch):
 
 
 def test_the_summary_says_how_many_files_gave_the_documents_and_what_cut_them(workspace, settings):
-    class Lines(Progress):
-        def finish(self, summary: str) -> None:
-            lines.append(summary)
-
-    lines: list[str] = []
-    prepare(settings, workspace, Lines())
-    prepare(settings, workspace, Lines())
-    prepare(settings.model_copy(update={"passage_characters": 100}), workspace, Lines())
+    progress = KeptProgress()
+    prepare(settings, workspace, progress)
+    prepare(settings, workspace, progress)
+    prepare(settings.model_copy(update={"passage_characters": 100}), workspace, progress)
+    lines = progress.summaries
     assert all(line.startswith("1 file gave 200 documents, ") for line in lines)
     assert ["data.passage_characters=100" in line for line in lines] == [False, False, True]
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kept_progress import KeptProgress
 from pydantic import Field
 from refusals import assert_names, refused
 from sample_texts import lines_of, tokens_of
@@ -392,24 +393,20 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
     written = []
-    notes = []
+    progress = KeptProgress()
     write = ShardWriter.write
 
     def counting(writer: ShardWriter, number: int, report: Any) -> None:
         written.append(number)
         write(writer, number, report)
 
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
     monkeypatch.setattr(ShardWriter, "write", counting)
     monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
-    folder = write_text(several, parent, "key", Notes(), open_runner=partial(threads, 1))
+    folder = write_text(several, parent, "key", progress, open_runner=partial(threads, 1))
     verify_data(folder, always=True)
     missing = range(len(stored_shards), max(written) + 1)
     assert written == [1, *missing], "whole shards are not tokenized again"
-    assert_names(notes[0], "000001", "train.bin")
+    assert_names(progress.notes[0], "000001", "train.bin")
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     monkeypatch.setattr(tokenize, "train_tokenizer", real_train_tokenizer)
     uninterrupted = write_text(

@@ -97,10 +97,11 @@ def test_a_random_model_of_the_type_is_read_as_it_is(model_type, number, tmp_pat
 def test_half_precision_in_several_files_becomes_float32(dtype, make_folder, workspace):
     source = make_folder("qwen3", dtype, max_shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    decoder = load_model(import_model(source, workspace=workspace))
-    assert {tensor.dtype for tensor in decoder.state_dict().values()} == {torch.float32}
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
-    assert all(torch.equal(tensor, theirs[n]) for n, tensor in decoder.state_dict().items())
+    for folder in (source, import_model(source, workspace=workspace)):
+        weights = load_model(folder).state_dict()
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights.items())
 
 
 @pytest.fixture

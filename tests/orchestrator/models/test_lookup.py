@@ -115,11 +115,11 @@ def test_no_command_replaces_a_damaged_model_by_an_older_one(workspace, save_run
     weights.write_bytes(weights.read_bytes()[:-8])
     before = sorted(workspace.root.glob("[!l]*/**"))
     for command, *options in (
-        ("sweep-threshold",),
+        ("sweep-threshold", "full"),
         ("influence",),
-        ("distill", "-r", "1"),
+        ("distill", "full", "-r", "1"),
         ("export",),
-        ("generate", "--prompt", "abc"),
+        ("generate", "full", "--prompt", "abc"),
     ):
         assert cli.main([command, *options, "--workspace", str(workspace.root)]) == 1, command
         printed = " ".join(capfd.readouterr().err.split())

@@ -23,14 +23,9 @@ from orchestrator.pipelines.benchmarking import (
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
 
 
 def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(

@@ -18,6 +18,7 @@ from refusals import assert_names
 from orchestrator import cli
 from orchestrator.evaluation.lm_eval_model import DecoderModel
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.models.open import open_model
 
 DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
 ROWS = [{"question": f"{a} and {b}?", "answer": a} for a, b in ("ab", "cd", "ef", "gh", "ij")]
@@ -156,8 +157,10 @@ def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothi
 
 @pytest.mark.slow
 def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
-    scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+    # Within the context, these rotary angles are the usual ones.
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     models = [llama(), llama("scaled", rope_parameters=scaled)]
+    assert open_model(models[1]).config is None
     code, text, stored = evaluate(*models, "--apply-chat-template", "--num-fewshot", 2)
     assert code == 0, text
     assert len(stored) == 2

@@ -21,6 +21,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import (
     ModelEvaluations,
     plan_evaluate,
@@ -245,8 +246,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "runner"), CASES)
 def test_the_same_command_does_only_the_rest(name, runner, longer, kinds, save_llama, tmp_path):
-    scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = longer if runner == "decoder" else save_llama(rope_parameters=scaled)
+    assert (open_model(model).config is None) == (runner == "transformers")
     settings = kinds.model_copy(update={"suite": name})
     with counted_passes() as all_passes:
         undisturbed = evaluate(model, settings, open_workspace(tmp_path / "other"))

@@ -17,8 +17,9 @@ import pytest
 import torch
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
-from refusals import assert_names, refused
+from refusals import refused
 from safetensors.torch import load_file
+from stored_texts import assert_as_stored
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -250,46 +251,35 @@ def test_weights_that_a_type_cannot_hold_are_refused(save_tiny, workspace, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_card_says_what_was_measured_of_rounded_weights(tiny_model):
-    result = TaskResult(name="choices", version="1", metrics={"acc": 0.5})
-    evaluation = EvaluationResult(results={"choices": result})
-    config = ModelConfig.from_dict(tiny_model)
-    card = ModelCard(name="tiny", config=config, evaluation=evaluation, dtype="bf16")
-    assert "trust_remote_code=True,dtype=float32 --tasks choices" in card.to_markdown()
-    assert "rounded" not in card.to_markdown()
-    assert "rounded to bf16" in replace(card, is_rounded=True).to_markdown()
-
-
 # The card
 
 
-def test_the_card_says_what_is_known_and_compares_a_student_with_its_teacher(tiny_model):
+def test_cards_read_as_stored(tiny_model, tmp_path):
     config = ModelConfig.from_dict(tiny_model)
     family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
-    text = ModelCard(name="tiny", config=config, served=family).to_markdown()
-    assert text.startswith("---\nlibrary_name: transformers\n")
-    assert "`2,1`" in text
-    assert "`1,0`; `0,0`" in text
-    assert "| field evaluations (NFE) per token | 5 |" in text
-    # Each of the 5 evaluations reads keys and values of the whole context, in numbers of 4 bytes.
-    num_bytes = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
-    assert f"| key/value bytes read per token (float32) | {num_bytes:,} |" in text
-    assert "Not measured." in text
-    assert "Influence" not in text
-    # The card names the versions that this project declares.
+    result = TaskResult(name="choices", version="1", metrics={"acc": 0.5})
+    plain = ModelCard(name="tiny", config=config)
+    cards = {
+        "elastic weights": replace(plain, served=family),
+        "rounded weights": replace(
+            plain,
+            evaluation=EvaluationResult(results={"choices": result}),
+            dtype="bf16",
+            is_rounded=True,
+        ),
+        "a student": ModelCard(
+            name="student",
+            config=replace(config, schedule=IterationSchedule((1, 0))),
+            full=config,
+            influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
+            provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
+        ),
+    }
+    parts = {name: card.to_markdown().splitlines() for name, card in cards.items()}
+    assert_as_stored("card.txt", parts, tmp_path)
+
+
+def test_the_card_names_the_versions_that_this_project_declares():
     file = Path(__file__).parents[3] / "pyproject.toml"
     declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)
-    assert all(f'"{requirement}"' in text for requirement in REQUIREMENTS)
-
-    text = ModelCard(
-        name="student",
-        config=ModelConfig.from_dict({**tiny_model, "schedule": [1, 0]}),
-        full=config,
-        influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
-        provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
-    ).to_markdown()
-    assert_names(text, "3 field evaluations", "60% of the 5")
-    assert "| 1 | 0.3 | 0.1 |" in text
-    assert "num_steps 7" in text
-    assert "checksums" not in text

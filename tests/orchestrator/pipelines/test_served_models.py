@@ -172,7 +172,7 @@ def test_a_server_that_fails_is_named_with_its_model_and_its_log(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_server_is_left_when_the_command_is_ended(
     requests, workspace, save_tiny, tmp_path, monkeypatch, number
 ):

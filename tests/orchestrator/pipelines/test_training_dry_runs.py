@@ -217,7 +217,7 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
     assert f"{expected} {640 / num_tokens:.2g} times" in notes()
 
 
-@pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
+@pytest.mark.parametrize("kind", ["threshold", "iterations"])
 def test_text_too_poor_for_its_tasks_ends_a_sweep_before_training(kind, tmp_path, capfd):
     text = tmp_path / "codes.txt"
     workspace = tmp_path / "workspace"

@@ -98,14 +98,10 @@ def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule():
     assert half.worker_memory == from_start.worker_memory
 
 
-@pytest.mark.parametrize("sequence_length", [None, 8])
-def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
-    sequence_length, tmp_path, tiny_tokens, tiny_model
-):
+def test_the_bytes_of_checkpoints_equal_those_of_a_run(tmp_path, tiny_tokens, tiny_model):
     recipe = TrainingSettings(
         num_steps=6,
         num_tokens_per_step=64,
-        sequence_length=sequence_length,
         num_validation_tokens=64,
         checkpoint_every_steps=1,
         num_checkpoints_kept=2,
@@ -119,8 +115,6 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     )
     outcome = run_job(job)
     estimate = Estimate(config=job.model, recipe=recipe)
-    assert estimate.flops == pytest.approx(outcome.training_flops)
-    assert estimate.num_tokens == outcome.num_tokens
     folder = Path(str(outcome.checkpoint))
     written = sum((folder / name).stat().st_size for name in (WEIGHTS, TRAINING_STATE))
     assert estimate.checkpoint_bytes == pytest.approx(written, rel=0.05)

@@ -142,14 +142,6 @@ def test_trials_share_the_memory_of_the_machine_or_of_their_gpu(tiny_plan):
     assert "4 workers" in on_gpus(4, 4)
 
 
-def test_a_teachers_weights_are_counted():
-    recipe = Settings().distillation.training
-    config = preset("tiny")
-    with_teacher = Estimate(config=config, recipe=recipe, teacher=config).worker_memory
-    without = Estimate(config=config, recipe=recipe).worker_memory
-    assert with_teacher["weights"] == 2 * without["weights"]
-
-
 def test_a_teacher_of_more_layers_takes_its_own_weights():
     recipe = Settings().distillation.training
     student = preset("tiny", num_layers=2)

@@ -116,6 +116,12 @@ def test_all_claims_hold_by_what_was_made_up():
     assert metrics["claims/iiet_over_vanilla_verdict"] == 1
 
 
+def test_beside_a_source_no_claim_is_judged():
+    source = model("source", 0.70, role="source")
+    claims = claims_of([*trials_with({}), source])
+    assert {claim.verdict for claim in claims.values()} == {"not measured"}
+
+
 def test_luck_on_the_items_that_choose_a_student_does_not_count_for_it():
     trials = trials_with(dict.fromkeys(("1,1", "1,0")))
     items = {trial.key: answers(trial) for trial in trials}

@@ -323,22 +323,6 @@ def test_draws_depend_on_no_other_task_and_include_the_seeds():
     assert scores.observed == pytest.approx([0.5, 0.4])
     assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
 
-    def width(accuracy_of_seed_0: float, accuracy_of_seed_1: float) -> float:
-        full = seed_of(0, 0.5, None).model_copy(update={"key": "full"})
-        results = [seed_of(0, accuracy_of_seed_0), seed_of(1, accuracy_of_seed_1), full]
-        shares = dict(
-            zip(
-                (r.key for r in results), (accuracy_of_seed_0, accuracy_of_seed_1, 0.5), strict=True
-            )
-        )
-        items = {key: evaluation(task("t", answers(share))) for key, share in shares.items()}
-        front = sample_front(results)
-        front = with_confidence(front, items, num_resamples=2000)
-        interval = against(front, next(r["key"] for r in front.rows if r["key"] != "full"), "")
-        return interval.high - interval.low
-
-    assert width(0.2, 0.6) > 1.5 * width(0.4, 0.4)
-
 
 def test_confidences_follow_the_answers(front):
     for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):

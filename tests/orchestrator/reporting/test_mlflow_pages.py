@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from browser import BROWSER, page_text
 from orchestrator.pipelines.ui import serve
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
+from orchestrator.terminal.server import free_port
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
@@ -91,12 +91,6 @@ def proxy_of(port: int) -> Iterator[tuple[str, list[tuple[str, int]]]]:
             yield f"127.0.0.1:{server.server_address[1]}", answers
         finally:
             server.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def curve_heights(page: str) -> list[list[float]]:

@@ -1,8 +1,5 @@
 """Rules between settings: each broken one is named with its settings, all of them at once."""
 
-import subprocess
-import sys
-
 import pytest
 from refusals import refused
 
@@ -41,6 +38,10 @@ ELASTIC = "distillation.training.elastic"
         ("distillation.teacher_from_step=60", "teacher_from_step=60, distillation.training.num_st"),
         (f"{ELASTIC}.kl_weight=2", f"{ELASTIC}.kl_weight=2.0: "),
         (f"{ELASTIC}.temperature=2", f"{ELASTIC}.temperature=2.0: "),
+        ("distillation.training.source=plain", "distillation.training.source='plain': "),
+        ("training.source=plain; source_training.num_steps=9", "training.source='plain': the sour"),
+        ("source_training.source_kl_weight=1.0", "source_training.source_kl_weight=1.0: "),
+        ("distillation.training.source_kl_weight=1.0", "distillation.training.source_kl_weight"),
     ],
 )
 def test_a_rule_of_the_tree_names_its_settings(assignments, words):
@@ -51,10 +52,12 @@ def test_a_rule_of_the_tree_names_its_settings(assignments, words):
     assert str(refused.value).startswith("settings: ")
 
 
-def test_what_a_control_does_not_read_may_be_anything():
+def test_what_breaks_no_rule_is_taken():
     control = ["distillation.control=cross_entropy", f"{ELASTIC}.kl_weight=2"]
     resolve_settings({}, [*control, "distillation.teacher_from_step=60"])
     resolve_settings({}, ["training={iterate_from_fraction: 0.7, iterate_ramp_fraction: 0.3}"])
+    for source in ("training.source=plain", "source_training.num_steps=9"):
+        assert not broken_rules(resolve_settings({}, [source]), of_sweep=True)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,10 @@ def test_what_a_control_does_not_read_may_be_anything():
         ("threshold", f"elastic=true; {ELASTIC}.schedules=[0]", f"{ELASTIC}.schedules=(0,): "),
         ("threshold", f"elastic=true; {ELASTIC}.weight=0", f"{ELASTIC}.weight=0.0: "),
         ("threshold", f"elastic=false; {ELASTIC}={{}}", "leave the second out, or set the first"),
+        ("iterations", "seeds=[]; training.source=plain", "leave training.source out"),
+        ("iterations", "seeds=[]; source_training.num_steps=9", "leave source_training out"),
+        ("threshold", "teachers=[r = 1]; training.source=plain", "('r = 1',): training.source"),
+        ("threshold", "teachers=[r = 1]; source_training.num_steps=9", "('r = 1',): source_train"),
     ],
 )
 def test_a_rule_of_sweeps_is_checked_where_a_sweep_is_planned(kind, changes, words):
@@ -98,16 +105,6 @@ def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right():
         resolve_settings({}, rules)
     with refused(UserError, "training.num_steps", "got 0"):
         resolve_settings({}, [*rules, "training.num_steps=0"])
-
-
-def test_importing_and_resolving_settings_loads_nothing_heavy():
-    code = (
-        "import sys, iiet, orchestrator.settings as settings\n"
-        "settings.read_settings('toy', ['sweep.methods=[vanilla, pcformer]'])\n"
-        "print(*{'torch', 'numpy', 'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 def test_a_part_of_several_gpus_is_refused():

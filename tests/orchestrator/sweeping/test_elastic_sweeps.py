@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from sample_trials import with_items
 
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.load import load_model
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepTrials, Trial
-from orchestrator.reporting.report import write_sweep_report
-from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
-from orchestrator.sweeping.plan import exact_cost, students_plan
+from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
 
@@ -94,53 +88,3 @@ def test_schedules_wait_for_the_training_of_their_weights(plan_of):
         trial.result_path.unlink()
     order, _ = order_of(plan, fails=False)
     assert order[:3] == served, "the weights are there, and nothing waits"
-
-
-def evaluation(share: float, name: str = "task") -> EvaluationResult:
-    right = (np.arange(200) < 200 * share).astype(float)
-    result = TaskResult(
-        name=name,
-        version="1",
-        num_items=200,
-        num_fewshot=0,
-        metrics={"acc": float(right.mean())},
-        items=[f"item {number}" for number in range(200)],
-        values={"acc": right.tolist()},
-    )
-    return EvaluationResult(results={name: result})
-
-
-def measured(trial: Trial, accuracy: float) -> Trial:
-    trial = trial.with_numbers("cost", exact_cost(trial.model, trial.model))
-    return trial.with_numbers("quality", {"accuracy": accuracy})
-
-
-@pytest.mark.slow
-def test_one_report_of_two_sweeps_holds_elastic_weights_and_students(plan_of, space):
-    sweeps = []
-    for name, plan in (("elastic", plan_of()), ("students", plan_of("sweep.elastic=false"))):
-        results = []
-        items = {}
-        for trial in plan.trials:
-            accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
-            results.append(measured(trial, accuracy))
-            items[trial.key] = evaluation(accuracy)
-        stored = with_items(space, results, items)
-        sweeps.append(StoredSweep(name=name, key=name, results=stored))
-
-    report = write_sweep_report(space, *sweeps)
-    by_name = {row["label"]: row for row in report.front.rows}
-    schedules = ("2,1", "1,1", "1,0", "0,0")
-    trained_labels = {name for schedule in schedules for name in (schedule, f"{schedule}, elastic")}
-    assert by_name.keys() == {"teacher", *trained_labels}
-    stored = json.loads((report.folder / "front.json").read_text("utf-8"))
-    assert {row["name"] for row in stored["results"]} == by_name.keys()
-    quality = report.front.axes.quality
-    to_full = {
-        name: report.front.intervals[row["key"], quality, "teacher"]
-        for name, row in by_name.items()
-        if name != "teacher"
-    }
-    assert to_full["0,0, elastic"].value == to_full["0,0, elastic"].high == 0
-    assert to_full["0,0"].low < to_full["0,0"].value == pytest.approx(-0.2)
-    assert to_full["0,0"].high < 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from changed_trials import stop_early
+from commands import wait_until
 from fake_runs import finished
+from kept_progress import KeptProgress
 from mlflow.entities import Run
 
 from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
@@ -95,18 +96,13 @@ def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_pat
     run = RunningSweep(tiny_plan, trial_states(tiny_plan, settings.sweep))
     nothing = SimpleNamespace(stored=lambda *_: None, publish=lambda *_: None)
     tracking = cast("Tracking", nothing)
-    shown = list[str]()
-
-    class Shown(Progress):
-        def advance(self, done: float, text: str = "", **more: Any) -> None:
-            shown.append(text)
-
-    view = SweepView(run, settings, open_workspace(tmp_path), tracking, Shown())
+    progress = KeptProgress()
+    view = SweepView(run, settings, open_workspace(tmp_path), tracking, progress)
     for trial in trainings:
         run.on_start(trial.key)
     view.update()
     assert len(looks) == len(set(looks)) == len(trainings) - 1
-    assert shown == ["0 of 5 trials"], "no step is known"
+    assert progress.texts == ["0 of 5 trials"], "no step is known"
     view.update()
     assert set(looks) == {Path(trial.folder) for trial in trainings}
 
@@ -141,8 +137,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
     watched.view.update()
-    while watched.losses(first) != [1, 2]:
-        time.sleep(0.1)
+    wait_until(lambda: watched.losses(first) == [1, 2])
     assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
 
     # The front so far is in the sweep's run, with its picture.

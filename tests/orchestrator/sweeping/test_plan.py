@@ -13,6 +13,7 @@ import pytest
 from changed_trials import stop_early, with_job
 from refusals import assert_names, refused
 from rich.console import Console
+from same_run import stop_at
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
@@ -71,14 +72,7 @@ def rows(plan: SweepTrials, chosen: Settings, *others: SweepTrials) -> list[str]
 
 def begin(trial: Trial, num_steps: int) -> float:
     """Train a trial until it is stopped, and return the FLOPs so far."""
-    num_begun = 0
-
-    def should_stop() -> bool:
-        nonlocal num_begun
-        num_begun += 1
-        return num_begun > num_steps
-
-    outcome = run_job(trial.job, should_stop=should_stop)
+    outcome = run_job(trial.job, should_stop=stop_at(num_steps))
     assert outcome.step == num_steps
     return outcome.training_flops
 

@@ -31,7 +31,7 @@ from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
@@ -147,27 +147,18 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
             report(workspace=workspace, sweeps=names, time_again=True)
 
 
-def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
-    """Make trials of this process and of Tune's measure nothing, which would take tasks.
-
-    Args:
-        fails: Whether an unfinished trial also fails.
-    """
+@pytest.fixture
+def _fails_if_stopped(monkeypatch) -> None:
+    """Make trials of this process and of Tune's measure nothing, which would take tasks; one that
+    is stopped fails, too."""
     run_trials = tune.run_trials
 
     def run(function: Any, *arguments: Any, **options: Any) -> None:
-        def quick(trial: Trial, process: tune.TuneProcess) -> Trial | None:
-            from orchestrator.sweeping import trial as module
+        def without_room(trial: Trial, process: tune.TuneProcess) -> Trial:
+            assert function(trial, process) is None, "it is stopped"
+            raise OSError("no room")
 
-            module.measure_trial = lambda trial, *_: trial.with_numbers(
-                "quality", {"accuracy": 0.5}
-            )
-            result: Trial | None = function(trial, process)
-            if fails and not result:
-                raise OSError("no room")
-            return result
-
-        run_trials(quick, *arguments, **options)
+        run_trials(without_room, *arguments, **options)
 
     monkeypatch.setattr(tune, "run_trials", run)
     monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda trial, *_: trial)
@@ -175,14 +166,11 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 
 
-@pytest.mark.parametrize(
-    "fails",
-    [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
-)
-def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
-    fails, tiny_plan, sweep, ray_session, monkeypatch
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fails_if_stopped")
+def test_an_interrupted_sweep_says_what_is_saved_and_which_trial_failed_meanwhile(
+    tiny_plan, sweep, ray_session, monkeypatch
 ):
-    without_tasks(monkeypatch, fails=fails)
     teacher, begun, *_ = tiny_plan.trials
     long = {"num_steps": 10**6, "checkpoint_every_steps": 10**6}
     folder = sweep.folder / "trials" / "begun"
@@ -197,27 +185,21 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
                 os.kill(os.getpid(), signal.SIGINT)
                 monkeypatch.setattr(self, "advance", lambda *_, **__: None)
 
-    with pytest.raises(RunFailed if fails else Interrupted) as caught:
+    with pytest.raises(RunFailed) as caught:
         sweep.run(plan, progress=Pressing())
     text = str(caught.value)
+    assert text.startswith(f"trial {begun.label} failed: OSError: no")
     assert f"1 of 2 trials are finished; trial {begun.label}: saved at step " in text
-    if fails:
-        assert text.startswith(f"trial {begun.label} failed: OSError: no")
-    assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
-    assert sweep.shown.status == ("FAILED" if fails else "KILLED")
+    assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED"}
+    assert sweep.shown.status == "FAILED"
 
 
 def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, sweep):
-    texts: list[str] = []
-
-    class Texts(KeptProgress):
-        def advance(self, done: float, text: str = "", **more: Any) -> None:
-            texts.append(text)
-
+    progress = KeptProgress()
     run = RunningSweep(tiny_plan, trial_states(tiny_plan, resolve_settings({}).sweep))
     teacher, student, *_ = tiny_plan.trials
     workspace = open_workspace(sweep.folder)
-    with SweepView(run, resolve_settings({}), workspace, sweep.tracking, Texts()) as view:
+    with SweepView(run, resolve_settings({}), workspace, sweep.tracking, progress) as view:
         run.on_start(teacher.key)
         run.on_start(student.key)
         view.update()
@@ -227,8 +209,8 @@ def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, swee
         journal.metrics(job.recipe.num_steps, {"train/loss": 1.0})
         journal.close()
         view.update()
-    assert texts[0].endswith(f"; measuring {teacher.label}")
-    assert {*texts[-1].split("; ")} > {
+    assert progress.texts[0].endswith(f"; measuring {teacher.label}")
+    assert {*progress.texts[-1].split("; ")} > {
         f"measuring {teacher.label}",
         f"measuring {student.label}",
     }

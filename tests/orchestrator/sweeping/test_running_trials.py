@@ -1,10 +1,8 @@
-"""One trial, several processes: waited for, made once, taken over from the dead, and stopped early
-where another learning rate is better."""
+"""One trial, several processes: waited for, made once, and stopped early where another learning
+rate is better."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,21 +29,10 @@ from orchestrator.sweeping.states import (
 )
 from orchestrator.sweeping.trial import ThisProcess, run_trial
 from orchestrator.terminal.stop import stop_when
-from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
-
-HOLDER = """
-import sys
-from pathlib import Path
-from orchestrator.workspace.locks import lock_descriptor
-lock = Path(sys.argv[1]).open("w")
-lock_descriptor(lock.fileno())
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -64,41 +51,18 @@ def starts(trial: Trial) -> int:
     return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
 
 
-def test_a_trial_is_taken_over_from_a_process_that_died(trials, measured):
-    trial = trials[1]
-    folder = Path(trial.folder)
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-c", HOLDER, str(folder / RUN_LOCK_NAME)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        assert is_run_locked(folder)
-        with stop_when(lambda: True):
-            assert run_trial(trial) is None
-        assert starts(trial) == 0
-
-        def kill_what_it_waits_for() -> bool:
-            holder.kill()
-            return False
-
-        with stop_when(kill_what_it_waits_for):
-            result = run_trial(trial)
-    assert result is not None
-    assert starts(trial) == 1
-    assert not is_run_locked(folder)
-    assert run_trial(trial) == result == trial.result()
-
-
-def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, measured):
+def test_a_trial_that_another_process_runs_is_waited_for_and_not_made_again(trials, measured):
     trial = trials[1]
     folder = Path(trial.folder)
     result = run_trial(trial)
+    assert result == trial.result()
     num_records = len(read_journal(folder)[0])
     text = trial.result_path.read_text()
     trial.result_path.unlink()
     lock = ExitStack()
     lock.enter_context(lock_file(folder / RUN_LOCK_NAME))
+    with stop_when(lambda: True):
+        assert run_trial(trial) is None
 
     def finish_it() -> bool:
         trial.result_path.write_text(text)
@@ -108,16 +72,6 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(trials, mea
     with stop_when(finish_it):
         assert run_trial(trial) == result
     assert len(read_journal(folder)[0]) == num_records
-
-
-def test_a_stopped_trial_lets_another_process_go_on(trials, measured):
-    trial = trials[1]
-    stops = iter([False, False, True, True])
-    with stop_when(lambda: next(stops)):
-        assert run_trial(trial) is None
-    assert not is_run_locked(Path(trial.folder))
-    assert run_trial(trial) is not None
-    assert starts(trial) == 1, "it continued from its checkpoint"
 
 
 def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured):

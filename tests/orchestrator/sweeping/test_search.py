@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from fake_tracking import FakeTracking
+from kept_progress import KeptProgress
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -25,7 +26,6 @@ from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.view import SweepView
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
@@ -125,7 +125,7 @@ class World:
 
 @pytest.mark.parametrize("sampler", ["nsga2", "gp"])
 def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sampler):
-    num_trials = 2 if sampler == "gp" else 20  # A Gaussian process takes seconds for each trial.
+    num_trials = 1 if sampler == "gp" else 10  # A Gaussian process takes a second for each trial.
     world = World(tmp_path / "a")
     same_world = World(tmp_path / "b")
     suggested = world.run(sampler=sampler, num_trials=num_trials)
@@ -144,19 +144,14 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sample
 
 def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
     world = World(tmp_path)
-    shown = []
-
-    class Shown(Progress):
-        def advance(self, done: float, *_: Any, **__: Any) -> None:
-            shown.append(done)
-
+    progress = KeptProgress()
     search = world.search(num_trials=24)
     family = world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     settings = resolve_settings({})
     queue = RunningSweep(plan, trial_states(plan, settings.sweep), search)
-    view = SweepView(queue, settings, open_workspace(tmp_path), tracking, Shown())
+    view = SweepView(queue, settings, open_workspace(tmp_path), tracking, progress)
     assert queue.num_ready == len(family) + 24
     running = [queue.take() for _ in range(len(family) + 1)]
     assert running.pop() is None, "the search waits for the last of the family"
@@ -164,7 +159,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
         world.finish(trial)
         queue.on_end(trial.key, trial.result(), "")
         view.update()
-    assert shown == [1, 2, 3, 4], "what is not suggested yet is not done"
+    assert progress.done == [1, 2, 3, 4], "what is not suggested yet is not done"
     assert [trial for trial in (queue.take(), queue.take()) if trial] == search.suggested_trials()
     assert len(world.complete()) == len(FAMILY), "the teacher is one of them"
     assert not queue.is_over

@@ -95,6 +95,7 @@ def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_b
 
 def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(monkeypatch):
     never = threading.Event()
+    threads_before = {*threading.enumerate()}
     newest = ["step 40"]
     with pytest.raises(Interrupted) as caught:
         run(never.wait, saved=lambda: newest[-1], pressed=[signal.SIGINT] * 9)
@@ -105,6 +106,9 @@ def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(mon
     monkeypatch.setattr("orchestrator.terminal.stop.SECONDS_TO_SAVE", 0.0)
     with pytest.raises(Interrupted, match="not saved"):
         run(never.wait, pressed=[signal.SIGTERM])
+    waiting_threads = {*threading.enumerate()} - threads_before
+    assert waiting_threads
+    assert all(thread.daemon for thread in waiting_threads), "the process can end"
     never.set()
 
 

@@ -135,11 +135,13 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(tracking, tmp_pat
     assert json.loads((place / "config.json").read_text()) == {"size": "small"}
 
 
-def test_what_is_registered_is_the_folder_as_it_is(tracking, tmp_path):
-    folder = folder_of(tmp_path / "exported", size="small")
-    register(tracking, "stored", folder, key="s", alias="best")
+def test_what_is_registered_is_the_folder_as_it_is_and_none_of_its_code_runs(tracking, tmp_path):
+    folder = folder_of(tmp_path / "exported", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    register(tracking, "stored", folder, key="own code", alias="best")
     source = client(tracking).get_model_version_by_alias("stored", "best").source
     place = Path(source.removeprefix("file://"))
     files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    assert files == {"config.json", "MLmodel"}
+    assert files == {"config.json", "code.py", "MLmodel"}
+    assert not (tmp_path / "ran").exists()
     assert "isExternal" not in (place / "MLmodel").read_text(), "MLflow itself holds the files"

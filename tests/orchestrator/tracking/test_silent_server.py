@@ -1,4 +1,7 @@
-"""A server that accepts connections and never answers delays Ctrl-C once, not for each run."""
+"""A server that accepts connections and never answers delays Ctrl-C once and briefly, and no run.
+
+A wait that is not a brief one takes longer than the test may.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ from pathlib import Path
 import pytest
 
 from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.tracking import tracker
 from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 
-NUM_TRIALS = 200
-# If each of the trials waited its two seconds, a test would take 400.
+NUM_TRIALS = 20
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 SWEEP = TrackedRun(key="sweep", kind="sweep", name="sweep", status="RUNNING")
 
 
 @pytest.fixture
 def tracking(tmp_path, silent_server, monkeypatch) -> Tracking:
-    """MLflow at the address of a silent server."""
+    """MLflow at the address of a silent server, which is waited for in vain."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    monkeypatch.setattr(tracker, "MAX_WAIT_SECONDS", 1000.0)
+    monkeypatch.setattr(tracker, "SHORT_WAIT_SECONDS", 0.1)
     return open_tracking(open_workspace(tmp_path), warn=lambda text: None)
 
 
@@ -55,15 +60,14 @@ def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking, tmp_path):
         tracking.wait()
 
 
-def test_a_wait_for_the_last_records_can_be_interrupted(tracking, monkeypatch):
-    monkeypatch.setattr("orchestrator.tracking.tracker.MAX_WAIT_SECONDS", 1000.0)
+def test_a_wait_for_the_last_records_can_be_interrupted(tracking):
     tracking.publish(SWEEP.changed(status="FINISHED"))
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     earlier = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(KeyboardInterrupt):
             tracking.wait()

@@ -144,23 +144,27 @@ def test_compiled_fields_of_a_retrofit_give_the_losses_of_plain_ones(tiny_job, t
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    raise OSError("no space\nleft for the compiler")
+@pytest.fixture
+def _broken_compiler(monkeypatch) -> None:
+    """Let each compilation fail, as on a full disk."""
 
+    def fail(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise OSError("no space\nleft for the compiler")
 
-def test_a_broken_compiler_is_one_warning_and_changes_nothing(job, monkeypatch):
     def compile_badly(decoder: Decoder, event: Callable[..., None]) -> Compilation:
-        return compile_layers(decoder, event, backend=broken_compiler)
+        return compile_layers(decoder, event, backend=fail)
 
     monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
+
+
+@pytest.mark.usefixtures("_broken_compiler")
+def test_a_broken_compiler_is_one_warning_and_changes_nothing(job):
     (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
     assert "OSError" in event["text"]
 
 
+@pytest.mark.usefixtures("_broken_compiler")
 def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
-    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> Compilation:
-        return compile_layers(decoder, event, backend=broken_compiler)
-
     sizes = set[int]()
     split = Batch.split
 
@@ -169,7 +173,6 @@ def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
         sizes.update(map(len, parts))
         return parts
 
-    monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_badly)
     monkeypatch.setattr(Batch, "split", recorded_split)
     compiled = recipe(compile=True, num_sequences_per_pass=4)(job)
     assert run_job(compiled, sequences_if_uncompiled=1).finished

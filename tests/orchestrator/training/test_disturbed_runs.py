@@ -14,6 +14,7 @@ from same_run import (
     events,
     full_disk,
     kill,
+    press_ctrl_c,
     recipe,
     same_run,
     steps_of,
@@ -115,7 +116,13 @@ QUICK = {
     "stopped before its first step": Row("plain", [stop(0)], []),
     "stopped between checkpoints": Row("plain", [stop(3), crash(7), stop(2)], [3, 4, 6]),
     "stopped before its last step": Row("plain", [stop(11)], [11]),
+    "Ctrl-C, later twice": Row("plain", [press_ctrl_c(3), press_ctrl_c(6, times=2)], [4, 4]),
     "a full disk": Row("plain", [stop(3), full_disk], [3, 3]),
+    "Ctrl-C on a full disk": Row(
+        "plain",
+        [press_ctrl_c(1, on_full_disk=True), stop(5), press_ctrl_c(6, on_full_disk=True)],
+        [5, 5],
+    ),
     "a family of schedules": Row("elastic", [stop(8)], [8]),
     "options of a method": Row("damped", [stop(7)], [7]),
     "a teacher": Row("student", [stop(3)], [3]),
@@ -125,9 +132,7 @@ QUICK = {
 }
 KILLED = {
     "killed in a step": ("training.trainer", "learning_rate_at", "(6,"),
-    "killed in the first file": ("training.checkpoint", "write_folder", "step_00000008"),
     "killed in a write": ("workspace.files", "flush_to_disk", "step_00000008"),
-    "killed before a folder has its name": ("workspace.files", "replace_folder", "step_00000008"),
     "killed before a deletion": ("training.checkpoint", "prune_checkpoints", "one kept"),
     "killed in a deletion": ("training.checkpoint", "delete_folder", "step_00000004"),
 }
@@ -142,16 +147,11 @@ SLOW = {
     "several passes": Row("plain", [recipe(num_sequences_per_pass=3)], [], rel=1e-4),
     "a profile": Row("plain", [recipe(profile_steps=2)], []),
 }
-# Workers: replicas, shards, two copies of the model in two shards each, and three that cannot share
-# a step evenly.
+# Workers: replicas, shards, and two copies of the model in two shards each.
 REPLICAS = workers(2)
 SHARDS = workers(2, "fsdp")
 TWO_BY_TWO = workers(4, "fsdp", shards=2)
-UNEVEN = workers(3)
 SEVERAL = {
-    "replicas": Row("plain", [REPLICAS], []),
-    "shards": Row("plain", [SHARDS], []),
-    "uneven shares": Row("plain", [UNEVEN], []),
     "shards after one worker": Row("plain", [stop(5), SHARDS], [5]),
     "one worker after replicas": Row("plain", [workers(2, until=5)], [5]),
     "replicas after shards": Row("plain", [workers(2, "fsdp", until=5), REPLICAS], [5]),
@@ -164,7 +164,6 @@ SEVERAL = {
     "shards of a family": Row("elastic", [SHARDS], []),
     "copies of a family": Row("elastic", [TWO_BY_TWO], []),
     "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
-    "shards of a retrofit": Row("retrofit", [SHARDS], []),
     "shards of an elastic retrofit": Row("elastic retrofit", [SHARDS], []),
     "one worker after shards of a retrofit": Row("retrofit", [workers(2, "fsdp", until=5)], [5]),
     "replicas with a teacher": Row("student", [REPLICAS], []),
@@ -237,8 +236,3 @@ def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
 @pytest.mark.parametrize("place", KILLED)
 def test_a_killed_run_ends_like_one_that_was_left_alone(make_job, place):
     assert steps_of(same_run(make_job("one kept"), kill(*KILLED[place]))) == [12]
-
-
-@pytest.mark.slow
-def test_a_killed_retrofit_ends_like_one_that_was_left_alone(make_job):
-    assert steps_of(same_run(make_job("retrofit"), kill(*KILLED["killed in a step"])))[-1] == 12

@@ -25,7 +25,6 @@ from iiet.fast import plain_formulas
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
-from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of
 from orchestrator.training.job import job_key, key_fields, pretraining_job
@@ -342,7 +341,6 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     # Each member computes the full schedule's logits again.
     flops += len(drawn_schedules) * 2 * job.model.dim * job.model.vocab_size
     assert outcome.training_flops == pytest.approx(32 * flops)
-    assert Estimate(config=job.model, recipe=job.recipe).flops == pytest.approx(32 * flops)
     # The weights are saved once, and say whom they serve.
     served = [(2, 1), (2, 0), (1, 0), (0, 0)]
     checkpoint = Path(str(outcome.checkpoint))

@@ -37,7 +37,6 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.settings.schema import broken_rules
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.devices import decoder_to_train
 from orchestrator.training.job import check_job, job_key
@@ -360,23 +359,7 @@ def test_from_is_an_option_of_pretrain_and_goes_with_no_continuation(
     assert "training.source" in printed.getvalue()
 
 
-@pytest.mark.parametrize("source", ["training.source=plain", "source_training.num_steps=9"])
-def test_sweeps_of_other_kinds_refuse_a_source(settings, source):
-    name = source.partition("=")[0].removesuffix(".num_steps")
-    assert not broken_rules(settings(source), of_sweep=True)
-    for assignment in ("sweep.kind=iterations", "sweep.teachers=[r = 1]"):
-        [rule] = broken_rules(settings(source, assignment), of_sweep=True)
-        assert rule.startswith(assignment.partition("=")[0])
-        assert name in rule
-
-
-def test_a_source_is_named_or_trained_first_and_only_in_a_sweep(settings, workspace):
-    with pytest.raises(UserError, match=r"distillation\.training\.source"):
-        settings("distillation.training.source=plain")
-    with pytest.raises(UserError, match=r"training\.source=.*source_training"):
-        settings("training.source=plain", "source_training.num_steps=9")
-    with pytest.raises(UserError, match=r"source_training\.source_kl_weight"):
-        settings("source_training.source_kl_weight=1.0")
+def test_a_source_is_trained_first_only_in_a_sweep_without_a_teacher(settings, workspace):
     trains_source = settings("source_training.num_steps=9")
     with pytest.raises(UserError, match="source_training"):
         plan_pretrain(trains_source, workspace=workspace, local=True)
@@ -446,7 +429,5 @@ def test_the_divergence_from_the_source_is_added_to_the_loss(plain_run, settings
 
 
 def test_a_divergence_needs_a_source(settings, workspace):
-    with pytest.raises(UserError, match=r"distillation\.training\.source_kl_weight"):
-        settings("distillation.training.source_kl_weight=1.0")
     with pytest.raises(UserError, match=r"training\.source_kl_weight"):
         plan_pretrain(settings("training.source_kl_weight=1.0"), workspace=workspace, local=True)

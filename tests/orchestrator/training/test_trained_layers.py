@@ -85,18 +85,6 @@ def test_only_the_trained_part_changes_and_has_an_optimizer_state(trained, tied,
     assert shapes == sorted(expected)
 
 
-def test_below_the_first_corrected_layer_the_model_stays_its_source(make):
-    job = make("corrected", num_steps=3)
-    outcome = run_job(job)
-    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits, hidden = load_model(Path(str(outcome.checkpoint)))(ids, return_hidden=True)
-        plain, expected = load_model(Path(str(job.initial_folder)))(ids, return_hidden=True)
-    assert torch.equal(hidden[0], expected[0])
-    assert not torch.equal(hidden[1], expected[1])
-    assert not torch.equal(logits, plain)
-
-
 def test_elastic_training_leaves_the_frozen_part_alone(make):
     elastic = ElasticSettings(schedules=("0,1,0,0", "0"), num_drawn=2)
     names = changed(make("added", elastic=elastic, num_steps=3))

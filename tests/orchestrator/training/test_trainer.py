@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from same_run import curve, events, same_run, state_of, steps_of, stop
+from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
 
 from iiet.batch import Batch
 from iiet.schedule import IterationSchedule
@@ -70,8 +70,7 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
     run_job(each_step)
     monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 4)
     every_ten = make_job("every ten", **recipe)
-    stops = iter([False] * 15 + [True])
-    assert not run_job(every_ten, should_stop=lambda: next(stops)).finished
+    assert not run_job(every_ten, should_stop=stop_at(15)).finished
     run_job(every_ten)  # Resumes in the middle of the steps from 11 to 20.
     for name in ("train/loss", "train/gradient_norm"):
         expected = list(curve(each_step, name).values())
@@ -146,17 +145,6 @@ def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
         assert validated[step] == pytest.approx(expected[stage], rel=1e-6)
 
 
-def test_two_seeds_are_two_initial_models(make_job):
-    still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
-    outcomes = [run_job(make_job(str(seed), **still, seed=seed)) for seed in (0, 1)]
-    decoder, decoder_of_other_seed = (
-        load_model(Path(outcome.checkpoint or "")) for outcome in outcomes
-    )
-    assert not torch.equal(
-        decoder.model.embed_tokens.weight, decoder_of_other_seed.model.embed_tokens.weight
-    )
-
-
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "LOCK_SECONDS", 0.0)
     with refused(RunFailed, "another process"):
@@ -188,19 +176,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *bad_steps: int, name: str = "loss") 
     monkeypatch.setattr(trainer_module, "make_objective", spoiled)
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient"])
-def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "section"), [("loss", "training"), ("gradient", "distillation.training")]
+)
+def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, name, section):
     spoil(monkeypatch, 6, name=name)
-    for section in ("training", "distillation.training"):
-        job = make_job(section).model_copy(update={"section": section})
-        with pytest.raises(Diverged, match="step 7: loss") as caught:
-            run_job(job)
-        text = str(caught.value)
-        assert str(job.folder / "step_00000004") in text
-        for setting in ("learning_rate=0.01", "warmup_steps", "skip_bad_steps"):
-            assert f" {section}.{setting}" in text
-        assert steps_of(job) == [4]
-        assert events(job, "diverged")
+    job = make_job().model_copy(update={"section": section})
+    with pytest.raises(Diverged, match="step 7: loss") as caught:
+        run_job(job)
+    text = str(caught.value)
+    assert str(job.folder / "step_00000004") in text
+    for setting in ("learning_rate=0.01", "warmup_steps", "skip_bad_steps"):
+        assert f" {section}.{setting}" in text
+    assert steps_of(job) == [4]
+    assert events(job, "diverged")
 
 
 @pytest.mark.slow

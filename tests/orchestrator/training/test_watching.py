@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import math
 import shutil
-from itertools import count, pairwise
+from itertools import count
 from typing import cast
 
 import pytest
+from kept_progress import KeptProgress
 from sample_trials import sample_trial
 
-from iiet.cost import inference_cost, training_flops_per_token
 from orchestrator.data.mixture import describe_data
-from orchestrator.models.folder import load_config
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import DistillationSettings, TrainingSettings
-from orchestrator.sweeping.students import student_job
-from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import (
     RunMonitor,
     describe_saved_state,
     job_model,
-    remaining_flops,
     tracked_model,
     trial_model,
 )
@@ -33,18 +28,6 @@ from orchestrator.workspace.journal import Journal
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 STARTING = "starting, no step yet"
 FIRST_STAGE = " (r = 0 until step 50)"
-
-
-class RecordingProgress(Progress):
-    def __init__(self) -> None:
-        self.shown: list[tuple[float, str, float | None]] = []
-        self.notes: list[str] = []
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.shown.append((done, text, seconds_left))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -67,7 +50,7 @@ def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     clock = count()  # No two records have the same time.
     for name in ("orchestrator.workspace.journal.now_ms", "orchestrator.training.watching.now_ms"):
         monkeypatch.setattr(name, lambda: next(clock))
-    progress = RecordingProgress()
+    progress = KeptProgress()
     journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     monitor.poll()
@@ -115,7 +98,7 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
         name: tiny_job(name, num_steps=10, iterate_from_fraction=0.0)
         for name in ("first", "second")
     }
-    progress = RecordingProgress()
+    progress = KeptProgress()
     journal = Journal(jobs["first"].folder)
     monitor = RunMonitor(jobs, cast("Tracking", None), progress)
     for step in (2, 3, 4):
@@ -129,22 +112,6 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
     second_journal.close()
     monitor.poll()
     assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
-
-
-def test_the_time_left_includes_a_teacher_in_its_window(trained_run, tiny_tokens, tmp_path):
-    teacher = trained_run / "step_00000002"
-    recipe = TrainingSettings(num_steps=4, num_tokens_per_step=64, iterate_from_fraction=0.0)
-    distillation = DistillationSettings(teacher_from_step=2, training=recipe)
-    config = load_config(teacher)
-    job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tiny_tokens))
-    assert job is not None
-    flops = remaining_flops(job.model_copy(update={"run_folder": str(tmp_path / "student")}))
-    of_steps = [before - after for before, after in pairwise(flops)]
-    assert flops[-1] == 0
-    teacher_flops = inference_cost(config).forward_flops_per_token
-    assert of_steps[0] == pytest.approx(64 * training_flops_per_token(config))
-    expected = [of_steps[0]] * 2 + [of_steps[0] + 64 * teacher_flops] * 2
-    assert of_steps == pytest.approx(expected)
 
 
 def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):

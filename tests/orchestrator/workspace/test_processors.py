@@ -5,6 +5,7 @@ import os
 import pytest
 
 from orchestrator.workspace.processors import cpu_flags, num_cpus, processor_name
+from orchestrator.workspace.provenance import timing_environment
 
 X86 = "model name\t: Fast 9000\nflags\t\t: sse2 avx512_bf16\n\nmodel name\t: other\n"
 
@@ -33,3 +34,8 @@ def test_a_quota_limits_the_cpus(tmp_path):
     for quota, cpus in ("max 100000", affinity), ("50000 100000", 1), ("1000000000 1", affinity):
         (tmp_path / "cpu.max").write_text(quota)
         assert num_cpus(tmp_path) == cpus
+
+
+def test_times_name_the_processor_and_its_cpus():
+    environment = timing_environment()
+    assert (environment["processor"], environment["cpus"]) == (processor_name(), num_cpus())
